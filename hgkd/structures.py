@@ -1,0 +1,81 @@
+"""What students, teachers and objectives hand to one another. Masks: True = visible, everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hgkd.sparse import CellLayout, SparseTensor
+
+
+@dataclass(frozen=True)
+class TeacherNeeds:
+    """What the objectives want from a teacher; the teacher computes this and nothing beyond it.
+
+    Attributes:
+        blocks: indices (0 = first) of the encoder blocks whose output tokens are wanted.
+        decoder_block: index of the decoder block whose hidden state is wanted, or None for no decoder pass.
+        visible_only: the teacher sees the visible cells only (masked patches are dropped before the encoder).
+    """
+
+    blocks: tuple[int, ...] = ()
+    decoder_block: int | None = None
+    visible_only: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """Static facts of a teacher, found when it is built.
+
+    Attributes:
+        kind: e.g. ``'timm'``, ``'mae-encoder'``, ``'mae'``.
+        width: channels D of an encoder token.
+        depth: number of encoder blocks.
+        patch_size: pixels of a patch side in the teacher's own input.
+        decoder_width: channels of a decoder hidden state, None without decoder.
+        decoder_depth: number of decoder blocks, 0 without decoder.
+    """
+
+    kind: str
+    width: int
+    depth: int
+    patch_size: int
+    decoder_width: int | None = None
+    decoder_depth: int = 0
+
+
+@dataclass
+class TeacherOutput:
+    """Result of ``teacher(images, visible, needs)``.
+
+    Attributes:
+        tokens: block index -> raw block output (B, D, gh, gw). With ``visible_only``, places in masked cells are 0.
+        cls: class token after the deepest block asked for (B, D), or None when the network has none.
+        decoded: hidden state after ``decoder_block`` (B, D', gh, gw), no final norm; None when not asked for.
+        grid: (gh, gw), an integer multiple of the mask grid.
+    """
+
+    tokens: dict[int, Tensor]
+    grid: tuple[int, int]
+    cls: Tensor | None = None
+    decoded: Tensor | None = None
+
+
+@dataclass
+class StudentOutput:
+    """Result of ``student(images, visible)``.
+
+    Attributes:
+        decoded: decoder output (B, C, H/out_stride, W/out_stride), dense.
+        features: encoder features, finest first; sparse tensors carrying their layout.
+        layout: the visible cells, shared by all features.
+        images: the images that the student was given, (B, 3, H, W) in [0, 1], RGB; pixel targets are made from them.
+    """
+
+    decoded: Tensor
+    features: list[SparseTensor] = field(default_factory=list)
+    layout: CellLayout | None = None
+    images: Tensor | None = None

@@ -1,0 +1,56 @@
+"""Packaging of hgkd. Ranges here are what is believed to work; constraints.txt pins the set that CI runs."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "hgkd/__init__.py").read_text()).group(1)
+
+INSTALL = [
+    "torch>=2.4",
+    "torchvision>=0.19",
+    "timm>=1.0.20,<2",
+    "mmengine>=0.10.7,<0.11",
+    "setuptools<80",  # mmengine imports pkg_resources
+    "safetensors>=0.4",
+    "scikit-learn>=1.3",
+    "torchmetrics>=1.4",
+    "tensorboard>=2.14",
+    "matplotlib>=3.7",
+    "numpy>=1.26",
+    "pillow>=10",
+    "rich>=13",
+]
+DOWNSTREAM = [
+    "mmcv-lite>=2.1.0,<2.2",  # mmdet and mmsegmentation refuse 2.2
+    "mmdet>=3.3,<3.4",
+    "mmsegmentation>=1.2.2,<1.3",
+    "ftfy",  # mmsegmentation imports both without declaring them
+    "regex",
+    "pycocotools>=2.0.7",
+]
+TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
+EXTRAS = {
+    "downstream": DOWNSTREAM,
+    # any spconv build serves; this one has wheels up to Python 3.11
+    "spconv": ["spconv-cu120>=2.3.6; python_version < '3.12'", "spconv-cu126>=2.3.8; python_version >= '3.12'"],
+    "export": ["onnx>=1.16", "onnxruntime>=1.18"],
+    "test": TEST,
+    "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],
+}
+
+setup(
+    name="hgkd",
+    version=VERSION,
+    description="Distil a Vision Transformer into a sparse masked CNN, and carry it downstream",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["hgkd", "hgkd.*"]),
+    package_data={"hgkd": ["py.typed"]},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+)
