@@ -1,0 +1,174 @@
+"""``sparsify``: an ordinary network -> one that also takes sparse tensors, with the same parameters under the same names.
+
+Most layers need nothing: their forward meets the rules of :class:`SparseTensor`. A layer whose forward depends on the shape
+of a whole image, or on the batch dimension, gets a rule for its type here (:func:`layer_rule`), and users add theirs in the
+same way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from hgkd.errors import NoSparseRuleError
+from hgkd.sparse.layout import CellLayout
+from hgkd.sparse.masked import MaskedTensor
+from hgkd.sparse.packed import PackedTensor
+from hgkd.sparse.tensor import SparseTensor
+
+BACKENDS: dict[str, type[SparseTensor]] = {"gather": PackedTensor, "masked": MaskedTensor}
+
+LayerRule = Callable[[Any, SparseTensor], Any]
+LAYER_RULES: dict[type[nn.Module], LayerRule] = {}
+
+# they mix places and have neither a function rule nor a layer rule: refused when the network is converted
+_REFUSED = (
+    nn.ConvTranspose2d,
+    nn.InstanceNorm2d,
+    nn.LocalResponseNorm,
+    nn.MultiheadAttention,
+    nn.Unfold,
+    nn.Fold,
+    nn.Conv3d,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+)
+
+
+def layer_rule(*layers: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
+    """Register ``rule(layer, x: SparseTensor) -> SparseTensor`` as the sparse forward of layer types.
+
+    The rule serves exactly these types and subclasses that keep their ``forward``. A later registration replaces an
+    earlier one.
+
+    >>> @layer_rule(MyGate)
+    ... def gate(layer, x):
+    ...     return x * layer.scale.view(1, -1, 1, 1)
+    """
+
+    def register(rule: LayerRule) -> LayerRule:
+        for layer in layers:
+            LAYER_RULES[layer] = rule
+        return rule
+
+    return register
+
+
+class SparseModule:
+    """What :func:`sparsify` adds to the root of a network.
+
+    Attributes:
+        sparse_cell: side of a mask cell, pixels.
+        sparse_backend: name of the backend.
+    """
+
+    sparse_cell: int
+    sparse_backend: str
+
+    def pack(self, images: Tensor, visible: Tensor | CellLayout) -> SparseTensor:
+        """Visible part of a batch of images.
+
+        Args:
+            images: (B, C, H, W), already normalised: hidden places count as 0.
+            visible: bool (B, H/cell, W/cell), True = visible, or a ready layout.
+        """
+        cells = visible if isinstance(visible, CellLayout) else CellLayout(visible, self.sparse_cell)
+        return BACKENDS[self.sparse_backend].pack(images, cells)
+
+    def forward(self, images: Tensor, *args: Any, visible: Tensor | CellLayout | None = None, **kwargs: Any) -> Any:
+        """The network's own forward; with ``visible``, of the visible part only."""
+        if visible is not None:
+            images = self.pack(images, visible)
+        return super().forward(images, *args, **kwargs)  # type: ignore[misc]
+
+
+def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module:
+    """Copy of a network that takes sparse tensors as well as dense ones.
+
+    Args:
+        module: any convolutional network; not changed.
+        cell: side of a mask cell in pixels, a multiple of the network's total stride.
+        backend: 'gather' (default) or 'masked' (the reference).
+
+    Returns:
+        A copy with equal parameters and ``state_dict`` keys, and the methods of :class:`SparseModule`. Given a dense
+        tensor it computes what ``module`` does.
+
+    Raises:
+        ValueError: unknown backend, or ``cell`` < 1.
+        NoSparseRuleError: a layer is known to mix places without a rule; it is named.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown sparse backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if cell < 1:
+        raise ValueError(f"cell must be a positive number of pixels, got {cell}")
+    module = copy.deepcopy(module)
+    for path, layer in module.named_modules():
+        rule = _rule_of(type(layer))
+        if rule is not None:
+            layer.__class__ = _twin_type(type(layer), rule)
+        elif isinstance(layer, _REFUSED):
+            raise NoSparseRuleError(
+                f"layer {path!r} ({type(layer).__name__}) mixes places and has no sparse rule; register one with "
+                "hgkd.sparse.layer_rule, or choose another network"
+            )
+        layer.__dict__["sparse_path"] = path
+    module.__class__ = _root_type(type(module))
+    module.sparse_cell, module.sparse_backend = cell, backend  # type: ignore[assignment]
+    return module
+
+
+def _rule_of(layer_type: type[nn.Module]) -> LayerRule | None:
+    for base in layer_type.__mro__:
+        if base in LAYER_RULES and layer_type.forward is base.forward:
+            return LAYER_RULES[cast("type[nn.Module]", base)]
+    return None
+
+
+@lru_cache(maxsize=None)
+def _twin_type(layer_type: type[nn.Module], rule: LayerRule) -> type[nn.Module]:
+    def forward(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, SparseTensor):
+            return rule(self, x)
+        return layer_type.forward(self, x, *args, **kwargs)
+
+    return type("Sparse" + layer_type.__name__, (layer_type,), {"forward": forward, "__doc__": layer_type.__doc__})
+
+
+@lru_cache(maxsize=None)
+def _root_type(module_type: type[nn.Module]) -> type[nn.Module]:
+    return type("Sparse" + module_type.__name__, (SparseModule, module_type), {"__doc__": module_type.__doc__})
+
+
+# --- rules for layers whose forward is not a matter of single functions ----------------------------------------------
+
+
+@layer_rule(timm.layers.DropPath)
+def drop_path(layer: Any, x: SparseTensor) -> SparseTensor:
+    """Stochastic depth drops whole images, not cells (arXiv 1603.09382)."""
+    if layer.drop_prob == 0.0 or not layer.training:
+        return x
+    keep = 1.0 - layer.drop_prob
+    kept = torch.empty(x.cells.batch, 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
+    if keep > 0.0 and layer.scale_by_keep:
+        kept = kept / keep
+    return x * kept
+
+
+@layer_rule(nn.SyncBatchNorm)
+def sync_batch_norm(layer: nn.SyncBatchNorm, x: SparseTensor) -> SparseTensor:
+    """Statistics over the visible places of all processes; torch weighs each by its number of rows."""
+    if isinstance(x, PackedTensor):
+        return x.like(nn.SyncBatchNorm.forward(layer, x.plain))
+    visible = cast(MaskedTensor, x).place_mask[:, 0]
+    rows = x.plain.permute(0, 2, 3, 1)
+    normed = nn.SyncBatchNorm.forward(layer, rows[visible])
+    out = torch.zeros_like(rows, dtype=normed.dtype)
+    out[visible] = normed
+    return x.like(out.permute(0, 3, 1, 2))

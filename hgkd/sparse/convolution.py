@@ -1,0 +1,86 @@
+"""What the two backends share about convolution and pooling: reading the arguments, and that sizes keep to the grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hgkd.errors import NoSparseRuleError
+from hgkd.sparse.kernels import ConvGeometry
+
+_CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_MAX_POOL_NAMES = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+_AVG_POOL_NAMES = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A number, or a list of one or two, as (vertical, horizontal)."""
+    if isinstance(value, int):
+        return value, value
+    values = tuple(int(v) for v in value)
+    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def conv_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    """All arguments of ``conv2d`` by name, with its defaults."""
+    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return defaults | dict(zip(_CONV_NAMES, args, strict=False)) | kwargs
+
+
+def max_pool_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    """All arguments of ``max_pool2d`` by name; ``stride`` filled in."""
+    given = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+    given |= dict(zip(_MAX_POOL_NAMES, args, strict=False)) | kwargs
+    given["stride"] = given["stride"] or given["kernel_size"]
+    return given
+
+
+def avg_pool_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    """All arguments of ``avg_pool2d`` by name; ``stride`` filled in."""
+    given = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+    given |= dict(zip(_AVG_POOL_NAMES, args, strict=False)) | kwargs
+    given["stride"] = given["stride"] or given["kernel_size"]
+    given["dilation"] = 1
+    return given
+
+
+def window_geometry(
+    what: str, s_in: int, size: tuple[int, int], kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool = False
+) -> ConvGeometry:
+    """Geometry of a sliding window, after checking that the output falls on the cell grid.
+
+    Args:
+        what: name for messages.
+        s_in: places along a cell's side in the input.
+        size: (height, width) of the whole feature map in places.
+
+    Raises:
+        ValueError: a cell smaller than the stride, or an output whose size is not input / stride.
+        NoSparseRuleError: different strides along the two axes.
+    """
+    kernel, stride, dilation = pair(kernel), pair(stride), pair(dilation)
+    if stride[0] != stride[1]:
+        raise NoSparseRuleError(f"{what} with strides {stride}: different strides along the axes have no sparse rule")
+    if s_in % stride[0]:
+        raise ValueError(
+            f"{what} of stride {stride[0]} on cells that are {s_in} places wide here: cells must be a multiple of the "
+            "network's total stride; use larger mask cells"
+        )
+    if isinstance(padding, str):
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)] if padding == "same" else [0, 0]
+        pad = (total[0] // 2, total[1] // 2)  # torch pads the odd place below and right
+        above_and_below = tuple(total)
+    else:
+        pad = pair(padding)
+        above_and_below = (2 * pad[0], 2 * pad[1])
+    for axis in (0, 1):
+        room = size[axis] + above_and_below[axis] - dilation[axis] * (kernel[axis] - 1) - 1
+        made = (-(-room // stride[axis]) if ceil_mode else room // stride[axis]) + 1
+        if made != size[axis] // stride[axis]:
+            raise ValueError(
+                f"{what} with kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation} makes {made} places "
+                f"of {size[axis]}; a sparse layer must make {size[axis] // stride[axis]}, so that its places stay "
+                "aligned with the mask cells (usual remedy: padding = dilation * (kernel - 1) / 2)"
+            )
+    return ConvGeometry(s_in, kernel, stride, pad, dilation)
+
+

@@ -1,0 +1,274 @@
+"""Convolution on packed cells: exact, and at the cost of the visible places only.
+
+A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T*s*s, C). Three kernels cover every layer;
+:func:`choose_kernel` picks one from the layer's shape:
+
+- ``matmul``: kernel 1, no neighbours: one matrix product on the rows.
+- ``im2col``: the k*k neighbour rows side by side, in slices that stay in cache, and one product a slice. Its input gradient
+  is a gather as well (with the index of the transposed convolution, one phase for each residue of the stride), so no
+  scatter and no atomic addition occurs anywhere.
+- ``halo``: every cell with its border of neighbour places as a small image, then an ordinary convolution without padding.
+  The choice for depthwise and grouped layers and for very few channels.
+
+Nothing here knows of masks: hidden places are the index one past the last row, where a row of zeros is appended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hgkd.sparse.layout import CellLayout
+
+# rows * k * k * C of one im2col slice, elements: 4 MB in fp32, about what a core's share of the cache holds
+_SLICE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Geometry of a convolution that keeps to the cell grid; pairs are (vertical, horizontal).
+
+    Attributes:
+        s_in: places along a cell's side before the convolution.
+        pad: places padded on (top, left); what is padded below and right follows from the output size.
+    """
+
+    s_in: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    pad: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def s_out(self) -> int:
+        return self.s_in // self.stride[0]
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.kernel == (1, 1) and self.pad == (0, 0)
+
+    def offsets(self, axis: int) -> tuple[int, ...]:
+        """Input offset of each tap along an axis (0 vertical, 1 horizontal)."""
+        return tuple(k * self.dilation[axis] - self.pad[axis] for k in range(self.kernel[axis]))
+
+    def phase_taps(self, axis: int, phase: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Taps that touch the inputs whose place is ``phase`` modulo the stride, and the output offset of each."""
+        taps, offsets = [], []
+        for k in range(self.kernel[axis]):
+            distance = phase + self.pad[axis] - k * self.dilation[axis]
+            if distance % self.stride[axis] == 0:
+                taps.append(k)
+                offsets.append(distance // self.stride[axis])
+        return tuple(taps), tuple(offsets)
+
+
+def rows_of(packed: Tensor) -> Tensor:
+    """(T, C, s, s) -> its rows (T*s*s, C): a view when the memory is channels_last."""
+    return packed.permute(0, 2, 3, 1).reshape(-1, packed.shape[1])
+
+
+def packed_of(rows: Tensor, s: int) -> Tensor:
+    """Inverse of :func:`rows_of`; a view."""
+    return rows.view(-1, s, s, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def with_zero_row(rows: Tensor) -> Tensor:
+    """Rows with one row of zeros appended, where the indices of hidden places point."""
+    out = rows.new_empty(rows.shape[0] + 1, rows.shape[1])
+    out[:-1] = rows
+    out[-1] = 0
+    return out
+
+
+def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry) -> str:
+    """Name of the kernel for a layer, by rule (see ``docs/performance.md`` for the measurements behind it)."""
+    if groups > 1:
+        return "halo"
+    if geometry.is_pointwise:
+        return "matmul"
+    if weight.shape[1] < 16:
+        return "halo"
+    return "im2col"
+
+
+def convolve(
+    packed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    geometry: ConvGeometry,
+    layout: CellLayout,
+    kernel: str | None = None,
+) -> Tensor:
+    """Convolution of a packed map.
+
+    Args:
+        packed: (T, C, s_in, s_in).
+        weight: (O, C/groups, kh, kw) as in ``torch.nn.functional.conv2d``.
+        kernel: 'matmul', 'im2col' or 'halo'; chosen by :func:`choose_kernel` when None.
+
+    Returns:
+        (T, O, s_out, s_out), channels_last.
+    """
+    device_type = packed.device.type
+    if torch.is_autocast_enabled(device_type):
+        # the matrix products below are inside autograd functions, which autocast does not reach
+        dtype = torch.get_autocast_dtype(device_type)
+        packed, weight = packed.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    kernel = kernel or choose_kernel(weight, groups, geometry)
+    if kernel == "matmul":
+        stride_y, stride_x = geometry.stride
+        if (stride_y, stride_x) != (1, 1):
+            packed = packed[:, :, ::stride_y, ::stride_x]
+        rows = rows_of(packed)
+        return packed_of(F.linear(rows, weight.view(weight.shape[0], -1), bias), geometry.s_out)
+    if kernel == "im2col":
+        rows = _GatherConvolution.apply(rows_of(packed), weight, geometry, layout)
+        return packed_of(rows if bias is None else rows + bias, geometry.s_out)
+    tiles = halo_tiles(packed, geometry, layout)
+    out = F.conv2d(tiles, weight, bias, geometry.stride, 0, geometry.dilation, groups)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def _slices(rows: int, width: int) -> list[slice]:
+    size = max(64, _SLICE_ELEMENTS // max(1, width))
+    return [slice(a, min(a + size, rows)) for a in range(0, rows, size)]
+
+
+def _gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
+    """``concat_k(source[index[:, k]]) @ matrix``: (N, K) index, source (M, C), matrix (K*C, O) -> (N, O)."""
+    out = source.new_empty(index.shape[0], matrix.shape[1])
+    width = matrix.shape[0]
+    for part in _slices(index.shape[0], width):
+        columns = source.index_select(0, index[part].reshape(-1)).view(-1, width)
+        torch.mm(columns, matrix, out=out[part])
+    return out
+
+
+class _GatherConvolution(torch.autograd.Function):
+    """Dense (groups = 1) convolution of rows by gathering neighbours; saves the rows, not the columns."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(rows, weight)
+        ctx.geometry, ctx.layout = geometry, layout
+        matrix = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
+        return _gather_multiply(with_zero_row(rows), _forward_index(geometry, layout), matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[no-untyped-def, override]
+        rows, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_rows = _input_gradient(grad, weight, ctx.geometry, ctx.layout) if ctx.needs_input_grad[0] else None
+        grad_weight = _weight_gradient(rows, grad, weight, ctx.geometry, ctx.layout) if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_weight, None, None
+
+
+def _forward_index(geometry: ConvGeometry, layout: CellLayout) -> Tensor:
+    """(T*s_out*s_out, kh*kw) input rows of each output row."""
+    return layout.neighbours(
+        geometry.s_in, geometry.s_out, geometry.stride[0], geometry.offsets(0), geometry.offsets(1)
+    )
+
+
+def _weight_gradient(rows: Tensor, grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:
+    out_channels, in_channels, kh, kw = weight.shape
+    index, source = _forward_index(geometry, layout), with_zero_row(rows)
+    width = kh * kw * in_channels
+    total = grad.new_zeros(width, out_channels)
+    for part in _slices(index.shape[0], width):
+        columns = source.index_select(0, index[part].reshape(-1)).view(-1, width)
+        total.addmm_(columns.t(), grad[part])
+    return total.view(kh, kw, in_channels, out_channels).permute(3, 2, 0, 1)
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:
+    in_channels = weight.shape[1]
+    s_in, s_out, stride = geometry.s_in, geometry.s_out, geometry.stride[0]
+    source = with_zero_row(grad)
+    if stride == 1:
+        index = layout.neighbours(s_out, s_out, 1, geometry.phase_taps(0, 0)[1], geometry.phase_taps(1, 0)[1])
+        return _gather_multiply(source, index, weight.permute(2, 3, 0, 1).reshape(-1, in_channels))
+    out = grad.new_zeros(layout.num_cells, s_out, stride, s_out, stride, in_channels)
+    for phase_y in range(stride):
+        taps_y, offsets_y = geometry.phase_taps(0, phase_y)
+        for phase_x in range(stride):
+            taps_x, offsets_x = geometry.phase_taps(1, phase_x)
+            if not taps_y or not taps_x:
+                continue  # a kernel smaller than its stride skips these inputs
+            index = layout.neighbours(s_out, s_out, 1, offsets_y, offsets_x)
+            part = weight[:, :, list(taps_y)][:, :, :, list(taps_x)]
+            found = _gather_multiply(source, index, part.permute(2, 3, 0, 1).reshape(-1, in_channels))
+            out[:, :, phase_y, :, phase_x] = found.view(layout.num_cells, s_out, s_out, in_channels)
+    return out.view(layout.num_cells * s_in * s_in, in_channels)
+
+
+def halo_tiles(packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outside: float = 0.0) -> Tensor:
+    """Every cell with the neighbour places that its outputs read, as a small image.
+
+    Args:
+        packed: (T, C, s_in, s_in).
+        outside: value of places outside the image (hidden places are always 0).
+
+    Returns:
+        (T, C, n, m), channels_last, with n = (s_out-1)*stride + (kh-1)*dilation + 1.
+    """
+    return _HaloTiles.apply(packed, geometry, layout, outside)
+
+
+def _halo_size(geometry: ConvGeometry, axis: int) -> int:
+    return (geometry.s_out - 1) * geometry.stride[axis] + (geometry.kernel[axis] - 1) * geometry.dilation[axis] + 1
+
+
+class _HaloTiles(torch.autograd.Function):
+    """Gather of tiles with borders. The gradient adds each border strip to its owner: slices only, a fixed order."""
+
+    @staticmethod
+    def forward(ctx, packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outside: float) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.geometry, ctx.layout = geometry, layout
+        height, width = _halo_size(geometry, 0), _halo_size(geometry, 1)
+        offsets_y = tuple(range(-geometry.pad[0], height - geometry.pad[0]))
+        offsets_x = tuple(range(-geometry.pad[1], width - geometry.pad[1]))
+        rows = with_zero_row(rows_of(packed))
+        if outside != 0.0:
+            rows = torch.cat([rows, rows.new_full((1, rows.shape[1]), outside)])
+        index = layout.neighbours(geometry.s_in, 1, 1, offsets_y, offsets_x, outside=int(outside != 0.0))
+        tiles = rows.index_select(0, index.flatten())
+        return tiles.view(layout.num_cells, height, width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def, override]
+        geometry, layout = ctx.geometry, ctx.layout
+        s = geometry.s_in
+        tiles = grad.permute(0, 2, 3, 1)
+        spans_y = _spans(s, geometry.pad[0], tiles.shape[1])
+        spans_x = _spans(s, geometry.pad[1], tiles.shape[2])
+        out = grad.new_zeros(layout.num_cells, s, s, grad.shape[1])
+        for dy, (in_y, at_y) in spans_y.items():
+            for dx, (in_x, at_x) in spans_x.items():
+                strip = tiles[:, at_y, at_x]
+                if dy or dx:
+                    strip = torch.cat([strip, strip.new_zeros(1, *strip.shape[1:])])
+                    strip = strip.index_select(0, layout.neighbour_cells(dy, dx))
+                out[:, in_y, in_x] += strip
+        return out.permute(0, 3, 1, 2), None, None, None
+
+
+def _spans(s: int, pad: int, size: int) -> dict[int, tuple[slice, slice]]:
+    """For each neighbour cell at distance d along one axis: which of our places its halo tile covers, and where in the tile.
+
+    The tile of the cell at distance d covers our places ``d*s - pad ... d*s - pad + size - 1``.
+    """
+    spans = {}
+    for d in range(-((size - pad - 1) // s), (pad + s - 1) // s + 1):
+        first, last = max(0, d * s - pad), min(s, d * s - pad + size)
+        if first < last:
+            spans[d] = (slice(first, last), slice(first - d * s + pad, last - d * s + pad))
+    return spans

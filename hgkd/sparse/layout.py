@@ -1,0 +1,233 @@
+"""Which cells of a batch are visible, and the gather indices that follow from it.
+
+A layout is built once a step from a mask and lives as long as the tensors that carry it; every index is made when a layer
+first asks for it and kept, so that all layers with the same geometry share one. Everything is made on the mask's own
+device; counting the visible cells is the only step that waits for it.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class CellLayout:
+    """The visible cells of a batch of equally large images.
+
+    Args:
+        visible: bool (B, h, w), True = visible. Images may have different numbers of visible cells, at least one each.
+        cell: side of a square cell, pixels.
+
+    Attributes:
+        batch: B.
+        grid: (h, w).
+        image_size: (h * cell, w * cell) in pixels.
+        num_cells: T, visible cells in the whole batch; packed tensors have this length.
+
+    Raises:
+        TypeError: ``visible`` is not a bool tensor.
+        ValueError: wrong shape, ``cell`` < 1, or (checked on the CPU only, to keep a GPU running) an image without any
+            visible cell.
+    """
+
+    def __init__(self, visible: Tensor, cell: int) -> None:
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+            kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
+            raise TypeError(f"visible must be a bool tensor with True = visible, got {kind}")
+        if visible.dim() != 3:
+            raise ValueError(f"visible must have shape (B, h, w), got {tuple(visible.shape)}")
+        if cell < 1:
+            raise ValueError(f"cell must be a positive number of pixels, got {cell}")
+        if visible.device.type == "cpu" and not bool(visible.flatten(1).any(1).all()):
+            empty = (~visible.flatten(1).any(1)).nonzero().flatten().tolist()
+            raise ValueError(f"images {empty[:5]} of the batch have no visible cell; keep at least one cell an image")
+        self.visible = visible
+        self.cell = cell
+        self.batch, h, w = visible.shape
+        self.grid = (h, w)
+        self.image_size = (h * cell, w * cell)
+        self._positions = visible.flatten().nonzero().flatten()  # the one wait for the device
+        self.num_cells = self._positions.numel()
+        self._cache: dict[tuple[object, ...], Tensor] = {}
+
+    def __repr__(self) -> str:
+        total = self.batch * self.grid[0] * self.grid[1]
+        return f"CellLayout(batch={self.batch}, grid={self.grid}, cell={self.cell}, visible={self.num_cells}/{total})"
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the mask and of every index."""
+        return self.visible.device
+
+    @cached_property
+    def image_of_cell(self) -> Tensor:
+        """Image index of each visible cell, int64 (T,)."""
+        return self._positions // (self.grid[0] * self.grid[1])
+
+    @cached_property
+    def cells_per_image(self) -> Tensor:
+        """Number of visible cells of each image, int64 (B,)."""
+        return self.visible.flatten(1).sum(1)
+
+    @cached_property
+    def all_visible(self) -> bool:
+        """Whether no cell is hidden; known from shapes alone."""
+        return self.num_cells == self.batch * self.grid[0] * self.grid[1]
+
+    @cached_property
+    def _slot(self) -> Tensor:
+        """Packed index of each cell, int64 (B, h, w); ``num_cells`` at hidden ones."""
+        slot = torch.full((self.batch * self.grid[0] * self.grid[1],), self.num_cells, device=self.device)
+        slot[self._positions] = torch.arange(self.num_cells, device=self.device)
+        return slot.view(self.batch, *self.grid)
+
+    def side(self, stride: int) -> int:
+        """Places along a cell's side in a feature map of the given stride.
+
+        Raises:
+            ValueError: the stride does not divide the cell.
+        """
+        if stride < 1 or self.cell % stride:
+            raise ValueError(
+                f"a feature map of stride {stride} does not fit cells of {self.cell} px; "
+                f"use cells that are a multiple of the network's total stride"
+            )
+        return self.cell // stride
+
+    def mask(self, stride: int) -> Tensor:
+        """Visible places of a feature map, bool (B, 1, H/stride, W/stride)."""
+        key = ("mask", stride)
+        if key not in self._cache:
+            s = self.side(stride)
+            self._cache[key] = self.visible.repeat_interleave(s, 1).repeat_interleave(s, 2).unsqueeze(1)
+        return self._cache[key]
+
+    def _row_map(self, s: int) -> Tensor:
+        """Packed row of every place, int64 (B, h*s, w*s), with ``T*s*s`` (one past the last row) at hidden places."""
+        key = ("rows", s)
+        if key not in self._cache:
+            inside = torch.arange(s * s, device=self.device).view(s, s).repeat(*self.grid)
+            slot = self._slot.repeat_interleave(s, 1).repeat_interleave(s, 2)
+            rows = torch.where(slot < self.num_cells, slot * (s * s) + inside, self.num_cells * s * s)
+            self._cache[key] = rows
+        return self._cache[key]
+
+    def neighbours(
+        self,
+        s: int,
+        count: int,
+        step: int,
+        offsets_y: tuple[int, ...],
+        offsets_x: tuple[int, ...],
+        outside: int = 0,
+    ) -> Tensor:
+        """Rows of a packed map that lie at given offsets from a regular set of points in every visible cell.
+
+        Point (i, j) of a cell whose first place is (y0, x0) reads the places ``y0 + i*step + offset_y`` and
+        ``x0 + j*step + offset_x``.
+
+        Args:
+            s: places along a cell's side in the map that is read.
+            count: points along a cell's side.
+            step: places between two points.
+            offsets_y, offsets_x: offsets in places, may be negative.
+            outside: the index given to places outside the image is ``T*s*s + outside``; hidden places inside it always
+                have ``T*s*s``. So one zero row appended to the map serves both, and a second row tells them apart.
+
+        Returns:
+            int64 (T * count * count, len(offsets_y) * len(offsets_x)), points in packed row order.
+        """
+        key = ("neighbours", s, count, step, offsets_y, offsets_x, outside)
+        if key in self._cache:
+            return self._cache[key]
+        h, w = self.grid
+        none = self.num_cells * s * s + outside
+        reach = (count - 1) * step
+        top, left = max(0, -min(offsets_y)), max(0, -min(offsets_x))
+        bottom, right = max(0, reach + max(offsets_y) + 1 - s), max(0, reach + max(offsets_x) + 1 - s)
+        rows = F.pad(self._row_map(s), (left, right, top, bottom), value=none)
+        height, width = rows.shape[1:]
+        points = torch.arange(count, device=self.device) * step
+        in_y = points[:, None] + torch.tensor(offsets_y, device=self.device) + top  # (count, ny)
+        in_x = points[:, None] + torch.tensor(offsets_x, device=self.device) + left
+        within = in_y[:, None, :, None] * width + in_x[None, :, None, :]  # (count, count, ny, nx)
+        image = self.image_of_cell
+        cell = self._positions - image * (h * w)
+        start = image * (height * width) + (cell // w) * (s * width) + (cell % w) * s
+        index = start[:, None] + within.flatten()[None, :]
+        found = rows.flatten()[index.flatten()].view(-1, len(offsets_y) * len(offsets_x))
+        self._cache[key] = found
+        return found
+
+    def neighbour_cells(self, dy: int, dx: int) -> Tensor:
+        """Packed index of the cell (dy, dx) away from each visible one, int64 (T,); ``num_cells`` where hidden or outside."""
+        key = ("cells", dy, dx)
+        if key not in self._cache:
+            h, w = self.grid
+            image = self.image_of_cell
+            cell = self._positions - image * (h * w)
+            y, x = cell // w + dy, cell % w + dx
+            inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+            flat = image * (h * w) + y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
+            self._cache[key] = torch.where(inside, self._slot.flatten()[flat], self.num_cells)
+        return self._cache[key]
+
+    def gather_cells(self, dense: Tensor, s: int) -> Tensor:
+        """Visible cells of a dense map (B, C, h*s, w*s) as (T, C, s, s), channels_last; differentiable."""
+        (h, w), channels = self.grid, dense.shape[1]
+        cells = dense.view(self.batch, channels, h, s, w, s).permute(0, 2, 4, 3, 5, 1)
+        cells = cells.reshape(self.batch * h * w, s * s * channels)
+        if not self.all_visible:
+            cells = _SelectRows.apply(cells, self._positions)
+        return cells.view(self.num_cells, s, s, channels).permute(0, 3, 1, 2)
+
+    def scatter_cells(self, packed: Tensor, fill: float | Tensor = 0.0) -> Tensor:
+        """Inverse of :meth:`gather_cells`: (T, C, s, s) to (B, C, h*s, w*s) with ``fill`` at hidden places; differentiable.
+
+        Args:
+            packed: (T, C, s, s).
+            fill: number, or tensor (C,), which receives the gradient of all hidden places.
+        """
+        (h, w), (_, channels, s, _) = self.grid, packed.shape
+        rows = packed.permute(0, 2, 3, 1).reshape(self.num_cells, s * s * channels)
+        if not self.all_visible:
+            rows = _PlaceRows.apply(rows, self._positions, self.batch * h * w)
+        cells = rows.view(self.batch, h, w, s, s, channels)
+        dense = cells.permute(0, 5, 1, 3, 2, 4).reshape(self.batch, channels, h * s, w * s)
+        if isinstance(fill, Tensor):
+            dense = torch.where(self.mask(self.cell // s), dense, fill.to(dense.dtype).view(1, channels, 1, 1))
+        elif fill != 0.0:
+            dense = dense.masked_fill(~self.mask(self.cell // s), fill)
+        return dense
+
+
+class _SelectRows(torch.autograd.Function):
+    """``rows[index]`` for an index without repeats: the gradient is a plain copy, not an accumulation."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(index)
+        ctx.length = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+        (index,) = ctx.saved_tensors
+        return _PlaceRows.apply(grad, index, ctx.length), None
+
+
+class _PlaceRows(torch.autograd.Function):
+    """Rows put at the places ``index`` (no repeats) of a zero matrix."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, length: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(index)
+        return rows.new_zeros(length, rows.shape[1]).index_copy_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+        (index,) = ctx.saved_tensors
+        return _SelectRows.apply(grad, index), None, None

@@ -1,0 +1,123 @@
+"""Backend ``masked``: dense compute, hidden places multiplied by zero before anything that reads neighbours.
+
+This is what SparK (arXiv 2301.03580) and its descendants do; here it is the reference that the other backends are tested
+against and the baseline of the benchmarks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgkd.errors import NoSparseRuleError
+from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
+from hgkd.sparse.layout import CellLayout
+from hgkd.sparse.packed import _side_of
+from hgkd.sparse.tensor import Rule, SparseTensor, function_rule, plain_torch
+
+
+class MaskedTensor(SparseTensor):
+    """All places, dense (B, C, H, W) or (B, H, W, C); values at hidden places mean nothing."""
+
+    rules: dict[Any, Rule] = {}  # noqa: RUF012 (a class variable by the base's declaration)
+
+    @classmethod
+    def pack(cls, dense: Tensor, cells: CellLayout) -> MaskedTensor:
+        mask = cells.mask(cells.cell // _side_of(dense, cells))
+        return cls.wrap(dense * mask.to(dense.dtype), cells)
+
+    def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:
+        if self.channel_dim != 1:
+            raise ValueError("to_dense needs channels-first order; permute(0, 3, 1, 2) first")
+        if isinstance(fill, Tensor):
+            fill = fill.to(self.dtype).view(1, -1, 1, 1)
+            return torch.where(self.place_mask, self.plain, fill)
+        return self.plain.masked_fill(~self.place_mask, fill)
+
+    @property
+    def stride(self) -> int:  # type: ignore[override]
+        with plain_torch():
+            return int(self.cells.image_size[0] // self.shape[self.spatial_dims[0]])
+
+    @property
+    def place_mask(self) -> Tensor:
+        """Visible places, bool (B, 1, H, W) or (B, H, W, 1)."""
+        mask = self.cells.mask(self.stride)
+        return mask if self.channel_dim == 1 else mask.permute(0, 2, 3, 1)
+
+    @property
+    def zeroed(self) -> Tensor:
+        """The values as an ordinary tensor with 0 at hidden places."""
+        values = self.plain
+        return values * self.place_mask.to(values.dtype)
+
+    def per_image(self, value: Tensor) -> Tensor:
+        """(B, ...) operands broadcast by themselves."""
+        if value.shape[0] != self.cells.batch:
+            raise ValueError(
+                f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
+            )
+        return value
+
+    def image_sum(self, values: Tensor) -> Tensor:
+        """Sum of (B, C, H, W) values over visible places: (B, C)."""
+        hidden = ~self.place_mask
+        return values.masked_fill(hidden, 0.0).sum(self.spatial_dims)
+
+    def image_max(self) -> Tensor:
+        """Maximum over visible places: (B, C)."""
+        return self.plain.masked_fill(~self.place_mask, float("-inf")).amax(self.spatial_dims)
+
+
+@function_rule("batch_norm", on=(MaskedTensor,))
+def _batch_norm(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+    if owner.channel_dim != 1:
+        raise NoSparseRuleError("batch_norm on a sparse feature map in channels-last order; permute first")
+    x = args[0] if args else kwargs.pop("input")
+    visible = x.place_mask[:, 0]
+    rows = x.plain.permute(0, 2, 3, 1)
+    with plain_torch():
+        normed = func(rows[visible], *args[1:], **kwargs)
+    out = torch.zeros_like(rows, dtype=normed.dtype)
+    out[visible] = normed
+    return x.like(out.permute(0, 3, 1, 2))
+
+
+@function_rule("conv2d", on=(MaskedTensor,))
+def _conv2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+    given = conv_arguments(args, kwargs)
+    x = given.pop("input")
+    _check(x, "conv2d", given["weight"].shape[2:], given)
+    return x.like(F.conv2d(x.zeroed, **given))
+
+
+@function_rule("max_pool2d", on=(MaskedTensor,))
+def _max_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+    given = max_pool_arguments(args, kwargs)
+    x = given.pop("input")
+    _check(x, "max_pool2d", given["kernel_size"], given)
+    given.pop("return_indices", None)
+    return x.like(F.max_pool2d(x.zeroed, **given))
+
+
+@function_rule("avg_pool2d", on=(MaskedTensor,))
+def _avg_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+    given = avg_pool_arguments(args, kwargs)
+    x = given.pop("input")
+    _check(x, "avg_pool2d", given["kernel_size"], given)
+    given.pop("dilation")
+    return x.like(F.avg_pool2d(x.zeroed, **given))
+
+
+def _check(x: MaskedTensor, what: str, kernel: Any, given: dict[str, Any]) -> None:
+    """The same refusals as the packed backend."""
+    if x.channel_dim != 1:
+        raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")
+    s = x.cells.side(x.stride)
+    size = (x.cells.grid[0] * s, x.cells.grid[1] * s)
+    window_geometry(
+        what, s, size, kernel, given["stride"], given["padding"], given["dilation"], given.get("ceil_mode", False)
+    )

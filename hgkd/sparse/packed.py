@@ -1,0 +1,153 @@
+"""Backend ``gather``: the visible cells as a batch of small tiles, (T, C, s, s) in channels_last memory.
+
+Pointwise convolutions, norms over the batch, activations and residuals are then ordinary dense operations on a fraction of
+the data; what reads neighbours goes through :mod:`hgkd.sparse.kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgkd.errors import NoSparseRuleError
+from hgkd.sparse import kernels
+from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
+from hgkd.sparse.layout import CellLayout
+from hgkd.sparse.tensor import Rule, SparseTensor, function_rule, plain_torch
+
+
+class PackedTensor(SparseTensor):
+    """Visible cells only: (T, C, s, s), or (T, s, s, C) while in channels-last order."""
+
+    rules: dict[Any, Rule] = {}  # noqa: RUF012 (a class variable by the base's declaration)
+
+    @classmethod
+    def pack(cls, dense: Tensor, cells: CellLayout) -> PackedTensor:
+        s = _side_of(dense, cells)
+        return cls.wrap(cells.gather_cells(dense, s), cells)
+
+    def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:
+        if self.channel_dim != 1:
+            raise ValueError("to_dense needs channels-first order; permute(0, 3, 1, 2) first")
+        return self.cells.scatter_cells(self.plain, fill)
+
+    @property
+    def side(self) -> int:
+        """Places along a cell's side."""
+        with plain_torch():
+            return int(self.shape[2])
+
+    @property
+    def stride(self) -> int:  # type: ignore[override]
+        return self.cells.cell // self.side
+
+    def per_image(self, value: Tensor) -> Tensor:
+        """Repeat (B, ...) for each visible cell of its image: (T, ...)."""
+        if value.shape[0] != self.cells.batch:
+            raise ValueError(
+                f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
+            )
+        return value.index_select(0, self.cells.image_of_cell)
+
+    def image_sum(self, values: Tensor) -> Tensor:
+        """Sum of (T, C, s, s) values over each image's visible places: (B, C), fp32 or wider."""
+        per_cell = values.sum(self.spatial_dims, dtype=torch.promote_types(values.dtype, torch.float32))
+        # one small matrix product instead of atomic additions: the same result on every run
+        image = torch.arange(self.cells.batch, device=values.device)
+        member = image[:, None] == self.cells.image_of_cell[None, :]
+        return (member.to(per_cell.dtype) @ per_cell).to(values.dtype)
+
+    def image_max(self) -> Tensor:
+        """Maximum over each image's visible places: (B, C)."""
+        per_cell = self.plain.amax(self.spatial_dims)
+        index = self.cells.image_of_cell[:, None].expand_as(per_cell)
+        out = per_cell.new_full((self.cells.batch, per_cell.shape[1]), float("-inf"))
+        return out.scatter_reduce(0, index, per_cell, "amax")
+
+
+def _side_of(dense: Tensor, cells: CellLayout) -> int:
+    """Places a cell side of a dense map (B, C, H, W); ValueError when it does not fit the layout."""
+    if dense.dim() != 4 or dense.shape[0] != cells.batch:
+        raise ValueError(f"expected ({cells.batch}, C, H, W) for {cells}, got {tuple(dense.shape)}")
+    (h, w), (height, width) = cells.grid, dense.shape[2:]
+    s = height // h
+    if s < 1 or cells.cell % s or (height, width) != (h * s, w * s):
+        raise ValueError(
+            f"a map of {height} x {width} places does not fit the {h} x {w} cells of {cells.cell} px; expected "
+            f"{cells.image_size[0]} x {cells.image_size[1]} divided by a stride"
+        )
+    return s
+
+
+@function_rule("batch_norm", on=(PackedTensor,))
+def _batch_norm(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
+    if owner.channel_dim != 1:
+        raise NoSparseRuleError("batch_norm on a sparse feature map in channels-last order; permute first")
+    # the tiles hold the visible places and nothing else, so the dense statistics are the sparse ones
+    with plain_torch():
+        return owner.like(func(*args, **kwargs))
+
+
+@function_rule("conv2d", on=(PackedTensor,))
+def _conv2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
+    given = conv_arguments(args, kwargs)
+    x, weight = given["input"], given["weight"]
+    geometry = _geometry("conv2d", x, weight.shape[2:], given)
+    if weight.shape[1] * given["groups"] != x.shape[1]:
+        raise ValueError(
+            f"conv2d: the weight expects {weight.shape[1] * given['groups']} channels, the feature map has {x.shape[1]}"
+        )
+    return x.like(kernels.convolve(x.plain, weight, given["bias"], given["groups"], geometry, x.cells))
+
+
+@function_rule("max_pool2d", on=(PackedTensor,))
+def _max_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
+    given = max_pool_arguments(args, kwargs)
+    x = given["input"]
+    geometry = _geometry("max_pool2d", x, given["kernel_size"], given)
+    tiles = x.plain
+    if geometry.pad != (0, 0) or geometry.kernel != geometry.stride or geometry.dilation != (1, 1):
+        # a hidden place counts as 0, as in the masked-dense network; a place outside the image as minus infinity
+        tiles = kernels.halo_tiles(tiles, geometry, x.cells, outside=float("-inf"))
+    return x.like(F.max_pool2d(tiles, geometry.kernel, geometry.stride, 0, geometry.dilation))
+
+
+@function_rule("avg_pool2d", on=(PackedTensor,))
+def _avg_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
+    given = avg_pool_arguments(args, kwargs)
+    x, divisor = given["input"], given["divisor_override"]
+    geometry = _geometry("avg_pool2d", x, given["kernel_size"], given)
+    if geometry.pad == (0, 0) and geometry.kernel == geometry.stride:
+        return x.like(F.avg_pool2d(x.plain, geometry.kernel, geometry.stride, divisor_override=divisor))
+    tiles = kernels.halo_tiles(x.plain, geometry, x.cells)
+    pooled = F.avg_pool2d(tiles, geometry.kernel, geometry.stride, divisor_override=divisor)
+    share = window_share(x.cells, geometry, given)
+    if share is not None:
+        pooled = pooled / x.cells.gather_cells(share.to(pooled.dtype).expand(x.cells.batch, -1, -1, -1), geometry.s_out)
+    return x.like(pooled)
+
+
+def _geometry(what: str, x: PackedTensor, kernel: Any, given: dict[str, Any]) -> kernels.ConvGeometry:
+    if x.channel_dim != 1:
+        raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")
+    s = x.side
+    size = (x.cells.grid[0] * s, x.cells.grid[1] * s)
+    return window_geometry(
+        what, s, size, kernel, given["stride"], given["padding"], given["dilation"], given.get("ceil_mode", False)
+    )
+
+
+def window_share(cells: CellLayout, geometry: kernels.ConvGeometry, given: dict[str, Any]) -> Tensor | None:
+    """Share of each pooling window that dense pooling counts, (1, 1, H', W'); None when it is 1 everywhere."""
+    if given["divisor_override"] is not None or (given["count_include_pad"] and not given["ceil_mode"]):
+        return None
+    height, width = cells.grid[0] * geometry.s_in, cells.grid[1] * geometry.s_in
+    ones = torch.ones(1, 1, height, width, device=cells.device)
+    padding, ceil, include = given["padding"], given["ceil_mode"], given["count_include_pad"]
+    mean = F.avg_pool2d(ones, geometry.kernel, geometry.stride, padding, ceil, include)
+    area = geometry.kernel[0] * geometry.kernel[1]
+    total = F.avg_pool2d(ones, geometry.kernel, geometry.stride, padding, ceil, True, divisor_override=area)
+    return total / mean

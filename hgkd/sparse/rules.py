@@ -1,0 +1,267 @@
+"""Rules that both kinds of sparse tensor share: elementwise functions, views of channels, statistics of an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgkd.errors import NoSparseRuleError
+from hgkd.sparse.masked import MaskedTensor
+from hgkd.sparse.packed import PackedTensor
+from hgkd.sparse.tensor import ELEMENTWISE, SparseTensor, function_rule, plain_torch
+
+BOTH = (PackedTensor, MaskedTensor)
+
+
+def _refuse(func: Any, why: str) -> NoSparseRuleError:
+    return NoSparseRuleError(f"{getattr(func, '__name__', func)} on a sparse feature map: {why}")
+
+
+def check_same_cells(func: Any, owner: SparseTensor, other: SparseTensor) -> None:
+    """Refuse to mix two masks, or two orders of dimensions, in one operation."""
+    if other.cells is not owner.cells:
+        raise ValueError(
+            f"{getattr(func, '__name__', func)} got sparse tensors of two different masks, {owner.cells} and "
+            f"{other.cells}; pack all inputs of a network with one CellLayout"
+        )
+    if other.channel_dim != owner.channel_dim:
+        raise _refuse(func, "one operand is in channels-first and the other in channels-last order; permute one")
+
+
+def operand(func: Any, owner: SparseTensor, value: Tensor) -> Tensor:
+    """A plain tensor as partner of ``owner`` in an elementwise function.
+
+    Allowed: one value; one value a channel; one value an image and channel, (B, C, 1, 1), which is repeated for each
+    visible cell of its image.
+    """
+    if value.numel() == 1:
+        return value
+    y_dim, x_dim = owner.spatial_dims
+    dims = value.dim()
+    sizes = (1,) * (4 - dims) + tuple(value.shape) if dims <= 4 else ()
+    if not sizes or sizes[y_dim] != 1 or sizes[x_dim] != 1:
+        raise _refuse(
+            func,
+            f"the other operand, of shape {tuple(value.shape)}, differs from place to place; pack it with the same "
+            "CellLayout first",
+        )
+    if sizes[0] == 1:
+        return value
+    return owner.per_image(value)
+
+
+@function_rule("expand_as", on=BOTH)
+def _expand_as(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Tensor:
+    value, target = args
+    if isinstance(value, SparseTensor):
+        return value
+    operand(func, target, value)  # raises when it could not be broadcast later
+    return value
+
+
+def _elementwise(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+    def convert(value: Any) -> Any:
+        if isinstance(value, SparseTensor):
+            check_same_cells(func, owner, value)
+        elif isinstance(value, Tensor):
+            return operand(func, owner, value)
+        return value
+
+    args = tuple(convert(a) for a in args)
+    kwargs = {k: convert(v) for k, v in kwargs.items()}
+    with plain_torch():
+        result = func(*args, **kwargs)
+    return owner.like(result) if isinstance(result, Tensor) else result
+
+
+for _kind in BOTH:
+    for _func in ELEMENTWISE:
+        _kind.rules.setdefault(_func, _elementwise)
+
+
+@function_rule("permute", on=BOTH)
+def _permute(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+    dims = kwargs.get("dims", args[1:])
+    dims = tuple(dims[0]) if len(dims) == 1 else tuple(dims)
+    order = tuple(d % 4 for d in dims)
+    moves = {(0, 1, 2, 3): {1: 1, 3: 3}, (0, 2, 3, 1): {1: 3}, (0, 3, 1, 2): {3: 1}}
+    channel_dim = moves.get(order, {}).get(owner.channel_dim)
+    if channel_dim is None:
+        raise _refuse(func, f"permute{dims} separates the places; only a move of the channel dimension is supported")
+    with plain_torch():
+        return owner.like(torch.permute(args[0], order), channel_dim)
+
+
+@function_rule("layer_norm", on=BOTH)
+def _layer_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    if owner.channel_dim != 3 or len(tuple(shape)) != 1:
+        raise _refuse(func, f"a layer norm over {tuple(shape)} spans places; only the channel dimension is supported")
+    with plain_torch():
+        return owner.like(func(*args, **kwargs))
+
+
+@function_rule("linear", on=BOTH)
+def _linear(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+    if owner.channel_dim != 3:
+        raise _refuse(func, "a linear layer acts on the last dimension, which holds places; permute to channels last")
+    with plain_torch():
+        return owner.like(func(*args, **kwargs))
+
+
+@function_rule("cat", "concat", "concatenate", on=BOTH)
+def _cat(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+    tensors = args[0] if args else kwargs["tensors"]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    if dim % 4 != owner.channel_dim:
+        raise _refuse(func, f"concatenation along dimension {dim}; only the channel dimension is supported")
+    for other in tensors:
+        if not isinstance(other, SparseTensor):
+            raise _refuse(func, "one of the tensors is dense; pack it with the same CellLayout first")
+        check_same_cells(func, owner, other)
+    with plain_torch():
+        return owner.like(torch.cat(tensors, dim))
+
+
+@function_rule("chunk", "split", "split_with_sizes", "tensor_split", on=BOTH)
+def _split(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> tuple[SparseTensor, ...]:
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    if dim % 4 != owner.channel_dim:
+        raise _refuse(func, f"a split along dimension {dim}; only the channel dimension is supported")
+    with plain_torch():
+        return tuple(owner.like(part) for part in func(*args, **kwargs))
+
+
+@function_rule("__getitem__", on=BOTH)
+def _getitem(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    keeps = [isinstance(i, slice) and i == slice(None) for i in index]
+    channels = [d for d, keep in enumerate(keeps) if not keep]
+    if Ellipsis in index or channels not in ([], [owner.channel_dim]) or not all(isinstance(i, slice) for i in index):
+        raise _refuse(func, f"index {args[1]} selects places or images; only a slice of channels is supported")
+    with plain_torch():
+        return owner.like(func(*args, **kwargs))
+
+
+# --- statistics over an image's visible places --------------------------------------------------------------------------
+
+
+def _dims(owner: SparseTensor, args: Any, kwargs: Any) -> tuple[int, ...] | None:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+    if dim is None:
+        return None
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    return tuple(sorted(d % 4 for d in dims))
+
+
+def _keepdim(position: int, args: Any, kwargs: Any) -> bool:
+    return bool(args[position] if len(args) > position else kwargs.get("keepdim", False))
+
+
+def _over_image(func: Any, owner: SparseTensor, dims: tuple[int, ...] | None, keepdim: bool, values: Tensor) -> Tensor:
+    """(B, C) statistics in the shape that the dense function would give."""
+    if not keepdim:
+        return values
+    y_dim, x_dim = owner.spatial_dims
+    return values.unsqueeze(min(y_dim, x_dim)).unsqueeze(max(y_dim, x_dim))
+
+
+def _reduce(func: Any, owner: SparseTensor, args: Any, kwargs: Any, position: int, image: Any) -> Any:
+    dims = _dims(owner, args, kwargs)
+    keepdim = _keepdim(position, args, kwargs)
+    if dims == owner.spatial_dims:
+        return _over_image(func, owner, dims, keepdim, image())
+    if dims == (owner.channel_dim,) and keepdim:
+        with plain_torch():
+            return owner.like(func(*args, **kwargs))
+    raise _refuse(
+        func,
+        f"a reduction over dimensions {dims}; supported are the two dimensions of places ({owner.spatial_dims}, gives one "
+        f"value an image and channel) and the channel dimension with keepdim=True",
+    )
+
+
+@function_rule("mean", on=BOTH)
+def _mean(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+    return _reduce(func, owner, args, kwargs, 2, lambda: image_mean(owner))
+
+
+@function_rule("sum", on=BOTH)
+def _sum(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+    return _reduce(func, owner, args, kwargs, 2, lambda: owner.image_sum(owner.plain))
+
+
+@function_rule("amax", on=BOTH)
+def _amax(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+    return _reduce(func, owner, args, kwargs, 2, owner.image_max)
+
+
+@function_rule("norm", on=BOTH)
+def _norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+    power = args[1] if len(args) > 1 else kwargs.get("p", 2)
+    if power != 2:
+        raise _refuse(func, f"the norm with p={power}; only p=2 is supported")
+    rest = {"dim": args[2] if len(args) > 2 else kwargs.get("dim")}
+    rest["keepdim"] = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
+    return _reduce(func, owner, (owner,), rest, 2, lambda: owner.image_sum(owner.plain.square()).sqrt())
+
+
+@function_rule("adaptive_avg_pool2d", on=BOTH)
+def _global_average(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Tensor:
+    _check_global(func, owner, args, kwargs)
+    return image_mean(owner)[:, :, None, None]
+
+
+@function_rule("adaptive_max_pool2d", on=BOTH)
+def _global_maximum(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Tensor:
+    _check_global(func, owner, args, kwargs)
+    return owner.image_max()[:, :, None, None]
+
+
+def _check_global(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> None:
+    size = args[1] if len(args) > 1 else kwargs["output_size"]
+    if owner.channel_dim != 1 or size not in (1, (1, 1), [1, 1]):
+        raise _refuse(func, f"output size {size}; only global pooling (1) is defined over visible places")
+
+
+def image_mean(x: SparseTensor) -> Tensor:
+    """Mean over each image's visible places, (B, C)."""
+    s = x.cells.side(x.stride)
+    places = (x.cells.cells_per_image * (s * s)).unsqueeze(1)
+    total = x.image_sum(x.plain)
+    return total / places.to(total.dtype)
+
+
+@function_rule("group_norm", on=BOTH)
+def _group_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+    names = ("input", "num_groups", "weight", "bias", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    groups, eps = given["num_groups"], given.get("eps", 1e-5)
+
+    def per_group(mean: Tensor) -> Tensor:
+        batch, channels = mean.shape
+        return mean.view(batch, groups, -1).mean(2).repeat_interleave(channels // groups, 1)[:, :, None, None]
+
+    centred = owner - per_group(image_mean(owner))
+    out = centred * (per_group(image_mean(centred * centred)) + eps).rsqrt()
+    if given.get("weight") is not None:
+        out = out * given["weight"].view(1, -1, 1, 1)
+    if given.get("bias") is not None:
+        out = out + given["bias"].view(1, -1, 1, 1)
+    return out
+
+
+@function_rule("interpolate", on=BOTH)
+def _interpolate(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+    names = ("input", "size", "scale_factor", "mode")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    scale = given.get("scale_factor")
+    scales = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
+    whole = scale is not None and scales[0] == scales[1] and float(scales[0]).is_integer()
+    if given.get("mode", "nearest") != "nearest" or not whole or given.get("size") is not None:
+        raise _refuse(func, "only mode='nearest' with one whole scale_factor keeps to the visible cells")
+    with plain_torch():
+        return owner.like(F.interpolate(owner, scale_factor=int(scales[0]), mode="nearest"))
