@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, cast
 
 import timm.layers
@@ -127,11 +127,11 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
 def _rule_of(layer_type: type[nn.Module]) -> LayerRule | None:
     for base in layer_type.__mro__:
         if base in LAYER_RULES and layer_type.forward is base.forward:
-            return LAYER_RULES[cast("type[nn.Module]", base)]
+            return LAYER_RULES[base]
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _twin_type(layer_type: type[nn.Module], rule: LayerRule) -> type[nn.Module]:
     def forward(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, SparseTensor):
@@ -141,7 +141,7 @@ def _twin_type(layer_type: type[nn.Module], rule: LayerRule) -> type[nn.Module]:
     return type("Sparse" + layer_type.__name__, (layer_type,), {"forward": forward, "__doc__": layer_type.__doc__})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _root_type(module_type: type[nn.Module]) -> type[nn.Module]:
     return type("Sparse" + module_type.__name__, (SparseModule, module_type), {"__doc__": module_type.__doc__})
 
@@ -158,7 +158,18 @@ def drop_path(layer: Any, x: SparseTensor) -> SparseTensor:
     kept = torch.empty(x.cells.batch, 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
     if keep > 0.0 and layer.scale_by_keep:
         kept = kept / keep
-    return x * kept
+    return cast(SparseTensor, x * kept)
+
+
+@layer_rule(timm.layers.EcaModule)
+def efficient_channel_attention(layer: Any, x: SparseTensor) -> SparseTensor:
+    """ECA (arXiv 1910.03151): a 1-D convolution over channels of the image's mean, which is over visible places here."""
+    mean = x.mean((2, 3))
+    gate = layer.conv(mean.unsqueeze(1))
+    if layer.conv2 is not None:
+        gate = layer.conv2(layer.act(gate))
+    gate = gate.squeeze(1)
+    return cast(SparseTensor, x * layer.gate(gate)[:, :, None, None])
 
 
 @layer_rule(nn.SyncBatchNorm)

@@ -75,6 +75,8 @@ def window_geometry(
     for axis in (0, 1):
         room = size[axis] + above_and_below[axis] - dilation[axis] * (kernel[axis] - 1) - 1
         made = (-(-room // stride[axis]) if ceil_mode else room // stride[axis]) + 1
+        if ceil_mode and (made - 1) * stride[axis] >= size[axis] + pad[axis]:
+            made -= 1  # torch drops a last window that would start beyond the image
         if made != size[axis] // stride[axis]:
             raise ValueError(
                 f"{what} with kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation} makes {made} places "
@@ -82,5 +84,3 @@ def window_geometry(
                 "aligned with the mask cells (usual remedy: padding = dilation * (kernel - 1) / 2)"
             )
     return ConvGeometry(s_in, kernel, stride, pad, dilation)
-
-

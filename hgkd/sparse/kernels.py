@@ -172,9 +172,7 @@ class _GatherConvolution(torch.autograd.Function):
 
 def _forward_index(geometry: ConvGeometry, layout: CellLayout) -> Tensor:
     """(T*s_out*s_out, kh*kw) input rows of each output row."""
-    return layout.neighbours(
-        geometry.s_in, geometry.s_out, geometry.stride[0], geometry.offsets(0), geometry.offsets(1)
-    )
+    return layout.neighbours(geometry.s_in, geometry.s_out, geometry.stride[0], geometry.offsets(0), geometry.offsets(1))
 
 
 def _weight_gradient(rows: Tensor, grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:

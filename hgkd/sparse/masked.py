@@ -6,7 +6,7 @@ against and the baseline of the benchmarks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,14 @@ from hgkd.sparse.tensor import Rule, SparseTensor, function_rule, plain_torch
 class MaskedTensor(SparseTensor):
     """All places, dense (B, C, H, W) or (B, H, W, C); values at hidden places mean nothing."""
 
-    rules: dict[Any, Rule] = {}  # noqa: RUF012 (a class variable by the base's declaration)
+    rules: ClassVar[dict[Any, Rule]] = {}
 
     @classmethod
     def pack(cls, dense: Tensor, cells: CellLayout) -> MaskedTensor:
         mask = cells.mask(cells.cell // _side_of(dense, cells))
         return cls.wrap(dense * mask.to(dense.dtype), cells)
 
-    def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:
+    def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:  # type: ignore[override]
         if self.channel_dim != 1:
             raise ValueError("to_dense needs channels-first order; permute(0, 3, 1, 2) first")
         if isinstance(fill, Tensor):
@@ -57,9 +57,7 @@ class MaskedTensor(SparseTensor):
     def per_image(self, value: Tensor) -> Tensor:
         """(B, ...) operands broadcast by themselves."""
         if value.shape[0] != self.cells.batch:
-            raise ValueError(
-                f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
-            )
+            raise ValueError(f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images")
         return value
 
     def image_sum(self, values: Tensor) -> Tensor:
@@ -118,6 +116,4 @@ def _check(x: MaskedTensor, what: str, kernel: Any, given: dict[str, Any]) -> No
         raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")
     s = x.cells.side(x.stride)
     size = (x.cells.grid[0] * s, x.cells.grid[1] * s)
-    window_geometry(
-        what, s, size, kernel, given["stride"], given["padding"], given["dilation"], given.get("ceil_mode", False)
-    )
+    window_geometry(what, s, size, kernel, given["stride"], given["padding"], given["dilation"], given.get("ceil_mode", False))

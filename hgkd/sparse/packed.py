@@ -6,7 +6,7 @@ the data; what reads neighbours goes through :mod:`hgkd.sparse.kernels`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,14 @@ from hgkd.sparse.tensor import Rule, SparseTensor, function_rule, plain_torch
 class PackedTensor(SparseTensor):
     """Visible cells only: (T, C, s, s), or (T, s, s, C) while in channels-last order."""
 
-    rules: dict[Any, Rule] = {}  # noqa: RUF012 (a class variable by the base's declaration)
+    rules: ClassVar[dict[Any, Rule]] = {}
 
     @classmethod
     def pack(cls, dense: Tensor, cells: CellLayout) -> PackedTensor:
         s = _side_of(dense, cells)
         return cls.wrap(cells.gather_cells(dense, s), cells)
 
-    def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:
+    def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:  # type: ignore[override]
         if self.channel_dim != 1:
             raise ValueError("to_dense needs channels-first order; permute(0, 3, 1, 2) first")
         return self.cells.scatter_cells(self.plain, fill)
@@ -47,9 +47,7 @@ class PackedTensor(SparseTensor):
     def per_image(self, value: Tensor) -> Tensor:
         """Repeat (B, ...) for each visible cell of its image: (T, ...)."""
         if value.shape[0] != self.cells.batch:
-            raise ValueError(
-                f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
-            )
+            raise ValueError(f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images")
         return value.index_select(0, self.cells.image_of_cell)
 
     def image_sum(self, values: Tensor) -> Tensor:
@@ -124,9 +122,9 @@ def _avg_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
         return x.like(F.avg_pool2d(x.plain, geometry.kernel, geometry.stride, divisor_override=divisor))
     tiles = kernels.halo_tiles(x.plain, geometry, x.cells)
     pooled = F.avg_pool2d(tiles, geometry.kernel, geometry.stride, divisor_override=divisor)
-    share = window_share(x.cells, geometry, given)
+    share = window_share(x.cells, geometry, given, pooled.dtype)
     if share is not None:
-        pooled = pooled / x.cells.gather_cells(share.to(pooled.dtype).expand(x.cells.batch, -1, -1, -1), geometry.s_out)
+        pooled = pooled / x.cells.gather_cells(share.expand(x.cells.batch, -1, -1, -1), geometry.s_out)
     return x.like(pooled)
 
 
@@ -140,12 +138,12 @@ def _geometry(what: str, x: PackedTensor, kernel: Any, given: dict[str, Any]) ->
     )
 
 
-def window_share(cells: CellLayout, geometry: kernels.ConvGeometry, given: dict[str, Any]) -> Tensor | None:
+def window_share(cells: CellLayout, geometry: kernels.ConvGeometry, given: dict[str, Any], dtype: torch.dtype) -> Tensor | None:
     """Share of each pooling window that dense pooling counts, (1, 1, H', W'); None when it is 1 everywhere."""
     if given["divisor_override"] is not None or (given["count_include_pad"] and not given["ceil_mode"]):
         return None
     height, width = cells.grid[0] * geometry.s_in, cells.grid[1] * geometry.s_in
-    ones = torch.ones(1, 1, height, width, device=cells.device)
+    ones = torch.ones(1, 1, height, width, dtype=dtype, device=cells.device)
     padding, ceil, include = given["padding"], given["ceil_mode"], given["count_include_pad"]
     mean = F.avg_pool2d(ones, geometry.kernel, geometry.stride, padding, ceil, include)
     area = geometry.kernel[0] * geometry.kernel[1]

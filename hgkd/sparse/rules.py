@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -246,7 +246,7 @@ def _group_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Spars
         return mean.view(batch, groups, -1).mean(2).repeat_interleave(channels // groups, 1)[:, :, None, None]
 
     centred = owner - per_group(image_mean(owner))
-    out = centred * (per_group(image_mean(centred * centred)) + eps).rsqrt()
+    out = centred * (per_group(image_mean(cast(SparseTensor, centred * centred))) + eps).rsqrt()
     if given.get("weight") is not None:
         out = out * given["weight"].view(1, -1, 1, 1)
     if given.get("bias") is not None:

@@ -48,13 +48,25 @@ class SparseTensor(Tensor):
         """
         raise NotImplementedError
 
-    def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:
+    def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:  # type: ignore[override]
         """Dense (B, C, H, W) with ``fill`` (number or (C,)) at hidden places; differentiable in both."""
         raise NotImplementedError
 
     @property
     def stride(self) -> int:  # type: ignore[override]
         """Image pixels per place."""
+        raise NotImplementedError
+
+    def per_image(self, value: Tensor) -> Tensor:
+        """A tensor (B, ...) with one entry an image, as partner in an elementwise function."""
+        raise NotImplementedError
+
+    def image_sum(self, values: Tensor) -> Tensor:
+        """Sum of plain values, stored as this tensor's are, over each image's visible places: (B, C)."""
+        raise NotImplementedError
+
+    def image_max(self) -> Tensor:
+        """Maximum over each image's visible places: (B, C)."""
         raise NotImplementedError
 
     @classmethod

@@ -1,0 +1,326 @@
+"""Single operations: random geometry against masked-dense compute, gradients by finite differences, refusals by message."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hgkd.errors import NoSparseRuleError
+from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, layer_rule, sparsify
+from hgkd.sparse.kernels import choose_kernel, convolve
+from hgkd.sparse.packed import _geometry
+
+
+def random_layout(seed: int, batch: int, h: int, w: int, cell: int, share: float) -> CellLayout:
+    generator = torch.Generator().manual_seed(seed)
+    visible = torch.rand(batch, h, w, generator=generator) < share
+    visible[:, -1, 0] = True
+    return CellLayout(visible, cell)
+
+
+def compare(function, layout: CellLayout, x: Tensor, parameters: list[Tensor], tolerance: float) -> None:
+    """Value and gradients of ``function(sparse, *parameters)`` in both backends."""
+    results = []
+    for kind in (PackedTensor, MaskedTensor):
+        leaf = x.clone().requires_grad_()
+        weights = [p.clone().requires_grad_() for p in parameters]
+        out = function(kind.pack(leaf, layout), *weights).to_dense()
+        probe = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
+        grads = torch.autograd.grad((out * probe).sum(), [leaf, *weights])
+        results.append([out, *grads])
+    for found, expected in zip(*results, strict=True):
+        scale = expected.abs().max().clamp_min(1.0)
+        assert ((found - expected).abs().max() / scale).item() < tolerance
+
+
+GRIDS = {
+    "batch": st.integers(1, 3),
+    "h": st.integers(1, 4),
+    "w": st.integers(1, 4),
+    "share": st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+    "seed": st.integers(0, 10_000),
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    **GRIDS,
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.integers(1, 4),
+    dilation=st.integers(1, 3),
+    groups=st.sampled_from([1, 1, 3, "depthwise"]),
+    channels=st.sampled_from([3, 9, 18]),
+    factor=st.integers(1, 3),
+    double=st.booleans(),
+    bias=st.booleans(),
+    shift=st.integers(0, 1),
+)
+def test_convolution(batch, h, w, share, seed, kernel, stride, dilation, groups, channels, factor, double, bias, shift):
+    s_in = stride * factor
+    reach = [dilation * (k - 1) for k in kernel]
+    # of all paddings, those that keep the output on the grid
+    padding = tuple(r // 2 + (shift if stride > 2 else 0) for r in reach)
+    for size, r, p in zip((h * s_in, w * s_in), reach, padding, strict=True):
+        assume((size + 2 * p - r - 1) // stride + 1 == size // stride)
+    layout = random_layout(seed, batch, h, w, s_in, share)
+    dtype = torch.float64 if double else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, channels, h * s_in, w * s_in, generator=generator, dtype=dtype)
+    groups = channels if groups == "depthwise" else groups
+    out_channels = 2 * channels
+    weight = torch.randn(out_channels, channels // groups, *kernel, generator=generator, dtype=dtype)
+    parameters = [weight] + ([torch.randn(out_channels, generator=generator, dtype=dtype)] if bias else [])
+
+    def conv(x, weight, bias=None):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    compare(conv, layout, x, parameters, 1e-9 if double else 1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(**GRIDS, kernel=st.sampled_from([2, 3, 4, 5]), dilation=st.integers(1, 3), factor=st.integers(1, 3))
+def test_convolution_with_same_padding(batch, h, w, share, seed, kernel, dilation, factor):
+    layout = random_layout(seed, batch, h, w, factor, share)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 4, h * factor, w * factor, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 4, kernel, kernel, generator=generator, dtype=torch.float64)
+    compare(lambda x, w: F.conv2d(x, w, padding="same", dilation=dilation), layout, x, [weight], 1e-9)
+
+
+@pytest.mark.parametrize("kernel_name", ["im2col", "halo"])
+@settings(max_examples=25, deadline=None)
+@given(**GRIDS, kernel=st.sampled_from([1, 2, 3, 5, 7]), stride=st.integers(1, 3), factor=st.integers(1, 3))
+def test_every_kernel_on_every_shape(kernel_name, batch, h, w, share, seed, kernel, stride, factor):
+    """The choice of kernel is about speed only."""
+    s_in = stride * factor
+    padding = (kernel - 1) // 2
+    assume((h * s_in + 2 * padding - kernel) // stride + 1 == h * factor)
+    assume((w * s_in + 2 * padding - kernel) // stride + 1 == w * factor)
+    layout = random_layout(seed, batch, h, w, s_in, share)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 3, h * s_in, w * s_in, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 3, kernel, kernel, generator=generator, dtype=torch.float64)
+
+    def conv(x, weight):
+        if isinstance(x, MaskedTensor):
+            return F.conv2d(x, weight, stride=stride, padding=padding)
+        given = {"stride": stride, "padding": padding, "dilation": 1}
+        geometry = _geometry("conv2d", x, (kernel, kernel), given)
+        return x.like(convolve(x.plain, weight, None, 1, geometry, x.cells, kernel_name))
+
+    compare(conv, layout, x, [weight], 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(**GRIDS, kernel=st.integers(1, 5), stride=st.integers(1, 3), factor=st.integers(1, 3), average=st.booleans(),
+       ceil=st.booleans(), include=st.booleans())  # fmt: skip
+def test_pooling(batch, h, w, share, seed, kernel, stride, factor, average, ceil, include):
+    s_in = stride * factor
+    padding = min(max(0, (kernel - stride + 1) // 2), kernel // 2)
+    x = torch.randn(batch, 3, h * s_in, w * s_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    try:
+        probe = F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil)
+    except RuntimeError:
+        assume(False)
+    assume(probe.shape[2:] == (h * factor, w * factor))
+    layout = random_layout(seed, batch, h, w, s_in, share)
+
+    def pool(x):
+        if average:
+            return F.avg_pool2d(x, kernel, stride, padding, ceil, include)
+        return F.max_pool2d(x, kernel, stride, padding, 1, ceil)
+
+    compare(pool, layout, x, [], 1e-9)
+
+
+@pytest.mark.parametrize("kind", [PackedTensor, MaskedTensor])
+def test_max_pool_counts_hidden_places_as_zero_and_the_border_as_nothing(kind) -> None:
+    """Hand-computed: all values -1; a window that touches a hidden place gives 0, one at the image's border -1."""
+    visible = torch.tensor([[[True, False]]])
+    layout = CellLayout(visible, 2)
+    out = F.max_pool2d(kind.pack(torch.full((1, 1, 2, 4), -1.0), layout), 3, 1, 1).to_dense(fill=7.0)
+    assert out[0, 0].tolist() == [[-1.0, 0.0, 7.0, 7.0], [-1.0, 0.0, 7.0, 7.0]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(**GRIDS, factor=st.integers(1, 3), training=st.booleans())
+def test_norms_and_image_statistics(batch, h, w, share, seed, factor, training):
+    layout = random_layout(seed, batch, h, w, factor, share)
+    assume(layout.num_cells * factor * factor > 1)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 6, h * factor, w * factor, generator=generator, dtype=torch.float64)
+    scale, shift = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def batch_norm(x, scale, shift):
+        mean, var = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+        return F.batch_norm(x, mean, var, scale, shift, training)
+
+    compare(batch_norm, layout, x, [scale, shift], 1e-7)
+    compare(lambda x, a, b: F.group_norm(x, 3, a, b, 1e-2), layout, x, [scale, shift], 1e-7)
+    compare(lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), layout, x, [], 1e-9)
+    compare(lambda x: x + F.adaptive_avg_pool2d(x, 1), layout, x, [], 1e-9)
+    compare(lambda x: x - x.amax((2, 3), keepdim=True), layout, x, [], 1e-9)
+    compare(lambda x: x / (1 + x.norm(p=2, dim=(2, 3), keepdim=True)), layout, x, [], 1e-7)
+
+
+def test_image_mean_by_hand() -> None:
+    """One of two cells visible: only its four values count."""
+    x = torch.arange(8.0).view(1, 1, 2, 4)
+    layout = CellLayout(torch.tensor([[[False, True]]]), 2)
+    for kind in (PackedTensor, MaskedTensor):
+        assert kind.pack(x, layout).mean((2, 3)).tolist() == [[(2 + 3 + 6 + 7) / 4]]
+
+
+def test_group_norm_is_torchs_when_everything_is_visible() -> None:
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    layout = CellLayout(torch.ones(2, 2, 2, dtype=torch.bool), 2)
+    assert torch.allclose(F.group_norm(PackedTensor.pack(x, layout), 3).to_dense(), F.group_norm(x, 3), atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    layout = random_layout(0, 2, 2, 3, 4, 0.5)
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64, requires_grad=True)
+    dense = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    depthwise = torch.randn(3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def network(x, dense, depthwise, fill):
+        packed = PackedTensor.pack(x, layout)
+        geometry = _geometry("conv2d", packed, (3, 3), {"stride": 2, "padding": 1, "dilation": 1})
+        packed = packed.like(convolve(packed.plain, depthwise, None, 3, geometry, layout))
+        geometry = _geometry("conv2d", packed, (3, 3), {"stride": 1, "padding": 1, "dilation": 1})
+        packed = packed.like(convolve(packed.plain, dense, None, 1, geometry, layout, "im2col"))
+        return packed.to_dense(fill)
+
+    fill = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(network, (x, dense, depthwise, fill))
+
+
+def test_pack_and_back() -> None:
+    layout = random_layout(3, 3, 2, 4, 6, 0.4)
+    x = torch.randn(3, 5, 12, 24)
+    packed = PackedTensor.pack(x, layout)
+    assert packed.shape == (layout.num_cells, 5, 6, 6)
+    assert packed.is_contiguous(memory_format=torch.channels_last)
+    mask = layout.mask(1)
+    assert torch.equal(packed.to_dense(), x * mask)
+    token = torch.arange(5.0)
+    assert torch.equal(packed.to_dense(fill=token), torch.where(mask, x, token.view(1, 5, 1, 1)))
+    assert packed.stride == 1
+    assert F.max_pool2d(packed, 3).stride == 3
+
+
+def test_kernel_choice() -> None:
+    packed = PackedTensor.pack(torch.randn(1, 32, 8, 8), random_layout(0, 1, 2, 2, 4, 1.0))
+    pointwise = _geometry("c", packed, (1, 1), {"stride": 1, "padding": 0, "dilation": 1})
+    spatial = _geometry("c", packed, (3, 3), {"stride": 1, "padding": 1, "dilation": 1})
+    assert choose_kernel(torch.empty(8, 32, 1, 1), 1, pointwise) == "matmul"
+    assert choose_kernel(torch.empty(8, 32, 3, 3), 1, spatial) == "im2col"
+    assert choose_kernel(torch.empty(8, 3, 3, 3), 1, spatial) == "halo"
+    assert choose_kernel(torch.empty(32, 1, 3, 3), 32, spatial) == "halo"
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def packed(channels: int = 4) -> PackedTensor:
+    return PackedTensor.pack(torch.randn(2, channels, 8, 8), CellLayout(torch.ones(2, 2, 2, dtype=torch.bool), 4))
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda x: torch.fft.fft2(x), "fft_fft2 has no sparse rule"),
+        (lambda x: x.flatten(1), "flatten has no sparse rule"),
+        (lambda x: x.sum(), "reduction over dimensions None"),
+        (lambda x: x.mean(2), r"reduction over dimensions \(2,\)"),
+        (lambda x: x[:1], "selects places or images"),
+        (lambda x: x.permute(1, 0, 2, 3), "separates the places"),
+        (lambda x: x + torch.randn(2, 4, 8, 8), "differs from place to place"),
+        (lambda x: F.layer_norm(x, (4, 4, 4)), "spans places"),
+        (lambda x: F.linear(x, torch.randn(4, 4)), "permute to channels last"),
+        (lambda x: torch.cat([x, x], 0), "only the channel dimension"),
+        (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), "mode='nearest'"),
+    ],
+)
+def test_operations_that_would_be_wrong_are_refused(operation, message: str) -> None:
+    with pytest.raises(NoSparseRuleError, match=message):
+        operation(packed())
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda x: F.conv2d(x, torch.randn(4, 4, 3, 3)), "makes 6 places of 8"),
+        (lambda x: F.conv2d(x, torch.randn(4, 3, 1, 1)), "expects 3 channels, the feature map has 4"),
+        (lambda x: F.max_pool2d(x, 8, 8), "cells must be a multiple of the network's total stride"),
+        (lambda x: x + packed(), "two different masks"),
+        (lambda x: x * torch.randn(3, 4, 1, 1), "does not fit a batch of 2 images"),
+    ],
+)
+def test_geometry_and_masks_that_do_not_fit(operation, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        operation(packed())
+
+
+@pytest.mark.parametrize(
+    ("visible", "cell", "error", "message"),
+    [
+        (torch.ones(1, 2, 2), 4, TypeError, "bool tensor with True = visible"),
+        (torch.ones(2, 2, dtype=torch.bool), 4, ValueError, r"shape \(B, h, w\)"),
+        (torch.ones(1, 2, 2, dtype=torch.bool), 0, ValueError, "positive number of pixels"),
+        (torch.zeros(2, 2, 2, dtype=torch.bool), 4, ValueError, r"images \[0, 1\] of the batch have no visible cell"),
+    ],
+)
+def test_layouts_that_make_no_sense(visible, cell, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        CellLayout(visible, cell)
+
+
+def test_pack_refuses_an_image_of_another_size() -> None:
+    with pytest.raises(ValueError, match="does not fit the 2 x 2 cells of 4 px"):
+        PackedTensor.pack(torch.randn(1, 3, 9, 8), CellLayout(torch.ones(1, 2, 2, dtype=torch.bool), 4))
+
+
+class Flattening(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2)
+
+
+def test_a_layer_without_rule_is_named() -> None:
+    net = sparsify(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Flattening())), 4)
+    with pytest.raises(NoSparseRuleError, match=r"called by layer 1\.0: Flattening"):
+        net(torch.randn(1, 3, 8, 8), visible=torch.ones(1, 2, 2, dtype=torch.bool))
+    with pytest.raises(NoSparseRuleError, match=r"layer '0' \(ConvTranspose2d\)"):
+        sparsify(nn.Sequential(nn.ConvTranspose2d(3, 4, 2, 2)), 4)
+
+
+def test_users_add_rules() -> None:
+    class Gate(nn.Module):
+        """Multiplies by the sigmoid of each image's mean: written for dense maps, with a view."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.mean((2, 3)).view(x.shape[0], -1, 1, 1).sigmoid()
+
+    @layer_rule(Gate)
+    def gate(layer, x):
+        return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+    net = sparsify(nn.Sequential(Gate()), 4)
+    x = torch.randn(2, 3, 8, 8)
+    out = net(x, visible=torch.ones(2, 2, 2, dtype=torch.bool)).to_dense()
+    assert torch.allclose(out, Gate()(x), atol=1e-6)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="unknown sparse backend 'minkowski'; known: gather, masked"):
+        sparsify(nn.Conv2d(3, 4, 1), 4, "minkowski")
+
+
+def test_layers_outside_a_network_keep_the_mask() -> None:
+    """No module remembers a mask: the same layer serves sparse and dense calls in turn."""
+    layer = nn.BatchNorm2d(4).train()
+    x = packed()
+    assert layer(x).cells is x.cells
+    assert type(layer(torch.randn(2, 4, 8, 8))) is Tensor

@@ -1,0 +1,208 @@
+"""Whole networks: every backend against masked-dense compute, and the promises that a user relies on."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hgkd.sparse import CellLayout, sparsify
+
+# the smallest member, or a small one, of each family that is promised to work
+FAMILIES = [
+    "resnet18",
+    "resnet26",
+    "resnet18d",
+    "resnext26ts",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "seresnet18",
+    "ecaresnet26t",
+    "convnext_atto",
+    "convnext_atto_ols",
+    "convnextv2_atto",
+    "test_resnet",
+    "test_convnext",
+]
+SIZE, GRID = (64, 96), (2, 3)
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(1)
+    model = timm.create_model(name, num_classes=0, global_pool="").double()
+    for module in model.modules():  # a fresh network's residual branches and biases are 0 and would hide errors
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("gamma"):  # layer scale starts at 1e-6
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def images(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def uneven_mask() -> Tensor:
+    """Three images with 1, 3 and 6 of 6 cells visible."""
+    visible = torch.zeros(3, *GRID, dtype=torch.bool)
+    visible[0, 1, 1] = True
+    visible[1, 0, 0] = visible[1, 0, 1] = visible[1, 1, 2] = True
+    visible[2] = True
+    return visible
+
+
+def run(model: nn.Module, backend: str, x: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and buffers of one forward and backward."""
+    net = sparsify(model, 32, backend)
+    x = x.clone().requires_grad_()
+    out = net(x, visible=visible).to_dense()
+    weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3))
+    (out * weights).sum().backward()
+    found = {"output": out.detach(), "images.grad": x.grad}
+    found |= {f"{n}.grad": p.grad for n, p in net.named_parameters()}
+    found |= {n: b.clone().double() for n, b in net.named_buffers()}
+    return found
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    scale = b.abs().max().clamp_min(1e-12)
+    return float((a - b).abs().max() / scale)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_masked_dense(name: str, training: bool) -> None:
+    model = build(name).train(training)
+    reference = run(model, "masked", images(), uneven_mask())
+    found = run(model, "gather", images(), uneven_mask())
+    assert found.keys() == reference.keys()
+    for key, value in reference.items():
+        assert value is not None, f"{key} got no gradient from the reference"
+        assert difference(found[key], value) < 1e-9, key
+
+
+@pytest.mark.parametrize("backend", ["gather", "masked"])
+@pytest.mark.parametrize("name", ["resnet18d", "resnext26ts", "convnextv2_atto", "ecaresnet26t"])
+def test_everything_visible_is_the_dense_network(name: str, backend: str) -> None:
+    model = build(name).train()
+    net = sparsify(model, 32, backend)
+    x = images()
+    out = net(x, visible=torch.ones(3, *GRID, dtype=torch.bool)).to_dense()
+    expected = model(x)
+    assert difference(out, expected) < 1e-10
+    assert difference(net(x), model(x)) == 0.0, "without a mask it is the dense network"
+    for (key, a), b in zip(net.state_dict().items(), model.state_dict().values(), strict=True):
+        assert difference(a.double(), b.double()) < 1e-10, key
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_hidden_pixels_do_not_matter(name: str) -> None:
+    net = sparsify(build(name).eval(), 32)
+    visible, x = uneven_mask(), images()
+    hidden = ~CellLayout(visible, 32).mask(1)
+    changed = torch.where(hidden, torch.full_like(x, 1e3), x)
+    assert torch.equal(net(x, visible=visible).to_dense(), net(changed, visible=visible).to_dense())
+
+
+def test_hidden_pixels_get_no_gradient() -> None:
+    net = sparsify(build("resnet18").train(), 32)
+    x = images().requires_grad_()
+    net(x, visible=uneven_mask()).to_dense().square().sum().backward()
+    hidden = (~CellLayout(uneven_mask(), 32).mask(1)).expand_as(x)
+    assert not x.grad[hidden].any()
+    assert x.grad[~hidden].any()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "seresnet18", "convnextv2_atto"])
+def test_batch_equals_its_images_one_by_one(name: str) -> None:
+    net = sparsify(build(name).eval(), 32)
+    x, visible = images(), uneven_mask()
+    together = net(x, visible=visible).to_dense()
+    for i in range(3):
+        alone = net(x[i : i + 1], visible=visible[i : i + 1]).to_dense()
+        assert difference(together[i : i + 1], alone) < 1e-10
+
+
+def test_two_networks_with_two_masks_interleaved() -> None:
+    first, second = (sparsify(build(n).train(), 32) for n in ("test_resnet", "test_convnext"))
+    x, mask_a, mask_b = images(), uneven_mask(), uneven_mask().flip(0)
+    expected = []
+    for net, mask in ((first, mask_a), (second, mask_b)):
+        net.zero_grad()
+        net(x, visible=mask).to_dense().square().sum().backward()
+        expected.append([p.grad.clone() for p in net.parameters()])
+        net.zero_grad()
+    out_a = first(x, visible=mask_a)  # both forwards before either backward
+    out_b = second(x, visible=mask_b)
+    out_b.to_dense().square().sum().backward()
+    out_a.to_dense().square().sum().backward()
+    for net, grads in zip((first, second), expected, strict=True):
+        for parameter, grad in zip(net.parameters(), grads, strict=True):
+            assert difference(parameter.grad, grad) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_activation_checkpointing(name: str) -> None:
+    model = build(name).eval()  # eval: recomputation would update running statistics twice, in a dense network too
+    plain = run(model, "gather", images(), uneven_mask())
+    net = sparsify(model, 32)
+    x = images().requires_grad_()
+
+    def features(packed: Tensor) -> Tensor:
+        return net(packed)
+
+    out = checkpoint(features, net.pack(x, uneven_mask()), use_reentrant=False).to_dense()
+    weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3))
+    (out * weights).sum().backward()
+    assert difference(x.grad, plain["images.grad"]) < 1e-12
+    for key, parameter in net.named_parameters():
+        assert difference(parameter.grad, plain[f"{key}.grad"]) < 1e-12, key
+
+
+def test_timm_checkpointing_switch() -> None:
+    model = build("resnet18").train()
+    expected = run(model, "gather", images(), uneven_mask())
+    model.set_grad_checkpointing(True)
+    found = run(model, "gather", images(), uneven_mask())
+    for key in expected:
+        if "running" not in key and "num_batches" not in key:  # recomputation counts batches twice, dense too
+            assert difference(found[key], expected[key]) < 1e-12, key
+
+
+def test_lent_network_is_left_alone() -> None:
+    model = build("test_resnet")
+    kinds = [type(m) for m in model.modules()]
+    keys = list(model.state_dict())
+    net = sparsify(model, 32)
+    net(images(), visible=uneven_mask()).to_dense().sum().backward()
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(p.grad is None for p in model.parameters())
+    assert list(net.state_dict()) == keys
+
+
+def test_drop_path_drops_whole_images() -> None:
+    model = timm.create_model("resnet18", num_classes=0, global_pool="", drop_path_rate=0.9).double().train()
+    net = sparsify(model, 32)
+    seen = []
+    for module in net.modules():
+        if type(module).__name__ == "SparseDropPath":
+            module.register_forward_hook(lambda m, args, out: seen.append((args[0].plain, out.plain)))
+    layout = CellLayout(torch.ones(3, *GRID, dtype=torch.bool), 32)
+    net(images(), visible=layout)
+    assert seen
+    for before, after in seen:
+        per_cell = [bool(b.abs().sum() > 0 and a.abs().sum() == 0) for b, a in zip(before, after, strict=True)]
+        for image in range(3):
+            members = {d for d, i in zip(per_cell, layout.image_of_cell.tolist(), strict=True) if i == image}
+            assert len(members) == 1, "cells of one image were dropped apart"
+
+
+def test_autocast_bf16_follows_the_reference() -> None:
+    model = build("resnet18").float().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sparsify(model, 32)(images().float(), visible=uneven_mask())
+    expected = sparsify(model, 32, "masked")(images().float(), visible=uneven_mask())
+    assert found.dtype == torch.bfloat16
+    assert difference(found.to_dense().float(), expected.to_dense()) < 0.05
