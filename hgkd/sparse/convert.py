@@ -112,14 +112,14 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
     for path, layer in module.named_modules():
         rule = _rule_of(type(layer))
         if rule is not None:
-            layer.__class__ = _twin_type(type(layer), rule)
+            layer.__class__ = _twin_type(type(layer), rule)  # type: ignore[arg-type]
         elif isinstance(layer, _REFUSED):
             raise NoSparseRuleError(
                 f"layer {path!r} ({type(layer).__name__}) mixes places and has no sparse rule; register one with "
                 "hgkd.sparse.layer_rule, or choose another network"
             )
         layer.__dict__["sparse_path"] = path
-    module.__class__ = _root_type(type(module))
+    module.__class__ = _root_type(type(module))  # type: ignore[arg-type]
     module.sparse_cell, module.sparse_backend = cell, backend  # type: ignore[assignment]
     return module
 
