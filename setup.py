@@ -20,7 +20,7 @@ INSTALL = [
     "tensorboard>=2.14",
     "matplotlib>=3.7",
     "numpy>=1.26",
-    "pillow>=10",
+    "pillow>=10.1",
     "rich>=13",
 ]
 DOWNSTREAM = [

@@ -1,1 +1,20 @@
+"""Data: folders and lists of images (read here, registered in ``hgkd.registry.DATASETS``) and generated shapes."""
 
+from hgkd.data.images import LabelledImages, UnlabelledImages
+from hgkd.data.shapes import CLASSES, Scene, render_scene, write_ade20k, write_coco, write_imagefolder
+from hgkd.data.transforms import as_size, build_transform, eval_transform, train_transform
+
+__all__ = [
+    "CLASSES",
+    "LabelledImages",
+    "Scene",
+    "UnlabelledImages",
+    "as_size",
+    "build_transform",
+    "eval_transform",
+    "render_scene",
+    "train_transform",
+    "write_ade20k",
+    "write_coco",
+    "write_imagefolder",
+]

@@ -79,7 +79,9 @@ class SparseModule:
             visible: bool (B, H/cell, W/cell), True = visible, or a ready layout.
         """
         cells = visible if isinstance(visible, CellLayout) else CellLayout(visible, self.sparse_cell)
-        return BACKENDS[self.sparse_backend].pack(images, cells)
+        # with nothing hidden there is nothing to save, and dense kernels are the fastest
+        kind = MaskedTensor if cells.all_visible else BACKENDS[self.sparse_backend]
+        return kind.pack(images, cells)
 
     def forward(self, images: Tensor, *args: Any, visible: Tensor | CellLayout | None = None, **kwargs: Any) -> Any:
         """The network's own forward; with ``visible``, of the visible part only."""

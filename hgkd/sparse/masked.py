@@ -1,7 +1,8 @@
 """Backend ``masked``: dense compute, hidden places multiplied by zero before anything that reads neighbours.
 
 This is what SparK (arXiv 2301.03580) and its descendants do; here it is the reference that the other backends are tested
-against and the baseline of the benchmarks.
+against and the baseline of the benchmarks. With nothing hidden it multiplies nothing and is the dense network itself, so the
+other backends hand over to it then.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ class MaskedTensor(SparseTensor):
 
     @classmethod
     def pack(cls, dense: Tensor, cells: CellLayout) -> MaskedTensor:
+        if cells.all_visible:
+            return cls.wrap(dense.view_as(dense), cells)
         mask = cells.mask(cells.cell // _side_of(dense, cells))
         return cls.wrap(dense * mask.to(dense.dtype), cells)
 
     def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:  # type: ignore[override]
         if self.channel_dim != 1:
             raise ValueError("to_dense needs channels-first order; permute(0, 3, 1, 2) first")
+        if self.cells.all_visible:
+            return self.plain
         if isinstance(fill, Tensor):
             fill = fill.to(self.dtype).view(1, -1, 1, 1)
             return torch.where(self.place_mask, self.plain, fill)
@@ -52,7 +57,7 @@ class MaskedTensor(SparseTensor):
     def zeroed(self) -> Tensor:
         """The values as an ordinary tensor with 0 at hidden places."""
         values = self.plain
-        return values * self.place_mask.to(values.dtype)
+        return values if self.cells.all_visible else values * self.place_mask.to(values.dtype)
 
     def per_image(self, value: Tensor) -> Tensor:
         """(B, ...) operands broadcast by themselves."""
@@ -75,6 +80,9 @@ def _batch_norm(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
     if owner.channel_dim != 1:
         raise NoSparseRuleError("batch_norm on a sparse feature map in channels-last order; permute first")
     x = args[0] if args else kwargs.pop("input")
+    if x.cells.all_visible:
+        with plain_torch():
+            return x.like(func(x, *args[1:], **kwargs))
     visible = x.place_mask[:, 0]
     rows = x.plain.permute(0, 2, 3, 1)
     with plain_torch():

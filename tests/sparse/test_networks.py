@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hgkd.sparse import CellLayout, sparsify
+from hgkd.sparse import BACKENDS, CellLayout, sparsify
 
 # the smallest member, or a small one, of each family that is promised to work
 FAMILIES = [
@@ -68,7 +68,7 @@ def run(model: nn.Module, backend: str, x: Tensor, visible: Tensor) -> dict[str,
 
 def difference(a: Tensor, b: Tensor) -> float:
     scale = b.abs().max().clamp_min(1e-12)
-    return float((a - b).abs().max() / scale)
+    return ((a - b).abs().max() / scale).item()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -89,10 +89,12 @@ def test_everything_visible_is_the_dense_network(name: str, backend: str) -> Non
     model = build(name).train()
     net = sparsify(model, 32, backend)
     x = images()
-    out = net(x, visible=torch.ones(3, *GRID, dtype=torch.bool)).to_dense()
+    everything = CellLayout(torch.ones(3, *GRID, dtype=torch.bool), 32)
+    out = net(BACKENDS[backend].pack(x, everything)).to_dense()
     expected = model(x)
     assert difference(out, expected) < 1e-10
     assert difference(net(x), model(x)) == 0.0, "without a mask it is the dense network"
+    assert difference(net(x, visible=everything).to_dense(), model(x)) < 1e-10
     for (key, a), b in zip(net.state_dict().items(), model.state_dict().values(), strict=True):
         assert difference(a.double(), b.double()) < 1e-10, key
 

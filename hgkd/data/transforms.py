@@ -1,0 +1,160 @@
+"""Image transforms from plain options: a PIL RGB image in, a uint8 tensor (3, H, W) out.
+
+Every random draw comes from torch's default generator, so seeding torch in a loader's worker governs all of it.
+Resizing is PIL's bicubic, which smooths when it shrinks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from hgkd.errors import unknown_name_message
+
+ImageTransform = Callable[[Image.Image], Tensor]
+
+_BICUBIC = v2.InterpolationMode.BICUBIC
+_MAX_ASPECT = 16  # a 1 x 30000 strip would otherwise be blown up to gigabytes before its centre is cut out
+
+
+def as_size(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """``image_size`` as (H, W): a single number stands for a square.
+
+    Raises:
+        TypeError: not an integer, nor two of them.
+        ValueError: a side below 1 pixel.
+    """
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if (
+        not isinstance(sides, Sequence)
+        or isinstance(sides, str)
+        or len(sides) != 2
+        or any(isinstance(side, bool) or not isinstance(side, int) for side in sides)
+    ):
+        raise TypeError(f"image_size must be a number of pixels or (height, width), got {image_size!r}")
+    if min(sides) < 1:
+        raise ValueError(f"image_size must be 1 pixel or more, got {image_size!r}")
+    return sides[0], sides[1]
+
+
+class CentreCropToSize(nn.Module):
+    """Resize until the image just covers ``size`` times ``resize_ratio``, then cut out the centre.
+
+    For a square size this is the usual "shorter side to size * resize_ratio, centre crop". Strips longer than 16 : 1
+    lose their ends first.
+
+    Args:
+        size: (H, W) of the result.
+        resize_ratio: 1.0 keeps as much of the image as possible; 1 / 0.875 is ImageNet's 256-to-224 habit.
+    """
+
+    def __init__(self, size: tuple[int, int], resize_ratio: float) -> None:
+        super().__init__()
+        self.size = size
+        self.resize_ratio = resize_ratio
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        h, w = self.size
+        limit_w = max(1, min(image.width, image.height * _MAX_ASPECT * w // h))
+        limit_h = max(1, min(image.height, image.width * _MAX_ASPECT * h // w))
+        if (limit_w, limit_h) != image.size:
+            image = v2.functional.center_crop(image, [limit_h, limit_w])
+        scale = self.resize_ratio * max(h / image.height, w / image.width)
+        # rounded down as torchvision and timm do, but 29.999999 is 30
+        resized = [max(h, int(image.height * scale + 1e-6)), max(w, int(image.width * scale + 1e-6))]
+        image = v2.functional.resize(image, resized, interpolation=_BICUBIC, antialias=True)
+        return v2.functional.center_crop(image, [h, w])
+
+
+def train_transform(
+    image_size: int | Sequence[int],
+    scale: Sequence[float] = (0.67, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    color_jitter: float = 0.0,
+) -> ImageTransform:
+    """Random resized crop, flip and colour jitter.
+
+    Args:
+        image_size: result side in pixels, or (H, W).
+        scale: smallest and largest share of the image's area in a crop, 0 < low <= high <= 1.
+        ratio: smallest and largest width / height of a crop, 0 < low <= high.
+        hflip: probability of a left-right flip.
+        color_jitter: strength of the brightness, contrast and saturation jitter (hue stays); 0 turns it off.
+
+    Returns:
+        A callable from a PIL RGB image to a uint8 tensor (3, H, W).
+
+    Raises:
+        TypeError, ValueError: an option out of range, with its name and what is allowed.
+    """
+    size = as_size(image_size)
+    scale, ratio = _pair("scale", scale), _pair("ratio", ratio)
+    if scale[1] > 1:
+        raise ValueError(f"scale is a share of the image's area, at most 1, got {scale}")
+    if not 0 <= hflip <= 1:
+        raise ValueError(f"hflip is a probability in [0, 1], got {hflip}")
+    if color_jitter < 0:
+        raise ValueError(f"color_jitter must be 0 (off) or positive, got {color_jitter}")
+    steps: list[nn.Module] = [v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=_BICUBIC, antialias=True)]
+    if hflip > 0:
+        steps.append(v2.RandomHorizontalFlip(hflip))
+    if color_jitter > 0:
+        steps.append(v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter))
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def eval_transform(image_size: int | Sequence[int], resize_ratio: float = 1.0) -> ImageTransform:
+    """Resize the shorter side to ``image_size * resize_ratio`` and crop the centre; nothing random.
+
+    Args:
+        image_size: result side in pixels, or (H, W).
+        resize_ratio: at least 1.
+
+    Returns:
+        A callable from a PIL RGB image to a uint8 tensor (3, H, W).
+
+    Raises:
+        TypeError, ValueError: an option out of range.
+    """
+    if resize_ratio < 1:
+        raise ValueError(f"resize_ratio must be 1 or more (below, the crop would show padding), got {resize_ratio}")
+    return v2.Compose([CentreCropToSize(as_size(image_size), resize_ratio), v2.PILToTensor()])
+
+
+_KINDS: dict[str, Callable[..., ImageTransform]] = {"train": train_transform, "eval": eval_transform}
+
+
+def build_transform(image_size: int | Sequence[int], options: Mapping[str, Any] | None = None) -> ImageTransform:
+    """The transform that a config's ``transform`` dict describes.
+
+    Args:
+        image_size: result side in pixels, or (H, W).
+        options: the arguments of :func:`train_transform`, or with ``kind='eval'`` those of :func:`eval_transform`;
+            None: :func:`train_transform` as it is.
+
+    Raises:
+        ValueError: an unknown kind or option, with the nearest name.
+    """
+    arguments = dict(options or {})
+    kind = arguments.pop("kind", "train")
+    if kind not in _KINDS:
+        raise ValueError(unknown_name_message("transform kind", str(kind), _KINDS))
+    known = [name for name in inspect.signature(_KINDS[kind]).parameters if name != "image_size"]
+    for name in arguments:
+        if name not in known:
+            raise ValueError(unknown_name_message(f"option of the {kind} transform", str(name), known))
+    return _KINDS[kind](image_size, **arguments)
+
+
+def _pair(name: str, value: Sequence[float]) -> tuple[float, float]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise TypeError(f"{name} must be two numbers (low, high), got {value!r}")
+    if not 0 < value[0] <= value[1]:
+        raise ValueError(f"{name} must be (low, high) with 0 < low <= high, got {value!r}")
+    return float(value[0]), float(value[1])

@@ -1,0 +1,123 @@
+"""Options, sizes and randomness of the image transforms."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from hgkd.data.transforms import as_size, build_transform, eval_transform, train_transform
+
+
+def noise_image(width: int = 80, height: int = 60) -> Image.Image:
+    pixels = np.random.Generator(np.random.PCG64(3)).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(32, (32, 32)), ((16, 48), (16, 48)), ([8, 4], (8, 4))])
+def test_as_size(given, expected):
+    assert as_size(given) == expected
+
+
+@pytest.mark.parametrize("given", [True, 3.5, "32", (1, 2, 3), (1.5, 2), None, (True, 4)])
+def test_as_size_refuses_other_types(given):
+    with pytest.raises(TypeError, match="number of pixels or"):
+        as_size(given)
+
+
+@pytest.mark.parametrize("given", [0, (16, -1)])
+def test_as_size_refuses_empty_images(given):
+    with pytest.raises(ValueError, match="1 pixel or more"):
+        as_size(given)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+@pytest.mark.parametrize("shape", [(80, 60), (60, 80), (10, 10), (1, 1), (32, 1)])
+def test_results_are_uint8_of_the_asked_size(size, shape):
+    for transform in (train_transform(size, color_jitter=0.4), eval_transform(size, resize_ratio=1.2)):
+        result = transform(noise_image(*shape))
+        assert result.dtype == torch.uint8
+        assert result.shape == (3, *size)
+
+
+def test_only_torchs_generator_decides():
+    transform, image = train_transform(32, color_jitter=0.4), noise_image()
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        random.seed(len(results))
+        np.random.seed(len(results))
+        results.append(transform(image))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_train_options_act():
+    image = noise_image(40, 40)
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    plain = train_transform(40, hflip=0.0, **whole)(image)
+    assert torch.equal(plain, v2.functional.pil_to_tensor(image))  # bicubic to the same size changes nothing
+    assert torch.equal(train_transform(40, hflip=1.0, **whole)(image), plain.flip(-1))
+    assert not torch.equal(train_transform(40, hflip=0.0, color_jitter=0.4, **whole)(image), plain)
+
+
+def test_crop_scale_is_a_share_of_the_area():
+    # columns hold their own number, so the range of a crop tells its width
+    ramp = Image.fromarray(np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (200, 200, 3)).copy())
+    crop = train_transform(100, scale=(0.25, 0.25), ratio=(1.0, 1.0), hflip=0.0)
+    for _ in range(5):
+        result = crop(ramp).int()
+        assert int(result.max() - result.min()) in range(98, 101)
+
+
+@pytest.mark.parametrize("shape", [(80, 60), (60, 80), (33, 57)])
+@pytest.mark.parametrize("resize_ratio", [1.0, 1.25])
+def test_eval_agrees_with_torchvision(shape, resize_ratio):
+    image = noise_image(*shape)
+    resize = v2.Resize(round(24 * resize_ratio), interpolation=v2.InterpolationMode.BICUBIC)
+    expected = v2.Compose([resize, v2.CenterCrop(24), v2.PILToTensor()])(image)
+    assert torch.equal(eval_transform(24, resize_ratio)(image), expected)
+
+
+def test_eval_of_a_long_strip_shows_its_centre():
+    strip = np.zeros((2, 20000, 3), dtype=np.uint8)
+    strip[:, 9900:10100] = 255
+    assert eval_transform(16)(Image.fromarray(strip)).min() == 255
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hflp": 0.1}, "unknown option of the train transform 'hflp'; did you mean 'hflip'"),
+        ({"image_size": 3}, "unknown option of the train transform 'image_size'"),
+        ({"kind": "eval", "resize_ration": 1.1}, "option of the eval transform 'resize_ration'.*'resize_ratio'"),
+        ({"kind": "evl"}, "unknown transform kind 'evl'; did you mean 'eval'"),
+        ({"scale": (0.0, 1.0)}, "scale must be .low, high."),
+        ({"scale": (0.5, 1.5)}, "at most 1"),
+        ({"ratio": (2.0, 1.0)}, "ratio must be .low, high."),
+        ({"hflip": 1.5}, "hflip is a probability"),
+        ({"color_jitter": -0.1}, "color_jitter must be 0"),
+        ({"kind": "eval", "resize_ratio": 0.5}, "resize_ratio must be 1 or more"),
+    ],
+)
+def test_refusals(options, message):
+    kept = dict(options)
+    with pytest.raises(ValueError, match=message):
+        build_transform(32, options)
+    assert options == kept
+
+
+def test_a_pair_is_two_numbers():
+    with pytest.raises(TypeError, match="scale must be two numbers"):
+        build_transform(32, {"scale": 0.5})
+
+
+def test_build_transform_kinds():
+    image = noise_image()
+    assert torch.equal(build_transform(32, {"kind": "eval"})(image), eval_transform(32)(image))
+    torch.manual_seed(5)
+    expected = train_transform(32)(image)
+    torch.manual_seed(5)
+    assert torch.equal(build_transform(32)(image), expected)

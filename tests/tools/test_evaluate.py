@@ -1,0 +1,124 @@
+"""tools/evaluate.py from end to end on coloured squares that any network tells apart."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hgkd.data import LabelledImages
+from hgkd.evaluation import extract, knn_accuracy, load_extractor
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import evaluate
+
+COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 60), "red": (230, 30, 30)}
+
+
+@pytest.fixture
+def squares(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 4)):
+        for name, colour in COLOURS.items():
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 25, (40, 48, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def run(root: Path, *options: str) -> int:
+    common = ["--train", f"{root}/train", "--test", f"{root}/test", "--image-size", "32", "--workers", "0"]
+    return evaluate.main([*options, *common, "--device", "cpu"])
+
+
+def test_both_methods(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", f"{squares}/out/r.json", "--csv", f"{squares}/out/r.csv"]
+    code = run(squares, "knn", "linear", "--backbone", "test_resnet", "--k", "3", "5", "--limit-per-class", "5", *files)
+    assert code == 0
+    results = json.loads((squares / "out/r.json").read_text())
+    assert sorted(results) == ["knn", "linear"]
+    for method, result in results.items():
+        assert result["method"] == method
+        assert result["backbone"] == "test_resnet"
+        assert result["top1"] == 100.0, "noisy squares of one colour each must be told apart"
+        assert result["ci95"] == [100.0, 100.0]
+        assert result["per_class"] == {"blue": 100.0, "green": 100.0, "red": 100.0}
+        assert (result["train_images"], result["test_images"]) == (15, 12)
+        assert result["settings"]["extractor"]["weights"] == "random, seed 0"
+    assert results["knn"]["top1_by_k"] == {"3": 100.0, "5": 100.0}
+    assert len(results["linear"]["sweep"]) == 5
+    printed = capsys.readouterr().out
+    assert "knn" in printed
+    assert "linear" in printed
+
+    assert run(squares, "knn", "--backbone", "test_resnet", "--k", "3", *files) == 0
+    assert json.loads((squares / "out/r.json").read_text())["method"] == "knn"  # a single one stands alone
+    with open(squares / "out/r.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == ["knn", "linear", "knn"]
+    assert [line["train_images"] for line in lines] == ["15", "15", "18"]
+    assert lines[0]["top1"] == "100.00"
+
+
+def test_agrees_with_the_library(squares: Path) -> None:
+    # colour noise instead of colours: neither blind nor perfect
+    rng = np.random.default_rng(1)
+    for file in squares.rglob("*.png"):
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(file)
+    options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,)}
+    found = evaluate.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options)["knn"]
+    bank, queries = (
+        extract(load_extractor("test_resnet"), LabelledImages(f"{squares}/{part}", image_size=32))
+        for part in ("train", "test")
+    )
+    expected = knn_accuracy(bank.features, bank.labels, queries.features, queries.labels, ks=[3])[3]
+    assert found["top1"] == pytest.approx(expected)
+    assert found["top1"] == pytest.approx(np.mean(list(found["per_class"].values())))  # equal class sizes
+    low, high = found["ci95"]
+    assert low < found["top1"] < high
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["knn", "--backbone", "resnet81", "--k", "3"], "unknown backbone 'resnet81'; did you mean"),
+        (["knn", "--backbone", "test_resnet"], r"k must lie in 1 .. 18, the number of training images, got [20]"),
+        (["linear", "--backbone", "gone.pth"], "checkpoint gone.pth does not exist"),
+    ],
+)
+def test_mistakes_end_with_a_line(
+    squares: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(squares, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_class_folders_must_agree(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (squares / "test/red").rename(squares / "test/scarlet")
+    assert run(squares, "knn", "--backbone", "test_resnet", "--k", "3") == 2
+    assert "['red', 'scarlet'] are in one of them only" in capsys.readouterr().err
+
+
+def test_function_and_command_line_share_defaults() -> None:
+    import inspect
+
+    args = vars(evaluate.parse_args(["knn", "--backbone", "a", "--train", "b", "--test", "c"]))
+    for name, parameter in inspect.signature(evaluate.evaluate).parameters.items():
+        if parameter.default is not inspect.Parameter.empty:
+            found = args[name]
+            assert (tuple(found) if isinstance(found, list) else found) == parameter.default, name
+
+
+def test_random_weights_follow_the_seed(squares: Path) -> None:
+    torch.manual_seed(123)
+    options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,)}
+    a, b = (
+        evaluate.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options) for _ in range(2)
+    )
+    assert a == b
