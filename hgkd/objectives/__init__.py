@@ -1,1 +1,6 @@
+"""Objectives: what a student is trained for. One file an objective, pure functions plus thin modules."""
 
+from hgkd.objectives.hgkd import HGKD
+from hgkd.objectives.pixels import PixelReconstruction
+
+__all__ = ["HGKD", "PixelReconstruction"]

@@ -1,0 +1,222 @@
+"""H-GKD: the student generates, at hidden and visible places, the representation that the teacher infers.
+
+Paper: "Heterogeneous Generative Knowledge Distillation with Masked Image Modeling", arXiv 2309.09571. Its abstract
+fixes only a part (sparse UNet student, masked input, mimicry of the representation that the teacher infers); no code
+is public. The loss is therefore this project's own definition, in the form that G2SD (arXiv 2302.14771) uses between
+two ViTs:
+
+    L = mean over places p in P and channels c of smooth_l1_beta( prediction[p, c] - LN0(teacher)[p, c] ),   beta = 2
+
+with LN0 = layer normalisation over channels without affine parameters (eps 1e-6, fp32), and P the masked, visible or
+all places of the teacher's grid.
+
+* ``target='full'``: the teacher sees the whole image; the target is the output of encoder block ``block`` everywhere.
+* ``target='inferred'``: the teacher sees the visible cells only; visible places take encoder block ``block``, masked
+  ones the hidden state after decoder block ``decoder_block`` (no decoder norm). Widths differ, so each has its own
+  projector.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hgkd.objectives.alignment import DecodingStudent, build_projector, fit_grid, resolve_block
+from hgkd.objectives.places import check_supervise, mean_over, supervised_cells, supervised_places, visible_on
+from hgkd.registry import MODELS
+from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+
+if TYPE_CHECKING:
+    from hgkd.sparse import CellLayout
+
+TARGETS = ("full", "inferred")
+
+
+def layer_norm0(tokens: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer normalisation over the channel axis without affine parameters, in fp32: (B, D, h, w) -> (B, D, h, w)."""
+    centred = tokens.float()
+    centred = centred - centred.mean(dim=1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)
+
+
+def smooth_l1_by_place(prediction: Tensor, target: Tensor, beta: float = 2.0) -> Tensor:
+    """Smooth L1 averaged over channels, in fp32: two maps (B, D, h, w) -> (B, h, w).
+
+    0.5 d^2 / beta where |d| < beta, |d| - beta / 2 elsewhere.
+
+    Raises:
+        ValueError: the shapes differ (they would broadcast silently).
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    return F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none").mean(dim=1)
+
+
+def hgkd_loss(prediction: Tensor, tokens: Tensor, places: Tensor, *, beta: float = 2.0) -> Tensor:
+    """The loss as a function: scalar fp32.
+
+    Args:
+        prediction: (B, D, gh, gw).
+        tokens: raw teacher tokens (B, D, gh, gw); normalised here.
+        places: bool (B, gh, gw), True where supervised; at least one.
+    """
+    values = smooth_l1_by_place(prediction, layer_norm0(tokens), beta)
+    return mean_over(values, places, places.sum())
+
+
+@MODELS.register_module()
+class HGKD(nn.Module):
+    """H-GKD's objective.
+
+    Args:
+        target: 'full' (any ViT teacher) or 'inferred' (an MAE teacher with decoder; see the module's header).
+        block: encoder block whose output is the target; negative counts from the end, -1 is the last.
+        decoder_block: only with 'inferred': decoder block whose hidden state is the target at masked places.
+            None is the last.
+        supervise: 'masked', 'visible' or 'all' places.
+        beta: where smooth L1 turns from square to linear, > 0.
+        projector: 'linear' (1x1 convolution) or 'mlp' (1x1, GELU, 1x1).
+
+    Terms: ``distill`` with 'full'; ``visible`` and ``masked`` with 'inferred', whose sum is the mean over all
+    supervised places (a term that ``supervise`` excludes is absent, and so is its projector).
+    """
+
+    def __init__(
+        self,
+        target: str = "full",
+        block: int = -1,
+        decoder_block: int | None = None,
+        supervise: str = "masked",
+        beta: float = 2.0,
+        projector: str = "linear",
+    ) -> None:
+        super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
+        if target == "full" and decoder_block is not None:
+            raise ValueError(
+                f"decoder_block={decoder_block} has no use with target='full', which reads encoder tokens only; "
+                "leave it out or use target='inferred'"
+            )
+        if beta <= 0:
+            raise ValueError(f"beta must be above 0, got {beta}; G2SD and H-GKD use 2.0")
+        build_projector(projector, 1, 1)  # refuses an unknown kind here, before training
+        self.target = target
+        self.supervise = check_supervise(supervise)
+        self.beta = beta
+        self.projectors = nn.ModuleDict()
+        self._projector_kind = projector
+        self._block = block
+        self._decoder_block = -1 if decoder_block is None else decoder_block
+        self._grid: tuple[int, int] | None = None
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss terms, which are the keys of ``projectors`` too."""
+        if self.target == "full":
+            return ("distill",)
+        return ("visible", "masked") if self.supervise == "all" else (self.supervise,)
+
+    @property
+    def needs(self) -> TeacherNeeds:
+        """What the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
+        return TeacherNeeds(
+            blocks=() if self.terms == ("masked",) else (self._block,),
+            decoder_block=self._decoder_block if "masked" in self.terms else None,
+            visible_only=self.target == "inferred",
+        )
+
+    def prepare(
+        self,
+        student: DecodingStudent,
+        teacher_info: TeacherInfo | None,
+        teacher_grid: tuple[int, int] | None,
+        mask_grid: tuple[int, int],
+    ) -> None:
+        """Resolve the block indices and build the projectors; called once, before the optimiser is made.
+
+        Raises:
+            ValueError: no teacher, no decoder where one is needed, a block out of range, or grids that do not fit.
+        """
+        if teacher_info is None or teacher_grid is None:
+            raise ValueError("HGKD needs a teacher; give the distiller one")
+        if teacher_grid[0] % mask_grid[0] or teacher_grid[1] % mask_grid[1]:
+            raise ValueError(
+                f"the teacher's grid {teacher_grid} is no whole multiple of the mask grid {mask_grid}; "
+                "use the grid that teacher.prepare(mask_grid, cell) returns"
+            )
+        self._block = resolve_block(self._block, teacher_info.depth, "block")
+        widths = dict.fromkeys(self.terms, teacher_info.width)
+        if "masked" in self.terms:
+            if teacher_info.decoder_width is None or teacher_info.decoder_depth < 1:
+                raise ValueError(
+                    f"target='inferred' reads the teacher's decoder at masked places, but this teacher "
+                    f"({teacher_info.kind}) has none; load an MAE checkpoint with its decoder, or use target='full'"
+                )
+            self._decoder_block = resolve_block(self._decoder_block, teacher_info.decoder_depth, "decoder_block")
+            widths["masked"] = teacher_info.decoder_width
+        self._grid = (int(teacher_grid[0]), int(teacher_grid[1]))
+        for term, width in widths.items():
+            self.projectors[term] = build_projector(self._projector_kind, student.decoded_channels, width)
+
+    def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
+        """The student's prediction of the normalised target, (B, D, gh, gw), at all places.
+
+        Args:
+            term: which projector; None is the first of ``terms``.
+        """
+        return self._predict(student_out.decoded, self._term(term))
+
+    def target_map(self, teacher_out: TeacherOutput, term: str | None = None) -> Tensor:
+        """The normalised target, fp32 (B, D, gh, gw); meaningful at the places that ``term`` supervises."""
+        if self._term(term) == "masked":
+            if teacher_out.decoded is None:
+                raise ValueError("the teacher returned no decoder state; pass it this objective's `needs`")
+            return layer_norm0(teacher_out.decoded)
+        if self._block not in teacher_out.tokens:
+            raise ValueError(
+                f"the teacher returned blocks {sorted(teacher_out.tokens)}, not {self._block}; pass it this objective's `needs`"
+            )
+        return layer_norm0(teacher_out.tokens[self._block])
+
+    def forward(self, student_out: StudentOutput, teacher_out: TeacherOutput, layout: CellLayout) -> dict[str, Tensor]:
+        """Loss terms, fp32 scalars.
+
+        Raises:
+            ValueError: not one place is supervised (e.g. ``supervise='masked'`` with mask ratio 0).
+        """
+        cells = supervised_cells(layout, self.supervise)
+        visible = visible_on(layout.visible, self._prepared_grid)
+        count = cells * (visible.shape[-2] // layout.grid[0]) * (visible.shape[-1] // layout.grid[1])
+        losses = {}
+        for term in self.terms:
+            # 'visible' and 'masked' terms are their own places; the one term of 'full' covers what `supervise` says
+            places = supervised_places(visible, self.supervise if term == "distill" else term)
+            prediction = self._predict(student_out.decoded, term)
+            values = smooth_l1_by_place(prediction, self.target_map(teacher_out, term).detach(), self.beta)
+            losses[term] = mean_over(values, places, count)
+        return losses
+
+    @property
+    def _prepared_grid(self) -> tuple[int, int]:
+        if self._grid is None:
+            raise RuntimeError("HGKD.prepare() must be called before the objective is used")
+        return self._grid
+
+    def _term(self, term: str | None) -> str:
+        if term is None:
+            return self.terms[0]
+        if term not in self.terms:
+            raise ValueError(f"this objective has the terms {', '.join(self.terms)}, not {term!r}")
+        return term
+
+    def _predict(self, decoded: Tensor, term: str) -> Tensor:
+        fitted = fit_grid(decoded, self._prepared_grid)
+        prediction: Tensor = self.projectors[term](fitted)
+        return prediction
+
+    def extra_repr(self) -> str:
+        return f"target={self.target!r}, block={self._block}, supervise={self.supervise!r}, beta={self.beta}"

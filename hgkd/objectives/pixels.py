@@ -1,0 +1,128 @@
+"""SparK's objective: reconstruct the pixels of hidden cells. H-GKD without a teacher, and its control.
+
+Paper: "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling", arXiv 2301.03580;
+released code keyu-tian/SparK (MIT), read for facts only. Target: the cell x cell x 3 pixels of a cell, standardised
+by the cell's own mean and variance taken over all its values, colours together; the variance is the unbiased one (n -
+1), as in SparK's and MAE's code, and the deviation is sqrt(variance + 1e-6). Loss: squared error, mean over the
+cell's values, then over the cells.
+
+What differs: SparK standardises images that were normalised with ImageNet's mean and deviation before, here they are
+in [0, 1] (a constant shift and scale per colour). SparK decodes to full resolution; here a student with
+``out_stride`` s > 1 predicts the s x s x 3 pixels of a place at once by a 1x1 convolution and a pixel shuffle, a
+patch-wise linear head, which saves the finest decoder stages. With ``out_stride=1`` it is SparK's own head. The
+recipe decides.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hgkd.objectives.alignment import DecodingStudent
+from hgkd.objectives.places import check_supervise, mean_over, supervised_cells, supervised_places, visible_on
+from hgkd.registry import MODELS
+from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
+
+if TYPE_CHECKING:
+    from hgkd.sparse import CellLayout
+
+
+def split_cells(images: Tensor, cell: int) -> Tensor:
+    """The values of each cell: (B, C, H, W) -> (B, h, w, C * cell * cell), ordered (channel, row, column)."""
+    batch, channels, height, width = images.shape
+    split = images.reshape(batch, channels, height // cell, cell, width // cell, cell)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // cell, width // cell, channels * cell * cell)
+
+
+def join_cells(cells: Tensor, cell: int) -> Tensor:
+    """Inverse of :func:`split_cells`: (B, h, w, C * cell * cell) -> (B, C, H, W)."""
+    batch, h, w, values = cells.shape
+    split = cells.reshape(batch, h, w, values // cell**2, cell, cell)
+    return split.permute(0, 3, 1, 4, 2, 5).reshape(batch, values // cell**2, h * cell, w * cell)
+
+
+def cell_statistics(cells: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each cell, fp32 (B, h, w, 1) each: deviation = sqrt(unbiased variance + eps)."""
+    variance, mean = torch.var_mean(cells.float(), dim=-1, keepdim=True)
+    return mean, (variance + eps).sqrt()
+
+
+def pixel_error_by_cell(reconstruction: Tensor, images: Tensor, cell: int) -> Tensor:
+    """Mean squared error to the standardised pixels of each cell, fp32: two (B, 3, H, W) -> (B, h, w)."""
+    if reconstruction.shape != images.shape:
+        raise ValueError(f"prediction {tuple(reconstruction.shape)} and images {tuple(images.shape)} differ in shape")
+    target = split_cells(images.float(), cell)
+    mean, deviation = cell_statistics(target)
+    return (split_cells(reconstruction.float(), cell) - (target - mean) / deviation).square().mean(dim=-1)
+
+
+@MODELS.register_module()
+class PixelReconstruction(nn.Module):
+    """SparK's pixel objective; needs no teacher.
+
+    Args:
+        supervise: 'masked' (SparK), 'visible' or 'all' cells.
+
+    Term: ``reconstruction``.
+    """
+
+    needs: None = None
+
+    def __init__(self, supervise: str = "masked") -> None:
+        super().__init__()
+        self.supervise = check_supervise(supervise)
+        self.head: nn.Conv2d | None = None
+        self._stride = 0
+
+    def prepare(
+        self,
+        student: DecodingStudent,
+        teacher_info: TeacherInfo | None,
+        teacher_grid: tuple[int, int] | None,
+        mask_grid: tuple[int, int],
+    ) -> None:
+        """Build the head; called once, before the optimiser is made. The teacher arguments are not used."""
+        self._stride = student.out_stride
+        self.head = nn.Conv2d(student.decoded_channels, 3 * student.out_stride**2, 1)
+
+    def predict(self, student_out: StudentOutput) -> Tensor:
+        """The predicted standardised pixels, (B, 3, H, W)."""
+        if self.head is None:
+            raise RuntimeError("PixelReconstruction.prepare() must be called before the objective is used")
+        return F.pixel_shuffle(self.head(student_out.decoded), self._stride)
+
+    def forward(self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout) -> dict[str, Tensor]:
+        """The loss term, an fp32 scalar; ``teacher_out`` is not used.
+
+        Raises:
+            ValueError: not one cell is supervised (e.g. ``supervise='masked'`` with mask ratio 0).
+        """
+        cells = supervised_cells(layout, self.supervise)
+        values = pixel_error_by_cell(self.predict(student_out), _images(student_out), layout.cell)
+        places = supervised_places(layout.visible, self.supervise)
+        return {"reconstruction": mean_over(values, places, cells)}
+
+    @torch.no_grad()
+    def reconstruct(self, student_out: StudentOutput, layout: CellLayout) -> Tensor:
+        """A picture (B, 3, H, W) in [0, 1]: the image where visible, the prediction where hidden.
+
+        The prediction is brought back to pixels with the true mean and deviation of each cell, which the student never
+        sees: colours and contrast are thus given, only the structure inside a cell is the student's.
+        """
+        images = _images(student_out).float()
+        mean, deviation = cell_statistics(split_cells(images, layout.cell))
+        predicted = split_cells(self.predict(student_out).float(), layout.cell) * deviation + mean
+        shown = visible_on(layout.visible, (images.shape[-2], images.shape[-1])).unsqueeze(1)
+        return torch.where(shown, images, join_cells(predicted, layout.cell).clamp(0.0, 1.0))
+
+    def extra_repr(self) -> str:
+        return f"supervise={self.supervise!r}"
+
+
+def _images(student_out: StudentOutput) -> Tensor:
+    if student_out.images is None:
+        raise ValueError("StudentOutput.images is None; pixel targets are made from the images the student was given")
+    return student_out.images

@@ -1,0 +1,265 @@
+"""The student: a sparse encoder that sees the visible cells, densified level by level, and a light UNet decoder.
+
+Design after SparK (arXiv 2301.03580; released code keyu-tian/SparK, MIT, read for facts only): norm over visible
+places, mask token at the others, projection to the decoder's width (1x1 at the coarsest level, 3x3 above), so tokens
+reach visible cells through the 3x3 projection on purpose; decoder widths that halve from stage to stage.
+
+What differs: the encoder computes visible cells only (``hgkd.sparse``); the decoder is of any depth (``out_stride``),
+adds a level after up-sampling to its scale rather than before, and begins with a convolution block at the coarsest
+scale, so that hidden places learn of visible ones even when nothing is up-sampled; the coarsest projection is there
+also when the widths agree; mask tokens and widths have no dependence on the image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hgkd.masking import grid_of
+from hgkd.registry import MODELS
+from hgkd.sparse import CellLayout, SparseTensor, sparsify
+from hgkd.structures import StudentOutput
+from hgkd.students.encoder import (
+    build_encoder,
+    encoder_features,
+    encoder_levels,
+    evaluating,
+    freeze_unused,
+    pixel_statistics,
+)
+
+SKIPS = ("all", "last")
+
+
+class Densify(nn.Module):
+    """Sparse level -> dense map of the decoder's width.
+
+    Args:
+        in_channels: channels of the level.
+        out_channels: channels of the result.
+        kernel_size: of the projection, odd.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels)  # on a sparse tensor: statistics over the visible places
+        self.mask_token = nn.Parameter(torch.zeros(in_channels))
+        self.projection = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+
+    def forward(self, level: SparseTensor) -> Tensor:
+        """(B, C, h, w) sparse -> (B, C', h, w) dense."""
+        normed = cast(SparseTensor, self.norm(level))
+        dense = normed.to_dense(fill=self.mask_token)
+        if level.cells.all_visible:  # no place takes the token: a zero gradient, for DDP waits for one
+            dense = dense + 0.0 * self.mask_token.view(1, -1, 1, 1)
+        projected: Tensor = self.projection(dense)
+        return projected
+
+
+class DecoderStage(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and ReLU, after optional up-sampling by 2 and addition of a level.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        upsample: double the resolution first.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, upsample: bool = True) -> None:
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1) if upsample else None
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor, level: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) [+ level (B, C', 2h, 2w)] -> (B, C', 2h, 2w), or h, w without up-sampling."""
+        if self.upsample is not None:
+            x = self.upsample(x)
+        if level is not None:
+            x = x + level
+        decoded: Tensor = self.convolutions(x)
+        return decoded
+
+
+@MODELS.register_module()
+class SparseUNet(nn.Module):
+    """A masked student made of any timm CNN.
+
+    Args:
+        encoder: timm's name of the network.
+        stem: 'default', or 'cifar' for ResNets on small images; see :func:`hgkd.students.build_encoder`.
+        encoder_kwargs: further arguments of ``timm.create_model``.
+        encoder_checkpoint: local weights to start the encoder from.
+        pretrained: start from timm's own pretrained weights.
+        cell: side of a mask cell in pixels, a multiple of the encoder's total stride; None is the total stride itself.
+        decoder_width: channels at the coarsest scale, halved at every further one.
+        min_decoder_width: the halving stops here.
+        out_stride: image pixels per place of the decoder's output; a power of two up to the total stride.
+        skips: 'all' levels feed the decoder, or the 'last' only.
+        backend: of :func:`hgkd.sparse.sparsify`.
+
+    Attributes:
+        encoder: the sparsified network; its ``state_dict`` is timm's own.
+        encoder_spec: {'name', 'stem', 'kwargs'}, what :func:`build_encoder` needs to build it again.
+        cell, out_stride: as above.
+        decoded_channels: channels of the decoder's output.
+        feature_channels, feature_strides: of the encoder's levels, finest first.
+        frozen: names of encoder parameters that no level of the decoder depends on; they do not train.
+
+    Raises:
+        ValueError: unknown names, no CNN, ``cell`` or ``out_stride`` that do not fit; the message says what would.
+        NoSparseRuleError: the network holds a layer that the sparse engine cannot mask.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self,
+        encoder: str = "resnet18",
+        stem: str = "default",
+        encoder_kwargs: dict[str, Any] | None = None,
+        encoder_checkpoint: str | Path | None = None,
+        pretrained: bool = False,
+        cell: int | None = None,
+        decoder_width: int = 256,
+        min_decoder_width: int = 32,
+        out_stride: int = 16,
+        skips: str = "all",
+        backend: str = "gather",
+    ) -> None:
+        super().__init__()
+        if skips not in SKIPS:
+            raise ValueError(f"skips must be one of {', '.join(map(repr, SKIPS))}, got {skips!r}")
+        if not 1 <= min_decoder_width <= decoder_width:
+            raise ValueError(
+                f"decoder widths must satisfy 1 <= min_decoder_width <= decoder_width, "
+                f"got {min_decoder_width} and {decoder_width}"
+            )
+        kwargs = dict(encoder_kwargs or {})
+        network = build_encoder(encoder, stem=stem, checkpoint=encoder_checkpoint, pretrained=pretrained, **kwargs)
+        self._levels = encoder_levels(network)
+        total = self._levels[-1].stride
+        self.encoder_spec: dict[str, Any] = {"name": encoder, "stem": stem, "kwargs": kwargs}
+        self.cell = check_cell(total if cell is None else cell, total)
+        self.out_stride = check_out_stride(out_stride, total)
+        self.feature_channels = tuple(level.channels for level in self._levels)
+        self.feature_strides = tuple(level.stride for level in self._levels)
+        used = [level for level in self._levels if level.stride >= out_stride] if skips == "all" else self._levels[-1:]
+        self.frozen = freeze_unused(network, used)
+        mean, deviation = pixel_statistics(network)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(deviation).view(1, -1, 1, 1), persistent=False)
+        self.encoder = sparsify(network, self.cell, backend)
+        self._check_sparse()
+
+        strides = [total >> stage for stage in range(total.bit_length()) if total >> stage >= out_stride]
+        widths = [max(min_decoder_width, decoder_width >> stage) for stage in range(len(strides))]
+        self.decoded_channels = widths[-1]
+        width_at = dict(zip(strides, widths, strict=True))
+        self.densify = nn.ModuleDict(
+            {
+                str(level.stride): Densify(level.channels, width_at[level.stride], 1 if level.stride == total else 3)
+                for level in used
+            }
+        )
+        before = [widths[0], *widths[:-1]]
+        self.decoder = nn.ModuleDict(
+            {
+                str(stride): DecoderStage(before[stage], widths[stage], upsample=stage > 0)
+                for stage, stride in enumerate(strides)
+            }
+        )
+
+    def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
+        """The mask grid (h, w) of images of this size, (H, W) or one side of a square.
+
+        Raises:
+            ValueError: the mask cells do not divide the size; the message names the nearest sizes that they do.
+        """
+        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(sides) != 2:
+            raise ValueError(f"image_size must be one side or (height, width), got {image_size!r}")
+        return grid_of((sides[0], sides[1]), self.cell)
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> StudentOutput:
+        """Encode the visible cells and decode the whole image.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], RGB; H and W multiples of ``cell``.
+            visible: bool (B, H/cell, W/cell), True = visible; None: everything.
+        """
+        grid = self.prepare(tuple(images.shape[-2:]))
+        if visible is None:
+            visible = torch.ones(images.shape[0], *grid, dtype=torch.bool, device=images.device)
+        if tuple(visible.shape) != (images.shape[0], *grid):
+            raise ValueError(
+                f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
+                f"cells need {(images.shape[0], *grid)}"
+            )
+        layout = CellLayout(visible, self.cell)
+        packed = cast(Any, self.encoder).pack(self.normalise(images), layout)
+        features = cast("list[SparseTensor]", encoder_features(self.encoder, packed, self._levels))
+        return StudentOutput(decoded=self.decode(features), features=features, layout=layout, images=images)
+
+    def decode(self, features: Sequence[SparseTensor]) -> Tensor:
+        """The encoder's sparse levels, finest first -> (B, decoded_channels, H/out_stride, W/out_stride)."""
+        by_stride = dict(zip(map(str, self.feature_strides), features, strict=True))
+        dense = {stride: densify(by_stride[stride]) for stride, densify in self.densify.items()}
+        stages = iter(self.decoder.items())
+        stride, stage = next(stages)
+        decoded: Tensor = stage(dense[stride])
+        for stride, stage in stages:
+            decoded = stage(decoded, dense.get(stride))
+        return decoded
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> what the encoder expects."""
+        return (images - self.mean) / self.deviation
+
+    def dense_features(self, images: Tensor) -> list[Tensor]:
+        """The levels of whole images by the ordinary dense network, finest first; images (B, 3, H, W) in [0, 1]."""
+        return encoder_features(self.encoder, self.normalise(images), self._levels)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Mean of the last level over the whole image: (B, 3, H, W) in [0, 1] -> (B, C)."""
+        return self.dense_features(images)[-1].mean(dim=(2, 3))
+
+    @torch.no_grad()
+    def _check_sparse(self) -> None:
+        """One tiny masked image through the encoder, so that a layer without a sparse rule is named here."""
+        visible = torch.tensor([[[True, False], [False, True]]])
+        side = 2 * self.cell
+        with evaluating(self.encoder):
+            packed = cast(Any, self.encoder).pack(torch.zeros(1, 3, side, side), visible)
+            encoder_features(self.encoder, packed, self._levels)
+
+
+def check_cell(cell: int, total_stride: int) -> int:
+    """Return ``cell``, or raise ValueError when it is no multiple of the encoder's total stride."""
+    if cell < 1 or cell % total_stride:
+        low = max(total_stride, cell // total_stride * total_stride)
+        near = " or ".join(map(str, dict.fromkeys((low, low + total_stride))))
+        raise ValueError(f"cell {cell} is no multiple of the encoder's total stride {total_stride}; nearest that are: {near}")
+    return cell
+
+
+def check_out_stride(out_stride: int, total_stride: int) -> int:
+    """Return ``out_stride``, or raise ValueError when the decoder cannot end there."""
+    allowed = [2**power for power in range(total_stride.bit_length())]
+    if out_stride not in allowed:
+        raise ValueError(
+            f"out_stride {out_stride} cannot be reached from the encoder's total stride {total_stride}; "
+            f"allowed: {', '.join(map(str, allowed))}"
+        )
+    return out_stride

@@ -1,0 +1,289 @@
+"""H-GKD's loss by hand on grids of four places, its geometry, gradients and refusals."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hgkd.objectives.alignment import fit_grid
+from hgkd.objectives.hgkd import HGKD, hgkd_loss, layer_norm0, smooth_l1_by_place
+from hgkd.registry import MODELS
+from hgkd.sparse import CellLayout
+from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
+
+INFO = TeacherInfo(kind="mae", width=2, depth=12, patch_size=16, decoder_width=3, decoder_depth=8)
+# one image, 2 x 2 cells of 4 px: upper left and lower right are visible
+VISIBLE = torch.tensor([[[True, False], [False, True]]])
+LAYOUT = CellLayout(VISIBLE, 4)
+# two channels: LN0 of (a, b) is (1, -1) where a > b, (-1, 1) where a < b
+TOKENS = torch.tensor([[[[5.0, 0.0], [9.0, 0.0]], [[1.0, 3.0], [2.0, 7.0]]]])
+LN_TOKENS = torch.tensor([[[[1.0, -1.0], [1.0, -1.0]], [[-1.0, 1.0], [-1.0, 1.0]]]])
+
+
+def student(channels: int = 2, out_stride: int = 4, cell: int = 4) -> SimpleNamespace:
+    return SimpleNamespace(decoded_channels=channels, out_stride=out_stride, cell=cell)
+
+
+def prepared(channels: int = 2, info: TeacherInfo = INFO, grid: tuple[int, int] = (2, 2), **options: object) -> HGKD:
+    objective = HGKD(**options)
+    objective.prepare(student(channels), info, grid, (2, 2))
+    return objective
+
+
+def identity(objective: HGKD, term: str) -> None:
+    conv = objective.projectors[term]
+    assert isinstance(conv, nn.Conv2d)
+    with torch.no_grad():
+        conv.weight.copy_(torch.eye(*conv.weight.shape[:2])[:, :, None, None])
+        conv.bias.zero_()
+
+
+def offsets(values: list[list[float]]) -> Tensor:
+    """A prediction that misses the target by the given amount in the first channel of each place."""
+    return LN_TOKENS + torch.stack([torch.tensor(values), torch.zeros(2, 2)]).unsqueeze(0)
+
+
+class TestFunctions:
+    def test_layer_norm0_by_hand(self) -> None:
+        # (0, 3, 6): mean 3, population variance 6
+        tokens = torch.tensor([0.0, 3.0, 6.0]).view(1, 3, 1, 1)
+        expected = torch.tensor([-3.0, 0.0, 3.0]) / 6.0**0.5
+        torch.testing.assert_close(layer_norm0(tokens).flatten(), expected)
+
+    def test_layer_norm0_is_torchs_without_affine(self) -> None:
+        tokens = torch.randn(2, 5, 3, 4)
+        expected = nn.functional.layer_norm(tokens.permute(0, 2, 3, 1), (5,), eps=1e-6).permute(0, 3, 1, 2)
+        torch.testing.assert_close(layer_norm0(tokens), expected)
+
+    def test_layer_norm0_ignores_scale_and_shift(self) -> None:
+        tokens = torch.randn(2, 8, 3, 3)
+        torch.testing.assert_close(layer_norm0(tokens * 7 + 3), layer_norm0(tokens), atol=1e-5, rtol=1e-5)
+
+    def test_layer_norm0_computes_in_fp32(self) -> None:
+        tokens = (torch.randn(1, 8, 2, 2) * 100 + 1000).half()
+        assert layer_norm0(tokens).dtype == torch.float32
+        torch.testing.assert_close(layer_norm0(tokens), layer_norm0(tokens.float()))
+
+    def test_layer_norm0_of_nothing_is_zero(self) -> None:
+        assert not layer_norm0(torch.zeros(1, 4, 2, 2)).any()
+
+    @pytest.mark.parametrize(
+        ("difference", "expected"),
+        [(0.0, 0.0), (1.0, 0.25), (-1.0, 0.25), (1.9, 0.9025), (2.0, 1.0), (3.0, 2.0), (-5.0, 4.0)],
+    )
+    def test_smooth_l1_turns_at_beta(self, difference: float, expected: float) -> None:
+        # beta 2: d^2 / 4 below, |d| - 1 from there on
+        got = smooth_l1_by_place(torch.full((1, 1, 1, 1), difference), torch.zeros(1, 1, 1, 1), beta=2.0)
+        assert got.item() == pytest.approx(expected)
+
+    def test_smooth_l1_averages_channels(self) -> None:
+        got = smooth_l1_by_place(torch.tensor([1.0, 3.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1))
+        assert got.shape == (1, 1, 1)
+        assert got.item() == pytest.approx((0.25 + 2.0) / 2)
+
+    def test_smooth_l1_refuses_shapes_that_broadcast(self) -> None:
+        with pytest.raises(ValueError, match="differ in shape"):
+            smooth_l1_by_place(torch.zeros(2, 3, 2, 2), torch.zeros(1, 3, 2, 2))
+
+    def test_loss_counts_the_given_places(self) -> None:
+        prediction = offsets([[1.0, 3.0], [0.0, 1.0]])  # per place over 2 channels: 0.125, 1, 0, 0.125
+        places = torch.tensor([[[True, True], [False, False]]])
+        assert hgkd_loss(prediction, TOKENS, places).item() == pytest.approx((0.125 + 1.0) / 2, abs=1e-5)
+
+
+class TestFullTarget:
+    # 0.125 and 0 at the visible places, 1 and 0.25 at the masked ones
+    DECODED = offsets([[1.0, 3.0], [2.0**0.5, 0.0]])
+
+    @pytest.mark.parametrize(("supervise", "expected"), [("masked", 1.25 / 2), ("visible", 0.125 / 2), ("all", 1.375 / 4)])
+    def test_hand_value(self, supervise: str, expected: float) -> None:
+        objective = prepared(supervise=supervise)
+        identity(objective, "distill")
+        losses = objective(StudentOutput(self.DECODED), TeacherOutput({11: TOKENS}, (2, 2)), LAYOUT)
+        assert list(losses) == ["distill"]
+        assert losses["distill"].shape == ()
+        assert losses["distill"].dtype == torch.float32
+        assert losses["distill"].item() == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize("supervise", ["masked", "visible", "all"])
+    def test_zero_at_the_target(self, supervise: str) -> None:
+        objective = prepared(supervise=supervise)
+        identity(objective, "distill")
+        losses = objective(StudentOutput(LN_TOKENS), TeacherOutput({11: TOKENS}, (2, 2)), LAYOUT)
+        assert losses["distill"].item() == pytest.approx(0.0, abs=1e-9)
+
+    @pytest.mark.parametrize(("supervise", "other"), [("masked", VISIBLE), ("visible", ~VISIBLE)])
+    def test_unsupervised_places_do_not_count(self, supervise: str, other: Tensor) -> None:
+        objective = prepared(supervise=supervise)
+        teacher = TeacherOutput({11: TOKENS}, (2, 2))
+        worse = torch.where(other.unsqueeze(1), torch.full_like(self.DECODED, float("nan")), self.DECODED)
+        torch.testing.assert_close(
+            objective(StudentOutput(worse), teacher, LAYOUT),
+            objective(StudentOutput(self.DECODED), teacher, LAYOUT),
+        )
+
+    def test_teacher_grid_finer_than_the_mask_grid(self) -> None:
+        objective = prepared(grid=(4, 4), supervise="masked")
+        identity(objective, "distill")
+        tokens = torch.randn(1, 2, 4, 4)
+        decoded = torch.randn(1, 2, 4, 4)
+        losses = objective(StudentOutput(decoded), TeacherOutput({11: tokens}, (4, 4)), LAYOUT)
+        by_place = smooth_l1_by_place(decoded, layer_norm0(tokens))[0]
+        expected = (by_place[:2, 2:].sum() + by_place[2:, :2].sum()) / 8  # the two hidden cells, 2 x 2 tokens each
+        torch.testing.assert_close(losses["distill"], expected)
+
+    def test_gradient_reaches_the_student_and_not_the_teacher(self) -> None:
+        objective = prepared(channels=5, projector="mlp")
+        decoded = torch.randn(1, 5, 2, 2, requires_grad=True)
+        tokens = torch.randn(1, 2, 2, 2, requires_grad=True)
+        objective(StudentOutput(decoded), TeacherOutput({11: tokens}, (2, 2)), LAYOUT)["distill"].backward()
+        assert tokens.grad is None
+        assert decoded.grad is not None
+        assert all(p.grad is not None and p.grad.any() for p in objective.parameters())
+        assert (decoded.grad.abs().sum(1) > 0).equal(~VISIBLE)
+
+    def test_predict_covers_every_place(self) -> None:
+        objective = prepared(channels=5, grid=(4, 6))
+        assert objective.predict(StudentOutput(torch.randn(3, 5, 2, 3))).shape == (3, 2, 4, 6)
+
+
+class TestInferredTarget:
+    DECODED_TEACHER = torch.tensor([0.0, 3.0, 6.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    TEACHER = TeacherOutput({11: TOKENS}, (2, 2), decoded=DECODED_TEACHER)
+
+    def run(self, supervise: str) -> dict[str, float]:
+        objective = prepared(target="inferred", supervise=supervise)
+        for term in objective.terms:
+            with torch.no_grad():  # predict (0, 0) or (0, 0, 0)
+                objective.projectors[term].weight.zero_()
+                objective.projectors[term].bias.zero_()
+        losses = objective(StudentOutput(torch.randn(1, 2, 2, 2)), self.TEACHER, LAYOUT)
+        return {name: value.item() for name, value in losses.items()}
+
+    # visible: |target| is 1 in both channels -> 0.25; masked: squares 1.5, 0, 1.5, over 4, mean -> 0.25
+    @pytest.mark.parametrize(
+        ("supervise", "expected"),
+        [("visible", {"visible": 0.25}), ("masked", {"masked": 0.25}), ("all", {"visible": 0.125, "masked": 0.125})],
+    )
+    def test_hand_value(self, supervise: str, expected: dict[str, float]) -> None:
+        assert self.run(supervise) == pytest.approx(expected, abs=1e-5)
+
+    def test_each_target_at_its_own_places(self) -> None:
+        objective = prepared(target="inferred", supervise="all")
+        student_out = StudentOutput(torch.randn(1, 2, 2, 2))
+        tokens = torch.where(VISIBLE.unsqueeze(1), TOKENS, torch.nan)
+        decoded = torch.where(VISIBLE.unsqueeze(1), torch.nan, self.DECODED_TEACHER)
+        got = objective(student_out, TeacherOutput({11: tokens}, (2, 2), decoded=decoded), LAYOUT)
+        torch.testing.assert_close(got, objective(student_out, self.TEACHER, LAYOUT))
+
+    def test_terms_sum_to_the_mean_over_all_places(self) -> None:
+        layout = CellLayout(torch.tensor([[[True, False], [False, False]]]), 4)
+        objective = prepared(target="inferred", supervise="all")
+        student_out = StudentOutput(torch.randn(1, 2, 2, 2))
+        losses = objective(student_out, self.TEACHER, layout)
+        visible = smooth_l1_by_place(objective.predict(student_out, "visible"), layer_norm0(TOKENS))
+        masked = smooth_l1_by_place(objective.predict(student_out, "masked"), layer_norm0(self.DECODED_TEACHER))
+        expected = torch.where(layout.visible, visible, masked).mean()
+        torch.testing.assert_close(losses["visible"] + losses["masked"], expected)
+
+    @pytest.mark.parametrize(
+        ("supervise", "blocks", "decoder_block"), [("masked", (), 7), ("visible", (9,), None), ("all", (9,), 7)]
+    )
+    def test_asks_for_nothing_it_does_not_use(self, supervise: str, blocks: tuple[int, ...], decoder_block: int | None) -> None:
+        objective = prepared(target="inferred", supervise=supervise, block=-3)
+        assert objective.needs.blocks == blocks
+        assert objective.needs.decoder_block == decoder_block
+        assert objective.needs.visible_only
+        assert len(objective.projectors) == len(objective.terms)
+
+    def test_every_projector_has_a_gradient_with_nothing_hidden(self) -> None:
+        objective = prepared(target="inferred", supervise="all")
+        layout = CellLayout(torch.ones_like(VISIBLE), 4)
+        sum(objective(StudentOutput(torch.randn(1, 2, 2, 2)), self.TEACHER, layout).values()).backward()
+        assert all(p.grad is not None for p in objective.parameters())
+
+    def test_teacher_without_decoder_serves_visible_places(self) -> None:
+        objective = prepared(info=TeacherInfo("timm", 2, 12, 16), target="inferred", supervise="visible")
+        assert objective.terms == ("visible",)
+
+
+class TestGeometry:
+    def test_equal_grids_pass_through(self) -> None:
+        feature = torch.randn(1, 2, 4, 4)
+        assert fit_grid(feature, (4, 4)) is feature
+
+    def test_finer_by_a_whole_factor_is_averaged(self) -> None:
+        feature = torch.arange(16.0).view(1, 1, 4, 4)
+        assert fit_grid(feature, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+    @pytest.mark.parametrize("size", [(2, 2), (3, 3)])
+    def test_otherwise_bilinear(self, size: tuple[int, int]) -> None:
+        feature = torch.arange(size[1], dtype=torch.float32).expand(1, 1, *size)  # a ramp along the columns
+        fitted = fit_grid(feature, (4, 4))
+        assert fitted.shape == (1, 1, 4, 4)
+        assert (fitted[0, 0] == fitted[0, 0, 0]).all()
+        middle = fitted[0, 0, 0, 1:3].diff().item()
+        assert middle == pytest.approx(size[1] / 4)  # slope: one unit a student place
+
+    def test_negative_block_counts_from_the_end(self) -> None:
+        assert prepared(block=-2).needs.blocks == (10,)
+        assert prepared(block=3).needs.blocks == (3,)
+
+    def test_needs_stand_as_given_before_prepare(self) -> None:
+        assert HGKD(block=-2).needs.blocks == (-2,)
+        assert not HGKD().needs.visible_only
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"target": "half"}, "target must be one of 'full', 'inferred', got 'half'"),
+            ({"supervise": "hidden"}, "supervise must be one of 'masked', 'visible', 'all', got 'hidden'"),
+            ({"beta": 0.0}, "beta must be above 0"),
+            ({"projector": "conv"}, "projector must be one of 'linear', 'mlp', got 'conv'"),
+            ({"decoder_block": 3}, "no use with target='full'"),
+        ],
+    )
+    def test_options(self, options: dict[str, object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            HGKD(**options)
+
+    @pytest.mark.parametrize("block", [12, -13])
+    def test_block_out_of_range_names_the_depth(self, block: int) -> None:
+        with pytest.raises(ValueError, match="depth 12"):
+            prepared(block=block)
+
+    def test_decoder_block_out_of_range_names_the_depth(self) -> None:
+        with pytest.raises(ValueError, match=r"decoder_block 8 .*depth 8"):
+            prepared(target="inferred", decoder_block=8)
+
+    def test_inferred_needs_a_decoder(self) -> None:
+        with pytest.raises(ValueError, match=r"\(mae-encoder\) has none.*target='full'"):
+            prepared(info=TeacherInfo("mae-encoder", 2, 12, 16), target="inferred")
+
+    def test_no_teacher(self) -> None:
+        with pytest.raises(ValueError, match="needs a teacher"):
+            HGKD().prepare(student(), None, None, (2, 2))
+
+    def test_grids_that_do_not_fit(self) -> None:
+        with pytest.raises(ValueError, match="no whole multiple of the mask grid"):
+            prepared(grid=(3, 3))
+
+    def test_nothing_hidden(self) -> None:
+        layout = CellLayout(torch.ones_like(VISIBLE), 4)
+        with pytest.raises(ValueError, match="supervise='all' or a mask_ratio above 0"):
+            prepared()(StudentOutput(LN_TOKENS), TeacherOutput({11: TOKENS}, (2, 2)), layout)
+
+    def test_teacher_output_of_another_block(self) -> None:
+        with pytest.raises(ValueError, match=r"blocks \[3\], not 11"):
+            prepared()(StudentOutput(LN_TOKENS), TeacherOutput({3: TOKENS}, (2, 2)), LAYOUT)
+
+    def test_unknown_term(self) -> None:
+        with pytest.raises(ValueError, match="has the terms distill"):
+            prepared().predict(StudentOutput(LN_TOKENS), "masked")
+
+
+def test_is_registered() -> None:
+    assert isinstance(MODELS.build({"type": "HGKD", "block": 9}), HGKD)
