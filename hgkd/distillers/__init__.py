@@ -1,1 +1,6 @@
+"""Distillers: mmengine models that wire student, teacher, mask and objectives."""
 
+from hgkd.distillers.mae import MAEPretraining
+from hgkd.distillers.masked import MaskedDistiller
+
+__all__ = ["MAEPretraining", "MaskedDistiller"]

@@ -74,8 +74,7 @@ def test_agrees_with_the_library(squares: Path) -> None:
     options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,)}
     found = evaluate.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options)["knn"]
     bank, queries = (
-        extract(load_extractor("test_resnet"), LabelledImages(f"{squares}/{part}", image_size=32))
-        for part in ("train", "test")
+        extract(load_extractor("test_resnet"), LabelledImages(f"{squares}/{part}", image_size=32)) for part in ("train", "test")
     )
     expected = knn_accuracy(bank.features, bank.labels, queries.features, queries.labels, ks=[3])[3]
     assert found["top1"] == pytest.approx(expected)
@@ -92,9 +91,7 @@ def test_agrees_with_the_library(squares: Path) -> None:
         (["linear", "--backbone", "gone.pth"], "checkpoint gone.pth does not exist"),
     ],
 )
-def test_mistakes_end_with_a_line(
-    squares: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_end_with_a_line(squares: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(squares, *options) == 2
     assert message in capsys.readouterr().err
 
@@ -118,7 +115,5 @@ def test_function_and_command_line_share_defaults() -> None:
 def test_random_weights_follow_the_seed(squares: Path) -> None:
     torch.manual_seed(123)
     options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,)}
-    a, b = (
-        evaluate.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options) for _ in range(2)
-    )
+    a, b = (evaluate.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options) for _ in range(2))
     assert a == b

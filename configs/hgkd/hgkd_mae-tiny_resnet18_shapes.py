@@ -1,0 +1,22 @@
+"""H-GKD: ResNet-18 from the tiny MAE of mae_tiny_shapes, on generated shapes: everything from nothing, no download.
+
+Mask ratio and clipping: SparK (arXiv 2301.03580). Smooth L1 with beta 2 on normalised tokens: G2SD (arXiv 2302.14771). Block at
+two thirds of the depth: DMAE (arXiv 2208.12256). The rest is this project's, not tuned yet.
+
+teacher_checkpoint: the last checkpoint of mae_tiny_shapes.
+"""
+
+_base_ = [
+    "../_base_/default_runtime.py",
+    "../_base_/schedules/adamw_cosine.py",
+    "../_base_/students/resnet18.py",
+    "../_base_/data/shapes.py",
+]
+
+teacher_checkpoint = None
+epochs = 10
+
+model = dict(
+    teacher=dict(type="MAETeacher"),
+    objectives=dict(hgkd=dict(type="HGKD", target="full", block=3, supervise="all", beta=2.0)),
+)

@@ -1,0 +1,33 @@
+"""A tiny MAE on generated shapes: the teacher of hgkd_mae-tiny_resnet18_shapes. Minutes on two CPU cores.
+
+Method, mask ratio 0.75, standardised pixels, AdamW with betas (0.9, 0.95) and weight decay 0.05: MAE (arXiv 2111.06377). The
+sizes, the learning rate and the epochs are this project's, chosen for small images and a small budget; not tuned yet.
+
+The last checkpoint (work_dirs/mae_tiny_shapes/epoch_<n>.pth) is what hgkd_mae-tiny_resnet18_shapes takes as teacher_checkpoint.
+"""
+
+_base_ = [
+    "../_base_/default_runtime.py",
+    "../_base_/schedules/adamw_cosine.py",
+    "../_base_/data/shapes.py",
+]
+
+epochs = 20
+warmup_epochs = 2
+
+model = dict(
+    type="MAEPretraining",
+    arch=dict(embed_dim=192, depth=6, num_heads=3, decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4),
+    patch_size=16,
+    mask_ratio=0.75,
+    norm_pix=True,
+)
+optim_wrapper = dict(optimizer=dict(betas=(0.9, 0.95)))
+# as in default_runtime, without pictures: there is no student to show
+custom_hooks = [
+    dict(type="EpochSeedHook"),
+    dict(type="FiniteLossHook"),
+    dict(type="ThroughputHook"),
+    dict(type="MemoryHook"),
+    dict(type="CollapseAlarmHook"),
+]

@@ -1,0 +1,126 @@
+"""MAE pretraining (arXiv 2111.06377): makes the teacher that H-GKD's target 'inferred' needs, when none can be had.
+
+Patches are hidden in whole cells (``mask_cell``), so that a teacher can be trained on the masks that its students will use; the
+default is MAE's own, one patch a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor
+
+from hgkd.data.transforms import as_size
+from hgkd.distillers.masked import feature_samples, to_unit_range
+from hgkd.evaluation.samples import FeatureSample
+from hgkd.masking import RandomMask, grid_of
+from hgkd.registry import MODELS
+from hgkd.teachers.mae import (
+    IMAGENET_DEVIATION,
+    IMAGENET_MEAN,
+    MaskedAutoencoder,
+    mae_loss,
+    make_arch,
+    pixel_target,
+    save_mae,
+)
+
+
+@MODELS.register_module()
+class MAEPretraining(BaseModel):
+    """A MAE being trained.
+
+    Args:
+        arch: 'tiny', 'small', 'base', 'large', 'huge', or a dict of sizes (see :class:`hgkd.teachers.mae.MAEArch`).
+        image_size: side in pixels, or (H, W).
+        patch_size: side of a patch in pixels.
+        mask_ratio: share of hidden patches, MAE's 0.75; the number of visible cells is truncated, as there.
+        mask_cell: side of the cells that are hidden as a whole, a multiple of ``patch_size``; None: one patch.
+        norm_pix: predict pixels standardised patch by patch.
+        mean, deviation: of the pixels, RGB in [0, 1].
+        data_preprocessor: see mmengine's ``BaseModel``.
+
+    Raises:
+        ValueError: sizes that do not fit, or a ratio that leaves nothing visible or nothing to predict.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any],
+        image_size: int | Sequence[int],
+        patch_size: int = 16,
+        mask_ratio: float = 0.75,
+        mask_cell: int | None = None,
+        norm_pix: bool = True,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        deviation: Sequence[float] = IMAGENET_DEVIATION,
+        data_preprocessor: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
+        self.cell = patch_size if mask_cell is None else mask_cell
+        if self.cell < patch_size or self.cell % patch_size:
+            raise ValueError(f"mask_cell {mask_cell} is no multiple of patch_size {patch_size}")
+        if mask_ratio <= 0.0:
+            raise ValueError(f"mask_ratio {mask_ratio} hides nothing, so MAE has nothing to predict; MAE's own is 0.75")
+        self.image_size = as_size(image_size)
+        self.mask_grid = grid_of(self.image_size, self.cell)
+        self.mask = RandomMask(mask_ratio, rounding="floor")
+        self.mask.check(self.mask_grid)
+        self.norm_pix = norm_pix
+        self.network = MaskedAutoencoder(make_arch(arch, patch_size=patch_size, image_size=self.image_size))
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)
+
+    def init_weights(self) -> None:
+        """Nothing: the network has set its weights itself."""
+
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, mode: str = "tensor", **data: Any
+    ) -> dict[str, Tensor] | list[FeatureSample] | Tensor:
+        """Loss, features or samples of a batch.
+
+        Args:
+            inputs: uint8 (B, 3, H, W), RGB.
+            mode: 'loss' -> {'mae_loss': scalar}; 'tensor' -> (B, 1 + N, D) encoder output of whole images; 'predict' -> one
+                ``FeatureSample`` an image, the mean patch token.
+        """
+        images = (to_unit_range(inputs) - self.mean) / self.deviation
+        if mode == "loss":
+            return {"mae_loss": self.loss(images)}
+        encoded = self.network.encode(images)
+        if mode == "predict":
+            return feature_samples(encoded[:, 1:].mean(1).float(), data)
+        if mode == "tensor":
+            return encoded
+        raise ValueError(f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
+
+    def loss(self, images: Tensor) -> Tensor:
+        """MAE's loss on normalised images, with a fresh mask."""
+        ratio = self.cell // self.network.arch.patch_size
+        cells = self.mask(len(images), self.mask_grid, device=images.device)
+        visible = cells.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2).flatten(1)
+        kept = visible.nonzero()[:, 1].view(len(images), -1)
+        predicted = self.network.predict_pixels(self.network.encode(images, kept), kept)
+        target = pixel_target(images, self.network.arch.patch_size, self.norm_pix)
+        return mae_loss(predicted, target, visible)
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says about the network inside."""
+        return {"mae": asdict(self.network.arch), "pixels": self.pixels(), "format": 1}
+
+    def pixels(self) -> dict[str, Any]:
+        """What the network was trained on, for a file of its weights."""
+        mean, deviation = (values.flatten().tolist() for values in (self.mean, self.deviation))
+        return {"mean": mean, "deviation": deviation, "norm_pix": self.norm_pix}
+
+    def save_teacher(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write the network as a file that :class:`hgkd.teachers.mae.MAETeacher` takes, in the official naming."""
+        return save_mae(self.network, path, self.pixels(), overwrite)

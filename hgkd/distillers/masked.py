@@ -1,0 +1,272 @@
+"""Masked distillation: a student that sees part of an image learns what the objectives ask of it.
+
+One model for H-GKD and its controls: with a teacher and ``HGKD`` it is H-GKD (arXiv 2309.09571), with ``PixelReconstruction``
+and no teacher SparK's pretraining (arXiv 2301.03580), with ``mask_ratio=0`` ordinary feature distillation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from hgkd.data.transforms import as_size
+from hgkd.evaluation.samples import FeatureSample
+from hgkd.masking import MaskGenerator
+from hgkd.registry import MODELS
+from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.teachers.cache import FeatureCache, weights_digest
+
+CHECKPOINT_FORMAT = 1
+
+
+def to_unit_range(inputs: Tensor) -> Tensor:
+    """Images as float in [0, 1]: uint8 (B, 3, H, W) is divided by 255, float is taken as it is.
+
+    Raises:
+        TypeError: another type, whose range cannot be known.
+    """
+    if inputs.dtype == torch.uint8:
+        return inputs.float().div_(255.0)
+    if inputs.is_floating_point():
+        return inputs
+    raise TypeError(f"images must be uint8 in [0, 255] or float in [0, 1], got {inputs.dtype}")
+
+
+def merge_needs(needs: Sequence[TeacherNeeds]) -> tuple[list[TeacherNeeds], list[int]]:
+    """The fewest teacher passes that serve all needs.
+
+    Needs that agree on ``visible_only`` share a pass, which gives the blocks of all of them; two different decoder blocks do
+    not share one.
+
+    Returns:
+        The passes, and for each of ``needs`` the index of its pass.
+    """
+    passes: list[TeacherNeeds] = []
+    owner: list[int] = []
+    for need in needs:
+        for i, have in enumerate(passes):
+            decoders = {have.decoder_block, need.decoder_block} - {None}
+            if have.visible_only == need.visible_only and len(decoders) <= 1:
+                blocks = tuple(sorted({*have.blocks, *need.blocks}))
+                passes[i] = replace(have, blocks=blocks, decoder_block=next(iter(decoders), None))
+                owner.append(i)
+                break
+        else:
+            passes.append(need)
+            owner.append(len(passes) - 1)
+    return passes, owner
+
+
+@MODELS.register_module()
+class MaskedDistiller(BaseModel):
+    """Wires student, teacher, mask and objectives together.
+
+    The teacher is no submodule: it is absent from ``parameters()``, ``state_dict()``, ``train()`` and DDP, but follows this
+    model from device to device.
+
+    Args:
+        student: config of a student, e.g. ``dict(type='SparseUNet', encoder='resnet18')``.
+        objectives: name -> config of an objective. Names prefix the logged losses; an extra key ``weight`` (default 1.0)
+            multiplies all terms of that objective.
+        mask: config of a generator of visible cells.
+        image_size: side in pixels of the training images, or (H, W); a multiple of the student's cell.
+        teacher: config of a teacher; None when no objective needs one.
+        flip: probability of mirroring a training image left to right here, rather than in the data's transform, so that
+            stored teacher features (see :meth:`store_features`) can tell a picture from its mirror image.
+        data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device.
+
+    Raises:
+        ValueError: anything that does not fit together, before the first step.
+    """
+
+    def __init__(
+        self,
+        student: Mapping[str, Any],
+        objectives: Mapping[str, Mapping[str, Any]],
+        mask: Mapping[str, Any],
+        image_size: int | Sequence[int],
+        teacher: Mapping[str, Any] | None = None,
+        flip: float = 0.0,
+        data_preprocessor: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
+        if not 0.0 <= flip <= 1.0:
+            raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
+        self.flip = flip
+        self.feature_cache: FeatureCache | None = None
+        self.image_size = as_size(image_size)
+        self.student = _build(student)
+        self.mask: MaskGenerator = _build(mask)
+        self.objectives, self.weights = _build_objectives(objectives)
+        built_teacher = None if teacher is None else _build(teacher)
+        # not through nn.Module.__setattr__, which would register it
+        object.__setattr__(self, "teacher", built_teacher)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Find all grids and let every part check that it fits the others."""
+        self.mask_grid: tuple[int, int] = self.student.prepare(self.image_size)
+        self.mask.check(self.mask_grid)
+        teacher: Any = self.teacher
+        info: TeacherInfo | None = None
+        grid: tuple[int, int] | None = None
+        if teacher is not None:
+            grid = teacher.prepare(self.mask_grid, self.student.cell)
+            info = teacher.info
+        parts: dict[str, Any] = dict(self.objectives.items())
+        for name, objective in parts.items():
+            if objective.needs is not None and teacher is None:
+                raise ValueError(
+                    f"objective {name!r} ({type(objective).__name__}) learns from a teacher, but the model has none; "
+                    "set model.teacher, or use an objective without one such as PixelReconstruction"
+                )
+            objective.prepare(self.student, info, grid, self.mask_grid)
+            if objective.needs is not None:  # after prepare, which resolves negative block indices
+                teacher.check(objective.needs)
+        asking: dict[str, TeacherNeeds] = {name: part.needs for name, part in parts.items() if part.needs is not None}
+        if teacher is not None and not asking:
+            raise ValueError("model.teacher is set, but no objective learns from it; remove it or add such an objective")
+        self._passes, owner = merge_needs(list(asking.values()))
+        self._pass_of = dict(zip(asking, owner, strict=True))
+
+    def init_weights(self) -> None:
+        """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedDistiller:
+        super()._apply(fn, recurse)
+        teacher: Any = self.teacher
+        if teacher is not None:  # the device only: a teacher keeps the precision that it was built with
+            teacher.to(next(self.student.parameters()).device)
+        return self
+
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, mode: str = "tensor", **data: Any
+    ) -> dict[str, Tensor] | list[FeatureSample] | Tensor:
+        """Losses, features or samples of a batch.
+
+        Args:
+            inputs: uint8 (B, 3, H, W), RGB.
+            mode: 'loss', 'predict' or 'tensor'.
+            data: further entries of the batch; 'predict' reads ``label`` and ``index`` (B,), and ``split``.
+
+        Returns:
+            'loss': name of a loss -> fp32 scalar. 'predict': one ``FeatureSample`` an image, pooled over the whole image.
+            'tensor': last-level features (B, C, h, w) of the whole image.
+        """
+        images = to_unit_range(inputs)
+        if mode == "loss":
+            return self._losses(images, data.get("index"))
+        if mode == "predict":
+            return feature_samples(self.student.pooled(images).float(), data)
+        if mode == "tensor":
+            return self.encode(images)
+        raise ValueError(f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Last-level encoder features (B, C, h, w) of whole images (B, 3, H, W) in [0, 1]: the dense network."""
+        features: Tensor = self.student.dense_features(images)[-1]
+        return features
+
+    def _losses(self, images: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+        if tuple(images.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, the model was built for "
+                f"{self.image_size[0]} x {self.image_size[1]}; set image_size of model and data alike"
+            )
+        # 1. mirror some of the images, and draw the visible cells
+        flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        if self.flip > 0.0:
+            flipped = torch.rand(len(images), device=images.device) < self.flip
+            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        visible = self.mask(images.shape[0], self.mask_grid, device=images.device)
+        # 2. the student sees these only
+        student_out: StudentOutput = self.student(images, visible)
+        # 3. the teacher, once for all objectives that can share a pass
+        teacher_outs = self.teach(images, visible, index, flipped)
+        # 4. every objective compares the two
+        losses: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            for term, value in objective(student_out, teacher_outs.get(name), student_out.layout).items():
+                losses[f"{name}_{term}_loss"] = self.weights[name] * value
+        return losses
+
+    def teach(
+        self, images: Tensor, visible: Tensor, index: Tensor | None = None, flipped: Tensor | None = None
+    ) -> dict[str, TeacherOutput]:
+        """What the teacher says to each objective that asked: objective name -> output.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            visible: bool (B, h, w).
+            index, flipped: which picture each image is, (B,); with these, stored features are used where there are any.
+        """
+        outs = [self._teacher_pass(needs, images, visible, index, flipped) for needs in self._passes]
+        return {name: outs[i] for name, i in self._pass_of.items()}
+
+    def _teacher_pass(
+        self, needs: TeacherNeeds, images: Tensor, visible: Tensor, index: Tensor | None, flipped: Tensor | None
+    ) -> TeacherOutput:
+        teacher: Any = self.teacher
+        cacheable = not needs.visible_only and needs.decoder_block is None
+        if self.feature_cache is None or index is None or flipped is None or not cacheable:
+            out: TeacherOutput = teacher(images, visible, needs)
+            return out
+
+        def compute(selection: Tensor) -> TeacherOutput:
+            found: TeacherOutput = teacher(images[selection.to(images.device)], None, needs)
+            return found
+
+        return self.feature_cache.tokens(index.to(images.device), flipped, needs.blocks, compute)
+
+    def store_features(self, folder: str | Path, pictures: int, data_identity: Mapping[str, Any]) -> None:
+        """Keep the tokens of whole images on disk from now on; see :mod:`hgkd.teachers.cache`.
+
+        Args:
+            folder: where.
+            pictures: number of training images; the batch's ``index`` is below it.
+            data_identity: what the pixels depend on: files, crop, size.
+
+        Raises:
+            ValueError: no objective uses tokens of whole images, so there is nothing to store.
+        """
+        teacher: Any = self.teacher
+        blocks = sorted({b for needs in self._passes if not needs.visible_only for b in needs.blocks})
+        if not blocks:
+            raise ValueError("no objective uses the teacher's tokens of whole images; remove the feature cache")
+        identity = {"teacher": weights_digest(teacher), "input_size": list(teacher.input_size), **data_identity}
+        self.feature_cache = FeatureCache(folder, identity, pictures, blocks, teacher.info.width, teacher.grid)
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
+        return {"encoder": self.student.encoder_spec, "format": CHECKPOINT_FORMAT}
+
+
+def _build(cfg: Mapping[str, Any]) -> Any:
+    """Build from ``MODELS`` whatever default scope another runner of this process has left behind."""
+    return MODELS.build({"_scope_": "hgkd", **cfg})
+
+
+def _build_objectives(configs: Mapping[str, Mapping[str, Any]]) -> tuple[nn.ModuleDict, dict[str, float]]:
+    if not configs:
+        raise ValueError("objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))")
+    objectives = nn.ModuleDict()
+    weights = {}
+    for name, cfg in configs.items():
+        cfg = dict(cfg)
+        weights[name] = float(cfg.pop("weight", 1.0))
+        objectives[name] = _build(cfg)
+    return objectives, weights
+
+
+def feature_samples(features: Tensor, data: Mapping[str, Any]) -> list[FeatureSample]:
+    count = len(features)
+    labels = data.get("label", [-1] * count)
+    indices = data.get("index", range(count))
+    splits = data.get("split", ["query"] * count)
+    return [FeatureSample(features[i], label=int(labels[i]), index=int(indices[i]), split=str(splits[i])) for i in range(count)]

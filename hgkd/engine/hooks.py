@@ -1,0 +1,239 @@
+"""Hooks of a distillation run: exact resume, speed and memory in the log, alarms, and pictures of what is learnt."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank, get_world_size, master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from PIL import Image
+from torch import Tensor, nn
+
+from hgkd.engine.pictures import colour_basis, hide_cells, picture_grid, token_colours
+from hgkd.registry import HOOKS
+
+if sys.platform != "win32":
+    import resource
+
+
+class DivergedError(RuntimeError):
+    """The loss is not a finite number any more; training on would only damage the weights further."""
+
+
+def plain_model(runner: Runner) -> nn.Module:
+    """The model without its data-parallel wrapper."""
+    model: nn.Module = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return model
+
+
+@HOOKS.register_module()
+class EpochSeedHook(Hook):
+    """Seeds Python, NumPy and torch at the start of every epoch from (seed, process, epoch).
+
+    A resumed run then draws the masks, crops and orders that the unbroken run would have drawn, whatever came between
+    (validation, pictures). It holds for epoch-based training, and for reading processes that are not persistent, since these
+    take their seed when they start.
+    """
+
+    priority = "LOW"
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        seed = int(np.random.SeedSequence([runner.seed or 0, get_rank(), runner.epoch]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)  # all devices
+
+
+@HOOKS.register_module()
+class ThroughputHook(Hook):
+    """Logs ``images_per_s`` of the whole run, over all processes; loading of the data included."""
+
+    priority = "ABOVE_NORMAL"  # before the logger
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._last = time.perf_counter()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        now = time.perf_counter()
+        images = len(data_batch["inputs"]) * get_world_size()
+        runner.message_hub.update_scalar("train/images_per_s", images / max(now - self._last, 1e-9))
+        self._last = now
+
+
+@HOOKS.register_module()
+class MemoryHook(Hook):
+    """Logs ``peak_memory_mb``, the largest resident set of this process so far, on machines without CUDA.
+
+    On CUDA mmengine logs ``memory``, the device's.
+    """
+
+    priority = "ABOVE_NORMAL"
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        if not torch.cuda.is_available() and sys.platform != "win32":
+            runner.message_hub.update_scalar("train/peak_memory_mb", peak_memory_mb())
+
+
+def peak_memory_mb() -> float:
+    """Largest resident set of this process so far, in MB (2**20 bytes); not on Windows."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak) / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@HOOKS.register_module()
+class FiniteLossHook(Hook):
+    """Stops the run at the first loss that is NaN or infinite."""
+
+    priority = "VERY_HIGH"
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        values = {name: float(torch.as_tensor(value).detach()) for name, value in (outputs or {}).items()}
+        if math.isfinite(values.get("loss", 0.0)):
+            return
+        last = runner.message_hub.runtime_info.get("last_ckpt")
+        images = data_batch.get("index", []) if isinstance(data_batch, Mapping) else []
+        raise DivergedError(
+            f"the loss is not finite at epoch {runner.epoch + 1}, step {runner.iter + 1}: "
+            f"{', '.join(f'{name}={value:g}' for name, value in values.items())}; "
+            f"learning rate {runner.optim_wrapper.get_lr()['lr'][0]:.3g}, images {[int(i) for i in images][:8]}. "
+            "Lower lr, lengthen warmup_epochs, clip gradients (optim_wrapper.clip_grad), or train without --amp; "
+            + (f"{last} is from before, resume from it" if last else "no checkpoint was written yet")
+        )
+
+
+@HOOKS.register_module()
+class CollapseAlarmHook(Hook):
+    """Warns after a validation when the features hardly differ from image to image any more.
+
+    Reads ``health/feature_std`` and ``health/effective_rank`` of ``FeatureHealthMetric``.
+
+    Args:
+        drop: alarm when a value falls below this share of the highest one so far.
+        min_feature_std: alarm below this spread.
+        min_effective_rank: alarm below so many directions.
+    """
+
+    def __init__(self, drop: float = 0.25, min_feature_std: float = 0.01, min_effective_rank: float = 2.0) -> None:
+        self.drop = drop
+        self.floors = {"health/feature_std": min_feature_std, "health/effective_rank": min_effective_rank}
+        self._highest: dict[str, float] = {}
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        for name, floor in self.floors.items():
+            value = (metrics or {}).get(name)
+            if value is None:
+                continue
+            highest = self._highest[name] = max(value, self._highest.get(name, value))
+            if value < max(floor, self.drop * highest):
+                runner.logger.warning(
+                    f"features are collapsing: {name} is {value:.4g} (highest so far {highest:.4g}, alarm below "
+                    f"{max(floor, self.drop * highest):.4g}). Different images get nearly the same feature; "
+                    "lower lr, mask less, or look at the teacher"
+                )
+
+
+@HOOKS.register_module()
+class PictureHook(Hook):
+    """Saves ``work_dir/pictures/epoch_<n>.png``: a few training images and what student and teacher make of them.
+
+    Columns: the image, what the student sees of it, and for every objective the teacher's tokens and the student's
+    prediction as colours (same basis), or the reconstruction. Images, crops and masks are the same each time.
+
+    Args:
+        interval: epochs between two pictures; there is always one at the end.
+        num_images: rows.
+        seed: of the crops and masks.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, interval: int = 1, num_images: int = 4, seed: int = 0) -> None:
+        if interval < 1 or num_images < 1:
+            raise ValueError(f"interval and num_images must be 1 or more, got {interval} and {num_images}")
+        self.interval = interval
+        self.num_images = num_images
+        self.seed = seed
+        self._inputs: Tensor | None = None
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        model = plain_model(runner)
+        if not hasattr(model, "student"):
+            raise ValueError(f"PictureHook shows what a student learns, but a {type(model).__name__} has none; remove the hook")
+        dataset = runner.train_dataloader.dataset
+        count = min(self.num_images, len(dataset))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self._inputs = torch.stack([dataset[i * len(dataset) // count]["inputs"] for i in range(count)])
+
+    @master_only
+    def after_train_epoch(self, runner: Runner) -> None:
+        if self._inputs is None or not (self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner)):
+            return
+        picture = picture_grid(distillation_columns(plain_model(runner), self._inputs, self.seed))
+        folder = Path(runner.work_dir) / "pictures"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(folder / f"epoch_{runner.epoch + 1}.png")
+        runner.visualizer.add_image("pictures", picture, step=runner.epoch + 1)
+
+
+@torch.no_grad()
+def distillation_columns(model: Any, inputs: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Columns for :func:`hgkd.engine.pictures.picture_grid` of a ``MaskedDistiller``, computed in eval mode.
+
+    Args:
+        inputs: uint8 (B, 3, H, W).
+        seed: of the mask.
+
+    Returns:
+        Title -> (B, 3, h, w) in [0, 1].
+    """
+    training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        images = inputs.to(device).float() / 255
+        generator = torch.Generator().manual_seed(seed)
+        visible = model.mask(len(images), model.mask_grid, device="cpu", generator=generator).to(device)
+        student_out = model.student(images, visible)
+        teacher_outs = model.teach(images, visible)
+        columns = {"image": images, "seen": hide_cells(images, visible)}
+        for name, objective in model.objectives.items():
+            if hasattr(objective, "target_map"):
+                columns.update(_feature_columns(name, objective, student_out, teacher_outs[name]))
+            elif hasattr(objective, "reconstruct"):
+                columns[name] = objective.reconstruct(student_out, student_out.layout)
+    finally:
+        model.train(training)
+    return columns
+
+
+def _feature_columns(name: str, objective: Any, student_out: Any, teacher_out: Any) -> dict[str, Tensor]:
+    terms: Sequence[str] = objective.terms
+    columns = {}
+    for term in terms:
+        label = name if len(terms) == 1 else f"{name} {term}"
+        target = objective.target_map(teacher_out, term)
+        basis = colour_basis(target)
+        columns[f"{label}: teacher"] = token_colours(target, basis)
+        columns[f"{label}: student"] = token_colours(objective.predict(student_out, term), basis)
+    return columns

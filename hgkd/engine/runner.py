@@ -1,0 +1,175 @@
+"""mmengine's runner with strict, safe and exact resuming, and with checkpoints that say what they hold.
+
+Against mmengine 0.10.7: checkpoints are read with ``weights_only=True`` on every torch; a checkpoint that does not fit the
+model is refused before anything is changed (mmengine loads what fits and only logs the rest); reading processes are not
+re-seeded alike in every epoch; data-parallel training works without CUDA (gloo); checkpoints are written beside and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import broadcast, is_distributed, is_main_process
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hgkd.engine.hooks import plain_model
+from hgkd.engine.weights import load_strict, read_checkpoint
+from hgkd.errors import WeightsError
+from hgkd.registry import RUNNERS
+
+
+def find_last_checkpoint(work_dir: str | os.PathLike[str]) -> str | None:
+    """The checkpoint that ``work_dir/last_checkpoint`` names, also when the folder was moved; None when there is none."""
+    note = Path(work_dir) / "last_checkpoint"
+    if not note.is_file():
+        return None
+    named = Path(note.read_text().strip())
+    for candidate in (named, Path(work_dir) / named.name):
+        if candidate.is_file():
+            return str(candidate)
+    return None
+
+
+def _what(meta: Any) -> str:
+    """The network that ``meta['hgkd']`` of a checkpoint describes, in words."""
+    meta = meta if isinstance(meta, Mapping) else {}
+    if isinstance(meta.get("encoder"), Mapping):
+        return f"a student {meta['encoder'].get('name')!r}"
+    return "a masked autoencoder" if "mae" in meta else "a model that it does not describe"
+
+
+@RUNNERS.register_module()
+class DistillRunner(Runner):
+    """See the module's header; arguments are those of ``mmengine.runner.Runner``."""
+
+    _load_from: str | None
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        # mmengine's own initialisation sets a CUDA device unconditionally
+        if self.distributed and not is_distributed() and not torch.cuda.is_available():
+            torch.distributed.init_process_group("gloo")
+        super().setup_env(env_cfg)
+        # names logger, message hub and visualiser, which mmengine shares between runs of the same second
+        now = torch.tensor(time.time(), dtype=torch.float64)
+        broadcast(now)
+        seconds = now.item()
+        self._timestamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(seconds)) + f"_{int(seconds % 1 * 1000):03d}"
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        on_cpu = self.distributed and not torch.cuda.is_available()
+        if not on_cpu or model_wrapper_cfg is not None or is_model_wrapper(model):
+            wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
+            return wrapped
+        unused = self.cfg.get("find_unused_parameters", False)
+        return MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=unused)
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader[Any] | dict[str, Any], seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader[Any]:
+        loader: DataLoader[Any] = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        if not isinstance(dataloader, DataLoader) and "worker_init_fn" not in dataloader:
+            # mmengine would give a worker the same seed in every epoch, hence the same crops; torch's own seeding follows
+            # the main process, which EpochSeedHook seeds
+            loader.worker_init_fn = None
+        return loader
+
+    def build_train_loop(self, loop: Any) -> Any:
+        built = super().build_train_loop(loop)
+        if built.max_iters < 1:
+            loader = built.dataloader
+            raise ValueError(
+                f"no training step: {len(loader.dataset)} images do not fill one batch of {loader.batch_size} "
+                "(incomplete batches are dropped); use more images or a smaller batch_size"
+            )
+        return built
+
+    def load_or_resume(self) -> None:
+        if not self._has_loaded and self._resume and self._load_from is None:
+            last = find_last_checkpoint(self.work_dir)
+            if last is None:
+                self.logger.warning(
+                    f"nothing to resume in {self.work_dir}: there is no checkpoint; starting from the beginning"
+                )
+                return
+            self.logger.info(f"resuming from the last checkpoint {last}")
+            self._load_from = last
+        super().load_or_resume()
+
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: Any = "default",
+    ) -> None:
+        super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
+        # with seed=None the order of the data was drawn before the checkpoint's seed was known
+        sampler: Any = self.train_dataloader.sampler
+        if not self._randomness_cfg.get("diff_rank_seed", False) and hasattr(sampler, "seed"):
+            sampler.seed = self.seed
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = "cpu", strict: bool = True, revise_keys: Any = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint of this runner and load its weights; both safe and strict.
+
+        Args:
+            filename: local file.
+            map_location: not used; optimisers bring their state to the parameters' device themselves.
+            strict: must be True.
+            revise_keys: not used; the keys are this project's own.
+
+        Raises:
+            FileNotFoundError: no such file.
+            WeightsError: no checkpoint of a runner, or one of another model; nothing has been changed then.
+        """
+        if not strict:
+            raise ValueError("DistillRunner loads checkpoints strictly; strict=False would leave weights random unseen")
+        checkpoint = read_run_checkpoint(filename)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model: Any = plain_model(self)
+        try:
+            load_strict(model, checkpoint["state_dict"], source=str(filename))
+        except WeightsError as error:
+            own = _what(model.meta()) if hasattr(model, "meta") else f"a {type(model).__name__}"
+            raise WeightsError(
+                f"{filename} is of another model: it holds {_what(checkpoint['meta'].get('hgkd'))}, this run trains {own}. "
+                f"Use the config that wrote it, or start anew without it; {error}"
+            ) from error
+        self._has_loaded = True
+        return checkpoint
+
+    def save_checkpoint(
+        self, out_dir: str, filename: str, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As mmengine's, with ``meta['hgkd']`` describing the network, written beside and renamed when complete."""
+        model: Any = plain_model(self)
+        meta = dict(meta or {})
+        if hasattr(model, "meta"):
+            meta["hgkd"] = model.meta()
+        partial = f"{filename}.partial"
+        super().save_checkpoint(out_dir, partial, *args, meta=meta, **kwargs)
+        if is_main_process():
+            os.replace(os.path.join(out_dir, partial), os.path.join(out_dir, filename))
+
+
+def read_run_checkpoint(filename: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint that a runner wrote, complete with optimiser and log, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsError: damaged, unsafe, or no checkpoint of a runner.
+    """
+    checkpoint = read_checkpoint(filename)
+    if not isinstance(checkpoint, dict) or not {"meta", "state_dict", "message_hub"} <= set(checkpoint):
+        raise WeightsError(f"{filename} is no checkpoint of a training run, which holds 'meta', 'state_dict' and 'message_hub'")
+    return checkpoint

@@ -1,0 +1,243 @@
+"""Frozen features of any backbone that hgkd can name: students, exports, timm CNNs and ViTs, MAE files.
+
+One feature an image: the mean over places of the last level of a CNN, or of the patch tokens after one block of a ViT.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from hgkd.errors import DataError, unknown_name_message
+from hgkd.structures import TeacherNeeds
+
+_WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
+
+
+@dataclass
+class FeatureSet:
+    """Features of a data set, in its order.
+
+    Attributes:
+        features: (N, C), fp32, on the CPU.
+        labels: class indices (N,).
+        skipped: images of the data set that are not among them, because their files cannot be read.
+    """
+
+    features: Tensor
+    labels: Tensor
+    skipped: int = 0
+
+
+class FeatureExtractor(nn.Module):
+    """A frozen network that turns images into one feature each.
+
+    Args:
+        kind: 'student', 'export', 'timm' or 'mae'.
+        settings: what was loaded and which part of it, as plain values for a report.
+    """
+
+    def __init__(self, kind: str, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.settings = {"kind": kind, **settings}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), RGB, in [0, 1] -> features (B, C)."""
+        raise NotImplementedError
+
+
+class CNNExtractor(FeatureExtractor):
+    """Mean over places of ``model.forward_features``; the model's own mean and deviation normalise the images."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, kind: str, settings: dict[str, Any]) -> None:
+        super().__init__(kind, settings)
+        self.model = model.eval().requires_grad_(False)
+        cfg: Any = model.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        level: Tensor = self.model.forward_features((images - self.mean) / self.std)  # type: ignore[operator]
+        if level.ndim != 4 or level.shape[1] != self.model.num_features:
+            raise ValueError(
+                f"{self.settings.get('name')} gives features of shape {tuple(level.shape)}, expected (B, "
+                f"{self.model.num_features}, h, w); only CNNs, and ViTs with a block, can be evaluated"
+            )
+        return level.mean(dim=(2, 3))
+
+
+class TokenExtractor(FeatureExtractor):
+    """Mean of a teacher's patch tokens after one block; all is visible, the teacher resizes and normalises inside."""
+
+    def __init__(self, teacher: Any, block: int | None, kind: str, settings: dict[str, Any]) -> None:
+        depth = teacher.info.depth
+        block = depth - 1 if block is None else block
+        if not 0 <= block < depth:
+            raise ValueError(f"block {block} does not exist: {settings['name']} has blocks 0 .. {depth - 1}")
+        super().__init__(kind, {**settings, "block": block})
+        self.teacher = teacher
+        self.needs = TeacherNeeds(blocks=(block,))
+        self.block = block
+        self._grid: tuple[int, int] | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        patch = self.teacher.info.patch_size
+        grid = max(1, round(images.shape[2] / patch)), max(1, round(images.shape[3] / patch))
+        if grid != self._grid:  # one token a cell: patches of about the images' own size
+            self.teacher.prepare(grid, patch)
+            self._grid = grid
+        visible = torch.ones(len(images), *grid, dtype=torch.bool, device=images.device)
+        tokens: Tensor = self.teacher(images, visible, self.needs).tokens[self.block]
+        return tokens.mean(dim=(2, 3))
+
+
+def load_extractor(
+    spec: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
+    block: int | None = None,
+    *,
+    pretrained: bool = False,
+    seed: int = 0,
+) -> FeatureExtractor:
+    """Make the extractor that a backbone specification asks for.
+
+    Args:
+        spec: a checkpoint of hgkd's runner (.pth); a folder of ``tools/export.py``; a timm model name; or
+            ``'mae:FILE'`` for a MAE checkpoint.
+        checkpoint: weight file for a timm name, loaded strictly (a classifier in it is left aside).
+        block: for ViTs, index of the block whose patch tokens are averaged (0 = first); None is the last.
+        pretrained: let timm download its weights for a timm name.
+        seed: of the random weights of a timm name with neither ``checkpoint`` nor ``pretrained``.
+
+    Raises:
+        ValueError: unknown name (the nearest ones are told), no such block, or an option that ``spec`` does not take.
+        FileNotFoundError: ``spec`` or ``checkpoint`` is a path that does not exist.
+        WeightsError: damaged or unfitting weights.
+    """
+    text = os.fspath(spec)
+    if text.startswith("mae:"):
+        _refuse(text, "a MAE file holds its own weights", checkpoint=checkpoint, pretrained=pretrained)
+        return _mae(text.removeprefix("mae:"), block)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        _refuse(text, "an export holds its own CNN", checkpoint=checkpoint, pretrained=pretrained, block=block)
+        return _export(path)
+    if path.is_file() or text.endswith(_WEIGHT_SUFFIXES) or os.sep in text:
+        _refuse(text, "a checkpoint holds its own CNN", checkpoint=checkpoint, pretrained=pretrained, block=block)
+        return _student(path)
+    return _timm(text, checkpoint, block, pretrained, seed)
+
+
+def _refuse(spec: str, why: str, **options: object) -> None:
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    if given:
+        raise ValueError(f"backbone {spec!r} takes no {' or '.join(given)}: {why}; leave it out")
+
+
+def _student(path: Path) -> FeatureExtractor:
+    from hgkd.export import read_student
+
+    student = read_student(path)
+    return CNNExtractor(student.build(), "student", {**student.spec.to_dict(), "weights": str(path)})
+
+
+def _export(path: Path) -> FeatureExtractor:
+    from hgkd.export import load_backbone, read_spec
+
+    return CNNExtractor(load_backbone(path), "export", {**read_spec(path).to_dict(), "weights": str(path)})
+
+
+def _mae(file: str, block: int | None) -> FeatureExtractor:
+    from hgkd.teachers import MAETeacher
+
+    return TokenExtractor(MAETeacher(checkpoint=_existing(file)), block, "mae", {"name": "mae", "weights": file})
+
+
+def _timm(
+    name: str, checkpoint: str | os.PathLike[str] | None, block: int | None, pretrained: bool, seed: int
+) -> FeatureExtractor:
+    if not timm.is_model(name.partition(".")[0]):
+        message = unknown_name_message("backbone", name, timm.list_models())
+        raise ValueError(f"{message} (nor is it a file or a folder)")
+    if checkpoint is not None and pretrained:
+        raise ValueError("checkpoint and pretrained both name weights; give one of them")
+    file = None if checkpoint is None else _existing(checkpoint)
+    unnamed = "timm" if pretrained else f"random, seed {seed}"
+    settings = {"name": name, "weights": unnamed if file is None else str(file)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if _is_vit(name):
+            from hgkd.teachers import TimmTeacher
+
+            teacher = TimmTeacher(name, checkpoint=file, pretrained=pretrained, allow_random=True)
+            return TokenExtractor(teacher, block, "timm", settings)
+        if block is not None:
+            raise ValueError(f"{name} is no ViT and has no block {block}; leave block out")
+        from hgkd.students import build_encoder
+
+        return CNNExtractor(build_encoder(name, checkpoint=file, pretrained=pretrained), "timm", settings)
+
+
+def _existing(file: str | os.PathLike[str]) -> Path:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"weight file {path} does not exist")
+    return path
+
+
+def _is_vit(name: str) -> bool:
+    """Whether timm's model is a plain ViT: patches, then a row of blocks of equal tokens."""
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+    return all(hasattr(model, part) for part in ("patch_embed", "blocks", "num_prefix_tokens"))
+
+
+@torch.no_grad()
+def extract(
+    extractor: FeatureExtractor,
+    dataset: Dataset[dict[str, Any]],
+    batch_size: int = 64,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> FeatureSet:
+    """Features and labels of a whole data set, in order.
+
+    Args:
+        dataset: items ``{'inputs': uint8 (3, H, W), 'label': int, 'index': int}``. An index that comes twice is an
+            image that took the place of an unreadable one; it counts once.
+        batch_size: images at once.
+        workers: processes that read images; 0 reads in this one.
+        device: where the network computes.
+    """
+    loader: DataLoader[dict[str, Any]] = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate)
+    extractor = extractor.to(device).eval()
+    features, labels, indices = [], [], []
+    for batch in loader:
+        images = batch["inputs"].to(device).float() / 255
+        features.append(extractor(images).float().cpu())
+        labels.append(batch["label"])
+        indices += batch["index"]
+    if not indices:
+        raise DataError("the data set is empty: no image, no feature")
+    first_place = {index: place for place, index in reversed(list(enumerate(indices)))}
+    keep = torch.tensor(sorted(first_place.values()))
+    return FeatureSet(torch.cat(features)[keep], torch.cat(labels)[keep], skipped=len(indices) - len(keep))
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "inputs": torch.stack([item["inputs"] for item in items]),
+        "label": torch.tensor([item["label"] for item in items]),
+        "index": [int(item["index"]) for item in items],
+    }

@@ -1,0 +1,145 @@
+"""The encoder inside a checkpoint of hgkd's runner: its description, its weights, and where it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hgkd.errors import WeightsError
+
+FORMAT = 1
+ENCODER_PREFIX = "student.encoder."
+_EXPECTED = "expected a .pth file that tools/train.py wrote while distilling a student"
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What ``hgkd.students.build_encoder`` needs to make a student's dense encoder.
+
+    Attributes:
+        name: timm model name.
+        stem: 'default', or 'cifar' for a 3x3 stride-1 stem without pooling.
+        kwargs: further timm arguments.
+    """
+
+    name: str
+    stem: str = "default"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, hgkd: object, source: str) -> EncoderSpec:
+        """Read the ``hgkd`` section of a checkpoint or an export; ``source`` names the file in messages.
+
+        Raises:
+            WeightsError: not such a section, or one of a newer format.
+        """
+        encoder = hgkd.get("encoder") if isinstance(hgkd, Mapping) else None
+        if not isinstance(hgkd, Mapping) or not isinstance(encoder, Mapping) or "name" not in encoder:
+            raise WeightsError(f"{source} does not say which encoder it holds; {_EXPECTED}, or a folder of tools/export.py")
+        if hgkd.get("format") != FORMAT:
+            raise WeightsError(
+                f"{source} has format {hgkd.get('format')!r}, this version of hgkd reads format {FORMAT}; "
+                "use the version of hgkd that wrote it"
+            )
+        unknown = sorted(set(encoder) - {"name", "stem", "kwargs"})
+        if unknown:
+            raise WeightsError(f"{source} describes its encoder with unknown keys {unknown}; known: name, stem, kwargs")
+        return cls(str(encoder["name"]), str(encoder.get("stem") or "default"), dict(encoder.get("kwargs") or {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "stem": self.stem, "kwargs": dict(self.kwargs)}
+
+    def build(self) -> nn.Module:
+        """The dense timm model with random weights, in eval mode."""
+        from hgkd.students import build_encoder
+
+        return build_encoder(self.name, stem=self.stem, **self.kwargs).eval()
+
+
+@dataclass
+class StudentCheckpoint:
+    """A checkpoint of hgkd's runner.
+
+    Attributes:
+        path: the file.
+        spec: the encoder's description.
+        state: the encoder's weights under the keys of the timm model.
+        meta: ``checkpoint['meta']``.
+        metrics: results that the checkpoint carries, may be empty.
+    """
+
+    path: Path
+    spec: EncoderSpec
+    state: dict[str, Tensor]
+    meta: dict[str, Any]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The dense encoder with the checkpoint's weights, in eval mode.
+
+        Raises:
+            WeightsError: a weight is missing, left over or of another shape.
+        """
+        from hgkd.engine.weights import load_strict
+
+        encoder = self.spec.build()
+        load_strict(encoder, self.state, source=str(self.path))
+        return encoder
+
+
+def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
+    """Read a checkpoint of hgkd's runner, without running code that the file may hold.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: the file is damaged, or holds no student of ours.
+    """
+    from hgkd.engine.weights import read_checkpoint
+
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; {_EXPECTED}")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; {_EXPECTED}")
+    found = read_checkpoint(path)
+    checkpoint: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    meta, weights = checkpoint.get("meta"), checkpoint.get("state_dict")
+    if not isinstance(meta, Mapping) or "hgkd" not in meta or not isinstance(weights, Mapping):
+        raise WeightsError(f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {_EXPECTED}")
+    if isinstance(meta["hgkd"], Mapping) and "mae" in meta["hgkd"]:
+        raise WeightsError(f"{path} holds a masked autoencoder and no student; tools/evaluate.py takes it as mae:{path}")
+    spec = EncoderSpec.parse(meta["hgkd"], str(path))
+    state = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
+    if not state:
+        examples = ", ".join(list(weights)[:3]) or "none at all"
+        raise WeightsError(f"{path} holds no weights named {ENCODER_PREFIX}*; its weights are called {examples}")
+    return StudentCheckpoint(path, spec, state, dict(meta), _metrics(checkpoint))
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The last validation results before the file was written, as mmengine's message hub keeps them: name -> number."""
+    hub = checkpoint.get("message_hub")
+    scalars = hub.get("log_scalars") if isinstance(hub, Mapping) else None
+    if not isinstance(scalars, Mapping):
+        return {}
+    found = {}
+    for name, history in scalars.items():
+        # a reader that refuses foreign classes may have left a plain placeholder
+        if str(name).startswith("val/") and callable(getattr(history, "current", None)):
+            found[str(name).removeprefix("val/")] = float(history.current())
+    return found

@@ -1,0 +1,207 @@
+"""What every teacher has in common: frozen, in eval for good, own size and normalisation, no more blocks than asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Teacher(nn.Module):
+    """Base of teachers; subclasses set ``info`` and give the three steps below.
+
+    Args:
+        dtype: precision that the network computes in; outputs are fp32.
+        mean, deviation: of the pixels in [0, 1] that the network was trained with, RGB.
+
+    Attributes:
+        info: static facts.
+        input_size: (H, W) that images are resized to; set by :meth:`prepare`.
+        grid: (gh, gw) of the tokens; set by :meth:`prepare`.
+        ratio: tokens along a mask cell's side; set by :meth:`prepare`.
+    """
+
+    info: TeacherInfo
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, dtype: str, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.dtype = DTYPES[dtype]
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)
+        self.grid: tuple[int, int] | None = None
+        self.input_size = (0, 0)
+        self.ratio = 1
+
+    # --- what a subclass gives --------------------------------------------------------------------------------------
+
+    def _set_grid(self, grid: tuple[int, int]) -> None:
+        """Fit the position embedding to a token grid."""
+        raise NotImplementedError
+
+    def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+        """Tokens of normalised images of ``input_size``.
+
+        Args:
+            kept: int64 (B, n), the patches that the network sees, in ascending order; None: all of them.
+
+        Returns:
+            Tokens on the whole grid, 0 at patches that were not seen.
+        """
+        raise NotImplementedError
+
+    # --- protocol ---------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """No gradients, eval mode, the asked precision; a subclass calls it once its weights are in."""
+        self.requires_grad_(False)
+        for part in self.children():  # mean and deviation stay fp32
+            part.to(self.dtype)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """A teacher stays in eval mode, whatever it is told."""
+        return super().train(False)
+
+    def check(self, needs: TeacherNeeds) -> None:
+        """Refuse what this teacher cannot give.
+
+        Raises:
+            ValueError: a block out of range, or a decoder that is not there.
+        """
+        for block in needs.blocks:
+            if not 0 <= block < self.info.depth:
+                raise ValueError(
+                    f"teacher block {block} does not exist: this teacher has {self.info.depth} blocks, "
+                    f"indices 0 to {self.info.depth - 1}"
+                )
+        if needs.decoder_block is None:
+            return
+        if self.info.decoder_depth == 0:
+            raise ValueError(self._no_decoder())
+        if not 0 <= needs.decoder_block < self.info.decoder_depth:
+            raise ValueError(
+                f"decoder block {needs.decoder_block} does not exist: this teacher's decoder has "
+                f"{self.info.decoder_depth} blocks, indices 0 to {self.info.decoder_depth - 1}"
+            )
+
+    def _no_decoder(self) -> str:
+        return (
+            f"a teacher of kind {self.info.kind!r} has no decoder, so it cannot infer hidden places: the target 'inferred' "
+            "needs a MAE teacher with its decoder; use target='full', or MAETeacher with a full pretraining checkpoint"
+        )
+
+    def prepare(self, mask_grid: tuple[int, int], cell: int) -> tuple[int, int]:
+        """Fix the input size so that the token grid is a whole multiple of the mask grid.
+
+        Args:
+            mask_grid: (h, w) cells.
+            cell: side of a cell in student pixels. The number of tokens a cell side, max(1, round(cell / patch_size)),
+                keeps the teacher's pixels about as large as the student's.
+
+        Returns:
+            (gh, gw), the token grid.
+        """
+        patch = self.info.patch_size
+        self.ratio = max(1, round(cell / patch))
+        self.grid = (mask_grid[0] * self.ratio, mask_grid[1] * self.ratio)
+        self.input_size = (self.grid[0] * patch, self.grid[1] * patch)
+        self._set_grid(self.grid)
+        print_log(
+            f"teacher ({self.info.kind}, {self.info.depth} blocks, width {self.info.width}): {self.grid[0]} x {self.grid[1]} "
+            f"tokens of {patch} px, {self.ratio} a cell side, input {self.input_size[0]} x {self.input_size[1]}",
+            "current",
+        )
+        return self.grid
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, visible: Tensor | None = None, needs: TeacherNeeds | None = None) -> TeacherOutput:
+        """What the teacher sees in images.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], RGB, any size.
+            visible: bool (B, h, w), True = visible; used with ``needs.visible_only``.
+            needs: what to compute; default: the last block of whole images.
+
+        Raises:
+            RuntimeError: :meth:`prepare` was not called.
+            ValueError: see :meth:`check`; ``visible_only`` without ``visible``.
+        """
+        if self.grid is None:
+            raise RuntimeError("call teacher.prepare(mask_grid, cell) before the first forward")
+        needs = needs or TeacherNeeds(blocks=(self.info.depth - 1,))
+        self.check(needs)
+        with torch.autocast(images.device.type, enabled=False):  # the teacher's own precision, whatever the student's is
+            return self._see(images, visible, needs)
+
+    def _see(self, images: Tensor, visible: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+        inputs = self._inputs(images)
+        if not needs.visible_only:
+            return self._forward(inputs, None, needs)
+        if visible is None:
+            raise ValueError("needs.visible_only without a mask: pass visible (B, h, w), True = visible")
+        patches = self.patch_mask(visible)
+        counts = patches.sum(1)
+        if int(counts.min()) == int(counts.max()):
+            return self._forward(inputs, _indices(patches), needs)
+        # images with different numbers of visible cells: one pass for each number
+        parts = []
+        for count in counts.unique().tolist():
+            members = (counts == count).nonzero().flatten()
+            parts.append((members, self._forward(inputs[members], _indices(patches[members]), needs)))
+        return _merge(parts, len(images))
+
+    def patch_mask(self, visible: Tensor) -> Tensor:
+        """Visible patches of visible cells: bool (B, h, w) -> bool (B, gh*gw)."""
+        assert self.grid is not None
+        cells = (self.grid[0] // self.ratio, self.grid[1] // self.ratio)
+        if tuple(visible.shape[1:]) != cells:
+            raise ValueError(f"visible has shape {tuple(visible.shape)}, this teacher was prepared for {cells} cells")
+        return visible.repeat_interleave(self.ratio, 1).repeat_interleave(self.ratio, 2).flatten(1)
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[-2:]) != self.input_size:
+            images = F.interpolate(images.float(), self.input_size, mode="bicubic", align_corners=False, antialias=True)
+            images = images.clamp(0.0, 1.0)  # bicubic overshoots
+        return ((images - self.mean) / self.deviation).to(self.dtype)
+
+    def on_grid(self, tokens: Tensor, kept: Tensor | None) -> Tensor:
+        """(B, n, D) tokens of the kept patches -> fp32 (B, D, gh, gw), 0 elsewhere."""
+        assert self.grid is not None
+        batch, _, width = tokens.shape
+        tokens = tokens.float()
+        if kept is not None:
+            full = tokens.new_zeros(batch, self.grid[0] * self.grid[1], width)
+            tokens = full.scatter(1, kept[:, :, None].expand_as(tokens), tokens)
+        return tokens.transpose(1, 2).reshape(batch, width, *self.grid)
+
+
+def _indices(patches: Tensor) -> Tensor:
+    """bool (B, N) with equally many True in each row -> their indices, ascending, int64 (B, n)."""
+    return patches.nonzero()[:, 1].view(patches.shape[0], -1)
+
+
+def _merge(parts: list[tuple[Tensor, TeacherOutput]], batch: int) -> TeacherOutput:
+    def join(values: list[Tensor]) -> Tensor:
+        out = values[0].new_zeros(batch, *values[0].shape[1:])
+        for (members, _), value in zip(parts, values, strict=True):
+            out[members] = value
+        return out
+
+    first = parts[0][1]
+    return TeacherOutput(
+        tokens={block: join([out.tokens[block] for _, out in parts]) for block in first.tokens},
+        grid=first.grid,
+        cls=None if first.cls is None else join([out.cls for _, out in parts if out.cls is not None]),
+        decoded=None if first.decoded is None else join([out.decoded for _, out in parts if out.decoded is not None]),
+    )

@@ -1,0 +1,126 @@
+"""Any plain ViT of timm as a teacher, from a local file.
+
+Tokens are the raw output of a block, before the final norm. For DINOv2 (arXiv 2304.07193) and other self-supervised ViTs an
+intermediate block is often the better target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from mmengine.logging import print_log
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from hgkd.engine.weights import load_strict, read_weights
+from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.registry import MODELS
+from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.teachers.base import Teacher
+
+
+@MODELS.register_module()
+class TimmTeacher(Teacher):
+    """A frozen timm ViT.
+
+    Args:
+        name: timm's name, e.g. 'vit_small_patch14_dinov2'.
+        checkpoint: local weight file in timm's naming (.safetensors or .pth).
+        pretrained: take timm's own weights, which may download them; the only way to any download.
+        dtype: 'float32', 'float16' or 'bfloat16'.
+        normalize: (mean, deviation) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
+            takes what timm notes for the name.
+        allow_random: accept a network without weights (tests and baselines).
+        kwargs: further arguments of ``timm.create_model``.
+
+    Raises:
+        ValueError: unknown name (the nearest are named), no plain ViT, or no weights at all.
+        FileNotFoundError, WeightsError: see :func:`hgkd.engine.weights.load_strict`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        checkpoint: str | Path | None = None,
+        pretrained: bool = False,
+        dtype: str = "float32",
+        normalize: Sequence[Sequence[float]] | None = None,
+        allow_random: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if not timm.is_model(name.partition(".")[0]):
+            raise ValueError(unknown_name_message("teacher", name, timm.list_models("*vit*")))
+        if checkpoint is None and not pretrained and not allow_random:
+            raise ValueError(
+                f"teacher {name!r} has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file, or "
+                "pretrained=True to let timm download them"
+            )
+        if checkpoint is not None and pretrained:
+            raise ValueError("checkpoint and pretrained both name weights for the teacher; give one of them")
+        built = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        if not isinstance(built, VisionTransformer) or type(built.patch_embed) is not PatchEmbed:
+            raise ValueError(
+                f"teacher {name!r} is not a plain ViT but a {type(built).__name__} of timm's {type(built).__module__}; "
+                "choose one of timm's vit_* or deit_* models"
+            )
+        network: Any = built
+        cfg: Any = network.pretrained_cfg
+        mean, deviation = normalize or (cfg["mean"], cfg["std"])
+        super().__init__(dtype, mean, deviation)
+        if checkpoint is not None:
+            weights = read_weights(checkpoint)
+            if "decoder_embed.weight" in weights:
+                raise WeightsError(f"{checkpoint} is an MAE file with its decoder; load it with type='MAETeacher'")
+            own = network.state_dict()
+            heads = tuple(f"{part}." for part in ("head", "head_dist", "fc_norm", "norm") if f"{part}.weight" not in own)
+            load_strict(network, weights, source=str(checkpoint), ignore_unexpected=heads)
+        if network.pos_embed is None:
+            raise ValueError(f"teacher {name!r} has no absolute position embedding; choose another ViT")
+        network.norm, network.head = nn.Identity(), nn.Identity()  # never run
+        network.patch_embed.strict_img_size = False
+        network.dynamic_img_size = False  # positions are fitted here, once
+        self.network = network
+        self.info = TeacherInfo(
+            kind="timm",
+            width=network.embed_dim,
+            depth=len(network.blocks),
+            patch_size=network.patch_embed.patch_size[0],
+        )
+        self._prefix_tokens = int(network.num_prefix_tokens)
+        self._prefix_positions = 0 if network.no_embed_class else self._prefix_tokens
+        self._native_grid = tuple(network.patch_embed.grid_size)
+        self._native_positions = network.pos_embed.detach().clone().float()
+        self.freeze()
+
+    def _set_grid(self, grid: tuple[int, int]) -> None:
+        positions = self._native_positions
+        if grid != self._native_grid:
+            positions = resample_abs_pos_embed(
+                positions, list(grid), list(self._native_grid), num_prefix_tokens=self._prefix_positions
+            )
+            print_log(f"teacher's position embedding resampled from {self._native_grid} to {grid}", "current")
+        current = next(self.network.blocks.parameters())
+        self.network.pos_embed = nn.Parameter(positions.to(current.device, current.dtype), requires_grad=False)
+
+    def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+        network: Any = self.network
+        x = network.patch_embed(images)
+        if x.dim() == 4:
+            x = x.flatten(1, 2)
+        x = network.norm_pre(network._pos_embed(x))
+        prefix = self._prefix_tokens
+        if kept is not None:
+            patches = x[:, prefix:].gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+            x = torch.cat([x[:, :prefix], patches], 1)
+        tokens = {}
+        for i, block in enumerate(network.blocks[: max(needs.blocks, default=-1) + 1]):
+            x = block(x)
+            if i in needs.blocks:
+                tokens[i] = self.on_grid(x[:, prefix:], kept)
+        assert self.grid is not None
+        return TeacherOutput(tokens=tokens, grid=self.grid, cls=x[:, 0].float() if network.has_class_token else None)

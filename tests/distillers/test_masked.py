@@ -1,0 +1,208 @@
+"""MaskedDistiller: wiring, what is trained, and what is refused."""
+
+import pytest
+import torch
+from mmengine.optim import OptimWrapper
+from torch import nn
+
+from hgkd.distillers import MaskedDistiller
+from hgkd.distillers.masked import merge_needs, to_unit_range
+from hgkd.evaluation.samples import FeatureSample
+from hgkd.registry import MODELS
+from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
+
+
+@MODELS.register_module()
+class FakeTeacher(nn.Module):
+    """Three 'blocks' of fixed random projections of 16-pixel patches; counts its calls."""
+
+    def __init__(self, decoder=False):
+        super().__init__()
+        self.info = TeacherInfo("fake", 8, 3, 16, decoder_width=4 if decoder else None, decoder_depth=2 if decoder else 0)
+        self.patches = nn.Conv2d(3, 8, 16, stride=16).requires_grad_(False)
+        self.calls = []
+        self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def check(self, needs):
+        bad = [b for b in needs.blocks if not 0 <= b < 3]
+        if bad:
+            raise ValueError(f"no block {bad}")
+
+    def prepare(self, mask_grid, cell):
+        self.grid = (mask_grid[0] * 2, mask_grid[1] * 2)
+        return self.grid
+
+    @torch.no_grad()
+    def forward(self, images, visible, needs):
+        self.calls.append(needs)
+        tokens = self.patches(images)
+        return TeacherOutput({b: tokens * (b + 1) for b in needs.blocks}, self.grid)
+
+
+def make(objectives=None, teacher=True, mask_ratio=0.5, image_size=64, **student):
+    return MaskedDistiller(
+        student=dict(type="SparseUNet", encoder="test_resnet", decoder_width=32, **student),
+        objectives=objectives or dict(hgkd=dict(type="HGKD", supervise="all")),
+        mask=dict(type="RandomMask", mask_ratio=mask_ratio),
+        image_size=image_size,
+        teacher=dict(type="FakeTeacher") if teacher else None,
+    )
+
+
+def batch(n=4, size=(64, 64)):
+    return torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
+
+
+PIXELS = dict(pixels=dict(type="PixelReconstruction"))
+
+
+@pytest.mark.parametrize("objectives", [dict(hgkd=dict(type="HGKD", supervise="all")), PIXELS], ids=["hgkd", "pixels"])
+@pytest.mark.parametrize("out_stride", [16, 32])
+def test_every_trained_parameter_gets_a_gradient(objectives, out_stride):
+    model = make(objectives, teacher="hgkd" in objectives, out_stride=out_stride)
+    with torch.no_grad():  # timm starts residual branches at zero, which stops the first gradient
+        for name, p in model.student.encoder.named_parameters():
+            if name.endswith("weight") and p.ndim == 1:
+                p.fill_(1.0)
+    sum(model(batch(), mode="loss").values()).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not without
+
+
+def test_steps_on_one_batch_lower_the_loss():
+    model = make()
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=3e-3))
+    data = {"inputs": batch(), "index": torch.arange(4)}
+    losses = [float(model.train_step(data, wrapper)["loss"].detach()) for _ in range(12)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_teacher_is_outside_what_trains():
+    model = make()
+    model.train()
+    assert not model.teacher.training
+    assert not [key for key in model.state_dict() if "teacher" in key or "patches" in key]
+    assert len(list(model.parameters())) == len(list(model.student.parameters())) + len(list(model.objectives.parameters()))
+    assert not [name for name, _ in model.named_modules() if "teacher" in name]
+    sum(model(batch(), mode="loss").values()).backward()
+    assert model.teacher.patches.weight.grad is None
+
+
+def test_teacher_follows_the_device_but_keeps_its_precision():
+    model = make()
+    model.to("meta")
+    assert model.teacher.patches.weight.device.type == "meta"
+    model = make().to(torch.float64)
+    assert model.teacher.patches.weight.dtype == torch.float32
+
+
+def test_losses_are_named_after_the_objective_and_weighted():
+    configs = {"near": dict(type="HGKD", supervise="all"), "far": dict(type="HGKD", supervise="all", block=0, weight=0.0)}
+    model = make(configs)
+    losses = model(batch(), mode="loss")
+    assert set(losses) == {"near_distill_loss", "far_distill_loss"}
+    assert losses["far_distill_loss"] == 0
+    assert losses["near_distill_loss"] > 0
+    total, logged = model.parse_losses(losses)
+    assert total == losses["near_distill_loss"]
+    assert set(logged) == {"loss", "near_distill_loss", "far_distill_loss"}
+    assert configs["far"]["weight"] == 0.0  # what was lent is unchanged
+
+
+def test_objectives_with_equal_sight_share_one_teacher_pass():
+    model = make({"a": dict(type="HGKD", supervise="all", block=2), "b": dict(type="HGKD", supervise="all", block=0)})
+    model(batch(), mode="loss")
+    assert model.teacher.calls == [TeacherNeeds(blocks=(0, 2))]
+
+
+def test_pixels_never_call_the_teacher():
+    model = make({**PIXELS, "hgkd": dict(type="HGKD", supervise="all")})
+    losses = model(batch(), mode="loss")
+    assert set(losses) == {"pixels_reconstruction_loss", "hgkd_distill_loss"}
+    assert len(model.teacher.calls) == 1
+
+
+def test_merging_needs():
+    whole, half = TeacherNeeds((3,)), TeacherNeeds((3, 1), 2, visible_only=True)
+    other_decoder = TeacherNeeds((), 5, visible_only=True)
+    passes, owner = merge_needs([whole, half, TeacherNeeds((1,)), other_decoder, TeacherNeeds((7,), visible_only=True)])
+    assert passes == [TeacherNeeds((1, 3)), TeacherNeeds((1, 3, 7), 2, True), other_decoder]
+    assert owner == [0, 1, 0, 2, 1]
+
+
+def test_masks_follow_the_seed():
+    model = make().eval()
+    data = batch()
+    torch.manual_seed(1)
+    first = model(data, mode="loss")["hgkd_distill_loss"]
+    second = model(data, mode="loss")["hgkd_distill_loss"]
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(data, mode="loss")["hgkd_distill_loss"], first, rtol=0, atol=0)
+    assert first != second
+
+
+def test_predict_pools_the_whole_image():
+    model = make().eval()
+    data = batch(3)
+    samples = model(data, mode="predict", label=torch.tensor([4, 5, 6]), index=torch.arange(3), split=["bank", "bank", "query"])
+    assert [type(s) for s in samples] == [FeatureSample] * 3
+    assert [(s.label, s.index, s.split) for s in samples] == [(4, 0, "bank"), (5, 1, "bank"), (6, 2, "query")]
+    levels = model(data)
+    torch.testing.assert_close(samples[0].features, levels[0].mean(dim=(1, 2)))
+    torch.testing.assert_close(model(data.float() / 255), levels)
+
+
+def test_unlabelled_predict():
+    sample = make().eval()(batch(1), mode="predict")[0]
+    assert (sample.label, sample.index) == (-1, 0)
+
+
+def test_images_that_are_not_square():
+    model = make(image_size=(64, 96))
+    assert model.mask_grid == (2, 3)
+    assert model(batch(2, (64, 96)), mode="loss")["hgkd_distill_loss"].isfinite()
+
+
+def test_nothing_hidden_is_a_control():
+    assert make(mask_ratio=0.0)(batch(), mode="loss")["hgkd_distill_loss"].isfinite()
+
+
+def test_meta_describes_the_encoder():
+    meta = make(teacher=False, objectives=PIXELS).meta()
+    assert meta == {"encoder": {"name": "test_resnet", "stem": "default", "kwargs": {}}, "format": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(teacher=False), "objective 'hgkd' .HGKD. learns from a teacher, but the model has none"),
+        (dict(objectives=PIXELS), r"model\.teacher is set, but no objective learns from it"),
+        (dict(image_size=70), "nearest sizes that are: 64 x 64 or 96 x 96"),
+        (dict(mask_ratio=0.9), "leaves no visible cell on a 2 x 2 grid"),
+        (dict(objectives=dict(hgkd=dict(type="HGKD", block=7))), "block"),
+        (dict(encoder="resnet81"), r"unknown .*resnet81.* did you mean"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_construction(options, message):
+    encoder = options.pop("encoder", None)
+    if encoder:
+        with pytest.raises(ValueError, match=message):
+            MaskedDistiller(dict(type="SparseUNet", encoder=encoder), PIXELS, dict(type="RandomMask"), 64)
+        return
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_images_of_another_size_or_type_are_refused():
+    model = make()
+    with pytest.raises(ValueError, match="the images are 32 x 32 pixels, the model was built for 64 x 64"):
+        model(batch(2, (32, 32)), mode="loss")
+    with pytest.raises(ValueError, match="mode must be"):
+        model(batch(2), mode="train")
+    with pytest.raises(TypeError, match="uint8"):
+        to_unit_range(torch.zeros(1, 3, 4, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="objectives is empty"):
+        MaskedDistiller(dict(type="SparseUNet", encoder="test_resnet"), {}, dict(type="RandomMask"), 64)

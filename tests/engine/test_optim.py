@@ -1,0 +1,46 @@
+"""Decay groups and bfloat16."""
+
+import pytest
+import torch
+from torch import nn
+
+from hgkd.engine import BFloat16OptimWrapper, DecayGroupsConstructor
+
+
+def build(model, **wrapper):
+    cfg = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=0.1, weight_decay=0.05), **wrapper)
+    return DecayGroupsConstructor(cfg)(model)
+
+
+def test_only_weights_decay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    model.token = nn.Parameter(torch.zeros(4))
+    model[2].bias.requires_grad_(False)
+    decayed, plain = build(model).optimizer.param_groups
+    assert decayed["weight_decay"] == 0.05
+    assert plain["weight_decay"] == 0.0
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
+    assert {id(p) for p in plain["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias), id(model.token)}
+
+
+def test_the_config_is_not_changed_and_other_arguments_arrive():
+    cfg = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1), clip_grad=dict(max_norm=5.0))
+    wrapper = DecayGroupsConstructor(cfg)(nn.Linear(2, 2))
+    assert wrapper.clip_grad_kwargs == {"max_norm": 5.0}
+    assert cfg == dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1), clip_grad=dict(max_norm=5.0))
+
+
+def test_paramwise_options_are_refused():
+    with pytest.raises(ValueError, match="takes no paramwise_cfg"):
+        DecayGroupsConstructor(dict(optimizer=dict(type="SGD")), dict(bias_decay_mult=0.0))
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_weights():
+    model = nn.Linear(4, 4)
+    wrapper = BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with wrapper.optim_context(model):
+        out = model(torch.ones(2, 4))
+    assert out.dtype == torch.bfloat16
+    assert model.weight.dtype == torch.float32
+    wrapper.update_params(out.float().sum())
+    assert model.weight.grad is None or model.weight.grad.dtype == torch.float32

@@ -1,0 +1,150 @@
+"""Features of every kind of backbone against plain timm calls."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from student_checkpoints import randomised, write_student
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from hgkd.errors import WeightsError
+from hgkd.evaluation import extract, load_extractor
+from hgkd.export import export_backbone
+
+
+class Pictures(Dataset):
+    """Random pictures; ``indices`` are what the items say about themselves."""
+
+    def __init__(self, indices: list[int], size: int = 64) -> None:
+        self.indices = indices
+        self.images = torch.randint(0, 256, (max(indices) + 1, 3, size, size), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        index = self.indices[place]
+        return {"inputs": self.images[index], "label": index % 3, "index": index, "split": "bank"}
+
+
+def pooled(model: nn.Module, images: Tensor) -> Tensor:
+    cfg = model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        return model.eval().forward_features((images - mean) / std).flatten(2).mean(2)
+
+
+def test_student_and_export_give_the_encoders_own_features(tmp_path: Path) -> None:
+    source = write_student(tmp_path / "a.pth")
+    export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    images = torch.rand(2, 3, 64, 96)
+    expected = pooled(source, images)
+    student, export = load_extractor(tmp_path / "a.pth"), load_extractor(str(tmp_path / "out"))
+    torch.testing.assert_close(student(images), expected)
+    torch.testing.assert_close(export(images), expected)
+    assert (student.kind, export.kind) == ("student", "export")
+    assert export.settings["name"] == "test_resnet"
+    assert export.settings["weights"] == str(tmp_path / "out")
+
+
+def test_timm_name_with_a_file_or_a_seed(tmp_path: Path) -> None:
+    source = randomised(timm.create_model("test_resnet", num_classes=10))
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "w.safetensors")
+    images = torch.rand(2, 3, 64, 64)
+    loaded = load_extractor("test_resnet", checkpoint=tmp_path / "w.safetensors")
+    torch.testing.assert_close(loaded(images), pooled(source, images))
+
+    before = torch.random.get_rng_state()
+    first, again, other = (load_extractor("test_resnet", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first(images), again(images))
+    assert not torch.equal(first(images), other(images))
+    assert first.settings["weights"] == "random, seed 1"
+
+
+def test_vit_block(tmp_path: Path) -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    images = torch.rand(2, 3, 224, 224)  # the size of its position embedding
+    mean, std = (torch.tensor(vit.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        maps = vit.forward_intermediates((images - mean) / std, norm=False, intermediates_only=True)
+    for block in (0, 2):
+        extractor = load_extractor("vit_tiny_patch16_224", checkpoint=tmp_path / "vit.safetensors", block=block)
+        torch.testing.assert_close(extractor(images), maps[block].mean((2, 3)), rtol=1e-3, atol=1e-4)
+    last = load_extractor("vit_tiny_patch16_224", checkpoint=tmp_path / "vit.safetensors")
+    assert last.settings["block"] == len(maps) - 1
+    torch.testing.assert_close(last(images), maps[-1].mean((2, 3)), rtol=1e-3, atol=1e-4)
+    assert last(torch.rand(1, 3, 96, 64)).shape == (1, vit.num_features)  # another size, another grid
+    with pytest.raises(ValueError, match=rf"block 99 does not exist: vit_tiny_patch16_224 has blocks 0 \.\. {len(maps) - 1}"):
+        load_extractor("vit_tiny_patch16_224", checkpoint=tmp_path / "vit.safetensors", block=99)
+
+
+def test_mae_file(tmp_path: Path) -> None:
+    # timm's ViT names its parameters as MAE's encoder does
+    vit = VisionTransformer(img_size=64, embed_dim=128, depth=2, num_heads=2, num_classes=0).eval()
+    torch.save({"model": vit.state_dict()}, tmp_path / "mae.pth")
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        maps = vit.forward_intermediates((images - mean) / std, norm=False, intermediates_only=True)
+    for block in (0, 1):
+        found = load_extractor(f"mae:{tmp_path / 'mae.pth'}", block=block)
+        torch.testing.assert_close(found(images), maps[block].mean((2, 3)), rtol=1e-3, atol=1e-4)
+    assert load_extractor(f"mae:{tmp_path / 'mae.pth'}").settings["block"] == 1
+
+
+def test_extract_keeps_order_and_counts_a_replaced_image_once() -> None:
+    extractor = load_extractor("test_resnet")
+    pictures = Pictures([0, 1, 2, 2, 4, 5, 6])  # image 3 was unreadable, image 2 took its place
+    found = extract(extractor, pictures, batch_size=3)
+    assert found.skipped == 1
+    assert found.labels.tolist() == [0, 1, 2, 1, 2, 0]
+    with torch.no_grad():
+        for row, index in zip(found.features, [0, 1, 2, 4, 5, 6], strict=True):
+            alone = extractor(pictures.images[index : index + 1].float() / 255)[0]
+            torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+    with_workers = extract(extractor, pictures, batch_size=4, workers=1)
+    torch.testing.assert_close(with_workers.features, found.features, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "error", "message"),
+    [
+        ("resnet81", {}, ValueError, "unknown backbone 'resnet81'; did you mean .*resnet18"),
+        ("nowhere/a.pth", {}, FileNotFoundError, "checkpoint nowhere/a.pth does not exist"),
+        ("mae:nowhere.pth", {}, FileNotFoundError, "weight file nowhere.pth does not exist"),
+        ("test_resnet", {"checkpoint": "nowhere.pth"}, FileNotFoundError, "weight file nowhere.pth does not exist"),
+        ("test_resnet", {"block": 3}, ValueError, "test_resnet is no ViT and has no block 3"),
+        ("test_resnet", {"checkpoint": "a.pth", "pretrained": True}, ValueError, "give one of them"),
+        ("mae:a.pth", {"checkpoint": "b.pth"}, ValueError, "takes no checkpoint: a MAE file holds its own weights"),
+        ("a.pth", {"block": 0}, ValueError, "takes no block: a checkpoint holds its own CNN"),
+    ],
+)
+def test_refusals(spec: str, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_extractor(spec, **options)
+
+
+def test_unfitting_weights_are_refused(tmp_path: Path) -> None:
+    other = timm.create_model("test_convnext", num_classes=0)
+    safetensors.torch.save_file(other.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError):
+        load_extractor("test_resnet", checkpoint=tmp_path / "w.safetensors")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(WeightsError, match=r"junk\.pth"):
+        load_extractor(tmp_path / "junk.pth")
+
+
+def test_token_models_that_are_no_plain_vit_are_refused() -> None:
+    with pytest.raises(ValueError, match="hierarchical CNN"):
+        load_extractor("mixer_s32_224")
+    extractor = load_extractor("test_resnet")
+    extractor.model.forward_features = lambda x: x.flatten(2).transpose(1, 2)  # tokens (B, N, C)
+    with pytest.raises(ValueError, match="only CNNs, and ViTs with a block"):
+        extractor(torch.rand(1, 3, 64, 64))

@@ -1,0 +1,173 @@
+"""Weighted k-NN against values by hand and a plain loop; the metrics through mmengine's own Evaluator."""
+
+import math
+
+import pytest
+import torch
+from mmengine.evaluator import Evaluator
+from torch import Tensor
+
+from hgkd.evaluation import FeatureHealthMetric, FeatureSample, KNNMetric, knn_accuracy, knn_scores
+from hgkd.evaluation.knn import effective_rank, feature_spread, knn_predictions
+
+
+def at(degrees: float, length: float = 1.0) -> list[float]:
+    return [length * math.cos(math.radians(degrees)), length * math.sin(math.radians(degrees))]
+
+
+def test_scores_by_hand() -> None:
+    # neighbours of the query at 0 degrees: class 0 at cosine 1, class 1 twice at cosine 0.5; lengths must not matter
+    bank = torch.tensor([at(0, 7.0), at(60), at(-60, 0.1), at(180)])
+    labels = torch.tensor([0, 1, 1, 2])
+    scores = knn_scores(bank, labels, torch.tensor([at(0, 3.0)]), k=3, temperature=0.5, standardise=False)
+    near, far = math.exp(1 / 0.5), 2 * math.exp(0.5 / 0.5)
+    expected = torch.tensor([[near / (near + far), far / (near + far), 0.0]])
+    torch.testing.assert_close(scores, expected)
+
+
+def test_weight_decides_against_majority_at_low_temperature() -> None:
+    bank = torch.tensor([at(0), at(60), at(-60)])
+    labels = torch.tensor([0, 1, 1])
+    query, truth = torch.tensor([at(0)]), torch.tensor([0])
+    # exp(1/T) > 2 exp(0.5/T) exactly when T < 0.5 / ln 2 = 0.72
+    assert knn_accuracy(bank, labels, query, truth, ks=[3], temperature=0.7, standardise=False) == {3: 100.0}
+    assert knn_accuracy(bank, labels, query, truth, ks=[3], temperature=0.75, standardise=False) == {3: 0.0}
+
+
+def brute_force(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, classes: int) -> list[int]:
+    mean = bank.mean(0)
+    std = ((bank - mean) ** 2).mean(0).sqrt()
+    out = []
+    for query in (queries - mean) / std:
+        cosines = []
+        for row, label in zip((bank - mean) / std, labels, strict=True):
+            cosine = float(query @ row) / (float(query @ query) ** 0.5 * float(row @ row) ** 0.5)
+            cosines.append((cosine, int(label)))
+        votes = [0.0] * classes
+        for cosine, label in sorted(cosines, reverse=True)[:k]:
+            votes[label] += math.exp(cosine / temperature)
+        out.append(votes.index(max(votes)))
+    return out
+
+
+def test_matches_a_plain_loop_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hgkd.evaluation.knn._CHUNK_ELEMENTS", 40 * 7)  # 7 queries a chunk
+    bank, queries = torch.randn(40, 6) * torch.tensor([1.0, 5, 0.1, 1, 1, 1]) + 3, torch.randn(25, 6) + 3
+    labels = torch.randint(0, 4, (40,))
+    found = knn_predictions(bank, labels, queries, ks=(1, 5, 40), temperature=0.1, num_classes=4)
+    for k, predicted in found.items():
+        assert predicted.tolist() == brute_force(bank, labels, queries, k, 0.1, 4), k
+
+
+def test_standardising_ignores_scale_and_offset_of_channels() -> None:
+    bank, queries, labels = torch.randn(30, 5), torch.randn(8, 5), torch.randint(0, 3, (30,))
+    scale, offset = torch.tensor([100.0, 1, 1e-3, 3, 1]), torch.tensor([1.0, -50, 0, 2, 7])
+    before = knn_scores(bank, labels, queries, k=5)
+    after = knn_scores(bank * scale + offset, labels, queries * scale + offset, k=5)
+    torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-4)
+    plain = knn_scores(bank * scale + offset, labels, queries * scale + offset, k=5, standardise=False)
+    assert not torch.allclose(before, plain, atol=0.05)
+
+
+def test_constant_channel_says_nothing() -> None:
+    bank, queries, labels = torch.randn(30, 5), torch.randn(8, 5), torch.randint(0, 3, (30,))
+    constant = torch.full((1, 1), 0.1)
+    with_constant = knn_scores(
+        torch.cat([bank, constant.expand(30, 1)], 1), labels, torch.cat([queries, constant.expand(8, 1)], 1), k=5
+    )
+    torch.testing.assert_close(with_constant, knn_scores(bank, labels, queries, k=5))
+
+
+def test_tiny_temperature_stays_finite() -> None:
+    scores = knn_scores(torch.eye(3), torch.arange(3), torch.eye(3), k=3, temperature=1e-4, standardise=False)
+    torch.testing.assert_close(scores, torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 11}, r"k must lie in 1 \.\. 10, the number of images in the bank, got \[11\]"),
+        ({"k": 0}, r"k must lie in 1 \.\. 10"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"bank_labels": torch.full((10,), -1)}, "label of -1 means"),
+        ({"num_classes": 2}, r"must lie in 0 \.\. 1, found 0 \.\. 2"),
+        ({"queries": torch.randn(4, 5)}, "expected bank"),
+        ({"queries": torch.full((4, 3), float("nan"))}, "4 of 4 query features hold NaN"),
+        ({"queries": torch.randn(0, 3)}, "no query"),
+        ({"bank_labels": torch.zeros(0, dtype=torch.long)}, "bank of the k-NN is empty"),
+    ],
+)
+def test_refusals(change: dict, message: str) -> None:
+    arguments = {
+        "bank": torch.randn(10, 3),
+        "bank_labels": torch.arange(10) % 3,
+        "queries": torch.randn(4, 3),
+        "k": 2,
+    }
+    with pytest.raises(ValueError, match=message):
+        knn_scores(**{**arguments, **change})
+
+
+def test_effective_rank_of_known_matrices() -> None:
+    assert effective_rank(torch.eye(7)) == pytest.approx(7)
+    assert effective_rank(torch.ones(5, 9)) == pytest.approx(1)  # one singular value
+    assert effective_rank(torch.zeros(4, 3)) == 0
+    # singular values 3 and 1: exp(-(3/4 ln 3/4 + 1/4 ln 1/4))
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    rotated = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0][:, :2] * torch.tensor([3.0, 1.0])
+    assert effective_rank(rotated) == pytest.approx(math.exp(entropy))
+    assert effective_rank(rotated.T) == pytest.approx(math.exp(entropy))
+
+
+def test_feature_spread_of_known_features() -> None:
+    assert feature_spread(torch.ones(6, 4) * 5) == pytest.approx(0, abs=1e-7)
+    # +-e_i for each axis: every channel has mean 0 and variance 1/C
+    assert feature_spread(torch.cat([torch.eye(4), -torch.eye(4)]) * 9) == pytest.approx(1)
+
+
+def samples(features: Tensor, labels: Tensor, split: str) -> list[FeatureSample]:
+    return [FeatureSample(f, int(y), i, split) for i, (f, y) in enumerate(zip(features, labels, strict=True))]
+
+
+def test_metrics_through_the_evaluator() -> None:
+    bank, queries = torch.randn(12, 4), torch.randn(6, 4)
+    labels, truth = torch.arange(12) % 3, torch.arange(6) % 3
+    evaluator = Evaluator([dict(type="hgkd.KNNMetric", k=[3, 5]), dict(type="hgkd.FeatureHealthMetric")])
+    mixed = samples(bank, labels, "bank") + samples(queries, truth, "query")
+    for start in range(0, 18, 5):
+        evaluator.process(mixed[start : start + 5])
+    found = evaluator.evaluate(18)
+    expected = knn_accuracy(bank, labels, queries, truth, ks=[3, 5])
+    assert found.pop("knn/top1") == expected[3]
+    assert found.pop("knn/top1_k3") == expected[3]
+    assert found.pop("knn/top1_k5") == expected[5]
+    everything = torch.cat([bank, queries])
+    assert found.pop("health/feature_std") == pytest.approx(feature_spread(everything))
+    assert found.pop("health/effective_rank") == pytest.approx(effective_rank(everything - everything.mean(0)))
+    assert not found
+
+
+def test_metric_uses_the_whole_of_a_small_bank() -> None:
+    metric = KNNMetric(k=20)
+    metric.process(None, samples(torch.eye(3), torch.arange(3), "bank"))
+    metric.process(None, samples(torch.eye(3), torch.arange(3), "query"))
+    assert metric.evaluate(6) == {"knn/top1": 100.0}
+
+
+def test_health_of_collapsed_features_is_zero() -> None:
+    metric = FeatureHealthMetric()
+    metric.process(None, samples(torch.full((8, 5), 0.3), torch.zeros(8), "bank"))
+    found = metric.evaluate(8)
+    assert found["health/feature_std"] == pytest.approx(0, abs=1e-7)
+    assert found["health/effective_rank"] == 0
+
+
+def test_metric_refusals() -> None:
+    with pytest.raises(ValueError, match="k must be 1 or more"):
+        KNNMetric(k=0)
+    metric = KNNMetric(k=1)
+    with pytest.raises(TypeError, match="needs FeatureSamples from the model, got dict"):
+        metric.process(None, [{"features": 1}])
+    metric.process(None, samples(torch.eye(3), torch.arange(3), "train"))
+    with pytest.raises(ValueError, match=r"splits 'bank' and 'query', got \['train'\]"):
+        metric.evaluate(3)

@@ -1,0 +1,211 @@
+"""An exported folder is the same network, for timm and for load_backbone, or it is not written at all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from student_checkpoints import write_student
+from torch import nn
+
+from hgkd.errors import WeightsError
+from hgkd.export import ExportError, backbone, export_backbone, load_backbone, read_student
+from hgkd.students import build_encoder
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("test_resnet", {}), ("test_convnext.r160_in1k", {}), ("test_efficientnet", {"drop_path_rate": 0.1}),
+     ("test_resnet", {"channels": (16, 24, 40, 64)})],
+)  # fmt: skip
+def test_timm_reads_the_same_network(tmp_path: Path, name: str, kwargs: dict) -> None:
+    source = write_student(tmp_path / "a.pth", name, kwargs=kwargs)
+    report = export_backbone(tmp_path / "a.pth", tmp_path / "out")
+
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert same_weights(source, again)
+    assert again.pretrained_cfg["mean"] == pytest.approx(source.pretrained_cfg["mean"])
+    assert again.pretrained_cfg["std"] == pytest.approx(source.pretrained_cfg["std"])
+    images = torch.rand(2, 3, 64, 96)
+    expected = source.forward_features(images)
+    assert torch.equal(again.forward_features(images), expected)
+    if "convnext" not in name:  # its head normalises after pooling
+        torch.testing.assert_close(again(images), expected.mean((2, 3)))
+
+    ours = load_backbone(tmp_path / "out")
+    assert same_weights(source, ours)
+    assert torch.equal(ours.forward_features(images), expected)
+
+    assert report.max_difference == 0
+    assert report.parameters == sum(p.numel() for p in source.parameters())
+    assert report.tensors == len(source.state_dict())
+    assert str(tmp_path / "out") in report.loaded_with
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "out"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors", "run_card.json"]
+
+
+def test_timm_adds_a_fresh_classifier(tmp_path: Path) -> None:
+    source = write_student(tmp_path / "a.pth")
+    export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=7).eval()
+    assert again(torch.rand(1, 3, 64, 64)).shape == (1, 7)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+def test_cifar_stem_is_read_by_us_and_refused_by_timm(tmp_path: Path) -> None:
+    source = write_student(tmp_path / "a.pth", "resnet10t", "cifar", encoder=build_encoder("resnet10t", stem="cifar"))
+    report = export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    assert "load_backbone" in report.loaded_with
+    assert "timm cannot build the cifar stem" in report.notes[0]
+    ours = load_backbone(tmp_path / "out")
+    assert same_weights(source, ours)
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(ours.forward_features(images), source.forward_features(images))
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+
+
+def test_run_card(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    report = export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    card = json.loads((tmp_path / "out/run_card.json").read_text())
+    assert card["source"]["sha256"] == report.source_sha256
+    assert report.source_sha256 == os.popen(f"sha256sum {tmp_path / 'a.pth'}").read().split()[0]
+    assert card["source"]["epoch"] == 3
+    assert card["encoder"] == {"name": "test_resnet", "stem": "default", "kwargs": {}}
+    assert card["config"] == "image_size = 96\n"
+    assert card["metrics"] == {"knn/top1": 42.5}
+    assert card["versions"]["timm"] == timm.__version__
+
+
+def test_force_replaces_only_an_export(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    second = write_student(tmp_path / "b.pth")
+    out = tmp_path / "out"
+    out.mkdir()
+    export_backbone(tmp_path / "a.pth", out)  # an empty folder is free
+    with pytest.raises(FileExistsError, match="is not empty; choose another --out, or --force"):
+        export_backbone(tmp_path / "b.pth", out)
+    export_backbone(tmp_path / "b.pth", out, force=True)
+    assert same_weights(load_backbone(out), second)
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "b.pth", "out"]
+
+    (out / "thesis.tex").write_text("work of years")
+    with pytest.raises(ValueError, match=r"other things than an export \(thesis.tex\)"):
+        export_backbone(tmp_path / "a.pth", out, force=True)
+    assert (out / "thesis.tex").read_text() == "work of years"
+    with pytest.raises(FileExistsError, match="is not a folder"):
+        export_backbone(tmp_path / "a.pth", tmp_path / "b.pth", force=True)
+
+
+def test_failed_proof_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = write_student(tmp_path / "a.pth")
+    export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    create = timm.create_model
+
+    def slightly_different(*args: object, **kwargs: object) -> nn.Module:
+        model = create(*args, **kwargs)
+        model.layer1[0].act2 = nn.Identity()
+        return model
+
+    write_student(tmp_path / "b.pth")
+    monkeypatch.setattr(backbone.timm, "create_model", lambda name, **kw: slightly_different(name, **kw)
+                        if name.startswith("local-dir:") else create(name, **kw))  # fmt: skip
+    with pytest.raises(ExportError, match="forward_features differs by"):
+        export_backbone(tmp_path / "b.pth", tmp_path / "out", force=True)
+    assert same_weights(load_backbone(tmp_path / "out"), old)
+    with pytest.raises(ExportError):
+        export_backbone(tmp_path / "b.pth", tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "b.pth", "out"]
+
+
+def test_proof_sees_changed_missing_and_added_weights() -> None:
+    source, other = (timm.create_model("test_resnet", num_classes=0).eval() for _ in range(2))
+    with pytest.raises(ExportError, match="tensors changed on the way"):
+        backbone._prove_equal(source, other)
+    with pytest.raises(ExportError, match=r"lacks the weights \[\] and has \['fc.bias', 'fc.weight'\]"):
+        backbone._prove_equal(source, timm.create_model("test_resnet", num_classes=2))
+
+
+def test_diverged_weights_are_not_exported(tmp_path: Path) -> None:
+    encoder = timm.create_model("test_resnet", num_classes=0, global_pool="")
+    nn.init.constant_(encoder.layer1[0].conv1.weight, float("nan"))
+    write_student(tmp_path / "a.pth", encoder=encoder)
+    with pytest.raises(WeightsError, match=r"NaN or infinite values in 1 of its weights, e.g. layer1.0.conv1.weight"):
+        export_backbone(tmp_path / "a.pth", tmp_path / "out")
+
+
+def test_checkpoint_refusals(tmp_path: Path) -> None:
+    write_student(tmp_path / "good.pth")
+    content = (tmp_path / "good.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    torch.save({"state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "foreign.pth")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "bare.pth")
+    write_student(tmp_path / "short.pth", drop="layer4.")
+    write_student(tmp_path / "newer.pth", format=2)
+    write_student(tmp_path / "mae.pth", mae={"embed_dim": 64})
+
+    def refused(name: str, message: str, error: type[Exception] = WeightsError) -> None:
+        with pytest.raises(error, match=message):
+            export_backbone(tmp_path / name, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused("absent.pth", "checkpoint .*absent.pth does not exist", FileNotFoundError)
+    refused("cut.pth", "cut.pth")
+    refused("foreign.pth", r"not a checkpoint of hgkd: it lacks meta\['hgkd'\]")
+    refused("bare.pth", "not a checkpoint of hgkd")
+    refused("short.pth", "layer4")
+    refused("mae.pth", "holds a masked autoencoder and no student; tools/evaluate.py takes it as mae:.*mae.pth")
+    refused("newer.pth", "has format 2, this version of hgkd reads format 1")
+    with pytest.raises(ValueError, match="unknown export target 'tim'; did you mean 'timm'"):
+        export_backbone(tmp_path / "good.pth", tmp_path / "out", to="tim")
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    other = timm.create_model("test_convnext", num_classes=0, global_pool="")
+    write_student(tmp_path / "a.pth", "test_resnet", encoder=other)
+    with pytest.raises(WeightsError):
+        export_backbone(tmp_path / "a.pth", tmp_path / "out")
+
+
+def test_read_student_takes_the_encoder_alone(tmp_path: Path) -> None:
+    source = write_student(tmp_path / "a.pth")
+    student = read_student(tmp_path / "a.pth")
+    assert student.state.keys() == source.state_dict().keys()
+    assert student.metrics == {"knn/top1": 42.5}
+
+
+def test_load_backbone_refusals(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    out = tmp_path / "out"
+    export_backbone(tmp_path / "a.pth", out)
+    with pytest.raises(FileNotFoundError, match=r"export folder .*nowhere does not exist"):
+        load_backbone(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        load_backbone(tmp_path)
+
+    weights = safetensors.torch.load_file(out / "model.safetensors")
+    safetensors.torch.save_file({**weights, "extra": torch.zeros(1)}, out / "model.safetensors")
+    with pytest.raises(WeightsError, match="extra"):
+        load_backbone(out)
+    safetensors.torch.save_file({k: v for k, v in weights.items() if k != "bn1.bias"}, out / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"bn1\.bias"):
+        load_backbone(out)
+    content = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(content[:1000])
+    with pytest.raises(WeightsError, match="is damaged"):
+        load_backbone(out)
+    (out / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match="not valid JSON"):
+        load_backbone(out)
+    (out / "config.json").write_text('{"architecture": "test_resnet"}')
+    with pytest.raises(WeightsError, match="does not say which encoder"):
+        load_backbone(out)

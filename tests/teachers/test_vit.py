@@ -1,0 +1,243 @@
+"""timm's ViTs as teachers, and what the base of all teachers promises."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hgkd.errors import WeightsError
+from hgkd.registry import MODELS
+from hgkd.structures import TeacherNeeds
+from hgkd.teachers.vit import TimmTeacher
+
+SMALL: dict[str, Any] = {"depth": 3, "embed_dim": 32, "num_heads": 2, "img_size": 64}
+PATCH = 16
+
+
+def _teacher(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> TimmTeacher:
+    return TimmTeacher(name, allow_random=True, **{**SMALL, **kwargs})
+
+
+def _with_positions(teacher: TimmTeacher) -> TimmTeacher:
+    """Positions large enough that a wrong one shows."""
+    teacher._native_positions = torch.randn_like(teacher._native_positions)
+    return teacher
+
+
+def _normalised(teacher: TimmTeacher, images: Tensor) -> Tensor:
+    cfg = timm.create_model("vit_tiny_patch16_224", **SMALL).pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return (images - mean) / std
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {}),  # two prefix tokens
+        ("deit3_small_patch16_224", {}),  # positions without the class token
+        ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),  # DINOv2 with registers
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg", "reg_tokens": 2}),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+        ("vit_base_patch16_clip_224", {}),  # a norm before the blocks, mean and deviation of its own
+    ],
+)
+def test_tokens_are_those_of_timm_itself(name: str, kwargs: dict[str, Any]) -> None:
+    teacher = _teacher(name, **kwargs)
+    assert teacher.prepare((4, 4), PATCH) == (4, 4)
+    images = torch.rand(2, 3, 64, 64)
+    out = teacher(images, None, TeacherNeeds(blocks=(0, 2)))
+    reference = timm.create_model(name, num_classes=0, **{**SMALL, **kwargs}).eval()
+    state = {key: value for key, value in teacher.network.state_dict().items()}
+    reference.load_state_dict(state, strict=False)
+    cfg: Any = reference.pretrained_cfg
+    inputs = (images - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = reference.forward_intermediates(
+            inputs, indices=[0, 2], norm=False, return_prefix_tokens=True, intermediates_only=True
+        )
+    for block, (tokens, prefix) in zip((0, 2), expected, strict=True):
+        torch.testing.assert_close(out.tokens[block], tokens, rtol=0, atol=1e-6)
+    if reference.has_class_token:
+        torch.testing.assert_close(out.cls, prefix[:, 0], rtol=0, atol=1e-6)
+    else:
+        assert out.cls is None
+    assert out.grid == (4, 4)
+
+
+def test_no_block_beyond_the_deepest_asked_for_is_run() -> None:
+    teacher = _teacher()
+    teacher.prepare((2, 2), PATCH)
+    runs: list[int] = []
+    for i, block in enumerate(teacher.network.blocks):
+        block.register_forward_hook(lambda *_, i=i: runs.append(i))
+    out = teacher(torch.rand(1, 3, 32, 32), None, TeacherNeeds(blocks=(1,)))
+    assert runs == [0, 1]
+    assert set(out.tokens) == {1}
+
+
+def test_visible_only_equals_a_run_on_the_visible_tokens() -> None:
+    teacher = _with_positions(_teacher())
+    teacher.prepare((2, 2), 2 * PATCH)  # two tokens a cell side
+    visible = torch.tensor([[[True, False], [False, True]], [[False, True], [True, False]]])
+    images = torch.rand(2, 3, 64, 64)
+    out = teacher(images, visible, TeacherNeeds(blocks=(2,), visible_only=True)).tokens[2]
+    network: Any = teacher.network
+    with torch.no_grad():
+        for i in range(2):  # one image at a time, patches picked one by one
+            x = network.patch_embed(_normalised(teacher, images[i : i + 1])) + network.pos_embed[:, 1:]
+            places = [(r, c) for r in range(4) for c in range(4) if visible[i, r // 2, c // 2]]
+            x = torch.stack([x[0, 4 * r + c] for r, c in places])[None]
+            x = torch.cat([network.cls_token + network.pos_embed[:, :1], x], 1)
+            for block in network.blocks:
+                x = block(x)
+            for n, (r, c) in enumerate(places):
+                torch.testing.assert_close(out[i, :, r, c], x[0, 1 + n], rtol=1e-5, atol=1e-5)
+            hidden = [(r, c) for r in range(4) for c in range(4) if not visible[i, r // 2, c // 2]]
+            assert all(bool((out[i, :, r, c] == 0).all()) for r, c in hidden)
+
+
+def test_visible_only_does_not_see_hidden_pixels_and_whole_images_do() -> None:
+    teacher = _teacher()
+    teacher.prepare((4, 4), PATCH)
+    visible = torch.rand(2, 4, 4) < 0.5
+    visible[:, 0, 0] = True
+    images = torch.rand(2, 3, 64, 64)
+    pixels = visible[:, None].repeat_interleave(16, 2).repeat_interleave(16, 3)
+    changed = torch.where(pixels, images, torch.rand_like(images))
+    needs = TeacherNeeds(blocks=(2,), visible_only=True)
+    torch.testing.assert_close(teacher(images, visible, needs).tokens[2], teacher(changed, visible, needs).tokens[2])
+    whole = TeacherNeeds(blocks=(2,))
+    assert not torch.allclose(teacher(images, visible, whole).tokens[2], teacher(changed, visible, whole).tokens[2])
+
+
+def test_images_with_different_numbers_of_visible_cells_equal_one_by_one() -> None:
+    teacher = _teacher()
+    teacher.prepare((4, 4), PATCH)
+    visible = torch.zeros(3, 4, 4, dtype=torch.bool)
+    visible[0, 0], visible[1, :2], visible[2, 3] = True, True, True
+    images, needs = torch.rand(3, 3, 64, 64), TeacherNeeds(blocks=(0, 2), visible_only=True)
+    together = teacher(images, visible, needs)
+    for i in range(3):
+        alone = teacher(images[i : i + 1], visible[i : i + 1], needs)
+        for block in (0, 2):
+            torch.testing.assert_close(together.tokens[block][i], alone.tokens[block][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(together.cls[i], alone.cls[0], rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_in_eval_and_without_gradient_whatever_is_called() -> None:
+    teacher = _teacher(drop_path_rate=0.5, proj_drop_rate=0.5)
+    teacher.prepare((2, 2), PATCH)
+    teacher.train()
+    torch.nn.ModuleList([teacher]).train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    images = torch.rand(1, 3, 32, 32, requires_grad=True)
+    first, second = teacher(images).tokens[2], teacher(images).tokens[2]
+    assert not first.requires_grad
+    assert torch.equal(first, second)
+
+
+def test_images_are_resized_to_the_teacher_s_own_size_and_left_alone_when_equal() -> None:
+    teacher = TimmTeacher("vit_tiny_patch16_224", allow_random=True, patch_size=14, **{**SMALL, "img_size": 56})
+    assert teacher.prepare((4, 6), 32) == (8, 12)
+    assert teacher.input_size == (112, 168)
+    sizes: list[torch.Size] = []
+    teacher.network.patch_embed.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
+    out = teacher(torch.rand(1, 3, 128, 192))
+    assert sizes[0][2:] == (112, 168)
+    assert out.tokens[2].shape == (1, 32, 8, 12)
+    same = torch.rand(1, 3, 112, 168)
+    assert torch.equal(teacher._inputs(same), (same - teacher.mean) / teacher.deviation)
+
+
+def test_positions_are_resampled_from_the_file_s_own_every_time() -> None:
+    teacher = _teacher()
+    original = teacher._native_positions.clone()
+    rows = torch.arange(4.0).repeat_interleave(4)  # a ramp over the rows
+    teacher._native_positions = original.clone()
+    teacher._native_positions[0, 1:, 0] = rows
+    teacher.prepare((2, 3), PATCH)
+    ramp = teacher.network.pos_embed[0, 1:, 0].view(2, 3)
+    assert ramp[0, 0] < 1.5 < ramp[1, 0]
+    torch.testing.assert_close(ramp[:, 0], ramp[:, 2])
+    torch.testing.assert_close(teacher.network.pos_embed[:, :1], original[:, :1])
+    teacher.prepare((4, 4), PATCH)  # back: nothing was lost
+    assert torch.equal(teacher.network.pos_embed[0, 1:, 0], rows)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_lower_precision_is_near_and_outputs_stay_fp32(dtype: str) -> None:
+    full = _teacher()
+    low = _teacher(dtype=dtype)
+    full.prepare((2, 2), PATCH)
+    low.prepare((2, 2), PATCH)
+    low.network.load_state_dict(full.network.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    a, b = full(images).tokens[2], low(images).tokens[2]
+    assert b.dtype == torch.float32
+    assert next(low.network.parameters()).dtype == getattr(torch, dtype)
+    assert torch.equal(low.mean, full.mean)  # not rounded
+    assert 0 < (a - b).norm() / a.norm() < 0.05
+
+
+def test_autocast_of_the_student_leaves_the_teacher_alone() -> None:
+    teacher = _teacher()
+    teacher.prepare((2, 2), PATCH)
+    images = torch.rand(1, 3, 32, 32)
+    expected = teacher(images).tokens[2]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher(images).tokens[2], expected)
+
+
+def test_normalisation_is_timm_s_unless_told() -> None:
+    assert _teacher().mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    told = _teacher(normalize=((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)))
+    torch.testing.assert_close(told.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(told.deviation.flatten(), torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_fp16_file_with_a_classifier_loads_strictly(tmp_path: Path) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=7, **SMALL)
+    save_file({key: value.half() for key, value in source.state_dict().items()}, tmp_path / "vit.safetensors")
+    teacher = TimmTeacher("vit_tiny_patch16_224", checkpoint=tmp_path / "vit.safetensors", **SMALL)
+    torch.testing.assert_close(teacher.network.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight.half().float())
+    with pytest.raises(WeightsError, match="1 missing|12 unexpected|do not fit"):
+        TimmTeacher("vit_tiny_patch16_224", checkpoint=tmp_path / "vit.safetensors", **{**SMALL, "depth": 2})
+
+
+def test_refusals_say_what_to_do() -> None:
+    with pytest.raises(ValueError, match="did you mean.*'vit_small_patch14_dinov2'"):
+        TimmTeacher("vit_smal_patch14_dinov2", allow_random=True)
+    with pytest.raises(ValueError, match="no weights: set checkpoint.*or pretrained=True"):
+        TimmTeacher("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="give one of them"):
+        TimmTeacher("vit_tiny_patch16_224", checkpoint="a.pth", pretrained=True)
+    with pytest.raises(ValueError, match="not a plain ViT but a ResNet"):
+        TimmTeacher("resnet18", allow_random=True)
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth does not exist"):
+        TimmTeacher("vit_tiny_patch16_224", checkpoint="absent.pth", **SMALL)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        _teacher(dtype="int8")
+    teacher = _teacher()
+    with pytest.raises(ValueError, match=r"block 3 does not exist: this teacher has 3 blocks, indices 0 to 2"):
+        teacher.check(TeacherNeeds(blocks=(0, 3)))
+    with pytest.raises(ValueError, match="has no decoder"):
+        teacher.check(TeacherNeeds(decoder_block=0))
+    with pytest.raises(RuntimeError, match="prepare"):
+        teacher(torch.rand(1, 3, 32, 32))
+    teacher.prepare((2, 2), PATCH)
+    with pytest.raises(ValueError, match="visible_only without a mask"):
+        teacher(torch.rand(1, 3, 32, 32), None, TeacherNeeds(blocks=(0,), visible_only=True))
+    with pytest.raises(ValueError, match=r"prepared for \(2, 2\) cells"):
+        teacher(torch.rand(1, 3, 32, 32), torch.ones(1, 4, 4).bool(), TeacherNeeds(blocks=(0,), visible_only=True))
+
+
+def test_is_registered() -> None:
+    built = MODELS.build({"type": "TimmTeacher", "name": "vit_tiny_patch16_224", "allow_random": True, **SMALL})
+    assert isinstance(built, TimmTeacher)
+    assert (built.info.width, built.info.depth, built.info.patch_size) == (32, 3, 16)

@@ -1,0 +1,216 @@
+"""tools/train.py from config to checkpoint, with tiny networks and generated images."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hgkd.engine.weights import read_checkpoint
+from hgkd.errors import WeightsError
+
+ROOT = Path(__file__).parents[2]
+SPARK = ROOT / "configs/spark/spark_resnet18_shapes.py"
+HGKD = ROOT / "configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py"
+
+_spec = importlib.util.spec_from_file_location("hgkd_tools_train", ROOT / "tools/train.py")
+train_tool = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(train_tool)
+
+
+def write_images(root, classes=("a", "b"), each=8, size=64):
+    rng = np.random.default_rng(0)
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8) + np.uint8(100 * c)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def tiny(images, **options):
+    """Options that make a shipped recipe train in seconds."""
+    return {
+        "student": "test_resnet",
+        "data_root": str(images),
+        "val_train_root": str(images),
+        "val_test_root": str(images),
+        "image_size": 64,
+        "batch_size": 8,
+        "workers": 0,
+        "epochs": 2,
+        "warmup_epochs": 1,
+        "model.student.decoder_width": 32,
+        "default_hooks.logger.interval": 1,
+        **options,
+    }
+
+
+def tiny_hgkd(images, **options):
+    vit = {"allow_random": True, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    teacher = {f"model.teacher.{key}": value for key, value in vit.items()}
+    return tiny(images, teacher="vit_tiny_patch16_224", **teacher, **{"model.objectives.hgkd.block": 1, **options})
+
+
+@pytest.fixture(scope="module")
+def spark_run(images, tmp_path_factory):
+    """Two epochs of the pixel control without interruption."""
+    work_dir = tmp_path_factory.mktemp("spark")
+    return train_tool.train(SPARK, work_dir, options=tiny(images)), work_dir
+
+
+def test_run_leaves_checkpoints_logs_and_pictures(spark_run):
+    runner, work_dir = spark_run
+    assert runner.epoch == 2
+    assert runner.iter == 4
+    assert (work_dir / "epoch_2.pth").is_file()
+    assert not (work_dir / "epoch_1.pth").exists()
+    assert len(list(work_dir.glob("best_knn_top1_epoch_*.pth"))) == 1
+    assert not list(work_dir.glob("*.partial"))
+    assert (work_dir / "pictures/epoch_2.png").is_file()
+    assert list(work_dir.glob("*/vis_data/events.out.tfevents*"))
+    lines = [json.loads(line) for line in next(iter(work_dir.glob("*/vis_data/scalars.json"))).read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert {"loss", "pixels_reconstruction_loss", "images_per_s", "grad_norm", "lr"} <= set(steps[0])
+    assert len(steps) == 4
+    validations = [line for line in lines if "knn/top1" in line]
+    assert {"health/feature_std", "health/effective_rank"} <= set(validations[0])
+    assert len(validations) == 2
+
+
+def test_checkpoint_says_what_it_holds(spark_run):
+    checkpoint = read_checkpoint(spark_run[1] / "epoch_2.pth")
+    assert checkpoint["meta"]["hgkd"] == {"encoder": {"name": "test_resnet", "stem": "default", "kwargs": {}}, "format": 1}
+    assert all(key.startswith(("student.", "objectives.")) for key in checkpoint["state_dict"])
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def test_resumed_run_equals_the_unbroken_one(spark_run, images, tmp_path):
+    # the schedule of two epochs, stopped after one
+    stop = {"custom_imports": dict(imports=["stop_after_epoch"], allow_failed_imports=False)}
+    (tmp_path / "stop_after_epoch.py").write_text(
+        "from mmengine.hooks import Hook\n"
+        "from hgkd.registry import HOOKS\n"
+        "@HOOKS.register_module(force=True)\n"
+        "class StopAfterEpoch(Hook):\n"
+        "    def after_train_epoch(self, runner):\n"
+        "        runner.train_loop.stop_training = runner.epoch == 0\n"
+    )
+    cfg = train_tool.load_config(SPARK, tmp_path / "run", options=tiny(images))
+    cfg.merge_from_dict(stop)
+    cfg.custom_hooks.append(dict(type="StopAfterEpoch"))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        importlib.import_module("stop_after_epoch")
+        first = train_tool.RUNNERS.build(cfg)
+        first.train()
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert first.epoch == 1
+
+    torch.manual_seed(123)  # whatever the process drew before
+    resumed = train_tool.train(SPARK, tmp_path / "run", resume=True, options=tiny(images))
+    unbroken = spark_run[0]
+    assert (resumed.epoch, resumed.iter) == (unbroken.epoch, unbroken.iter) == (2, 4)
+    ours = read_checkpoint(tmp_path / "run/epoch_2.pth")
+    theirs = read_checkpoint(spark_run[1] / "epoch_2.pth")
+    assert same(ours["state_dict"], theirs["state_dict"])
+    assert same(ours["optimizer"], theirs["optimizer"])
+    assert same(ours["param_schedulers"], theirs["param_schedulers"])
+
+
+def test_checkpoint_of_another_student_is_refused_before_anything_changes(spark_run, images, tmp_path):
+    cfg = train_tool.load_config(
+        SPARK, tmp_path, resume=spark_run[1] / "epoch_2.pth", options=tiny(images, student="resnet10t")
+    )
+    runner = train_tool.RUNNERS.build(cfg)
+    before = {k: v.clone() for k, v in runner.model.state_dict().items()}
+    with pytest.raises(
+        WeightsError, match=r"holds a student 'test_resnet', this run trains a student 'resnet10t'\. .* of another shape: "
+    ):
+        runner.train()
+    assert same(before, dict(runner.model.state_dict()))
+    assert runner.iter == 0
+
+
+def test_hgkd_trains_and_keeps_its_teacher_out_of_the_checkpoint(images, tmp_path):
+    options = tiny_hgkd(images, epochs=1, warmup_epochs=0, val_train_root=None, val_test_root=None)
+    runner = train_tool.train(HGKD, tmp_path, options=options)
+    assert runner.iter == 2
+    assert runner.model.teacher is not None
+    state = read_checkpoint(tmp_path / "epoch_1.pth")["state_dict"]
+    assert not [key for key in state if "teacher" in key]
+    assert (tmp_path / "pictures/epoch_1.png").is_file()
+
+
+def test_mixed_precision_trains(images, tmp_path):
+    options = tiny_hgkd(images, epochs=1, warmup_epochs=0, val_train_root=None, val_test_root=None)
+    runner = train_tool.train(HGKD, tmp_path, amp=True, options=options)
+    assert type(runner.optim_wrapper).__name__ in ("BFloat16OptimWrapper", "AmpOptimWrapper")
+    assert all(p.dtype == torch.float32 for p in runner.model.parameters())
+
+
+def test_nothing_to_resume_starts_from_the_beginning(images, tmp_path):
+    options = tiny(images, epochs=1, warmup_epochs=0, val_train_root=None, val_test_root=None)
+    assert train_tool.train(SPARK, tmp_path, resume=True, options=options).iter == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_config.py"], "no_such_config.py"),
+        ([str(SPARK), "--cfg-options", "data_rot=x"], "did you mean 'data_root'"),
+        ([str(SPARK), "--cfg-options", "data_root=/no/such/folder"], "/no/such/folder does not exist"),
+        ([str(SPARK), "--cfg-options", "student=resnet81", "data_root=IMAGES"], "unknown .*resnet81"),
+        ([str(SPARK), "--cfg-options", "image_size=70", "data_root=IMAGES"], "nearest sizes that are: 64 x 64 or 96 x 96"),
+        ([str(SPARK), "--resume", "no.pth"], "checkpoint to resume from does not exist: no.pth"),
+        ([str(HGKD), "--cfg-options", "teacher=test_vit", "data_root=IMAGES"], "checkpoint"),
+        ([str(SPARK), "--cfg-options", "batch_size=64", "data_root=IMAGES"], "16 images do not fill one batch of 64"),
+    ],
+)
+def test_user_errors_are_one_message_and_exit_code_2(arguments, message, images, tmp_path, capsys):
+    arguments = [a.replace("IMAGES", str(images)) for a in arguments]
+    if "--cfg-options" in arguments:
+        arguments += ["val_train_root=None", "val_test_root=None", "workers=0"]
+    assert train_tool.main([*arguments, "--work-dir", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert re.search(message, printed), printed
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="data_root"):
+        train_tool.main([str(SPARK), "--debug", "--work-dir", str(tmp_path), "--cfg-options", "data_rot=x"])
+
+
+@pytest.mark.slow
+def test_two_processes_without_cuda(images, tmp_path):
+    options = tiny_hgkd(images, epochs=1, warmup_epochs=0, batch_size=4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
+    command += [str(ROOT / "tools/train.py"), str(HGKD), "--launcher", "pytorch", "--work-dir", str(tmp_path)]
+    command += ["--cfg-options", *[f"{k}={v}" for k, v in options.items()]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "epoch_1.pth").is_file()

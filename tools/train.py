@@ -1,0 +1,117 @@
+"""Train what a config describes: teacher pretraining, distillation, their controls.
+
+    python tools/train.py configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py --cfg-options data_root=photos epochs=5
+
+configs/README.md lists the short options; any other key of a config can be set by its dotted path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from hgkd.engine import DivergedError, apply_short_options, check_config, use_mixed_precision
+from hgkd.errors import NoSparseRuleError
+from hgkd.registry import RUNNERS
+
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NoSparseRuleError, DivergedError)
+
+
+def load_config(
+    config: str | os.PathLike[str] | Config,
+    work_dir: str | os.PathLike[str] | None = None,
+    resume: bool | str | os.PathLike[str] = False,
+    amp: bool = False,
+    options: Mapping[str, Any] | None = None,
+    launcher: str = "none",
+) -> Config:
+    """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
+    cfg = config.copy() if isinstance(config, Config) else Config.fromfile(str(config))
+    if options:
+        cfg.merge_from_dict(dict(options))
+    apply_short_options(cfg)
+    if amp:
+        use_mixed_precision(cfg)
+    cfg.launcher = launcher
+    if work_dir is not None:
+        cfg.work_dir = str(work_dir)
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = str(Path("work_dirs") / Path(cfg.filename or "run.py").stem)
+    if resume is not False:
+        cfg.resume = True
+        if resume is not True:
+            if not Path(resume).is_file():
+                raise FileNotFoundError(f"checkpoint to resume from does not exist: {resume}")
+            cfg.load_from = str(resume)
+    check_config(cfg)
+    return cfg
+
+
+def train(
+    config: str | os.PathLike[str] | Config,
+    work_dir: str | os.PathLike[str] | None = None,
+    resume: bool | str | os.PathLike[str] = False,
+    amp: bool = False,
+    options: Mapping[str, Any] | None = None,
+    launcher: str = "none",
+) -> Runner:
+    """Train, and return the runner that did.
+
+    Args:
+        config: file, or a loaded config.
+        work_dir: folder for logs, checkpoints and pictures; None: ``work_dirs/<name of the config>``.
+        resume: True continues from the last checkpoint in ``work_dir`` (from the beginning when there is none), a path from
+            that checkpoint.
+        amp: mixed precision.
+        options: overrides, short options or dotted paths -> values.
+        launcher: 'none', 'pytorch' (torchrun) or 'slurm'.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: something in the config or the files it names is wrong.
+        DivergedError: the loss is not finite.
+    """
+    cfg = load_config(config, work_dir, resume, amp, options, launcher)
+    runner: Runner = RUNNERS.build(cfg)
+    runner.train()
+    return runner
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train what a config describes.")
+    parser.add_argument("config", help="config file")
+    parser.add_argument("--work-dir", help="folder for logs, checkpoints and pictures (work_dirs/<config name>)")
+    parser.add_argument(
+        "--resume", nargs="?", const=True, default=False, metavar="PATH", help="continue from PATH, or from the last checkpoint"
+    )
+    parser.add_argument("--amp", action="store_true", help="mixed precision: bfloat16, on GPUs without it float16")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="override keys of the config"
+    )
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_args(arguments)
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    try:
+        train(args.config, args.work_dir, args.resume, args.amp, args.cfg_options, args.launcher)
+    except USER_ERRORS as error:
+        if args.debug:
+            raise
+        print(f"error: {error}\n(--debug shows where it comes from)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
