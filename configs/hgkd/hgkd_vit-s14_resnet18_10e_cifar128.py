@@ -21,7 +21,12 @@ teacher_checkpoint = None
 image_size = 128
 epochs = 10
 
+# the same pictures in every epoch, mirrored or not, so that the teacher sees each of them once (docs/results.md)
+train_dataloader = dict(dataset=dict(transform=dict(_delete_=True, kind="eval")))
+custom_hooks = [*_base_.custom_hooks, dict(type="TeacherCacheHook", folder="work_dirs/teacher_features")]
+
 model = dict(
+    flip=0.5,
     teacher=dict(type="TimmTeacher", name="vit_small_patch14_dinov2"),
     objectives=dict(hgkd=dict(type="HGKD", target="full", block=9, supervise="all", beta=2.0)),
 )

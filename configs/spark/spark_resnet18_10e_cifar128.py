@@ -17,4 +17,7 @@ val_test_root = "data/cifar10/test"
 image_size = 128
 epochs = 10
 
-model = dict(objectives=dict(pixels=dict(type="PixelReconstruction", supervise="masked")))
+# the same pictures in every epoch, mirrored or not as in the H-GKD recipe
+train_dataloader = dict(dataset=dict(transform=dict(_delete_=True, kind="eval")))
+
+model = dict(flip=0.5, objectives=dict(pixels=dict(type="PixelReconstruction", supervise="masked")))
