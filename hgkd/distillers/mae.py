@@ -75,7 +75,10 @@ class MAEPretraining(BaseModel):
         self.mask = RandomMask(mask_ratio, rounding="floor")
         self.mask.check(self.mask_grid)
         self.norm_pix = norm_pix
-        self.network = MaskedAutoencoder(make_arch(arch, patch_size=patch_size, image_size=self.image_size))
+        sizes = make_arch(arch, patch_size=patch_size, image_size=self.image_size)
+        if sizes.decoder_depth < 1:
+            raise ValueError("MAE pretraining needs a decoder, but decoder_depth is 0; set it to at least 1")
+        self.network = MaskedAutoencoder(sizes)
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)
 
@@ -91,7 +94,15 @@ class MAEPretraining(BaseModel):
             inputs: uint8 (B, 3, H, W), RGB.
             mode: 'loss' -> {'mae_loss': scalar}; 'tensor' -> (B, 1 + N, D) encoder output of whole images; 'predict' -> one
                 ``FeatureSample`` an image, the mean patch token.
+
+        Raises:
+            ValueError: images of another size than ``image_size``.
         """
+        if tuple(inputs.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"the images are {inputs.shape[-2]} x {inputs.shape[-1]} pixels, the model was built for "
+                f"{self.image_size[0]} x {self.image_size[1]}; set image_size of model and data alike"
+            )
         images = (to_unit_range(inputs) - self.mean) / self.deviation
         if mode == "loss":
             return {"mae_loss": self.loss(images)}

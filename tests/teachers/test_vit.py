@@ -52,18 +52,17 @@ def test_tokens_are_those_of_timm_itself(name: str, kwargs: dict[str, Any]) -> N
     images = torch.rand(2, 3, 64, 64)
     out = teacher(images, None, TeacherNeeds(blocks=(0, 2)))
     reference = timm.create_model(name, num_classes=0, **{**SMALL, **kwargs}).eval()
-    state = {key: value for key, value in teacher.network.state_dict().items()}
-    reference.load_state_dict(state, strict=False)
+    reference.load_state_dict(teacher.network.state_dict(), strict=False)  # it has a final norm
     cfg: Any = reference.pretrained_cfg
     inputs = (images - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1)
     with torch.no_grad():
         expected = reference.forward_intermediates(
             inputs, indices=[0, 2], norm=False, return_prefix_tokens=True, intermediates_only=True
         )
-    for block, (tokens, prefix) in zip((0, 2), expected, strict=True):
+    for block, (tokens, _) in zip((0, 2), expected, strict=True):
         torch.testing.assert_close(out.tokens[block], tokens, rtol=0, atol=1e-6)
     if reference.has_class_token:
-        torch.testing.assert_close(out.cls, prefix[:, 0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(out.cls, expected[-1][1][:, 0], rtol=0, atol=1e-6)
     else:
         assert out.cls is None
     assert out.grid == (4, 4)
@@ -206,14 +205,14 @@ def test_fp16_file_with_a_classifier_loads_strictly(tmp_path: Path) -> None:
     save_file({key: value.half() for key, value in source.state_dict().items()}, tmp_path / "vit.safetensors")
     teacher = TimmTeacher("vit_tiny_patch16_224", checkpoint=tmp_path / "vit.safetensors", **SMALL)
     torch.testing.assert_close(teacher.network.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight.half().float())
-    with pytest.raises(WeightsError, match="1 missing|12 unexpected|do not fit"):
+    with pytest.raises(WeightsError, match="12 unexpected"):
         TimmTeacher("vit_tiny_patch16_224", checkpoint=tmp_path / "vit.safetensors", **{**SMALL, "depth": 2})
 
 
 def test_refusals_say_what_to_do() -> None:
-    with pytest.raises(ValueError, match="did you mean.*'vit_small_patch14_dinov2'"):
+    with pytest.raises(ValueError, match=r"did you mean.*'vit_small_patch14_dinov2'"):
         TimmTeacher("vit_smal_patch14_dinov2", allow_random=True)
-    with pytest.raises(ValueError, match="no weights: set checkpoint.*or pretrained=True"):
+    with pytest.raises(ValueError, match=r"no weights: set checkpoint.*or pretrained=True"):
         TimmTeacher("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="give one of them"):
         TimmTeacher("vit_tiny_patch16_224", checkpoint="a.pth", pretrained=True)

@@ -25,6 +25,11 @@ train_tool = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(train_tool)
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # recipes keep teacher features in work_dirs/
+
+
 def write_images(root, classes=("a", "b"), each=8, size=64):
     rng = np.random.default_rng(0)
     for c, name in enumerate(classes):
@@ -164,6 +169,18 @@ def test_hgkd_trains_and_keeps_its_teacher_out_of_the_checkpoint(images, tmp_pat
     assert (tmp_path / "pictures/epoch_1.png").is_file()
 
 
+def test_mae_pretraining_makes_the_teacher_of_the_shapes_recipe(images, tmp_path):
+    common = {"data_root": str(images), "val_train_root": str(images), "val_test_root": str(images)}
+    common |= {"image_size": 64, "batch_size": 8, "workers": 0, "epochs": 1, "warmup_epochs": 0}
+    mae = train_tool.train(ROOT / "configs/mae/mae_tiny_shapes.py", tmp_path / "mae", options={**common, "model.arch.depth": 4})
+    assert mae.iter == 2
+    options = tiny(images, **common, teacher_checkpoint=str(tmp_path / "mae/epoch_1.pth"))
+    runner = train_tool.train(ROOT / "configs/hgkd/hgkd_mae-tiny_resnet18_shapes.py", tmp_path / "hgkd", options=options)
+    assert runner.model.teacher.info.depth == 4
+    expected = {name: value for name, value in mae.model.network.state_dict().items() if name.startswith("blocks.")}
+    assert same(expected, {k: v for k, v in runner.model.teacher.network.state_dict().items() if k.startswith("blocks.")})
+
+
 def test_mixed_precision_trains(images, tmp_path):
     options = tiny_hgkd(images, epochs=1, warmup_epochs=0, val_train_root=None, val_test_root=None)
     runner = train_tool.train(HGKD, tmp_path, amp=True, options=options)
@@ -211,6 +228,6 @@ def test_two_processes_without_cuda(images, tmp_path):
     command += [str(ROOT / "tools/train.py"), str(HGKD), "--launcher", "pytorch", "--work-dir", str(tmp_path)]
     command += ["--cfg-options", *[f"{k}={v}" for k, v in options.items()]]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "epoch_1.pth").is_file()
