@@ -126,6 +126,8 @@ class MaskedDistiller(BaseModel):
                     f"objective {name!r} ({type(objective).__name__}) learns from a teacher, but the model has none; "
                     "set model.teacher, or use an objective without one such as PixelReconstruction"
                 )
+            if objective.needs is not None and objective.needs.decoder_block is not None:
+                teacher.require_decoder()  # before the objective, whose message could not name the file
             objective.prepare(self.student, info, grid, self.mask_grid)
             if objective.needs is not None:  # after prepare, which resolves negative block indices
                 teacher.check(objective.needs)

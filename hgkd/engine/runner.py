@@ -75,6 +75,8 @@ class DistillRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader[Any] | dict[str, Any], seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader[Any]:
+        if not isinstance(dataloader, DataLoader):
+            dataloader = {"pin_memory": torch.cuda.is_available(), **dataloader}  # without CUDA it only warns
         loader: DataLoader[Any] = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         if not isinstance(dataloader, DataLoader) and "worker_init_fn" not in dataloader:
             # mmengine would give a worker the same seed in every epoch, hence the same crops; torch's own seeding follows

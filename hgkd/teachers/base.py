@@ -87,13 +87,17 @@ class Teacher(nn.Module):
                 )
         if needs.decoder_block is None:
             return
-        if self.info.decoder_depth == 0:
-            raise ValueError(self._no_decoder())
+        self.require_decoder()
         if not 0 <= needs.decoder_block < self.info.decoder_depth:
             raise ValueError(
                 f"decoder block {needs.decoder_block} does not exist: this teacher's decoder has "
                 f"{self.info.decoder_depth} blocks, indices 0 to {self.info.decoder_depth - 1}"
             )
+
+    def require_decoder(self) -> None:
+        """Raise ValueError, naming the file and the one to use instead, when there is no decoder."""
+        if self.info.decoder_depth == 0:
+            raise ValueError(self._no_decoder())
 
     def _no_decoder(self) -> str:
         return (
