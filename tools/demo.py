@@ -1,0 +1,243 @@
+"""The main job on generated images, from nothing to a report: what `make demo` runs.
+
+    python tools/demo.py --out demo_out [--quick] [--seed 0]
+
+Images are drawn; a small MAE is pretrained on them and becomes the teacher; a sparse ResNet-18 learns from it with H-GKD; the
+pixel control (SparK's objective) gets the same images, steps and decoder; random / pixels / H-GKD / teacher are compared by k-NN
+and linear probe; the student is exported; everything is put on one page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `tools` is no package; the demo calls its neighbours' functions
+
+from hgkd.data.shapes import write_imagefolder  # noqa: E402
+from hgkd.evaluation.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report  # noqa: E402
+from hgkd.export import export_backbone  # noqa: E402
+from tools.evaluate import evaluate  # noqa: E402
+from tools.train import train  # noqa: E402
+
+TEACHER = "configs/mae/mae_tiny_shapes.py"
+DISTIL = "configs/hgkd/hgkd_mae-tiny_resnet18_shapes.py"
+CONTROL = "configs/spark/spark_resnet18_shapes.py"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a demo run; everything else stands in the three configs.
+
+    Attributes:
+        train, test: images drawn; the training images serve pretraining (without labels) and the probes (with them).
+        image_size: pixels.
+        teacher_epochs, student_epochs: passes over the training images.
+        probe: labelled training images a class for k-NN and linear probe.
+    """
+
+    train: int = 3200
+    test: int = 800
+    image_size: int = 96
+    teacher_epochs: int = 24
+    student_epochs: int = 4
+    probe: int = 200
+    warmup: int = 1
+
+
+FULL = Plan()
+QUICK = Plan(train=320, test=80, teacher_epochs=2, student_epochs=1, probe=40, warmup=0)
+
+
+class Stages:
+    """Prints numbered stages with the time since the start."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.number, self.start = total, 0, time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        self.number += 1
+        print(f"\n== [{self.number}/{self.total}] {time.perf_counter() - self.start:4.0f} s  {text}", flush=True)
+
+
+def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None = None) -> dict[str, Any]:
+    """Run everything.
+
+    Args:
+        out: folder for all results; must be new or empty.
+        quick: sizes that show that it works, not how well.
+        plan: other sizes.
+
+    Returns:
+        ``{'results': {name: {'knn': result, 'linear': result}}, 'report': path, 'export': path, 'seconds': number}``.
+
+    Raises:
+        ValueError: ``out`` is not empty.
+    """
+    plan = plan or (QUICK if quick else FULL)
+    out = Path(out).expanduser().resolve()
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; give --out another folder, or delete it")
+    stage = Stages(7)
+    runs, data = out / "runs", out / "shapes"
+
+    stage(f"drawing {plan.train + plan.test} images of textured shapes")
+    write_imagefolder(data, plan.train, plan.test, image_size=plan.image_size, seed=seed)
+    folders = {"data_root": str(data / "train"), "val_train_root": None, "val_test_root": None}
+    common = {**folders, "image_size": plan.image_size, "seed": seed, "workers": 0, "warmup_epochs": plan.warmup}
+
+    stage("pretraining a small MAE: the teacher")
+    mae = _timed(lambda: train(ROOT / TEACHER, runs / "teacher", options={**common, "epochs": plan.teacher_epochs}))
+    teacher_file = mae.value.model.save_teacher(out / "teacher.safetensors")
+
+    stage("H-GKD: a sparse ResNet-18 learns what the teacher sees in the whole image")
+    student = {**common, "epochs": plan.student_epochs}
+    distilled = _timed(
+        lambda: train(ROOT / DISTIL, runs / "hgkd", options={**student, "teacher_checkpoint": str(teacher_file)})
+    )
+
+    stage("the control: the same student and steps, pixels instead of a teacher")
+    control = _timed(lambda: train(ROOT / CONTROL, runs / "pixels", options=student))
+
+    stage("k-NN and linear probe of all four")
+    last = f"epoch_{plan.student_epochs}.pth"
+    block = distilled.value.model.objectives["hgkd"].needs.blocks[0]
+    subjects: dict[str, dict[str, Any]] = {
+        "random ResNet-18": {"backbone": "resnet18"},
+        "pixels (SparK)": {"backbone": str(runs / "pixels" / last)},
+        "H-GKD": {"backbone": str(runs / "hgkd" / last)},
+        "teacher (MAE)": {"backbone": f"mae:{teacher_file}", "block": block},
+    }
+    results = {}
+    for name, subject in subjects.items():
+        results[name] = evaluate(
+            ["knn", "linear"],
+            train=str(data / "train"),
+            test=str(data / "test"),
+            image_size=plan.image_size,
+            limit_per_class=plan.probe,
+            workers=0,
+            seed=seed,
+            **subject,
+        )
+        print(
+            f"{name:18s} k-NN {results[name]['knn']['top1']:5.1f} %   linear {results[name]['linear']['top1']:5.1f} %",
+            flush=True,
+        )
+
+    stage("exporting the student for timm, and reading it back")
+    exported = export_backbone(runs / "hgkd" / last, out / "student", to="timm")
+
+    stage("writing the report")
+    seconds = {"teacher (MAE)": mae.seconds, "H-GKD": distilled.seconds, "pixels (SparK)": control.seconds}
+    report = _report(out, plan, seed, results, seconds, exported)
+    total = time.perf_counter() - stage.start
+    _print_table(results, seconds)
+    print(
+        f"pictures  {runs / 'hgkd' / 'pictures'}\nstudent   {exported.out}\nreport    {report}\n{total:.0f} s in all",
+        flush=True,
+    )
+    return {"results": results, "report": report, "export": exported.out, "seconds": total}
+
+
+@dataclass(frozen=True)
+class _Timed:
+    value: Any
+    seconds: float
+
+
+def _timed(job: Callable[[], Any]) -> _Timed:
+    start = time.perf_counter()
+    value = job()
+    return _Timed(value, time.perf_counter() - start)
+
+
+def _rows(results: dict[str, Any], seconds: dict[str, float]) -> list[list[str]]:
+    rows = []
+    for name, found in results.items():
+        cells = [name]
+        for method in ("knn", "linear"):
+            low, high = found[method]["ci95"]
+            cells.append(f"{found[method]['top1']:.1f} ({low:.1f} .. {high:.1f})")
+        rows.append([*cells, f"{seconds[name]:.0f}" if name in seconds else ""])
+    return rows
+
+
+_COLUMNS = ["backbone", "k-NN top-1 % (95 %)", "linear top-1 % (95 %)", "training s"]
+
+
+def _print_table(results: dict[str, Any], seconds: dict[str, float]) -> None:
+    table = Table(title="frozen features on generated shapes")
+    for i, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in _rows(results, seconds):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _report(out: Path, plan: Plan, seed: int, results: dict[str, Any], seconds: dict[str, float], exported: Any) -> Path:
+    runs = out / "runs"
+    curves = [
+        Curves({name: read_scalars(runs / folder, key)}, "step", name)
+        for name, folder, key in (
+            ("MAE loss", "teacher", "loss"),
+            ("H-GKD loss", "hgkd", "loss"),
+            ("pixel loss", "pixels", "loss"),
+        )
+    ]
+    pictures = []
+    for name, folder in (("H-GKD", "hgkd"), ("pixels", "pixels")):
+        newest = max((runs / folder / "pictures").glob("*.png"), key=lambda p: p.stat().st_mtime)
+        pictures.append(Picture(newest, f"{name}: what the student sees, and what it makes of it ({newest.name})"))
+    test = results["H-GKD"]["knn"]
+    setting = (
+        f"{plan.train} generated images of {plan.image_size} px, seed {seed}; probes with {test['train_images']} labelled "
+        f"training and {test['test_images']} test images; intervals: bootstrap over test images."
+    )
+    sections = [
+        Section("Frozen features", [ResultTable(_COLUMNS, _rows(results, seconds)), Text(setting)]),
+        Section("Pictures", pictures),
+        Section("Learning curves", curves),
+        Section(
+            "Export",
+            [
+                Text(
+                    f"{exported.out}: {exported.parameters:,} parameters, read back with {exported.loaded_with}; outputs "
+                    f"differ from the student's by {exported.max_difference:.1e}."
+                )
+            ],
+        ),
+        Section("Recipes", [Text(f"{TEACHER}\n{DISTIL}\n{CONTROL}", code=True)]),
+    ]
+    return write_report(out / "report.html", "hgkd demo", sections)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="demo_out", help="folder for the results, new or empty")
+    parser.add_argument("--quick", action="store_true", help="a short run that shows that everything works")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        demo(args.out, args.quick, args.seed)
+    except ValueError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
