@@ -16,7 +16,6 @@ INSTALL = [
     "setuptools<80",  # mmengine imports pkg_resources
     "safetensors>=0.4",
     "scikit-learn>=1.3",
-    "torchmetrics>=1.4",
     "tensorboard>=2.14",
     "matplotlib>=3.7",
     "numpy>=1.26",
@@ -31,7 +30,7 @@ DOWNSTREAM = [
     "regex",
     "pycocotools>=2.0.7",
 ]
-TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
+TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "pycocotools>=2.0.7"]
 EXTRAS = {
     "downstream": DOWNSTREAM,
     # any spconv build serves; this one has wheels up to Python 3.11

@@ -1,4 +1,4 @@
-"""Shared test set-up: two threads, fixed seeds, no network."""
+"""Shared test set-up: a fixed seed before every test."""
 
 import pytest
 import torch

@@ -2,9 +2,9 @@
 
     python tools/demo.py --out demo_out [--quick] [--seed 0]
 
-Images are drawn; a small MAE is pretrained on them and becomes the teacher; a sparse ResNet-18 learns from it with H-GKD; the
-pixel control (SparK's objective) gets the same images, steps and decoder; random / pixels / H-GKD / teacher are compared by k-NN
-and linear probe; the student is exported; everything is put on one page.
+Images are drawn; a small MAE is pretrained on them and becomes the teacher; a sparse ResNet-18 learns from it with H-GKD;
+the pixel control (SparK's objective) gets the same images, steps and decoder; random / pixels / H-GKD / teacher are compared
+by k-NN and linear probe; the student is exported; everything is put on one page.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
@@ -26,8 +28,9 @@ sys.path.insert(0, str(ROOT))  # `tools` is no package; the demo calls its neigh
 from hgkd.data.shapes import write_imagefolder  # noqa: E402
 from hgkd.evaluation.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report  # noqa: E402
 from hgkd.export import export_backbone  # noqa: E402
+from hgkd.registry import RUNNERS  # noqa: E402
 from tools.evaluate import evaluate  # noqa: E402
-from tools.train import train  # noqa: E402
+from tools.train import load_config  # noqa: E402
 
 TEACHER = "configs/mae/mae_tiny_shapes.py"
 DISTIL = "configs/hgkd/hgkd_mae-tiny_resnet18_shapes.py"
@@ -94,19 +97,18 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
     write_imagefolder(data, plan.train, plan.test, image_size=plan.image_size, seed=seed)
     folders = {"data_root": str(data / "train"), "val_train_root": None, "val_test_root": None}
     common = {**folders, "image_size": plan.image_size, "seed": seed, "workers": 0, "warmup_epochs": plan.warmup}
+    common["log_level"] = "WARNING"  # the epochs are told by _Progress; every step is in the runs' scalars.json
 
     stage("pretraining a small MAE: the teacher")
-    mae = _timed(lambda: train(ROOT / TEACHER, runs / "teacher", options={**common, "epochs": plan.teacher_epochs}))
+    mae = _timed(lambda: _train(TEACHER, runs / "teacher", {**common, "epochs": plan.teacher_epochs}))
     teacher_file = mae.value.model.save_teacher(out / "teacher.safetensors")
 
     stage("H-GKD: a sparse ResNet-18 learns what the teacher sees in the whole image")
     student = {**common, "epochs": plan.student_epochs}
-    distilled = _timed(
-        lambda: train(ROOT / DISTIL, runs / "hgkd", options={**student, "teacher_checkpoint": str(teacher_file)})
-    )
+    distilled = _timed(lambda: _train(DISTIL, runs / "hgkd", {**student, "teacher_checkpoint": str(teacher_file)}))
 
     stage("the control: the same student and steps, pixels instead of a teacher")
-    control = _timed(lambda: train(ROOT / CONTROL, runs / "pixels", options=student))
+    control = _timed(lambda: _train(CONTROL, runs / "pixels", student))
 
     stage("k-NN and linear probe of all four")
     last = f"epoch_{plan.student_epochs}.pth"
@@ -147,6 +149,24 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
         flush=True,
     )
     return {"results": results, "report": report, "export": exported.out, "seconds": total}
+
+
+class _Progress(Hook):
+    """Tells each epoch on the console."""
+
+    priority = "VERY_LOW"
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        loss = runner.message_hub.get_scalar("train/loss").mean(len(runner.train_dataloader))
+        print(f"   epoch {runner.epoch + 1}/{runner.max_epochs}  loss {loss:.4f}", flush=True)
+
+
+def _train(config: str, work_dir: Path, options: dict[str, Any]) -> Runner:
+    cfg = load_config(ROOT / config, work_dir, options=options)
+    runner: Runner = RUNNERS.build(cfg)
+    runner.register_hook(_Progress())
+    runner.train()
+    return runner
 
 
 @dataclass(frozen=True)
