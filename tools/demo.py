@@ -48,11 +48,11 @@ class Plan:
         probe: labelled training images a class for k-NN and linear probe.
     """
 
-    train: int = 3200
+    train: int = 2400
     test: int = 800
     image_size: int = 96
-    teacher_epochs: int = 24
-    student_epochs: int = 4
+    teacher_epochs: int = 16
+    student_epochs: int = 3
     probe: int = 200
     warmup: int = 1
 

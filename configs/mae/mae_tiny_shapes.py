@@ -14,10 +14,11 @@ _base_ = [
 
 epochs = 20
 warmup_epochs = 2
+lr = 2e-3
 
 model = dict(
     type="MAEPretraining",
-    arch=dict(embed_dim=192, depth=6, num_heads=3, decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4),
+    arch=dict(embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=4),
     patch_size=16,
     mask_ratio=0.75,
     norm_pix=True,

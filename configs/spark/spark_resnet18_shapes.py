@@ -8,5 +8,7 @@ _base_ = [
 ]
 
 epochs = 10
+batch_size = 32
+lr = 2e-3
 
 model = dict(objectives=dict(pixels=dict(type="PixelReconstruction", supervise="masked")))
