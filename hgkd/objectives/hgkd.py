@@ -67,6 +67,25 @@ def hgkd_loss(prediction: Tensor, tokens: Tensor, places: Tensor, *, beta: float
     return mean_over(values, places, places.sum())
 
 
+def centred_target(normalised: Tensor) -> Tensor:
+    """What tells an image's tokens from those of the other images of the batch.
+
+    Tokens of small or briefly trained ViTs differ from place to place far more than from image to image, and a student
+    scores by learning the places alone. So each place's mean over the batch is subtracted, and each channel divided by its
+    deviation over batch and places.
+
+    Args:
+        normalised: (B, D, gh, gw) after :func:`layer_norm0`, B > 1.
+
+    Raises:
+        ValueError: a batch of one image, whose target would be 0.
+    """
+    if len(normalised) < 2:
+        raise ValueError("centre=True compares the images of a batch; use a batch size above 1 or centre=False")
+    centred = normalised - normalised.mean(0, keepdim=True)
+    return centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-6).sqrt()
+
+
 @MODELS.register_module()
 class HGKD(nn.Module):
     """H-GKD's objective.
@@ -79,6 +98,7 @@ class HGKD(nn.Module):
         supervise: 'masked', 'visible' or 'all' places.
         beta: where smooth L1 turns from square to linear, > 0.
         projector: 'linear' (1x1 convolution) or 'mlp' (1x1, GELU, 1x1).
+        centre: learn only what differs between images, see :func:`centred_target`; with target='full'.
 
     Terms: ``distill`` with 'full'; ``visible`` and ``masked`` with 'inferred', whose sum is the mean over all
     supervised places (a term that ``supervise`` excludes is absent, and so is its projector).
@@ -92,10 +112,13 @@ class HGKD(nn.Module):
         supervise: str = "masked",
         beta: float = 2.0,
         projector: str = "linear",
+        centre: bool = False,
     ) -> None:
         super().__init__()
         if target not in TARGETS:
             raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
+        if centre and target != "full":
+            raise ValueError(f"centre=True needs target='full', where every image has a token at every place, got {target!r}")
         if target == "full" and decoder_block is not None:
             raise ValueError(
                 f"decoder_block={decoder_block} has no use with target='full', which reads encoder tokens only; "
@@ -107,6 +130,7 @@ class HGKD(nn.Module):
         self.target = target
         self.supervise = check_supervise(supervise)
         self.beta = beta
+        self.centre = centre
         self.projectors = nn.ModuleDict()
         self._projector_kind = projector
         self._block = block
@@ -180,7 +204,8 @@ class HGKD(nn.Module):
             raise ValueError(
                 f"the teacher returned blocks {sorted(teacher_out.tokens)}, not {self._block}; pass it this objective's `needs`"
             )
-        return layer_norm0(teacher_out.tokens[self._block])
+        normalised = layer_norm0(teacher_out.tokens[self._block])
+        return centred_target(normalised) if self.centre else normalised
 
     def forward(self, student_out: StudentOutput, teacher_out: TeacherOutput, layout: CellLayout) -> dict[str, Tensor]:
         """Loss terms, fp32 scalars.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.objectives.alignment import fit_grid
-from hgkd.objectives.hgkd import HGKD, hgkd_loss, layer_norm0, smooth_l1_by_place
+from hgkd.objectives.hgkd import HGKD, centred_target, hgkd_loss, layer_norm0, smooth_l1_by_place
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
@@ -287,3 +287,23 @@ class TestRefusals:
 
 def test_is_registered() -> None:
     assert isinstance(MODELS.build({"type": "HGKD", "block": 9}), HGKD)
+
+
+def test_centred_target_by_hand() -> None:
+    """Two images, two channels, two places. Channel 0 holds its place only; channel 1 differs by 2 between the images."""
+    tokens = torch.tensor([[[[5.0, -5.0]], [[1.0, 4.0]]], [[[5.0, -5.0]], [[3.0, 6.0]]]])
+    found = centred_target(tokens)
+    expected = torch.tensor([[[[0.0, 0.0]], [[-1.0, -1.0]]], [[[0.0, 0.0]], [[1.0, 1.0]]]])
+    assert torch.allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="batch size above 1"):
+        centred_target(tokens[:1])
+
+
+def test_centre_changes_the_target_only() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(3, 4, 2, 2)
+    out = TeacherOutput(tokens={0: tokens}, grid=(2, 2))
+    plain, centred = HGKD(block=0), HGKD(block=0, centre=True)
+    assert torch.equal(centred.target_map(out), centred_target(plain.target_map(out)))
+    with pytest.raises(ValueError, match="centre=True needs target='full'"):
+        HGKD(target="inferred", centre=True)
