@@ -51,8 +51,8 @@ class Plan:
     train: int = 2400
     test: int = 800
     image_size: int = 96
-    teacher_epochs: int = 16
-    student_epochs: int = 3
+    teacher_epochs: int = 12
+    student_epochs: int = 2
     probe: int = 200
     warmup: int = 1
 
