@@ -19,13 +19,14 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `tools` is no package; the demo calls its neighbours' functions
 
-from hgkd.data.shapes import write_imagefolder  # noqa: E402
+from hgkd.data.shapes import CLASSES, Scene, render_scene  # noqa: E402
 from hgkd.evaluation.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report  # noqa: E402
 from hgkd.export import export_backbone  # noqa: E402
 from hgkd.registry import RUNNERS  # noqa: E402
@@ -43,22 +44,28 @@ class Plan:
 
     Attributes:
         train, test: images drawn; the training images serve pretraining (without labels) and the probes (with them).
-        image_size: pixels.
+        drawn_size: pixels of the image files.
+        image_size: pixels that networks see.
+        patch_size: of the teacher, in pixels.
         teacher_epochs, student_epochs: passes over the training images.
         probe: labelled training images a class for k-NN and linear probe.
     """
 
-    train: int = 2400
-    test: int = 800
-    image_size: int = 96
+    train: int = 3000
+    test: int = 1200
+    drawn_size: int = 16
+    image_size: int = 64
+    patch_size: int = 8
     teacher_epochs: int = 12
-    student_epochs: int = 2
-    probe: int = 200
+    student_epochs: int = 3
+    probe: int = 250
     warmup: int = 1
 
 
 FULL = Plan()
-QUICK = Plan(train=320, test=80, teacher_epochs=2, student_epochs=1, probe=40, warmup=0)
+QUICK = Plan(train=640, test=160, teacher_epochs=4, student_epochs=2, probe=80)
+STUDENT_OPTIONS = {"model.student.out_stride": 8, "model.student.decoder_width": 128, "mask_ratio": 0.5}
+SCENE_SIZE, MARGIN = 96, 0.15  # pixels of a scene; room around the object cut out of it, in units of the object
 
 
 class Stages:
@@ -93,18 +100,20 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
     stage = Stages(7)
     runs, data = out / "runs", out / "shapes"
 
-    stage(f"drawing {plan.train + plan.test} images of textured shapes")
-    write_imagefolder(data, plan.train, plan.test, image_size=plan.image_size, seed=seed)
+    stage(f"drawing {plan.train + plan.test} images of shapes")
+    write_objects(data, plan.train, plan.test, plan.drawn_size, seed)
     folders = {"data_root": str(data / "train"), "val_train_root": None, "val_test_root": None}
     common = {**folders, "image_size": plan.image_size, "seed": seed, "workers": 0, "warmup_epochs": plan.warmup}
     common["log_level"] = "WARNING"  # the epochs are told by _Progress; every step is in the runs' scalars.json
 
     stage("pretraining a small MAE: the teacher")
-    mae = _timed(lambda: _train(TEACHER, runs / "teacher", {**common, "epochs": plan.teacher_epochs}))
+    teacher = {"epochs": plan.teacher_epochs, "model.patch_size": plan.patch_size}
+    mae = _timed(lambda: _train(TEACHER, runs / "teacher", {**common, **teacher}))
     teacher_file = mae.value.model.save_teacher(out / "teacher.safetensors")
 
     stage("H-GKD: a sparse ResNet-18 learns what the teacher sees in the whole image")
-    student = {**common, "epochs": plan.student_epochs}
+    # one set of options for both students: only the objective differs
+    student = {**common, "epochs": plan.student_epochs, **STUDENT_OPTIONS}
     distilled = _timed(lambda: _train(DISTIL, runs / "hgkd", {**student, "teacher_checkpoint": str(teacher_file)}))
 
     stage("the control: the same student and steps, pixels instead of a teacher")
@@ -149,6 +158,37 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
         flush=True,
     )
     return {"results": results, "report": report, "export": exported.out, "seconds": total}
+
+
+def write_objects(root: Path, train: int, test: int, drawn_size: int, seed: int) -> None:
+    """Write ``root/{train,test}/<class>/<number>.png``: the largest object of each generated scene, cut out and shrunk.
+
+    In whole scenes (``tools/make_shapes.py``) textures and places hide the class from any network that learns for a minute;
+    shrinking smooths the textures.
+
+    Args:
+        root: folder, made when absent.
+        train, test: numbers of images, all classes together, dealt out in turn; the two never share a scene.
+        drawn_size: side of a file in pixels.
+        seed: another seed, another data set.
+    """
+    for place, (split, count) in enumerate({"train": train, "test": test}.items()):
+        for number in range(count):
+            label = number % len(CLASSES)
+            path = root / split / CLASSES[label] / f"{number:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cut = cut_object(render_scene((seed, place, number), SCENE_SIZE, label), drawn_size)
+            cut.save(path)
+
+
+def cut_object(scene: Scene, side: int) -> Image.Image:
+    """The square around the scene's largest object, moved to lie inside the scene, shrunk to ``side`` pixels."""
+    x1, y1, x2, y2 = map(float, scene.boxes[0])
+    width = min(max(x2 - x1, y2 - y1) * (1 + 2 * MARGIN), SCENE_SIZE)
+    left = min(max((x1 + x2 - width) / 2, 0.0), SCENE_SIZE - width)
+    top = min(max((y1 + y2 - width) / 2, 0.0), SCENE_SIZE - width)
+    picture = Image.fromarray(scene.image)
+    return picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + width, top + width))
 
 
 class _Progress(Hook):
@@ -220,8 +260,9 @@ def _report(out: Path, plan: Plan, seed: int, results: dict[str, Any], seconds: 
         pictures.append(Picture(newest, f"{name}: what the student sees, and what it makes of it ({newest.name})"))
     test = results["H-GKD"]["knn"]
     setting = (
-        f"{plan.train} generated images of {plan.image_size} px, seed {seed}; probes with {test['train_images']} labelled "
-        f"training and {test['test_images']} test images; intervals: bootstrap over test images."
+        f"{plan.train} generated objects of {plan.drawn_size} px, enlarged to {plan.image_size}, seed {seed}; probes with "
+        f"{test['train_images']} labelled training and {test['test_images']} test images; intervals: bootstrap over test "
+        "images; the result of another seed may lie outside."
     )
     sections = [
         Section("Frozen features", [ResultTable(_COLUMNS, _rows(results, seconds)), Text(setting)]),
