@@ -45,7 +45,18 @@ def visible_count(h: int, w: int, mask_ratio: float, rounding: str = "round") ->
 
 
 class MaskGenerator(Protocol):
-    """Draws the visible cells of a batch."""
+    """Draws the visible cells of a batch.
+
+    Attributes:
+        progress: share of the training that is done, in [0, 1]; the runner keeps it up to date for ratios that change.
+    """
+
+    progress: float
+
+    @property
+    def current_ratio(self) -> float:
+        """Share of hidden cells at this moment of the training."""
+        ...
 
     def __call__(
         self, batch: int, grid: tuple[int, int], *, device: torch.device | str, generator: torch.Generator | None = None
@@ -64,22 +75,32 @@ class RandomMask:
 
     Args:
         mask_ratio: share of hidden cells in [0, 1); 0 keeps everything visible.
+        final_mask_ratio: the share at the end of training, reached linearly over the steps; None: the same throughout.
         rounding: see :func:`visible_count`.
     """
 
-    def __init__(self, mask_ratio: float = 0.6, rounding: str = "round") -> None:
-        visible_count(1000, 1000, mask_ratio, rounding)  # refuses a ratio that no grid can serve, before training
+    def __init__(self, mask_ratio: float = 0.6, final_mask_ratio: float | None = None, rounding: str = "round") -> None:
         self.mask_ratio = mask_ratio
+        self.final_mask_ratio = mask_ratio if final_mask_ratio is None else final_mask_ratio
         self.rounding = rounding
+        self.progress = 0.0
+        for ratio in (self.mask_ratio, self.final_mask_ratio):
+            visible_count(1000, 1000, ratio, rounding)  # refuses a ratio that no grid can serve, before training
+
+    @property
+    def current_ratio(self) -> float:
+        """The share of hidden cells at this moment of the training."""
+        return self.mask_ratio + (self.final_mask_ratio - self.mask_ratio) * self.progress
 
     def check(self, grid: tuple[int, int]) -> None:
-        visible_count(*grid, self.mask_ratio, self.rounding)
+        for ratio in (self.mask_ratio, self.final_mask_ratio):
+            visible_count(*grid, ratio, self.rounding)
 
     def __call__(
         self, batch: int, grid: tuple[int, int], *, device: torch.device | str, generator: torch.Generator | None = None
     ) -> Tensor:
         h, w = grid
-        count = visible_count(h, w, self.mask_ratio, self.rounding)
+        count = visible_count(h, w, self.current_ratio, self.rounding)
         noise = torch.rand(batch, h * w, generator=generator, device=device)
         keep = noise.argsort(dim=1)[:, :count]
         visible = torch.zeros(batch, h * w, dtype=torch.bool, device=device)

@@ -19,6 +19,7 @@ default_hooks = dict(
 )
 custom_hooks = [
     dict(type="EpochSeedHook"),
+    dict(type="MaskScheduleHook"),
     dict(type="FiniteLossHook"),
     dict(type="ThroughputHook"),
     dict(type="MemoryHook"),

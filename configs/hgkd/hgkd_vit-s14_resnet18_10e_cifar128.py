@@ -18,12 +18,13 @@ data_root = "data/cifar10/train"
 val_train_root = "data/cifar10/train"
 val_test_root = "data/cifar10/test"
 teacher_checkpoint = None
+teacher_features = "work_dirs/teacher_features"
 image_size = 128
 epochs = 10
 
 # the same pictures in every epoch, mirrored or not, so that the teacher sees each of them once (docs/results.md)
 train_dataloader = dict(dataset=dict(transform=dict(_delete_=True, kind="eval")))
-custom_hooks = [*_base_.custom_hooks, dict(type="TeacherCacheHook", folder="work_dirs/teacher_features")]
+custom_hooks = [*_base_.custom_hooks, dict(type="TeacherCacheHook")]
 
 model = dict(
     flip=0.5,

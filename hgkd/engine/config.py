@@ -25,8 +25,8 @@ class ShortOption:
     """A top-level variable of a config that stands for one or more nested keys.
 
     Attributes:
-        places: dotted paths that get the value; a number is an index into a list. Those whose parent is absent are passed
-            over, but one must be there.
+        places: dotted paths that get the value; within a list a number is an index, a name the ``type`` of the entry. Those
+            whose parent is absent are passed over, but one must be there.
         help: what it is, for the documentation.
     """
 
@@ -49,6 +49,7 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
     "student": ShortOption(("model.student.encoder",), "timm name of the student"),
     "teacher": ShortOption(("model.teacher.name",), "timm name of the teacher"),
     "teacher_checkpoint": ShortOption(("model.teacher.checkpoint",), "weight file of the teacher"),
+    "teacher_features": ShortOption(("custom_hooks.TeacherCacheHook.folder",), "folder that keeps the teacher's features"),
     "mask_ratio": ShortOption(("model.mask.mask_ratio", "model.mask_ratio"), "share of hidden cells, in [0, 1)"),
     "epochs": ShortOption(("train_cfg.max_epochs", "param_scheduler.1.end"), "passes over the training images"),
     "warmup_epochs": ShortOption(
@@ -178,6 +179,8 @@ def _parent(cfg: Config, place: str) -> Any:
     for step in _steps(place)[:-1]:
         if isinstance(step, int):
             node = node[step] if isinstance(node, list) and step < len(node) else None
+        elif isinstance(node, list):
+            node = next((entry for entry in node if entry.get("type") == step), None)
         else:
             node = node.get(step) if isinstance(node, (Mapping, Config)) else None
     # model.mask_ratio: a model that has `mask` takes the ratio there

@@ -55,6 +55,19 @@ class EpochSeedHook(Hook):
 
 
 @HOOKS.register_module()
+class MaskScheduleHook(Hook):
+    """Tells the mask generator how far the training is, and logs ``mask_ratio``; see ``final_mask_ratio`` of the generators."""
+
+    priority = "ABOVE_NORMAL"  # before the logger
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        mask: Any = getattr(plain_model(runner), "mask", None)
+        if mask is not None:
+            mask.progress = runner.iter / max(runner.max_iters - 1, 1)
+            runner.message_hub.update_scalar("train/mask_ratio", mask.current_ratio)
+
+
+@HOOKS.register_module()
 class ThroughputHook(Hook):
     """Logs ``images_per_s`` of the whole run, over all processes; loading of the data included."""
 
@@ -156,7 +169,8 @@ class PictureHook(Hook):
     """Saves ``work_dir/pictures/epoch_<n>.png``: a few training images and what student and teacher make of them.
 
     Columns: the image, what the student sees of it, and for every objective the teacher's tokens and the student's
-    prediction as colours (same basis), or the reconstruction. Images, crops and masks are the same each time.
+    prediction as colours (same basis), or the reconstruction. Images, crops and masks are the same each time; with a mask
+    ratio that changes, as many cells are hidden as at the beginning.
 
     Args:
         interval: epochs between two pictures; there is always one at the end.
@@ -207,8 +221,9 @@ def distillation_columns(model: Any, inputs: Tensor, seed: int = 0) -> dict[str,
     Returns:
         Title -> (B, 3, h, w) in [0, 1].
     """
-    training = model.training
+    training, progress = model.training, model.mask.progress
     model.eval()
+    model.mask.progress = 0.0  # pictures of different epochs hide the same cells
     try:
         device = next(model.parameters()).device
         images = inputs.to(device).float() / 255
@@ -224,6 +239,7 @@ def distillation_columns(model: Any, inputs: Tensor, seed: int = 0) -> dict[str,
                 columns[name] = objective.reconstruct(student_out, student_out.layout)
     finally:
         model.train(training)
+        model.mask.progress = progress
     return columns
 
 

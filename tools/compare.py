@@ -1,0 +1,280 @@
+"""Train and evaluate what a plan lists, and write one table of it.
+
+    python tools/compare.py PLAN --work-dir DIR [--only NAME ...] [--jobs 2] [--set KEY=VALUE ...]
+
+A plan is a Python file with
+
+    rows      list of dict(name=..., config=..., options={...}, seeds=[0, 1, 2]) for what is trained, or of
+              dict(name=..., backbone=..., block=...) for what is evaluated as it is
+    options   config options that all trained rows share
+    evaluate  arguments of ``tools/evaluate.py``'s ``evaluate``; methods, train, test, image_size, ...
+
+``{name}`` in a string of the plan is replaced by the value of ``--set name=...``: data and teacher files stay out of the plan.
+Every run is a process of its own (``tools/train.py``), with ``--jobs`` of them at a time and the cores shared between them.
+A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison. Results:
+``DIR/results.json`` (every run) and ``DIR/table.md`` (mean and deviation over the seeds, commands below).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "block"}
+PLAN_KEYS = {"rows", "options", "evaluate"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a row of the plan with one seed.
+
+    Attributes:
+        row: the row's name.
+        folder: of the run, in the work directory.
+        config: of the training; None: nothing is trained.
+        options: config options.
+        evaluate: arguments of ``evaluate``.
+    """
+
+    row: str
+    seed: int
+    folder: Path
+    config: str | None
+    options: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+
+    @property
+    def train_command(self) -> list[str]:
+        """What a user would type, without the interpreter."""
+        pairs = [f"{key}={_text(value)}" for key, value in self.options.items()]
+        return ["tools/train.py", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *pairs]
+
+
+def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
+    """A checked plan with ``values`` filled in.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown key, rows without or with equal names, a row that is neither trained nor a backbone, or a
+            ``{name}`` without a value.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"plan does not exist: {file}")
+    plan: dict[str, Any] = _fill(Config.fromfile(str(file)).to_dict(), values)
+    unknown = sorted(set(plan) - PLAN_KEYS)
+    if unknown:
+        raise ValueError(f"{file}: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(PLAN_KEYS))}")
+    names = [row.get("name") for row in plan.get("rows", [])]
+    if not names or None in names or len(set(names)) < len(names):
+        raise ValueError(f"{file}: rows need a name each, all different, got {names}")
+    for row in plan["rows"]:
+        if set(row) - ROW_KEYS:
+            raise ValueError(f"{file}: row {row['name']!r} has the unknown key {sorted(set(row) - ROW_KEYS)[0]!r}")
+        if ("config" in row) == ("backbone" in row):
+            raise ValueError(f"{file}: row {row['name']!r} needs either config (to train) or backbone (to evaluate)")
+    return plan
+
+
+def _fill(value: Any, values: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        try:
+            return value.format_map(values)
+        except KeyError as error:
+            raise ValueError(f"the plan needs a value for {error}: --set {error.args[0]}=...") from None
+    if isinstance(value, Mapping):
+        return {key: _fill(item, values) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_fill(item, values) for item in value]
+    return value
+
+
+def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -> list[Job]:
+    """The runs of a plan, seed by seed, so that an interrupted comparison holds whole rows of its first seeds.
+
+    Raises:
+        ValueError: ``only`` names a row that the plan lacks.
+    """
+    names = [row["name"] for row in plan["rows"]]
+    missing = [name for name in only if name not in names]
+    if missing:
+        raise ValueError(f"the plan has no row {missing[0]!r}; it has {', '.join(names)}")
+    found = []
+    for row in plan["rows"]:
+        if only and row["name"] not in only:
+            continue
+        for order, seed in enumerate(row.get("seeds", [0])):
+            folder = work_dir / f"{row['name']}_seed{seed}"
+            evaluation = {**plan["evaluate"], "seed": seed}
+            options: dict[str, Any] = {}
+            if "config" in row:
+                options = {**plan.get("options", {}), **row.get("options", {}), "seed": seed}
+            else:
+                evaluation |= {key: row[key] for key in ("backbone", "block") if key in row}
+            found.append((order, Job(row["name"], seed, folder, row.get("config"), options, evaluation)))
+    return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+
+
+def run(job: Job, threads: int) -> dict[str, Any]:
+    """Train (or find trained), evaluate, and write ``result.json`` into the run's folder.
+
+    Raises:
+        RuntimeError: a process failed; the message names its log.
+    """
+    result_file = job.folder / "result.json"
+    setting = json.loads(json.dumps({"options": job.options, "evaluate": job.evaluate, "config": job.config}))
+    if result_file.is_file():
+        result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
+        if result["setting"] == setting:
+            return result
+        raise RuntimeError(f"{job.folder} holds a run with another setting; give another --work-dir or delete it")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    result = {"row": job.row, "seed": job.seed, "setting": setting, "threads": threads}
+    arguments = dict(job.evaluate)
+    if job.config is not None:
+        result["command"] = shlex.join(["python", *job.train_command])
+        resume = ["--resume"] if (job.folder / "last_checkpoint").is_file() else []
+        if resume:
+            result["resumed"] = True  # its seconds are those of the last piece only
+        seconds = _process([*job.train_command[:4], *resume, *job.train_command[4:]], job.folder / "train.log", threads)
+        result |= {"train_seconds": seconds[0], "train_cpu_seconds": seconds[1], **_speed(job.folder)}
+        arguments["backbone"] = (job.folder / "last_checkpoint").read_text(encoding="utf-8").strip()
+    command = _evaluate_command(arguments, job.folder / "evaluation.json")
+    result["evaluate_command"] = shlex.join(["python", *command])
+    _process(command, job.folder / "evaluate.log", threads)
+    found = json.loads((job.folder / "evaluation.json").read_text(encoding="utf-8"))
+    if "method" in found:  # one method only
+        found = {found["method"]: found}
+    result["scores"] = {method: {key: found[method][key] for key in ("top1", "ci95")} for method in found}
+    result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _evaluate_command(arguments: Mapping[str, Any], out: Path) -> list[str]:
+    command = ["tools/evaluate.py", *arguments["methods"], "--json", str(out)]
+    for key, value in arguments.items():
+        if key != "methods":
+            command += [f"--{key.replace('_', '-')}", str(value)]
+    return command
+
+
+def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, float]:
+    """Run one of our tools; wall and CPU seconds."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    start = time.perf_counter()
+    with log.open("a", encoding="utf-8") as handle:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / command[0]), *command[1:]], stdout=handle, stderr=subprocess.STDOUT, env=environment
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{command[0]} ended with {process.returncode}; see {log}")
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+
+
+def _speed(folder: Path) -> dict[str, Any]:
+    """Median images a second over the logged steps, and the in-run k-NN by epoch."""
+    speeds, curve = [], []
+    for file in sorted(folder.glob("*/vis_data/scalars.json")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if "images_per_s" in entry:
+                speeds.append(entry["images_per_s"])
+            if "knn/top1" in entry:
+                curve.append([entry["step"], entry["knn/top1"]])
+    found: dict[str, Any] = {"curve": curve}
+    if speeds:
+        found["images_per_s"] = statistics.median(speeds)
+    return found
+
+
+def table_of(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line a row of the plan, mean +- deviation over seeds (one seed: its bootstrap interval), then commands."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        rows.setdefault(result["row"], []).append(result)
+    methods = list(results[0]["scores"])
+    head = ["row", *(f"{method} top-1 %" for method in methods), "seeds", "training s", "CPU s", "images/s"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, runs in rows.items():
+        cells = [name]
+        for method in methods:
+            scores = [run["scores"][method]["top1"] for run in runs]
+            if len(scores) > 1:
+                cells.append(f"{statistics.mean(scores):.1f} +- {statistics.stdev(scores):.1f}")
+            else:
+                low, high = runs[0]["scores"][method]["ci95"]
+                cells.append(f"{scores[0]:.1f} ({low:.1f} .. {high:.1f})")
+        cells.append(str(len(runs)))
+        for key in ("train_seconds", "train_cpu_seconds", "images_per_s"):
+            known = [run[key] for run in runs if key in run and not run.get("resumed")]
+            cells.append(f"{statistics.mean(known):.0f}" if known else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    commands = [f"    {runs[0].get('command', runs[0]['evaluate_command'])}" for runs in rows.values()]
+    return "\n".join([*lines, "", "Commands (first seed of each row):", "", *commands, ""])
+
+
+def _text(value: Any) -> str:
+    """A value as mmengine's DictAction reads it."""
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_text, value)) + "]"
+    return str(value)
+
+
+def compare(
+    plan: str | Path, work_dir: str | Path, only: Sequence[str] = (), jobs: int = 1, values: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Everything that the module's header says; returns the results of the runs."""
+    work_dir = Path(work_dir)
+    todo = jobs_of(read_plan(plan, values or {}), work_dir, only)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    results: list[dict[str, Any]] = []
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        for job, result in zip(todo, pool.map(lambda job: run(job, threads), todo), strict=True):
+            scores = "  ".join(f"{method} {score['top1']:.1f}" for method, score in result["scores"].items())
+            print(f"{job.row} seed {job.seed}: {scores}", flush=True)
+            results.append(result)
+    (work_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (work_dir / "table.md").write_text(table_of(results), encoding="utf-8")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan")
+    parser.add_argument("--work-dir", required=True)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these rows of the plan")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each gets its share of the cores")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", dest="values", help="values for {NAME} in the plan"
+    )
+    args = parser.parse_args(argv)
+    try:
+        pairs = [value.split("=", 1) for value in args.values]
+        if any(len(pair) < 2 for pair in pairs):
+            raise ValueError(f"--set takes NAME=VALUE, got {args.values}")
+        results = compare(args.plan, args.work_dir, args.only, args.jobs, dict(pairs))
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    print(table_of(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
