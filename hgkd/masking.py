@@ -75,11 +75,11 @@ class RandomMask:
 
     Args:
         mask_ratio: share of hidden cells in [0, 1); 0 keeps everything visible.
-        final_mask_ratio: the share at the end of training, reached linearly over the steps; None: the same throughout.
         rounding: see :func:`visible_count`.
+        final_mask_ratio: the share at the end of training, reached linearly over the steps; None: the same throughout.
     """
 
-    def __init__(self, mask_ratio: float = 0.6, final_mask_ratio: float | None = None, rounding: str = "round") -> None:
+    def __init__(self, mask_ratio: float = 0.6, rounding: str = "round", final_mask_ratio: float | None = None) -> None:
         self.mask_ratio = mask_ratio
         self.final_mask_ratio = mask_ratio if final_mask_ratio is None else final_mask_ratio
         self.rounding = rounding

@@ -116,3 +116,19 @@ def test_grid_of_whole_multiples(h: int, w: int, cell: int) -> None:
 def test_grid_of_names_the_nearest_sizes(size: tuple[int, int], near: str) -> None:
     with pytest.raises(ValueError, match=f"nearest sizes that are: {near}$"):
         grid_of(size, 32)
+
+
+def test_a_ratio_that_falls_during_training():
+    mask = RandomMask(0.75, final_mask_ratio=0.25)
+    mask.check((4, 4))
+    counts = []
+    for mask.progress in (0.0, 0.25, 0.5, 1.0):
+        counts.append(mask(2, (4, 4), device="cpu").flatten(1).sum(1).tolist())
+    assert counts == [[4, 4], [6, 6], [8, 8], [12, 12]]
+
+
+def test_a_final_ratio_that_no_grid_can_serve_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got 1.0"):
+        RandomMask(0.5, final_mask_ratio=1.0)
+    with pytest.raises(ValueError, match="mask_ratio 0.9 leaves no visible cell on a 2 x 2 grid"):
+        RandomMask(0.5, final_mask_ratio=0.9).check((2, 2))

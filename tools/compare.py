@@ -224,7 +224,7 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
             known = [run[key] for run in runs if key in run and not run.get("resumed")]
             cells.append(f"{statistics.mean(known):.0f}" if known else "")
         lines.append(f"| {' | '.join(cells)} |")
-    commands = [f"    {runs[0].get('command', runs[0]['evaluate_command'])}" for runs in rows.values()]
+    commands = [f"    {runs[0].get('command') or runs[0]['evaluate_command']}" for runs in rows.values()]
     return "\n".join([*lines, "", "Commands (first seed of each row):", "", *commands, ""])
 
 

@@ -25,6 +25,7 @@ Floats = NDArray[np.float64]
 Distance = Callable[[Floats, Floats], Floats]
 
 _MAIN_AREA = (0.10, 0.20)  # shares of the squared shorter image side
+_LONE_AREA, _LONE_TURN = (0.15, 0.30), 0.08  # without clutter
 _DISTRACTOR_AREA = (0.012, 0.035)
 _MIN_VISIBLE = 0.6  # a distractor of which less shows is left out
 _MIN_PIXELS = 8
@@ -140,13 +141,17 @@ class _Object:
         return self.coverage > 0.5
 
 
-def render_scene(seed: int | Sequence[int], image_size: int | Sequence[int] = 96, label: int | None = None) -> Scene:
+def render_scene(
+    seed: int | Sequence[int], image_size: int | Sequence[int] = 96, label: int | None = None, clutter: bool = True
+) -> Scene:
     """Draw one scene.
 
     Args:
         seed: a number from 0, or several (e.g. data set, split, position).
         image_size: side in pixels, or (H, W); at least 16.
         label: class of the largest object; None draws it.
+        clutter: False draws one larger object, nearly upright and smoothly shaded, on a smoothly shaded background: what
+            minutes suffice to learn from.
 
     Raises:
         ValueError: image too small, or label beyond the classes.
@@ -162,11 +167,11 @@ def render_scene(seed: int | Sequence[int], image_size: int | Sequence[int] = 96
 
     # 1. where things are: the largest object in front, distractors behind it
     instances = np.zeros((h, w), dtype=np.uint8)
-    objects = [_place(rng, (h, w), label, _MAIN_AREA)]
+    objects = [_place(rng, (h, w), label, *((_MAIN_AREA, 1.0) if clutter else (_LONE_AREA, _LONE_TURN)))]
     instances[objects[0].window][objects[0].inside] = 1
-    for _ in range(int(rng.integers(2, 5))):
+    for _ in range(int(rng.integers(2, 5)) if clutter else 0):
         other = (label + 1 + int(rng.integers(len(CLASSES) - 1))) % len(CLASSES)
-        item = _place(rng, (h, w), other, _DISTRACTOR_AREA)
+        item = _place(rng, (h, w), other, _DISTRACTOR_AREA, 1.0)
         showing = item.inside & (instances[item.window] == 0)
         if showing.sum() >= max(_MIN_PIXELS, _MIN_VISIBLE * item.inside.sum()):
             objects.append(item)
@@ -174,12 +179,14 @@ def render_scene(seed: int | Sequence[int], image_size: int | Sequence[int] = 96
 
     # 2. what they look like, painted from the back
     colours = _colours(rng, None)
-    canvas = _texture(rng, (h, w), colours, unit=min(h, w) / 96)
+    kinds = _TEXTURES if clutter else ("shade",)
+    canvas = _texture(rng, (h, w), colours, unit=min(h, w) / 96, kinds=kinds)
     for item in reversed(objects):
         part = canvas[item.window]
-        skin = _texture(rng, part.shape[:2], _colours(rng, colours), unit=min(h, w) / 96)
+        skin = _texture(rng, part.shape[:2], _colours(rng, colours), unit=min(h, w) / 96, kinds=kinds)
         part += item.coverage[..., None] * (skin - part)
-    canvas += rng.integers(-10, 11, size=(h, w, 1))
+    if clutter:
+        canvas += rng.integers(-10, 11, size=(h, w, 1))
 
     labels = np.array([item.label for item in objects], dtype=np.int64)
     return Scene(
@@ -192,11 +199,12 @@ def render_scene(seed: int | Sequence[int], image_size: int | Sequence[int] = 96
     )
 
 
-def _place(rng: np.random.Generator, size: tuple[int, int], label: int, areas: tuple[float, float]) -> _Object:
-    """A shape of random area, rotation and position, whole inside the image."""
+def _place(rng: np.random.Generator, size: tuple[int, int], label: int, areas: tuple[float, float], turns: float) -> _Object:
+    """A shape of random area, rotation (up to ``turns`` full ones) and position, whole inside the image."""
     h, w = size
     distance, radius = _SHAPES[CLASSES[label]]
     area, turn, row, column = rng.random(4)
+    turn *= turns
     scale = min(h, w) * math.sqrt(areas[0] + area * (areas[1] - areas[0]))
     reach = min(scale * radius + 0.5, min(h, w) / 2)
     y, x = reach + row * (h - 2 * reach), reach + column * (w - 2 * reach)
@@ -220,20 +228,23 @@ def _colours(rng: np.random.Generator, background: Floats | None) -> Floats:
     return colours
 
 
-def _texture(rng: np.random.Generator, size: tuple[int, ...], colours: Floats, unit: float) -> Floats:
-    """Stripes, checks, blocks or a gradient between two colours, (h, w, 3); ``unit`` scales the pattern."""
+_TEXTURES = ("stripes", "checks", "blocks", "shade")
+
+
+def _texture(rng: np.random.Generator, size: tuple[int, ...], colours: Floats, unit: float, kinds: Sequence[str]) -> Floats:
+    """One of ``kinds`` of pattern between two colours, (h, w, 3); ``unit`` scales it."""
     h, w = size
-    kind = int(rng.integers(4))
+    kind = kinds[int(rng.integers(len(kinds)))]
     turn, width, phase_a, phase_b = rng.random(4)
     period = unit * (4.0 + 8.0 * width)
     cos, sin = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
     y, x = np.arange(h)[:, None], np.arange(w)[None, :]
     along, across = cos * x + sin * y, cos * y - sin * x
-    if kind == 0:
+    if kind == "stripes":
         blend = ((along / period + phase_a) % 1.0 < 0.5).astype(np.float64)
-    elif kind == 1:
+    elif kind == "checks":
         blend = (np.floor(2 * along / period + phase_a) + np.floor(2 * across / period + phase_b)) % 2
-    elif kind == 2:
+    elif kind == "blocks":
         block = max(1, int(period / 4))
         grid = rng.random((-(-h // block), -(-w // block)))
         blend = grid.repeat(block, axis=0).repeat(block, axis=1)[:h, :w]

@@ -110,3 +110,16 @@ def test_objects_stand_out_from_the_background():
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         render_scene(*arguments)
+
+
+def test_a_scene_without_clutter_is_one_object_on_a_smooth_ground():
+    scene = render_scene(3, 64, label=CLASSES.index("ring"), clutter=False)
+    assert scene.labels.tolist() == [CLASSES.index("ring")]
+    assert set(np.unique(scene.instances)) == {0, 1}
+    # shading changes by little from pixel to pixel; only the outline is sharp
+    steps = np.abs(np.diff(scene.image.astype(int), axis=1)).max(-1)
+    same = scene.instances[:, 1:] == scene.instances[:, :-1]
+    same[:, 1:] &= same[:, :-1]  # away from the outline, whose pixels mix the two sides
+    same[:, :-1] &= same[:, 1:]
+    assert np.percentile(steps[same], 95) < 20
+    assert not np.array_equal(scene.image, render_scene(3, 64, label=CLASSES.index("ring")).image)

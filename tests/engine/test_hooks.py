@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from hgkd.engine import CollapseAlarmHook, DivergedError, EpochSeedHook, FiniteLossHook, PictureHook, ThroughputHook
+from hgkd.engine import (
+    CollapseAlarmHook,
+    DivergedError,
+    EpochSeedHook,
+    FiniteLossHook,
+    MaskScheduleHook,
+    PictureHook,
+    ThroughputHook,
+)
 from hgkd.engine.hooks import peak_memory_mb
+from hgkd.masking import RandomMask
 
 
 class Log:
@@ -91,3 +100,19 @@ def test_peak_memory_is_plausible():
 def test_picture_hook_refuses_zero():
     with pytest.raises(ValueError, match="interval and num_images must be 1 or more"):
         PictureHook(interval=0)
+
+
+@pytest.mark.parametrize(("step", "ratio"), [(0, 0.6), (5, 0.3), (10, 0.0)])
+def test_mask_schedule_follows_the_step(step, ratio):
+    mask = RandomMask(0.6, final_mask_ratio=0.0)
+    run = runner(model=SimpleNamespace(mask=mask), max_iters=11)
+    run.iter = step
+    MaskScheduleHook().before_train_iter(run, 0)
+    assert mask.current_ratio == pytest.approx(ratio)
+    assert run.message_hub.scalars["train/mask_ratio"] == pytest.approx(ratio)
+
+
+def test_mask_schedule_leaves_models_without_a_mask_alone():
+    run = runner(model=SimpleNamespace(), max_iters=11)
+    MaskScheduleHook().before_train_iter(run, 0)
+    assert run.message_hub.scalars == {}

@@ -1,0 +1,142 @@
+"""tools/compare.py: plans, the order of runs, the table, and one small comparison from training to table."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hgkd.data.shapes import write_imagefolder
+
+ROOT = Path(__file__).parents[2]
+SPARK = "configs/spark/spark_resnet18_shapes.py"
+
+_spec = importlib.util.spec_from_file_location("hgkd_tools_compare", ROOT / "tools/compare.py")
+tool = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = tool  # dataclasses look their module up
+_spec.loader.exec_module(tool)
+
+EVALUATE = 'evaluate = dict(methods=["knn"], train="{data}/train", test="{data}/test", image_size=64, workers=0)\n'
+
+
+def plan_file(tmp_path, rows, options="{}"):
+    file = tmp_path / "plan.py"
+    file.write_text(f"rows = {rows}\noptions = {options}\n{EVALUATE}")
+    return file
+
+
+def test_values_are_filled_in_everywhere(tmp_path):
+    file = plan_file(tmp_path, [{"name": "a", "config": SPARK}], {"data_root": "{data}/train", "limit": 3})
+    plan = tool.read_plan(file, {"data": "/x"})
+    assert plan["options"] == {"data_root": "/x/train", "limit": 3}
+    assert plan["evaluate"]["test"] == "/x/test"
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "message"),
+    [
+        ([{"name": "a", "config": SPARK}], {}, r"the plan needs a value for 'data': --set data=\.\.\."),
+        ([], {"data": "/x"}, "rows need a name each, all different"),
+        ([{"name": "a", "config": SPARK}] * 2, {"data": "/x"}, r"all different, got \['a', 'a'\]"),
+        ([{"name": "a", "config": SPARK, "seed": 1}], {"data": "/x"}, "row 'a' has the unknown key 'seed'"),
+        ([{"name": "a"}], {"data": "/x"}, "row 'a' needs either config"),
+        ([{"name": "a", "config": SPARK, "backbone": "resnet18"}], {"data": "/x"}, "row 'a' needs either config"),
+    ],
+)
+def test_a_plan_that_is_wrong_is_refused(tmp_path, rows, values, message):
+    with pytest.raises(ValueError, match=message):
+        tool.read_plan(plan_file(tmp_path, rows), values)
+
+
+def test_a_plan_with_an_unknown_key_or_without_a_file_is_refused(tmp_path):
+    file = plan_file(tmp_path, [{"name": "a", "config": SPARK}])
+    file.write_text(file.read_text() + "seeds = [0]\n")
+    with pytest.raises(ValueError, match="unknown key 'seeds'; a plan has evaluate, options, rows"):
+        tool.read_plan(file, {"data": "/x"})
+    with pytest.raises(FileNotFoundError, match="plan does not exist"):
+        tool.read_plan(tmp_path / "no.py", {})
+
+
+def test_runs_go_seed_by_seed_and_a_row_overrides_the_shared_options(tmp_path):
+    rows = [
+        {"name": "a", "config": SPARK, "seeds": [0, 1], "options": {"epochs": 2}},
+        {"name": "b", "config": SPARK, "seeds": [0, 1]},
+        {"name": "random", "backbone": "resnet18"},
+    ]
+    plan = tool.read_plan(plan_file(tmp_path, rows, {"epochs": 5}), {"data": "/x"})
+    jobs = tool.jobs_of(plan, tmp_path)
+    assert [(job.row, job.seed) for job in jobs] == [("a", 0), ("b", 0), ("random", 0), ("a", 1), ("b", 1)]
+    assert [job.options.get("epochs") for job in jobs] == [2, 5, None, 2, 5]
+    assert jobs[3].train_command[-2:] == ["epochs=2", "seed=1"]
+    assert jobs[2].evaluate["backbone"] == "resnet18"
+    assert [job.row for job in tool.jobs_of(plan, tmp_path, ["b"])] == ["b", "b"]
+    with pytest.raises(ValueError, match="the plan has no row 'c'; it has a, b, random"):
+        tool.jobs_of(plan, tmp_path, ["c"])
+
+
+def test_table_by_hand():
+    def result(row, seed, top1, **extra):
+        return {"row": row, "seed": seed, "scores": {"knn": {"top1": top1, "ci95": [top1 - 1, top1 + 1]}}, **extra}
+
+    timed = {"train_seconds": 10.0, "train_cpu_seconds": 19.6, "images_per_s": 42.4, "command": "python tools/train.py x"}
+    resumed = {**timed, "train_seconds": 1.0, "resumed": True}
+    table = tool.table_of(
+        [
+            result("random", 0, 20.0, evaluate_command="python tools/evaluate.py"),
+            result("a", 0, 30.0, **timed),
+            result("a", 1, 34.0, **resumed),
+        ]
+    )
+    assert table.splitlines()[2:4] == [
+        "| random | 20.0 (19.0 .. 21.0) | 1 |  |  |  |",
+        "| a | 32.0 +- 2.8 | 2 | 10 | 20 | 42 |",  # time: of the run that was not interrupted
+    ]
+    assert "    python tools/train.py x" in table
+
+
+def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_imagefolder("shapes", train=16, test=8, image_size=64)
+    options = {
+        "student": "test_resnet",
+        "data_root": "{data}/train",
+        "val_train_root": None,
+        "val_test_root": None,
+        "image_size": 64,
+        "batch_size": 8,
+        "workers": 0,
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "model.student.decoder_width": 32,
+    }
+    rows = [{"name": "pixels", "config": str(ROOT / SPARK)}, {"name": "random", "backbone": "test_resnet"}]
+    file = plan_file(tmp_path, rows, options)
+    file.write_text(file.read_text().replace("workers=0", "workers=0, k=3"))
+    command = [str(file), "--work-dir", "out", "--set", "data=shapes"]
+    assert tool.main(command) == 0
+    results = json.loads(Path("out/results.json").read_text())
+    assert [r["row"] for r in results] == ["pixels", "random"]
+    assert results[0]["train_seconds"] > 0
+    assert results[0]["images_per_s"] > 0
+    table = Path("out/table.md").read_text()
+    assert table in capsys.readouterr().out
+    # a second call repeats nothing; another setting in the same folder is refused
+    checkpoint = Path(Path("out/pixels_seed0/last_checkpoint").read_text())
+    before = checkpoint.stat().st_mtime_ns
+    assert tool.main(command) == 0
+    assert checkpoint.stat().st_mtime_ns == before
+    file.write_text(file.read_text().replace("'epochs': 1", "'epochs': 2"))
+    assert tool.main(command) == 2
+    assert "holds a run with another setting" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_names_its_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_imagefolder("shapes", train=24, test=8, image_size=64)
+    file = plan_file(tmp_path, [{"name": "no", "backbone": "resnet_eighteen"}])
+    assert tool.main([str(file), "--work-dir", "out", "--set", "data=shapes"]) == 2
+    assert "tools/evaluate.py ended with 2; see out/no_seed0/evaluate.log" in capsys.readouterr().err
+    assert "resnet_eighteen" in Path("out/no_seed0/evaluate.log").read_text()
+    assert tool.main([str(file), "--work-dir", "out", "--set", "data"]) == 2
+    assert "--set takes NAME=VALUE, got ['data']" in capsys.readouterr().err
