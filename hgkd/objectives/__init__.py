@@ -2,5 +2,6 @@
 
 from hgkd.objectives.hgkd import HGKD
 from hgkd.objectives.pixels import PixelReconstruction
+from hgkd.objectives.pooled import PooledFeature
 
-__all__ = ["HGKD", "PixelReconstruction"]
+__all__ = ["HGKD", "PixelReconstruction", "PooledFeature"]

@@ -11,8 +11,9 @@ PROJECTORS = ("linear", "mlp")
 
 
 class DecodingStudent(Protocol):
-    """What objectives read of a student: channels of its decoder's output, pixels per place, pixels per mask cell."""
+    """What objectives read of a student: channels of its levels and of its decoder's output, pixels per place and per cell."""
 
+    feature_channels: tuple[int, ...]
     decoded_channels: int
     out_stride: int
     cell: int
