@@ -26,6 +26,7 @@ Distance = Callable[[Floats, Floats], Floats]
 
 _MAIN_AREA = (0.10, 0.20)  # shares of the squared shorter image side
 _LONE_AREA, _LONE_TURN = (0.15, 0.30), 0.08  # without clutter
+_DARK = 0.4  # without clutter the ground has colours up to this share of white, the object those down to 1 - this
 _DISTRACTOR_AREA = (0.012, 0.035)
 _MIN_VISIBLE = 0.6  # a distractor of which less shows is left out
 _MIN_PIXELS = 8
@@ -150,7 +151,7 @@ def render_scene(
         seed: a number from 0, or several (e.g. data set, split, position).
         image_size: side in pixels, or (H, W); at least 16.
         label: class of the largest object; None draws it.
-        clutter: False draws one larger object, nearly upright and smoothly shaded, on a smoothly shaded background: what
+        clutter: False draws one larger object, nearly upright, bright on a dark ground, both smoothly shaded: what
             minutes suffice to learn from.
 
     Raises:
@@ -178,12 +179,13 @@ def render_scene(
             instances[item.window][showing] = len(objects)
 
     # 2. what they look like, painted from the back
-    colours = _colours(rng, None)
+    colours = _colours(rng, None) if clutter else _DARK * _colours(rng, None)
     kinds = _TEXTURES if clutter else ("shade",)
     canvas = _texture(rng, (h, w), colours, unit=min(h, w) / 96, kinds=kinds)
     for item in reversed(objects):
         part = canvas[item.window]
-        skin = _texture(rng, part.shape[:2], _colours(rng, colours), unit=min(h, w) / 96, kinds=kinds)
+        skin_colours = _colours(rng, colours) if clutter else 255 - _DARK * _colours(rng, None)
+        skin = _texture(rng, part.shape[:2], skin_colours, unit=min(h, w) / 96, kinds=kinds)
         part += item.coverage[..., None] * (skin - part)
     if clutter:
         canvas += rng.integers(-10, 11, size=(h, w, 1))
