@@ -130,5 +130,5 @@ def test_a_ratio_that_falls_during_training():
 def test_a_final_ratio_that_no_grid_can_serve_is_refused_at_once():
     with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got 1.0"):
         RandomMask(0.5, final_mask_ratio=1.0)
-    with pytest.raises(ValueError, match="mask_ratio 0.9 leaves no visible cell on a 2 x 2 grid"):
+    with pytest.raises(ValueError, match=r"mask_ratio 0\.9 leaves no visible cell on a 2 x 2 grid"):
         RandomMask(0.5, final_mask_ratio=0.9).check((2, 2))

@@ -19,14 +19,14 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `tools` is no package; the demo calls its neighbours' functions
 
-from hgkd.data.shapes import CLASSES, Scene, render_scene  # noqa: E402
+from hgkd.data.shapes import write_imagefolder  # noqa: E402
+from hgkd.engine import find_last_checkpoint  # noqa: E402
 from hgkd.evaluation.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report  # noqa: E402
 from hgkd.export import export_backbone  # noqa: E402
 from hgkd.registry import RUNNERS  # noqa: E402
@@ -44,28 +44,20 @@ class Plan:
 
     Attributes:
         train, test: images drawn; the training images serve pretraining (without labels) and the probes (with them).
-        drawn_size: pixels of the image files.
-        image_size: pixels that networks see.
-        patch_size: of the teacher, in pixels.
-        teacher_epochs, student_epochs: passes over the training images.
+        teacher_epochs, student_epochs: passes over the training images; None: as the configs have it.
         probe: labelled training images a class for k-NN and linear probe.
     """
 
     train: int = 3000
     test: int = 1200
-    drawn_size: int = 16
-    image_size: int = 64
-    patch_size: int = 8
-    teacher_epochs: int = 12
-    student_epochs: int = 3
+    teacher_epochs: int | None = None
+    student_epochs: int | None = None
     probe: int = 250
-    warmup: int = 1
 
 
 FULL = Plan()
 QUICK = Plan(train=640, test=160, teacher_epochs=4, student_epochs=2, probe=80)
-STUDENT_OPTIONS = {"model.student.out_stride": 8, "model.student.decoder_width": 128, "mask_ratio": 0.5}
-SCENE_SIZE, MARGIN = 96, 0.15  # pixels of a scene; room around the object cut out of it, in units of the object
+IMAGE_SIZE = 64  # pixels; that of the configs
 
 
 class Stages:
@@ -101,31 +93,28 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
     runs, data = out / "runs", out / "shapes"
 
     stage(f"drawing {plan.train + plan.test} images of shapes")
-    write_objects(data, plan.train, plan.test, plan.drawn_size, seed)
-    folders = {"data_root": str(data / "train"), "val_train_root": None, "val_test_root": None}
-    common = {**folders, "image_size": plan.image_size, "seed": seed, "workers": 0, "warmup_epochs": plan.warmup}
+    write_imagefolder(data, plan.train, plan.test, IMAGE_SIZE, seed, clutter=False)
+    common = {"data_root": str(data / "train"), "val_train_root": None, "val_test_root": None, "seed": seed, "workers": 0}
     common["log_level"] = "WARNING"  # the epochs are told by _Progress; every step is in the runs' scalars.json
 
     stage("pretraining a small MAE: the teacher")
-    teacher = {"epochs": plan.teacher_epochs, "model.patch_size": plan.patch_size}
-    mae = _timed(lambda: _train(TEACHER, runs / "teacher", {**common, **teacher}))
+    mae = _timed(lambda: _train(TEACHER, runs / "teacher", {**common, "epochs": plan.teacher_epochs}))
     teacher_file = mae.value.model.save_teacher(out / "teacher.safetensors")
 
     stage("H-GKD: a sparse ResNet-18 learns what the teacher sees in the whole image")
     # one set of options for both students: only the objective differs
-    student = {**common, "epochs": plan.student_epochs, **STUDENT_OPTIONS}
+    student = {**common, "epochs": plan.student_epochs}
     distilled = _timed(lambda: _train(DISTIL, runs / "hgkd", {**student, "teacher_checkpoint": str(teacher_file)}))
 
     stage("the control: the same student and steps, pixels instead of a teacher")
     control = _timed(lambda: _train(CONTROL, runs / "pixels", student))
 
     stage("k-NN and linear probe of all four")
-    last = f"epoch_{plan.student_epochs}.pth"
     block = distilled.value.model.objectives["hgkd"].needs.blocks[0]
     subjects: dict[str, dict[str, Any]] = {
         "random ResNet-18": {"backbone": "resnet18"},
-        "pixels (SparK)": {"backbone": str(runs / "pixels" / last)},
-        "H-GKD": {"backbone": str(runs / "hgkd" / last)},
+        "pixels (SparK)": {"backbone": find_last_checkpoint(runs / "pixels")},
+        "H-GKD": {"backbone": find_last_checkpoint(runs / "hgkd")},
         "teacher (MAE)": {"backbone": f"mae:{teacher_file}", "block": block},
     }
     results = {}
@@ -134,7 +123,7 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
             ["knn", "linear"],
             train=str(data / "train"),
             test=str(data / "test"),
-            image_size=plan.image_size,
+            image_size=IMAGE_SIZE,
             limit_per_class=plan.probe,
             workers=0,
             seed=seed,
@@ -146,7 +135,7 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
         )
 
     stage("exporting the student for timm, and reading it back")
-    exported = export_backbone(runs / "hgkd" / last, out / "student", to="timm")
+    exported = export_backbone(subjects["H-GKD"]["backbone"], out / "student", to="timm")
 
     stage("writing the report")
     seconds = {"teacher (MAE)": mae.seconds, "H-GKD": distilled.seconds, "pixels (SparK)": control.seconds}
@@ -160,37 +149,6 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
     return {"results": results, "report": report, "export": exported.out, "seconds": total}
 
 
-def write_objects(root: Path, train: int, test: int, drawn_size: int, seed: int) -> None:
-    """Write ``root/{train,test}/<class>/<number>.png``: the largest object of each generated scene, cut out and shrunk.
-
-    In whole scenes (``tools/make_shapes.py``) textures and places hide the class from any network that learns for a minute;
-    shrinking smooths the textures.
-
-    Args:
-        root: folder, made when absent.
-        train, test: numbers of images, all classes together, dealt out in turn; the two never share a scene.
-        drawn_size: side of a file in pixels.
-        seed: another seed, another data set.
-    """
-    for place, (split, count) in enumerate({"train": train, "test": test}.items()):
-        for number in range(count):
-            label = number % len(CLASSES)
-            path = root / split / CLASSES[label] / f"{number:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cut = cut_object(render_scene((seed, place, number), SCENE_SIZE, label), drawn_size)
-            cut.save(path)
-
-
-def cut_object(scene: Scene, side: int) -> Image.Image:
-    """The square around the scene's largest object, moved to lie inside the scene, shrunk to ``side`` pixels."""
-    x1, y1, x2, y2 = map(float, scene.boxes[0])
-    width = min(max(x2 - x1, y2 - y1) * (1 + 2 * MARGIN), SCENE_SIZE)
-    left = min(max((x1 + x2 - width) / 2, 0.0), SCENE_SIZE - width)
-    top = min(max((y1 + y2 - width) / 2, 0.0), SCENE_SIZE - width)
-    picture = Image.fromarray(scene.image)
-    return picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + width, top + width))
-
-
 class _Progress(Hook):
     """Tells each epoch on the console."""
 
@@ -202,7 +160,8 @@ class _Progress(Hook):
 
 
 def _train(config: str, work_dir: Path, options: dict[str, Any]) -> Runner:
-    cfg = load_config(ROOT / config, work_dir, options=options)
+    given = {name: value for name, value in options.items() if value is not None or name.startswith("val_")}
+    cfg = load_config(ROOT / config, work_dir, options=given)
     runner: Runner = RUNNERS.build(cfg)
     runner.register_hook(_Progress())
     runner.train()
@@ -260,7 +219,7 @@ def _report(out: Path, plan: Plan, seed: int, results: dict[str, Any], seconds: 
         pictures.append(Picture(newest, f"{name}: what the student sees, and what it makes of it ({newest.name})"))
     test = results["H-GKD"]["knn"]
     setting = (
-        f"{plan.train} generated objects of {plan.drawn_size} px, enlarged to {plan.image_size}, seed {seed}; probes with "
+        f"{plan.train} generated images of {IMAGE_SIZE} px, seed {seed}; probes with "
         f"{test['train_images']} labelled training and {test['test_images']} test images; intervals: bootstrap over test "
         "images; the result of another seed may lie outside."
     )

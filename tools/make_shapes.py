@@ -26,6 +26,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=800, help="number of training images (default: %(default)s)")
     parser.add_argument("--test", type=int, default=200, help="number of test images (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=96, help="side in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--plain",
+        action="store_false",
+        dest="clutter",
+        help="one bright, smooth object on a dark ground: what minutes of training suffice for",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another data set (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty; nothing in it is deleted")
     return parser.parse_args(argv)
@@ -37,6 +43,7 @@ def make_shapes(
     train: int = 800,
     test: int = 200,
     image_size: int = 96,
+    clutter: bool = True,
     seed: int = 0,
     force: bool = False,
 ) -> int:
@@ -57,7 +64,7 @@ def make_shapes(
         raise FileExistsError(f"{out} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not force:
         raise FileExistsError(f"{out} is not empty; give a new folder, or --force to write into this one")
-    return WRITERS[layout](out, train=train, test=test, image_size=image_size, seed=seed)
+    return WRITERS[layout](out, train=train, test=test, image_size=image_size, seed=seed, clutter=clutter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,11 @@ _base_ = [
     "../_base_/data/shapes.py",
 ]
 
-epochs = 10
-batch_size = 32
+epochs = 3
 lr = 2e-3
+mask_ratio = 0.5
 
-model = dict(objectives=dict(pixels=dict(type="PixelReconstruction", supervise="masked")))
+model = dict(
+    student=dict(out_stride=8, decoder_width=128),
+    objectives=dict(pixels=dict(type="PixelReconstruction", supervise="masked")),
+)

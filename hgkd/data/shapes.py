@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 Distance = Callable[[Floats, Floats], Floats]
 
 _MAIN_AREA = (0.10, 0.20)  # shares of the squared shorter image side
-_LONE_AREA, _LONE_TURN = (0.15, 0.30), 0.08  # without clutter
+_LONE_AREA, _LONE_TURN = (0.15, 0.30), 0.08  # without clutter; turns of a full circle
 _DARK = 0.4  # without clutter the ground has colours up to this share of white, the object those down to 1 - this
 _DISTRACTOR_AREA = (0.012, 0.035)
 _MIN_VISIBLE = 0.6  # a distractor of which less shows is left out
@@ -265,7 +265,12 @@ def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def write_imagefolder(
-    root: str | os.PathLike[str], train: int, test: int, image_size: int | Sequence[int] = 96, seed: int = 0
+    root: str | os.PathLike[str],
+    train: int,
+    test: int,
+    image_size: int | Sequence[int] = 96,
+    seed: int = 0,
+    clutter: bool = True,
 ) -> int:
     """Write ``root/{train,test}/<class>/<number>.jpg``.
 
@@ -275,16 +280,24 @@ def write_imagefolder(
         test: number of test images.
         image_size: side in pixels, or (H, W).
         seed: another seed gives another data set.
+        clutter: see :func:`render_scene`.
 
     Returns:
         Number of images written.
     """
-    for split, number, scene in _scenes({"train": train, "test": test}, image_size, seed):
+    for split, number, scene in _scenes({"train": train, "test": test}, image_size, seed, clutter):
         _save_jpeg(scene, Path(root, split, CLASSES[scene.label], f"{number:06d}.jpg"))
     return train + test
 
 
-def write_coco(root: str | os.PathLike[str], train: int, test: int, image_size: int | Sequence[int] = 96, seed: int = 0) -> int:
+def write_coco(
+    root: str | os.PathLike[str],
+    train: int,
+    test: int,
+    image_size: int | Sequence[int] = 96,
+    seed: int = 0,
+    clutter: bool = True,
+) -> int:
     """Write ``root/images/{train,val}/<number>.jpg`` and ``root/annotations/{train,val}.json`` (COCO instances).
 
     Masks are uncompressed run lengths, exact to the pixel; category ids are class + 1. Arguments and result as for
@@ -292,7 +305,7 @@ def write_coco(root: str | os.PathLike[str], train: int, test: int, image_size: 
     """
     categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(CLASSES)]
     contents: dict[str, dict[str, list[Any]]] = {name: {"images": [], "annotations": []} for name in ("train", "val")}
-    for split, number, scene in _scenes({"train": train, "val": test}, image_size, seed):
+    for split, number, scene in _scenes({"train": train, "val": test}, image_size, seed, clutter):
         images, annotations = contents[split]["images"], contents[split]["annotations"]
         name = f"{number:06d}.jpg"
         _save_jpeg(scene, Path(root, "images", split, name))
@@ -320,14 +333,19 @@ def write_coco(root: str | os.PathLike[str], train: int, test: int, image_size: 
 
 
 def write_ade20k(
-    root: str | os.PathLike[str], train: int, test: int, image_size: int | Sequence[int] = 96, seed: int = 0
+    root: str | os.PathLike[str],
+    train: int,
+    test: int,
+    image_size: int | Sequence[int] = 96,
+    seed: int = 0,
+    clutter: bool = True,
 ) -> int:
     """Write ``root/{images,annotations}/{training,validation}/<number>``: JPEG images, PNG annotations.
 
     Annotations are uint8, 0 = other (ADE20K's ignored label), class + 1 elsewhere. Arguments and result as for
     :func:`write_imagefolder`.
     """
-    for split, number, scene in _scenes({"training": train, "validation": test}, image_size, seed):
+    for split, number, scene in _scenes({"training": train, "validation": test}, image_size, seed, clutter):
         _save_jpeg(scene, Path(root, "images", split, f"{number:06d}.jpg"))
         path = Path(root, "annotations", split, f"{number:06d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,13 +353,15 @@ def write_ade20k(
     return train + test
 
 
-def _scenes(counts: dict[str, int], image_size: int | Sequence[int], seed: int) -> Iterator[tuple[str, int, Scene]]:
+def _scenes(
+    counts: dict[str, int], image_size: int | Sequence[int], seed: int, clutter: bool
+) -> Iterator[tuple[str, int, Scene]]:
     """(split, number, scene) for all splits; the first split is the training one whatever it is called."""
     if min(counts.values()) < 0 or not any(counts.values()):
         raise ValueError(f"numbers of images must be 0 or more, and not all 0; got {counts}")
     for place, (split, count) in enumerate(counts.items()):
         for number in range(count):
-            yield split, number, render_scene((seed, place, number), image_size, label=number % len(CLASSES))
+            yield split, number, render_scene((seed, place, number), image_size, number % len(CLASSES), clutter)
 
 
 def _save_jpeg(scene: Scene, path: Path) -> None:

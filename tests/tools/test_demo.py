@@ -2,12 +2,9 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from hgkd.data.shapes import CLASSES, render_scene
 from hgkd.export import load_backbone
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -45,26 +42,3 @@ def test_folder_that_is_not_empty_is_left_alone(tmp_path, capsys):
     assert demo_tool.main(["--out", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_objects_are_cut_out_whole(seed):
-    scene = render_scene(seed, demo_tool.SCENE_SIZE)
-    marked = np.repeat((scene.instances == 1)[..., None].astype(np.uint8) * 255, 3, axis=2)
-    cut = demo_tool.cut_object(SimpleNamespace(image=marked, boxes=scene.boxes), 64)
-    x1, y1, x2, y2 = map(int, scene.boxes[0])
-    side = min(max(x2 - x1, y2 - y1) * (1 + 2 * demo_tool.MARGIN), demo_tool.SCENE_SIZE)
-    shown = (np.asarray(cut)[..., 0] / 255).sum() * (side / 64) ** 2
-    assert shown == pytest.approx((scene.instances == 1).sum(), rel=0.05)
-
-
-def test_images_follow_the_seed(tmp_path):
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        demo_tool.write_objects(tmp_path / folder, train=8, test=8, drawn_size=16, seed=seed)
-    files = {name: sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.png")) for name in "abc"}
-    assert files["a"] == files["b"] == files["c"]
-    assert {path.parts[:2] for path in files["a"]} == {(split, name) for split in ("train", "test") for name in CLASSES}
-    contents = {name: [(tmp_path / name / path).read_bytes() for path in files[name]] for name in "abc"}
-    assert contents["a"] == contents["b"]
-    assert all(x != y for x, y in zip(contents["a"], contents["c"], strict=True))
-    assert len(set(contents["a"])) == 16, "train and test share no image"
