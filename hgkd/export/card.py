@@ -89,10 +89,15 @@ def card_page(card: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def model_card(card: Mapping[str, Any], usage: str) -> str:
-    """README.md of a Hugging Face repository: front matter, how to load, and the run card without paths of this machine."""
+def model_card(card: Mapping[str, Any], library: str, usage: str) -> str:
+    """README.md of a Hugging Face repository: front matter, how to load, and the run card without paths of this machine.
+
+    Args:
+        library: the hub's ``library_name``.
+        usage: the lines that load the folder.
+    """
     licence = card["licences"]["weights"]
-    lines = ["---", "library_name: timm", "tags:", "- image-feature-extraction", "- timm", "- hgkd"]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", "- hgkd"]
     lines += [] if licence.startswith("unknown") else [f"license: {licence.lower()}"]
     lines += ["---", f"# {card['encoder']['name']}, pretrained with hgkd", "", "## Use", "", "```python", usage, "```", ""]
     for section in ("encoder", "metrics", "versions", "licences", "notes"):
@@ -154,12 +159,14 @@ def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
 
 
 def _items(content: Mapping[str, Any] | list[Any], indent: str) -> list[str]:
-    if isinstance(content, list):
-        return [f"{indent}- {item}" for item in content] or [f"{indent}- none"]
+    """Nested values as a Markdown list."""
+    named = content.items() if isinstance(content, Mapping) else ((None, item) for item in content)
     lines = []
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            lines += [f"{indent}- {key}:", *_items(value, indent + "  ")]
+    for name, value in named:
+        label = "" if name is None else f"{name}: "
+        if isinstance(value, Mapping | list) and value:
+            lines += [f"{indent}- {label}".rstrip(), *_items(value, indent + "  ")]
         else:
-            lines.append(f"{indent}- {key}: {value}")
+            text = str(value).replace("\n", f"\n{indent}  ")
+            lines.append(f"{indent}- {label}{text}")
     return lines or [f"{indent}- none"]

@@ -246,7 +246,9 @@ def _describe(
     card = run_card(job.source, facts, job.folder, licences, written.notes)
     write_json(card, job.folder / CARD_FILE)
     (job.folder / CARD_PAGE).write_text(card_page(card), encoding="utf-8")
-    (job.folder / _PAGE).write_text(model_card(card, written.load_with), encoding="utf-8")
+    if target.hub_library is not None:
+        usage = written.load_with.replace(str(job.out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
+        (job.folder / _PAGE).write_text(model_card(card, target.hub_library, usage), encoding="utf-8")
     return ExportReport(
         out=job.out,
         target=target.name,

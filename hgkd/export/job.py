@@ -103,12 +103,14 @@ class Target:
         summary: one line.
         write: ``write(job, **options) -> Written``; fills ``job.folder``. Its keyword-only arguments are the target's options.
         what: parts of a student that it can hold.
+        hub_library: ``library_name`` of the Hugging Face hub for folders of this target; None: no such layout, no model card.
     """
 
     name: str
     summary: str
     write: Callable[..., Written]
     what: tuple[str, ...] = ("backbone",)
+    hub_library: str | None = None
 
     @property
     def options(self) -> tuple[str, ...]:

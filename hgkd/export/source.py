@@ -140,7 +140,10 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
     checkpoint: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
     meta, weights = checkpoint.get("meta"), checkpoint.get("state_dict")
     if not isinstance(meta, Mapping) or "hgkd" not in meta or not isinstance(weights, Mapping):
-        raise WeightsError(f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {_EXPECTED}")
+        raise WeightsError(
+            f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {_EXPECTED}, "
+            "or name the network of a file of others, e.g. encoder='resnet50' (--encoder)"
+        )
     if isinstance(meta["hgkd"], Mapping) and "mae" in meta["hgkd"]:
         raise WeightsError(f"{path} holds a masked autoencoder and no student; tools/evaluate.py takes it as mae:{path}")
     spec = EncoderSpec.parse(meta["hgkd"], str(path))

@@ -98,4 +98,8 @@ def _config(spec: EncoderSpec, source: nn.Module) -> dict[str, Any]:
     }
 
 
-TARGETS = (Target("timm", "a folder for timm.create_model('local-dir:...'), ready for the Hugging Face hub", write),)
+TARGETS = (
+    Target(
+        "timm", "a folder for timm.create_model('local-dir:...'), ready for the Hugging Face hub", write, hub_library="timm"
+    ),
+)

@@ -116,4 +116,8 @@ def _load(transformers: Any, job: Job) -> nn.Module:
     return cast(nn.Module, model).eval()
 
 
-TARGETS = (Target("transformers", "a folder for transformers.AutoModel: ResNet, ConvNext, ConvNextV2", write),)
+TARGETS = (
+    Target(
+        "transformers", "a folder for transformers.AutoModel: ResNet, ConvNext, ConvNextV2", write, hub_library="transformers"
+    ),
+)
