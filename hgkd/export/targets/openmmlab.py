@@ -11,9 +11,10 @@ reading (:mod:`hgkd.export.importing`) into timm's network, and the report says 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pprint import pformat
-from typing import Any, cast
+from typing import Any
 
 import torch
 from mmengine.runner.checkpoint import load_checkpoint
@@ -51,7 +52,7 @@ def write(library: str, job: Job) -> Written:
 
     owner, _, kind = backbone["type"].partition(".")
     module, version = optional(f"{owner}.models")
-    norm = cast(Any, job.network).head.norm if kind == "ConvNeXt" else nn.Identity()
+    last = _LAST.get(kind, _features)
     network: Any
     if module is None:
         network = job.source.spec.build()
@@ -64,18 +65,30 @@ def write(library: str, job: Job) -> Written:
 
     def again(images: Tensor) -> Tensor:
         inputs = job.normalise(images)
-        out: Tensor = norm(network.forward_features(inputs)) if module is None else network(inputs)[-1]
+        out: Tensor = last(network, inputs) if module is None else network(inputs)[-1]
         return out
 
     return Written(
         load_with=f"# copy model.backbone and data_preprocessor from\n# {job.out / CONFIG_PAGE}",
         proven_with=proven_with,
         again=again,
-        expected=lambda images: norm(job.features(images)),
+        expected=lambda images: last(job.network, job.normalise(images)),
         tensors=len(weights),
         parameters=count_parameters(job.network),
         notes=notes,
     )
+
+
+def _features(network: Any, inputs: Tensor) -> Tensor:
+    out: Tensor = network.forward_features(inputs)
+    return out
+
+
+# what the libraries' networks give last, said with timm's: their ConvNeXt ends with the norm that timm has in its head
+_LAST: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "ConvNeXt": lambda network, inputs: network.head.norm(network.forward_features(inputs)),
+    "TIMMBackbone": lambda network, inputs: network(inputs),
+}
 
 
 def _backbone(library: str, job: Job) -> tuple[KeyStyle, dict[str, Any], list[str]]:
@@ -126,7 +139,8 @@ def _load(library: Any, kind: str, backbone: dict[str, Any], file: str) -> nn.Mo
         load_checkpoint(model, file, map_location="cpu", strict=True)
     except RuntimeError as error:
         raise ExportError(f"{library.__name__}'s {kind} does not take the weights: {error}") from error
-    return model.eval()
+    model.eval()  # returns nothing in these libraries
+    return model
 
 
 def _config_page(library: str, job: Job, backbone: dict[str, Any]) -> str:

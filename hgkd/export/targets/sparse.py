@@ -29,6 +29,7 @@ from hgkd.export.naming import TIMM, renamed
 from hgkd.export.source import FORMAT, Source, literal_config
 from hgkd.sparse import sparsify
 from hgkd.students.encoder import encoder_levels
+from hgkd.students.unet import check_cell
 
 
 def write(job: Job, *, cell: int | None = None) -> Written:
@@ -40,10 +41,7 @@ def write(job: Job, *, cell: int | None = None) -> Written:
     trained = _student_arguments(job.source).get("cell")
     stride = encoder_levels(job.network)[-1].stride
     side = cell or trained or stride
-    if side % stride:
-        raise ValueError(
-            f"cell {side} is no multiple of the encoder's total stride {stride}; nearest: {side // stride * stride + stride}"
-        )
+    check_cell(side, stride)
     return _write_student(job, side) if job.what == "student" else _write_backbone(job, side)
 
 
