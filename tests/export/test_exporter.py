@@ -8,13 +8,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from student_checkpoints import write_student
+from PIL import Image
+from student_checkpoints import randomised, write_student
 from torch import nn
 
-from hgkd.errors import WeightsError
-from hgkd.export import ExportError, export, load_backbone, read_student
+from hgkd.errors import DataError, WeightsError
+from hgkd.export import PARTS, TARGETS, ExportError, export, load_backbone, read_student
 from hgkd.export.targets import timm as timm_target
-from hgkd.students import build_encoder
+from hgkd.students import SparseUNet, build_encoder
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -78,19 +79,6 @@ def test_cifar_stem_is_read_by_us_and_refused_by_timm(tmp_path: Path) -> None:
     assert torch.equal(ours.forward_features(images), source.forward_features(images))
     with pytest.raises(RuntimeError, match="Unknown model"):
         timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-
-
-def test_run_card(tmp_path: Path) -> None:
-    write_student(tmp_path / "a.pth")
-    report = export(tmp_path / "a.pth", tmp_path / "out")
-    card = json.loads((tmp_path / "out/run_card.json").read_text())
-    assert card["source"]["sha256"] == report.source_sha256
-    assert report.source_sha256 == os.popen(f"sha256sum {tmp_path / 'a.pth'}").read().split()[0]
-    assert card["source"]["epoch"] == 3
-    assert card["encoder"] == {"name": "test_resnet", "stem": "default", "kwargs": {}}
-    assert card["config"] == "image_size = 96\n"
-    assert card["metrics"] == {"knn/top1": 42.5}
-    assert card["versions"]["timm"] == timm.__version__
 
 
 def test_force_replaces_only_an_export(tmp_path: Path) -> None:
@@ -172,8 +160,6 @@ def test_checkpoint_refusals(tmp_path: Path) -> None:
     refused("short.pth", "layer4")
     refused("mae.pth", "holds a masked autoencoder and no student; tools/evaluate.py takes it as mae:.*mae.pth")
     refused("newer.pth", "has format 2, this version of hgkd reads format 1")
-    with pytest.raises(ValueError, match="unknown export target 'tim'; did you mean 'timm'"):
-        export(tmp_path / "good.pth", tmp_path / "out", to="tim")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
@@ -216,3 +202,64 @@ def test_load_backbone_refusals(tmp_path: Path) -> None:
     (out / "config.json").write_text('{"architecture": "test_resnet"}')
     with pytest.raises(WeightsError, match="does not say which encoder"):
         load_backbone(out)
+
+
+def test_request_refusals(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+
+    def refused(message: str, *arguments: object, error: type[Exception] = ValueError, **options: object) -> None:
+        with pytest.raises(error, match=message):
+            export(tmp_path / "a.pth", tmp_path / "out", *arguments, **options)
+        assert not (tmp_path / "out").exists()
+
+    refused("unknown export target 'tim'; did you mean 'timm'", "tim")
+    refused("unknown export target 'torchvison'; did you mean 'torchvision'", "torchvison")
+    refused("unknown part of a student 'backbon'; did you mean 'backbone'", what="backbon")
+    refused("target 'timm' holds the backbone, not the student; targets for it: sparse", what="student")
+    refused("target 'timm' has no option 'opset'; it takes: none", opset=18)
+    refused("target 'onnx' has no option 'cell'; it takes: output, classifier, opset, precision", "onnx", cell=32)
+    refused("unknown licence field 'weight'; did you mean 'weights'", licences={"weight": "mit"})
+    refused("holds no images to compare outputs on", error=DataError, images=tmp_path / "nowhere")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(b"no picture")
+    refused("an image in .*pictures cannot be read", error=DataError, images=tmp_path / "pictures")
+
+
+def test_real_images_take_part_in_the_proof(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.new("RGB", (80, 50), (60 * i, 100, 20)).save(tmp_path / f"pictures/{i}.jpg")
+    report = export(tmp_path / "a.pth", tmp_path / "out", images=tmp_path / "pictures")
+    assert report.images == 3
+    assert json.loads((tmp_path / "out/run_card.json").read_text())["export"]["real_images"] == 3
+
+
+def test_every_target_is_described() -> None:
+    for name, target in TARGETS.items():
+        assert target.name == name
+        assert target.summary
+        assert set(target.what) <= set(PARTS)
+
+
+def test_round_trip_through_training(tmp_path: Path) -> None:
+    """timm -> sparse student -> one training step -> export -> timm, bit for bit what was trained."""
+    start = randomised(timm.create_model("resnet18", num_classes=0, global_pool="", layers=(1, 1, 1, 1)))
+    safetensors.torch.save_file(start.state_dict(), tmp_path / "start.safetensors")
+    student = SparseUNet("resnet18", encoder_kwargs={"layers": (1, 1, 1, 1)}, encoder_checkpoint=tmp_path / "start.safetensors",
+                         decoder_width=32, min_decoder_width=8)  # fmt: skip
+    assert same_weights(start, student.encoder)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    visible = torch.tensor([[[True, False], [False, True]]])
+    student.train()(torch.rand(1, 3, 64, 64), visible).decoded.square().mean().backward()
+    optimizer.step()
+    trained = {key: value.clone() for key, value in student.encoder.state_dict().items()}
+    assert not torch.equal(trained["conv1.weight"], start.conv1.weight)
+
+    meta = {"hgkd": {"encoder": student.encoder_spec, "format": 1}}
+    torch.save({"meta": meta, "state_dict": {f"student.{k}": v for k, v in student.state_dict().items()}}, tmp_path / "a.pth")
+    report = export(tmp_path / "a.pth", tmp_path / "out")
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert again.state_dict().keys() == trained.keys()
+    assert all(torch.equal(value, trained[key]) for key, value in again.state_dict().items())
+    assert report.max_difference == 0

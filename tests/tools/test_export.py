@@ -32,6 +32,9 @@ def test_export_then_refuse_then_force(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["gone.pth"], "checkpoint gone.pth does not exist"),
         (["gone.pth", "--to", "tensorflow"], "unknown export target 'tensorflow'"),
+        (["gone.pth", "--cell", "32"], "target 'timm' has no option 'cell'; it takes: none"),
+        (["gone.pth", "--latency", "64"], "--latency times ONNX graphs; use --to onnx, or leave it out for --to timm"),
+        (["gone.pth", "--licence", "mit"], "--licence takes FIELD=TEXT, e.g. weights=apache-2.0, got 'mit'"),
     ],
 )
 def test_mistakes_end_with_a_line(
@@ -40,3 +43,31 @@ def test_mistakes_end_with_a_line(
     assert export.main([*arguments, "--out", f"{tmp_path}/out"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spark = {f"sparse_encoder.sp_cnn.{key}": value for key, value in timm.create_model("test_resnet").state_dict().items()}
+    torch.save({"module": spark}, tmp_path / "spark.pth")
+    command = [f"{tmp_path}/spark.pth", "--encoder", "test_resnet", "--to", "spconv", "--out", f"{tmp_path}/out"]
+    assert export.main([*command, "--licence", "weights=MIT", "data=unknown"]) == 0
+    printed = "".join(capsys.readouterr().out.split())
+    assert "keystyletimmunder'sparse_encoder.sp_cnn.'" in printed
+    assert "weights: MIT" in (tmp_path / "out/run_card.md").read_text()
+
+
+def test_graphs_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for library in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(library)
+    write_student(tmp_path / "a.pth")
+    command = [f"{tmp_path}/a.pth", "--to", "onnx", "--precision", "fp16", "--latency", "32", "--out", f"{tmp_path}/out"]
+    assert export.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "model_fp16.onnx" in printed
+    assert " ms " in printed
+
+
+def test_help_lists_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in export.TARGETS)
