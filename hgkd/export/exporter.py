@@ -243,7 +243,8 @@ def _describe(
         "real_images": images,
         "table": written.table,
     }
-    card = run_card(job.source, facts, job.folder, licences, written.notes)
+    notes = [*([job.source.read_as] if job.source.read_as else []), *written.notes]
+    card = run_card(job.source, facts, job.folder, licences, notes)
     write_json(card, job.folder / CARD_FILE)
     (job.folder / CARD_PAGE).write_text(card_page(card), encoding="utf-8")
     if target.hub_library is not None:
@@ -262,7 +263,7 @@ def _describe(
         images=images,
         source_sha256=card["source"]["sha256"],
         files={name: entry["bytes"] for name, entry in card["files"].items()},
-        notes=list(written.notes),
+        notes=notes,
         table=list(written.table),
     )
 

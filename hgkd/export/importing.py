@@ -168,12 +168,11 @@ def read_source(
     path = Path(path).expanduser()
     if encoder is None:
         if path.is_dir() or (not path.exists() and not path.suffix):
-            spec = read_spec(path)
-            return Source(path / WEIGHTS_FILE, spec, _load(path / WEIGHTS_FILE, spec, None, ()))
+            return _read(path / WEIGHTS_FILE, read_spec(path), None, ())
         student = read_student(path)
         return Source(path, student.spec, student.build(), student.student, student.meta, student.metrics)
     spec = EncoderSpec(encoder) if isinstance(encoder, str) else encoder
-    return Source(path, spec, _load(path, spec, prefix, allow))
+    return _read(path, spec, prefix, allow)
 
 
 def read_spec(path: str | os.PathLike[str]) -> EncoderSpec:
@@ -198,7 +197,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _load(file: Path, spec: EncoderSpec, prefix: str | None, allow: Sequence[str]) -> nn.Module:
+def _read(file: Path, spec: EncoderSpec, prefix: str | None, allow: Sequence[str]) -> Source:
     network = spec.build()
-    import_weights(network, file, prefix=prefix, allow=allow)
-    return network
+    report = import_weights(network, file, prefix=prefix, allow=allow)
+    return Source(file, spec, network, read_as=str(report))

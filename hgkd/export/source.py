@@ -112,6 +112,7 @@ class Source:
         student: weights of the whole student; empty when the file holds an encoder alone.
         meta: what the training run wrote into the checkpoint; empty for files of others.
         metrics: results of the run; empty when unknown.
+        read_as: how a file without a run was read: key style, what was loaded, what was left aside.
     """
 
     path: Path
@@ -120,6 +121,7 @@ class Source:
     student: Mapping[str, Tensor] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    read_as: str = ""
 
 
 def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
