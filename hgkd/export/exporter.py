@@ -25,7 +25,6 @@ from hgkd.export.targets import TARGETS
 
 PARTS = ("backbone", "student")
 TOLERANCE = 1e-5
-_MAX_IMAGES = 64
 _PAGE = "README.md"
 _CARDS = {CARD_FILE, CARD_PAGE, _PAGE}
 
@@ -78,6 +77,7 @@ def export(
     prefix: str | None = None,
     allow: Sequence[str] = (),
     images: str | os.PathLike[str] | None = None,
+    max_images: int = 64,
     licences: Mapping[str, str] | None = None,
     **options: Any,
 ) -> ExportReport:
@@ -91,8 +91,9 @@ def export(
         what: 'backbone' (the encoder) or 'student' (encoder and decoder).
         force: replace an earlier export. A folder that holds anything else is never replaced.
         encoder, prefix, allow: how to read a file of others; see :func:`hgkd.export.load_backbone`.
-        images: folder of images, searched at any depth, that take part in the proof (the first 64, sorted) besides random
-            ones, and calibrate and measure int8.
+        images: folder of images, searched at any depth, that take part in the proof besides random ones, and calibrate and
+            measure int8. Class folders in it give an accuracy, too.
+        max_images: so many of them at most, spread over the sorted list.
         licences: of 'weights', 'teacher' and 'data', for the cards; what is not given is said to be unknown.
         options: of the target: the keyword-only arguments of its ``write``.
 
@@ -113,7 +114,7 @@ def export(
     if what == "student" and not source.student:
         raise WeightsError(f"{source.path} holds an encoder without decoder; use what='backbone'")
     _check_finite(source, source.student if what == "student" else source.network.state_dict())
-    real, labels = (None, None) if images is None else _read_images(images, source.network)
+    real, labels = (None, None) if images is None else _read_images(images, max_images, source.network)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -180,14 +181,16 @@ def _check_finite(source: Source, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _read_images(folder: str | os.PathLike[str], network: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _read_images(folder: str | os.PathLike[str], limit: int, network: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Real images at the network's size in [0, 1], and their classes when all lie in two or more class folders."""
     root = Path(folder).expanduser()
     names = find_images(str(root)) if root.is_dir() else []
     if not names:
         raise DataError(f"{root} holds no images to compare outputs on; give a folder of .jpg, .png or others, at any depth")
-    # spread over the whole list, so that every class folder is met
-    names = [names[i * len(names) // min(len(names), _MAX_IMAGES)] for i in range(min(len(names), _MAX_IMAGES))]
+    if limit < 1:
+        raise ValueError(f"max_images must be 1 or more, got {limit}")
+    count = min(len(names), limit)
+    names = [names[i * len(names) // count] for i in range(count)]  # spread over the list, so that every class folder is met
     _, height, width = network.pretrained_cfg["input_size"]  # type: ignore[index]
     transform = eval_transform((height, width))
     try:

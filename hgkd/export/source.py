@@ -17,6 +17,7 @@ from hgkd.errors import WeightsError
 
 FORMAT = 1
 STUDENT_PREFIX, ENCODER_PREFIX = "student.", "student.encoder."
+_TIMINGS = ("val/time", "val/data_time")  # mmengine's, of no interest after the run
 _EXPECTED = "expected a .pth file that tools/train.py wrote while distilling a student"
 
 
@@ -175,7 +176,7 @@ def _metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, history in scalars.items():
         # a reader that refuses foreign classes may have left a plain placeholder
-        if str(name).startswith("val/") and callable(getattr(history, "current", None)):
+        if str(name).startswith("val/") and name not in _TIMINGS and callable(getattr(history, "current", None)):
             found[str(name).removeprefix("val/")] = float(history.current())
     return found
 

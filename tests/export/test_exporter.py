@@ -232,6 +232,9 @@ def test_real_images_take_part_in_the_proof(tmp_path: Path) -> None:
         Image.new("RGB", (80, 50), (60 * i, 100, 20)).save(tmp_path / f"pictures/{i}.jpg")
     report = export(tmp_path / "a.pth", tmp_path / "out", images=tmp_path / "pictures")
     assert report.images == 3
+    assert export(tmp_path / "a.pth", tmp_path / "few", images=tmp_path / "pictures", max_images=2).images == 2
+    with pytest.raises(ValueError, match="max_images must be 1 or more, got 0"):
+        export(tmp_path / "a.pth", tmp_path / "none", images=tmp_path / "pictures", max_images=0)
     assert json.loads((tmp_path / "out/run_card.json").read_text())["export"]["real_images"] == 3
 
 
