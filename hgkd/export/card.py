@@ -42,7 +42,7 @@ def run_card(
     """
     meta, cfg = source.meta, literal_config(source.meta.get("cfg"))
     from_run = bool(meta)
-    absent = "unknown: the checkpoint does not say" if from_run else "unknown: the file is not of hgkd's runner"
+    absent = "unknown: the checkpoint does not say" if from_run else "unknown: the file was read as one of another project"
     return {
         "source": {
             "checkpoint": str(source.path.absolute()),

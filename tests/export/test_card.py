@@ -92,7 +92,7 @@ def test_a_file_of_others_has_no_run(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "a.pth")
     export(tmp_path / "a.pth", tmp_path / "out", encoder="test_resnet")
     card = json.loads((tmp_path / "out/run_card.json").read_text())
-    absent = "unknown: the file is not of hgkd's runner"
+    absent = "unknown: the file was read as one of another project"
     assert (card["source"]["epoch"], card["metrics"], card["config"]) == (absent, absent, absent)
 
 
