@@ -3,6 +3,7 @@
 Most of these take 3 to 7 seconds: torch.export traces the network symbolically, however small it is.
 """
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,11 +55,13 @@ def pictures(folder: Path, count: int = 16) -> Path:
 @torch.no_grad()
 def test_program(tmp_path: Path, name: str, kwargs: dict) -> None:
     source = write_student(tmp_path / "a.pth", name, kwargs=kwargs)
-    export(tmp_path / "a.pth", tmp_path / "out", "program", output="features")
+    report = export(tmp_path / "a.pth", tmp_path / "out", "program", output="features")
     program = torch.export.load(str(tmp_path / "out/model.pt2")).module()
     for size in SIZES:
         images = torch.rand(size)
         close(program(images), features_of(source, images))
+    least = int(re.search(r"sides from (\d+) pixels", report.notes[0])[1])
+    assert program(torch.rand(1, 3, least, least)).shape[0] == 1
 
 
 @pytest.mark.parametrize(("name", "kwargs"), MEMBERS)

@@ -25,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
-from hgkd.students.encoder import pixel_statistics
+from hgkd.students.encoder import encoder_levels, pixel_statistics
 
 OUTPUTS = ("features", "pooled", "logits")
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -125,6 +125,7 @@ def write_program(job: Job, *, output: str = "pooled", classifier: str | os.Path
     file = job.folder / "model.pt2"
     torch.export.save(_program(job, graph), str(file))
     again = torch.export.load(str(file)).module()
+    least = 2 * encoder_levels(job.network)[-1].stride  # torch takes for granted that no axis shrinks to 1 within
     return Written(
         load_with=f"torch.export.load('{job.out / file.name}').module()  # images in [0, 1]",
         proven_with=f"torch {torch.__version__}",
@@ -132,7 +133,7 @@ def write_program(job: Job, *, output: str = "pooled", classifier: str | os.Path
         expected=graph,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input images in [0, 1], any batch and size that the program's range constraints allow; output {output}"],
+        notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {output}"],
     )
 
 
