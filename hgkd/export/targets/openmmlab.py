@@ -149,7 +149,7 @@ def _config_page(library: str, job: Job, backbone: dict[str, Any]) -> str:
     preprocessor = f"dict(mean={mean}, std={deviation}, {to_rgb}=True)"
     pretrained = {"type": "Pretrained", "checkpoint": str(job.out / WEIGHTS_FILE)}
     foreign = not backbone["type"].startswith(f"{library}.")
-    lines = [f"# lines for a config of {library}; what stands around them is yours"]
+    lines = [f"# lines for a config of {library}; with a _base_ of another backbone, add _delete_=True to this one"]
     lines += ["custom_imports = dict(imports=['mmpretrain.models'], allow_failed_imports=False)"] if foreign else []
     lines.append(f"backbone = {pformat({**backbone, 'init_cfg': pretrained}, sort_dicts=False)}")
     lines.append(
