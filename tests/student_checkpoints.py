@@ -10,12 +10,15 @@ from torch import nn
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """The model in eval mode, with norms that do something (timm starts the last one of a block at zero)."""
+    """The model in eval mode, with norms and scales that do something (timm starts many of them at or near zero)."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gamma") or ".grn." in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
     return model.eval()
 
 

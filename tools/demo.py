@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # `tools` is no package; the demo calls its neigh
 from hgkd.data.shapes import write_imagefolder  # noqa: E402
 from hgkd.engine import find_last_checkpoint  # noqa: E402
 from hgkd.evaluation.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report  # noqa: E402
-from hgkd.export import export_backbone  # noqa: E402
+from hgkd.export import export  # noqa: E402
 from hgkd.registry import RUNNERS  # noqa: E402
 from tools.evaluate import evaluate  # noqa: E402
 from tools.train import load_config  # noqa: E402
@@ -135,7 +135,7 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
         )
 
     stage("exporting the student for timm, and reading it back")
-    exported = export_backbone(subjects["H-GKD"]["backbone"], out / "student", to="timm")
+    exported = export(subjects["H-GKD"]["backbone"], out / "student", to="timm")
 
     stage("writing the report")
     seconds = {"teacher (MAE)": mae.seconds, "H-GKD": distilled.seconds, "pixels (SparK)": control.seconds}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
 
-_WRAPPERS = ("state_dict", "model", "network", "teacher")
+_WRAPPERS = ("state_dict", "model", "module", "network", "teacher")
 _FOREIGN_TYPE = re.compile(
     r"(?:GLOBAL|class|recognized function|instantiate|for) ([\w.<>' ]*[\w.>])(?: whose| which| was|,|$|\()"
 )

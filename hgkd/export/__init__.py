@@ -1,16 +1,30 @@
-"""Students as ordinary dense weights, with the proof that they are the same network."""
+"""Students leave as what the user's stack already loads, each with the proof that it is the same network; and the way in."""
 
-from hgkd.export.backbone import TARGETS, ExportError, ExportReport, export_backbone, load_backbone, read_spec
-from hgkd.export.source import EncoderSpec, StudentCheckpoint, read_student
+from hgkd.export.exporter import PARTS, ExportReport, export
+from hgkd.export.importing import ImportReport, import_weights, load_backbone, read_source, read_spec
+from hgkd.export.job import ExportError, MissingLibraryError
+from hgkd.export.plans import UnsupportedLayerError
+from hgkd.export.source import EncoderSpec, Source, StudentCheckpoint, read_student
+from hgkd.export.targets import TARGETS
+from hgkd.export.targets.sparse import load_sparse, load_student
 
 __all__ = [
+    "PARTS",
     "TARGETS",
     "EncoderSpec",
     "ExportError",
     "ExportReport",
+    "ImportReport",
+    "MissingLibraryError",
+    "Source",
     "StudentCheckpoint",
-    "export_backbone",
+    "UnsupportedLayerError",
+    "export",
+    "import_weights",
     "load_backbone",
+    "load_sparse",
+    "load_student",
+    "read_source",
     "read_spec",
     "read_student",
 ]

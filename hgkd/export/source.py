@@ -1,7 +1,9 @@
-"""The encoder inside a checkpoint of hgkd's runner: its description, its weights, and where it comes from."""
+"""The student inside a checkpoint: the description of its encoder, its weights, and where it comes from."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from hgkd.errors import WeightsError
 
 FORMAT = 1
-ENCODER_PREFIX = "student.encoder."
+STUDENT_PREFIX, ENCODER_PREFIX = "student.", "student.encoder."
+_TIMINGS = ("val/time", "val/data_time")  # mmengine's, of no interest after the run
 _EXPECTED = "expected a .pth file that tools/train.py wrote while distilling a student"
 
 
@@ -55,6 +58,10 @@ class EncoderSpec:
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "stem": self.stem, "kwargs": dict(self.kwargs)}
 
+    def to_student(self) -> dict[str, Any]:
+        """The same as arguments of ``SparseUNet``."""
+        return {"encoder": self.name, "stem": self.stem, "encoder_kwargs": dict(self.kwargs)}
+
     def build(self) -> nn.Module:
         """The dense timm model with random weights, in eval mode."""
         from hgkd.students import build_encoder
@@ -70,6 +77,7 @@ class StudentCheckpoint:
         path: the file.
         spec: the encoder's description.
         state: the encoder's weights under the keys of the timm model.
+        student: all of the student's weights, under the keys of ``SparseUNet``.
         meta: ``checkpoint['meta']``.
         metrics: results that the checkpoint carries, may be empty.
     """
@@ -77,6 +85,7 @@ class StudentCheckpoint:
     path: Path
     spec: EncoderSpec
     state: dict[str, Tensor]
+    student: dict[str, Tensor]
     meta: dict[str, Any]
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -91,6 +100,29 @@ class StudentCheckpoint:
         encoder = self.spec.build()
         load_strict(encoder, self.state, source=str(self.path))
         return encoder
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a dense encoder with its weights, and all that is known of its origin.
+
+    Attributes:
+        path: the file.
+        spec: the encoder's description.
+        network: the dense encoder in eval mode.
+        student: weights of the whole student; empty when the file holds an encoder alone.
+        meta: what the training run wrote into the checkpoint; empty for files of others.
+        metrics: results of the run; empty when unknown.
+        read_as: how a file without a run was read: key style, what was loaded, what was left aside.
+    """
+
+    path: Path
+    spec: EncoderSpec
+    network: nn.Module
+    student: Mapping[str, Tensor] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    read_as: str = ""
 
 
 def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
@@ -111,7 +143,10 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
     checkpoint: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
     meta, weights = checkpoint.get("meta"), checkpoint.get("state_dict")
     if not isinstance(meta, Mapping) or "hgkd" not in meta or not isinstance(weights, Mapping):
-        raise WeightsError(f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {_EXPECTED}")
+        raise WeightsError(
+            f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {_EXPECTED}, "
+            "or name the network of a file of others, e.g. encoder='resnet50' (--encoder)"
+        )
     if isinstance(meta["hgkd"], Mapping) and "mae" in meta["hgkd"]:
         raise WeightsError(f"{path} holds a masked autoencoder and no student; tools/evaluate.py takes it as mae:{path}")
     spec = EncoderSpec.parse(meta["hgkd"], str(path))
@@ -119,7 +154,8 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
     if not state:
         examples = ", ".join(list(weights)[:3]) or "none at all"
         raise WeightsError(f"{path} holds no weights named {ENCODER_PREFIX}*; its weights are called {examples}")
-    return StudentCheckpoint(path, spec, state, dict(meta), _metrics(checkpoint))
+    student = {k.removeprefix(STUDENT_PREFIX): v for k, v in weights.items() if k.startswith(STUDENT_PREFIX)}
+    return StudentCheckpoint(path, spec, state, student, dict(meta), _metrics(checkpoint))
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -140,6 +176,39 @@ def _metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, history in scalars.items():
         # a reader that refuses foreign classes may have left a plain placeholder
-        if str(name).startswith("val/") and callable(getattr(history, "current", None)):
+        if str(name).startswith("val/") and name not in _TIMINGS and callable(getattr(history, "current", None)):
             found[str(name).removeprefix("val/")] = float(history.current())
     return found
+
+
+def literal_config(text: object) -> dict[str, Any]:
+    """The plain values of a config that mmengine wrote into a checkpoint, read without running it.
+
+    Args:
+        text: ``checkpoint['meta']['cfg']``: assignments of constants, lists, tuples and ``dict(...)``.
+
+    Returns:
+        name -> value; whatever is no plain value is left out, and no config at all gives an empty dict.
+    """
+    try:
+        tree = ast.parse(text) if isinstance(text, str) else ast.parse("")
+    except SyntaxError:
+        return {}
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            with contextlib.suppress(ValueError):
+                found[node.targets[0].id] = _literal(node.value)
+    return found
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.List):
+        return [_literal(item) for item in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(_literal(item) for item in node.elts)
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key is not None}
+    return ast.literal_eval(node)

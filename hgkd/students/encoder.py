@@ -47,8 +47,9 @@ def build_encoder(
     Args:
         name: timm's name, e.g. 'resnet50', 'convnext_tiny', 'resnet50.a1_in1k'.
         stem: 'cifar' replaces a ResNet's stem by a 3x3 stride-1 convolution without pooling: total stride 8.
-        checkpoint: local weight file in timm's naming to start from, loaded strictly; only a classifier, for which an
-            encoder has no place, is left out.
+        checkpoint: local weight file to start from, in timm's naming or another of :mod:`hgkd.export.naming` (SparK,
+            ConvNeXt, mmpretrain, torchvision, transformers), loaded strictly; only what an encoder has no place for, a
+            classifier say, is left out.
         pretrained: ask timm for its pretrained weights (a download, unless timm has them already).
         timm_kwargs: passed to ``timm.create_model``, e.g. ``drop_path_rate=0.1``.
 
@@ -75,7 +76,9 @@ def build_encoder(
         _use_cifar_stem(model, name)
     encoder_levels(model)  # refuses what is no CNN
     if checkpoint is not None:
-        _load(model, Path(checkpoint))
+        from hgkd.export.importing import import_weights
+
+        import_weights(model, checkpoint, allow=("head.norm.",))  # a norm after pooling, which no level of a student sees
     return model
 
 
@@ -163,15 +166,6 @@ def _intermediates(model: nn.Module, images: Tensor, indices: list[int] | None) 
         images, indices=indices, stop_early=indices is not None, intermediates_only=True
     )
     return list(features)
-
-
-def _load(model: nn.Module, path: Path) -> None:
-    from hgkd.engine.weights import load_strict, read_weights
-
-    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    state = {key: value for key, value in read_weights(path).items() if not key.startswith(heads)}
-    load_strict(model, state, source=str(path))
 
 
 def _use_cifar_stem(model: nn.Module, name: str) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from hgkd.errors import WeightsError
 from hgkd.evaluation import extract, load_extractor
-from hgkd.export import export_backbone
+from hgkd.export import export
 
 
 class Pictures(Dataset):
@@ -41,15 +41,15 @@ def pooled(model: nn.Module, images: Tensor) -> Tensor:
 
 def test_student_and_export_give_the_encoders_own_features(tmp_path: Path) -> None:
     source = write_student(tmp_path / "a.pth")
-    export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    export(tmp_path / "a.pth", tmp_path / "out")
     images = torch.rand(2, 3, 64, 96)
     expected = pooled(source, images)
-    student, export = load_extractor(tmp_path / "a.pth"), load_extractor(str(tmp_path / "out"))
+    student, exported = load_extractor(tmp_path / "a.pth"), load_extractor(str(tmp_path / "out"))
     torch.testing.assert_close(student(images), expected)
-    torch.testing.assert_close(export(images), expected)
-    assert (student.kind, export.kind) == ("student", "export")
-    assert export.settings["name"] == "test_resnet"
-    assert export.settings["weights"] == str(tmp_path / "out")
+    torch.testing.assert_close(exported(images), expected)
+    assert (student.kind, exported.kind) == ("student", "export")
+    assert exported.settings["name"] == "test_resnet"
+    assert exported.settings["weights"] == str(tmp_path / "out")
 
 
 def test_timm_name_with_a_file_or_a_seed(tmp_path: Path) -> None:

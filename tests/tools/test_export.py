@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -32,6 +33,9 @@ def test_export_then_refuse_then_force(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["gone.pth"], "checkpoint gone.pth does not exist"),
         (["gone.pth", "--to", "tensorflow"], "unknown export target 'tensorflow'"),
+        (["gone.pth", "--cell", "32"], "target 'timm' has no option 'cell'; it takes: none"),
+        (["gone.pth", "--latency", "64"], "--latency times ONNX graphs; use --to onnx, or leave it out for --to timm"),
+        (["gone.pth", "--licence", "mit"], "--licence takes FIELD=TEXT, e.g. weights=apache-2.0, got 'mit'"),
     ],
 )
 def test_mistakes_end_with_a_line(
@@ -40,3 +44,37 @@ def test_mistakes_end_with_a_line(
     assert export.main([*arguments, "--out", f"{tmp_path}/out"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spark = {f"sparse_encoder.sp_cnn.{key}": value for key, value in timm.create_model("test_resnet").state_dict().items()}
+    torch.save({"module": spark}, tmp_path / "spark.pth")
+    command = [f"{tmp_path}/spark.pth", "--encoder", "test_resnet", "--to", "spconv", "--out", f"{tmp_path}/out"]
+    assert export.main([*command, "--licence", "weights=MIT", "data=unknown"]) == 0
+    assert "key style timm" in capsys.readouterr().out
+    page = (tmp_path / "out/run_card.md").read_text()
+    assert "weights: MIT" in page
+    assert "key style timm under 'sparse_encoder.sp_cnn.'; not part of the encoder: 2 of fc" in page
+
+
+def test_graphs_are_timed(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    size = ["b", 3, "h", "w"]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name in ("images", "out")]
+    node = onnx.helper.make_node("Relu", ["images"], ["out"])
+    graph = onnx.helper.make_graph([node], "tiny", ends[:1], ends[1:])
+    opset = onnx.helper.make_opsetid("", 18)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "model.onnx")
+    report = SimpleNamespace(out=tmp_path, table=[{"file": "model.onnx", "bytes": 100}])
+    (row,) = export.with_latency(report, 32)
+    assert (row["file"], row["bytes"]) == ("model.onnx", 100)
+    assert row["ms"] > 0
+    assert [str(column.header) for column in export.graphs_table([row]).columns] == ["file", "bytes", "ms"]
+
+
+def test_help_lists_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in export.TARGETS)

@@ -8,12 +8,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from student_checkpoints import write_student
+from PIL import Image
+from student_checkpoints import randomised, write_student
 from torch import nn
 
-from hgkd.errors import WeightsError
-from hgkd.export import ExportError, backbone, export_backbone, load_backbone, read_student
-from hgkd.students import build_encoder
+from hgkd.errors import DataError, WeightsError
+from hgkd.export import PARTS, TARGETS, ExportError, export, load_backbone, read_student
+from hgkd.export.targets import timm as timm_target
+from hgkd.students import SparseUNet, build_encoder
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -28,7 +30,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 )  # fmt: skip
 def test_timm_reads_the_same_network(tmp_path: Path, name: str, kwargs: dict) -> None:
     source = write_student(tmp_path / "a.pth", name, kwargs=kwargs)
-    report = export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    report = export(tmp_path / "a.pth", tmp_path / "out")
 
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert same_weights(source, again)
@@ -49,12 +51,18 @@ def test_timm_reads_the_same_network(tmp_path: Path, name: str, kwargs: dict) ->
     assert report.tensors == len(source.state_dict())
     assert str(tmp_path / "out") in report.loaded_with
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "out"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors", "run_card.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "run_card.json",
+        "run_card.md",
+    ]
 
 
 def test_timm_adds_a_fresh_classifier(tmp_path: Path) -> None:
     source = write_student(tmp_path / "a.pth")
-    export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    export(tmp_path / "a.pth", tmp_path / "out")
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=7).eval()
     assert again(torch.rand(1, 3, 64, 64)).shape == (1, 7)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in source.state_dict().items())
@@ -62,7 +70,7 @@ def test_timm_adds_a_fresh_classifier(tmp_path: Path) -> None:
 
 def test_cifar_stem_is_read_by_us_and_refused_by_timm(tmp_path: Path) -> None:
     source = write_student(tmp_path / "a.pth", "resnet10t", "cifar", encoder=build_encoder("resnet10t", stem="cifar"))
-    report = export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    report = export(tmp_path / "a.pth", tmp_path / "out")
     assert "load_backbone" in report.loaded_with
     assert "timm cannot build the cifar stem" in report.notes[0]
     ours = load_backbone(tmp_path / "out")
@@ -73,42 +81,29 @@ def test_cifar_stem_is_read_by_us_and_refused_by_timm(tmp_path: Path) -> None:
         timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
 
 
-def test_run_card(tmp_path: Path) -> None:
-    write_student(tmp_path / "a.pth")
-    report = export_backbone(tmp_path / "a.pth", tmp_path / "out")
-    card = json.loads((tmp_path / "out/run_card.json").read_text())
-    assert card["source"]["sha256"] == report.source_sha256
-    assert report.source_sha256 == os.popen(f"sha256sum {tmp_path / 'a.pth'}").read().split()[0]
-    assert card["source"]["epoch"] == 3
-    assert card["encoder"] == {"name": "test_resnet", "stem": "default", "kwargs": {}}
-    assert card["config"] == "image_size = 96\n"
-    assert card["metrics"] == {"knn/top1": 42.5}
-    assert card["versions"]["timm"] == timm.__version__
-
-
 def test_force_replaces_only_an_export(tmp_path: Path) -> None:
     write_student(tmp_path / "a.pth")
     second = write_student(tmp_path / "b.pth")
     out = tmp_path / "out"
     out.mkdir()
-    export_backbone(tmp_path / "a.pth", out)  # an empty folder is free
+    export(tmp_path / "a.pth", out)  # an empty folder is free
     with pytest.raises(FileExistsError, match="is not empty; choose another --out, or --force"):
-        export_backbone(tmp_path / "b.pth", out)
-    export_backbone(tmp_path / "b.pth", out, force=True)
+        export(tmp_path / "b.pth", out)
+    export(tmp_path / "b.pth", out, force=True)
     assert same_weights(load_backbone(out), second)
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "b.pth", "out"]
 
     (out / "thesis.tex").write_text("work of years")
     with pytest.raises(ValueError, match=r"other things than an export \(thesis.tex\)"):
-        export_backbone(tmp_path / "a.pth", out, force=True)
+        export(tmp_path / "a.pth", out, force=True)
     assert (out / "thesis.tex").read_text() == "work of years"
     with pytest.raises(FileExistsError, match="is not a folder"):
-        export_backbone(tmp_path / "a.pth", tmp_path / "b.pth", force=True)
+        export(tmp_path / "a.pth", tmp_path / "b.pth", force=True)
 
 
 def test_failed_proof_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = write_student(tmp_path / "a.pth")
-    export_backbone(tmp_path / "a.pth", tmp_path / "out")
+    export(tmp_path / "a.pth", tmp_path / "out")
     create = timm.create_model
 
     def slightly_different(*args: object, **kwargs: object) -> nn.Module:
@@ -117,22 +112,22 @@ def test_failed_proof_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypat
         return model
 
     write_student(tmp_path / "b.pth")
-    monkeypatch.setattr(backbone.timm, "create_model", lambda name, **kw: slightly_different(name, **kw)
+    monkeypatch.setattr(timm_target.timm, "create_model", lambda name, **kw: slightly_different(name, **kw)
                         if name.startswith("local-dir:") else create(name, **kw))  # fmt: skip
-    with pytest.raises(ExportError, match="forward_features differs by"):
-        export_backbone(tmp_path / "b.pth", tmp_path / "out", force=True)
+    with pytest.raises(ExportError, match="outputs differ by"):
+        export(tmp_path / "b.pth", tmp_path / "out", force=True)
     assert same_weights(load_backbone(tmp_path / "out"), old)
     with pytest.raises(ExportError):
-        export_backbone(tmp_path / "b.pth", tmp_path / "new")
+        export(tmp_path / "b.pth", tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "b.pth", "out"]
 
 
 def test_proof_sees_changed_missing_and_added_weights() -> None:
     source, other = (timm.create_model("test_resnet", num_classes=0).eval() for _ in range(2))
     with pytest.raises(ExportError, match="tensors changed on the way"):
-        backbone._prove_equal(source, other)
+        timm_target.same_weights(source, other)
     with pytest.raises(ExportError, match=r"lacks the weights \[\] and has \['fc.bias', 'fc.weight'\]"):
-        backbone._prove_equal(source, timm.create_model("test_resnet", num_classes=2))
+        timm_target.same_weights(source, timm.create_model("test_resnet", num_classes=2))
 
 
 def test_diverged_weights_are_not_exported(tmp_path: Path) -> None:
@@ -140,7 +135,7 @@ def test_diverged_weights_are_not_exported(tmp_path: Path) -> None:
     nn.init.constant_(encoder.layer1[0].conv1.weight, float("nan"))
     write_student(tmp_path / "a.pth", encoder=encoder)
     with pytest.raises(WeightsError, match=r"NaN or infinite values in 1 of its weights, e.g. layer1.0.conv1.weight"):
-        export_backbone(tmp_path / "a.pth", tmp_path / "out")
+        export(tmp_path / "a.pth", tmp_path / "out")
 
 
 def test_checkpoint_refusals(tmp_path: Path) -> None:
@@ -155,7 +150,7 @@ def test_checkpoint_refusals(tmp_path: Path) -> None:
 
     def refused(name: str, message: str, error: type[Exception] = WeightsError) -> None:
         with pytest.raises(error, match=message):
-            export_backbone(tmp_path / name, tmp_path / "out")
+            export(tmp_path / name, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
     refused("absent.pth", "checkpoint .*absent.pth does not exist", FileNotFoundError)
@@ -165,15 +160,13 @@ def test_checkpoint_refusals(tmp_path: Path) -> None:
     refused("short.pth", "layer4")
     refused("mae.pth", "holds a masked autoencoder and no student; tools/evaluate.py takes it as mae:.*mae.pth")
     refused("newer.pth", "has format 2, this version of hgkd reads format 1")
-    with pytest.raises(ValueError, match="unknown export target 'tim'; did you mean 'timm'"):
-        export_backbone(tmp_path / "good.pth", tmp_path / "out", to="tim")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     other = timm.create_model("test_convnext", num_classes=0, global_pool="")
     write_student(tmp_path / "a.pth", "test_resnet", encoder=other)
     with pytest.raises(WeightsError):
-        export_backbone(tmp_path / "a.pth", tmp_path / "out")
+        export(tmp_path / "a.pth", tmp_path / "out")
 
 
 def test_read_student_takes_the_encoder_alone(tmp_path: Path) -> None:
@@ -186,7 +179,7 @@ def test_read_student_takes_the_encoder_alone(tmp_path: Path) -> None:
 def test_load_backbone_refusals(tmp_path: Path) -> None:
     write_student(tmp_path / "a.pth")
     out = tmp_path / "out"
-    export_backbone(tmp_path / "a.pth", out)
+    export(tmp_path / "a.pth", out)
     with pytest.raises(FileNotFoundError, match=r"export folder .*nowhere does not exist"):
         load_backbone(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
@@ -201,7 +194,7 @@ def test_load_backbone_refusals(tmp_path: Path) -> None:
         load_backbone(out)
     content = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(content[:1000])
-    with pytest.raises(WeightsError, match="is damaged"):
+    with pytest.raises(WeightsError, match="no intact safetensors file"):
         load_backbone(out)
     (out / "config.json").write_text("{")
     with pytest.raises(WeightsError, match="not valid JSON"):
@@ -209,3 +202,67 @@ def test_load_backbone_refusals(tmp_path: Path) -> None:
     (out / "config.json").write_text('{"architecture": "test_resnet"}')
     with pytest.raises(WeightsError, match="does not say which encoder"):
         load_backbone(out)
+
+
+def test_request_refusals(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+
+    def refused(message: str, *arguments: object, error: type[Exception] = ValueError, **options: object) -> None:
+        with pytest.raises(error, match=message):
+            export(tmp_path / "a.pth", tmp_path / "out", *arguments, **options)
+        assert not (tmp_path / "out").exists()
+
+    refused("unknown export target 'tim'; did you mean 'timm'", "tim")
+    refused("unknown export target 'torchvison'; did you mean 'torchvision'", "torchvison")
+    refused("unknown part of a student 'backbon'; did you mean 'backbone'", what="backbon")
+    refused("target 'timm' holds the backbone, not the student; targets for it: sparse", what="student")
+    refused("target 'timm' has no option 'opset'; it takes: none", opset=18)
+    refused("target 'onnx' has no option 'cell'; it takes: output, classifier, opset, precision", "onnx", cell=32)
+    refused("unknown licence field 'weight'; did you mean 'weights'", licences={"weight": "mit"})
+    refused("holds no images to compare outputs on", error=DataError, images=tmp_path / "nowhere")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(b"no picture")
+    refused("an image in .*pictures cannot be read", error=DataError, images=tmp_path / "pictures")
+
+
+def test_real_images_take_part_in_the_proof(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.new("RGB", (80, 50), (60 * i, 100, 20)).save(tmp_path / f"pictures/{i}.jpg")
+    report = export(tmp_path / "a.pth", tmp_path / "out", images=tmp_path / "pictures")
+    assert report.images == 3
+    assert export(tmp_path / "a.pth", tmp_path / "few", images=tmp_path / "pictures", max_images=2).images == 2
+    with pytest.raises(ValueError, match="max_images must be 1 or more, got 0"):
+        export(tmp_path / "a.pth", tmp_path / "none", images=tmp_path / "pictures", max_images=0)
+    assert json.loads((tmp_path / "out/run_card.json").read_text())["export"]["real_images"] == 3
+
+
+def test_every_target_is_described() -> None:
+    for name, target in TARGETS.items():
+        assert target.name == name
+        assert target.summary
+        assert set(target.what) <= set(PARTS)
+
+
+def test_round_trip_through_training(tmp_path: Path) -> None:
+    """timm -> sparse student -> one training step -> export -> timm, bit for bit what was trained."""
+    start = randomised(timm.create_model("resnet18", num_classes=0, global_pool="", layers=(1, 1, 1, 1)))
+    safetensors.torch.save_file(start.state_dict(), tmp_path / "start.safetensors")
+    student = SparseUNet("resnet18", encoder_kwargs={"layers": (1, 1, 1, 1)}, encoder_checkpoint=tmp_path / "start.safetensors",
+                         decoder_width=32, min_decoder_width=8)  # fmt: skip
+    assert same_weights(start, student.encoder)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    visible = torch.tensor([[[True, False], [False, True]]])
+    student.train()(torch.rand(1, 3, 64, 64), visible).decoded.square().mean().backward()
+    optimizer.step()
+    trained = {key: value.clone() for key, value in student.encoder.state_dict().items()}
+    assert not torch.equal(trained["conv1.weight"], start.conv1.weight)
+
+    meta = {"hgkd": {"encoder": student.encoder_spec, "format": 1}}
+    torch.save({"meta": meta, "state_dict": {f"student.{k}": v for k, v in student.state_dict().items()}}, tmp_path / "a.pth")
+    report = export(tmp_path / "a.pth", tmp_path / "out")
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert again.state_dict().keys() == trained.keys()
+    assert all(torch.equal(value, trained[key]) for key, value in again.state_dict().items())
+    assert report.max_difference == 0

@@ -1,0 +1,172 @@
+"""The run card: where exported weights come from, for machines (JSON) and people (Markdown).
+
+What a checkpoint does not say is said to be unknown. Facts that are looked up while exporting, rather than recorded while
+training, say so: files may have changed in between.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+import hgkd
+from hgkd.data.images import find_images
+from hgkd.errors import WeightsError
+from hgkd.export.source import Source, file_digest, literal_config
+from hgkd.teachers.cache import files_digest
+
+CARD_FILE, CARD_PAGE = "run_card.json", "run_card.md"
+LICENCE_FIELDS = ("weights", "teacher", "data")
+
+
+def run_card(
+    source: Source, export: Mapping[str, Any], files: Path, licences: Mapping[str, str], notes: list[str]
+) -> dict[str, Any]:
+    """Everything that is known of an export.
+
+    Args:
+        source: what was exported.
+        export: target, options and proof.
+        files: folder whose files are listed, with their digests.
+        licences: of ``LICENCE_FIELDS``; what is not given is unknown.
+        notes: what a user should know.
+    """
+    meta, cfg = source.meta, literal_config(source.meta.get("cfg"))
+    from_run = bool(meta)
+    absent = "unknown: the checkpoint does not say" if from_run else "unknown: the file was read as one of another project"
+    return {
+        "source": {
+            "checkpoint": str(source.path.absolute()),
+            "sha256": file_digest(source.path),
+            **{key: meta.get(key, absent) for key in ("epoch", "iter", "seed", "experiment_name", "time")},
+            "commit": _commit(meta) or absent,
+        },
+        "encoder": source.spec.to_dict(),
+        "export": {**export, "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")},
+        "files": {
+            str(file.relative_to(files)): {"sha256": file_digest(file), "bytes": file.stat().st_size}
+            for file in sorted(files.rglob("*"))
+            if file.is_file()
+        },
+        "data": _data(cfg, absent),
+        "teacher": _teacher(cfg, absent),
+        "metrics": dict(source.metrics) or absent,
+        "versions": {
+            "hgkd": hgkd.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "licences": {
+            "hgkd's code": "Apache-2.0",
+            **{key: licences.get(key, "unknown: not stated; ask the holder before you publish") for key in LICENCE_FIELDS},
+        },
+        "notes": notes,
+        "config": meta.get("cfg", absent),
+    }
+
+
+def card_page(card: Mapping[str, Any]) -> str:
+    """A run card as Markdown."""
+    lines = [f"# Run card: {card['encoder']['name']} for {card['export']['target']}", ""]
+    for section, content in card.items():
+        if section == "config":
+            continue
+        lines += [f"## {section}", ""]
+        lines += _items(content, "") if isinstance(content, Mapping | list) else [str(content)]
+        lines.append("")
+    lines += ["## config", "", "```python", str(card["config"]).strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def model_card(card: Mapping[str, Any], library: str, usage: str) -> str:
+    """README.md of a Hugging Face repository: front matter, how to load, and the run card without paths of this machine.
+
+    Args:
+        library: the hub's ``library_name``.
+        usage: the lines that load the folder.
+    """
+    licence = card["licences"]["weights"]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", "- hgkd"]
+    lines += [] if licence.startswith("unknown") else [f"license: {licence.lower()}"]
+    lines += ["---", f"# {card['encoder']['name']}, pretrained with hgkd", "", "## Use", "", "```python", usage, "```", ""]
+    for section in ("encoder", "metrics", "versions", "licences", "notes"):
+        lines += [f"## {section}", ""]
+        lines += _items(card[section], "") if isinstance(card[section], Mapping | list) else [str(card[section])]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_json(content: Mapping[str, Any], file: Path) -> None:
+    """Write plain values as JSON.
+
+    Raises:
+        WeightsError: the encoder's arguments are no plain values.
+    """
+    try:
+        text = json.dumps(content, indent=2)
+    except TypeError as error:
+        raise WeightsError(f"cannot write {file.name}: {error}; encoder arguments must be plain values") from error
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _commit(meta: Mapping[str, Any]) -> str | None:
+    """Commit of the folder that training was started in, which mmengine appends to its own version."""
+    found = re.fullmatch(r".*?([0-9a-f]{40})", str(meta.get("mmengine_version", "")))
+    return f"{found[1]} (of the folder in which training was started)" if found else None
+
+
+def _data(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
+    dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
+    root = dataset.get("data_root") or cfg.get("data_root")
+    if not root:
+        return {"root": absent, "fingerprint": absent}
+    folder = Path(str(root)).expanduser()
+    if not folder.is_dir():
+        return {"root": str(root), "fingerprint": "unknown: no such folder on this machine any more"}
+    images = find_images(str(folder))
+    return {
+        "root": str(root),
+        "images": len(images),
+        "fingerprint": files_digest((name, (folder / name).stat().st_size) for name in images),
+        "fingerprint_of": "names and sizes of the image files, sorted, looked up while exporting",
+    }
+
+
+def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
+    model = cfg.get("model") or {}
+    if "model" in cfg and not model.get("teacher"):
+        return {"name": "none: trained without a teacher", "file": "none", "sha256": "none"}
+    teacher = model.get("teacher") or {}
+    name = teacher.get("name") or teacher.get("type") or absent
+    file = teacher.get("checkpoint")
+    if not file:
+        return {"name": name, "file": absent, "sha256": absent}
+    path = Path(str(file)).expanduser()
+    if not path.is_file():
+        return {"name": name, "file": str(file), "sha256": "unknown: no such file on this machine any more"}
+    return {"name": name, "file": str(file), "sha256": file_digest(path), "sha256_of": "the file as found while exporting"}
+
+
+def _items(content: Mapping[str, Any] | list[Any], indent: str) -> list[str]:
+    """Nested values as a Markdown list."""
+    named = content.items() if isinstance(content, Mapping) else ((None, item) for item in content)
+    lines = []
+    for name, value in named:
+        label = "" if name is None else f"{name}: "
+        if isinstance(value, Mapping | list) and value:
+            lines += [f"{indent}- {label}".rstrip(), *_items(value, indent + "  ")]
+        else:
+            text = str(value).replace("\n", f"\n{indent}  ")
+            lines.append(f"{indent}- {label}{text}")
+    return lines or [f"{indent}- none"]

@@ -1,0 +1,170 @@
+"""What an export target is given, and what it gives back."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hgkd.export.source import Source
+from hgkd.students.encoder import pixel_statistics
+
+EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "mmdet": "downstream", "mmseg": "downstream"}
+_DISTRIBUTIONS = {"mmseg": "mmsegmentation"}
+
+
+class ExportError(RuntimeError):
+    """What was written, read back, is not what went in; nothing was left on disk."""
+
+
+class MissingLibraryError(ValueError):
+    """A target needs a library that is not installed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export, as a target sees it.
+
+    Attributes:
+        source: the student, with its network.
+        folder: where to write; it becomes ``out`` when the proof has passed.
+        out: the folder that the user asked for, for messages.
+        what: which part of the student.
+        images: real images in [0, 1], (N, 3, H, W), or None when none were given.
+        labels: classes of ``images`` (N,), or None when they lie in no class folders.
+    """
+
+    source: Source
+    folder: Path
+    out: Path
+    what: str
+    images: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The dense encoder, in eval mode."""
+        return self.source.network
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) that timm says the network is used at."""
+        _, height, width = cast(Any, self.network).pretrained_cfg["input_size"]
+        return int(height), int(width)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> what the network expects."""
+        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in pixel_statistics(self.network))
+        return (images - mean) / deviation
+
+    def features(self, images: Tensor) -> Tensor:
+        """The student's own last feature map (B, C, h, w) of images in [0, 1]: what a target must reproduce."""
+        out: Tensor = cast(Any, self.network).forward_features(self.normalise(images))
+        return out
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a target wrote, and how it reads it back.
+
+    Attributes:
+        load_with: the lines by which a user reads the result.
+        proven_with: what read it back for the proof: a library and its version.
+        again: images in [0, 1] (B, 3, H, W) -> outputs of what was read back.
+        expected: the same of the source; None: :meth:`Job.features`.
+        tensors, parameters: how many were written; parameters are trainable values.
+        notes: what a user should know.
+        table: rows about the files, e.g. sizes and agreement of quantised graphs.
+    """
+
+    load_with: str
+    proven_with: str
+    again: Callable[[Tensor], Tensor]
+    tensors: int
+    parameters: int
+    expected: Callable[[Tensor], Tensor] | None = None
+    notes: list[str] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A form in which students leave.
+
+    Attributes:
+        name: as users give it.
+        summary: one line.
+        write: ``write(job, **options) -> Written``; fills ``job.folder``. Its keyword-only arguments are the target's options.
+        what: parts of a student that it can hold.
+        hub_library: ``library_name`` of the Hugging Face hub for folders of this target; None: no such layout, no model card.
+    """
+
+    name: str
+    summary: str
+    write: Callable[..., Written]
+    what: tuple[str, ...] = ("backbone",)
+    hub_library: str | None = None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options that :attr:`write` takes."""
+        parameters = inspect.signature(self.write).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def need(target: str, *modules: str) -> list[ModuleType]:
+    """Import what a target cannot do without.
+
+    Raises:
+        MissingLibraryError: one is not installed; the message names the extra of hgkd that installs it.
+    """
+    found = []
+    for module in modules:
+        try:
+            found.append(importlib.import_module(module))
+        except ImportError as error:
+            top = module.partition(".")[0]
+            name = f"'hgkd[{EXTRAS[top]}]'" if top in EXTRAS else top
+            raise MissingLibraryError(
+                f"--to {target} needs {top}, which does not import ({error}); pip install {name}"
+            ) from error
+    return found
+
+
+def optional(module: str) -> tuple[ModuleType | None, str]:
+    """A library that is used for a proof where it is there: (module or None, 'name version' or why it is absent)."""
+    top = module.partition(".")[0]
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        # mmdet and mmseg raise what their compiled parts raise, not only ImportError
+        reason = (
+            "is not installed" if isinstance(error, ModuleNotFoundError) and error.name == top else f"does not import: {error}"
+        )
+        return None, f"{_DISTRIBUTIONS.get(top, top)} {reason}"
+    return found, f"{_DISTRIBUTIONS.get(top, top)} {importlib.import_module(top).__version__}"
+
+
+def load_all(module: nn.Module, state: Mapping[str, Tensor], library: str) -> nn.Module:
+    """Load weights into a library's network, every key used and every entry filled; the network in eval mode.
+
+    Raises:
+        ExportError: a key is missing or left over, or a shape differs.
+    """
+    try:
+        module.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        raise ExportError(f"{library} does not take the weights: {error}") from error
+    return module.eval()
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Trainable values of a network."""
+    return sum(parameter.numel() for parameter in network.parameters())

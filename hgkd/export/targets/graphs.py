@@ -1,0 +1,287 @@
+"""Graphs: ONNX for onnxruntime, and torch's own exported program (.pt2).
+
+Both take images in [0, 1], RGB, (B, 3, H, W) as float32, of any batch and size: the normalisation is inside. Both come from one
+``torch.export`` (torch 2.4 and later); ONNX by torch's translator of such programs (onnxscript).
+
+fp16 and int8 ONNX are for edge devices: fp16 by onnxruntime's converter with float32 inputs and outputs; int8 by its static
+quantisation (QDQ, weights per channel), calibrated on every second one of the given images. Their outputs differ from fp32 on
+purpose: how much is measured, on the others, and stands in the report; only the fp32 graph must agree to 1e-5.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
+from hgkd.students.encoder import encoder_levels, pixel_statistics
+
+OUTPUTS = ("features", "pooled", "logits")
+PRECISIONS = ("fp32", "fp16", "int8")
+_LEAST_IMAGES = 8
+_INPUT = "images"
+
+
+class Graph(nn.Module):
+    """Images in [0, 1] -> the last feature map (B, C, h, w), its mean over places (B, C), or logits (B, K).
+
+    Args:
+        network: timm's, normalised images in.
+        output: one of ``OUTPUTS``.
+        classifier: linear layer on the pooled features, for 'logits'.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, network: nn.Module, output: str, classifier: nn.Linear | None) -> None:
+        super().__init__()
+        mean, deviation = pixel_statistics(network)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation).view(1, -1, 1, 1))
+        self.network, self.output, self.classifier = network, output, classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = cast(Any, self.network).forward_features((images - self.mean) / self.deviation)
+        if self.output == "features":
+            return features
+        pooled = features.mean((2, 3))
+        return pooled if self.classifier is None else self.classifier(pooled)
+
+
+def write_onnx(
+    job: Job,
+    *,
+    output: str = "pooled",
+    classifier: str | os.PathLike[str] | None = None,
+    opset: int = 18,
+    precision: Sequence[str] = (),
+) -> Written:
+    """``model.onnx``, and ``model_fp16.onnx`` and ``model_int8.onnx`` when asked for.
+
+    Args:
+        output: 'features', 'pooled' or 'logits'.
+        classifier: for 'logits', a safetensors file with ``weight`` (K, C) and ``bias`` (K).
+        opset: version of ONNX's operators, 18 or later.
+        precision: further precisions, of 'fp16' and 'int8'; int8 needs real images.
+    """
+    graph = _graph(job, output, classifier)
+    for name in precision:
+        if name not in PRECISIONS:
+            raise ValueError(unknown_name_message("precision", name, PRECISIONS))
+    if opset < 18:
+        raise ValueError(f"opset must be 18 or later (what torch writes without loss), got {opset}")
+    extra = [name for name in PRECISIONS[1:] if name in precision]
+    if "int8" in extra and (job.images is None or len(job.images) < _LEAST_IMAGES):
+        raise ValueError(f"int8 is calibrated and measured on images: give a folder of {_LEAST_IMAGES} or more with images=")
+    onnx, onnxruntime, _ = need("onnx", "onnx", "onnxruntime", "onnxscript")
+    if extra:
+        need("onnx", "onnxruntime.quantization")
+
+    file = job.folder / "model.onnx"
+    with _quiet():
+        program: Any = torch.onnx.export(
+            _program(job, graph), dynamo=True, opset_version=opset, input_names=[_INPUT], output_names=[output], verbose=False
+        )
+        program.save(str(file))
+    onnx.checker.check_model(str(file))
+    run = onnx_runner(file)
+    table: list[dict[str, Any]] = [{"file": file.name, "precision": "fp32", "bytes": file.stat().st_size}]
+    for name in extra:
+        lower = job.folder / f"model_{name}.onnx"
+        with _quiet():
+            _LOWER[name](job, file, lower)
+        table.append({"file": lower.name, "precision": name, "bytes": lower.stat().st_size})
+    if job.images is not None:
+        table = [{**row, **_agreement(job, run, onnx_runner(job.folder / row["file"]))} for row in table]
+    tensors = len(onnx.load(str(file)).graph.initializer)
+    return Written(
+        load_with=f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"
+        f"session.run(None, {{'{_INPUT}': images}})  # float32 in [0, 1]",
+        proven_with=f"onnxruntime {onnxruntime.__version__}",
+        again=run,
+        expected=graph,
+        tensors=tensors,
+        parameters=count_parameters(graph),
+        notes=[f"opset {opset}; input images in [0, 1], any batch and size; output {output}"],
+        table=table,
+    )
+
+
+def write_program(job: Job, *, output: str = "pooled", classifier: str | os.PathLike[str] | None = None) -> Written:
+    """``model.pt2``; arguments as :func:`write_onnx`."""
+    graph = _graph(job, output, classifier)
+    file = job.folder / "model.pt2"
+    torch.export.save(_program(job, graph), str(file))
+    again = torch.export.load(str(file)).module()
+    least = 2 * encoder_levels(job.network)[-1].stride  # torch takes for granted that no axis shrinks to 1 within
+    return Written(
+        load_with=f"torch.export.load('{job.out / file.name}').module()  # images in [0, 1]",
+        proven_with=f"torch {torch.__version__}",
+        again=again,
+        expected=graph,
+        tensors=len(graph.state_dict()),
+        parameters=count_parameters(graph),
+        notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {output}"],
+    )
+
+
+def write_torchscript(job: Job, *, output: str = "pooled", classifier: str | os.PathLike[str] | None = None) -> Written:
+    """``model.ts``, traced; arguments as :func:`write_onnx`. For users of it only: torch has declared TorchScript ended."""
+    graph = _graph(job, output, classifier)
+    file = job.folder / "model.ts"
+    with _quiet():
+        traced = torch.jit.trace(graph, torch.rand(2, 3, *job.image_size))
+        traced.save(str(file))
+        again = torch.jit.load(str(file)).eval()
+    return Written(
+        load_with=f"torch.jit.load('{job.out / file.name}')  # images in [0, 1]",
+        proven_with=f"torch {torch.__version__}",
+        again=again,
+        expected=graph,
+        tensors=len(graph.state_dict()),
+        parameters=count_parameters(graph),
+        notes=["TorchScript is deprecated in torch; prefer --to program or onnx"],
+    )
+
+
+def onnx_runner(file: Path) -> Callable[[Tensor], Tensor]:
+    """A graph on the CPU, one thread: images in [0, 1] (B, 3, H, W) -> its output."""
+    (onnxruntime,) = need("onnx", "onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {_INPUT: images.numpy()})[0])
+
+    return run
+
+
+def _graph(job: Job, output: str, classifier: str | os.PathLike[str] | None) -> Graph:
+    if output not in OUTPUTS:
+        raise ValueError(unknown_name_message("output", output, OUTPUTS))
+    if (output == "logits") != (classifier is not None):
+        raise ValueError("output='logits' and a classifier file (safetensors with weight (K, C) and bias (K)) go together")
+    return Graph(
+        job.network, output, None if classifier is None else _linear(Path(classifier).expanduser(), job.network)
+    ).eval()
+
+
+def _linear(file: Path, network: nn.Module) -> nn.Linear:
+    if not file.is_file():
+        raise FileNotFoundError(f"classifier {file} does not exist; expected safetensors with weight (K, C) and bias (K)")
+    state = load_file(file)
+    channels = int(cast(int, network.num_features))
+    weight = state.get("weight")
+    if set(state) != {"weight", "bias"} or weight is None or weight.dim() != 2 or weight.shape[1] != channels:
+        found = {key: tuple(value.shape) for key, value in state.items()}
+        raise WeightsError(f"{file} holds {found}, expected weight (K, {channels}) and bias (K) of a linear classifier")
+    layer = nn.Linear(channels, weight.shape[0])
+    layer.load_state_dict(state)
+    return layer
+
+
+def _program(job: Job, graph: Graph) -> ExportedProgram:
+    """The graph for any batch and image size."""
+    height, width = job.image_size
+    # sides that differ from each other and from those of the proof, so that neither is taken for a constant
+    example = torch.rand(2, 3, height, 2 * width)
+    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    return torch.export.export(graph, (example,), dynamic_shapes={"images": free})
+
+
+def _write_fp16(job: Job, file: Path, lower: Path) -> None:
+    onnx, float16 = need("onnx", "onnx", "onnxruntime.transformers.float16")
+    onnx.save(float16.convert_float_to_float16(onnx.load(str(file)), keep_io_types=True), str(lower))
+
+
+def _write_int8(job: Job, file: Path, lower: Path) -> None:
+    (quantization,) = need("onnx", "onnxruntime.quantization")
+    images = cast(Tensor, job.images)
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+        def __init__(self, batches: Iterable[Tensor]) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {_INPUT: batch.numpy()}
+
+    quantization.quantize_static(
+        str(file),
+        str(lower),
+        Reader(images[::2].split(1)),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
+
+
+_LOWER: dict[str, Callable[[Job, Path, Path], None]] = {"fp16": _write_fp16, "int8": _write_int8}
+
+
+def _agreement(job: Job, full: Callable[[Tensor], Tensor], lower: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """How alike two graphs are on the real images that calibrated nothing: every second one.
+
+    Returns:
+        ``cosine``: mean cosine of an image's outputs; ``difference``: largest difference relative to the largest output;
+        ``same_nearest``: share of images whose most similar other image is the same; ``top1``: leave-one-out 1-NN accuracy,
+        when the images lie in class folders.
+    """
+    images = cast(Tensor, job.images)
+    held_out = images[1::2]
+    a, b = (torch.cat([run(batch) for batch in held_out.split(8)]).flatten(1) for run in (full, lower))
+    if not b.isfinite().all():
+        raise ExportError("a lower precision gives NaN or infinite outputs; leave it out of precision")
+    near_a, near_b = _nearest(a), _nearest(b)
+    found: dict[str, Any] = {
+        "images": len(held_out),
+        "cosine": torch.cosine_similarity(a, b).mean().item(),
+        "difference": ((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item(),
+        "same_nearest": (near_a == near_b).float().mean().item(),
+    }
+    if job.labels is not None:
+        labels = job.labels[1::2]
+        found["top1"] = (labels[near_b] == labels).float().mean().item()
+    return found
+
+
+def _nearest(features: Tensor) -> Tensor:
+    """Index of every row's most similar other row, by cosine."""
+    unit = nn.functional.normalize(features - features.mean(0))
+    similarity = unit @ unit.T
+    return similarity.fill_diagonal_(-2).argmax(1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' chatter, which users can do nothing about."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+TARGETS = (
+    Target("onnx", "ONNX for onnxruntime, any batch and size; fp16 and int8 on request", write_onnx),
+    Target("program", "torch.export program (.pt2), any batch and size", write_program),
+    Target("torchscript", "traced TorchScript, deprecated in torch", write_torchscript),
+)

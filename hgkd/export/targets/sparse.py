@@ -1,0 +1,188 @@
+"""sparse: the student for masked or partial images, and weights in spconv's layout.
+
+``--to sparse`` writes weights and cell; which backend computes is chosen when reading, in two lines:
+
+>>> from hgkd.export import load_sparse
+>>> net = load_sparse("exported/sparse")    # net(images, visible=...), as hgkd.sparse.sparsify gives it
+
+``--what student`` writes encoder and decoder, for :func:`load_student`.
+
+``--to spconv`` writes the encoder's weights with every convolution permuted from torch's (K, C, R, S) to spconv's
+(K, R, S, C) (traveller59/spconv 2.x). spconv has no ResNet: the network around them is the user's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hgkd.errors import WeightsError
+from hgkd.export.card import write_json
+from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, load_backbone, read_config
+from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, load_all
+from hgkd.export.naming import TIMM, renamed
+from hgkd.export.source import FORMAT, Source, literal_config
+from hgkd.sparse import sparsify
+from hgkd.students.encoder import encoder_levels
+from hgkd.students.unet import check_cell
+
+
+def write(job: Job, *, cell: int | None = None) -> Written:
+    """Weights, cell and the student's description.
+
+    Args:
+        cell: side of a mask cell in pixels; None takes that of the training run, or else the encoder's total stride.
+    """
+    trained = _student_arguments(job.source).get("cell")
+    stride = encoder_levels(job.network)[-1].stride
+    side = cell or trained or stride
+    check_cell(side, stride)
+    return _write_student(job, side) if job.what == "student" else _write_backbone(job, side)
+
+
+def _write_backbone(job: Job, cell: int) -> Written:
+    weights = renamed(job.network, TIMM)
+    _save(job, weights, {"cell": cell})
+    reference = sparsify(job.network, cell, "masked").eval()
+    again = load_sparse(job.folder)
+
+    def seen(network: nn.Module, images: Tensor) -> Tensor:
+        features = cast(Any, network).forward_features(cast(Any, network).pack(*_masked(job, images, cell)))
+        dense: Tensor = features.to_dense(fill=0.0)
+        return dense
+
+    return Written(
+        load_with=f"from hgkd.export import load_sparse\nnet = load_sparse('{job.out}')",
+        proven_with="hgkd.export.load_sparse, backend gather against masked, a quarter of the cells visible",
+        again=lambda images: seen(again, images),
+        expected=lambda images: seen(reference, images),
+        tensors=len(weights),
+        parameters=count_parameters(job.network),
+        notes=[f"cell {cell}; net.pack normalises nothing: give images normalised with net.pretrained_cfg's mean and std"],
+    )
+
+
+def _write_student(job: Job, cell: int) -> Written:
+    arguments = {**_student_arguments(job.source), **job.source.spec.to_student(), "cell": cell}
+    arguments = {
+        key: value for key, value in arguments.items() if key not in ("type", "encoder_checkpoint", "pretrained", "backend")
+    }
+    weights = {key: value.detach().cpu().contiguous().clone() for key, value in job.source.student.items()}
+    _save(job, weights, {"cell": cell, "student": arguments})
+    reference: Any = load_all(_build_student(arguments, "masked"), dict(job.source.student), "hgkd.students.SparseUNet")
+    again: Any = load_student(job.folder)
+
+    def decoded(student: Any, images: Tensor) -> Tensor:
+        cropped, visible = _masked(job, images, cell, normalise=False)
+        out: Tensor = student(cropped, visible).decoded
+        return out
+
+    return Written(
+        load_with=f"from hgkd.export import load_student\nstudent = load_student('{job.out}')",
+        proven_with="hgkd.export.load_student, backend gather against masked, a quarter of the cells visible",
+        again=lambda images: decoded(again, images),
+        expected=lambda images: decoded(reference, images),
+        tensors=len(weights),
+        parameters=count_parameters(reference),
+        notes=[f"cell {cell}; the decoder's output is what the objectives project, not an image"],
+    )
+
+
+def write_spconv(job: Job) -> Written:
+    """The encoder's weights in timm's names, convolutions in spconv's layout."""
+    weights = {key: to_spconv(value) for key, value in renamed(job.network, TIMM).items()}
+    save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt", "layout": "KRSC"})
+    again = job.source.spec.build()
+    found = load_file(job.folder / WEIGHTS_FILE)
+    load_all(again, {key: from_spconv(value) for key, value in found.items()}, "timm")
+    return Written(
+        load_with=f"safetensors.torch.load_file('{job.out / WEIGHTS_FILE}')",
+        proven_with="timm's dense network, weights permuted back (spconv has no such network)",
+        again=lambda images: cast(Any, again).forward_features(job.normalise(images)),
+        tensors=len(weights),
+        parameters=count_parameters(job.network),
+        notes=["convolutions are (K, R, S, C); names are timm's; submanifold layers keep the places that the mask keeps"],
+    )
+
+
+def to_spconv(weight: Tensor) -> Tensor:
+    """A convolution's weight (K, C, R, S) -> (K, R, S, C); anything else as it is."""
+    return weight.permute(0, 2, 3, 1).contiguous() if weight.dim() == 4 else weight
+
+
+def from_spconv(weight: Tensor) -> Tensor:
+    """A convolution's weight (K, R, S, C) -> (K, C, R, S); anything else as it is."""
+    return weight.permute(0, 3, 1, 2).contiguous() if weight.dim() == 4 else weight
+
+
+def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Module:
+    """The encoder of a folder of ``--to sparse``, in eval mode: ``net(images, visible=...)``, see ``hgkd.sparse.sparsify``.
+
+    Args:
+        backend: of ``sparsify``.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file of it is missing.
+        WeightsError: no such export, damaged, or not fitting.
+    """
+    section = _section(path, "cell")
+    return sparsify(load_backbone(path), int(section["cell"]), backend).eval()
+
+
+def load_student(path: str | os.PathLike[str], backend: str = "gather") -> nn.Module:
+    """The ``SparseUNet`` of a folder of ``--to sparse --what student``, in eval mode; errors as :func:`load_sparse`."""
+    from hgkd.engine.weights import load_strict, read_weights
+
+    section = _section(path, "student")
+    student = _build_student(section["student"], backend)
+    file = Path(path).expanduser() / WEIGHTS_FILE
+    load_strict(student, read_weights(file), source=str(file))
+    return student.eval()
+
+
+def _build_student(arguments: dict[str, Any], backend: str) -> nn.Module:
+    from hgkd.students import SparseUNet
+
+    return SparseUNet(**arguments, backend=backend)
+
+
+def _student_arguments(source: Source) -> dict[str, Any]:
+    """Arguments of ``SparseUNet`` in the training run's config; empty when it is not known."""
+    model = literal_config(source.meta.get("cfg")).get("model") or {}
+    return dict(model.get("student") or {})
+
+
+def _section(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
+    section = read_config(Path(path).expanduser()).get("hgkd") or {}
+    if key not in section:
+        what = " --what student" if key == "student" else ""
+        raise WeightsError(f"{path} is no export that tools/export.py wrote with --to sparse{what}")
+    return dict(section)
+
+
+def _save(job: Job, weights: dict[str, Tensor], section: dict[str, Any]) -> None:
+    save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_json({"hgkd": {"format": FORMAT, "encoder": job.source.spec.to_dict(), **section}}, job.folder / CONFIG_FILE)
+
+
+def _masked(job: Job, images: Tensor, cell: int, normalise: bool = True) -> tuple[Tensor, Tensor]:
+    """Images cropped to whole cells, and flags of about a quarter of these, the same for the same images."""
+    height, width = (side // cell * cell for side in images.shape[-2:])
+    if not height or not width:
+        raise ExportError(f"cells of {cell} pixels do not fit into images of {tuple(images.shape[-2:])} pixels")
+    generator = torch.Generator().manual_seed(0)
+    visible = torch.rand(len(images), height // cell, width // cell, generator=generator) < 0.25
+    visible[:, 0, 0] = True
+    images = images[..., :height, :width]
+    return (job.normalise(images) if normalise else images), visible
+
+
+TARGETS = (
+    Target("sparse", "weights and cell of the sparse network, for hgkd.export.load_sparse", write, ("backbone", "student")),
+    Target("spconv", "the encoder's weights with convolutions in spconv's (K, R, S, C) layout", write_spconv),
+)

@@ -1,0 +1,72 @@
+"""torchvision: a state dict for its ResNet or ConvNeXt class.
+
+torchvision has no config files; ``build.py`` beside the weights is the few lines that make the network.
+"""
+
+from __future__ import annotations
+
+import runpy
+
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.models import convnext, resnet
+
+from hgkd.export.importing import WEIGHTS_FILE
+from hgkd.export.job import Job, Target, Written, count_parameters, load_all
+from hgkd.export.naming import TIMM, TORCHVISION_CONVNEXT, fitted, renamed
+from hgkd.export.plans import ConvNeXtPlan, ResNetPlan, UnsupportedLayerError, plan_of
+
+
+def write(job: Job) -> Written:
+    """``model.safetensors`` in torchvision's naming, without classifier, and ``build.py`` that makes the network."""
+    plan = plan_of(job.network, "torchvision")
+    resnet_like = isinstance(plan, ResNetPlan)
+    recipe = _resnet_recipe(plan) if isinstance(plan, ResNetPlan) else _convnext_recipe(plan)
+    (job.folder / "build.py").write_text(recipe, encoding="utf-8")
+    model: nn.Module = runpy.run_path(str(job.folder / "build.py"))["model"]  # what is proven is what the user is given
+    weights = renamed(job.network, TIMM if resnet_like else TORCHVISION_CONVNEXT)
+    save_file(fitted(weights, model.state_dict()), job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    load_all(model, load_file(job.folder / WEIGHTS_FILE), "torchvision")
+    last = "layer4" if resnet_like else "features"
+    body = torchvision.models.feature_extraction.create_feature_extractor(model, {last: "features"}).eval()
+    return Written(
+        load_with=f"from build import model  # {job.out}/build.py\n"
+        f"model.load_state_dict(safetensors.torch.load_file('{job.out / WEIGHTS_FILE}'))",
+        proven_with=f"torchvision {torchvision.__version__}",
+        again=lambda images: body(job.normalise(images))["features"],
+        tensors=len(weights),
+        parameters=count_parameters(job.network),
+        notes=["the classifier is replaced by nn.Identity(); calling the model gives pooled features"],
+    )
+
+
+def _resnet_recipe(plan: ResNetPlan) -> str:
+    if not plan.standard_widths:
+        raise UnsupportedLayerError(
+            f"torchvision's ResNet has 64 channels in its stem and stages of 64-128-256-512 (times 4 for bottlenecks), this "
+            f"student {plan.stem} and {'-'.join(map(str, plan.widths))}; export it to timm"
+        )
+    block = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}[plan.block].__name__
+    return (
+        "from torch import nn\nfrom torchvision.models import resnet\n\n"
+        f"model = resnet.ResNet(resnet.{block}, {list(plan.depths)}, groups={plan.groups}, "
+        f"width_per_group={plan.base_width})\nmodel.fc = nn.Identity()\n"
+    )
+
+
+def _convnext_recipe(plan: ConvNeXtPlan) -> str:
+    if plan.grn:
+        raise UnsupportedLayerError("torchvision's ConvNeXt has no layer for stages.0.blocks.0.mlp.grn; export it to timm")
+    following = [*plan.widths[1:], None]
+    settings = ", ".join(
+        f"{convnext.CNBlockConfig.__name__}({width}, {after}, {depth})"
+        for width, after, depth in zip(plan.widths, following, plan.depths, strict=True)
+    )
+    return (
+        "from torch import nn\nfrom torchvision.models.convnext import CNBlockConfig, ConvNeXt\n\n"
+        f"model = ConvNeXt([{settings}])\nmodel.classifier[2] = nn.Identity()\n"
+    )
+
+
+TARGETS = (Target("torchvision", "weights for torchvision's ResNet or ConvNeXt", write),)

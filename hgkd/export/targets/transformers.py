@@ -1,0 +1,123 @@
+"""transformers: a folder for ``AutoModel.from_pretrained``, with its ResNet, ConvNext or ConvNextV2.
+
+Written without transformers (``config.json`` and ``model.safetensors`` are plain files); read back with it where it is
+installed, else by hgkd's own reading, and the report says so. Facts from transformers 5.23, ``models/resnet``, ``convnext``,
+``convnextv2``; ``preprocessor_config.json`` only states the pixel statistics.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hgkd.export.card import write_json
+from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, import_weights
+from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, optional
+from hgkd.export.naming import TRANSFORMERS_CONVNEXT, TRANSFORMERS_RESNET, KeyStyle, renamed
+from hgkd.export.plans import ConvNeXtPlan, ResNetPlan, UnsupportedLayerError, plan_of
+from hgkd.students.encoder import pixel_statistics
+
+
+def write(job: Job) -> Written:
+    """See the module's header."""
+    plan = plan_of(job.network, "transformers")
+    style, config = _convnext(plan) if isinstance(plan, ConvNeXtPlan) else _resnet(plan)
+    weights = {key: _shaped(key, value) for key, value in renamed(job.network, style).items()}
+    save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_json(config, job.folder / CONFIG_FILE)
+    mean, deviation = pixel_statistics(job.network)
+    height, width = job.image_size
+    size = {"height": height, "width": width}
+    facts = {"image_mean": list(mean), "image_std": list(deviation), "size": size}
+    write_json({"do_resize": True, "do_rescale": True, "do_normalize": True, **facts}, job.folder / "preprocessor_config.json")
+
+    transformers, version = optional("transformers")
+    network: Any
+    if transformers is None:
+        network = job.source.spec.build()
+        import_weights(network, job.folder / WEIGHTS_FILE)
+    else:
+        network = _load(transformers, job)
+
+    def again(images: Tensor) -> Tensor:
+        inputs = job.normalise(images)
+        out: Tensor = network.forward_features(inputs) if transformers is None else network(inputs).last_hidden_state
+        return out
+
+    absent = f"{version}, so it has not read this export itself; export again where it is installed"
+    return Written(
+        load_with=f"transformers.AutoModel.from_pretrained('{job.out}')",
+        proven_with=version if transformers is not None else f"hgkd.export.import_weights ({version})",
+        again=again,
+        tensors=len(weights),
+        parameters=count_parameters(job.network),
+        notes=[] if transformers is not None else [absent],
+    )
+
+
+def _shaped(key: str, value: Tensor) -> Tensor:
+    """transformers keeps 1x1 convolutions as linear layers and the parameters of GRN with four axes."""
+    if ".pwconv" in key and value.dim() == 4:
+        return value.flatten(1)
+    return value.view(1, 1, 1, -1) if ".grn." in key else value
+
+
+def _resnet(plan: ResNetPlan) -> tuple[KeyStyle, dict[str, Any]]:
+    if plan.groups != 1 or plan.base_width != 64:
+        raise UnsupportedLayerError(
+            f"transformers' ResNet has no groups and no wide bottlenecks; this student's layer1.0.conv2 has {plan.groups} "
+            f"groups of base width {plan.base_width}; export it to timm"
+        )
+    return TRANSFORMERS_RESNET, {
+        "architectures": ["ResNetModel"],
+        "model_type": "resnet",
+        "num_channels": 3,
+        "embedding_size": plan.stem,
+        "hidden_sizes": list(plan.widths),
+        "depths": list(plan.depths),
+        "layer_type": plan.block,
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+    }
+
+
+def _convnext(plan: ConvNeXtPlan) -> tuple[KeyStyle, dict[str, Any]]:
+    kind = "ConvNextV2" if plan.grn else "ConvNext"
+    return TRANSFORMERS_CONVNEXT, {
+        "architectures": [f"{kind}Model"],
+        "model_type": kind.lower(),
+        "num_channels": 3,
+        "patch_size": 4,
+        "num_stages": len(plan.depths),
+        "hidden_sizes": list(plan.widths),
+        "depths": list(plan.depths),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        **({} if plan.grn else {"layer_scale_init_value": 1e-6}),
+    }
+
+
+def _load(transformers: Any, job: Job) -> nn.Module:
+    """The library's own network; every key of the file used, every entry of the network filled.
+
+    Raises:
+        ExportError: something is missing, left over or of another shape.
+    """
+    model, found = transformers.AutoModel.from_pretrained(
+        str(job.folder), output_loading_info=True, local_files_only=True, dtype=torch.float32
+    )
+    wrong = {what: sorted(map(str, keys))[:5] for what, keys in found.items() if keys}
+    if wrong:
+        raise ExportError(f"transformers does not take the weights: {wrong}")
+    return cast(nn.Module, model).eval()
+
+
+TARGETS = (
+    Target(
+        "transformers", "a folder for transformers.AutoModel: ResNet, ConvNext, ConvNextV2", write, hub_library="transformers"
+    ),
+)

@@ -1,0 +1,116 @@
+"""The run card says what is known, and says that the rest is not."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from student_checkpoints import write_student
+
+from hgkd.export import export
+from hgkd.export.source import literal_config
+
+
+def card_of(tmp_path: Path, cfg: str | None = None, **export_arguments: object) -> dict:
+    write_student(tmp_path / "a.pth")
+    checkpoint = torch.load(tmp_path / "a.pth", weights_only=False)
+    if cfg is not None:
+        checkpoint["meta"].update(cfg=cfg, seed=17, mmengine_version="0.10.7" + "ab12" * 10)
+        torch.save(checkpoint, tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out", **export_arguments)
+    return json.loads((tmp_path / "out/run_card.json").read_text())
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_what_is_known(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for i in range(2):
+        (data / "sub").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4 + i, 4)).save(data / f"sub/{i}.png")
+    (tmp_path / "teacher.pth").write_bytes(b"weights of a teacher")
+    cfg = (
+        f"model = dict(teacher=dict(type='TimmTeacher', name='vit', checkpoint='{tmp_path}/teacher.pth'))\n"
+        f"train_dataloader = dict(dataset=dict(data_root='{data}'), batch_size=2)\n"
+    )
+    card = card_of(tmp_path, cfg, licences={"weights": "Apache-2.0", "data": "my own photographs"})
+    assert card["source"]["sha256"] == sha256(tmp_path / "a.pth")
+    assert (card["source"]["epoch"], card["source"]["seed"]) == (3, 17)
+    assert card["source"]["commit"].startswith("ab12" * 10)
+    assert card["teacher"]["name"] == "vit"
+    assert card["teacher"]["sha256"] == hashlib.sha256(b"weights of a teacher").hexdigest()
+    assert card["data"]["images"] == 2
+    sizes = [(data / f"sub/{i}.png").stat().st_size for i in range(2)]
+    expected = hashlib.sha256(f"sub/0.png\0{sizes[0]}\0sub/1.png\0{sizes[1]}\0".encode()).hexdigest()
+    assert card["data"]["fingerprint"] == expected
+    assert card["encoder"] == {"name": "test_resnet", "stem": "default", "kwargs": {}}
+    assert card["config"] == cfg
+    assert card["metrics"] == {"knn/top1": 42.5}
+    assert card["versions"]["timm"] == timm.__version__
+    assert card["files"]["model.safetensors"]["sha256"] == sha256(tmp_path / "out/model.safetensors")
+    assert card["export"]["proven_with"] == f"timm {timm.__version__}"
+    assert card["licences"]["weights"] == "Apache-2.0"
+    assert card["licences"]["teacher"].startswith("unknown: not stated")
+
+    page = (tmp_path / "out/run_card.md").read_text()
+    assert card["source"]["sha256"] in page
+    assert cfg.strip() in page
+    readme = (tmp_path / "out/README.md").read_text()
+    assert readme.startswith("---\nlibrary_name: timm\n")
+    assert "license: apache-2.0\n" in readme
+    assert str(tmp_path) not in readme
+
+
+def test_what_is_unknown_is_said_to_be(tmp_path: Path) -> None:
+    card = card_of(tmp_path)
+    absent = "unknown: the checkpoint does not say"
+    assert {card["source"][key] for key in ("seed", "commit", "time")} == {absent}
+    assert card["teacher"] == {"name": absent, "file": absent, "sha256": absent}
+    assert card["data"] == {"root": absent, "fingerprint": absent}
+    assert "license:" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_files_that_are_gone(tmp_path: Path) -> None:
+    cfg = "data_root = '/gone/data'\nmodel = dict(teacher=dict(type='MAETeacher', checkpoint='/gone/teacher.pth'))\n"
+    card = card_of(tmp_path, cfg)
+    assert card["data"]["fingerprint"] == "unknown: no such folder on this machine any more"
+    assert card["teacher"]["sha256"] == "unknown: no such file on this machine any more"
+    assert card["teacher"]["name"] == "MAETeacher"
+
+
+def test_trained_without_a_teacher(tmp_path: Path) -> None:
+    assert card_of(tmp_path, "model = dict(teacher=None)\n")["teacher"]["name"] == "none: trained without a teacher"
+
+
+def test_a_file_of_others_has_no_run(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out", encoder="test_resnet")
+    card = json.loads((tmp_path / "out/run_card.json").read_text())
+    absent = "unknown: the file was read as one of another project"
+    assert (card["source"]["epoch"], card["metrics"], card["config"]) == (absent, absent, absent)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("a = 1\nb = dict(c=[1, (2.5, -3)], d='x', e=None)", {"a": 1, "b": {"c": [1, (2.5, -3)], "d": "x", "e": None}}),
+        ("a = {'b': dict(c=True)}", {"a": {"b": {"c": True}}}),
+        ("a = __import__('os').getcwd()\nb = 2\nc = dict(d=open('x'))\nimport os", {"b": 2}),
+        ("a = (", {}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_config_is_read_without_running_it(text: str | None, values: dict) -> None:
+    assert literal_config(text) == values
+
+
+def test_page_nests_lists(tmp_path: Path) -> None:
+    card_of(tmp_path, "model = dict(teacher=None)\n")
+    page = (tmp_path / "out/run_card.md").read_text()
+    assert re.search(r"- model.safetensors:\n  - sha256: [0-9a-f]{64}\n  - bytes: \d+\n", page)

@@ -1,0 +1,260 @@
+"""Weights of other projects: their names and containers are found, what does not fit is refused."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save_file
+from student_checkpoints import randomised, write_student
+from torch import Tensor, nn
+
+from hgkd.errors import WeightsError
+from hgkd.export import EncoderSpec, export, import_weights, load_backbone
+from hgkd.students import build_encoder
+
+DEPTHS, DIMS = (1, 2, 1, 1), (8, 16, 24, 32)
+TINY = {"depths": DEPTHS, "dims": DIMS}
+IMAGES = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(3))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Response(nn.Module):
+    """Global response norm of ConvNeXt V2 (arXiv 2301.00808, section 4) on (B, H, W, C), parameters (1, 1, 1, C)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = (nn.Parameter(torch.rand(1, 1, 1, width)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        strength = x.pow(2).sum((1, 2), keepdim=True).sqrt()
+        return x + self.gamma * x * strength / (strength.mean(-1, keepdim=True) + 1e-6) + self.beta
+
+
+class OfficialBlock(nn.Module):
+    """ConvNeXt's block (arXiv 2201.03545, figure 4; 2301.00808, figure 5) under the official names of weights."""
+
+    def __init__(self, width: int, v2: bool) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pwconv1, self.pwconv2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        if v2:
+            self.grn = Response(4 * width)
+        else:
+            self.gamma = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1))))
+        y = self.pwconv2(self.grn(y)) if hasattr(self, "grn") else self.gamma * self.pwconv2(y)
+        return x + y.permute(0, 3, 1, 2)
+
+
+class OfficialConvNeXt(nn.Module):
+    """The official ConvNeXt's structure, written for this test from the papers; names as in its checkpoints."""
+
+    def __init__(self, v2: bool, last_norm: bool = True, classes: int = 5) -> None:
+        super().__init__()
+        self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, DIMS[0], 4, 4), ChannelNorm(DIMS[0]))])
+        for before, after in itertools.pairwise(DIMS):
+            self.downsample_layers.append(nn.Sequential(ChannelNorm(before), nn.Conv2d(before, after, 2, 2)))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(OfficialBlock(dim, v2) for _ in range(depth))) for dim, depth in zip(DIMS, DEPTHS, strict=True)
+        )
+        if last_norm:
+            self.norm, self.head = nn.LayerNorm(DIMS[-1], eps=1e-6), nn.Linear(DIMS[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for down, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(down(x))
+        return x
+
+
+def same_features(reference: Tensor, network: nn.Module) -> None:
+    torch.testing.assert_close(network.forward_features(IMAGES), reference, rtol=1e-4, atol=1e-5)
+
+
+def mmpretrain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """mmpretrain's names of an official ConvNeXt's backbone."""
+    out = {}
+    for key, value in state.items():
+        key = key.replace("dwconv", "depthwise_conv").replace("pwconv", "pointwise_conv")
+        if not key.startswith("head"):
+            out["backbone." + (key.replace("norm", "norm3") if key.startswith("norm") else key)] = value
+    return out
+
+
+@pytest.mark.parametrize("conv_mlp", [False, True])
+@pytest.mark.parametrize("v2", [False, True])
+def test_official_convnext(tmp_path: Path, v2: bool, conv_mlp: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    official = OfficialConvNeXt(v2)
+    torch.save({"model": official.state_dict()}, tmp_path / "official.pth")
+    spec = EncoderSpec("convnextv2_atto" if v2 else "convnext_atto", kwargs={**TINY, "conv_mlp": conv_mlp})
+    network = spec.build()
+    report = import_weights(network, tmp_path / "official.pth")
+    same_features(official(IMAGES), network)
+    assert torch.equal(network.head.norm.weight, official.norm.weight)
+    assert (report.style, report.prefix, dict(report.aside)) == ("official ConvNeXt", "", {"head": 2})
+    assert report.loaded.matched == len(network.state_dict())
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_mmpretrain_convnext(tmp_path: Path, v2: bool) -> None:
+    official = OfficialConvNeXt(v2)
+    state = {**mmpretrain_names(official.state_dict()), "head.fc.weight": torch.zeros(5, DIMS[-1])}
+    torch.save({"meta": {}, "state_dict": state}, tmp_path / "mm.pth")
+    network = EncoderSpec("convnextv2_atto" if v2 else "convnext_atto", kwargs=TINY).build()
+    report = import_weights(network, tmp_path / "mm.pth")
+    same_features(official(IMAGES), network)
+    assert (report.style, report.prefix, dict(report.aside)) == ("mmpretrain ConvNeXt", "backbone.", {"head": 1})
+
+
+def spark_around(prefix: str, encoder: dict[str, Tensor], decoder: str) -> dict[str, Tensor]:
+    """A SparK model's weights: the encoder, a decoder with layers of similar names, mask tokens."""
+    return {
+        "mask_tokens.0": torch.zeros(1, 32, 1, 1),
+        **{prefix + key: value for key, value in encoder.items()},
+        f"{decoder}.dec.0.up_sample.weight": torch.zeros(4, 4),
+        f"{decoder}.dec.0.conv1.weight": torch.zeros(4, 4, 3, 3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "decoder", "container"),
+    [("sparse_encoder.sp_cnn.", "dense_decoder", "module"), ("backbone.", "neck", "state_dict")],
+)  # fmt: skip
+def test_spark_resnet(tmp_path: Path, prefix: str, decoder: str, container: str) -> None:
+    reference = randomised(torchvision.models.resnet18(num_classes=1))
+    reference.fc = nn.Identity()
+    content = {container: spark_around(prefix, reference.state_dict(), decoder), "arch": "resnet18", "epoch": 3}
+    torch.save(content, tmp_path / "spark.pth")
+    network = load_backbone(tmp_path / "spark.pth", "resnet18")
+    body = nn.Sequential(*list(reference.children())[:-2]).eval()
+    same_features(body(IMAGES), network)
+
+    student_start = build_encoder("resnet18", checkpoint=tmp_path / "spark.pth").eval()
+    same_features(body(IMAGES), student_start)
+
+
+@pytest.mark.parametrize("style", ["sparse_encoder.sp_cnn.", "backbone."])
+def test_spark_convnext_has_no_last_norm(tmp_path: Path, style: str) -> None:
+    official = OfficialConvNeXt(v2=False, last_norm=False)
+    state = official.state_dict()
+    encoder = state if style != "backbone." else {k.removeprefix("backbone."): v for k, v in mmpretrain_names(state).items()}
+    torch.save({"state_dict": spark_around(style, encoder, "neck")}, tmp_path / "spark.pth")
+    spec = EncoderSpec("convnext_atto", kwargs=TINY)
+    with pytest.raises(WeightsError, match=r"2 missing: head.norm.weight, head.norm.bias.*nothing was loaded.*allow=\(...\)"):
+        load_backbone(tmp_path / "spark.pth", spec)
+    network = load_backbone(tmp_path / "spark.pth", spec, allow=("head.norm.",))
+    same_features(official(IMAGES), network)
+    # a student's encoder has no use for that norm
+    same_features(official(IMAGES), build_encoder("convnext_atto", checkpoint=tmp_path / "spark.pth", **TINY).eval())
+
+
+def test_torchvision_convnext(tmp_path: Path) -> None:
+    setting = torchvision.models.convnext.CNBlockConfig
+    blocks = [setting(d, n, k) for d, n, k in zip(DIMS, (*DIMS[1:], None), DEPTHS, strict=True)]
+    reference = torchvision.models.convnext.ConvNeXt(blocks, layer_scale=0.7, num_classes=3).eval()
+    save_file(reference.state_dict(), tmp_path / "tv.safetensors")
+    network = load_backbone(tmp_path / "tv.safetensors", EncoderSpec("convnext_atto", kwargs=TINY))
+    same_features(reference.features(IMAGES), network)
+
+
+def test_torchvision_resnet_of_before_counters(tmp_path: Path) -> None:
+    reference = randomised(torchvision.models.resnet18(num_classes=3))
+    old = {key: value for key, value in reference.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "resnet18-old.pth")
+    network = timm.create_model("resnet18", num_classes=0, global_pool="").eval()
+    report = import_weights(network, tmp_path / "resnet18-old.pth")
+    same_features(nn.Sequential(*list(reference.children())[:-2])(IMAGES), network)
+    assert report.filled == 20
+    assert "2 of fc" in str(report)
+    assert "20 counters of batches set to 0" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "widths", "kwargs"),
+    [
+        ("ResNet", "resnet18", (64, 128, 256, 512), {"layers": DEPTHS}),
+        ("ConvNext", "convnext_atto", DIMS, TINY),
+        ("ConvNextV2", "convnextv2_atto", DIMS, TINY),
+    ],
+)
+def test_transformers(tmp_path: Path, kind: str, name: str, widths: tuple[int, ...], kwargs: dict) -> None:
+    transformers = pytest.importorskip("transformers")
+    layers = {"layer_type": "basic"} if kind == "ResNet" else {}
+    config = getattr(transformers, f"{kind}Config")(depths=list(DEPTHS), hidden_sizes=list(widths), num_labels=3, **layers)
+    reference = randomised(getattr(transformers, f"{kind}ForImageClassification")(config))
+    for key, parameter in reference.named_parameters():
+        if "layer_scale" in key:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    reference.save_pretrained(tmp_path)
+    network = build_encoder(name, checkpoint=tmp_path / "model.safetensors", **kwargs).eval()
+    same_features(getattr(reference, kind.lower())(IMAGES).last_hidden_state, network)
+
+
+def test_timm_with_classifier_prefix_and_container(tmp_path: Path) -> None:
+    reference = randomised(timm.create_model("mobilenetv3_small_050", num_classes=4))
+    torch.save({"model": {f"module.{k}": v for k, v in reference.state_dict().items()}}, tmp_path / "a.pth")
+    same_features(reference.forward_features(IMAGES), load_backbone(tmp_path / "a.pth", "mobilenetv3_small_050"))
+
+
+def test_our_own_files_need_no_name_and_take_one(tmp_path: Path) -> None:
+    source = write_student(tmp_path / "a.pth")
+    same_features(source.forward_features(IMAGES), load_backbone(tmp_path / "a.pth"))
+    same_features(source.forward_features(IMAGES), load_backbone(tmp_path / "a.pth", "test_resnet"))
+
+
+def test_a_file_of_others_leaves_as_an_export(tmp_path: Path) -> None:
+    reference = randomised(timm.create_model("test_resnet", num_classes=4))
+    torch.save(reference.state_dict(), tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out", encoder="test_resnet")
+    same_features(reference.forward_features(IMAGES), load_backbone(tmp_path / "out"))
+    with pytest.raises(WeightsError, match="holds an encoder without decoder; use what='backbone'"):
+        export(tmp_path / "a.pth", tmp_path / "new", "sparse", what="student", encoder="test_resnet")
+
+
+def test_refusals(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=0, global_pool="")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    state = {key: torch.rand(value.shape) for key, value in before.items()}
+
+    def refused(content: dict, message: str, load=functools.partial(import_weights, network)) -> None:  # noqa: B008
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(WeightsError, match=message):
+            load(tmp_path / "x.pth")
+        assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+    short = {key: value for key, value in state.items() if not key.startswith("layer4.0.conv2")}
+    refused(short, r"1 missing: layer4.0.conv2.weight \(key style timm, prefix ''\); nothing was loaded")
+    refused({**state, "layer5.0.weight": torch.zeros(1)}, "1 unexpected: layer5.0.weight")
+    refused({**state, "conv1.0.weight": torch.zeros(1, 3, 3, 3)}, r"of another shape: conv1.0.weight: \(1, 3, 3, 3\)")
+    twice = {f"{who}.{key}": value for who in ("online", "average") for key, value in state.items()}
+    refused(twice, r"holds the network 2 times, under 'online.', 'average.'; name one with prefix=")
+    refused({"blocks.0.attn.qkv.weight": torch.zeros(3)}, r"holds no ResNet in a known key style \(timm, transformers ResNet\)")
+    half = {key: value for key, value in state.items() if not key.startswith(("layer3", "layer4", "layer2"))}
+    refused(half, r"the best fit is timm with \d+ of \d+")
+    torch.save(twice, tmp_path / "twice.pth")
+    import_weights(network, tmp_path / "twice.pth", prefix="average.")
+    assert torch.equal(network.layer4[0].conv1.weight, state["layer4.0.conv1.weight"])
+
+
+def test_a_file_of_others_needs_a_name(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"not a checkpoint of hgkd.*encoder="):
+        load_backbone(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="unknown encoder 'resnet81'; did you mean"):
+        load_backbone(tmp_path / "a.pth", "resnet81")

@@ -1,0 +1,251 @@
+"""Every weight target gives the same network to its own library, or names the layer that this library lacks."""
+
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from student_checkpoints import write_student
+from torch import Tensor, nn
+
+from hgkd.export import UnsupportedLayerError, export, load_backbone, load_sparse, load_student
+from hgkd.export.targets.openmmlab import CONFIG_PAGE
+from hgkd.sparse import sparsify
+from hgkd.students import SparseUNet, build_encoder
+
+NARROW = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
+MEMBERS = {
+    "resnet18": {"layers": (1, 1, 1, 1)},
+    "resnet50": {"layers": (1, 1, 1, 1)},
+    "resnext50_32x4d": {"layers": (1, 1, 1, 1)},
+    "convnext_atto": NARROW,
+    "convnextv2_atto": NARROW,
+    "mobilenetv3_small_050": {},
+}
+IMAGES = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def written(tmp_path: Path, name: str, to: str, **options: object) -> tuple[nn.Module, Path]:
+    """The source network and the folder of its export."""
+    source = write_student(tmp_path / "a.pth", name, kwargs=MEMBERS[name])
+    report = export(tmp_path / "a.pth", tmp_path / "out", to, **options)
+    assert report.max_difference < 1e-5
+    return source, tmp_path / "out"
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_torchvision_resnet(tmp_path: Path, name: str) -> None:
+    source, out = written(tmp_path, name, "torchvision")
+    block = torchvision.models.resnet.BasicBlock if name == "resnet18" else torchvision.models.resnet.Bottleneck
+    groups = {"groups": 32, "width_per_group": 4} if "resnext" in name else {}
+    model = torchvision.models.ResNet(block, [1, 1, 1, 1], **groups).eval()
+    found = model.load_state_dict(safetensors.torch.load_file(out / "model.safetensors"), strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (["fc.weight", "fc.bias"], [])
+    model.fc = nn.Identity()
+    with torch.no_grad():
+        close(model(IMAGES), source.forward_features(IMAGES).mean((2, 3)))
+        built = runpy.run_path(str(out / "build.py"))["model"].eval()
+        built.load_state_dict(safetensors.torch.load_file(out / "model.safetensors"))
+        close(built(IMAGES), source.forward_features(IMAGES).mean((2, 3)))
+
+
+def test_torchvision_convnext(tmp_path: Path) -> None:
+    source, out = written(tmp_path, "convnext_atto", "torchvision")
+    model = runpy.run_path(str(out / "build.py"))["model"].eval()
+    model.load_state_dict(safetensors.torch.load_file(out / "model.safetensors"))
+    with torch.no_grad():
+        close(model.features(IMAGES), source.forward_features(IMAGES))
+        pooled = source.head.norm(source.forward_features(IMAGES).mean((2, 3), keepdim=True))
+        close(model(IMAGES), pooled.flatten(1))
+
+
+def test_a_whole_resnet18_loads_into_torchvisions_own_constructor(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth", "resnet18")
+    export(tmp_path / "a.pth", tmp_path / "out", "torchvision")
+    weights = safetensors.torch.load_file(tmp_path / "out/model.safetensors")
+    model = torchvision.models.resnet18()
+    assert model.load_state_dict(weights, strict=False).missing_keys == ["fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize(("library", "owner"), [("mmdet", "mmdet"), ("mmseg", "mmsegmentation"), ("mmpretrain", "mmpretrain")])
+def test_openmmlab_resnet(tmp_path: Path, library: str, owner: str) -> None:
+    source = write_student(tmp_path / "a.pth", "resnet18")
+    report = export(tmp_path / "a.pth", tmp_path / "out", library)
+    content = torch.load(tmp_path / "out/backbone.pth", weights_only=True)
+    # their names are torchvision's
+    reference = torchvision.models.resnet18()
+    reference.fc = nn.Identity()
+    reference.load_state_dict(content["state_dict"], strict=True)
+    scope = runpy.run_path(str(tmp_path / "out" / CONFIG_PAGE))
+    backbone = scope["model"]["backbone"]
+    assert (backbone["type"], backbone["depth"], backbone["style"]) == (f"{library}.ResNet", 18, "pytorch")
+    assert backbone["init_cfg"] == {"type": "Pretrained", "checkpoint": str(tmp_path / "out/backbone.pth")}
+
+    if not report.proven_with.startswith(owner):
+        assert f"so {library} itself has not read this export" in report.notes[-1]
+        pytest.skip(report.notes[-1])
+    model = importlib.import_module(f"{library}.models").ResNet(depth=18, out_indices=(3,))
+    model.load_state_dict(content["state_dict"], strict=True)
+    model.eval()
+    with torch.no_grad():
+        close(model(IMAGES)[-1], source.forward_features(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
+@pytest.mark.parametrize("library", ["mmdet", "mmpretrain"])
+def test_openmmlab_convnext(tmp_path: Path, library: str, name: str) -> None:
+    source, out = written(tmp_path, name, library)
+    state = torch.load(out / "backbone.pth", weights_only=True)["state_dict"]
+    block = source.stages[1].blocks[1]
+    assert torch.equal(state["stages.1.1.depthwise_conv.weight"], block.conv_dw.weight)
+    assert torch.equal(state["stages.1.1.pointwise_conv2.bias"], block.mlp.fc2.bias)
+    assert torch.equal(state["downsample_layers.2.0.weight"], source.stages[2].downsample[0].weight)
+    assert torch.equal(state["norm3.weight"], source.head.norm.weight)
+    scope = runpy.run_path(str(out / CONFIG_PAGE))
+    backbone = scope["backbone"]
+    v2 = "v2" in name
+    if v2:
+        assert torch.equal(state["stages.1.1.grn.gamma"], block.mlp.grn.weight)
+    assert backbone["type"] == "mmpretrain.ConvNeXt"
+    assert backbone["arch"] == {"depths": [1, 2, 1, 1], "channels": [8, 16, 24, 32]}
+    assert (backbone["use_grn"], backbone["layer_scale_init_value"] > 0) == (v2, not v2)
+    assert ("custom_imports" in scope) == (library != "mmpretrain")
+
+
+def test_mmpretrain_takes_any_network_through_its_timm_wrapper(tmp_path: Path) -> None:
+    source, out = written(tmp_path, "mobilenetv3_small_050", "mmpretrain")
+    state = torch.load(out / "backbone.pth", weights_only=True)["state_dict"]
+    assert {key.removeprefix("timm_model.") for key in state} == set(source.state_dict())
+    backbone = runpy.run_path(str(out / CONFIG_PAGE))["backbone"]
+    assert (backbone["type"], backbone["model_name"]) == ("mmpretrain.TIMMBackbone", "mobilenetv3_small_050")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_atto", "convnextv2_atto"])
+def test_transformers(tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    source, out = written(tmp_path, name, "transformers")
+    model, found = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not any(found.values())
+    with torch.no_grad():
+        close(model.eval()(IMAGES).last_hidden_state, source.forward_features(IMAGES))
+    processor = transformers.AutoConfig.from_pretrained(out)
+    assert (
+        processor.model_type
+        == {"resnet": "resnet", "convnext": "convnext", "convnextv2": "convnextv2"}[name.split("_")[0].rstrip("0158")]
+    )
+
+
+@pytest.mark.parametrize("to", ["transformers", "mmpretrain"])
+def test_without_the_library_the_report_says_who_proved(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, to, None)
+    monkeypatch.delitem(sys.modules, f"{to}.models", raising=False)
+    write_student(tmp_path / "a.pth", "convnextv2_atto", kwargs=NARROW)
+    report = export(tmp_path / "a.pth", tmp_path / "out", to)
+    assert report.proven_with.startswith(f"hgkd.export.import_weights ({to} ")
+    assert "export again where" in report.notes[-1]
+
+
+def test_sparse_backbone_is_the_training_encoder(tmp_path: Path) -> None:
+    source, out = written(tmp_path, "resnet18", "sparse")
+    visible = torch.rand(2, 2, 3) < 0.5
+    visible[:, 0, 0] = True
+    trained = sparsify(source, 32).eval()
+    for backend in ("gather", "masked"):
+        net = load_sparse(out, backend)
+        with torch.no_grad():
+            found = net.forward_features(net.pack(IMAGES, visible)).to_dense(fill=0.0)
+            close(found, trained.forward_features(trained.pack(IMAGES, visible)).to_dense(fill=0.0))
+            close(net.forward_features(IMAGES), source.forward_features(IMAGES))
+    # the folder serves dense users too
+    assert torch.equal(load_backbone(out).state_dict()["conv1.weight"], source.state_dict()["conv1.weight"])
+
+
+def test_sparse_cell(tmp_path: Path) -> None:
+    _, out = written(tmp_path, "convnext_atto", "sparse", cell=64)
+    assert load_sparse(out).sparse_cell == 64
+    with pytest.raises(ValueError, match="cell 48 is no multiple of the encoder's total stride 32; nearest that are: 32 or 64"):
+        export(tmp_path / "a.pth", tmp_path / "new", "sparse", cell=48)
+
+
+def test_whole_student(tmp_path: Path) -> None:
+    arguments = {"encoder": "test_resnet", "decoder_width": 32, "min_decoder_width": 8, "out_stride": 8, "cell": 64}
+    student = SparseUNet(**arguments)
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    write_student(tmp_path / "a.pth", encoder=student.encoder)
+    checkpoint = torch.load(tmp_path / "a.pth", weights_only=False)
+    checkpoint["state_dict"] = {f"student.{key}": value for key, value in student.state_dict().items()}
+    checkpoint["meta"]["cfg"] = f"model = dict(student=dict(type='SparseUNet', backend='masked', {_keywords(arguments)}))\n"
+    torch.save(checkpoint, tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out", "sparse", what="student")
+
+    again = load_student(tmp_path / "out")
+    assert (again.cell, again.out_stride) == (64, 8)
+    images, visible = torch.rand(2, 3, 128, 128), torch.tensor([[[True, False], [False, True]]]).expand(2, 2, 2)
+    with torch.no_grad():
+        close(again(images, visible).decoded, student.eval()(images, visible).decoded)
+    # its encoder alone, too
+    close(load_backbone(tmp_path / "out").forward_features(images), student.encoder.forward_features(images))
+
+
+def _keywords(arguments: dict) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+
+
+def test_load_sparse_and_student_refuse_other_exports(tmp_path: Path) -> None:
+    _, out = written(tmp_path, "mobilenetv3_small_050", "timm")
+    with pytest.raises(ValueError, match=r"no export that tools/export.py wrote with --to sparse$"):
+        load_sparse(out)
+    with pytest.raises(ValueError, match=r"no export that tools/export.py wrote with --to sparse --what student"):
+        load_student(out)
+
+
+def test_spconv_layout(tmp_path: Path) -> None:
+    source, out = written(tmp_path, "resnet18", "spconv")
+    weight = safetensors.torch.load_file(out / "model.safetensors")["conv1.weight"]
+    assert weight.shape == (64, 7, 7, 3)
+    assert weight[5, 1, 2, 0] == source.conv1.weight[5, 0, 1, 2]
+
+
+REFUSALS = [
+    ("resnet10t", {}, "torchvision", "torchvision's ResNet has no layer for layer2.0.downsample.0, a AvgPool2d"),
+    ("seresnet18", {}, "mmdet", "mmdet's ResNet has no layer for layer1.0.se, a SEModule"),
+    ("mobilenetv3_small_050", {}, "transformers", "hgkd writes ResNet and ConvNeXt, and this student is a MobileNetV3"),
+    ("convnextv2_atto", NARROW, "torchvision", "torchvision's ConvNeXt has no layer for stages.0.blocks.0.mlp.grn"),
+    (
+        "resnet50",
+        {"layers": (1, 1, 1, 1)},
+        "mmseg",
+        r"has the depths 18, 34, 50, 101 and 152.* bottleneck blocks \(1, 1, 1, 1\)",
+    ),
+    ("resnext50_32x4d", {"layers": (1, 1, 1, 1)}, "transformers", "layer1.0.conv2 has 32 groups of base width 4"),
+    ("wide_resnet50_2", {"layers": (1, 1, 1, 1)}, "mmdet", "base width 128"),
+    ("convnext_atto_ols", NARROW, "torchvision", "no other ConvNeXt stem than a 4x4 convolution of stride 4"),
+    ("test_resnet", {"channels": (16, 24, 40, 64)}, "torchvision", "torchvision's ResNet has no"),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "to", "message"), REFUSALS)
+def test_a_layer_that_the_target_lacks_is_named(tmp_path: Path, name: str, kwargs: dict, to: str, message: str) -> None:
+    write_student(tmp_path / "a.pth", name, kwargs=kwargs)
+    with pytest.raises(UnsupportedLayerError, match=message):
+        export(tmp_path / "a.pth", tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_widths_and_stems_are_named(tmp_path: Path) -> None:
+    kwargs = {"layers": (1, 1, 1, 1), "channels": (16, 24, 40, 64)}
+    write_student(tmp_path / "a.pth", "resnet18", kwargs=kwargs)
+    with pytest.raises(UnsupportedLayerError, match=r"stages of 64-128-256-512.*this student 64 and 16-24-40-64"):
+        export(tmp_path / "a.pth", tmp_path / "out", "torchvision")
+    write_student(tmp_path / "b.pth", "resnet18", "cifar", encoder=build_encoder("resnet18", stem="cifar"))
+    with pytest.raises(UnsupportedLayerError, match="torchvision has no other ResNet stem than a 7x7 convolution of stride 2"):
+        export(tmp_path / "b.pth", tmp_path / "out", "torchvision")
