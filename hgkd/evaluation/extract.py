@@ -221,11 +221,10 @@ def extract(
         device: where the network computes.
     """
     loader: DataLoader[dict[str, Any]] = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate)
-    layout = torch.channels_last  # a quarter faster on CPUs
-    extractor = extractor.to(device=device, memory_format=layout).eval()  # type: ignore[call-overload]
+    extractor = extractor.to(device).eval()
     features, labels, indices = [], [], []
     for batch in loader:
-        images = (batch["inputs"].to(device).float() / 255).contiguous(memory_format=layout)
+        images = batch["inputs"].to(device).float() / 255
         features.append(extractor(images).float().cpu())
         labels.append(batch["label"])
         indices += batch["index"]
