@@ -12,6 +12,7 @@ from hgkd.sparse.convert import BACKENDS, SparseModule, layer_rule, sparsify
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
+from hgkd.sparse.parity import Parity, measure_parity
 from hgkd.sparse.tensor import SparseTensor, function_rule
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "CellLayout",
     "MaskedTensor",
     "PackedTensor",
+    "Parity",
     "SparseModule",
     "SparseTensor",
     "function_rule",
     "layer_rule",
+    "measure_parity",
     "sparsify",
 ]

@@ -35,6 +35,7 @@ class ConvGeometry:
     Attributes:
         s_in: places along a cell's side before the convolution.
         pad: places padded on (top, left); what is padded below and right follows from the output size.
+        border: what lies outside the image: 'constant', or 'reflect' as in ``torch.nn.functional.pad``.
     """
 
     s_in: int
@@ -42,6 +43,7 @@ class ConvGeometry:
     stride: tuple[int, int]
     pad: tuple[int, int]
     dilation: tuple[int, int]
+    border: str = "constant"
 
     @property
     def s_out(self) -> int:
@@ -86,7 +88,7 @@ def with_zero_row(rows: Tensor) -> Tensor:
 
 def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry) -> str:
     """Name of the kernel for a layer, by rule (see ``docs/performance.md`` for the measurements behind it)."""
-    if groups > 1:
+    if groups > 1 or geometry.border != "constant":
         return "halo"
     if geometry.is_pointwise:
         return "matmul"
@@ -236,7 +238,10 @@ class _HaloTiles(torch.autograd.Function):
         rows = with_zero_row(rows_of(packed))
         if outside != 0.0:
             rows = torch.cat([rows, rows.new_full((1, rows.shape[1]), outside)])
-        index = layout.neighbours(geometry.s_in, 1, 1, offsets_y, offsets_x, outside=int(outside != 0.0))
+        second_row = int(outside != 0.0)
+        index = layout.neighbours(geometry.s_in, 1, 1, offsets_y, offsets_x, second_row, geometry.border)
+        if geometry.border != "constant":
+            ctx.save_for_backward(index)
         tiles = rows.index_select(0, index.flatten())
         return tiles.view(layout.num_cells, height, width, -1).permute(0, 3, 1, 2)
 
@@ -246,6 +251,11 @@ class _HaloTiles(torch.autograd.Function):
         geometry, layout = ctx.geometry, ctx.layout
         s = geometry.s_in
         tiles = grad.permute(0, 2, 3, 1)
+        if geometry.border != "constant":  # a place may occur several times in one tile
+            (index,) = ctx.saved_tensors
+            rows = grad.new_zeros(layout.num_cells * s * s + 1, grad.shape[1])
+            rows.index_add_(0, index.flatten(), tiles.reshape(-1, grad.shape[1]))
+            return packed_of(rows[:-1], s), None, None, None
         spans_y = _spans(s, geometry.pad[0], tiles.shape[1])
         spans_x = _spans(s, geometry.pad[1], tiles.shape[2])
         out = grad.new_zeros(layout.num_cells, s, s, grad.shape[1])

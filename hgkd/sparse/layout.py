@@ -123,6 +123,7 @@ class CellLayout:
         offsets_y: tuple[int, ...],
         offsets_x: tuple[int, ...],
         outside: int = 0,
+        border: str = "constant",
     ) -> Tensor:
         """Rows of a packed map that lie at given offsets from a regular set of points in every visible cell.
 
@@ -136,11 +137,12 @@ class CellLayout:
             offsets_y, offsets_x: offsets in places, may be negative.
             outside: the index given to places outside the image is ``T*s*s + outside``; hidden places inside it always
                 have ``T*s*s``. So one zero row appended to the map serves both, and a second row tells them apart.
+            border: 'reflect' gives places outside the image the index of their mirror image inside it.
 
         Returns:
             int64 (T * count * count, len(offsets_y) * len(offsets_x)), points in packed row order.
         """
-        key = ("neighbours", s, count, step, offsets_y, offsets_x, outside)
+        key = ("neighbours", s, count, step, offsets_y, offsets_x, outside, border)
         if key in self._cache:
             return self._cache[key]
         h, w = self.grid
@@ -148,7 +150,11 @@ class CellLayout:
         reach = (count - 1) * step
         top, left = max(0, -min(offsets_y)), max(0, -min(offsets_x))
         bottom, right = max(0, reach + max(offsets_y) + 1 - s), max(0, reach + max(offsets_x) + 1 - s)
-        rows = F.pad(self._row_map(s), (left, right, top, bottom), value=none)
+        if border == "reflect":
+            y, x = (_mirrored(a, n * s, b, self.device) for a, n, b in ((top, h, bottom), (left, w, right)))
+            rows = self._row_map(s)[:, y][:, :, x]
+        else:
+            rows = F.pad(self._row_map(s), (left, right, top, bottom), value=none)
         height, width = rows.shape[1:]
         points = torch.arange(count, device=self.device) * step
         in_y = points[:, None] + torch.tensor(offsets_y, device=self.device) + top  # (count, ny)
@@ -202,6 +208,12 @@ class CellLayout:
         elif fill != 0.0:
             dense = dense.masked_fill(~self.mask(self.cell // s), fill)
         return dense
+
+
+def _mirrored(before: int, size: int, after: int, device: torch.device) -> Tensor:
+    """Places of an axis with its mirrored border: ``-before ... size + after - 1``, folded back into the image."""
+    places = torch.arange(-before, size + after, device=device).abs()
+    return size - 1 - (size - 1 - places).abs()
 
 
 class _SelectRows(torch.autograd.Function):
