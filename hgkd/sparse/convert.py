@@ -20,9 +20,10 @@ from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
+from hgkd.sparse.spconv import SpconvTensor
 from hgkd.sparse.tensor import SparseTensor
 
-BACKENDS: dict[str, type[SparseTensor]] = {"gather": PackedTensor, "masked": MaskedTensor}
+BACKENDS: dict[str, type[SparseTensor]] = {"gather": PackedTensor, "masked": MaskedTensor, "spconv": SpconvTensor}
 
 LayerRule = Callable[[Any, SparseTensor], Any]
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {}
@@ -98,7 +99,7 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
     Args:
         module: any convolutional network; not changed.
         cell: side of a mask cell in pixels, a multiple of the network's total stride.
-        backend: 'gather' (default) or 'masked' (the reference).
+        backend: 'gather' (default), 'masked' (the reference) or 'spconv' (if installed).
 
     Returns:
         A copy with equal parameters and ``state_dict`` keys, and the methods of :class:`SparseModule`. Given a dense
@@ -106,10 +107,12 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
 
     Raises:
         ValueError: unknown backend, or ``cell`` < 1.
+        ImportError: the backend's library is not installed.
         NoSparseRuleError: a layer is known to mix places without a rule; it is named.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown sparse backend {backend!r}; known: {', '.join(BACKENDS)}")
+    BACKENDS[backend].require()
     if cell < 1:
         raise ValueError(f"cell must be a positive number of pixels, got {cell}")
     module = copy.deepcopy(module)

@@ -91,13 +91,20 @@ def _batch_norm(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
 @function_rule("conv2d", on=(PackedTensor,))
 def _conv2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
     given = conv_arguments(args, kwargs)
-    x, weight = given["input"], given["weight"]
+    x = given["input"]
+    geometry = conv_geometry(x, given)
+    return x.like(kernels.convolve(x.plain, given["weight"], given["bias"], given["groups"], geometry, x.cells))
+
+
+def conv_geometry(x: PackedTensor, given: dict[str, Any]) -> kernels.ConvGeometry:
+    """Geometry of a convolution from the arguments of ``conv2d``, checked against the feature map."""
+    weight = given["weight"]
     geometry = _geometry("conv2d", x, weight.shape[2:], given)
     if weight.shape[1] * given["groups"] != x.shape[1]:
         raise ValueError(
             f"conv2d: the weight expects {weight.shape[1] * given['groups']} channels, the feature map has {x.shape[1]}"
         )
-    return x.like(kernels.convolve(x.plain, weight, given["bias"], given["groups"], geometry, x.cells))
+    return geometry
 
 
 @function_rule("max_pool2d", on=(PackedTensor,))

@@ -66,6 +66,10 @@ class SparseTensor(Tensor):
     rules: ClassVar[dict[Any, Rule]] = {}
 
     @classmethod
+    def require(cls) -> None:
+        """Raise ImportError, with the remedy, when the backend needs a library that is not installed."""
+
+    @classmethod
     def pack(cls: type[T], dense: Tensor, cells: CellLayout) -> T:
         """Take the visible places of a dense map (B, C, H, W) whose stride is image height / H.
 

@@ -374,7 +374,7 @@ def test_users_add_rules() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="unknown sparse backend 'minkowski'; known: gather, masked"):
+    with pytest.raises(ValueError, match="unknown sparse backend 'minkowski'; known: gather, masked, spconv"):
         sparsify(nn.Conv2d(3, 4, 1), 4, "minkowski")
 
 
