@@ -9,6 +9,7 @@ Useful without the rest of hgkd: masked inference on partial views, or on images
 
 from hgkd.sparse import rules as _rules  # noqa: F401  (fills the tables)
 from hgkd.sparse.convert import BACKENDS, SparseModule, layer_rule, sparsify
+from hgkd.sparse.files import load_sparse, save_sparse
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
@@ -25,6 +26,8 @@ __all__ = [
     "SparseTensor",
     "function_rule",
     "layer_rule",
+    "load_sparse",
     "measure_parity",
+    "save_sparse",
     "sparsify",
 ]
