@@ -190,7 +190,7 @@ def _train_step(network: nn.Module, loss: Callable[[], Tensor], device: str, dty
     return step
 
 
-def _encoder_step(network: Any, images: Tensor, visible: Callable[[], Tensor] | None, device: str, dtype: str) -> Step:
+def encoder_step(network: Any, images: Tensor, visible: Callable[[], Tensor] | None, device: str, dtype: str) -> Step:
     def loss() -> Tensor:
         if visible is None:
             return network.forward_features(images).float().square().mean()
@@ -221,10 +221,10 @@ def benchmark_sparse(
     steps = {}
     for backend in backends:
         if backend == "dense":
-            steps[backend] = _encoder_step(model, images, None, device, dtype)
+            steps[backend] = encoder_step(model, images, None, device, dtype)
         else:
             network = sparsify(model, cell, backend)
-            steps[backend] = _encoder_step(network, images, lambda: mask(batch_size, grid, device=device), device, dtype)
+            steps[backend] = encoder_step(network, images, lambda: mask(batch_size, grid, device=device), device, dtype)
     keep = visible_count(*grid, mask_ratio)
     settings = {"student": student, "image_size": image_size, "cell": cell, "visible_cells": [keep, grid[0] * grid[1]]}
     results = measure(steps, batch_size, device, repeats)
@@ -268,7 +268,7 @@ def benchmark_distill(
         pixels = torch.randint(0, 256, (batch_size, 3, *model.image_size), dtype=torch.uint8, device=device)
         if backend == "dense":
             images = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
-            steps[backend] = _encoder_step(model.student.encoder, images, None, device, dtype)
+            steps[backend] = encoder_step(model.student.encoder, images, None, device, dtype)
         else:
             steps[backend] = _train_step(model, _distill_loss(model, pixels), device, dtype)
     h, w = model.mask_grid

@@ -10,12 +10,17 @@ A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T
 - ``halo``: every cell with its border of neighbour places as a small image, then an ordinary convolution without padding.
   The choice for depthwise and grouped layers and for very few channels.
 
+On a GPU with Triton, ``im2col`` runs as one fused kernel instead, without the columns in memory (:mod:`hgkd.sparse.fused`).
+
 Nothing here knows of masks: hidden places are the index one past the last row, where a row of zeros is appended.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,8 +147,29 @@ def _slices(rows: int, width: int) -> list[slice]:
     return [slice(a, min(a + size, rows)) for a in range(0, rows, size)]
 
 
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _fused(rows: Tensor) -> Any:
+    """The module of Triton kernels where they serve these rows, else None."""
+    if not rows.is_cuda or not _has_triton():
+        return None
+    from hgkd.sparse import fused  # imports Triton
+
+    return fused if fused.serves(rows.dtype) and fused.works_on(rows.device) else None
+
+
+def _readable(rows: Tensor) -> Tensor:
+    """Rows in the form that the products below read hidden places from."""
+    return rows if _fused(rows) else with_zero_row(rows)
+
+
 def _gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
     """``concat_k(source[index[:, k]]) @ matrix``: (N, K) index, source (M, C), matrix (K*C, O) -> (N, O)."""
+    if fused := _fused(source):
+        return fused.gather_multiply(source, index, matrix)
     out = source.new_empty(index.shape[0], matrix.shape[1])
     width = matrix.shape[0]
     for part in _slices(index.shape[0], width):
@@ -160,7 +186,7 @@ class _GatherConvolution(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         ctx.geometry, ctx.layout = geometry, layout
         matrix = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
-        return _gather_multiply(with_zero_row(rows), _forward_index(geometry, layout), matrix)
+        return _gather_multiply(_readable(rows), _forward_index(geometry, layout), matrix)
 
     @staticmethod
     @once_differentiable
@@ -179,19 +205,22 @@ def _forward_index(geometry: ConvGeometry, layout: CellLayout) -> Tensor:
 
 def _weight_gradient(rows: Tensor, grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:
     out_channels, in_channels, kh, kw = weight.shape
-    index, source = _forward_index(geometry, layout), with_zero_row(rows)
-    width = kh * kw * in_channels
-    total = grad.new_zeros(width, out_channels)
-    for part in _slices(index.shape[0], width):
-        columns = source.index_select(0, index[part].reshape(-1)).view(-1, width)
-        total.addmm_(columns.t(), grad[part])
+    index, source = _forward_index(geometry, layout), _readable(rows)
+    if fused := _fused(rows):
+        total = fused.weight_gradient(source, index, grad).to(weight.dtype)
+    else:
+        width = kh * kw * in_channels
+        total = grad.new_zeros(width, out_channels)
+        for part in _slices(index.shape[0], width):
+            columns = source.index_select(0, index[part].reshape(-1)).view(-1, width)
+            total.addmm_(columns.t(), grad[part])
     return total.view(kh, kw, in_channels, out_channels).permute(3, 2, 0, 1)
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:
     in_channels = weight.shape[1]
     s_in, s_out, stride = geometry.s_in, geometry.s_out, geometry.stride[0]
-    source = with_zero_row(grad)
+    source = _readable(grad)
     if stride == 1:
         index = layout.neighbours(s_out, s_out, 1, geometry.phase_taps(0, 0)[1], geometry.phase_taps(1, 0)[1])
         return _gather_multiply(source, index, weight.permute(2, 3, 0, 1).reshape(-1, in_channels))
