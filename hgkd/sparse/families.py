@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -27,7 +26,7 @@ class Family:
 
     name: str
     member: str
-    shorter: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    shorter: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, *, short: bool) -> nn.Module:
         """The member without classifier and pooling; its backbone is ``forward_features``."""

@@ -75,13 +75,13 @@ def _weight_gradient(  # type: ignore[no-untyped-def]
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """One slice's share of ``source[index[:, k]].T @ grad`` for one tap and a tile of (channels, width)."""
+    """One slice's share of ``grad.T @ source[index[:, k]]`` for one tap and a tile of (width, channels)."""
     blocks = tl.cdiv(channels, BLOCK_CHANNELS)
     k = tl.program_id(0) // blocks
     c = (tl.program_id(0) % blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     o = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     slice_ = tl.program_id(2)
-    total = tl.zeros((BLOCK_CHANNELS, BLOCK_WIDTH), dtype=tl.float32)
+    total = tl.zeros((BLOCK_WIDTH, BLOCK_CHANNELS), dtype=tl.float32)
     for first in range(slice_ * BLOCK_POINTS, points, SLICES * BLOCK_POINTS):
         n = (first + tl.arange(0, BLOCK_POINTS)).to(tl.int64)
         row = tl.load(index + n * taps + k, mask=n < points, other=rows)
@@ -89,10 +89,10 @@ def _weight_gradient(  # type: ignore[no-untyped-def]
         values = tl.load(source + row[:, None] * channels + c[None, :], mask=seen, other=0.0)
         inside = (n < points)[:, None] & (o < width)[None, :]
         slopes = tl.load(grad + n[:, None] * width + o[None, :], mask=inside, other=0.0)
-        total = tl.dot(tl.trans(values), slopes, total, input_precision="tf32")
-    inside = (c < channels)[:, None] & (o < width)[None, :]
-    place = (slice_ * taps + k).to(tl.int64) * channels + c
-    tl.store(partial + place[:, None] * width + o[None, :], total, mask=inside)
+        total = tl.dot(tl.trans(slopes), values, total, input_precision="tf32")
+    inside = (o < width)[:, None] & (c < channels)[None, :]
+    line = (slice_ * width + o).to(tl.int64) * taps + k
+    tl.store(partial + line[:, None] * channels + c[None, :], total, mask=inside)
 
 
 def gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
@@ -116,14 +116,14 @@ def gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
 
 
 def weight_gradient(source: Tensor, index: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of :func:`gather_multiply` in its matrix, fp32 (K*C, O), from the gradient (N, O) of its result."""
+    """Gradient of :func:`gather_multiply` in its matrix, transposed: fp32 (O, K*C), from the gradient (N, O) of its result."""
     source, index, grad = source.contiguous(), index.contiguous(), grad.contiguous()
     (points, taps), (rows, channels), width = index.shape, source.shape, grad.shape[1]
     blocks = {"BLOCK_POINTS": 32, "BLOCK_CHANNELS": _block(channels, 64), "BLOCK_WIDTH": _block(width, 128)}
     tiles = (taps * triton.cdiv(channels, blocks["BLOCK_CHANNELS"]), triton.cdiv(width, blocks["BLOCK_WIDTH"]))
     # enough programs for a large GPU, each with at least a few blocks of points
     slices = max(1, min(triton.cdiv(points, 4 * 32), 512 // (tiles[0] * tiles[1])))
-    partial = source.new_empty(slices, taps * channels, width, dtype=torch.float32)
+    partial = source.new_empty(slices, width, taps * channels, dtype=torch.float32)
     sizes = (rows, points, taps, channels, width)
     _weight_gradient[(*tiles, slices)](source, index, grad, partial, *sizes, SLICES=slices, **blocks)
     return partial.sum(0)

@@ -272,13 +272,13 @@ def test_pack_and_back() -> None:
 
 
 def test_kernel_choice() -> None:
-    packed = PackedTensor.pack(torch.randn(1, 32, 8, 8), random_layout(0, 1, 2, 2, 4, 1.0))
+    packed = PackedTensor.pack(torch.randn(1, 96, 8, 8), random_layout(0, 1, 2, 2, 4, 1.0))
     pointwise = _geometry("c", packed, (1, 1), {"stride": 1, "padding": 0, "dilation": 1})
     spatial = _geometry("c", packed, (3, 3), {"stride": 1, "padding": 1, "dilation": 1})
-    assert choose_kernel(torch.empty(8, 32, 1, 1), 1, pointwise) == "matmul"
-    assert choose_kernel(torch.empty(8, 32, 3, 3), 1, spatial) == "im2col"
-    assert choose_kernel(torch.empty(8, 3, 3, 3), 1, spatial) == "halo"
-    assert choose_kernel(torch.empty(32, 1, 3, 3), 32, spatial) == "halo"
+    assert choose_kernel(torch.empty(8, 96, 1, 1), 1, pointwise) == "matmul"
+    assert choose_kernel(torch.empty(8, 96, 3, 3), 1, spatial) == "im2col"
+    assert choose_kernel(torch.empty(8, 64, 3, 3), 1, spatial) == "halo"
+    assert choose_kernel(torch.empty(96, 1, 3, 3), 96, spatial) == "halo"
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------
