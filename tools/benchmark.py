@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `tools` is no package
@@ -71,7 +72,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class _LiveMemory(TorchDispatchMode):
-    """Peak bytes of storages made inside the context and still alive (works on the CPU, where torch counts nothing)."""
+    """Peak bytes of storages made inside the context and still alive (works on the CPU, where torch counts nothing).
+
+    Not counted: what existed before, views of it included (a weight's ``view`` is no new memory), and what a library
+    allocates without torch.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,14 +85,18 @@ class _LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
+            self._watch((args, kwargs or {}), new=False)
             out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
-                self._watch(tensor.untyped_storage())
+            self._watch(out, new=True)
         return out
 
-    def _watch(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _watch(self, values: Any, new: bool) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                self._watch_storage(tensor.untyped_storage(), new)
+
+    def _watch_storage(self, storage: Any, new: bool) -> None:
+        key, size = storage._cdata, storage.nbytes() if new else 0
         if key in self._seen:
             return
         self._seen.add(key)

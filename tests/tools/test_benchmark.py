@@ -49,8 +49,10 @@ def test_peak_memory_counts_live_tensors_only() -> None:
         for _ in range(3):
             torch.zeros(2**18)  # 1 MB, gone at once
         kept = [torch.zeros(2**18) for _ in range(2)]
+        there_before.view(2, -1).t().add_(1)  # no new memory
         del kept
 
+    there_before = torch.zeros(2**20)
     assert benchmark._peak_mb(step, cuda=False) == 2.0
 
 
