@@ -8,8 +8,9 @@
 ``sparse``: a step is forward and backward of the encoder. ``distill``: forward and backward of the whole model of a config,
 teacher, decoder and losses included; its row 'dense' is the ordinary dense step of the encoder alone, the yardstick that two
 machines can be compared by. The backends take turns, so that a busy machine slows all of them alike; the median over the
-repeats is printed. Peak memory is that of live tensors during one step beyond what was there before it. On a GPU the share of
-index building is the time to launch it.
+repeats is printed. Where others compute as well, ``--clock cpu`` with one thread is steadier than the wall clock. Peak memory
+is that of live tensors during one step beyond what was there before it. On a GPU the share of index building is the time to
+launch it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from hgkd.sparse import BACKENDS, CellLayout, sparsify  # noqa: E402
 from tools.train import USER_ERRORS, load_config  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Step = Callable[[], None]
 
 
@@ -56,6 +58,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shared.add_argument("--device", default="cpu")
     shared.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     shared.add_argument("--repeats", type=int, default=7)
+    shared.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: processor time, on a busy machine, with OMP_NUM_THREADS=1"
+    )
     shared.add_argument("--json", type=Path, help="write the result here")
     commands = parser.add_subparsers(dest="command", required=True)
     sparse = commands.add_parser("sparse", parents=[shared], help="encoder step of the backends and of the dense network")
@@ -113,20 +118,21 @@ class _LiveMemory(TorchDispatchMode):
 class _IndexClock:
     """Seconds that layouts spend in building indices inside the context: their construction, and what they keep."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
         self.seconds = 0.0
         self._depth = 0
 
     def _timed(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def outer(*args: Any, **kwargs: Any) -> Any:
             self._depth += 1  # one index may be built from another
-            start = time.perf_counter()
+            start = self._now()
             try:
                 return inner(*args, **kwargs)
             finally:
                 self._depth -= 1
                 if not self._depth:
-                    self.seconds += time.perf_counter() - start
+                    self.seconds += self._now() - start
 
         return outer
 
@@ -142,36 +148,47 @@ class _IndexClock:
                 setattr(CellLayout, name, method)
 
 
-def measure(steps: Mapping[str, Step], batch_size: int, device: str = "cpu", repeats: int = 7) -> list[dict[str, Any]]:
+def measure(
+    steps: Mapping[str, Step], batch_size: int, device: str = "cpu", repeats: int = 7, clock: str = "wall"
+) -> list[dict[str, Any]]:
     """Run steps in turn; one row a step: name, step_ms, images_per_s, peak_mb, index_share, speedup_over the others."""
-    cuda = torch.device(device).type == "cuda"
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    building: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            clock = _IndexClock()
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            with clock.running():
-                step()
-            if cuda:
-                torch.cuda.synchronize()
-            if repeat:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-                building[name].append(clock.seconds)
+    times, building = measure_times(steps, device, repeats, clock)
     median = {name: statistics.median(times[name]) for name in steps}
     return [
         {
             "backend": name,
             "step_ms": 1e3 * median[name],
             "images_per_s": batch_size / median[name],
-            "peak_mb": _peak_mb(step, cuda),
+            "peak_mb": _peak_mb(step, torch.device(device).type == "cuda"),
             "index_share": statistics.median(building[name]) / median[name],
             "speedup_over": {other: median[other] / median[name] for other in steps if other != name},
         }
         for name, step in steps.items()
     ]
+
+
+def measure_times(
+    steps: Mapping[str, Step], device: str = "cpu", repeats: int = 7, clock: str = "wall"
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Run steps in turn, once to warm up and then ``repeats`` times: seconds of each step, and of its index building."""
+    now = CLOCKS[clock]
+    cuda = torch.device(device).type == "cuda"
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    building: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            indices = _IndexClock(now)
+            if cuda:
+                torch.cuda.synchronize()
+            start = now()
+            with indices.running():
+                step()
+            if cuda:
+                torch.cuda.synchronize()
+            if repeat:  # the first round warms up
+                times[name].append(now() - start)
+                building[name].append(indices.seconds)
+    return times, building
 
 
 def _peak_mb(step: Step, cuda: bool) -> float:
@@ -218,6 +235,7 @@ def benchmark_sparse(
     device: str = "cpu",
     dtype: str = "fp32",
     repeats: int = 7,
+    clock: str = "wall",
 ) -> dict[str, Any]:
     """Measure an encoder; returns ``{"limit", "settings", "results": [{"backend", "step_ms", ...}]}``."""
     if not timm.is_model(student):
@@ -236,10 +254,10 @@ def benchmark_sparse(
             steps[backend] = encoder_step(network, images, lambda: mask(batch_size, grid, device=device), device, dtype)
     keep = visible_count(*grid, mask_ratio)
     settings = {"student": student, "image_size": image_size, "cell": cell, "visible_cells": [keep, grid[0] * grid[1]]}
-    results = measure(steps, batch_size, device, repeats)
+    results = measure(steps, batch_size, device, repeats, clock)
     return {
         "limit": grid[0] * grid[1] / keep,
-        "settings": settings | _run(batch_size, device, dtype, repeats),
+        "settings": settings | _run(batch_size, device, dtype, repeats, clock),
         "results": results,
     }
 
@@ -252,6 +270,7 @@ def benchmark_distill(
     device: str = "cpu",
     dtype: str = "fp32",
     repeats: int = 7,
+    clock: str = "wall",
 ) -> dict[str, Any]:
     """Measure the whole model of a config on random images.
 
@@ -260,8 +279,8 @@ def benchmark_distill(
         options: overrides as in ``tools/train.py``.
 
     Returns:
-        As :func:`benchmark_sparse`; the row 'dense' is the encoder alone. Teacher features are computed, not read from a
-        cache; the optimiser's update is left out.
+        As :func:`benchmark_sparse`; the row 'dense' is the encoder alone, in channels_last. Teacher features are computed, not
+        read from a cache; the optimiser's update is left out.
     """
     cfg = load_config(config, options=options)
     if cfg.model.get("type") != "MaskedDistiller":
@@ -273,11 +292,11 @@ def benchmark_distill(
         torch.manual_seed(0)
         student = {**cfg.model.student, **({} if backend == "dense" else {"backend": backend})}
         model = MODELS.build({"_scope_": "hgkd", **cfg.model, "student": student}).to(device).train()
-        model = model.to(memory_format=torch.channels_last)
         pixels = torch.randint(0, 256, (batch_size, 3, *model.image_size), dtype=torch.uint8, device=device)
         if backend == "dense":
             images = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
-            steps[backend] = encoder_step(model.student.encoder, images, None, device, dtype)
+            encoder = model.student.encoder.to(memory_format=torch.channels_last)
+            steps[backend] = encoder_step(encoder, images, None, device, dtype)
         else:
             steps[backend] = _train_step(model, _distill_loss(model, pixels), device, dtype)
     h, w = model.mask_grid
@@ -288,21 +307,22 @@ def benchmark_distill(
         "cell": model.student.cell,
         "visible_cells": [keep, h * w],
     }
-    results = measure(steps, batch_size, device, repeats)
-    return {"limit": h * w / keep, "settings": settings | _run(batch_size, device, dtype, repeats), "results": results}
+    results = measure(steps, batch_size, device, repeats, clock)
+    return {"limit": h * w / keep, "settings": settings | _run(batch_size, device, dtype, repeats, clock), "results": results}
 
 
 def _distill_loss(model: MaskedDistiller, pixels: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.stack(list(model(pixels, mode="loss").values())).sum()
 
 
-def _run(batch_size: int, device: str, dtype: str, repeats: int) -> dict[str, Any]:
+def _run(batch_size: int, device: str, dtype: str, repeats: int, clock: str) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "device": device if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "repeats": repeats,
+        "clock": clock,
         "torch": torch.__version__,
     }
 
