@@ -2,9 +2,15 @@
 
     python tools/benchmark.py sparse --student resnet50 --image-size 224 --mask-ratio 0.755 --batch-size 8 \
         --backends gather masked dense [--device cuda --dtype bf16] [--json OUT]
+    python tools/benchmark.py distill configs/hgkd/FILE.py --batch-size 8 --backends gather masked dense \
+        [--cfg-options teacher_checkpoint=FILE]
 
-A step is forward and backward of the encoder. The backends take turns, so that a busy machine slows all of them alike; the
-median over the repeats is printed. Peak memory is that of live tensors during one step beyond what was there before it.
+``sparse``: a step is forward and backward of the encoder. ``distill``: forward and backward of the whole model of a config,
+teacher, decoder and losses included; its row 'dense' is the ordinary dense step of the encoder alone, the yardstick that two
+machines can be compared by. The backends take turns, so that a busy machine slows all of them alike; the median over the
+repeats is printed. Where others compute as well, ``--clock cpu`` with one thread is steadier than the wall clock. Peak memory
+is that of live tensors during one step beyond what was there before it. On a GPU the share of index building is the time to
+launch it.
 """
 
 from __future__ import annotations
@@ -16,43 +22,66 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hgkd.errors import unknown_name_message
-from hgkd.masking import RandomMask, grid_of, visible_count
-from hgkd.sparse import BACKENDS, CellLayout, sparsify
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `tools` is no package
+
+from hgkd.distillers import MaskedDistiller  # noqa: E402
+from hgkd.errors import unknown_name_message  # noqa: E402
+from hgkd.masking import RandomMask, grid_of, visible_count  # noqa: E402
+from hgkd.registry import MODELS  # noqa: E402
+from hgkd.sparse import BACKENDS, CellLayout, sparsify  # noqa: E402
+from tools.train import USER_ERRORS, load_config  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Step = Callable[[], None]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--batch-size", type=int, default=8)
+    shared.add_argument("--backends", nargs="+", default=["gather", "masked", "dense"], choices=[*BACKENDS, "dense"])
+    shared.add_argument("--device", default="cpu")
+    shared.add_argument("--dtype", default="fp32", choices=list(DTYPES))
+    shared.add_argument("--repeats", type=int, default=7)
+    shared.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: processor time, on a busy machine, with OMP_NUM_THREADS=1"
+    )
+    shared.add_argument("--json", type=Path, help="write the result here")
     commands = parser.add_subparsers(dest="command", required=True)
-    sparse = commands.add_parser("sparse", help="encoder step of the sparse backends and of the dense network")
+    sparse = commands.add_parser("sparse", parents=[shared], help="encoder step of the backends and of the dense network")
     sparse.add_argument("--student", default="resnet50", help="timm name")
     sparse.add_argument("--image-size", type=int, default=224)
     sparse.add_argument("--mask-ratio", type=float, default=0.755, help="share of hidden cells (0.755: 12 of 49 visible)")
     sparse.add_argument("--cell", type=int, default=32, help="side of a mask cell, pixels")
-    sparse.add_argument("--batch-size", type=int, default=8)
-    sparse.add_argument("--backends", nargs="+", default=["gather", "masked", "dense"], choices=[*BACKENDS, "dense"])
-    sparse.add_argument("--device", default="cpu")
-    sparse.add_argument("--dtype", default="fp32", choices=list(DTYPES))
-    sparse.add_argument("--repeats", type=int, default=7)
-    sparse.add_argument("--json", type=Path, help="write the result here")
+    distill = commands.add_parser("distill", parents=[shared], help="whole step of a config, teacher included")
+    distill.add_argument("config", help="config file")
+    distill.add_argument(
+        "--cfg-options", dest="options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="override keys"
+    )
     return parser.parse_args(argv)
 
 
 class _LiveMemory(TorchDispatchMode):
-    """Peak bytes of storages made inside the context and still alive (works on the CPU, where torch counts nothing)."""
+    """Peak bytes of storages made inside the context and still alive (works on the CPU, where torch counts nothing).
+
+    Not counted: what existed before, views of it included (a weight's ``view`` is no new memory), and what a library
+    allocates without torch.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,14 +90,18 @@ class _LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
+            self._watch((args, kwargs or {}), new=False)
             out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
-                self._watch(tensor.untyped_storage())
+            self._watch(out, new=True)
         return out
 
-    def _watch(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _watch(self, values: Any, new: bool) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                self._watch_storage(tensor.untyped_storage(), new)
+
+    def _watch_storage(self, storage: Any, new: bool) -> None:
+        key, size = storage._cdata, storage.nbytes() if new else 0
         if key in self._seen:
             return
         self._seen.add(key)
@@ -82,55 +115,84 @@ class _LiveMemory(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-def make_steps(
-    student: str, image_size: int, cell: int, mask_ratio: float, batch_size: int, backends: list[str], device: str, dtype: str
-) -> dict[str, Callable[[], float]]:
-    """For each backend a function that does one step and returns the seconds spent in building indices."""
-    if student not in timm.list_models():
-        raise ValueError(unknown_name_message("student", student, timm.list_models()))
-    grid = grid_of((image_size, image_size), cell)
-    torch.manual_seed(0)
-    model = timm.create_model(student, num_classes=0, global_pool="").to(device, memory_format=torch.channels_last).train()
-    images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
-    mask = RandomMask(mask_ratio)
-    autocast = torch.autocast(torch.device(device).type, DTYPES[dtype]) if dtype != "fp32" else contextlib.nullcontext()
+class _IndexClock:
+    """Seconds that layouts spend in building indices inside the context: their construction, and what they keep."""
 
-    def step(network: torch.nn.Module, sparse: bool) -> float:
-        building = 0.0
-        with autocast:
-            if sparse:
-                visible = mask(batch_size, grid, device=device)
-                start = time.perf_counter()
-                layout = CellLayout(visible, cell)
-                building = time.perf_counter() - start
-                inner = layout.neighbours
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self.seconds = 0.0
+        self._depth = 0
 
-                def timed(*args: Any, **kwargs: Any) -> Tensor:
-                    nonlocal building
-                    begun = time.perf_counter()
-                    found = inner(*args, **kwargs)
-                    building += time.perf_counter() - begun
-                    return found
+    def _timed(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1  # one index may be built from another
+            start = self._now()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.seconds += self._now() - start
 
-                layout.neighbours = timed  # type: ignore[method-assign]
-                out = network.forward_features(network.pack(images, layout)).plain  # type: ignore[operator, union-attr]
-            else:
-                out = network.forward_features(images)  # type: ignore[operator]
-            loss = out.float().square().mean()
-        loss.backward()
-        for parameter in network.parameters():
-            parameter.grad = None
-        return building
+        return outer
 
-    steps: dict[str, Callable[[], float]] = {}
-    for backend in backends:
-        network = model if backend == "dense" else sparsify(model, cell, backend)
-        steps[backend] = lambda network=network, backend=backend: step(network, backend != "dense")  # type: ignore[misc]
-    return steps
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        methods = {name: getattr(CellLayout, name) for name in ("__init__", "keep")}
+        try:
+            for name, method in methods.items():
+                setattr(CellLayout, name, self._timed(method))
+            yield
+        finally:
+            for name, method in methods.items():
+                setattr(CellLayout, name, method)
 
 
-def _peak_mb(step: Callable[[], float], device: str) -> float:
-    if torch.device(device).type == "cuda":
+def measure(
+    steps: Mapping[str, Step], batch_size: int, device: str = "cpu", repeats: int = 7, clock: str = "wall"
+) -> list[dict[str, Any]]:
+    """Run steps in turn; one row a step: name, step_ms, images_per_s, peak_mb, index_share, speedup_over the others."""
+    times, building = measure_times(steps, device, repeats, clock)
+    median = {name: statistics.median(times[name]) for name in steps}
+    return [
+        {
+            "backend": name,
+            "step_ms": 1e3 * median[name],
+            "images_per_s": batch_size / median[name],
+            "peak_mb": _peak_mb(step, torch.device(device).type == "cuda"),
+            "index_share": statistics.median(building[name]) / median[name],
+            "speedup_over": {other: median[other] / median[name] for other in steps if other != name},
+        }
+        for name, step in steps.items()
+    ]
+
+
+def measure_times(
+    steps: Mapping[str, Step], device: str = "cpu", repeats: int = 7, clock: str = "wall"
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Run steps in turn, once to warm up and then ``repeats`` times: seconds of each step, and of its index building."""
+    now = CLOCKS[clock]
+    cuda = torch.device(device).type == "cuda"
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    building: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            indices = _IndexClock(now)
+            if cuda:
+                torch.cuda.synchronize()
+            start = now()
+            with indices.running():
+                step()
+            if cuda:
+                torch.cuda.synchronize()
+            if repeat:  # the first round warms up
+                times[name].append(now() - start)
+                building[name].append(indices.seconds)
+    return times, building
+
+
+def _peak_mb(step: Step, cuda: bool) -> float:
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
@@ -140,60 +202,129 @@ def _peak_mb(step: Callable[[], float], device: str) -> float:
     return memory.peak / 2**20
 
 
+def _train_step(network: nn.Module, loss: Callable[[], Tensor], device: str, dtype: str) -> Step:
+    """Forward and backward; the gradients are dropped."""
+
+    def step() -> None:
+        kind = torch.device(device).type
+        with torch.autocast(kind, DTYPES[dtype]) if dtype != "fp32" else contextlib.nullcontext():
+            value = loss()
+        value.backward()
+        for parameter in network.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def encoder_step(network: Any, images: Tensor, visible: Callable[[], Tensor] | None, device: str, dtype: str) -> Step:
+    def loss() -> Tensor:
+        if visible is None:
+            return network.forward_features(images).float().square().mean()
+        return network.forward_features(network.pack(images, visible())).plain.float().square().mean()
+
+    return _train_step(network, loss, device, dtype)
+
+
 def benchmark_sparse(
     student: str = "resnet50",
     image_size: int = 224,
     mask_ratio: float = 0.755,
     cell: int = 32,
     batch_size: int = 8,
-    backends: tuple[str, ...] | list[str] = ("gather", "masked", "dense"),
+    backends: Sequence[str] = ("gather", "masked", "dense"),
     device: str = "cpu",
     dtype: str = "fp32",
     repeats: int = 7,
+    clock: str = "wall",
 ) -> dict[str, Any]:
-    """Measure; returns ``{"limit", "settings", "results": [{"backend", "step_ms", ...}]}``."""
-    backends = list(backends)
-    steps = make_steps(student, image_size, cell, mask_ratio, batch_size, backends, device, dtype)
-    synchronise = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    times: dict[str, list[float]] = {b: [] for b in backends}
-    building: dict[str, list[float]] = {b: [] for b in backends}
-    for repeat in range(repeats + 1):
-        for backend in backends:
-            synchronise()
-            start = time.perf_counter()
-            spent = steps[backend]()
-            synchronise()
-            if repeat:  # the first round warms up
-                times[backend].append(time.perf_counter() - start)
-                building[backend].append(spent)
-    h, w = grid_of((image_size, image_size), cell)
-    keep = visible_count(h, w, mask_ratio)
-    median = {b: statistics.median(times[b]) for b in backends}
-    results = []
+    """Measure an encoder; returns ``{"limit", "settings", "results": [{"backend", "step_ms", ...}]}``."""
+    if not timm.is_model(student):
+        raise ValueError(unknown_name_message("student", student, timm.list_models()))
+    grid = grid_of((image_size, image_size), cell)
+    torch.manual_seed(0)
+    model = timm.create_model(student, num_classes=0, global_pool="").to(device, memory_format=torch.channels_last).train()
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
+    mask = RandomMask(mask_ratio)
+    steps = {}
     for backend in backends:
-        results.append(
-            {
-                "backend": backend,
-                "step_ms": 1e3 * median[backend],
-                "images_per_s": batch_size / median[backend],
-                "peak_mb": _peak_mb(steps[backend], device),
-                "index_share": statistics.median(building[backend]) / median[backend],
-                "speedup_over": {b: median[b] / median[backend] for b in backends if b != backend},
-            }
+        if backend == "dense":
+            steps[backend] = encoder_step(model, images, None, device, dtype)
+        else:
+            network = sparsify(model, cell, backend)
+            steps[backend] = encoder_step(network, images, lambda: mask(batch_size, grid, device=device), device, dtype)
+    keep = visible_count(*grid, mask_ratio)
+    settings = {"student": student, "image_size": image_size, "cell": cell, "visible_cells": [keep, grid[0] * grid[1]]}
+    results = measure(steps, batch_size, device, repeats, clock)
+    return {
+        "limit": grid[0] * grid[1] / keep,
+        "settings": settings | _run(batch_size, device, dtype, repeats, clock),
+        "results": results,
+    }
+
+
+def benchmark_distill(
+    config: str | Path,
+    options: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+    backends: Sequence[str] = ("gather", "masked", "dense"),
+    device: str = "cpu",
+    dtype: str = "fp32",
+    repeats: int = 7,
+    clock: str = "wall",
+) -> dict[str, Any]:
+    """Measure the whole model of a config on random images.
+
+    Args:
+        config: file of a ``MaskedDistiller`` recipe.
+        options: overrides as in ``tools/train.py``.
+
+    Returns:
+        As :func:`benchmark_sparse`; the row 'dense' is the encoder alone, in channels_last. Teacher features are computed, not
+        read from a cache; the optimiser's update is left out.
+    """
+    cfg = load_config(config, options=options)
+    if cfg.model.get("type") != "MaskedDistiller":
+        raise ValueError(
+            f"benchmark distill measures recipes of a MaskedDistiller, {config} builds a {cfg.model.get('type')!r}"
         )
+    steps = {}
+    for backend in backends:
+        torch.manual_seed(0)
+        student = {**cfg.model.student, **({} if backend == "dense" else {"backend": backend})}
+        model = MODELS.build({"_scope_": "hgkd", **cfg.model, "student": student}).to(device).train()
+        pixels = torch.randint(0, 256, (batch_size, 3, *model.image_size), dtype=torch.uint8, device=device)
+        if backend == "dense":
+            images = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
+            encoder = model.student.encoder.to(memory_format=torch.channels_last)
+            steps[backend] = encoder_step(encoder, images, None, device, dtype)
+        else:
+            steps[backend] = _train_step(model, _distill_loss(model, pixels), device, dtype)
+    h, w = model.mask_grid
+    keep = int(model.mask(1, (h, w), device=torch.device(device)).sum())
     settings = {
-        "student": student,
-        "image_size": image_size,
-        "cell": cell,
+        "student": f"{cfg.model.student.get('encoder')} of {Path(config).stem}",
+        "image_size": model.image_size[0],
+        "cell": model.student.cell,
         "visible_cells": [keep, h * w],
+    }
+    results = measure(steps, batch_size, device, repeats, clock)
+    return {"limit": h * w / keep, "settings": settings | _run(batch_size, device, dtype, repeats, clock), "results": results}
+
+
+def _distill_loss(model: MaskedDistiller, pixels: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.stack(list(model(pixels, mode="loss").values())).sum()
+
+
+def _run(batch_size: int, device: str, dtype: str, repeats: int, clock: str) -> dict[str, Any]:
+    return {
         "batch_size": batch_size,
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": device if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "repeats": repeats,
+        "clock": clock,
         "torch": torch.__version__,
     }
-    return {"limit": h * w / keep, "settings": settings, "results": results}
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -214,13 +345,13 @@ def print_table(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parse_args(argv))
-    args.pop("command")
+    run = {"sparse": benchmark_sparse, "distill": benchmark_distill}[args.pop("command")]
     out = args.pop("json")
     try:
-        result = benchmark_sparse(**args)
-    except (ValueError, TypeError) as error:
+        result = run(**args)
+    except (*USER_ERRORS, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_table(result)

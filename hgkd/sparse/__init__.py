@@ -9,9 +9,11 @@ Useful without the rest of hgkd: masked inference on partial views, or on images
 
 from hgkd.sparse import rules as _rules  # noqa: F401  (fills the tables)
 from hgkd.sparse.convert import BACKENDS, SparseModule, layer_rule, sparsify
+from hgkd.sparse.files import load_sparse, save_sparse
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
+from hgkd.sparse.parity import Parity, measure_parity
 from hgkd.sparse.tensor import SparseTensor, function_rule
 
 __all__ = [
@@ -19,9 +21,13 @@ __all__ = [
     "CellLayout",
     "MaskedTensor",
     "PackedTensor",
+    "Parity",
     "SparseModule",
     "SparseTensor",
     "function_rule",
     "layer_rule",
+    "load_sparse",
+    "measure_parity",
+    "save_sparse",
     "sparsify",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 from typing import Any, cast
 
 import timm.layers
@@ -20,9 +20,10 @@ from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
+from hgkd.sparse.spconv import SpconvTensor
 from hgkd.sparse.tensor import SparseTensor
 
-BACKENDS: dict[str, type[SparseTensor]] = {"gather": PackedTensor, "masked": MaskedTensor}
+BACKENDS: dict[str, type[SparseTensor]] = {"gather": PackedTensor, "masked": MaskedTensor, "spconv": SpconvTensor}
 
 LayerRule = Callable[[Any, SparseTensor], Any]
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {}
@@ -79,6 +80,8 @@ class SparseModule:
             visible: bool (B, H/cell, W/cell), True = visible, or a ready layout.
         """
         cells = visible if isinstance(visible, CellLayout) else CellLayout(visible, self.sparse_cell)
+        if any("sparse_path" not in layer.__dict__ for layer in self.modules()):  # type: ignore[attr-defined]
+            _give_rules(self)  # type: ignore[arg-type]  # e.g. convert_sync_batchnorm has put in new layers
         # with nothing hidden there is nothing to save, and dense kernels are the fastest
         kind = MaskedTensor if cells.all_visible else BACKENDS[self.sparse_backend]
         return kind.pack(images, cells)
@@ -96,7 +99,7 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
     Args:
         module: any convolutional network; not changed.
         cell: side of a mask cell in pixels, a multiple of the network's total stride.
-        backend: 'gather' (default) or 'masked' (the reference).
+        backend: 'gather' (default), 'masked' (the reference) or 'spconv' (if installed).
 
     Returns:
         A copy with equal parameters and ``state_dict`` keys, and the methods of :class:`SparseModule`. Given a dense
@@ -104,13 +107,23 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
 
     Raises:
         ValueError: unknown backend, or ``cell`` < 1.
+        ImportError: the backend's library is not installed.
         NoSparseRuleError: a layer is known to mix places without a rule; it is named.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown sparse backend {backend!r}; known: {', '.join(BACKENDS)}")
+    BACKENDS[backend].require()
     if cell < 1:
         raise ValueError(f"cell must be a positive number of pixels, got {cell}")
     module = copy.deepcopy(module)
+    _give_rules(module)
+    module.__class__ = _root_type(type(module))  # type: ignore[arg-type]
+    module.sparse_cell, module.sparse_backend = cell, backend  # type: ignore[assignment]
+    return module
+
+
+def _give_rules(module: nn.Module) -> None:
+    """Every layer whose type has a rule becomes its sparse twin; every layer learns its name, for messages."""
     for path, layer in module.named_modules():
         rule = _rule_of(type(layer))
         if rule is not None:
@@ -121,9 +134,6 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
                 "hgkd.sparse.layer_rule, or choose another network"
             )
         layer.__dict__["sparse_path"] = path
-    module.__class__ = _root_type(type(module))  # type: ignore[arg-type]
-    module.sparse_cell, module.sparse_backend = cell, backend  # type: ignore[assignment]
-    return module
 
 
 def _rule_of(layer_type: type[nn.Module]) -> LayerRule | None:
@@ -174,6 +184,48 @@ def efficient_channel_attention(layer: Any, x: SparseTensor) -> SparseTensor:
     return cast(SparseTensor, x * layer.gate(gate)[:, :, None, None])
 
 
+@layer_rule(timm.layers.SplitAttn)
+def split_attention(layer: Any, x: SparseTensor) -> SparseTensor:
+    """ResNeSt (arXiv 2004.08955): a weighted sum of groups of channels; the weights come from the image's mean."""
+    x = layer.act0(layer.drop(layer.bn0(layer.conv(x))))
+    parts = x.chunk(layer.radix, 1)
+    gate = layer.fc2(layer.act1(layer.bn1(layer.fc1(_total(parts).mean((2, 3), keepdim=True)))))
+    weights = layer.rsoftmax(gate).view(x.cells.batch, -1, 1, 1).chunk(layer.radix, 1)
+    return _total([part * weight for part, weight in zip(parts, weights, strict=True)])
+
+
+@layer_rule(timm.layers.SelectiveKernel)
+def selective_kernel(layer: Any, x: SparseTensor) -> SparseTensor:
+    """SKNet (arXiv 1903.06586): a weighted sum of paths; the weights come from the mean of their sum."""
+    inputs = x.chunk(layer.num_paths, 1) if layer.split_input else [x] * layer.num_paths
+    paths = [path(part) for path, part in zip(layer.paths, inputs, strict=True)]
+    attention = layer.attn
+    gate = attention.act(attention.bn(attention.fc_reduce(_total(paths).mean((2, 3), keepdim=True))))
+    weights = attention.fc_select(gate).unflatten(1, (layer.num_paths, -1)).softmax(1).unbind(1)
+    return _total([path * weight for path, weight in zip(paths, weights, strict=True)])
+
+
+def _total(parts: Any) -> SparseTensor:
+    """Sum of feature maps (Python's ``sum`` would start from 0, at the price of one more pass)."""
+    return reduce(torch.add, parts)
+
+
+@layer_rule(timm.layers.GlobalContext)
+def global_context(layer: Any, x: SparseTensor) -> SparseTensor:
+    """GCNet (arXiv 1904.11492): the softmax that weighs the places runs over the image's visible ones."""
+    if layer.conv_attn is None:
+        context = x.mean((2, 3), keepdim=True)
+    else:
+        logits = layer.conv_attn(x)
+        weights = (logits - logits.amax((2, 3), keepdim=True).detach()).exp()
+        context = (x * weights).sum((2, 3), keepdim=True) / weights.sum((2, 3), keepdim=True)
+    if layer.mlp_scale is not None:
+        x = cast(SparseTensor, x * layer.gate(layer.mlp_scale(context)))
+    if layer.mlp_add is not None:
+        x = cast(SparseTensor, x + layer.mlp_add(context))
+    return x
+
+
 @layer_rule(nn.SyncBatchNorm)
 def sync_batch_norm(layer: nn.SyncBatchNorm, x: SparseTensor) -> SparseTensor:
     """Statistics over the visible places of all processes; torch weighs each by its number of rows."""
@@ -185,3 +237,9 @@ def sync_batch_norm(layer: nn.SyncBatchNorm, x: SparseTensor) -> SparseTensor:
     out = torch.zeros_like(rows, dtype=normed.dtype)
     out[visible] = normed
     return x.like(out.permute(0, 3, 1, 2))
+
+
+@layer_rule(timm.layers.SyncBatchNormAct)
+def sync_batch_norm_act(layer: Any, x: SparseTensor) -> SparseTensor:
+    """timm's norm with an activation, as its ``convert_sync_batchnorm`` leaves it."""
+    return cast(SparseTensor, layer.act(layer.drop(sync_batch_norm(layer, x))))

@@ -6,6 +6,7 @@ from typing import Any
 
 from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.kernels import ConvGeometry
+from hgkd.sparse.tensor import Padding
 
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _MAX_POOL_NAMES = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
@@ -44,7 +45,12 @@ def avg_pool_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def window_geometry(
-    what: str, s_in: int, size: tuple[int, int], kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool = False
+    what: str,
+    s_in: int,
+    size: tuple[int, int],
+    kernel: Any,
+    given: dict[str, Any],
+    pending: Padding | None = None,
 ) -> ConvGeometry:
     """Geometry of a sliding window, after checking that the output falls on the cell grid.
 
@@ -52,11 +58,15 @@ def window_geometry(
         what: name for messages.
         s_in: places along a cell's side in the input.
         size: (height, width) of the whole feature map in places.
+        given: the function's arguments: stride, padding, dilation, perhaps ceil_mode.
+        pending: what ``torch.nn.functional.pad`` added before.
 
     Raises:
         ValueError: a cell smaller than the stride, or an output whose size is not input / stride.
-        NoSparseRuleError: different strides along the two axes.
+        NoSparseRuleError: different strides along the two axes, or a padding that the function cannot continue.
     """
+    stride, padding, dilation = given["stride"], given["padding"], given["dilation"]
+    ceil_mode = given.get("ceil_mode", False)
     kernel, stride, dilation = pair(kernel), pair(stride), pair(dilation)
     if stride[0] != stride[1]:
         raise NoSparseRuleError(f"{what} with strides {stride}: different strides along the axes have no sparse rule")
@@ -72,10 +82,15 @@ def window_geometry(
     else:
         pad = pair(padding)
         above_and_below = (2 * pad[0], 2 * pad[1])
+    before, padded = (0, 0), size
+    if pending is not None:
+        _check_pending(what, pending, any(above_and_below))
+        before = (pending.top, pending.left)
+        padded = (size[0] + pending.top + pending.bottom, size[1] + pending.left + pending.right)
     for axis in (0, 1):
-        room = size[axis] + above_and_below[axis] - dilation[axis] * (kernel[axis] - 1) - 1
+        room = padded[axis] + above_and_below[axis] - dilation[axis] * (kernel[axis] - 1) - 1
         made = (-(-room // stride[axis]) if ceil_mode else room // stride[axis]) + 1
-        if ceil_mode and (made - 1) * stride[axis] >= size[axis] + pad[axis]:
+        if ceil_mode and (made - 1) * stride[axis] >= padded[axis] + pad[axis]:
             made -= 1  # torch drops a last window that would start beyond the image
         if made != size[axis] // stride[axis]:
             raise ValueError(
@@ -83,4 +98,18 @@ def window_geometry(
                 f"of {size[axis]}; a sparse layer must make {size[axis] // stride[axis]}, so that its places stay "
                 "aligned with the mask cells (usual remedy: padding = dilation * (kernel - 1) / 2)"
             )
-    return ConvGeometry(s_in, kernel, stride, pad, dilation)
+    pad = (pad[0] + before[0], pad[1] + before[1])
+    return ConvGeometry(s_in, kernel, stride, pad, dilation, pending.mode if pending else "constant")
+
+
+def _check_pending(what: str, pending: Padding, pads_itself: bool) -> None:
+    """A window function continues a padding only where both would mean the same."""
+    if what == "conv2d":
+        fits = not pads_itself if pending.mode == "reflect" else pending.value == 0.0
+    else:
+        fits = not pads_itself and pending.mode == "constant" and (what == "max_pool2d" or pending.value == 0.0)
+    if not fits:
+        raise NoSparseRuleError(
+            f"{what}{' that pads as well' if pads_itself else ''} after torch.nn.functional.pad with mode={pending.mode!r}, "
+            f"value={pending.value}: this combination has no sparse rule"
+        )

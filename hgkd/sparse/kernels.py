@@ -10,12 +10,17 @@ A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T
 - ``halo``: every cell with its border of neighbour places as a small image, then an ordinary convolution without padding.
   The choice for depthwise and grouped layers and for very few channels.
 
+On a GPU with Triton, ``im2col`` runs as one fused kernel instead, without the columns in memory (:mod:`hgkd.sparse.fused`).
+
 Nothing here knows of masks: hidden places are the index one past the last row, where a row of zeros is appended.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +40,7 @@ class ConvGeometry:
     Attributes:
         s_in: places along a cell's side before the convolution.
         pad: places padded on (top, left); what is padded below and right follows from the output size.
+        border: what lies outside the image: 'constant', or 'reflect' as in ``torch.nn.functional.pad``.
     """
 
     s_in: int
@@ -42,6 +48,7 @@ class ConvGeometry:
     stride: tuple[int, int]
     pad: tuple[int, int]
     dilation: tuple[int, int]
+    border: str = "constant"
 
     @property
     def s_out(self) -> int:
@@ -86,11 +93,11 @@ def with_zero_row(rows: Tensor) -> Tensor:
 
 def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry) -> str:
     """Name of the kernel for a layer, by rule (see ``docs/performance.md`` for the measurements behind it)."""
-    if groups > 1:
+    if groups > 1 or geometry.border != "constant":
         return "halo"
     if geometry.is_pointwise:
         return "matmul"
-    if weight.shape[1] < 16:
+    if weight.shape[1] <= (15 if weight.is_cuda else 64):  # measured on a CPU only; a GPU has the fused kernel
         return "halo"
     return "im2col"
 
@@ -140,8 +147,29 @@ def _slices(rows: int, width: int) -> list[slice]:
     return [slice(a, min(a + size, rows)) for a in range(0, rows, size)]
 
 
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _fused(rows: Tensor) -> Any:
+    """The module of Triton kernels where they serve these rows, else None."""
+    if not rows.is_cuda or not _has_triton():
+        return None
+    from hgkd.sparse import fused  # imports Triton
+
+    return fused if fused.serves(rows.dtype) and fused.works_on(rows.device) else None
+
+
+def _readable(rows: Tensor) -> Tensor:
+    """Rows in the form that the products below read hidden places from."""
+    return rows if _fused(rows) else with_zero_row(rows)
+
+
 def _gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
     """``concat_k(source[index[:, k]]) @ matrix``: (N, K) index, source (M, C), matrix (K*C, O) -> (N, O)."""
+    if fused := _fused(source):
+        return fused.gather_multiply(source, index, matrix)
     out = source.new_empty(index.shape[0], matrix.shape[1])
     width = matrix.shape[0]
     for part in _slices(index.shape[0], width):
@@ -157,8 +185,9 @@ class _GatherConvolution(torch.autograd.Function):
     def forward(ctx, rows: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(rows, weight)
         ctx.geometry, ctx.layout = geometry, layout
-        matrix = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
-        return _gather_multiply(with_zero_row(rows), _forward_index(geometry, layout), matrix)
+        # a view when the weights are channels_last: the product reads it transposed, nothing is copied
+        matrix = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).t()
+        return _gather_multiply(_readable(rows), _forward_index(geometry, layout), matrix)
 
     @staticmethod
     @once_differentiable
@@ -177,19 +206,22 @@ def _forward_index(geometry: ConvGeometry, layout: CellLayout) -> Tensor:
 
 def _weight_gradient(rows: Tensor, grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:
     out_channels, in_channels, kh, kw = weight.shape
-    index, source = _forward_index(geometry, layout), with_zero_row(rows)
-    width = kh * kw * in_channels
-    total = grad.new_zeros(width, out_channels)
-    for part in _slices(index.shape[0], width):
-        columns = source.index_select(0, index[part].reshape(-1)).view(-1, width)
-        total.addmm_(columns.t(), grad[part])
-    return total.view(kh, kw, in_channels, out_channels).permute(3, 2, 0, 1)
+    index, source = _forward_index(geometry, layout), _readable(rows)
+    if fused := _fused(rows):
+        total = fused.weight_gradient(source, index, grad).to(weight.dtype)
+    else:
+        width = kh * kw * in_channels
+        total = grad.new_zeros(out_channels, width)
+        for part in _slices(index.shape[0], width):
+            columns = source.index_select(0, index[part].reshape(-1)).view(-1, width)
+            total.addmm_(grad[part].t(), columns)
+    return total.view(out_channels, kh, kw, in_channels).permute(0, 3, 1, 2)  # channels_last, as such weights are
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:
     in_channels = weight.shape[1]
     s_in, s_out, stride = geometry.s_in, geometry.s_out, geometry.stride[0]
-    source = with_zero_row(grad)
+    source = _readable(grad)
     if stride == 1:
         index = layout.neighbours(s_out, s_out, 1, geometry.phase_taps(0, 0)[1], geometry.phase_taps(1, 0)[1])
         return _gather_multiply(source, index, weight.permute(2, 3, 0, 1).reshape(-1, in_channels))
@@ -236,7 +268,10 @@ class _HaloTiles(torch.autograd.Function):
         rows = with_zero_row(rows_of(packed))
         if outside != 0.0:
             rows = torch.cat([rows, rows.new_full((1, rows.shape[1]), outside)])
-        index = layout.neighbours(geometry.s_in, 1, 1, offsets_y, offsets_x, outside=int(outside != 0.0))
+        second_row = int(outside != 0.0)
+        index = layout.neighbours(geometry.s_in, 1, 1, offsets_y, offsets_x, second_row, geometry.border)
+        if geometry.border != "constant":
+            ctx.save_for_backward(index)
         tiles = rows.index_select(0, index.flatten())
         return tiles.view(layout.num_cells, height, width, -1).permute(0, 3, 1, 2)
 
@@ -246,6 +281,11 @@ class _HaloTiles(torch.autograd.Function):
         geometry, layout = ctx.geometry, ctx.layout
         s = geometry.s_in
         tiles = grad.permute(0, 2, 3, 1)
+        if geometry.border != "constant":  # a place may occur several times in one tile
+            (index,) = ctx.saved_tensors
+            rows = grad.new_zeros(layout.num_cells * s * s + 1, grad.shape[1])
+            rows.index_add_(0, index.flatten(), tiles.reshape(-1, grad.shape[1]))
+            return packed_of(rows[:-1], s), None, None, None
         spans_y = _spans(s, geometry.pad[0], tiles.shape[1])
         spans_x = _spans(s, geometry.pad[1], tiles.shape[2])
         out = grad.new_zeros(layout.num_cells, s, s, grad.shape[1])

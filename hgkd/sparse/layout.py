@@ -7,11 +7,15 @@ device; counting the visible cells is the only step that waits for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class CellLayout:
@@ -51,7 +55,7 @@ class CellLayout:
         self.image_size = (h * cell, w * cell)
         self._positions = visible.flatten().nonzero().flatten()  # the one wait for the device
         self.num_cells = self._positions.numel()
-        self._cache: dict[tuple[object, ...], Tensor] = {}
+        self._cache: dict[tuple[object, ...], Any] = {}
 
     def __repr__(self) -> str:
         total = self.batch * self.grid[0] * self.grid[1]
@@ -97,23 +101,39 @@ class CellLayout:
             )
         return self.cell // stride
 
-    def mask(self, stride: int) -> Tensor:
-        """Visible places of a feature map, bool (B, 1, H/stride, W/stride)."""
-        key = ("mask", stride)
+    def keep(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What ``make()`` gave when ``key`` was first asked for: everything that follows from the mask is made once."""
         if key not in self._cache:
-            s = self.side(stride)
-            self._cache[key] = self.visible.repeat_interleave(s, 1).repeat_interleave(s, 2).unsqueeze(1)
+            self._cache[key] = make()
         return self._cache[key]
 
-    def _row_map(self, s: int) -> Tensor:
+    def mask(self, stride: int) -> Tensor:
+        """Visible places of a feature map, bool (B, 1, H/stride, W/stride)."""
+        s = self.side(stride)
+        return self.keep(("mask", s), lambda: self.visible.repeat_interleave(s, 1).repeat_interleave(s, 2).unsqueeze(1))
+
+    def row_map(self, s: int) -> Tensor:
         """Packed row of every place, int64 (B, h*s, w*s), with ``T*s*s`` (one past the last row) at hidden places."""
-        key = ("rows", s)
-        if key not in self._cache:
+
+        def make() -> Tensor:
             inside = torch.arange(s * s, device=self.device).view(s, s).repeat(*self.grid)
             slot = self._slot.repeat_interleave(s, 1).repeat_interleave(s, 2)
-            rows = torch.where(slot < self.num_cells, slot * (s * s) + inside, self.num_cells * s * s)
-            self._cache[key] = rows
-        return self._cache[key]
+            return torch.where(slot < self.num_cells, slot * (s * s) + inside, self.num_cells * s * s)
+
+        return self.keep(("rows", s), make)
+
+    def coordinates(self, s: int) -> Tensor:
+        """(image, y, x) of every visible place in packed row order, int32 (T*s*s, 3), contiguous."""
+
+        def make() -> Tensor:
+            h, w = self.grid
+            cell = self._positions - self.image_of_cell * (h * w)
+            inside = torch.arange(s * s, device=self.device)
+            y = (cell // w * s)[:, None] + inside // s
+            x = (cell % w * s)[:, None] + inside % s
+            return torch.stack([self.image_of_cell[:, None].expand_as(y), y, x], 2).view(-1, 3).int().contiguous()
+
+        return self.keep(("coordinates", s), make)
 
     def neighbours(
         self,
@@ -123,6 +143,7 @@ class CellLayout:
         offsets_y: tuple[int, ...],
         offsets_x: tuple[int, ...],
         outside: int = 0,
+        border: str = "constant",
     ) -> Tensor:
         """Rows of a packed map that lie at given offsets from a regular set of points in every visible cell.
 
@@ -136,19 +157,27 @@ class CellLayout:
             offsets_y, offsets_x: offsets in places, may be negative.
             outside: the index given to places outside the image is ``T*s*s + outside``; hidden places inside it always
                 have ``T*s*s``. So one zero row appended to the map serves both, and a second row tells them apart.
+            border: 'reflect' gives places outside the image the index of their mirror image inside it.
 
         Returns:
             int64 (T * count * count, len(offsets_y) * len(offsets_x)), points in packed row order.
         """
-        key = ("neighbours", s, count, step, offsets_y, offsets_x, outside)
-        if key in self._cache:
-            return self._cache[key]
+        key = ("neighbours", s, count, step, offsets_y, offsets_x, outside, border)
+        return self.keep(key, lambda: self._find_neighbours(s, count, step, offsets_y, offsets_x, outside, border))
+
+    def _find_neighbours(
+        self, s: int, count: int, step: int, offsets_y: tuple[int, ...], offsets_x: tuple[int, ...], outside: int, border: str
+    ) -> Tensor:
         h, w = self.grid
         none = self.num_cells * s * s + outside
         reach = (count - 1) * step
         top, left = max(0, -min(offsets_y)), max(0, -min(offsets_x))
         bottom, right = max(0, reach + max(offsets_y) + 1 - s), max(0, reach + max(offsets_x) + 1 - s)
-        rows = F.pad(self._row_map(s), (left, right, top, bottom), value=none)
+        if border == "reflect":
+            y, x = (_mirrored(a, n * s, b, self.device) for a, n, b in ((top, h, bottom), (left, w, right)))
+            rows = self.row_map(s)[:, y][:, :, x]
+        else:
+            rows = F.pad(self.row_map(s), (left, right, top, bottom), value=none)
         height, width = rows.shape[1:]
         points = torch.arange(count, device=self.device) * step
         in_y = points[:, None] + torch.tensor(offsets_y, device=self.device) + top  # (count, ny)
@@ -158,22 +187,21 @@ class CellLayout:
         cell = self._positions - image * (h * w)
         start = image * (height * width) + (cell // w) * (s * width) + (cell % w) * s
         index = start[:, None] + within.flatten()[None, :]
-        found = rows.flatten()[index.flatten()].view(-1, len(offsets_y) * len(offsets_x))
-        self._cache[key] = found
-        return found
+        return rows.flatten()[index.flatten()].view(-1, len(offsets_y) * len(offsets_x))
 
     def neighbour_cells(self, dy: int, dx: int) -> Tensor:
         """Packed index of the cell (dy, dx) away from each visible one, int64 (T,); ``num_cells`` where hidden or outside."""
-        key = ("cells", dy, dx)
-        if key not in self._cache:
+
+        def make() -> Tensor:
             h, w = self.grid
             image = self.image_of_cell
             cell = self._positions - image * (h * w)
             y, x = cell // w + dy, cell % w + dx
             inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
             flat = image * (h * w) + y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
-            self._cache[key] = torch.where(inside, self._slot.flatten()[flat], self.num_cells)
-        return self._cache[key]
+            return torch.where(inside, self._slot.flatten()[flat], self.num_cells)
+
+        return self.keep(("cells", dy, dx), make)
 
     def gather_cells(self, dense: Tensor, s: int) -> Tensor:
         """Visible cells of a dense map (B, C, h*s, w*s) as (T, C, s, s), channels_last; differentiable."""
@@ -202,6 +230,12 @@ class CellLayout:
         elif fill != 0.0:
             dense = dense.masked_fill(~self.mask(self.cell // s), fill)
         return dense
+
+
+def _mirrored(before: int, size: int, after: int, device: torch.device) -> Tensor:
+    """Places of an axis with its mirrored border: ``-before ... size + after - 1``, folded back into the image."""
+    places = torch.arange(-before, size + after, device=device).abs()
+    return size - 1 - (size - 1 - places).abs()
 
 
 class _SelectRows(torch.autograd.Function):

@@ -33,8 +33,7 @@ class MaskedTensor(SparseTensor):
         return cls.wrap(dense * mask.to(dense.dtype), cells)
 
     def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:  # type: ignore[override]
-        if self.channel_dim != 1:
-            raise ValueError("to_dense needs channels-first order; permute(0, 3, 1, 2) first")
+        self.check_complete()
         if self.cells.all_visible:
             return self.plain
         if isinstance(fill, Tensor):
@@ -55,9 +54,14 @@ class MaskedTensor(SparseTensor):
 
     @property
     def zeroed(self) -> Tensor:
-        """The values as an ordinary tensor with 0 at hidden places."""
+        """The values as an ordinary tensor with 0 at hidden places, and padded if it was to be."""
         values = self.plain
-        return values if self.cells.all_visible else values * self.place_mask.to(values.dtype)
+        if not self.cells.all_visible:
+            values = values * self.place_mask.to(values.dtype)
+        if self.pending is not None:
+            fill = self.pending.value if self.pending.mode == "constant" else None
+            values = F.pad(values, self.pending.sides, self.pending.mode, fill)
+        return values
 
     def per_image(self, value: Tensor) -> Tensor:
         """(B, ...) operands broadcast by themselves."""
@@ -124,4 +128,4 @@ def _check(x: MaskedTensor, what: str, kernel: Any, given: dict[str, Any]) -> No
         raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")
     s = x.cells.side(x.stride)
     size = (x.cells.grid[0] * s, x.cells.grid[1] * s)
-    window_geometry(what, s, size, kernel, given["stride"], given["padding"], given["dilation"], given.get("ceil_mode", False))
+    window_geometry(what, s, size, kernel, given, x.pending)

@@ -16,7 +16,7 @@ from hgkd.errors import NoSparseRuleError
 from hgkd.sparse import kernels
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
 from hgkd.sparse.layout import CellLayout
-from hgkd.sparse.tensor import Rule, SparseTensor, function_rule, plain_torch
+from hgkd.sparse.tensor import Padding, Rule, SparseTensor, function_rule, plain_torch
 
 
 class PackedTensor(SparseTensor):
@@ -30,8 +30,7 @@ class PackedTensor(SparseTensor):
         return cls.wrap(cells.gather_cells(dense, s), cells)
 
     def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:  # type: ignore[override]
-        if self.channel_dim != 1:
-            raise ValueError("to_dense needs channels-first order; permute(0, 3, 1, 2) first")
+        self.check_complete()
         return self.cells.scatter_cells(self.plain, fill)
 
     @property
@@ -92,13 +91,20 @@ def _batch_norm(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
 @function_rule("conv2d", on=(PackedTensor,))
 def _conv2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
     given = conv_arguments(args, kwargs)
-    x, weight = given["input"], given["weight"]
+    x = given["input"]
+    geometry = conv_geometry(x, given)
+    return x.like(kernels.convolve(x.plain, given["weight"], given["bias"], given["groups"], geometry, x.cells))
+
+
+def conv_geometry(x: PackedTensor, given: dict[str, Any]) -> kernels.ConvGeometry:
+    """Geometry of a convolution from the arguments of ``conv2d``, checked against the feature map."""
+    weight = given["weight"]
     geometry = _geometry("conv2d", x, weight.shape[2:], given)
     if weight.shape[1] * given["groups"] != x.shape[1]:
         raise ValueError(
             f"conv2d: the weight expects {weight.shape[1] * given['groups']} channels, the feature map has {x.shape[1]}"
         )
-    return x.like(kernels.convolve(x.plain, weight, given["bias"], given["groups"], geometry, x.cells))
+    return geometry
 
 
 @function_rule("max_pool2d", on=(PackedTensor,))
@@ -109,7 +115,8 @@ def _max_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
     tiles = x.plain
     if geometry.pad != (0, 0) or geometry.kernel != geometry.stride or geometry.dilation != (1, 1):
         # a hidden place counts as 0, as in the masked-dense network; a place outside the image as minus infinity
-        tiles = kernels.halo_tiles(tiles, geometry, x.cells, outside=float("-inf"))
+        outside = x.pending.value if x.pending else float("-inf")
+        tiles = kernels.halo_tiles(tiles, geometry, x.cells, outside)
     return x.like(F.max_pool2d(tiles, geometry.kernel, geometry.stride, 0, geometry.dilation))
 
 
@@ -122,7 +129,7 @@ def _avg_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
         return x.like(F.avg_pool2d(x.plain, geometry.kernel, geometry.stride, divisor_override=divisor))
     tiles = kernels.halo_tiles(x.plain, geometry, x.cells)
     pooled = F.avg_pool2d(tiles, geometry.kernel, geometry.stride, divisor_override=divisor)
-    share = window_share(x.cells, geometry, given, pooled.dtype)
+    share = window_share(x.cells, geometry, given, x.pending, pooled.dtype)
     if share is not None:
         pooled = pooled / x.cells.gather_cells(share.expand(x.cells.batch, -1, -1, -1), geometry.s_out)
     return x.like(pooled)
@@ -133,16 +140,18 @@ def _geometry(what: str, x: PackedTensor, kernel: Any, given: dict[str, Any]) ->
         raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")
     s = x.side
     size = (x.cells.grid[0] * s, x.cells.grid[1] * s)
-    return window_geometry(
-        what, s, size, kernel, given["stride"], given["padding"], given["dilation"], given.get("ceil_mode", False)
-    )
+    return window_geometry(what, s, size, kernel, given, x.pending)
 
 
-def window_share(cells: CellLayout, geometry: kernels.ConvGeometry, given: dict[str, Any], dtype: torch.dtype) -> Tensor | None:
+def window_share(
+    cells: CellLayout, geometry: kernels.ConvGeometry, given: dict[str, Any], pending: Padding | None, dtype: torch.dtype
+) -> Tensor | None:
     """Share of each pooling window that dense pooling counts, (1, 1, H', W'); None when it is 1 everywhere."""
     if given["divisor_override"] is not None or (given["count_include_pad"] and not given["ceil_mode"]):
         return None
     height, width = cells.grid[0] * geometry.s_in, cells.grid[1] * geometry.s_in
+    if pending is not None:  # these places are part of what the pooling sees
+        height, width = height + pending.top + pending.bottom, width + pending.left + pending.right
     ones = torch.ones(1, 1, height, width, dtype=dtype, device=cells.device)
     padding, ceil, include = given["padding"], given["ceil_mode"], given["count_include_pad"]
     mean = F.avg_pool2d(ones, geometry.kernel, geometry.stride, padding, ceil, include)

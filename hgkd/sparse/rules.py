@@ -11,13 +11,13 @@ from torch import Tensor
 from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
-from hgkd.sparse.tensor import ELEMENTWISE, SparseTensor, function_rule, plain_torch
+from hgkd.sparse.tensor import ELEMENTWISE, Padding, SparseTensor, calling_layer, function_rule, plain_torch
 
 BOTH = (PackedTensor, MaskedTensor)
 
 
 def _refuse(func: Any, why: str) -> NoSparseRuleError:
-    return NoSparseRuleError(f"{getattr(func, '__name__', func)} on a sparse feature map: {why}")
+    return NoSparseRuleError(f"{getattr(func, '__name__', func)} on a sparse feature map{calling_layer()}: {why}")
 
 
 def check_same_cells(func: Any, owner: SparseTensor, other: SparseTensor) -> None:
@@ -95,6 +95,27 @@ def _permute(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
         return owner.like(torch.permute(args[0], order), channel_dim)
 
 
+@function_rule("pad", on=BOTH)
+def _pad(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+    """Nothing is moved: the padding is remembered for the convolution or pooling that follows (timm's 'same' layers)."""
+    given = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
+    sides, mode = tuple(int(n) for n in given["pad"]), given.get("mode", "constant")
+    if len(sides) not in (2, 4) or owner.channel_dim != 1 or mode not in ("constant", "reflect") or min(sides) < 0:
+        raise _refuse(func, f"padding {sides} with mode={mode!r}; only places may be padded, with a constant or by reflection")
+    if owner.pending is not None:
+        raise _refuse(func, "it is padded already; pad once")
+    left, right, top, bottom = (*sides, 0, 0)[:4]
+    padding = Padding(left, right, top, bottom, mode, float(given.get("value") or 0.0))
+    s = owner.cells.side(owner.stride)
+    if mode == "reflect" and (
+        max(padding.sides[:2]) >= owner.cells.grid[1] * s or max(padding.sides[2:]) >= owner.cells.grid[0] * s
+    ):
+        raise ValueError(f"reflection of {sides} places on a map of {owner.cells.grid[0] * s} x {owner.cells.grid[1] * s}")
+    out = owner.like(owner.plain)
+    out.pending = padding if any(sides) else None
+    return out
+
+
 @function_rule("layer_norm", on=BOTH)
 def _layer_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
     shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
@@ -144,6 +165,15 @@ def _getitem(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
         raise _refuse(func, f"index {args[1]} selects places or images; only a slice of channels is supported")
     with plain_torch():
         return owner.like(func(*args, **kwargs))
+
+
+def _autograd(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+    with plain_torch():
+        return func(*args, **kwargs)
+
+
+for _kind in BOTH:  # reentrant activation checkpointing calls it on the recomputed output
+    _kind.rules[torch.autograd.backward] = _autograd
 
 
 # --- statistics over an image's visible places --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -27,17 +28,46 @@ T = TypeVar("T", bound="SparseTensor")
 plain_torch = torch._C.DisableTorchFunctionSubclass
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Places that ``torch.nn.functional.pad`` put round the image, remembered until a window function reads them.
+
+    Attributes:
+        left, right, top, bottom: numbers of places.
+        mode: 'constant' or 'reflect'.
+        value: of constant padding.
+    """
+
+    left: int
+    right: int
+    top: int
+    bottom: int
+    mode: str = "constant"
+    value: float = 0.0
+
+    @property
+    def sides(self) -> tuple[int, int, int, int]:
+        """In the order of ``torch.nn.functional.pad``."""
+        return self.left, self.right, self.top, self.bottom
+
+
 class SparseTensor(Tensor):
     """Base of the two kinds of sparse feature map; made by :meth:`pack`, never by its constructor.
 
     Attributes:
         cells: the :class:`CellLayout`.
         channel_dim: 1 for (N, C, y, x), 3 for (N, y, x, C), as after ``permute(0, 2, 3, 1)``.
+        pending: padding that the next convolution or pooling, and nothing else, may read.
     """
 
     cells: CellLayout
     channel_dim: int
+    pending: Padding | None = None
     rules: ClassVar[dict[Any, Rule]] = {}
+
+    @classmethod
+    def require(cls) -> None:
+        """Raise ImportError, with the remedy, when the backend needs a library that is not installed."""
 
     @classmethod
     def pack(cls: type[T], dense: Tensor, cells: CellLayout) -> T:
@@ -87,6 +117,15 @@ class SparseTensor(Tensor):
         with plain_torch():
             return self.as_subclass(Tensor)
 
+    def check_complete(self) -> None:
+        """Refuse to read the values as a map while in channels-last order, or between a padding and what it is for."""
+        if self.channel_dim != 1:
+            raise ValueError("to_dense needs channels-first order; permute(0, 3, 1, 2) first")
+        if self.pending is not None:
+            raise ValueError(
+                "to_dense after torch.nn.functional.pad: the padding belongs to the convolution or pooling to come"
+            )
+
     @property
     def spatial_dims(self) -> tuple[int, int]:
         """The two dimensions of places."""
@@ -103,18 +142,25 @@ class SparseTensor(Tensor):
         if func in _METADATA:
             with plain_torch():
                 return func(*args, **kwargs)
-        owner = first_sparse(args, kwargs)
+        operands = list(_sparse_in((args, tuple(kwargs.values()))))
+        owner = operands[0] if operands else None
         rule = type(owner).rules.get(func) if owner is not None else None
         if rule is None:
             name = getattr(func, "__qualname__", getattr(func, "__name__", repr(func)))
             raise NoSparseRuleError(
-                f"{name} has no sparse rule{_calling_layer()}: its result could depend on hidden places. "
-                "Register a rule for the layer with hgkd.sparse.layer_rule (see README, 'Your own layers')"
+                f"{name} has no sparse rule{calling_layer()}: its result could depend on hidden places. "
+                "Register a rule for the layer with hgkd.sparse.layer_rule (see docs/students.md, 'Your own layers')"
+            )
+        if func not in _READ_PADDING and any(operand.pending for operand in operands):
+            name = getattr(func, "__name__", repr(func))
+            raise NoSparseRuleError(
+                f"{name}{calling_layer()} got a feature map that torch.nn.functional.pad has padded; on a sparse feature map "
+                "only a convolution or a pooling may follow the padding"
             )
         return rule(func, owner, args, kwargs)
 
 
-def _calling_layer() -> str:
+def calling_layer() -> str:
     """' (called by layer NAME: Type)' of the nn.Module nearest in the call stack, or ''."""
     frame = sys._getframe(2)
     while frame is not None:
@@ -126,12 +172,8 @@ def _calling_layer() -> str:
     return ""
 
 
-def first_sparse(args: Any, kwargs: dict[str, Any]) -> SparseTensor | None:
-    """The first sparse tensor among the arguments, looking into lists and tuples."""
-    return next(_sparse_in((args, tuple(kwargs.values()))), None)
-
-
 def _sparse_in(values: Any) -> Iterator[SparseTensor]:
+    """The sparse tensors among arguments, looking into lists and tuples."""
     for value in values:
         if isinstance(value, SparseTensor):
             yield value
@@ -189,6 +231,9 @@ def named_functions(*names: str) -> set[Any]:
     if not found:
         raise ValueError(f"torch has no function of any of these names: {names}")
     return found
+
+
+_READ_PADDING = named_functions("pad", "conv2d", "max_pool2d", "avg_pool2d")
 
 
 def function_rule(*names: str, on: tuple[type[SparseTensor], ...]) -> Callable[[Rule], Rule]:

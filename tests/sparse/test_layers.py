@@ -1,10 +1,13 @@
 """Single operations: random geometry against masked-dense compute, gradients by finite differences, refusals by message."""
 
 import pytest
+import timm.layers
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from timm.layers.conv2d_same import conv2d_same
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import Tensor, nn
 
 from hgkd.errors import NoSparseRuleError
@@ -87,6 +90,63 @@ def test_convolution_with_same_padding(batch, h, w, share, seed, kernel, dilatio
     x = torch.randn(batch, 4, h * factor, w * factor, generator=generator, dtype=torch.float64)
     weight = torch.randn(5, 4, kernel, kernel, generator=generator, dtype=torch.float64)
     compare(lambda x, w: F.conv2d(x, w, padding="same", dilation=dilation), layout, x, [weight], 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(**GRIDS, kernel=st.integers(1, 5), stride=st.integers(1, 3), dilation=st.integers(1, 2), factor=st.integers(1, 3),
+       layer=st.sampled_from(["conv", "std", "max", "avg"]), groups=st.sampled_from([1, 4]))  # fmt: skip
+def test_same_padding_of_timm(batch, h, w, share, seed, kernel, stride, dilation, factor, layer, groups):
+    """Padding by ``torch.nn.functional.pad``, more below and right than above and left."""
+    dilation = 1 if layer == "avg" else dilation
+    layout = random_layout(seed, batch, h, w, stride * factor, share)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 4, h * stride * factor, w * stride * factor, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 4 // groups, kernel, kernel, generator=generator, dtype=torch.float64)
+    torch.manual_seed(seed)
+    std = timm.layers.StdConv2dSame(4, 8, kernel, stride=stride, dilation=dilation).double()
+    function, parameters = {
+        "conv": (lambda x, w: conv2d_same(x, w, None, (stride,) * 2, (0, 0), (dilation,) * 2, groups), [weight]),
+        "std": (std, []),
+        "max": (MaxPool2dSame(kernel, stride, dilation=dilation), []),
+        "avg": (AvgPool2dSame(kernel, stride), []),
+    }[layer]
+    compare(function, layout, x, parameters, 1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(**GRIDS, size=st.integers(3, 5), stride=st.integers(1, 3), factor=st.integers(2, 3))
+def test_blur_reflects_the_border(batch, h, w, share, seed, size, stride, factor):
+    assume(((stride - 1) + size - 1) // 2 < factor * stride)
+    layout = random_layout(seed, batch, h, w, stride * factor, share)
+    x = torch.randn(batch, 3, h * stride * factor, w * stride * factor, dtype=torch.float64)
+    blur = timm.layers.BlurPool2d(3, size, stride).double()
+    assume(blur(x).shape[2:] == (h * factor, w * factor))
+    compare(blur, layout, x, [], 1e-9)
+
+
+def test_padding_is_for_the_next_window_only() -> None:
+    x = F.pad(packed(), (1, 1, 1, 1))
+    with pytest.raises(NoSparseRuleError, match=r"relu got a feature map that .* has padded"):
+        F.relu(x)
+    with pytest.raises(ValueError, match="belongs to the convolution or pooling to come"):
+        x.to_dense()
+    assert F.conv2d(x, torch.randn(4, 4, 3, 3)).shape == packed().shape
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), "only places may be padded"),
+        (lambda x: F.pad(x, (1, 1), mode="circular"), "mode='circular'"),
+        (lambda x: F.pad(F.pad(x, (1, 1)), (1, 1)), "padded already"),
+        (lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), value=2.0), torch.randn(4, 4, 3, 3)), "value=2.0"),
+        (lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 5, 1, 1), "max_pool2d that pads as well"),
+        (lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, 1), "mode='reflect'"),
+    ],
+)
+def test_paddings_without_a_rule(operation, message: str) -> None:
+    with pytest.raises(NoSparseRuleError, match=message):
+        operation(packed())
 
 
 @pytest.mark.parametrize("kernel_name", ["im2col", "halo"])
@@ -212,13 +272,13 @@ def test_pack_and_back() -> None:
 
 
 def test_kernel_choice() -> None:
-    packed = PackedTensor.pack(torch.randn(1, 32, 8, 8), random_layout(0, 1, 2, 2, 4, 1.0))
+    packed = PackedTensor.pack(torch.randn(1, 96, 8, 8), random_layout(0, 1, 2, 2, 4, 1.0))
     pointwise = _geometry("c", packed, (1, 1), {"stride": 1, "padding": 0, "dilation": 1})
     spatial = _geometry("c", packed, (3, 3), {"stride": 1, "padding": 1, "dilation": 1})
-    assert choose_kernel(torch.empty(8, 32, 1, 1), 1, pointwise) == "matmul"
-    assert choose_kernel(torch.empty(8, 32, 3, 3), 1, spatial) == "im2col"
-    assert choose_kernel(torch.empty(8, 3, 3, 3), 1, spatial) == "halo"
-    assert choose_kernel(torch.empty(32, 1, 3, 3), 32, spatial) == "halo"
+    assert choose_kernel(torch.empty(8, 96, 1, 1), 1, pointwise) == "matmul"
+    assert choose_kernel(torch.empty(8, 96, 3, 3), 1, spatial) == "im2col"
+    assert choose_kernel(torch.empty(8, 64, 3, 3), 1, spatial) == "halo"
+    assert choose_kernel(torch.empty(96, 1, 3, 3), 96, spatial) == "halo"
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------
@@ -314,7 +374,7 @@ def test_users_add_rules() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="unknown sparse backend 'minkowski'; known: gather, masked"):
+    with pytest.raises(ValueError, match="unknown sparse backend 'minkowski'; known: gather, masked, spconv"):
         sparsify(nn.Conv2d(3, 4, 1), 4, "minkowski")
 
 

@@ -1,0 +1,147 @@
+"""Triton kernels for convolutions larger than 1x1 on a GPU: gather and product in one pass (implicit GEMM).
+
+The pure torch kernel ``im2col`` writes the k*k neighbour rows side by side to memory and reads them again; here each program
+loads the rows that it needs straight into its tile of the product. A hidden place is an index past the last row and loads
+zeros, so no zero row is appended either. The input gradient is the forward kernel with the transposed index; the weight
+gradient sums over slices of the points and adds the partial sums in a fixed order, so no atomic addition occurs.
+
+The idea is that of implicit GEMM for sparse convolution (traveller59/spconv 2.x; TorchSparse++, arXiv 2311.12862), written
+from scratch for a dense index. The products run on tensor cores, so fp32 takes part only where torch may use TF32; exact fp32
+stays with torch's kernels. The tile sizes are a guess: no session that worked on this had a GPU. Tested are the arithmetic, in
+Triton's interpreter, and that the kernels compile for sm_90.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether the kernels compute in a type as torch would be allowed to."""
+    return dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
+
+
+@triton.jit
+def _gather_multiply(  # type: ignore[no-untyped-def]
+    source,
+    index,
+    matrix,
+    out,
+    rows,
+    points,
+    taps,
+    channels,
+    width,
+    BLOCK_POINTS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """A (BLOCK_POINTS, BLOCK_WIDTH) tile of ``concat_k(source[index[:, k]]) @ matrix``."""
+    n = (tl.program_id(0) * BLOCK_POINTS + tl.arange(0, BLOCK_POINTS)).to(tl.int64)
+    o = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    total = tl.zeros((BLOCK_POINTS, BLOCK_WIDTH), dtype=tl.float32)
+    for k in range(taps):
+        row = tl.load(index + n * taps + k, mask=n < points, other=rows)
+        for first in range(0, channels, BLOCK_CHANNELS):
+            c = first + tl.arange(0, BLOCK_CHANNELS)
+            seen = (row < rows)[:, None] & (c < channels)[None, :]
+            values = tl.load(source + row[:, None] * channels + c[None, :], mask=seen, other=0.0)
+            inside = (c < channels)[:, None] & (o < width)[None, :]
+            weights = tl.load(matrix + (k * channels + c)[:, None] * width + o[None, :], mask=inside, other=0.0)
+            total = tl.dot(values, weights, total, input_precision="tf32")
+    inside = (n < points)[:, None] & (o < width)[None, :]
+    tl.store(out + n[:, None] * width + o[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_gradient(  # type: ignore[no-untyped-def]
+    source,
+    index,
+    grad,
+    partial,
+    rows,
+    points,
+    taps,
+    channels,
+    width,
+    SLICES: tl.constexpr,
+    BLOCK_POINTS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """One slice's share of ``grad.T @ source[index[:, k]]`` for one tap and a tile of (width, channels)."""
+    blocks = tl.cdiv(channels, BLOCK_CHANNELS)
+    k = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    o = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    slice_ = tl.program_id(2)
+    total = tl.zeros((BLOCK_WIDTH, BLOCK_CHANNELS), dtype=tl.float32)
+    for first in range(slice_ * BLOCK_POINTS, points, SLICES * BLOCK_POINTS):
+        n = (first + tl.arange(0, BLOCK_POINTS)).to(tl.int64)
+        row = tl.load(index + n * taps + k, mask=n < points, other=rows)
+        seen = (row < rows)[:, None] & (c < channels)[None, :]
+        values = tl.load(source + row[:, None] * channels + c[None, :], mask=seen, other=0.0)
+        inside = (n < points)[:, None] & (o < width)[None, :]
+        slopes = tl.load(grad + n[:, None] * width + o[None, :], mask=inside, other=0.0)
+        total = tl.dot(tl.trans(slopes), values, total, input_precision="tf32")
+    inside = (o < width)[:, None] & (c < channels)[None, :]
+    line = (slice_ * width + o).to(tl.int64) * taps + k
+    tl.store(partial + line[:, None] * channels + c[None, :], total, mask=inside)
+
+
+def gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
+    """``concat_k(source[index[:, k]]) @ matrix``, with zeros for an index of M.
+
+    Args:
+        source: (M, C), fp16, bf16 or fp32 (computed as TF32 on a GPU).
+        index: int64 (N, K), 0 ... M.
+        matrix: (K*C, O).
+
+    Returns:
+        (N, O), the products summed in fp32.
+    """
+    source, index, matrix = source.contiguous(), index.contiguous(), matrix.contiguous()
+    (points, taps), (rows, channels), width = index.shape, source.shape, matrix.shape[1]
+    out = source.new_empty(points, width)
+    blocks = {"BLOCK_POINTS": 128, "BLOCK_CHANNELS": _block(channels, 32), "BLOCK_WIDTH": _block(width, 128)}
+    grid = (triton.cdiv(points, 128), triton.cdiv(width, blocks["BLOCK_WIDTH"]))
+    _gather_multiply[grid](source, index, matrix, out, rows, points, taps, channels, width, **blocks)
+    return out
+
+
+def weight_gradient(source: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of :func:`gather_multiply` in its matrix, transposed: fp32 (O, K*C), from the gradient (N, O) of its result."""
+    source, index, grad = source.contiguous(), index.contiguous(), grad.contiguous()
+    (points, taps), (rows, channels), width = index.shape, source.shape, grad.shape[1]
+    blocks = {"BLOCK_POINTS": 32, "BLOCK_CHANNELS": _block(channels, 64), "BLOCK_WIDTH": _block(width, 128)}
+    tiles = (taps * triton.cdiv(channels, blocks["BLOCK_CHANNELS"]), triton.cdiv(width, blocks["BLOCK_WIDTH"]))
+    # enough programs for a large GPU, each with at least a few blocks of points
+    slices = max(1, min(triton.cdiv(points, 4 * 32), 512 // (tiles[0] * tiles[1])))
+    partial = source.new_empty(slices, width, taps * channels, dtype=torch.float32)
+    sizes = (rows, points, taps, channels, width)
+    _weight_gradient[(*tiles, slices)](source, index, grad, partial, *sizes, SLICES=slices, **blocks)
+    return partial.sum(0)
+
+
+def _block(size: int, largest: int) -> int:
+    """A power of two, at least 16 as ``tl.dot`` wants."""
+    return max(16, min(largest, triton.next_power_of_2(size)))
+
+
+@cache
+def works_on(device: torch.device) -> bool:
+    """Whether Triton can build and start a kernel on a GPU (it needs a C compiler); says so once when it cannot."""
+    try:
+        index = torch.zeros(16, 1, dtype=torch.int64, device=device)
+        zeros = torch.zeros(16, 16, dtype=torch.float16, device=device)
+        gather_multiply(zeros, index, zeros)
+    except Exception as error:  # whatever goes wrong in a compiler, the pure torch kernels serve
+        warnings.warn(f"Triton does not work on {device} ({error}); the slower torch kernels are used", stacklevel=2)
+        return False
+    return True

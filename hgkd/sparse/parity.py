@@ -1,0 +1,119 @@
+"""Proof that a network is exact on masked images: a sparse backend against dense compute with the hidden places zeroed.
+
+For the tests, the table in ``docs/students.md``, and whoever has added a rule for a layer of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from hgkd.sparse.convert import BACKENDS, sparsify
+from hgkd.sparse.layout import CellLayout
+from hgkd.sparse.tensor import SparseTensor
+
+# a bias before a norm has gradient 0; what rounding leaves of it is judged by the size of the largest gradient
+_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences, each relative to the largest magnitude of the tensor that differs.
+
+    Attributes:
+        outputs, gradients, statistics: backend against ``masked``, with some cells hidden; gradients are those of the
+            pixels and of every parameter, statistics the buffers after a step in training mode.
+        dense: backend with every cell visible against the original network: outputs, gradients and statistics.
+    """
+
+    outputs: float
+    gradients: float
+    statistics: float
+    dense: float
+
+    @property
+    def worst(self) -> float:
+        """The largest of the four."""
+        return max(self.outputs, self.gradients, self.statistics, self.dense)
+
+
+def measure_parity(
+    network: nn.Module, cell: int = 32, backend: str = "gather", dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Parity:
+    """Run a copy of a network on three small images with 1, 3 and 6 of 2 x 3 cells visible, forward and backward.
+
+    The copy is in training mode, without dropout and drop path, and its constant parameters (fresh norms, layer scales)
+    are drawn at random: their ones and zeros would hide errors. What is compared is ``forward_features`` where the
+    network has it, so a pooling head is left out.
+
+    Args:
+        network: takes images (B, 3, H, W).
+        cell: side of a mask cell, pixels.
+        backend: the one to be checked.
+        dtype: of parameters and images.
+
+    Raises:
+        NoSparseRuleError: the network holds an operation that has no rule; it is named.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network = copy.deepcopy(network).to(dtype).train()
+    for module in network.modules():
+        if isinstance(module, (_DropoutNd, DropPath)):
+            module.eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    images = torch.randn(3, 3, 2 * cell, 3 * cell, dtype=dtype, generator=generator)
+    some = torch.zeros(3, 2, 3, dtype=torch.bool)
+    some[0, 1, 1] = some[1, 0, 0] = some[1, 0, 1] = some[1, 1, 2] = True
+    some[2] = True
+    hidden, everything = CellLayout(some, cell), CellLayout(torch.ones_like(some), cell)
+    found = _run(sparsify(network, cell, backend), images, backend, hidden)
+    expected = _run(sparsify(network, cell, "masked"), images, "masked", hidden)
+    open_found = _run(sparsify(network, cell, backend), images, backend, everything)
+    open_expected = _run(copy.deepcopy(network), images, None, everything)
+    outputs, gradients, statistics = (_difference(a, b) for a, b in zip(found, expected, strict=True))
+    dense = max(_difference(a, b) for a, b in zip(open_found, open_expected, strict=True))
+    return Parity(outputs, gradients, statistics, dense)
+
+
+def _run(network: nn.Module, images: Tensor, backend: str | None, cells: CellLayout) -> list[dict[str, Tensor]]:
+    """Outputs, gradients and buffers of one forward and backward; ``backend`` None: the dense network."""
+    leaf = images.clone().requires_grad_()
+    forward = getattr(network, "forward_features", network)
+    made = forward(leaf if backend is None else BACKENDS[backend].pack(leaf, cells))
+    outputs = {str(i): t.to_dense() if isinstance(t, SparseTensor) else t for i, t in enumerate(_tensors(made))}
+    total = torch.zeros((), dtype=images.dtype)
+    for i, output in enumerate(outputs.values()):
+        probe = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(i))
+        total = total + (output * probe).sum()
+    total.backward()
+    named = [("images", leaf), *network.named_parameters()]
+    gradients = {name: tensor.grad for name, tensor in named if tensor.grad is not None}
+    buffers = {name: buffer.to(images.dtype) for name, buffer in network.named_buffers()}
+    return [outputs, gradients, buffers]
+
+
+def _tensors(made: Any) -> list[Tensor]:
+    return [made] if isinstance(made, Tensor) else [tensor for part in made for tensor in _tensors(part)]
+
+
+def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative difference; infinite when a tensor is there on one side only."""
+    if found.keys() != expected.keys():
+        return float("inf")
+    sizes = {name: _largest(tensor) for name, tensor in expected.items()}
+    floor = _FLOOR * max(sizes.values(), default=0.0)
+    errors = [_largest(found[name] - expected[name]) / max(sizes[name], floor, 1e-30) for name in expected]
+    return max(errors, default=0.0)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.detach().abs().max().item() if tensor.numel() else 0.0

@@ -1,0 +1,50 @@
+"""docs/students.md: its code runs, its table has every family, and the script that fills it."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from hgkd.sparse.families import FAMILIES, REFUSED
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from tools import students_table  # noqa: E402
+
+PAGE = (ROOT / "docs/students.md").read_text()
+
+
+def test_the_example_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(code, "docs/students.md", "exec"), {})
+
+
+def test_the_table_has_every_family() -> None:
+    table = PAGE[PAGE.index(students_table.BEGIN) : PAGE.index(students_table.END)]
+    rows = re.findall(r"^\| (.+?) \| `(.+?)` \| (\S+) \| (\S+x|dense crashes) \|$", table, re.MULTILINE)
+    assert [(name, member) for name, member, _, _ in rows] == [(f.name, f.member) for f in FAMILIES]
+    assert all(float(error) < 1e-9 for _, _, error, _ in rows)
+    assert students_table.refused_table() in table
+    assert students_table.refused_table().count("\n") == 2 + len(REFUSED)
+
+
+def test_filling_changes_the_table_only() -> None:
+    text = f"before\n{students_table.BEGIN}old\n{students_table.END}after\n"
+    assert students_table.fill(text, "new\n") == text.replace("old", "new")
+    with pytest.raises(ValueError, match=r"needs the lines '<!-- tools/students_table.py -->' and '<!-- end -->'"):
+        students_table.fill("no table", "new\n")
+
+
+def test_a_row(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(students_table, "speedup", lambda family, repeats: 1.234)
+    monkeypatch.setattr(students_table, "_apart", lambda function, *args: function(*args))
+    family = next(f for f in FAMILIES if f.member == "mobilenetv3_small_050")
+    table = students_table.families_table([family], 1)
+    assert re.search(r"^\| MobileNet v3 \| `mobilenetv3_small_050` \| \de-1\d \| 1.23x \|$", table, re.MULTILINE)
+
+
+def test_a_crash_costs_one_number_only() -> None:
+    assert students_table._apart(os.getpid) != os.getpid()
+    assert students_table._apart(os._exit, 1) is None

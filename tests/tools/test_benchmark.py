@@ -1,0 +1,94 @@
+"""tools/benchmark.py: what it reports and refuses. How fast anything is, no test says."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hgkd.sparse import CellLayout
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from tools import benchmark  # noqa: E402
+
+SPARSE = ["sparse", "--student", "test_resnet", "--image-size", "64", "--mask-ratio", "0.75", "--batch-size", "2"]
+TINY = {
+    "teacher": "vit_tiny_patch16_224",
+    "student": "test_resnet",
+    "image_size": 64,
+    "model.teacher.allow_random": True,
+    "model.teacher.depth": 2,
+    "model.teacher.embed_dim": 32,
+    "model.teacher.num_heads": 2,
+    "model.objectives.hgkd.block": 1,
+    "model.student.decoder_width": 32,
+}
+
+
+def test_sparse_writes_the_promised_json(tmp_path, capsys) -> None:
+    backends = ["--backends", "gather", "masked", "dense", "--repeats", "1", "--clock", "cpu"]
+    assert benchmark.main([*SPARSE, *backends, "--json", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["limit"] == 4.0
+    assert result["settings"]["visible_cells"] == [1, 4]
+    assert [row["backend"] for row in result["results"]] == ["gather", "masked", "dense"]
+    steps = {row["backend"]: row["step_ms"] for row in result["results"]}
+    for row in result["results"]:
+        assert row["images_per_s"] == pytest.approx(2e3 / row["step_ms"])
+        assert row["speedup_over"] == pytest.approx({b: t / row["step_ms"] for b, t in steps.items() if b != row["backend"]})
+        assert row["peak_mb"] > 0
+        assert (row["index_share"] > 0) == (row["backend"] != "dense")
+    assert "FLOP limit 4.00x" in capsys.readouterr().out
+
+
+def test_peak_memory_counts_live_tensors_only() -> None:
+    def step() -> None:
+        for _ in range(3):
+            torch.zeros(2**18)  # 1 MB, gone at once
+        kept = [torch.zeros(2**18) for _ in range(2)]
+        there_before.view(2, -1).t().add_(1)  # no new memory
+        del kept
+
+    there_before = torch.zeros(2**20)
+    assert benchmark._peak_mb(step, cuda=False) == 2.0
+
+
+def test_index_clock_counts_nested_building_once() -> None:
+    now = iter(range(100))
+    layout = CellLayout(torch.ones(1, 2, 2, dtype=torch.bool), 4)
+    clock = benchmark._IndexClock(lambda: next(now))
+    with clock.running():
+        layout.keep("outer", lambda: layout.keep("inner", lambda: 1))
+    assert clock.seconds == 2  # readings 0 and 2; the start of the inner one, 1, lies within
+    layout.keep("later", lambda: 1)
+    assert clock.seconds == 2
+
+
+def test_distill_measures_a_recipe(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    recipe = ROOT / "configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py"
+    folders = {key: str(tmp_path / "images") for key in ("data_root", "val_train_root", "val_test_root")}
+    result = benchmark.benchmark_distill(recipe, {**TINY, **folders}, batch_size=2, backends=["gather", "dense"], repeats=1)
+    assert [row["backend"] for row in result["results"]] == ["gather", "dense"]
+    assert result["settings"]["visible_cells"] == [2, 4]
+    assert result["limit"] == 2.0
+    assert result["results"][0]["index_share"] > 0
+    assert not list(tmp_path.glob("work_dirs/**/*.*")), "nothing is trained, logged or cached"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sparse", "--student", "resnet81"], "unknown student 'resnet81'; did you mean"),
+        (["sparse", "--student", "resnet18", "--image-size", "100"], "100"),
+        (["distill", "configs/mae/mae_tiny_shapes.py"], "measures recipes of a MaskedDistiller"),
+        (["distill", "configs/none.py"], "none.py"),
+    ],
+)
+def test_refusals(arguments, message: str, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert benchmark.main(arguments) == 2
+    assert message in capsys.readouterr().err
