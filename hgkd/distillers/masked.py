@@ -246,7 +246,7 @@ class MaskedDistiller(BaseModel):
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
-        return {"encoder": self.student.encoder_spec, "format": CHECKPOINT_FORMAT}
+        return {**self.student.description(), "format": CHECKPOINT_FORMAT}
 
 
 def _build(cfg: Mapping[str, Any]) -> Any:

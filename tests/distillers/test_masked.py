@@ -206,3 +206,24 @@ def test_images_of_another_size_or_type_are_refused():
         to_unit_range(torch.zeros(1, 3, 4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="objectives is empty"):
         MaskedDistiller(dict(type="SparseUNet", encoder="test_resnet"), {}, dict(type="RandomMask"), 64)
+
+
+def test_objectives_of_all_kinds_mix():
+    objectives = {
+        "hgkd": dict(type="HGKD", supervise="all", block=(0, 2), stride=(32, 16), cosine=0.5, weight=2.0),
+        "pixels": dict(type="PixelReconstruction"),
+        "dmae": dict(type="DMAE", taps=((None, 1),)),
+        "mgd": dict(type="MGD"),
+    }
+    model = make(objectives)
+    losses = model(batch(), mode="loss")
+    assert set(losses) == {
+        "hgkd_distill_0_loss",
+        "hgkd_distill_0_cosine_loss",
+        "hgkd_distill_2_loss",
+        "hgkd_distill_2_cosine_loss",
+        "pixels_reconstruction_loss",
+        "dmae_align_1_loss",
+        "mgd_generation_loss",
+    }
+    assert model.teacher.calls == [TeacherNeeds(blocks=(0, 2)), TeacherNeeds(blocks=(1,), visible_only=True)]
