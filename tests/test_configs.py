@@ -98,7 +98,7 @@ def test_a_control_differs_only_in_what_it_controls(control, recipe, differ):
     left, right = load(control).to_dict(), load(recipe).to_dict()
     for cfg in (left, right):  # it changes what a teacher costs, not what is learnt
         cfg["custom_hooks"] = [hook for hook in cfg["custom_hooks"] if hook["type"] != "TeacherCacheHook"]
-    parts = {"teacher_checkpoint", "mask_ratio"}  # short options, whose places are compared
+    parts = {"teacher_checkpoint", "teacher_features", "mask_ratio"}  # short options, whose places are compared
     flat = [{f"model.{k}": v for k, v in cfg.pop("model").items()} | cfg for cfg in (left, right)]
     keys = (flat[0].keys() | flat[1].keys()) - parts
     assert {key for key in keys if flat[0].get(key) != flat[1].get(key)} == differ

@@ -131,8 +131,13 @@ class MaskedDistiller(BaseModel):
             objective.prepare(self.student, info, grid, self.mask_grid)
             if objective.needs is not None:  # after prepare, which resolves negative block indices
                 teacher.check(objective.needs)
+        if self.mask.guided and not hasattr(teacher, "attention"):
+            raise ValueError(
+                f"{type(self.mask).__name__} is guided by a teacher's attention, but the model has "
+                f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask"
+            )
         asking: dict[str, TeacherNeeds] = {name: part.needs for name, part in parts.items() if part.needs is not None}
-        if teacher is not None and not asking:
+        if teacher is not None and not asking and not self.mask.guided:
             raise ValueError("model.teacher is set, but no objective learns from it; remove it or add such an objective")
         self._passes, owner = merge_needs(list(asking.values()))
         self._pass_of = dict(zip(asking, owner, strict=True))
@@ -186,7 +191,7 @@ class MaskedDistiller(BaseModel):
         if self.flip > 0.0:
             flipped = torch.rand(len(images), device=images.device) < self.flip
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-        visible = self.mask(images.shape[0], self.mask_grid, device=images.device)
+        visible = self.draw_mask(images)
         # 2. the student sees these only
         student_out: StudentOutput = self.student(images, visible)
         # 3. the teacher, once for all objectives that can share a pass
@@ -197,6 +202,14 @@ class MaskedDistiller(BaseModel):
             for term, value in objective(student_out, teacher_outs.get(name), student_out.layout).items():
                 losses[f"{name}_{term}_loss"] = self.weights[name] * value
         return losses
+
+    def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The visible cells of a batch, bool (B, h, w), on the images' device."""
+        teacher: Any = self.teacher
+        scores = teacher.attention(images) if self.mask.guided else None
+        device = images.device if generator is None else generator.device
+        drawn = self.mask(len(images), self.mask_grid, device=device, generator=generator, scores=scores)
+        return drawn.to(images.device)
 
     def teach(
         self, images: Tensor, visible: Tensor, index: Tensor | None = None, flipped: Tensor | None = None

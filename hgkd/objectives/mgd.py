@@ -1,8 +1,8 @@
 """MGD: the student's feature map, randomly masked, must generate the teacher's whole one.
 
 Paper: "Masked Generative Distillation", arXiv 2205.01529; released code yzd-v/MGD, read for facts only. With A a 1x1
-convolution (only where the channels differ), M a random mask, drawn anew on every forward, and G the generator (3x3 convolution,
-ReLU, 3x3 convolution):
+convolution (only where the channels differ), M a random mask, drawn anew on every forward, and G the generator (3x3
+convolution, ReLU, 3x3 convolution):
 
     L = alpha * sum over images, channels and places of ( G( M * A(S) ) - T )^2 / N
 

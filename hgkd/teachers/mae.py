@@ -496,6 +496,9 @@ class MAETeacher(Teacher):
     def _set_grid(self, grid: tuple[int, int]) -> None:
         set_positions(self.network, self._native_positions, self.network.arch.grid, grid)
 
+    def _before_block(self, images: Tensor, block: int) -> tuple[Tensor, nn.Module, int]:
+        return self.network.blocks[:block](self.network.embed(images, None)), self.network.blocks[block], 1
+
     def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
         network, grid = self.network, self.grid
         assert grid is not None

@@ -91,6 +91,7 @@ class TimmTeacher(Teacher):
             depth=len(network.blocks),
             patch_size=network.patch_embed.patch_size[0],
         )
+        self.has_class_token = bool(network.has_class_token)
         self._prefix_tokens = int(network.num_prefix_tokens)
         self._prefix_positions = 0 if network.no_embed_class else self._prefix_tokens
         self._native_grid = tuple(network.patch_embed.grid_size)
@@ -107,12 +108,22 @@ class TimmTeacher(Teacher):
         current = next(self.network.blocks.parameters())
         self.network.pos_embed = nn.Parameter(positions.to(current.device, current.dtype), requires_grad=False)
 
-    def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+    def _embed(self, images: Tensor) -> Tensor:
+        """Class and register tokens and all patches, as they enter the first block, (B, prefix + N, D)."""
         network: Any = self.network
         x = network.patch_embed(images)
         if x.dim() == 4:
             x = x.flatten(1, 2)
-        x = network.norm_pre(network._pos_embed(x))
+        embedded: Tensor = network.norm_pre(network._pos_embed(x))
+        return embedded
+
+    def _before_block(self, images: Tensor, block: int) -> tuple[Tensor, nn.Module, int]:
+        network: Any = self.network
+        return network.blocks[:block](self._embed(images)), network.blocks[block], self._prefix_tokens
+
+    def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+        network: Any = self.network
+        x = self._embed(images)
         prefix = self._prefix_tokens
         if kept is not None:
             patches = x[:, prefix:].gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
@@ -123,4 +134,4 @@ class TimmTeacher(Teacher):
             if i in needs.blocks:
                 tokens[i] = self.on_grid(x[:, prefix:], kept)
         assert self.grid is not None
-        return TeacherOutput(tokens=tokens, grid=self.grid, cls=x[:, 0].float() if network.has_class_token else None)
+        return TeacherOutput(tokens=tokens, grid=self.grid, cls=x[:, 0].float() if self.has_class_token else None)

@@ -42,11 +42,11 @@ class FakeTeacher(nn.Module):
         return TeacherOutput({b: tokens * (b + 1) for b in needs.blocks}, self.grid)
 
 
-def make(objectives=None, teacher=True, mask_ratio=0.5, image_size=64, **student):
+def make(objectives=None, teacher=True, mask_ratio=0.5, image_size=64, mask=None, **student):
     return MaskedDistiller(
         student=dict(type="SparseUNet", encoder="test_resnet", decoder_width=32, **student),
         objectives=objectives or dict(hgkd=dict(type="HGKD", supervise="all")),
-        mask=dict(type="RandomMask", mask_ratio=mask_ratio),
+        mask=mask or dict(type="RandomMask", mask_ratio=mask_ratio),
         image_size=image_size,
         teacher=dict(type="FakeTeacher") if teacher else None,
     )
@@ -227,3 +227,17 @@ def test_objectives_of_all_kinds_mix():
         "mgd_generation_loss",
     }
     assert model.teacher.calls == [TeacherNeeds(blocks=(0, 2)), TeacherNeeds(blocks=(1,), visible_only=True)]
+
+
+def test_a_guided_mask_follows_the_teachers_attention():
+    scores = torch.rand(4, 2, 2)
+    with pytest.raises(ValueError, match="AttentionMask is guided by a teacher's attention, but the model has a FakeTeacher"):
+        make(mask=dict(type="AttentionMask"))
+    FakeTeacher.attention = lambda self, images: scores
+    try:
+        model = make(mask=dict(type="AttentionMask", mask_ratio=0.5, temperature=0.0))
+        visible = model.draw_mask(batch().float())
+        assert visible.flatten(1).equal(scores.flatten(1) <= scores.flatten(1).sort(1).values[:, 1:2])
+        assert model(batch(), mode="loss")["hgkd_distill_loss"].isfinite()
+    finally:
+        del FakeTeacher.attention
