@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hgkd.data.transforms import as_size
 from hgkd.evaluation.samples import FeatureSample
 from hgkd.masking import MaskGenerator
+from hgkd.objectives.comparison import ComparingObjective
 from hgkd.registry import MODELS
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.cache import FeatureCache, weights_digest
@@ -181,6 +182,33 @@ class MaskedDistiller(BaseModel):
         return features
 
     def _losses(self, images: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+        student_out, teacher_outs = self._see(images, index)
+        losses: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            for term, value in objective(student_out, teacher_outs.get(name), student_out.layout).items():
+                losses[f"{name}_{term}_loss"] = self.weights[name] * value
+        return losses
+
+    def term_report(self, inputs: Tensor, index: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses of a batch, and what each would be, were the prediction everywhere the batch's mean target.
+
+        The second has no entry for terms of objectives that are no :class:`hgkd.objectives.comparison.ComparingObjective`.
+        """
+        student_out, teacher_outs = self._see(to_unit_range(inputs), index)
+        losses: dict[str, Tensor] = {}
+        of_mean: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            known = isinstance(objective, ComparingObjective)
+            compare: Any = objective.comparisons if known else objective
+            for term, value in compare(student_out, teacher_outs.get(name), student_out.layout).items():
+                key = f"{name}_{term}_loss"
+                losses[key] = self.weights[name] * (value.loss() if known else value)
+                if known:
+                    of_mean[key] = self.weights[name] * value.loss_of_mean()
+        return losses, of_mean
+
+    def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
+        """What student and teacher make of a batch; the teacher's part by name of the objective."""
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(
                 f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, the model was built for "
@@ -192,16 +220,9 @@ class MaskedDistiller(BaseModel):
             flipped = torch.rand(len(images), device=images.device) < self.flip
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
         visible = self.draw_mask(images)
-        # 2. the student sees these only
+        # 2. the student sees these only; 3. the teacher, once for all objectives that can share a pass
         student_out: StudentOutput = self.student(images, visible)
-        # 3. the teacher, once for all objectives that can share a pass
-        teacher_outs = self.teach(images, visible, index, flipped)
-        # 4. every objective compares the two
-        losses: dict[str, Tensor] = {}
-        for name, objective in self.objectives.items():
-            for term, value in objective(student_out, teacher_outs.get(name), student_out.layout).items():
-                losses[f"{name}_{term}_loss"] = self.weights[name] * value
-        return losses
+        return student_out, self.teach(images, visible, index, flipped)
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The visible cells of a batch, bool (B, h, w), on the images' device."""
