@@ -30,6 +30,7 @@ from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
+from hgkd.teachers.naming import to_timm_names
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 _METADATA_KEY = "hgkd_mae"
@@ -412,6 +413,8 @@ def read_mae(
         return make_arch(json.loads(metadata[_METADATA_KEY])), weights, json.loads(metadata.get(_PIXELS_KEY, "{}"))
     if isinstance(own, Mapping) and "mae" in own:
         return make_arch(own["mae"]), weights, own.get("pixels", {})
+    if "patch_embed.proj.weight" not in weights:
+        _, weights = to_timm_names(weights, str(path))
     return arch_of(weights, str(path), num_heads, decoder_num_heads), weights, {}
 
 
