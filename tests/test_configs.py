@@ -53,8 +53,7 @@ def load_with_teacher(name, mae_file):
     if cfg.model.get("teacher"):
         if cfg.model.teacher.type == "MAETeacher":
             cfg.model.teacher.checkpoint = mae_file
-        else:
-            cfg.model.teacher.allow_random = True
+        cfg.model.teacher.allow_random = True
         cfg.model.teacher.pop("dtype", None)  # bfloat16 is slow on the CPU
     return cfg
 

@@ -196,3 +196,12 @@ def test_refused_options(kind: type[CountedMask], options: dict[str, float], mes
 def test_a_guided_mask_without_attention_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs the teacher's attention \(2, 4, 4\) as scores, got None"):
         AttentionMask()(2, (4, 4), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rounding", "count"), [(0.9, "floor", 19), (0.95, "floor", 9), (0.98, "floor", 3), (0.98, "round", 4)]
+)
+@pytest.mark.parametrize("kind", [RandomMask, BlockMask])
+def test_dmaes_extreme_ratios(kind: type[CountedMask], ratio: float, rounding: str, count: int) -> None:
+    visible = kind(ratio, rounding=rounding)(3, (14, 14), device="cpu")
+    assert visible.flatten(1).sum(1).tolist() == [count] * 3

@@ -21,6 +21,7 @@ from hgkd.masking import MaskGenerator
 from hgkd.objectives.comparison import ComparingObjective
 from hgkd.registry import MODELS
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.teachers.base import Teacher
 from hgkd.teachers.cache import FeatureCache, weights_digest
 
 CHECKPOINT_FORMAT = 1
@@ -118,6 +119,8 @@ class MaskedDistiller(BaseModel):
         info: TeacherInfo | None = None
         grid: tuple[int, int] | None = None
         if teacher is not None:
+            if isinstance(teacher, Teacher):
+                teacher.require_trained()
             grid = teacher.prepare(self.mask_grid, self.student.cell)
             info = teacher.info
         parts: dict[str, Any] = dict(self.objectives.items())

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from hgkd.errors import WeightsError
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.teachers.health import weight_health
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -28,10 +30,15 @@ class Teacher(nn.Module):
         grid: (gh, gw) of the tokens; set by :meth:`prepare`.
         ratio: tokens along a mask cell's side; set by :meth:`prepare`.
         has_class_token: the first token is one.
+        source: where the weights are from, for messages.
+        allow_random: the user knows that the weights may be random.
     """
 
     info: TeacherInfo
     has_class_token = True
+    source = "the teacher"
+    allow_random = False
+    network: Any
     mean: Tensor
     deviation: Tensor
 
@@ -106,10 +113,20 @@ class Teacher(nn.Module):
         if self.info.decoder_depth == 0:
             raise ValueError(self._no_decoder())
 
+    def require_trained(self) -> None:
+        """Raise WeightsError when the weights look random and nobody said that this is wanted."""
+        health = None if self.allow_random else weight_health(self.network.state_dict())
+        if health is not None and health.looks_random:
+            raise WeightsError(
+                f"{self.source}: this teacher {health}. A student would learn noise from it. Look at the file with "
+                "tools/doctor.py teacher; when it is meant to be so, set teacher.allow_random=True"
+            )
+
     def _no_decoder(self) -> str:
         return (
             f"a teacher of kind {self.info.kind!r} has no decoder, so it cannot infer hidden places: the target 'inferred' "
-            "needs a MAE teacher with its decoder; use target='full', or MAETeacher with a full pretraining checkpoint"
+            "and G2SD need a MAE teacher with its decoder; use HGKD with target='full', or MAETeacher with a full pretraining "
+            "checkpoint"
         )
 
     def prepare(self, mask_grid: tuple[int, int], cell: int) -> tuple[int, int]:

@@ -446,6 +446,7 @@ class MAETeacher(Teacher):
         dtype: 'float32', 'float16' or 'bfloat16'.
         normalize: (mean, deviation) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what the file tells, else ImageNet's, as in the official files.
+        allow_random: distil from weights that look random (tests and baselines).
 
     Attributes:
         kind: one line about the file.
@@ -461,6 +462,7 @@ class MAETeacher(Teacher):
         decoder_num_heads: int | None = None,
         dtype: str = "float32",
         normalize: Sequence[Sequence[float]] | None = None,
+        allow_random: bool = False,
     ) -> None:
         if checkpoint is None:
             raise ValueError("MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file")
@@ -476,7 +478,7 @@ class MAETeacher(Teacher):
         # fine-tuned files bring a classifier, and fc_norm instead of norm; no feature comes from there
         tuned = {"ignore_missing": ("norm.",), "ignore_unexpected": ("head.", "fc_norm.")} if not arch.decoder_depth else {}
         load_strict(network, weights, source=str(checkpoint), **tuned)
-        self.source = str(checkpoint)
+        self.source, self.allow_random = str(checkpoint), allow_random
         self.network = network
         self.info = TeacherInfo(
             kind="mae" if arch.decoder_depth else "mae-encoder",
@@ -492,8 +494,9 @@ class MAETeacher(Teacher):
     def _no_decoder(self) -> str:
         return (
             f"{self.source} is an encoder-only MAE file: it has no decoder, so it cannot infer hidden places, and a decoder "
-            "with random weights would be a useless target. The target 'inferred' needs the full pretraining checkpoint "
-            "(official name mae_pretrain_vit_<size>_full.pth); give that file, or use target='full'"
+            "with random weights would be a useless target (G2SD's loss then stays near 0.2 instead of 0.02). The target "
+            "'inferred' and G2SD need the full pretraining checkpoint (official name mae_pretrain_vit_<size>_full.pth); give "
+            "that file, or use HGKD with target='full'"
         )
 
     def _set_grid(self, grid: tuple[int, int]) -> None:

@@ -37,7 +37,7 @@ class TimmTeacher(Teacher):
         dtype: 'float32', 'float16' or 'bfloat16'.
         normalize: (mean, deviation) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what timm notes for the name.
-        allow_random: accept a network without weights (tests and baselines).
+        allow_random: accept a network without weights, or with some that look random (tests and baselines).
         kwargs: further arguments of ``timm.create_model``.
 
     Raises:
@@ -85,6 +85,7 @@ class TimmTeacher(Teacher):
             load_strict(
                 network, weights, source=str(checkpoint), ignore_missing=("norm.", "fc_norm."), ignore_unexpected=unused
             )
+        self.source, self.allow_random = str(checkpoint or name), allow_random
         self._is_beit = isinstance(network, Beit)
         if network.pos_embed is None and not self._is_beit:
             raise ValueError(f"teacher {name!r} has no absolute position embedding; choose another ViT")

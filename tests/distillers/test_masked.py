@@ -241,3 +241,28 @@ def test_a_guided_mask_follows_the_teachers_attention():
         assert model(batch(), mode="loss")["hgkd_distill_loss"].isfinite()
     finally:
         del FakeTeacher.attention
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.95, 0.98])
+def test_extreme_ratios_train(ratio):
+    objectives = dict(dmae=dict(type="DMAE", taps=((None, 2),)), **PIXELS)
+    model = make(objectives, mask_ratio=ratio, image_size=256)  # 64 cells: 6, 3 and 1 of them visible
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    losses = [model.train_step({"inputs": batch(2, (256, 256))}, wrapper)["loss"].detach() for _ in range(2)]
+    assert all(loss.isfinite() for loss in losses)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_g2sd_from_a_file_without_decoder_is_refused_with_the_reason(tmp_path):
+    from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+
+    arch = make_arch(dict(embed_dim=16, depth=2, num_heads=2, decoder_depth=0))
+    file = save_mae(MaskedAutoencoder(arch), tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match=r"encoder.safetensors is an encoder-only MAE file: .* near 0.2 instead of 0.02"):
+        MaskedDistiller(
+            dict(type="SparseUNet", encoder="test_resnet", decoder_width=32),
+            dict(g2sd=dict(type="G2SD")),
+            dict(type="RandomMask"),
+            64,
+            dict(type="MAETeacher", checkpoint=str(file), allow_random=True),
+        )

@@ -57,7 +57,7 @@ def make(objectives, tmp_path, student=None):
         objectives=objectives,
         mask=dict(type="RandomMask", mask_ratio=0.5),
         image_size=64,
-        teacher=dict(type="MAETeacher", checkpoint=str(teacher)),
+        teacher=dict(type="MAETeacher", checkpoint=str(teacher), allow_random=True),
     )
 
 
