@@ -3,8 +3,8 @@
     python tools/doctor.py teacher mae_pretrain_vit_base_full.pth
     python tools/doctor.py teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
 
-The score of the weights needs the file alone. With a folder of images its features are compared with those of the same
-network with shuffled weights; with one sub-folder a class, by k-NN too. Files other than MAE's need timm's name for that.
+The score of the weights needs the file alone. With a folder of images its features are compared with those of a random
+network of the same shape; with one sub-folder a class, by k-NN too. Files other than MAE's need timm's name for that.
 """
 
 from __future__ import annotations

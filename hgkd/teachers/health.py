@@ -5,9 +5,10 @@ Weights. A large matrix of independent random entries with deviation d has a lar
 matrices of the largest singular value divided by the edge. Measured: 0.94 to 0.99 for untrained ViTs of timm and MAEs, widths
 16 to 1024; 1.5 for the demo's MAE after 12 epochs on generated shapes; 1.4 for a DINOv2 ViT-S/14 fine-tuned for saliency.
 
-Features. The same network with the entries of every weight tensor shuffled is a random one of the same shape and scale. A
-trained teacher tells images apart better than it: by the share of its tokens' variance that lies between images, and, where
-labels are known, by k-NN.
+Features. The same network with its blocks drawn at random again (deviation 0.02, norms 1 and 0, as ViTs are initialised) is
+the measure for two numbers: in how many directions the images' mean tokens differ (effective rank), and, where labels are
+known, k-NN. Measured on 100 CIFAR-10 images: 76 directions against 40 for the ViT-S/14, 28 against 14 for the demo's MAE. (The
+share of variance between images was tried and tells nothing: random networks have the larger one.)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hgkd.evaluation.knn import effective_rank
 from hgkd.structures import TeacherNeeds
 
 RANDOM_BELOW = 1.02
@@ -83,27 +85,27 @@ def _largest_over_edge(matrix: Tensor) -> float:
 
 @dataclass(frozen=True)
 class FeatureHealth:
-    """What a teacher's features say, beside those of its shuffled twin.
+    """What a teacher's features say, beside those of a random network of its shape.
 
     Attributes:
-        between, random_between: share of the tokens' variance between images, of teacher and twin, in [0, 1].
+        rank, random_rank: effective rank of the images' mean tokens, at most images - 1 and channels.
         knn, random_knn: percent of images whose nearest neighbours have their class; None without labels.
     """
 
-    between: float
-    random_between: float
+    rank: float
+    random_rank: float
     knn: float | None = None
     random_knn: float | None = None
 
     def __str__(self) -> str:
-        text = f"variance between images {self.between:.1%} (shuffled twin {self.random_between:.1%})"
+        text = f"images differ in {self.rank:.1f} directions (random network {self.random_rank:.1f})"
         if self.knn is not None:
-            text += f"; k-NN {self.knn:.1f} % (shuffled twin {self.random_knn:.1f} %)"
+            text += f"; k-NN {self.knn:.1f} % (random network {self.random_knn:.1f} %)"
         return text
 
 
 def feature_health(teacher: Any, images: Tensor, labels: Tensor | None = None, block: int | None = None) -> FeatureHealth:
-    """Compare a teacher's tokens with those of the same network with shuffled weights.
+    """Compare a teacher's tokens with those of the same network with random blocks.
 
     Args:
         teacher: prepared, see :meth:`hgkd.teachers.Teacher.prepare`.
@@ -112,24 +114,25 @@ def feature_health(teacher: Any, images: Tensor, labels: Tensor | None = None, b
         block: whose tokens; None is the one at three quarters of the depth.
     """
     block = (3 * teacher.info.depth) // 4 if block is None else block
-    twin = copy.deepcopy(teacher)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in twin.network.blocks.parameters():
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-            parameter.copy_(parameter.flatten()[order].view_as(parameter))
     found = []
-    for network in (teacher, twin):
+    for network in (teacher, _random_twin(teacher)):
         tokens = network(images, None, TeacherNeeds(blocks=(block,))).tokens[block]
-        found.append((_between(tokens), None if labels is None else _knn(tokens.mean((2, 3)), labels)))
+        pooled = torch.nn.functional.layer_norm(tokens.permute(0, 2, 3, 1), (tokens.shape[1],)).mean((1, 2)).cpu()
+        found.append((effective_rank(pooled - pooled.mean(0)), None if labels is None else _knn(pooled, labels)))
     return FeatureHealth(found[0][0], found[1][0], found[0][1], found[1][1])
 
 
-def _between(tokens: Tensor) -> float:
-    """Share of the variance of normalised tokens (B, D, h, w) that is between images at the same place."""
-    normalised = torch.nn.functional.layer_norm(tokens.permute(0, 2, 3, 1), (tokens.shape[1],))
-    between = normalised.var(0, correction=0).mean()
-    return float(between / normalised.flatten(0, 2).var(0, correction=0).mean().clamp_min(1e-12))
+@torch.no_grad()
+def _random_twin(teacher: Any) -> Any:
+    """A copy whose blocks are initialised anew, always the same way."""
+    twin = copy.deepcopy(teacher)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in twin.network.blocks.named_parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        else:  # biases 0; norms and layer scales 1
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return twin
 
 
 def _knn(features: Tensor, labels: Tensor, neighbours: int = 5) -> float:
