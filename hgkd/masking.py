@@ -49,9 +49,11 @@ class MaskGenerator(Protocol):
 
     Attributes:
         progress: share of the training that is done, in [0, 1]; the runner keeps it up to date for ratios that change.
+        guided: it needs ``scores``, the teacher's attention.
     """
 
     progress: float
+    guided: bool
 
     @property
     def current_ratio(self) -> float:
@@ -59,9 +61,19 @@ class MaskGenerator(Protocol):
         ...
 
     def __call__(
-        self, batch: int, grid: tuple[int, int], *, device: torch.device | str, generator: torch.Generator | None = None
+        self,
+        batch: int,
+        grid: tuple[int, int],
+        *,
+        device: torch.device | str,
+        generator: torch.Generator | None = None,
+        scores: Tensor | None = None,
     ) -> Tensor:
-        """Return a bool tensor (batch, h, w), True = visible."""
+        """Return a bool tensor (batch, h, w), True = visible.
+
+        Args:
+            scores: how much the teacher attends to each cell (batch, h, w), for guided generators.
+        """
         ...
 
     def check(self, grid: tuple[int, int]) -> None:
@@ -69,15 +81,16 @@ class MaskGenerator(Protocol):
         ...
 
 
-@MODELS.register_module()
-class RandomMask:
-    """Uniformly random visible cells, the same number in every image.
+class CountedMask:
+    """Base of generators that show the same number of cells in every image.
 
     Args:
         mask_ratio: share of hidden cells in [0, 1); 0 keeps everything visible.
         rounding: see :func:`visible_count`.
         final_mask_ratio: the share at the end of training, reached linearly over the steps; None: the same throughout.
     """
+
+    guided = False
 
     def __init__(self, mask_ratio: float = 0.6, rounding: str = "round", final_mask_ratio: float | None = None) -> None:
         self.mask_ratio = mask_ratio
@@ -93,19 +106,145 @@ class RandomMask:
         return self.mask_ratio + (self.final_mask_ratio - self.mask_ratio) * self.progress
 
     def check(self, grid: tuple[int, int]) -> None:
+        """Raise ValueError when no cell of the grid would stay visible."""
         for ratio in (self.mask_ratio, self.final_mask_ratio):
             visible_count(*grid, ratio, self.rounding)
 
+    def count(self, grid: tuple[int, int]) -> int:
+        """Number of visible cells at this moment of the training."""
+        return visible_count(*grid, self.current_ratio, self.rounding)
+
+
+@MODELS.register_module()
+class RandomMask(CountedMask):
+    """Uniformly random visible cells; arguments: see :class:`CountedMask`."""
+
     def __call__(
-        self, batch: int, grid: tuple[int, int], *, device: torch.device | str, generator: torch.Generator | None = None
+        self,
+        batch: int,
+        grid: tuple[int, int],
+        *,
+        device: torch.device | str,
+        generator: torch.Generator | None = None,
+        scores: Tensor | None = None,
     ) -> Tensor:
-        h, w = grid
-        count = visible_count(h, w, self.current_ratio, self.rounding)
-        noise = torch.rand(batch, h * w, generator=generator, device=device)
-        keep = noise.argsort(dim=1)[:, :count]
-        visible = torch.zeros(batch, h * w, dtype=torch.bool, device=device)
-        visible.scatter_(1, keep, True)
-        return visible.view(batch, h, w)
+        return highest(torch.rand(batch, *grid, generator=generator, device=device), self.count(grid))
+
+
+@MODELS.register_module()
+class BlockMask(CountedMask):
+    """Hidden rectangles, after BEiT (arXiv 2106.08254, algorithm 1), but always exactly the asked number of cells.
+
+    Rectangles of random place, area and shape are hidden one after the other, no larger than what is still to be hidden.
+
+    Args:
+        mask_ratio, rounding, final_mask_ratio: see :class:`CountedMask`.
+        min_cells: smallest rectangle, in cells, while so many are left; BEiT's is 16 on a 14 x 14 grid.
+        min_aspect: height / width lies between this and its inverse, evenly on a logarithmic scale; BEiT's is 0.3.
+    """
+
+    def __init__(
+        self,
+        mask_ratio: float = 0.6,
+        rounding: str = "round",
+        final_mask_ratio: float | None = None,
+        min_cells: int = 4,
+        min_aspect: float = 0.3,
+    ) -> None:
+        super().__init__(mask_ratio, rounding, final_mask_ratio)
+        if min_cells < 1:
+            raise ValueError(f"min_cells must be 1 or more, got {min_cells}")
+        if not 0.0 < min_aspect <= 1.0:
+            raise ValueError(f"min_aspect must be in (0, 1], got {min_aspect}; BEiT uses 0.3")
+        self.min_cells = min_cells
+        self.min_aspect = min_aspect
+
+    def __call__(
+        self,
+        batch: int,
+        grid: tuple[int, int],
+        *,
+        device: torch.device | str,
+        generator: torch.Generator | None = None,
+        scores: Tensor | None = None,
+    ) -> Tensor:
+        hidden = grid[0] * grid[1] - self.count(grid)
+        return torch.stack([self._one(grid, hidden, generator) for _ in range(batch)]).to(device)
+
+    def _one(self, grid: tuple[int, int], hidden: int, generator: torch.Generator | None) -> Tensor:
+        visible = torch.ones(grid, dtype=torch.bool)
+        while hidden:
+            where = None if generator is None else generator.device
+            area, shape, top, left = torch.rand(4, generator=generator, device=where).tolist()
+            low = min(self.min_cells, hidden)
+            cells = low + area * (hidden - low)
+            aspect = self.min_aspect ** (2.0 * shape - 1.0)
+            height = min(grid[0], max(1, math.floor(math.sqrt(cells * aspect))))
+            width = min(grid[1], max(1, math.floor(cells / height)))
+            row, column = math.floor(top * (grid[0] - height + 1)), math.floor(left * (grid[1] - width + 1))
+            block = visible[row : row + height, column : column + width]
+            hidden -= int(block.sum())
+            block[:] = False
+        return visible
+
+
+@MODELS.register_module()
+class AttentionMask(CountedMask):
+    """Cells hidden by how much the teacher attends to them, after AttMask (arXiv 2203.12719).
+
+    Cells are drawn one by one without replacement, each with a probability that grows with its score to the power
+    1 / ``temperature``; 0 hides exactly the highest (or lowest) ones. The teacher sees every whole image for it.
+
+    Args:
+        mask_ratio, rounding, final_mask_ratio: see :class:`CountedMask`.
+        hide: 'high' (AttMask: hide what matters, which is hard to guess) or 'low' attention (show what matters).
+        temperature: 0 or more.
+    """
+
+    guided = True
+
+    def __init__(
+        self,
+        mask_ratio: float = 0.6,
+        rounding: str = "round",
+        final_mask_ratio: float | None = None,
+        hide: str = "high",
+        temperature: float = 0.5,
+    ) -> None:
+        super().__init__(mask_ratio, rounding, final_mask_ratio)
+        if hide not in ("high", "low"):
+            raise ValueError(f"hide must be 'high' or 'low' (attention), got {hide!r}")
+        if temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {temperature}; 0 hides exactly the extreme cells")
+        self.hide = hide
+        self.temperature = temperature
+
+    def __call__(
+        self,
+        batch: int,
+        grid: tuple[int, int],
+        *,
+        device: torch.device | str,
+        generator: torch.Generator | None = None,
+        scores: Tensor | None = None,
+    ) -> Tensor:
+        if scores is None or tuple(scores.shape) != (batch, *grid):
+            found = None if scores is None else tuple(scores.shape)
+            raise ValueError(f"AttentionMask needs the teacher's attention {(batch, *grid)} as scores, got {found}")
+        # the logarithm of a probability plus Gumbel noise: the largest ones are a draw without replacement
+        noise = -torch.rand(batch, *grid, generator=generator, device=device).clamp_min(1e-20).log()
+        gumbel = -noise.clamp_min(1e-20).log()
+        logits = scores.to(device).float().clamp_min(1e-20).log()
+        to_hide = logits if self.hide == "high" else -logits
+        return highest(-(to_hide + self.temperature * gumbel), self.count(grid))
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """True at the ``count`` highest values of each image: (B, h, w) -> bool (B, h, w)."""
+    flat = values.flatten(1)
+    visible = torch.zeros_like(flat, dtype=torch.bool)
+    visible.scatter_(1, flat.argsort(dim=1, descending=True)[:, :count], True)
+    return visible.view_as(values)
 
 
 def grid_of(image_size: tuple[int, int], cell: int) -> tuple[int, int]:

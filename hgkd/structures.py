@@ -70,12 +70,18 @@ class StudentOutput:
 
     Attributes:
         decoded: decoder output (B, C, H/out_stride, W/out_stride), dense.
-        features: encoder features, finest first; sparse tensors carrying their layout.
+        features: encoder features, finest first; sparse tensors carrying their layout. Of a ViT: the raw output of every
+            block, all of one stride.
         layout: the visible cells, shared by all features.
         images: the images that the student was given, (B, 3, H, W) in [0, 1], RGB; pixel targets are made from them.
+        pyramid: stride -> decoder map (B, C, H/stride, W/stride), of every scale that the decoder passes; the finest is
+            ``decoded``.
+        pixels: standardised pixels (B, 3, H, W) that the student itself predicts; None when it leaves that to an objective.
     """
 
     decoded: Tensor
     features: list[SparseTensor] = field(default_factory=list)
     layout: CellLayout | None = None
     images: Tensor | None = None
+    pyramid: dict[int, Tensor] = field(default_factory=dict)
+    pixels: Tensor | None = None

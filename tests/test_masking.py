@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hgkd.masking import RandomMask, grid_of, visible_count
+from hgkd.masking import AttentionMask, BlockMask, CountedMask, RandomMask, grid_of, highest, visible_count
 from hgkd.registry import MODELS
 
 SIDES = st.integers(1, 16)
@@ -47,12 +47,16 @@ def test_count_is_within_one_of_the_exact_share(h: int, w: int, ratio: float, ro
 
 @settings(max_examples=40, deadline=None)
 @given(batch=st.integers(1, 5), h=SIDES, w=SIDES, ratio=RATIOS, rounding=ROUNDINGS, seed=st.integers(0, 99))
-def test_masks(batch: int, h: int, w: int, ratio: float, rounding: str, seed: int) -> None:
+@pytest.mark.parametrize("kind", [RandomMask, BlockMask, AttentionMask])
+def test_masks(kind: type[CountedMask], batch: int, h: int, w: int, ratio: float, rounding: str, seed: int) -> None:
     if not available(h, w, ratio, rounding):
         return
-    mask = RandomMask(ratio, rounding)
+    mask = kind(ratio, rounding=rounding)
     mask.check((h, w))
-    first, again = (mask(batch, (h, w), device="cpu", generator=torch.Generator().manual_seed(seed)) for _ in range(2))
+    scores = torch.rand(batch, h, w)
+    first, again = (
+        mask(batch, (h, w), device="cpu", generator=torch.Generator().manual_seed(seed), scores=scores) for _ in range(2)
+    )
     assert first.shape == (batch, h, w)
     assert first.dtype == torch.bool
     assert first.flatten(1).sum(1).tolist() == [visible_count(h, w, ratio, rounding)] * batch
@@ -91,7 +95,7 @@ def test_no_visible_cell_is_refused_with_the_largest_ratio() -> None:
 
 def test_unknown_rounding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rounding must be 'round' .* got 'ceil'"):
-        RandomMask(0.5, "ceil")
+        RandomMask(0.5, rounding="ceil")
 
 
 def test_is_registered() -> None:
@@ -132,3 +136,88 @@ def test_a_final_ratio_that_no_grid_can_serve_is_refused_at_once():
         RandomMask(0.5, final_mask_ratio=1.0)
     with pytest.raises(ValueError, match=r"mask_ratio 0\.9 leaves no visible cell on a 2 x 2 grid"):
         RandomMask(0.5, final_mask_ratio=0.9).check((2, 2))
+
+
+def neighbours_alike(visible: torch.Tensor) -> float:
+    """Share of horizontal and vertical neighbours that are both hidden or both visible."""
+    across = (visible[:, :, 1:] == visible[:, :, :-1]).float().mean()
+    down = (visible[:, 1:] == visible[:, :-1]).float().mean()
+    return ((across + down) / 2).item()
+
+
+def test_blocks_hang_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = BlockMask(0.5, min_cells=16)(50, (14, 14), device="cpu", generator=generator)
+    single = RandomMask(0.5)(50, (14, 14), device="cpu", generator=generator)
+    assert neighbours_alike(single) < 0.55  # half of them by chance
+    assert neighbours_alike(blocks) > 0.75
+
+
+def test_one_block_is_a_rectangle_of_the_asked_shape() -> None:
+    # as many cells as the smallest block may have: one rectangle, unless its sides do not divide them
+    square = BlockMask(0.25, min_cells=16, min_aspect=1.0)(20, (8, 8), device="cpu")
+    for visible in square:
+        rows, columns = (~visible).nonzero().unbind(1)
+        assert rows.max() - rows.min() == columns.max() - columns.min() == 3
+
+
+def test_every_cell_is_hidden_sooner_or_later() -> None:
+    shown = BlockMask(0.5)(400, (6, 6), device="cpu", generator=torch.Generator().manual_seed(0)).float().mean(0)
+    assert 0.2 < shown.min() <= shown.max() < 0.9
+
+
+@pytest.mark.parametrize(("hide", "expected"), [("high", [[1, 1], [0, 0]]), ("low", [[0, 0], [1, 1]])])
+def test_attention_without_temperature_hides_the_extremes(hide: str, expected: list[list[int]]) -> None:
+    scores = torch.tensor([[[0.1, 0.2], [0.3, 0.4]]])
+    visible = AttentionMask(0.5, hide=hide, temperature=0.0)(1, (2, 2), device="cpu", scores=scores)
+    assert visible.int().tolist() == [expected]
+
+
+def test_attention_with_temperature_draws_in_proportion() -> None:
+    scores = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]).expand(4000, 1, 4) / 10
+    mask = AttentionMask(0.25, temperature=1.0)  # one of four cells is hidden
+    visible = mask(4000, (1, 4), device="cpu", scores=scores, generator=torch.Generator().manual_seed(0))
+    hidden = (~visible).float().mean((0, 1))
+    torch.testing.assert_close(hidden, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.03)
+
+
+def test_highest() -> None:
+    assert highest(torch.tensor([[[3.0, 1.0], [2.0, 4.0]]]), 2).tolist() == [[[True, False], [False, True]]]
+
+
+@pytest.mark.parametrize("kind", [BlockMask, AttentionMask])
+def test_the_ratio_of_every_kind_follows_the_training(kind: type[CountedMask]) -> None:
+    mask = kind(0.75, final_mask_ratio=0.25)
+    counts = []
+    for mask.progress in (0.0, 0.5, 1.0):
+        counts.append(int(mask(1, (4, 4), device="cpu", scores=torch.rand(1, 4, 4)).sum()))
+    assert counts == [4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (BlockMask, {"min_cells": 0}, "min_cells must be 1 or more, got 0"),
+        (BlockMask, {"min_aspect": 1.5}, r"min_aspect must be in \(0, 1\], got 1.5"),
+        (AttentionMask, {"hide": "most"}, "hide must be 'high' or 'low'"),
+        (AttentionMask, {"temperature": -1.0}, "temperature must not be negative"),
+        (BlockMask, {"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\)"),
+    ],
+)
+def test_refused_options(kind: type[CountedMask], options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+def test_a_guided_mask_without_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs the teacher's attention \(2, 4, 4\) as scores, got None"):
+        AttentionMask()(2, (4, 4), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rounding", "count"), [(0.9, "floor", 19), (0.95, "floor", 9), (0.98, "floor", 3), (0.98, "round", 4)]
+)
+@pytest.mark.parametrize("kind", [RandomMask, BlockMask])
+def test_dmaes_extreme_ratios(kind: type[CountedMask], ratio: float, rounding: str, count: int) -> None:
+    visible = kind(ratio, rounding=rounding)(3, (14, 14), device="cpu")
+    assert visible.flatten(1).sum(1).tolist() == [count] * 3

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from hgkd.data.transforms import as_size
 from hgkd.evaluation.samples import FeatureSample
 from hgkd.masking import MaskGenerator
+from hgkd.objectives.comparison import ComparingObjective
 from hgkd.registry import MODELS
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.teachers.base import Teacher
 from hgkd.teachers.cache import FeatureCache, weights_digest
 
 CHECKPOINT_FORMAT = 1
@@ -117,6 +119,8 @@ class MaskedDistiller(BaseModel):
         info: TeacherInfo | None = None
         grid: tuple[int, int] | None = None
         if teacher is not None:
+            if isinstance(teacher, Teacher):
+                teacher.require_trained()
             grid = teacher.prepare(self.mask_grid, self.student.cell)
             info = teacher.info
         parts: dict[str, Any] = dict(self.objectives.items())
@@ -131,8 +135,13 @@ class MaskedDistiller(BaseModel):
             objective.prepare(self.student, info, grid, self.mask_grid)
             if objective.needs is not None:  # after prepare, which resolves negative block indices
                 teacher.check(objective.needs)
+        if self.mask.guided and not hasattr(teacher, "attention"):
+            raise ValueError(
+                f"{type(self.mask).__name__} is guided by a teacher's attention, but the model has "
+                f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask"
+            )
         asking: dict[str, TeacherNeeds] = {name: part.needs for name, part in parts.items() if part.needs is not None}
-        if teacher is not None and not asking:
+        if teacher is not None and not asking and not self.mask.guided:
             raise ValueError("model.teacher is set, but no objective learns from it; remove it or add such an objective")
         self._passes, owner = merge_needs(list(asking.values()))
         self._pass_of = dict(zip(asking, owner, strict=True))
@@ -176,6 +185,33 @@ class MaskedDistiller(BaseModel):
         return features
 
     def _losses(self, images: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+        student_out, teacher_outs = self._see(images, index)
+        losses: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            for term, value in objective(student_out, teacher_outs.get(name), student_out.layout).items():
+                losses[f"{name}_{term}_loss"] = self.weights[name] * value
+        return losses
+
+    def term_report(self, inputs: Tensor, index: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses of a batch, and what each would be, were the prediction everywhere the batch's mean target.
+
+        The second has no entry for terms of objectives that are no :class:`hgkd.objectives.comparison.ComparingObjective`.
+        """
+        student_out, teacher_outs = self._see(to_unit_range(inputs), index)
+        losses: dict[str, Tensor] = {}
+        of_mean: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            known = isinstance(objective, ComparingObjective)
+            compare: Any = objective.comparisons if known else objective
+            for term, value in compare(student_out, teacher_outs.get(name), student_out.layout).items():
+                key = f"{name}_{term}_loss"
+                losses[key] = self.weights[name] * (value.loss() if known else value)
+                if known:
+                    of_mean[key] = self.weights[name] * value.loss_of_mean()
+        return losses, of_mean
+
+    def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
+        """What student and teacher make of a batch; the teacher's part by name of the objective."""
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(
                 f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, the model was built for "
@@ -186,17 +222,18 @@ class MaskedDistiller(BaseModel):
         if self.flip > 0.0:
             flipped = torch.rand(len(images), device=images.device) < self.flip
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-        visible = self.mask(images.shape[0], self.mask_grid, device=images.device)
-        # 2. the student sees these only
+        visible = self.draw_mask(images)
+        # 2. the student sees these only; 3. the teacher, once for all objectives that can share a pass
         student_out: StudentOutput = self.student(images, visible)
-        # 3. the teacher, once for all objectives that can share a pass
-        teacher_outs = self.teach(images, visible, index, flipped)
-        # 4. every objective compares the two
-        losses: dict[str, Tensor] = {}
-        for name, objective in self.objectives.items():
-            for term, value in objective(student_out, teacher_outs.get(name), student_out.layout).items():
-                losses[f"{name}_{term}_loss"] = self.weights[name] * value
-        return losses
+        return student_out, self.teach(images, visible, index, flipped)
+
+    def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The visible cells of a batch, bool (B, h, w), on the images' device."""
+        teacher: Any = self.teacher
+        scores = teacher.attention(images) if self.mask.guided else None
+        device = images.device if generator is None else generator.device
+        drawn = self.mask(len(images), self.mask_grid, device=device, generator=generator, scores=scores)
+        return drawn.to(images.device)
 
     def teach(
         self, images: Tensor, visible: Tensor, index: Tensor | None = None, flipped: Tensor | None = None
@@ -246,7 +283,7 @@ class MaskedDistiller(BaseModel):
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
-        return {"encoder": self.student.encoder_spec, "format": CHECKPOINT_FORMAT}
+        return {**self.student.description(), "format": CHECKPOINT_FORMAT}
 
 
 def _build(cfg: Mapping[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from hgkd.engine.hooks import (
 )
 from hgkd.engine.optim import BFloat16OptimWrapper, DecayGroupsConstructor
 from hgkd.engine.runner import DistillRunner, find_last_checkpoint
+from hgkd.engine.terms import TermShareHook
 from hgkd.engine.validation_data import BankAndQuery
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "MemoryHook",
     "PictureHook",
     "TeacherCacheHook",
+    "TermShareHook",
     "ThroughputHook",
     "apply_short_options",
     "check_config",

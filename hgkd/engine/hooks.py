@@ -228,7 +228,7 @@ def distillation_columns(model: Any, inputs: Tensor, seed: int = 0) -> dict[str,
         device = next(model.parameters()).device
         images = inputs.to(device).float() / 255
         generator = torch.Generator().manual_seed(seed)
-        visible = model.mask(len(images), model.mask_grid, device="cpu", generator=generator).to(device)
+        visible = model.draw_mask(images, generator)
         student_out = model.student(images, visible)
         teacher_outs = model.teach(images, visible)
         columns = {"image": images, "seen": hide_cells(images, visible)}

@@ -1,7 +1,10 @@
 """Objectives: what a student is trained for. One file an objective, pure functions plus thin modules."""
 
+from hgkd.objectives.dmae import DMAE
+from hgkd.objectives.g2sd import G2SD
 from hgkd.objectives.hgkd import HGKD
+from hgkd.objectives.mgd import MGD, MGDLoss
 from hgkd.objectives.pixels import PixelReconstruction
 from hgkd.objectives.pooled import PooledFeature
 
-__all__ = ["HGKD", "PixelReconstruction", "PooledFeature"]
+__all__ = ["DMAE", "G2SD", "HGKD", "MGD", "MGDLoss", "PixelReconstruction", "PooledFeature"]

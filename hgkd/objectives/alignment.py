@@ -2,21 +2,115 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PROJECTORS = ("linear", "mlp")
+from hgkd.structures import StudentOutput, TeacherOutput
+
+if TYPE_CHECKING:
+    from hgkd.sparse import CellLayout
+
+PROJECTORS = ("linear", "mlp", "mlp2")
 
 
 class DecodingStudent(Protocol):
-    """What objectives read of a student: channels of its levels and of its decoder's output, pixels per place and per cell."""
+    """What objectives read of a student.
 
-    feature_channels: tuple[int, ...]
+    Attributes:
+        decoded_channels, out_stride: channels of its decoder's output, image pixels per place there.
+        pyramid_channels: stride -> channels, of every scale of the decoder.
+        feature_channels, feature_strides: of the encoder's levels, or of a ViT's blocks.
+        cell: pixels per mask cell.
+    """
+
     decoded_channels: int
     out_stride: int
+    pyramid_channels: dict[int, int]
+    feature_channels: tuple[int, ...]
+    feature_strides: tuple[int, ...]
     cell: int
+
+
+def decoder_channels(student: DecodingStudent, stride: int | None) -> int:
+    """Channels of the decoder at a scale; None: of its output.
+
+    Raises:
+        ValueError: the decoder does not pass that scale; the message names those that it does.
+    """
+    if stride is None:
+        return student.decoded_channels
+    if stride not in student.pyramid_channels:
+        scales = ", ".join(map(str, student.pyramid_channels))
+        raise ValueError(f"stride {stride} is no scale of the student's decoder, which has the strides {scales}")
+    return student.pyramid_channels[stride]
+
+
+def decoder_map(student_out: StudentOutput, stride: int | None) -> Tensor:
+    """The decoder's map at a scale, or its output."""
+    return student_out.decoded if stride is None else student_out.pyramid[stride]
+
+
+def resolve_level(
+    level: int | None, student: DecodingStudent, teacher_grid: tuple[int, int], mask_grid: tuple[int, int]
+) -> int:
+    """The index of the encoder level (of a ViT: the block) that is compared with a teacher's tokens.
+
+    A level fits when its grid is the teacher's or a whole multiple, so that no place mixes visible and hidden ones.
+
+    Args:
+        level: negative counts from the end; None: the coarsest that fits.
+
+    Raises:
+        ValueError: out of range, too coarse, or none fits; the message names those that do.
+    """
+    sides = [student.cell // stride for stride in student.feature_strides]
+    ratio = teacher_grid[0] // mask_grid[0]  # teacher tokens along a cell's side
+    fitting = [i for i, side in enumerate(sides) if side % ratio == 0]
+    known = ", ".join(f"{i} (stride {student.feature_strides[i]})" for i in fitting) or "none"
+    if level is None:
+        if not fitting:
+            raise ValueError(
+                f"no level of the student is as fine as the teacher's {teacher_grid[0]} x {teacher_grid[1]} tokens; "
+                f"strides {student.feature_strides}, cells of {student.cell} px with {ratio} tokens a side"
+            )
+        return fitting[-1]
+    count = len(sides)
+    if not -count <= level < count:
+        raise ValueError(f"student level {level} is out of range: the student has {count} levels, those that fit: {known}")
+    if level % count not in fitting:
+        raise ValueError(
+            f"student level {level} (stride {student.feature_strides[level]}) is no whole multiple of the teacher's "
+            f"{teacher_grid[0]} x {teacher_grid[1]} tokens; levels that fit: {known}"
+        )
+    return level % count
+
+
+def encoder_map(student_out: StudentOutput, level: int, grid: tuple[int, int]) -> Tensor:
+    """An encoder level on the teacher's grid, (B, C, gh, gw), 0 at hidden places."""
+    return fit_grid(student_out.features[level].to_dense(0.0), grid)
+
+
+def places_count(layout: CellLayout, cells: int, grid: tuple[int, int]) -> int:
+    """Number of places on a grid that so many mask cells cover."""
+    return cells * (grid[0] // layout.grid[0]) * (grid[1] // layout.grid[1])
+
+
+def block_tokens(teacher_out: TeacherOutput, block: int) -> Tensor:
+    """A block's tokens (B, D, gh, gw); ValueError when the teacher did not compute them."""
+    if block not in teacher_out.tokens:
+        raise ValueError(
+            f"the teacher returned blocks {sorted(teacher_out.tokens)}, not {block}; pass it this objective's `needs`"
+        )
+    return teacher_out.tokens[block]
+
+
+def decoder_state(teacher_out: TeacherOutput) -> Tensor:
+    """The decoder's hidden state (B, D', gh, gw); ValueError when the teacher did not compute it."""
+    if teacher_out.decoded is None:
+        raise ValueError("the teacher returned no decoder state; pass it this objective's `needs`")
+    return teacher_out.decoded
 
 
 def fit_grid(feature: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -33,11 +127,18 @@ def fit_grid(feature: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def build_projector(kind: str, in_channels: int, out_channels: int) -> nn.Module:
-    """A place-wise map of channels: 'linear' (one 1x1 convolution) or 'mlp' (1x1, GELU, 1x1, as wide as its output)."""
+    """A place-wise map of channels.
+
+    Args:
+        kind: 'linear' (one 1x1 convolution), 'mlp' (1x1, GELU, 1x1, as wide as its output) or 'mlp2' (two of these, one after
+            the other): the kinds that DMAE's code calls fc-1layer, mlp-1layer and mlp-2layer.
+    """
     if kind == "linear":
         return nn.Conv2d(in_channels, out_channels, 1)
     if kind == "mlp":
         return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.GELU(), nn.Conv2d(out_channels, out_channels, 1))
+    if kind == "mlp2":
+        return nn.Sequential(*(build_projector("mlp", c, out_channels) for c in (in_channels, out_channels)))
     raise ValueError(f"projector must be one of {', '.join(map(repr, PROJECTORS))}, got {kind!r}")
 
 

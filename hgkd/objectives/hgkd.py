@@ -14,17 +14,33 @@ all places of the teacher's grid.
 * ``target='inferred'``: the teacher sees the visible cells only; visible places take encoder block ``block``, masked
   ones the hidden state after decoder block ``decoder_block`` (no decoder norm). Widths differ, so each has its own
   projector.
+
+Options of this project: several teacher blocks to several scales of the decoder, and a cosine term
+mean over P of 1 - cos( prediction[p], LN0(teacher)[p] ).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hgkd.objectives.alignment import DecodingStudent, build_projector, fit_grid, resolve_block
+from hgkd.objectives.alignment import (
+    DecodingStudent,
+    block_tokens,
+    build_projector,
+    decoder_channels,
+    decoder_map,
+    decoder_state,
+    fit_grid,
+    places_count,
+    resolve_block,
+)
+from hgkd.objectives.comparison import ComparingObjective, Comparison
 from hgkd.objectives.places import check_supervise, mean_over, supervised_cells, supervised_places, visible_on
 from hgkd.registry import MODELS
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
@@ -67,6 +83,11 @@ def hgkd_loss(prediction: Tensor, tokens: Tensor, places: Tensor, *, beta: float
     return mean_over(values, places, places.sum())
 
 
+def cosine_by_place(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine over channels, in fp32: two maps (B, D, h, w) -> (B, h, w)."""
+    return 1.0 - F.cosine_similarity(prediction.float(), target.float(), dim=1)
+
+
 def centred_target(normalised: Tensor) -> Tensor:
     """What tells an image's tokens from those of the other images of the batch.
 
@@ -87,30 +108,37 @@ def centred_target(normalised: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class HGKD(nn.Module):
+class HGKD(ComparingObjective):
     """H-GKD's objective.
 
     Args:
         target: 'full' (any ViT teacher) or 'inferred' (an MAE teacher with decoder; see the module's header).
-        block: encoder block whose output is the target; negative counts from the end, -1 is the last.
+        block: encoder block whose output is the target; negative counts from the end, -1 is the last. With 'full' it may be
+            a sequence: several blocks, one term each.
+        stride: scale of the student's decoder that predicts, in image pixels per place; None is its finest. As many as
+            ``block``, or one for all.
         decoder_block: only with 'inferred': decoder block whose hidden state is the target at masked places.
             None is the last.
         supervise: 'masked', 'visible' or 'all' places.
         beta: where smooth L1 turns from square to linear, > 0.
-        projector: 'linear' (1x1 convolution) or 'mlp' (1x1, GELU, 1x1).
+        cosine: weight of the cosine terms, 0 leaves them out.
+        projector: 'linear' (1x1 convolution), 'mlp' or 'mlp2'; see :func:`hgkd.objectives.alignment.build_projector`.
         centre: learn only what differs between images, see :func:`centred_target`; with target='full'.
 
-    Terms: ``distill`` with 'full'; ``visible`` and ``masked`` with 'inferred', whose sum is the mean over all
-    supervised places (a term that ``supervise`` excludes is absent, and so is its projector).
+    Terms: ``distill`` with 'full', ``distill_<block>`` each when there are several blocks; ``visible`` and ``masked`` with
+    'inferred' (a term that ``supervise`` excludes is absent, and so is its projector). Their sum is the mean over all
+    supervised places and blocks. With ``cosine`` each has a twin ``<term>_cosine``.
     """
 
     def __init__(
         self,
         target: str = "full",
-        block: int = -1,
+        block: int | Sequence[int] = -1,
+        stride: int | Sequence[int] | None = None,
         decoder_block: int | None = None,
         supervise: str = "masked",
         beta: float = 2.0,
+        cosine: float = 0.0,
         projector: str = "linear",
         centre: bool = False,
     ) -> None:
@@ -126,29 +154,37 @@ class HGKD(nn.Module):
             )
         if beta <= 0:
             raise ValueError(f"beta must be above 0, got {beta}; G2SD and H-GKD use 2.0")
+        if cosine < 0:
+            raise ValueError(f"cosine is the weight of a loss and must not be negative, got {cosine}")
         build_projector(projector, 1, 1)  # refuses an unknown kind here, before training
         self.target = target
         self.supervise = check_supervise(supervise)
         self.beta = beta
+        self.cosine = cosine
         self.centre = centre
         self.projectors = nn.ModuleDict()
         self._projector_kind = projector
-        self._block = block
+        self._blocks = [block] if isinstance(block, int) else list(block)
+        self._strides = [stride] * len(self._blocks) if stride is None or isinstance(stride, int) else list(stride)
+        if not self._blocks or len(self._blocks) != len(self._strides):
+            raise ValueError(f"block {block!r} and stride {stride!r} must pair up: one stride a block, or one for all")
+        if target != "full" and len(self._blocks) > 1:
+            raise ValueError(f"several blocks need target='full', got block={block!r} with target={target!r}")
         self._decoder_block = -1 if decoder_block is None else decoder_block
         self._grid: tuple[int, int] | None = None
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Names of the loss terms, which are the keys of ``projectors`` too."""
+        """Names of the smooth L1 terms, which are the keys of ``projectors`` too."""
         if self.target == "full":
-            return ("distill",)
+            return ("distill",) if len(self._blocks) == 1 else tuple(f"distill_{block}" for block in self._blocks)
         return ("visible", "masked") if self.supervise == "all" else (self.supervise,)
 
     @property
     def needs(self) -> TeacherNeeds:
         """What the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
         return TeacherNeeds(
-            blocks=() if self.terms == ("masked",) else (self._block,),
+            blocks=() if self.terms == ("masked",) else tuple(self._blocks),
             decoder_block=self._decoder_block if "masked" in self.terms else None,
             visible_only=self.target == "inferred",
         )
@@ -163,7 +199,8 @@ class HGKD(nn.Module):
         """Resolve the block indices and build the projectors; called once, before the optimiser is made.
 
         Raises:
-            ValueError: no teacher, no decoder where one is needed, a block out of range, or grids that do not fit.
+            ValueError: no teacher, no decoder where one is needed, a block or stride that is not there, or grids that do
+                not fit.
         """
         if teacher_info is None or teacher_grid is None:
             raise ValueError("HGKD needs a teacher; give the distiller one")
@@ -172,7 +209,9 @@ class HGKD(nn.Module):
                 f"the teacher's grid {teacher_grid} is no whole multiple of the mask grid {mask_grid}; "
                 "use the grid that teacher.prepare(mask_grid, cell) returns"
             )
-        self._block = resolve_block(self._block, teacher_info.depth, "block")
+        self._blocks = [resolve_block(block, teacher_info.depth, "block") for block in self._blocks]
+        if len(set(self._blocks)) < len(self._blocks):
+            raise ValueError(f"block names an encoder block twice: {self._blocks}")
         widths = dict.fromkeys(self.terms, teacher_info.width)
         if "masked" in self.terms:
             if teacher_info.decoder_width is None or teacher_info.decoder_depth < 1:
@@ -184,7 +223,8 @@ class HGKD(nn.Module):
             widths["masked"] = teacher_info.decoder_width
         self._grid = (int(teacher_grid[0]), int(teacher_grid[1]))
         for term, width in widths.items():
-            self.projectors[term] = build_projector(self._projector_kind, student.decoded_channels, width)
+            channels = decoder_channels(student, self._strides[self._level(term)])
+            self.projectors[term] = build_projector(self._projector_kind, channels, width)
 
     def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
         """The student's prediction of the normalised target, (B, D, gh, gw), at all places.
@@ -192,44 +232,47 @@ class HGKD(nn.Module):
         Args:
             term: which projector; None is the first of ``terms``.
         """
-        return self._predict(student_out.decoded, self._term(term))
+        term = self._term(term)
+        fitted = fit_grid(decoder_map(student_out, self._strides[self._level(term)]), self._prepared_grid)
+        prediction: Tensor = self.projectors[term](fitted)
+        return prediction
 
     def target_map(self, teacher_out: TeacherOutput, term: str | None = None) -> Tensor:
         """The normalised target, fp32 (B, D, gh, gw); meaningful at the places that ``term`` supervises."""
-        if self._term(term) == "masked":
-            if teacher_out.decoded is None:
-                raise ValueError("the teacher returned no decoder state; pass it this objective's `needs`")
-            return layer_norm0(teacher_out.decoded)
-        if self._block not in teacher_out.tokens:
-            raise ValueError(
-                f"the teacher returned blocks {sorted(teacher_out.tokens)}, not {self._block}; pass it this objective's `needs`"
-            )
-        normalised = layer_norm0(teacher_out.tokens[self._block])
+        term = self._term(term)
+        if term == "masked":
+            return layer_norm0(decoder_state(teacher_out))
+        normalised = layer_norm0(block_tokens(teacher_out, self._blocks[self._level(term)]))
         return centred_target(normalised) if self.centre else normalised
 
-    def forward(self, student_out: StudentOutput, teacher_out: TeacherOutput, layout: CellLayout) -> dict[str, Tensor]:
-        """Loss terms, fp32 scalars.
-
-        Raises:
-            ValueError: not one place is supervised (e.g. ``supervise='masked'`` with mask ratio 0).
-        """
+    def comparisons(
+        self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
+    ) -> dict[str, Comparison]:
+        """See the class; raises ValueError when not one place is supervised."""
+        assert teacher_out is not None
         cells = supervised_cells(layout, self.supervise)
         visible = visible_on(layout.visible, self._prepared_grid)
-        count = cells * (visible.shape[-2] // layout.grid[0]) * (visible.shape[-1] // layout.grid[1])
-        losses = {}
+        count = places_count(layout, cells, self._prepared_grid) * len(self._blocks)
+        smooth_l1 = partial(smooth_l1_by_place, beta=self.beta)
+        found = {}
         for term in self.terms:
-            # 'visible' and 'masked' terms are their own places; the one term of 'full' covers what `supervise` says
-            places = supervised_places(visible, self.supervise if term == "distill" else term)
-            prediction = self._predict(student_out.decoded, term)
-            values = smooth_l1_by_place(prediction, self.target_map(teacher_out, term).detach(), self.beta)
-            losses[term] = mean_over(values, places, count)
-        return losses
+            # 'visible' and 'masked' terms are their own places; the terms of 'full' cover what `supervise` says
+            places = supervised_places(visible, self.supervise if self.target == "full" else term)
+            prediction, target = self.predict(student_out, term), self.target_map(teacher_out, term)
+            found[term] = Comparison(prediction, target, places, count, smooth_l1)
+            if self.cosine:
+                found[f"{term}_cosine"] = Comparison(prediction, target, places, count, cosine_by_place, self.cosine)
+        return found
 
     @property
     def _prepared_grid(self) -> tuple[int, int]:
         if self._grid is None:
             raise RuntimeError("HGKD.prepare() must be called before the objective is used")
         return self._grid
+
+    def _level(self, term: str) -> int:
+        """Which of the blocks and strides a term uses."""
+        return self.terms.index(term) if self.target == "full" else 0
 
     def _term(self, term: str | None) -> str:
         if term is None:
@@ -238,10 +281,5 @@ class HGKD(nn.Module):
             raise ValueError(f"this objective has the terms {', '.join(self.terms)}, not {term!r}")
         return term
 
-    def _predict(self, decoded: Tensor, term: str) -> Tensor:
-        fitted = fit_grid(decoded, self._prepared_grid)
-        prediction: Tensor = self.projectors[term](fitted)
-        return prediction
-
     def extra_repr(self) -> str:
-        return f"target={self.target!r}, block={self._block}, supervise={self.supervise!r}, beta={self.beta}"
+        return f"target={self.target!r}, block={self._blocks}, supervise={self.supervise!r}, beta={self.beta}"

@@ -15,6 +15,7 @@ recipe decides.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgkd.objectives.alignment import DecodingStudent
-from hgkd.objectives.places import check_supervise, mean_over, supervised_cells, supervised_places, visible_on
+from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.places import check_supervise, supervised_cells, supervised_places, visible_on
 from hgkd.registry import MODELS
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
 
@@ -54,14 +56,32 @@ def pixel_error_by_cell(reconstruction: Tensor, images: Tensor, cell: int) -> Te
     """Mean squared error to the standardised pixels of each cell, fp32: two (B, 3, H, W) -> (B, h, w)."""
     if reconstruction.shape != images.shape:
         raise ValueError(f"prediction {tuple(reconstruction.shape)} and images {tuple(images.shape)} differ in shape")
-    target = split_cells(images.float(), cell)
-    mean, deviation = cell_statistics(target)
-    return (split_cells(reconstruction.float(), cell) - (target - mean) / deviation).square().mean(dim=-1)
+    return squared_error_by_place(cell_maps(reconstruction, cell), standardised_cells(images, cell))
+
+
+def cell_maps(images: Tensor, cell: int) -> Tensor:
+    """The values of each cell as channels, fp32: (B, C, H, W) -> (B, C * cell * cell, h, w)."""
+    return split_cells(images.float(), cell).permute(0, 3, 1, 2)
+
+
+def standardised_cells(images: Tensor, cell: int) -> Tensor:
+    """The target: :func:`cell_maps`, each cell with its own mean and deviation removed."""
+    values = split_cells(images.float(), cell)
+    mean, deviation = cell_statistics(values)
+    return ((values - mean) / deviation).permute(0, 3, 1, 2)
+
+
+def squared_error_by_place(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error averaged over channels, fp32: two maps (B, D, h, w) -> (B, h, w)."""
+    return (prediction.float() - target.float()).square().mean(dim=1)
 
 
 @MODELS.register_module()
-class PixelReconstruction(nn.Module):
-    """SparK's pixel objective; needs no teacher.
+class PixelReconstruction(ComparingObjective):
+    """SparK's pixel objective, and MAE's norm-pix one; needs no teacher.
+
+    A student with a pixel head of its own (a ViT: MAE's) uses that; others get a 1x1 convolution here. Cells of one patch
+    make it MAE's loss, up to the standardisation of the images named in the header.
 
     Args:
         supervise: 'masked' (SparK), 'visible' or 'all' cells.
@@ -74,8 +94,7 @@ class PixelReconstruction(nn.Module):
     def __init__(self, supervise: str = "masked") -> None:
         super().__init__()
         self.supervise = check_supervise(supervise)
-        self.head: nn.Conv2d | None = None
-        self._stride = 0
+        self.head: nn.Conv2d | None = None  # None with a student that gives pixels
 
     def prepare(
         self,
@@ -85,25 +104,30 @@ class PixelReconstruction(nn.Module):
         mask_grid: tuple[int, int],
     ) -> None:
         """Build the head; called once, before the optimiser is made. The teacher arguments are not used."""
-        self._stride = student.out_stride
-        self.head = nn.Conv2d(student.decoded_channels, 3 * student.out_stride**2, 1)
+        give_pixels = getattr(student, "give_pixels", None)
+        if give_pixels is not None:
+            give_pixels()
+        else:
+            self.head = nn.Conv2d(student.decoded_channels, 3 * student.out_stride**2, 1)
 
     def predict(self, student_out: StudentOutput) -> Tensor:
         """The predicted standardised pixels, (B, 3, H, W)."""
+        if student_out.pixels is not None:
+            return student_out.pixels
         if self.head is None:
             raise RuntimeError("PixelReconstruction.prepare() must be called before the objective is used")
-        return F.pixel_shuffle(self.head(student_out.decoded), self._stride)
+        predicted = self.head(student_out.decoded)
+        return F.pixel_shuffle(predicted, math.isqrt(predicted.shape[1] // 3))
 
-    def forward(self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout) -> dict[str, Tensor]:
-        """The loss term, an fp32 scalar; ``teacher_out`` is not used.
-
-        Raises:
-            ValueError: not one cell is supervised (e.g. ``supervise='masked'`` with mask ratio 0).
-        """
-        cells = supervised_cells(layout, self.supervise)
-        values = pixel_error_by_cell(self.predict(student_out), _images(student_out), layout.cell)
+    def comparisons(
+        self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
+    ) -> dict[str, Comparison]:
+        """See the class; ``teacher_out`` is not used. Raises ValueError when not one cell is supervised."""
+        prediction = cell_maps(self.predict(student_out), layout.cell)
+        target = standardised_cells(_images(student_out), layout.cell)
         places = supervised_places(layout.visible, self.supervise)
-        return {"reconstruction": mean_over(values, places, cells)}
+        count = supervised_cells(layout, self.supervise)
+        return {"reconstruction": Comparison(prediction, target, places, count, squared_error_by_place)}
 
     @torch.no_grad()
     def reconstruct(self, student_out: StudentOutput, layout: CellLayout) -> Tensor:

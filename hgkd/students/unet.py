@@ -113,6 +113,7 @@ class SparseUNet(nn.Module):
         encoder_spec: {'name', 'stem', 'kwargs'}, what :func:`build_encoder` needs to build it again.
         cell, out_stride: as above.
         decoded_channels: channels of the decoder's output.
+        pyramid_channels: stride -> channels, of every scale of the decoder.
         feature_channels, feature_strides: of the encoder's levels, finest first.
         frozen: names of encoder parameters that no level of the decoder depends on; they do not train.
 
@@ -166,10 +167,12 @@ class SparseUNet(nn.Module):
         strides = [total >> stage for stage in range(total.bit_length()) if total >> stage >= out_stride]
         widths = [max(min_decoder_width, decoder_width >> stage) for stage in range(len(strides))]
         self.decoded_channels = widths[-1]
-        width_at = dict(zip(strides, widths, strict=True))
+        self.pyramid_channels = dict(zip(strides, widths, strict=True))
         self.densify = nn.ModuleDict(
             {
-                str(level.stride): Densify(level.channels, width_at[level.stride], 1 if level.stride == total else 3)
+                str(level.stride): Densify(
+                    level.channels, self.pyramid_channels[level.stride], 1 if level.stride == total else 3
+                )
                 for level in used
             }
         )
@@ -210,18 +213,25 @@ class SparseUNet(nn.Module):
         layout = CellLayout(visible, self.cell)
         packed = cast(Any, self.encoder).pack(self.normalise(images), layout)
         features = cast("list[SparseTensor]", encoder_features(self.encoder, packed, self._levels))
-        return StudentOutput(decoded=self.decode(features), features=features, layout=layout, images=images)
+        pyramid = self.decode(features)
+        decoded = pyramid[self.out_stride]
+        return StudentOutput(decoded=decoded, features=features, layout=layout, images=images, pyramid=pyramid)
 
-    def decode(self, features: Sequence[SparseTensor]) -> Tensor:
-        """The encoder's sparse levels, finest first -> (B, decoded_channels, H/out_stride, W/out_stride)."""
+    def decode(self, features: Sequence[SparseTensor]) -> dict[int, Tensor]:
+        """The encoder's sparse levels, finest first -> stride -> decoder map (B, C, H/stride, W/stride), coarsest first."""
         by_stride = dict(zip(map(str, self.feature_strides), features, strict=True))
         dense = {stride: densify(by_stride[stride]) for stride, densify in self.densify.items()}
         stages = iter(self.decoder.items())
         stride, stage = next(stages)
-        decoded: Tensor = stage(dense[stride])
+        pyramid = {int(stride): stage(dense[stride])}
+        decoded = pyramid[int(stride)]
         for stride, stage in stages:
-            decoded = stage(decoded, dense.get(stride))
-        return decoded
+            decoded = pyramid[int(stride)] = stage(decoded, dense.get(stride))
+        return pyramid
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says about this student."""
+        return {"encoder": self.encoder_spec}
 
     def normalise(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] -> what the encoder expects."""

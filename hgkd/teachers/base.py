@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from hgkd.errors import WeightsError
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.teachers.health import weight_health
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -26,9 +29,16 @@ class Teacher(nn.Module):
         input_size: (H, W) that images are resized to; set by :meth:`prepare`.
         grid: (gh, gw) of the tokens; set by :meth:`prepare`.
         ratio: tokens along a mask cell's side; set by :meth:`prepare`.
+        has_class_token: the first token is one.
+        source: where the weights are from, for messages.
+        allow_random: the user knows that the weights may be random.
     """
 
     info: TeacherInfo
+    has_class_token = True
+    source = "the teacher"
+    allow_random = False
+    network: Any
     mean: Tensor
     deviation: Tensor
 
@@ -58,6 +68,10 @@ class Teacher(nn.Module):
         Returns:
             Tokens on the whole grid, 0 at patches that were not seen.
         """
+        raise NotImplementedError
+
+    def _before_block(self, images: Tensor, block: int) -> tuple[Tensor, nn.Module, int]:
+        """All tokens of normalised whole images that enter a block, that block, and how many tokens are no patches."""
         raise NotImplementedError
 
     # --- protocol ---------------------------------------------------------------------------------------------------
@@ -99,10 +113,20 @@ class Teacher(nn.Module):
         if self.info.decoder_depth == 0:
             raise ValueError(self._no_decoder())
 
+    def require_trained(self) -> None:
+        """Raise WeightsError when the weights look random and nobody said that this is wanted."""
+        health = None if self.allow_random else weight_health(self.network.state_dict())
+        if health is not None and health.looks_random:
+            raise WeightsError(
+                f"{self.source}: this teacher {health}. A student would learn noise from it. Look at the file with "
+                "tools/doctor.py teacher; when it is meant to be so, set teacher.allow_random=True"
+            )
+
     def _no_decoder(self) -> str:
         return (
             f"a teacher of kind {self.info.kind!r} has no decoder, so it cannot infer hidden places: the target 'inferred' "
-            "needs a MAE teacher with its decoder; use target='full', or MAETeacher with a full pretraining checkpoint"
+            "and G2SD need a MAE teacher with its decoder; use HGKD with target='full', or MAETeacher with a full pretraining "
+            "checkpoint"
         )
 
     def prepare(self, mask_grid: tuple[int, int], cell: int) -> tuple[int, int]:
@@ -164,6 +188,28 @@ class Teacher(nn.Module):
             members = (counts == count).nonzero().flatten()
             parts.append((members, self._forward(inputs[members], _indices(patches[members]), needs)))
         return _merge(parts, len(images))
+
+    @torch.no_grad()
+    def attention(self, images: Tensor, block: int = -1) -> Tensor:
+        """How much the class token attends to each mask cell of whole images, mean over heads: (B, h, w), fp32.
+
+        Without a class token, how much all tokens do.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            block: whose attention; negative counts from the end.
+        """
+        assert self.grid is not None
+        with torch.autocast(images.device.type, enabled=False):
+            tokens, layer, prefix = self._before_block(self._inputs(images), block % self.info.depth)
+            attn: Any = layer.attn
+            batch, count, _ = tokens.shape
+            qkv = attn.qkv(layer.norm1(tokens)).view(batch, count, 3, attn.num_heads, -1)  # type: ignore[operator]
+            query, key, _ = qkv.permute(2, 0, 3, 1, 4)
+            query = attn.q_norm(query[:, :, :1] if self.has_class_token else query)
+            weights = (query @ attn.k_norm(key).transpose(-2, -1) * attn.scale).float().softmax(-1)
+        patches = weights[..., prefix:].mean((1, 2)).view(batch, 1, *self.grid)
+        return F.avg_pool2d(patches, self.ratio)[:, 0]
 
     def patch_mask(self, visible: Tensor) -> Tensor:
         """Visible patches of visible cells: bool (B, h, w) -> bool (B, gh*gw)."""

@@ -30,10 +30,12 @@ from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
+from hgkd.teachers.naming import to_timm_names
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 _METADATA_KEY = "hgkd_mae"
 _PIXELS_KEY = "hgkd_mae_pixels"
+_STUDENT_PREFIX = "student.network."  # in a checkpoint of a distilled ViT
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,32 @@ def sincos_positions(width: int, grid: tuple[int, int], class_token: bool = True
     return torch.cat([table.new_zeros(1, 1, width), table], 1) if class_token else table
 
 
+def positions_of(network: MaskedAutoencoder) -> dict[str, Tensor]:
+    """A copy, in fp32, of the positions that a network holds: name of the parameter -> (1, 1 + gh*gw, width)."""
+    names = ["pos_embed", "decoder_pos_embed"] if network.arch.decoder_depth else ["pos_embed"]
+    return {name: getattr(network, name).detach().clone().float() for name in names}
+
+
+def set_positions(
+    network: MaskedAutoencoder, native: Mapping[str, Tensor], native_grid: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    """Give a network positions for another grid, in place: by the sin-cos formula when they follow it, else resampled.
+
+    Args:
+        native: see :func:`positions_of`; for ``native_grid``.
+    """
+    for name, positions in native.items():
+        if grid != native_grid:
+            # fp16 files round by 5e-4
+            if torch.allclose(positions, sincos_positions(positions.shape[2], native_grid), rtol=0, atol=1e-3):
+                positions = sincos_positions(positions.shape[2], grid)
+            else:
+                positions = resample_abs_pos_embed(positions, list(grid), list(native_grid), num_prefix_tokens=1)
+            print_log(f"{name} refitted from {native_grid} to {grid}", "current")
+        like = getattr(network, name)
+        setattr(network, name, nn.Parameter(positions.to(like.device, like.dtype), requires_grad=False))
+
+
 class PatchProjection(nn.Module):
     """Patches to tokens by a convolution; MAE's name for it is ``patch_embed.proj``."""
 
@@ -206,13 +234,21 @@ class MaskedAutoencoder(nn.Module):
         decoder_input: Tensor = x + self.decoder_pos_embed
         return decoder_input
 
+    def decode(self, encoded: Tensor, kept: Tensor | None = None, blocks: int | None = None) -> Tensor:
+        """Encoder output -> hidden state after so many decoder blocks (None: all), no norm, (B, 1 + gh*gw, D')."""
+        x = self.decoder_input(encoded, kept)
+        for block in self.decoder_blocks[:blocks]:
+            x = block(x)
+        return x
+
+    def pixels_of(self, hidden: Tensor) -> Tensor:
+        """Hidden state of the last decoder block -> predicted pixels of every patch, (B, gh*gw, p*p*3)."""
+        pixels: Tensor = self.decoder_pred(self.decoder_norm(hidden))
+        return pixels[:, 1:]
+
     def predict_pixels(self, encoded: Tensor, kept: Tensor | None = None) -> Tensor:
         """Encoder output -> predicted pixels of every patch, (B, gh*gw, p*p*3)."""
-        x = self.decoder_input(encoded, kept)
-        for block in self.decoder_blocks:
-            x = block(x)
-        pixels: Tensor = self.decoder_pred(self.decoder_norm(x))
-        return pixels[:, 1:]
+        return self.pixels_of(self.decode(encoded, kept))
 
 
 def _blocks(depth: int, width: int, heads: int, mlp_ratio: float) -> nn.Sequential:
@@ -233,6 +269,14 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     p = patch_size
     x = images.reshape(batch, channels, height // p, p, width // p, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, (height // p) * (width // p), p * p * channels)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Inverse of :func:`patchify`: (B, gh*gw, p*p*C) -> (B, C, H, W)."""
+    batch, _, values = patches.shape
+    p = patch_size
+    x = patches.reshape(batch, *grid, p, p, values // p**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, values // p**2, grid[0] * p, grid[1] * p)
 
 
 def pixel_target(images: Tensor, patch_size: int, norm_pix: bool) -> Tensor:
@@ -345,16 +389,33 @@ def save_mae(
     return path
 
 
-def _notes(path: str | Path, content: Any) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
-    """Sizes and training pixels that a file of :func:`save_mae` or a checkpoint of ``MAEPretraining`` notes; None, {} else."""
+def read_mae(
+    path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None
+) -> tuple[MAEArch, dict[str, Tensor], Mapping[str, Any]]:
+    """Sizes, weights and training pixels (see :func:`save_mae`; may be empty) of a MAE file.
+
+    Files of :func:`save_mae`, checkpoints of ``MAEPretraining`` and of distillation with a ViT student, official ones.
+
+    Args:
+        num_heads, decoder_num_heads: where the file does not say and :func:`arch_of` would guess wrongly.
+
+    Raises:
+        FileNotFoundError, WeightsError: the file is absent, damaged, or no MAE.
+    """
+    content = read_checkpoint(path)
+    weights = tensors_of(content, source=str(path))
+    if any(key.startswith(_STUDENT_PREFIX) for key in weights):
+        weights = {k.removeprefix(_STUDENT_PREFIX): v for k, v in weights.items() if k.startswith(_STUDENT_PREFIX)}
     metadata = read_metadata(path)
-    if _METADATA_KEY in metadata:
-        return json.loads(metadata[_METADATA_KEY]), json.loads(metadata.get(_PIXELS_KEY, "{}"))
     meta = content.get("meta") if isinstance(content, Mapping) else None
     own = meta.get("hgkd") if isinstance(meta, Mapping) else None
-    if not isinstance(own, Mapping) or "mae" not in own:
-        return None, {}
-    return own["mae"], own.get("pixels", {})
+    if _METADATA_KEY in metadata:
+        return make_arch(json.loads(metadata[_METADATA_KEY])), weights, json.loads(metadata.get(_PIXELS_KEY, "{}"))
+    if isinstance(own, Mapping) and "mae" in own:
+        return make_arch(own["mae"]), weights, own.get("pixels", {})
+    if "patch_embed.proj.weight" not in weights:
+        _, weights = to_timm_names(weights, str(path))
+    return arch_of(weights, str(path), num_heads, decoder_num_heads), weights, {}
 
 
 def _kind(arch: MAEArch, weights: Mapping[str, Tensor], pixels: Mapping[str, Any]) -> str:
@@ -385,6 +446,7 @@ class MAETeacher(Teacher):
         dtype: 'float32', 'float16' or 'bfloat16'.
         normalize: (mean, deviation) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what the file tells, else ImageNet's, as in the official files.
+        allow_random: distil from weights that look random (tests and baselines).
 
     Attributes:
         kind: one line about the file.
@@ -400,25 +462,23 @@ class MAETeacher(Teacher):
         decoder_num_heads: int | None = None,
         dtype: str = "float32",
         normalize: Sequence[Sequence[float]] | None = None,
+        allow_random: bool = False,
     ) -> None:
         if checkpoint is None:
             raise ValueError("MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file")
-        content = read_checkpoint(checkpoint)
-        weights = tensors_of(content, source=str(checkpoint))
-        sizes, pixels = _notes(checkpoint, content)
+        arch, weights, pixels = read_mae(checkpoint, num_heads, decoder_num_heads)
         mean, deviation = normalize or (
             pixels.get("mean", IMAGENET_MEAN),
             pixels.get("deviation", IMAGENET_DEVIATION),
         )
         super().__init__(dtype, mean, deviation)
-        arch = arch_of(weights, str(checkpoint), num_heads, decoder_num_heads) if sizes is None else make_arch(sizes)
         self.kind = _kind(arch, weights, pixels)
         print_log(f"{checkpoint}: {self.kind}", "current")
         network = MaskedAutoencoder(arch)
         # fine-tuned files bring a classifier, and fc_norm instead of norm; no feature comes from there
         tuned = {"ignore_missing": ("norm.",), "ignore_unexpected": ("head.", "fc_norm.")} if not arch.decoder_depth else {}
         load_strict(network, weights, source=str(checkpoint), **tuned)
-        self.source = str(checkpoint)
+        self.source, self.allow_random = str(checkpoint), allow_random
         self.network = network
         self.info = TeacherInfo(
             kind="mae" if arch.decoder_depth else "mae-encoder",
@@ -428,30 +488,22 @@ class MAETeacher(Teacher):
             decoder_width=arch.decoder_embed_dim if arch.decoder_depth else None,
             decoder_depth=arch.decoder_depth,
         )
-        names = ["pos_embed", "decoder_pos_embed"] if arch.decoder_depth else ["pos_embed"]
-        self._native_positions = {name: getattr(network, name).detach().clone().float() for name in names}
+        self._native_positions = positions_of(network)
         self.freeze()
 
     def _no_decoder(self) -> str:
         return (
             f"{self.source} is an encoder-only MAE file: it has no decoder, so it cannot infer hidden places, and a decoder "
-            "with random weights would be a useless target. The target 'inferred' needs the full pretraining checkpoint "
-            "(official name mae_pretrain_vit_<size>_full.pth); give that file, or use target='full'"
+            "with random weights would be a useless target (G2SD's loss then stays near 0.2 instead of 0.02). The target "
+            "'inferred' and G2SD need the full pretraining checkpoint (official name mae_pretrain_vit_<size>_full.pth); give "
+            "that file, or use HGKD with target='full'"
         )
 
     def _set_grid(self, grid: tuple[int, int]) -> None:
-        native = self.network.arch.grid
-        for name, positions in self._native_positions.items():
-            if grid != native:
-                if torch.allclose(
-                    positions, sincos_positions(positions.shape[2], native), rtol=0, atol=1e-3
-                ):  # fp16 files round by 5e-4
-                    positions = sincos_positions(positions.shape[2], grid)  # the formula itself serves any grid
-                else:
-                    positions = resample_abs_pos_embed(positions, list(grid), list(native), num_prefix_tokens=1)
-                print_log(f"teacher's {name} refitted from {native} to {grid}", "current")
-            like = getattr(self.network, name)
-            setattr(self.network, name, nn.Parameter(positions.to(like.device, like.dtype), requires_grad=False))
+        set_positions(self.network, self._native_positions, self.network.arch.grid, grid)
+
+    def _before_block(self, images: Tensor, block: int) -> tuple[Tensor, nn.Module, int]:
+        return self.network.blocks[:block](self.network.embed(images, None)), self.network.blocks[block], 1
 
     def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
         network, grid = self.network, self.grid
@@ -467,8 +519,6 @@ class MAETeacher(Teacher):
             if i <= max(needs.blocks, default=deepest):  # the deepest block asked for, although the decoder needs them all
                 cls = x[:, 0]
         if needs.decoder_block is not None:
-            hidden = network.decoder_input(network.norm(x), kept)
-            for block in network.decoder_blocks[: needs.decoder_block + 1]:
-                hidden = block(hidden)
+            hidden = network.decode(network.norm(x), kept, needs.decoder_block + 1)
             decoded = self.on_grid(hidden[:, 1:], None)
         return TeacherOutput(tokens=tokens, grid=grid, cls=cls.float(), decoded=decoded)

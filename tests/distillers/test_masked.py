@@ -42,11 +42,11 @@ class FakeTeacher(nn.Module):
         return TeacherOutput({b: tokens * (b + 1) for b in needs.blocks}, self.grid)
 
 
-def make(objectives=None, teacher=True, mask_ratio=0.5, image_size=64, **student):
+def make(objectives=None, teacher=True, mask_ratio=0.5, image_size=64, mask=None, **student):
     return MaskedDistiller(
         student=dict(type="SparseUNet", encoder="test_resnet", decoder_width=32, **student),
         objectives=objectives or dict(hgkd=dict(type="HGKD", supervise="all")),
-        mask=dict(type="RandomMask", mask_ratio=mask_ratio),
+        mask=mask or dict(type="RandomMask", mask_ratio=mask_ratio),
         image_size=image_size,
         teacher=dict(type="FakeTeacher") if teacher else None,
     )
@@ -206,3 +206,63 @@ def test_images_of_another_size_or_type_are_refused():
         to_unit_range(torch.zeros(1, 3, 4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="objectives is empty"):
         MaskedDistiller(dict(type="SparseUNet", encoder="test_resnet"), {}, dict(type="RandomMask"), 64)
+
+
+def test_objectives_of_all_kinds_mix():
+    objectives = {
+        "hgkd": dict(type="HGKD", supervise="all", block=(0, 2), stride=(32, 16), cosine=0.5, weight=2.0),
+        "pixels": dict(type="PixelReconstruction"),
+        "dmae": dict(type="DMAE", taps=((None, 1),)),
+        "mgd": dict(type="MGD"),
+    }
+    model = make(objectives)
+    losses = model(batch(), mode="loss")
+    assert set(losses) == {
+        "hgkd_distill_0_loss",
+        "hgkd_distill_0_cosine_loss",
+        "hgkd_distill_2_loss",
+        "hgkd_distill_2_cosine_loss",
+        "pixels_reconstruction_loss",
+        "dmae_align_1_loss",
+        "mgd_generation_loss",
+    }
+    assert model.teacher.calls == [TeacherNeeds(blocks=(0, 2)), TeacherNeeds(blocks=(1,), visible_only=True)]
+
+
+def test_a_guided_mask_follows_the_teachers_attention():
+    scores = torch.rand(4, 2, 2)
+    with pytest.raises(ValueError, match="AttentionMask is guided by a teacher's attention, but the model has a FakeTeacher"):
+        make(mask=dict(type="AttentionMask"))
+    FakeTeacher.attention = lambda self, images: scores
+    try:
+        model = make(mask=dict(type="AttentionMask", mask_ratio=0.5, temperature=0.0))
+        visible = model.draw_mask(batch().float())
+        assert visible.flatten(1).equal(scores.flatten(1) <= scores.flatten(1).sort(1).values[:, 1:2])
+        assert model(batch(), mode="loss")["hgkd_distill_loss"].isfinite()
+    finally:
+        del FakeTeacher.attention
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.95, 0.98])
+def test_extreme_ratios_train(ratio):
+    objectives = dict(dmae=dict(type="DMAE", taps=((None, 2),)), **PIXELS)
+    model = make(objectives, mask_ratio=ratio, image_size=256)  # 64 cells: 6, 3 and 1 of them visible
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    losses = [model.train_step({"inputs": batch(2, (256, 256))}, wrapper)["loss"].detach() for _ in range(2)]
+    assert all(loss.isfinite() for loss in losses)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_g2sd_from_a_file_without_decoder_is_refused_with_the_reason(tmp_path):
+    from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+
+    arch = make_arch(dict(embed_dim=16, depth=2, num_heads=2, decoder_depth=0))
+    file = save_mae(MaskedAutoencoder(arch), tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match=r"encoder.safetensors is an encoder-only MAE file: .* near 0.2 instead of 0.02"):
+        MaskedDistiller(
+            dict(type="SparseUNet", encoder="test_resnet", decoder_width=32),
+            dict(g2sd=dict(type="G2SD")),
+            dict(type="RandomMask"),
+            64,
+            dict(type="MAETeacher", checkpoint=str(file), allow_random=True),
+        )

@@ -242,7 +242,7 @@ class TestRefusals:
             ({"target": "half"}, "target must be one of 'full', 'inferred', got 'half'"),
             ({"supervise": "hidden"}, "supervise must be one of 'masked', 'visible', 'all', got 'hidden'"),
             ({"beta": 0.0}, "beta must be above 0"),
-            ({"projector": "conv"}, "projector must be one of 'linear', 'mlp', got 'conv'"),
+            ({"projector": "conv"}, "projector must be one of 'linear', 'mlp', 'mlp2', got 'conv'"),
             ({"decoder_block": 3}, "no use with target='full'"),
         ],
     )
@@ -307,3 +307,58 @@ def test_centre_changes_the_target_only() -> None:
     assert torch.equal(centred.target_map(out), centred_target(plain.target_map(out)))
     with pytest.raises(ValueError, match="centre=True needs target='full'"):
         HGKD(target="inferred", centre=True)
+
+
+class TestSeveralBlocks:
+    def test_terms_average_those_of_single_blocks(self) -> None:
+        torch.manual_seed(0)
+        several = prepared(info=INFO, block=(3, -1), supervise="all")
+        assert several.terms == ("distill_3", "distill_11")
+        assert several.needs.blocks == (3, 11)
+        teacher = TeacherOutput({3: torch.randn(1, 2, 2, 2), 11: TOKENS}, (2, 2))
+        student_out = StudentOutput(torch.randn(1, 2, 2, 2))
+        losses = several(student_out, teacher, LAYOUT)
+        for block in (3, 11):
+            single = prepared(block=block, supervise="all")
+            single.projectors["distill"].load_state_dict(several.projectors[f"distill_{block}"].state_dict())
+            expected = single(student_out, teacher, LAYOUT)["distill"] / 2
+            torch.testing.assert_close(losses[f"distill_{block}"], expected)
+
+    def test_each_block_reads_its_own_scale(self) -> None:
+        objective = HGKD(block=(3, 7), stride=(8, 4), supervise="all")
+        scales = SimpleNamespace(decoded_channels=5, out_stride=4, cell=4, pyramid_channels={8: 7, 4: 5})
+        objective.prepare(scales, INFO, (2, 2), (2, 2))
+        assert objective.projectors["distill_3"].in_channels == 7
+        assert objective.projectors["distill_7"].in_channels == 5
+        coarse, fine = torch.randn(1, 7, 1, 1), torch.randn(1, 5, 2, 2)
+        out = StudentOutput(fine, pyramid={8: coarse, 4: fine})
+        torch.testing.assert_close(
+            objective.predict(out, "distill_3"), objective.projectors["distill_3"](coarse).expand(1, 2, 2, 2)
+        )
+        torch.testing.assert_close(objective.predict(out, "distill_7"), objective.projectors["distill_7"](fine))
+        with pytest.raises(ValueError, match="stride 2 is no scale of the student's decoder, which has the strides 8, 4"):
+            HGKD(stride=2).prepare(scales, INFO, (2, 2), (2, 2))
+
+    def test_cosine_term(self) -> None:
+        objective = prepared(supervise="all", cosine=0.5)
+        identity(objective, "distill")
+        # LN_TOKENS are (1, -1) and (-1, 1); (1, 1) has cosine 0 to both, (1, -1) has 1 and -1
+        decoded = torch.ones(1, 2, 2, 2)
+        decoded[0, 1, 0] = -1.0
+        losses = objective(StudentOutput(decoded), TeacherOutput({11: TOKENS}, (2, 2)), LAYOUT)
+        assert set(losses) == {"distill", "distill_cosine"}
+        assert losses["distill_cosine"].item() == pytest.approx(0.5 * (0 + 2 + 1 + 1) / 4)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"block": ()}, "must pair up"),
+            ({"block": (1, 2), "stride": (8,)}, "must pair up"),
+            ({"block": (1, 2), "target": "inferred"}, "several blocks need target='full'"),
+            ({"block": (1, 1)}, "names an encoder block twice"),
+            ({"cosine": -1.0}, "must not be negative"),
+        ],
+    )
+    def test_refusals(self, options: dict[str, object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            prepared(**options)

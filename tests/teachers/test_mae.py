@@ -331,7 +331,7 @@ def test_blocks_run_only_as_far_as_asked_and_cls_is_of_the_deepest(tmp_path: Pat
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "resnet.pth")
-    with pytest.raises(WeightsError, match=r"no MAE file: it lacks 'cls_token' \(its first entries: conv1\.weight\)"):
+    with pytest.raises(WeightsError, match=r"no ViT in a known naming .* its first entries: conv1\.weight"):
         MAETeacher(tmp_path / "resnet.pth")
     state = _network().state_dict() | {"blocks.0.ls1.gamma": torch.ones(64)}  # DINOv2 has layer scale
     torch.save(state, tmp_path / "dino.pth")
@@ -356,3 +356,17 @@ def test_sizes_by_name_by_field_and_misspelt() -> None:
         make_arch({"dept": 3})
     with pytest.raises(ValueError, match="multiple of its 5 heads"):
         make_arch({"embed_dim": 64, "num_heads": 5})
+
+
+def test_attention_of_the_class_token(tmp_path: Path) -> None:
+    network = _network()
+    teacher = MAETeacher(save_mae(network, tmp_path / "mae.safetensors"))
+    teacher.prepare((4, 4), 4)
+    images = torch.rand(2, 3, 16, 16)
+    tokens = network.embed((images - teacher.mean) / teacher.deviation, None)
+    for block in network.blocks[:2]:
+        tokens = block(tokens)
+    attn = network.blocks[2].attn
+    query, key, _ = attn.qkv(network.blocks[2].norm1(tokens)).chunk(3, -1)  # one head
+    weights = (query[:, :1] @ key.transpose(1, 2) / 8).softmax(-1)[:, 0, 1:]  # 64 channels
+    torch.testing.assert_close(teacher.attention(images), weights.view(2, 4, 4))

@@ -240,3 +240,19 @@ def test_is_registered() -> None:
     built = MODELS.build({"type": "TimmTeacher", "name": "vit_tiny_patch16_224", "allow_random": True, **SMALL})
     assert isinstance(built, TimmTeacher)
     assert (built.info.width, built.info.depth, built.info.patch_size) == (32, 3, 16)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"class_token": False, "global_pool": "avg", "reg_tokens": 2}, {"qk_norm": True}])
+def test_attention_is_that_of_the_block(kwargs: dict[str, Any]) -> None:
+    teacher = _with_positions(_teacher(**kwargs))
+    teacher.prepare((2, 2), 2 * PATCH)
+    images = torch.rand(2, 3, 64, 64)
+    seen = {}
+    attn = teacher.network.blocks[1].attn
+    attn.fused_attn = False
+    attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.update(weights=inputs[0]))
+    teacher(images, None, TeacherNeeds(blocks=(1,)))
+    classes = kwargs.get("class_token", True)
+    weights = seen["weights"][:, :, :1, 1:] if classes else seen["weights"][..., 2:]
+    cells = weights.mean((1, 2)).view(2, 2, 2, 2, 2).mean((2, 4))
+    torch.testing.assert_close(teacher.attention(images, block=1), cells)

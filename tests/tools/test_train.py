@@ -175,6 +175,9 @@ def test_mae_pretraining_makes_the_teacher_of_the_shapes_recipe(images, tmp_path
     mae = train_tool.train(ROOT / "configs/mae/mae_tiny_shapes.py", tmp_path / "mae", options={**common, "model.arch.depth": 4})
     assert mae.iter == 2
     options = tiny(images, **common, teacher_checkpoint=str(tmp_path / "mae/epoch_1.pth"))
+    with pytest.raises(WeightsError, match="this teacher looks random"):  # after two steps it is
+        train_tool.train(ROOT / "configs/hgkd/hgkd_mae-tiny_resnet18_shapes.py", tmp_path / "refused", options=options)
+    options["model.teacher.allow_random"] = True
     runner = train_tool.train(ROOT / "configs/hgkd/hgkd_mae-tiny_resnet18_shapes.py", tmp_path / "hgkd", options=options)
     assert runner.model.teacher.info.depth == 4
     expected = {name: value for name, value in mae.model.network.state_dict().items() if name.startswith("blocks.")}

@@ -1,0 +1,218 @@
+"""The ViT student: a MAE whose encoder sees the visible patches and whose light decoder fills in the others.
+
+Network, names of the parameters and positions are MAE's (arXiv 2111.06377, :mod:`hgkd.teachers.mae`), so that a student starts
+from a MAE file and its checkpoint serves as one. DMAE (arXiv 2208.12256) and G2SD (arXiv 2302.14771) distil such students.
+
+What differs from MAE: cells may be several patches wide; patches are kept cell by cell, which changes nothing because
+attention does not see order, and makes every block's output a sparse map without copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hgkd.engine.weights import load_strict
+from hgkd.masking import grid_of
+from hgkd.registry import MODELS
+from hgkd.sparse import CellLayout, PackedTensor
+from hgkd.structures import StudentOutput
+from hgkd.teachers.mae import (
+    IMAGENET_DEVIATION,
+    IMAGENET_MEAN,
+    MaskedAutoencoder,
+    make_arch,
+    positions_of,
+    read_mae,
+    set_positions,
+    unpatchify,
+)
+
+
+@MODELS.register_module()
+class MaskedViT(nn.Module):
+    """A masked student that is a ViT.
+
+    Args:
+        arch: 'tiny', 'small', 'base', 'large', 'huge', or a dict of sizes (see :class:`hgkd.teachers.mae.MAEArch`).
+        patch_size: side of a patch in pixels; None: that of the arch.
+        cell: side of a mask cell in pixels, a multiple of ``patch_size``; None is one patch, as in MAE.
+        checkpoint: MAE file to start from, of the same sizes; when it has no decoder, that starts at random.
+        mean, deviation: of the pixels, RGB in [0, 1].
+
+    Attributes:
+        network: the :class:`hgkd.teachers.mae.MaskedAutoencoder`.
+        cell, out_stride: pixels a mask cell, and a place of the decoder's output (one patch).
+        decoded_channels: width of the decoder, whose raw hidden state (no norm) is ``decoded``.
+        pyramid_channels: {out_stride: decoded_channels}, the only scale.
+        feature_channels, feature_strides: of the encoder's blocks.
+
+    Raises:
+        ValueError: sizes that do not fit, or no decoder.
+        FileNotFoundError, WeightsError: ``checkpoint`` is absent, damaged, no MAE, or of other sizes.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "small",
+        patch_size: int | None = None,
+        cell: int | None = None,
+        checkpoint: str | Path | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        deviation: Sequence[float] = IMAGENET_DEVIATION,
+    ) -> None:
+        super().__init__()
+        sizes = make_arch(arch, **({} if patch_size is None else {"patch_size": patch_size}))
+        if sizes.decoder_depth < 1:
+            raise ValueError("a masked ViT needs a decoder, but decoder_depth is 0; set it to at least 1")
+        patch = sizes.patch_size
+        self.cell = patch if cell is None else cell
+        if self.cell < patch or self.cell % patch:
+            raise ValueError(f"cell {cell} is no multiple of patch_size {patch}")
+        self.network = MaskedAutoencoder(sizes)
+        if checkpoint is not None:
+            self._start_from(checkpoint)
+        # run only when an objective asks for pixels; see predict_pixels
+        self._gives_pixels = False
+        self.network.decoder_norm.requires_grad_(False)
+        self.network.decoder_pred.requires_grad_(False)
+        self.out_stride = patch
+        self.decoded_channels = sizes.decoder_embed_dim
+        self.pyramid_channels = {patch: sizes.decoder_embed_dim}
+        self.feature_channels = (sizes.embed_dim,) * sizes.depth
+        self.feature_strides = (patch,) * sizes.depth
+        self._native_positions = positions_of(self.network)
+        self._native_grid = self.network.arch.grid
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)
+
+    def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
+        """The mask grid (h, w) of images of this size, for which the positions are fitted.
+
+        Raises:
+            ValueError: the mask cells do not divide the size; the message names the nearest sizes that they do.
+        """
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        grid = grid_of((height, width), self.cell)
+        network = self.network
+        network.arch = replace(network.arch, image_size=(height, width))
+        set_positions(network, self._native_positions, self._native_grid, network.arch.grid)
+        return grid
+
+    def give_pixels(self) -> None:
+        """Let MAE's own head predict pixels from now on (``StudentOutput.pixels``), and train it.
+
+        An objective that wants pixels calls this when it is prepared.
+        """
+        self._gives_pixels = True
+        self.network.decoder_norm.requires_grad_(True)
+        self.network.decoder_pred.requires_grad_(True)
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> StudentOutput:
+        """Encode the visible patches and decode the whole image.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], RGB, of the prepared size.
+            visible: bool (B, H/cell, W/cell), True = visible, as many in every image; None: everything.
+
+        Raises:
+            ValueError: another image size or mask shape, or different numbers of visible cells.
+        """
+        self._check_size(images)
+        network = self.network
+        grid = (images.shape[2] // self.cell, images.shape[3] // self.cell)
+        if visible is None:
+            visible = torch.ones(len(images), *grid, dtype=torch.bool, device=images.device)
+        if tuple(visible.shape) != (len(images), *grid):
+            raise ValueError(
+                f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
+                f"cells need {(len(images), *grid)}"
+            )
+        layout = CellLayout(visible, self.cell)
+        kept = kept_patches(layout, network.arch.patch_size)
+        side = self.cell // network.arch.patch_size
+        x = network.embed(self.normalise(images), kept)
+        features = []
+        for block in network.blocks:
+            x = block(x)
+            tiles = x[:, 1:].reshape(layout.num_cells, side, side, x.shape[2]).permute(0, 3, 1, 2)
+            features.append(PackedTensor.wrap(tiles, layout))
+        hidden = network.decode(network.norm(x), kept)
+        decoded = hidden[:, 1:].transpose(1, 2).unflatten(2, network.arch.grid)
+        pixels = None
+        if self._gives_pixels:
+            pixels = unpatchify(network.pixels_of(hidden), network.arch.patch_size, network.arch.grid)
+        return StudentOutput(
+            decoded=decoded,
+            features=list(features),
+            layout=layout,
+            images=images,
+            pyramid={self.out_stride: decoded},
+            pixels=pixels,
+        )
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> what the network expects."""
+        return (images - self.mean) / self.deviation
+
+    def dense_features(self, images: Tensor) -> list[Tensor]:
+        """The encoder's output after its norm, of whole images (B, 3, H, W) in [0, 1]: one map (B, D, gh, gw)."""
+        self._check_size(images)
+        tokens = self.network.encode(self.normalise(images))[:, 1:]
+        return [tokens.transpose(1, 2).unflatten(2, self.network.arch.grid)]
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Mean patch token of the whole image, after the norm: (B, 3, H, W) in [0, 1] -> (B, D)."""
+        return self.dense_features(images)[-1].mean(dim=(2, 3))
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says about this student: it reads as a MAE, for evaluation and as a teacher."""
+        mean, deviation = (values.flatten().tolist() for values in (self.mean, self.deviation))
+        return {"mae": asdict(self.network.arch), "pixels": {"mean": mean, "deviation": deviation}}
+
+    def _check_size(self, images: Tensor) -> None:
+        size = self.network.arch.image_size
+        if tuple(images.shape[-2:]) != size:
+            raise ValueError(
+                f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, this ViT is prepared for "
+                f"{size[0]} x {size[1]}; call prepare(image_size) first"
+            )
+
+    def _start_from(self, checkpoint: str | Path) -> None:
+        own = self.network.arch
+        found, weights, _ = read_mae(checkpoint, own.num_heads, own.decoder_num_heads)
+        for size in ("embed_dim", "depth", "patch_size"):
+            there, here = getattr(found, size), getattr(own, size)
+            if there != here:
+                raise ValueError(f"{checkpoint} has {size} {there}, the student {here}; give the student the file's arch")
+        decoder = ("decoder_", "mask_token")
+        self.network.arch = replace(own, image_size=found.image_size)
+        set_positions(self.network, positions_of(self.network), own.grid, found.grid)
+        load_strict(self.network, weights, source=str(checkpoint), ignore_missing=() if found.decoder_depth else decoder)
+
+
+def kept_patches(layout: CellLayout, patch_size: int) -> Tensor:
+    """Visible patches of each image, cell by cell and row by row in a cell, int64 (B, n).
+
+    Raises:
+        ValueError: the images have different numbers of visible cells.
+    """
+    counts = layout.cells_per_image
+    if int(counts.min()) != int(counts.max()):
+        raise ValueError(
+            f"a ViT student needs as many visible cells in every image, got {int(counts.min())} to {int(counts.max())}; "
+            "use a mask generator with a fixed number"
+        )
+    (h, w), side = layout.grid, layout.cell // patch_size
+    patches = torch.arange(h * w * side * side, device=layout.device).view(h, side, w, side)
+    by_cell = patches.permute(0, 2, 1, 3).reshape(h * w, side * side)
+    cells = layout.visible.flatten(1).nonzero()[:, 1]
+    return by_cell[cells].view(layout.batch, -1)

@@ -1,0 +1,207 @@
+"""What a teacher file is, what it can be used for, and whether it looks trained.
+
+    python tools/doctor.py teacher mae_pretrain_vit_base_full.pth
+    python tools/doctor.py teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
+
+The score of the weights needs the file alone. With a folder of images its features are compared with those of a random
+network of the same shape; with one sub-folder a class, by k-NN too. Files other than MAE's need timm's name for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from hgkd.data import LabelledImages, UnlabelledImages
+from hgkd.engine.weights import read_weights
+from hgkd.errors import DataError, WeightsError
+from hgkd.teachers import MAETeacher, Teacher, TimmTeacher
+from hgkd.teachers.health import FeatureHealth, WeightHealth, feature_health, weight_health
+from hgkd.teachers.mae import read_mae
+from hgkd.teachers.naming import to_timm_names
+
+USER_ERRORS = (ValueError, FileNotFoundError, WeightsError, DataError)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the doctor says of a file.
+
+    Attributes:
+        kind: its naming.
+        width, depth, patch_size: of the encoder.
+        grid: tokens that its positions are for; None when they are relative.
+        decoder: (blocks, width), or None.
+        prefix_tokens: class and register tokens.
+        targets: what it can teach, and what not, with the reason.
+        health: the score of its weights.
+        features: its features beside those of a random network; None without images.
+    """
+
+    kind: str
+    width: int
+    depth: int
+    patch_size: int
+    grid: tuple[int, int] | None
+    decoder: tuple[int, int] | None
+    prefix_tokens: int
+    health: WeightHealth
+    targets: dict[str, str] = field(default_factory=dict)
+    features: FeatureHealth | None = None
+
+
+def examine_teacher(
+    file: str, name: str | None = None, images: str | None = None, limit: int = 200, image_size: int = 224
+) -> Finding:
+    """Examine a teacher file.
+
+    Args:
+        file: .safetensors, .pth, .pt or .bin in any known naming.
+        name: timm's name of the network; only for ``images``, and not for MAE files.
+        images: folder of images, or of one folder a class.
+        limit: at most so many images.
+        image_size: their side in pixels.
+
+    Raises:
+        FileNotFoundError, WeightsError, DataError, ValueError: something about the file or the images is wrong.
+    """
+    kind, weights = _read(file)
+    patches = weights["patch_embed.proj.weight"]
+    depth = _count(weights, "blocks.")
+    decoder = None
+    if "decoder_embed.weight" in weights:
+        decoder = (_count(weights, "decoder_blocks."), weights["decoder_embed.weight"].shape[0])
+    prefix = sum(weights[key].shape[1] for key in ("cls_token", "reg_token") if key in weights)
+    return Finding(
+        kind=kind,
+        width=patches.shape[0],
+        depth=depth,
+        patch_size=patches.shape[-1],
+        grid=_grid(weights, prefix),
+        decoder=decoder,
+        prefix_tokens=prefix,
+        health=weight_health(weights),
+        targets=_targets(weights, decoder is not None),
+        features=None if images is None else _features(_build(file, name, weights), images, limit, image_size),
+    )
+
+
+def _read(file: str) -> tuple[str, dict[str, Tensor]]:
+    weights = read_weights(file)
+    if any(key.startswith("student.network.") for key in weights):  # a distilled ViT
+        return "distilled ViT of hgkd", read_mae(file)[1]
+    kind, weights = to_timm_names(weights, file)
+    if "decoder_embed.weight" in weights:
+        kind += ", a MAE with its decoder"
+    return kind, weights
+
+
+def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix))
+
+
+def _grid(weights: Mapping[str, Tensor], prefix: int) -> tuple[int, int] | None:
+    if "pos_embed" not in weights:
+        return None
+    positions = weights["pos_embed"].shape[1]
+    for count in (positions, positions - 1, positions - prefix):
+        side = math.isqrt(max(count, 0))
+        if side * side == count:
+            return side, side
+    return None
+
+
+def _targets(weights: Mapping[str, Tensor], decoder: bool) -> dict[str, str]:
+    beit = any("relative_position_bias_table" in key for key in weights)
+    inferred = "yes" if decoder else "no: the file has no decoder; it needs the full MAE checkpoint"
+    return {
+        "HGKD target='full'": "yes",
+        "MGD": "yes",
+        "HGKD target='inferred'": inferred,
+        "G2SD": inferred,
+        "DMAE": "no: BEiT's position biases are for its whole grid" if beit else "yes",
+        "AttentionMask": "no: BEiT's attention is not read" if beit else "yes",
+    }
+
+
+def _build(file: str, name: str | None, weights: Mapping[str, Tensor]) -> Teacher:
+    if name is not None:
+        return TimmTeacher(name, checkpoint=file, allow_random=True)
+    if "decoder_embed.weight" not in weights:
+        raise ValueError(f"--images needs the network: give --name, timm's name of {file}, e.g. vit_base_patch16_224.mae")
+    return MAETeacher(file, allow_random=True)
+
+
+def _features(teacher: Teacher, folder: str, limit: int, image_size: int) -> FeatureHealth:
+    labelled = any(entry.is_dir() for entry in Path(folder).iterdir()) if Path(folder).is_dir() else False
+    if labelled:
+        data = LabelledImages(folder, image_size=image_size)
+    else:
+        data = UnlabelledImages(folder, image_size=image_size, transform=dict(kind="eval"))
+    count = min(limit, len(data))
+    if count < 2:
+        raise DataError(f"{folder} holds {len(data)} images; at least 2 are needed to compare")
+    samples = [data[i * len(data) // count] for i in range(count)]
+    images = torch.stack([sample["inputs"] for sample in samples]).float() / 255
+    labels = torch.tensor([int(sample["label"]) for sample in samples]) if labelled else None
+    side = max(1, round(image_size / teacher.info.patch_size))
+    teacher.prepare((side, side), teacher.info.patch_size)
+    return feature_health(teacher, images, labels)
+
+
+def table_of(file: str, found: Finding) -> Table:
+    table = Table(title=escape(file), show_header=False)
+    grid = "relative positions" if found.grid is None else f"{found.grid[0]} x {found.grid[1]}"
+    decoder = "no" if found.decoder is None else f"{found.decoder[0]} blocks x {found.decoder[1]}"
+    rows = {
+        "kind": found.kind,
+        "encoder": f"{found.depth} blocks x {found.width}",
+        "patch": f"{found.patch_size} pixels",
+        "grid": f"{grid}, {found.prefix_tokens} class and register tokens",
+        "decoder": decoder,
+        **found.targets,
+        "health": str(found.health),
+    }
+    if found.features is not None:
+        rows["features"] = str(found.features)
+    for key, value in rows.items():
+        table.add_row(escape(key), escape(value))
+    return table
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    teacher = commands.add_parser("teacher", help="examine a teacher file")
+    teacher.add_argument("file", help="weight file in any known naming")
+    teacher.add_argument("--name", help="timm's name of the network, for --images")
+    teacher.add_argument("--images", help="folder of images, or of one folder a class")
+    teacher.add_argument("--limit", type=int, default=200, help="at most so many images")
+    teacher.add_argument("--image-size", type=int, default=224, help="side of the images in pixels")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: looks trained, 1: looks random, 2: the file or an option is wrong."""
+    args = parse_args(arguments)
+    try:
+        found = examine_teacher(args.file, args.name, args.images, args.limit, args.image_size)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    Console().print(table_of(args.file, found))
+    return int(found.health.looks_random)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
