@@ -13,7 +13,9 @@ from hgkd.registry import MODELS
 from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("*/*.py") if p.parent.name != "_base_")
+RECIPES = sorted(
+    p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("*/*.py") if p.parent.name not in ("_base_", "comparisons")
+)
 DISTILLATIONS = [name for name in RECIPES if not name.startswith("mae/")]
 
 

@@ -5,7 +5,7 @@
 A plan is a Python file with
 
     rows      list of dict(name=..., config=..., options={...}, seeds=[0, 1, 2]) for what is trained, or of
-              dict(name=..., backbone=..., block=...) for what is evaluated as it is
+              dict(name=..., backbone=..., checkpoint=..., block=...) for what is evaluated as it is
     options   config options that all trained rows share
     evaluate  arguments of ``tools/evaluate.py``'s ``evaluate``; methods, train, test, image_size, ...
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ from typing import Any
 from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "block"}
+ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
 PLAN_KEYS = {"rows", "options", "evaluate"}
 
 
@@ -117,13 +118,13 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -
         if only and row["name"] not in only:
             continue
         for order, seed in enumerate(row.get("seeds", [0])):
-            folder = work_dir / f"{row['name']}_seed{seed}"
+            folder = work_dir / f"{re.sub(r'[^0-9A-Za-z-]+', '_', row['name'])}_seed{seed}"
             evaluation = {**plan["evaluate"], "seed": seed}
             options: dict[str, Any] = {}
             if "config" in row:
                 options = {**plan.get("options", {}), **row.get("options", {}), "seed": seed}
             else:
-                evaluation |= {key: row[key] for key in ("backbone", "block") if key in row}
+                evaluation |= {key: row[key] for key in ("backbone", "checkpoint", "block") if key in row}
             found.append((order, Job(row["name"], seed, folder, row.get("config"), options, evaluation)))
     return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 

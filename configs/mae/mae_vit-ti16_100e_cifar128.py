@@ -10,6 +10,7 @@ _base_ = [
     "../_base_/data/cifar128.py",
 ]
 
+lr = 2e-3  # for 64 images, i.e. 1e-3 for 32
 epochs = 100
 warmup_epochs = 5
 

@@ -8,16 +8,8 @@ _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/schedules/adamw_cosine.py",
     "../_base_/students/resnet18.py",
-    "../_base_/data/image_folder.py",
+    "../_base_/data/cifar128.py",
 ]
 
-data_root = "data/cifar10/train"
-val_train_root = "data/cifar10/train"
-val_test_root = "data/cifar10/test"
-image_size = 128
-epochs = 10
-
-# the same pictures in every epoch, mirrored or not as in the H-GKD recipe
-train_dataloader = dict(dataset=dict(transform=dict(_delete_=True, kind="eval")))
-
+lr = 2e-3  # for 64 images, i.e. 1e-3 for 32
 model = dict(flip=0.5, objectives=dict(pixels=dict(type="PixelReconstruction", supervise="masked")))
