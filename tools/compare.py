@@ -75,7 +75,8 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"plan does not exist: {file}")
-    plan: dict[str, Any] = _fill(Config.fromfile(str(file)).to_dict(), values)
+    content = Config.fromfile(str(file)).to_dict()
+    plan: dict[str, Any] = _fill({key: value for key, value in content.items() if not key.startswith("_")}, values)
     unknown = sorted(set(plan) - PLAN_KEYS)
     if unknown:
         raise ValueError(f"{file}: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(PLAN_KEYS))}")
