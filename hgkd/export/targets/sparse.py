@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
 from hgkd.export.card import write_json
-from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, load_backbone, read_config
+from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, read_config, read_spec
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, load_all
 from hgkd.export.naming import TIMM, renamed
 from hgkd.export.source import FORMAT, Source, literal_config
-from hgkd.sparse import sparsify
+from hgkd.sparse import load_sparse as load_sparse_file
+from hgkd.sparse import save_sparse, sparsify
 from hgkd.students.encoder import encoder_levels
 from hgkd.students.unet import check_cell
 
@@ -46,8 +47,8 @@ def write(job: Job, *, cell: int | None = None) -> Written:
 
 
 def _write_backbone(job: Job, cell: int) -> Written:
-    weights = renamed(job.network, TIMM)
-    _save(job, weights, {"cell": cell})
+    save_sparse(sparsify(job.network, cell), job.folder / WEIGHTS_FILE)
+    _describe(job, {"cell": cell})
     reference = sparsify(job.network, cell, "masked").eval()
     again = load_sparse(job.folder)
 
@@ -61,7 +62,7 @@ def _write_backbone(job: Job, cell: int) -> Written:
         proven_with="hgkd.export.load_sparse, backend gather against masked, a quarter of the cells visible",
         again=lambda images: seen(again, images),
         expected=lambda images: seen(reference, images),
-        tensors=len(weights),
+        tensors=len(job.network.state_dict()),
         parameters=count_parameters(job.network),
         notes=[f"cell {cell}; net.pack normalises nothing: give images normalised with net.pretrained_cfg's mean and std"],
     )
@@ -73,7 +74,8 @@ def _write_student(job: Job, cell: int) -> Written:
         key: value for key, value in arguments.items() if key not in ("type", "encoder_checkpoint", "pretrained", "backend")
     }
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in job.source.student.items()}
-    _save(job, weights, {"cell": cell, "student": arguments})
+    save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    _describe(job, {"cell": cell, "student": arguments})
     reference: Any = load_all(_build_student(arguments, "masked"), dict(job.source.student), "hgkd.students.SparseUNet")
     again: Any = load_student(job.folder)
 
@@ -121,7 +123,9 @@ def from_spconv(weight: Tensor) -> Tensor:
 
 
 def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Module:
-    """The encoder of a folder of ``--to sparse``, in eval mode: ``net(images, visible=...)``, see ``hgkd.sparse.sparsify``.
+    """The encoder of a folder of ``--to sparse``, in eval mode: ``net(images, visible=...)``.
+
+    The folder says which network it is; its weight file is one of ``hgkd.sparse.save_sparse``.
 
     Args:
         backend: of ``sparsify``.
@@ -130,8 +134,8 @@ def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Mod
         FileNotFoundError: no such folder, or a file of it is missing.
         WeightsError: no such export, damaged, or not fitting.
     """
-    section = _section(path, "cell")
-    return sparsify(load_backbone(path), int(section["cell"]), backend).eval()
+    _section(path, "cell")
+    return load_sparse_file(Path(path).expanduser() / WEIGHTS_FILE, read_spec(path).build(), backend)
 
 
 def load_student(path: str | os.PathLike[str], backend: str = "gather") -> nn.Module:
@@ -165,8 +169,7 @@ def _section(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
     return dict(section)
 
 
-def _save(job: Job, weights: dict[str, Tensor], section: dict[str, Any]) -> None:
-    save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
+def _describe(job: Job, section: dict[str, Any]) -> None:
     write_json({"hgkd": {"format": FORMAT, "encoder": job.source.spec.to_dict(), **section}}, job.folder / CONFIG_FILE)
 
 
