@@ -17,11 +17,11 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from hgkd.engine import DivergedError, apply_short_options, check_config, use_mixed_precision
+from hgkd.engine import CheckpointWriteError, DivergedError, apply_short_options, check_config, use_mixed_precision
 from hgkd.errors import NoSparseRuleError
 from hgkd.registry import RUNNERS
 
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NoSparseRuleError, DivergedError)
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NoSparseRuleError, DivergedError, CheckpointWriteError)
 
 
 def load_config(
@@ -75,7 +75,8 @@ def train(
 
     Raises:
         ValueError, TypeError, FileNotFoundError: something in the config or the files it names is wrong.
-        DivergedError: the loss is not finite.
+        DivergedError: loss or gradient stayed not finite.
+        CheckpointWriteError: a checkpoint cannot be written.
     """
     cfg = load_config(config, work_dir, resume, amp, options, launcher)
     runner: Runner = RUNNERS.build(cfg)

@@ -265,8 +265,9 @@ def _check_arguments(cls: Any, value: Mapping[str, Any], path: str, registry: Re
             if key not in accepted and key not in extra:
                 message = unknown_name_message(f"option of {cls.__name__}", key, sorted(accepted))
                 raise ValueError(f"{path}.{key}={_short(item)}: {message}")
+    given = {*value, "dataset"} if registry is roots.DATA_SAMPLERS else value  # a sampler gets its data set from the runner
     for name in _required(cls):
-        if name not in value:
+        if name not in given:
             place = f"{path}.{name}"
             short = [option for option, entry in SHORT_OPTIONS.items() if place in entry.places]
             how = f"--cfg-options {short[0]}=..." if short else f"{place} in the config"
