@@ -14,7 +14,9 @@ default_hooks = dict(
     logger=dict(type="LoggerHook", interval=20),
     param_scheduler=dict(type="ParamSchedulerHook"),
     # the last two and, when there is a validation, the best; never the teacher, which is no part of the model's state
-    checkpoint=dict(type="RunCheckpointHook", interval=1, every_minutes=30, save_best="knn/top1", rule="greater"),
+    checkpoint=dict(
+        type="RunCheckpointHook", interval=1, every_minutes=30, max_keep_ckpts=2, save_best="knn/top1", rule="greater"
+    ),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
 custom_hooks = [
