@@ -127,6 +127,25 @@ def test_user_errors_are_one_message_and_exit_code_2(arguments, message, images,
     assert re.search(message, printed), printed
 
 
+def test_dry_run_says_what_a_training_needs_and_writes_nothing(images, tmp_path, capsys):
+    options = [f"{k}={v}" for k, v in tiny_hgkd(images).items()]
+    assert train_tool.main([str(HGKD), "--dry-run", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        r"plan +16 images; 8 a step and process x 1 processes x 1 accumulated = 8 an update; lr 0\.000125, scaled by 8/64; 2 steps",
+        r"batch +inputs \(8, 3, 64, 64\) uint8, index \(8,\) int64",
+        r"student +test_resnet: \d+\.\d\d M parameters in the encoder, mask grid 2 x 2, features .* at stride 32",
+        r"teacher +\d+\.\d\d M parameters, TeacherInfo\(kind='timm', width=32, depth=2",
+        r"losses +loss \d",
+        r"finite +yes",
+        r"a step +\d+\.\d\d s to compute \(measured with 8 images\)",
+        r"whole run +about \d+ s for 4 steps",
+        r"checkpoints +\d+ MB each, up to 4 at a time; \d+ MB free",
+    ):
+        assert re.search(line, printed), line
+    assert not (tmp_path / "run").exists()
+
+
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="data_root"):
         train_tool.main([str(SPARK), "--debug", "--work-dir", str(tmp_path), "--cfg-options", "data_rot=x"])
