@@ -33,6 +33,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Do the last steps of a diverged training again.")
     parser.add_argument("dump", help="nonfinite_step_<n>_rank_<r>.json of the run's work folder")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--trust", action="store_true", help="the dump is mine: its config may import my own modules")
     return parser.parse_args(arguments)
 
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: every step went wrong again; 1: some did not; 2: an error."""
     args = parse_args(arguments)
     try:
-        steps = replay(args.dump, args.device)
+        steps = replay(args.dump, args.device, args.trust)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

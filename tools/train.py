@@ -18,7 +18,7 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from hgkd.engine import CheckpointWriteError, DivergedError, apply_short_options, check_config, use_mixed_precision
+from hgkd.engine import CheckpointWriteError, DivergedError, apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.dry_run import dry_run
 from hgkd.errors import NoSparseRuleError
 from hgkd.registry import RUNNERS
@@ -35,7 +35,7 @@ def load_config(
     launcher: str = "none",
 ) -> Config:
     """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
-    cfg = config.copy() if isinstance(config, Config) else Config.fromfile(str(config))
+    cfg = config.copy() if isinstance(config, Config) else read_config(config)
     if options:
         cfg.merge_from_dict(dict(options))
     apply_short_options(cfg)
@@ -88,7 +88,7 @@ def train(
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train what a config describes.")
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", help="config file: Python, which runs as a program, or plain data in YAML or JSON")
     parser.add_argument("--work-dir", help="folder for logs, checkpoints and pictures (work_dirs/<config name>)")
     parser.add_argument(
         "--resume", nargs="?", const=True, default=False, metavar="PATH", help="continue from PATH, or from the last checkpoint"

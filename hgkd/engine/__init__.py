@@ -1,7 +1,7 @@
 """Running a training: configs, runner, hooks, optimiser wrappers, safe weight loading."""
 
 from hgkd.engine.checkpoints import CheckpointWriteError, RunCheckpointHook, find_last_checkpoint
-from hgkd.engine.config import SHORT_OPTIONS, apply_short_options, check_config, use_mixed_precision
+from hgkd.engine.config import SHORT_OPTIONS, apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.feature_cache import TeacherCacheHook
 from hgkd.engine.hooks import (
     CollapseAlarmHook,
@@ -41,5 +41,6 @@ __all__ = [
     "apply_short_options",
     "check_config",
     "find_last_checkpoint",
+    "read_config",
     "use_mixed_precision",
 ]

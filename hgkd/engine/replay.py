@@ -1,7 +1,7 @@
 """Doing training steps again that went wrong, from what :class:`hgkd.engine.hooks.FiniteLossHook` left behind.
 
-A step is a function of weights, images, (seed, epoch, image) and (seed, process, step), all of which the dump holds. The dump's
-config is plain data, and its weights are read safely, so a dump from elsewhere runs no code of its own.
+A step is a function of weights, images, (seed, epoch, image) and (seed, process, step), all of which the dump holds. Its config
+is held to plain data and its weights are read safely, so a dump from elsewhere runs no code of its own.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from hgkd.data.sampler import SeededIndex, epoch_seed
 from hgkd.engine.checkpoints import read_run_checkpoint
+from hgkd.engine.config import check_plain_data
 from hgkd.engine.loop import seed_step
 from hgkd.engine.weights import load_strict
 from hgkd.registry import DATASETS, MODELS
@@ -58,15 +60,16 @@ class ReplayedStep:
         )
 
 
-def replay(dump: str | Path, device: str | torch.device = "cpu") -> list[ReplayedStep]:
+def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool = False) -> list[ReplayedStep]:
     """Do the steps of a dump again, each from the dump's weights, since none of them changed these.
 
     Args:
         dump: ``nonfinite_step_<n>_rank_<r>.json``; the checkpoint that it names lies beside it.
+        trusted: the dump's config may import code of yours (``custom_imports``, types that are import paths).
 
     Raises:
         FileNotFoundError: the dump, its checkpoint, the images or the teacher's weights are not there.
-        ValueError: it is no such dump.
+        ValueError: it is no such dump, or asks for code without being trusted.
     """
     dump = Path(dump)
     try:
@@ -78,6 +81,10 @@ def replay(dump: str | Path, device: str | torch.device = "cpu") -> list[Replaye
         raise ValueError(
             f"{dump} is no dump of a run ({type(error).__name__}: {error}); give a nonfinite_step_<n>_rank_<r>.json"
         ) from error
+    if not trusted:
+        check_plain_data(content["config"], str(dump))
+    elif cfg.get("custom_imports"):
+        import_modules_from_strings(**cfg.custom_imports)
     state = read_run_checkpoint(weights)["state_dict"]
     dataset = DATASETS.build({"_scope_": "hgkd", **cfg.train_dataloader.dataset})
     model: Any = MODELS.build({"_scope_": "hgkd", **cfg.model}).to(device)
