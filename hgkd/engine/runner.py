@@ -2,8 +2,8 @@
 
 Against mmengine 0.10.7: checkpoints are read with ``weights_only=True`` on every torch; a checkpoint that does not fit the
 model is refused before anything is changed (mmengine loads what fits and only logs the rest); a run goes on in the middle of
-an epoch (:mod:`hgkd.engine.loop`); data-parallel training works without CUDA (gloo); checkpoints are sealed with their hash,
-written beside and renamed (:mod:`hgkd.engine.checkpoints`).
+an epoch (:mod:`hgkd.engine.loop`); data-parallel training and ``sync_bn`` work without CUDA (gloo); checkpoints are sealed with
+their hash, written beside and renamed (:mod:`hgkd.engine.checkpoints`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.device import get_device
 from mmengine.dist import broadcast, is_distributed, is_main_process
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.runner import Runner
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from hgkd.engine.checkpoints import CheckpointWriteError, find_last_checkpoint, read_run_checkpoint, seal
 from hgkd.engine.hooks import plain_model
 from hgkd.engine.loop import ExactEpochLoop, outlive_signals
+from hgkd.engine.sync_norm import sync_batch_norms
 from hgkd.engine.weights import load_strict
 from hgkd.errors import WeightsError
 from hgkd.registry import RUNNERS
@@ -56,12 +58,17 @@ class DistillRunner(Runner):
         self._timestamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(seconds)) + f"_{int(seconds % 1 * 1000):03d}"
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
-        on_cpu = self.distributed and not torch.cuda.is_available()
-        if not on_cpu or model_wrapper_cfg is not None or is_model_wrapper(model):
+        if not self.distributed or model_wrapper_cfg is not None or is_model_wrapper(model):
             wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
             return wrapped
+        model = model.to(get_device())
+        if self.cfg.get("sync_bn"):
+            self.logger.info(f"{sync_batch_norms(model)} batch normalisations take their statistics over all processes")
+        devices = [int(os.environ["LOCAL_RANK"])] if torch.cuda.is_available() else None
         unused = self.cfg.get("find_unused_parameters", False)
-        return MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=unused)
+        return MMDistributedDataParallel(
+            module=model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
+        )
 
     @staticmethod
     def build_dataloader(

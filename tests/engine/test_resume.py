@@ -1,5 +1,6 @@
 """A run that is killed, stopped or damaged anywhere ends with the weights of the unbroken one, bit for bit."""
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -138,6 +139,32 @@ def test_images_already_seen_are_not_read_again(images, tmp_path, monkeypatch):
     runner._hooks = [hook for hook in runner._hooks if type(hook).__name__ != "PictureHook"]  # reads images of its own
     runner.train()
     assert len(read) == 2 * 4  # two steps of four images were left
+
+
+def test_checkpoints_wait_for_the_end_of_an_accumulation(images, tmp_path):
+    options = {"optim_wrapper.accumulative_counts": 2, "val_train_root": None, "val_test_root": None}
+    build(images, tmp_path / "unbroken", **options).train()
+    killed(images, tmp_path / "run", KillAt(3), **options)
+    assert find_last_checkpoint(tmp_path / "run") == str(tmp_path / "run/epoch_0_step_2.pth")
+    resumed(images, tmp_path / "run", **options)
+    ours, theirs = (read_checkpoint(tmp_path / name / "epoch_2.pth") for name in ("run", "unbroken"))
+    assert same(ours["state_dict"], theirs["state_dict"])
+    assert same(ours["optimizer"], theirs["optimizer"])
+
+
+class KillReaders(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 1:
+            for reader in multiprocessing.active_children():
+                os.kill(reader.pid, signal.SIGKILL)
+
+
+def test_a_dead_reading_process_ends_the_run_which_can_be_resumed(images, unbroken, tmp_path):
+    options = {"val_train_root": None, "val_test_root": None}
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* killed by signal"):
+        build(images, tmp_path, KillReaders(), workers=1, **options).train()
+    runner = resumed(images, tmp_path, **options)
+    assert same(runner.optim_wrapper.state_dict()["state"], unbroken["optimizer"]["state"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
