@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from hgkd.engine.checkpoints import CheckpointWriteError, find_last_checkpoint, read_run_checkpoint, seal
 from hgkd.engine.hooks import plain_model
 from hgkd.engine.loop import ExactEpochLoop, outlive_signals
+from hgkd.engine.recompute import recompute_activations
 from hgkd.engine.sync_norm import sync_batch_norms
 from hgkd.engine.weights import load_strict
 from hgkd.errors import WeightsError
@@ -69,6 +70,13 @@ class DistillRunner(Runner):
         return MMDistributedDataParallel(
             module=model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
         )
+
+    def train(self) -> nn.Module:
+        """As mmengine's, with activation checkpointing that suits sparse tensors (:mod:`hgkd.engine.recompute`)."""
+        recompute_activations(plain_model(self), self.cfg.get("activation_checkpointing") or [])
+        self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
+        model: nn.Module = super().train()
+        return model
 
     @staticmethod
     def build_dataloader(

@@ -153,8 +153,10 @@ def test_checkpoints_wait_for_the_end_of_an_accumulation(images, tmp_path):
 
 
 class KillReaders(Hook):
+    priority = "LOWEST"  # after the checkpoint
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if runner.iter == 1:
+        if runner.iter == 0:  # two batches are read ahead, the fourth never is
             for reader in multiprocessing.active_children():
                 os.kill(reader.pid, signal.SIGKILL)
 
