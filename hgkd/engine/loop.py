@@ -23,7 +23,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-from hgkd.data.sampler import mixed_seed
+from hgkd.data.sampler import EpochSampler, mixed_seed
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -216,6 +216,11 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         steps = len(self.dataloader)
         done = self._iter - self._epoch * steps
         if done:
+            if not isinstance(self.dataloader.sampler, EpochSampler):
+                raise ValueError(
+                    f"a run cannot go on in the middle of an epoch with {type(self.dataloader.sampler).__name__}, which starts "
+                    "at its beginning; set train_dataloader.sampler=dict(type='EpochSampler'), or resume from the end of an epoch"
+                )
             self.dataloader.sampler.skip = done * self.dataloader.batch_size
         for idx, data_batch in enumerate(self.dataloader, start=done):
             self.run_iter(idx, data_batch)

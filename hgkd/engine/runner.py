@@ -91,7 +91,12 @@ class DistillRunner(Runner):
         return loader
 
     def build_train_loop(self, loop: Any) -> Any:
-        if isinstance(loop, dict) and loop.get("by_epoch"):
+        if isinstance(loop, dict):
+            if not loop.get("by_epoch"):
+                raise ValueError(
+                    f"train_cfg={dict(loop)} does not train by epochs, which exact resuming needs; set "
+                    "train_cfg=dict(by_epoch=True, max_epochs=...)"
+                )
             options = {key: value for key, value in loop.items() if key != "by_epoch"}
             loop = ExactEpochLoop(self, self._train_dataloader, **options)
         built = super().build_train_loop(loop)

@@ -247,6 +247,18 @@ def test_another_batch_size_in_the_middle_of_an_epoch_is_refused(images, killed_
         resumed(images, tmp_path, batch_size=8)
 
 
+def test_a_sampler_that_cannot_skip_is_refused_in_the_middle_of_an_epoch(images, killed_run, tmp_path):
+    shutil.copytree(killed_run, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"in the middle of an epoch with DefaultSampler.*EpochSampler"):
+        resumed(images, tmp_path, **{"train_dataloader.sampler.type": "DefaultSampler"})
+
+
+def test_loops_that_do_not_train_by_epochs_are_refused(images, tmp_path):
+    runner = build(images, tmp_path, **{"train_cfg.by_epoch": False})
+    with pytest.raises(ValueError, match=r"does not train by epochs.*by_epoch=True"):
+        runner.train()
+
+
 def test_full_disk_is_told_and_leaves_the_checkpoints_before(images, unbroken, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
