@@ -217,12 +217,18 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         done = self._iter - self._epoch * steps
         if done:
             if not isinstance(self.dataloader.sampler, EpochSampler):
+                kind = type(self.dataloader.sampler).__name__
                 raise ValueError(
-                    f"a run cannot go on in the middle of an epoch with {type(self.dataloader.sampler).__name__}, which starts "
-                    "at its beginning; set train_dataloader.sampler=dict(type='EpochSampler'), or resume from the end of an epoch"
+                    f"a run cannot go on in the middle of an epoch with {kind}, which starts at its beginning; set "
+                    "train_dataloader.sampler=dict(type='EpochSampler'), or resume from the end of an epoch"
                 )
             self.dataloader.sampler.skip = done * self.dataloader.batch_size
-        for idx, data_batch in enumerate(self.dataloader, start=done):
+        batches = iter(self.dataloader)
+        if self.dataloader.num_workers and threading.current_thread() is threading.main_thread():
+            # torch's handler raises in the middle of whatever is done when a reading process dies, where it can be swallowed
+            # half-way through an update; without it the death is noticed when the next batch is asked for
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for idx, data_batch in enumerate(batches, start=done):
             self.run_iter(idx, data_batch)
             if self.interrupted and self.between_updates and idx + 1 < steps:
                 return
