@@ -21,6 +21,7 @@ INSTALL = [
     "numpy>=1.26",
     "pillow>=10.1",
     "rich>=13",
+    "pyyaml>=6",
 ]
 DOWNSTREAM = [
     "mmcv-lite>=2.1.0,<2.2",  # mmdet and mmsegmentation refuse 2.2

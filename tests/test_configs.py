@@ -133,9 +133,9 @@ def test_a_control_differs_only_in_what_it_controls(control, recipe, differ):
 
 
 @pytest.mark.parametrize("name", DISTILLATIONS)
-def test_only_the_best_by_knn_and_the_last_checkpoint_are_kept(name):
+def test_only_the_best_by_knn_and_the_last_two_checkpoints_are_kept(name):
     hook = load(name).default_hooks.checkpoint
-    assert (hook.max_keep_ckpts, hook.save_best, hook.rule) == (1, "knn/top1", "greater")
+    assert (hook.max_keep_ckpts, hook.save_best, hook.rule) == (2, "knn/top1", "greater")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

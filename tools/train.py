@@ -2,7 +2,8 @@
 
     python tools/train.py configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py --cfg-options data_root=photos epochs=5
 
-configs/README.md lists the short options; any other key of a config can be set by its dotted path.
+configs/README.md lists the short options; any other key of a config can be set by its dotted path. ``--dry-run`` says what a
+training needs before it is started. SIGTERM and SIGINT save and end a run with exit code 0; ``--resume`` continues it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from hgkd.engine import DivergedError, apply_short_options, check_config, use_mixed_precision
+from hgkd.engine import CheckpointWriteError, DivergedError, apply_short_options, check_config, read_config, use_mixed_precision
+from hgkd.engine.dry_run import dry_run
 from hgkd.errors import NoSparseRuleError
 from hgkd.registry import RUNNERS
 
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NoSparseRuleError, DivergedError)
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NoSparseRuleError, DivergedError, CheckpointWriteError)
 
 
 def load_config(
@@ -33,7 +35,7 @@ def load_config(
     launcher: str = "none",
 ) -> Config:
     """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
-    cfg = config.copy() if isinstance(config, Config) else Config.fromfile(str(config))
+    cfg = config.copy() if isinstance(config, Config) else read_config(config)
     if options:
         cfg.merge_from_dict(dict(options))
     apply_short_options(cfg)
@@ -75,7 +77,8 @@ def train(
 
     Raises:
         ValueError, TypeError, FileNotFoundError: something in the config or the files it names is wrong.
-        DivergedError: the loss is not finite.
+        DivergedError: loss or gradient stayed not finite.
+        CheckpointWriteError: a checkpoint cannot be written.
     """
     cfg = load_config(config, work_dir, resume, amp, options, launcher)
     runner: Runner = RUNNERS.build(cfg)
@@ -85,7 +88,7 @@ def train(
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train what a config describes.")
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", help="config file: Python, which runs as a program, or plain data in YAML or JSON")
     parser.add_argument("--work-dir", help="folder for logs, checkpoints and pictures (work_dirs/<config name>)")
     parser.add_argument(
         "--resume", nargs="?", const=True, default=False, metavar="PATH", help="continue from PATH, or from the last checkpoint"
@@ -96,6 +99,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", action="store_true", help="build all, do two steps, say what a training needs, and stop")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(arguments)
 
@@ -104,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
+        if args.dry_run:
+            print(dry_run(load_config(args.config, args.work_dir, False, args.amp, args.cfg_options, args.launcher)))
+            return 0
         train(args.config, args.work_dir, args.resume, args.amp, args.cfg_options, args.launcher)
     except USER_ERRORS as error:
         if args.debug:

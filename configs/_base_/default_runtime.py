@@ -13,14 +13,17 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=20),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    # the last and, when there is a validation, the best; never the teacher, which is no part of the model's state
-    checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=1, save_best="knn/top1", rule="greater"),
+    # the last two and, when there is a validation, the best; never the teacher, which is no part of the model's state
+    checkpoint=dict(
+        type="RunCheckpointHook", interval=1, every_minutes=30, max_keep_ckpts=2, save_best="knn/top1", rule="greater"
+    ),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
 custom_hooks = [
-    dict(type="EpochSeedHook"),
     dict(type="MaskScheduleHook"),
     dict(type="FiniteLossHook"),
+    dict(type="LossAlarmHook"),
+    dict(type="UnreadableFilesHook"),
     dict(type="ThroughputHook"),
     dict(type="MemoryHook"),
     dict(type="CollapseAlarmHook"),

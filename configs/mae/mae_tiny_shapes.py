@@ -27,8 +27,9 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(betas=(0.9, 0.95)))
 # as in default_runtime, without pictures: there is no student to show
 custom_hooks = [
-    dict(type="EpochSeedHook"),
     dict(type="FiniteLossHook"),
+    dict(type="LossAlarmHook"),
+    dict(type="UnreadableFilesHook"),
     dict(type="ThroughputHook"),
     dict(type="MemoryHook"),
     dict(type="CollapseAlarmHook"),

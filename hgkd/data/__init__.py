@@ -1,13 +1,16 @@
 """Data: folders and lists of images (read here, registered in ``hgkd.registry.DATASETS``) and generated shapes."""
 
 from hgkd.data.images import LabelledImages, UnlabelledImages
+from hgkd.data.sampler import EpochSampler, SeededIndex
 from hgkd.data.shapes import CLASSES, Scene, render_scene, write_ade20k, write_coco, write_imagefolder
 from hgkd.data.transforms import as_size, build_transform, eval_transform, train_transform
 
 __all__ = [
     "CLASSES",
+    "EpochSampler",
     "LabelledImages",
     "Scene",
+    "SeededIndex",
     "UnlabelledImages",
     "as_size",
     "build_transform",

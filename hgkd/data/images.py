@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hgkd.data.sampler import image_seed, seeded
 from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
 from hgkd.errors import DataError
 from hgkd.registry import DATASETS
@@ -147,8 +148,12 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         """Absolute paths of the files found unreadable so far, by any worker process, in the order of the data set."""
         return [self.path(i) for i in self._bad.indices()]
 
-    def _load(self, index: int) -> tuple[int, Tensor]:
+    def _load(self, index: int, epoch_seed: int | None = None) -> tuple[int, Tensor]:
         """Read image ``index``, or the next readable one, counting round from the last to the first.
+
+        Args:
+            epoch_seed: from it and the image follows what the transform draws; None: it draws from torch's generator as that
+                stands.
 
         Returns:
             The index of the image that was read, and its transformed tensor.
@@ -168,7 +173,8 @@ class _ImageFiles(Dataset[dict[str, Any]]):
                 except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
                     self._mark(place, error)
                 else:
-                    return place, self.transform(image)
+                    with seeded(None if epoch_seed is None else image_seed(epoch_seed, place)):
+                        return place, self.transform(image)
             self._check_share()
         raise DataError(self._report("none is left"))
 
@@ -208,7 +214,8 @@ class UnlabelledImages(_ImageFiles):
 
     Args:
         data_root: folder of the images, any depth and any file names (jpg, jpeg, png, bmp, webp, tif, tiff).
-        list_file: text file (UTF-8) used instead of searching: one path a line, relative to ``data_root`` or absolute.
+        list_file: text file (UTF-8) used instead of searching: one path a line, relative to ``data_root`` or absolute, but
+            below ``data_root``: a list from elsewhere reaches no other file.
         image_size: result side in pixels, or (H, W).
         transform: options of :func:`hgkd.data.train_transform`, or with ``kind='eval'`` of ``eval_transform``.
         max_bad_share: share of unreadable files above which the run stops; 0 tolerates none.
@@ -216,7 +223,7 @@ class UnlabelledImages(_ImageFiles):
 
     Raises:
         FileNotFoundError: the folder or the list does not exist.
-        DataError: no images; a listed path leaves ``data_root`` through '..'; later, too many unreadable files.
+        DataError: no images; a listed path leaves ``data_root``; later, too many unreadable files.
         TypeError, ValueError: an option out of range or unknown.
     """
 
@@ -245,7 +252,7 @@ class UnlabelledImages(_ImageFiles):
         self.metainfo: dict[str, Any] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place, inputs = self._load(int(index))
+        place, inputs = self._load(int(index), getattr(index, "epoch_seed", None))
         return {"inputs": inputs, "index": place}
 
 
@@ -341,10 +348,10 @@ def _read_list(list_file: str, root: str) -> list[str]:
             if "\0" in entry:
                 raise DataError(f"{list_file} line {number} is not text; give a text file with one image path a line")
             path = os.path.normpath(entry)
-            if ".." in entry.replace(os.sep, "/").split("/") and not _is_below(os.path.join(root, path), root):
+            if not _is_below(os.path.join(root, path), root):
                 raise DataError(
-                    f"{list_file} line {number}: {entry!r} leaves data_root {root}; write an absolute path, or set "
-                    "data_root to a folder above all images"
+                    f"{list_file} line {number}: {entry!r} leaves data_root {root}; set data_root to a folder above all "
+                    "images (data_root=/ allows every path)"
                 )
             paths.append(path)
     if not paths:

@@ -1,16 +1,24 @@
 """Configs: short options written into their places, and a check that every key is read by somebody.
 
 mmengine silently ignores top-level keys that it does not know. Here a key is read or refused, before anything is built.
+
+A Python config is a program and runs as one. A YAML or JSON config is plain data and is held to it: mmengine 0.10.7 reads YAML
+with a loader that runs what the file asks for, and builds whatever importable object a ``type`` names.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from mmengine import registry as roots
 from mmengine.config import Config
 from mmengine.registry import Registry
@@ -75,6 +83,7 @@ _CFG_KEYS = {
     "runner_type",
     "sync_bn",
 }
+_REGISTERED = re.compile(r"(?:(?:hgkd|mmengine)\.)?\w+")
 _TOP_KEYS = _RUNNER_KEYS | _CFG_KEYS | set(SHORT_OPTIONS)
 
 _TOP_REGISTRIES: dict[str, Registry] = {
@@ -119,6 +128,57 @@ _PLAIN_SECTIONS: dict[str, frozenset[str]] = {
     ),
     "auto_scale_lr": frozenset({"enable", "base_batch_size"}),
 }
+
+
+_DATA_SUFFIXES = (".yaml", ".yml", ".json")
+_CODE_KEYS = ("_base_", "_scope_", "custom_imports")  # each of them can import or run a file
+
+
+def read_config(path: str | os.PathLike[str]) -> Config:
+    """A config file: a Python program (.py), or plain data from a source that need not be trusted (.yaml, .yml, .json).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or a data file that is no mapping, is damaged, or asks for code.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"config {path} does not exist")
+    if path.suffix == ".py":
+        return Config.fromfile(str(path))
+    if path.suffix not in _DATA_SUFFIXES:
+        raise ValueError(f"config {path} must end in .py, or for plain data in {', '.join(_DATA_SUFFIXES)}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {path} is no plain {path.suffix[1:]} data: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config {path} holds a {type(content).__name__}, expected keys and values")
+    check_plain_data(content, str(path))
+    return Config(content, filename=str(path))
+
+
+def check_plain_data(content: Any, where: str) -> None:
+    """Refuse a config from an untrusted source that could import or run anything but what hgkd and mmengine register.
+
+    Args:
+        where: name of the source, for the message.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
+        if key in _CODE_KEYS:
+            raise ValueError(f"{where}: {key!r} can run code, which a config of plain data must not; write a Python config")
+        names = key in ("type", "constructor", "runner_type", "default_scope")
+        if names and not (isinstance(value, str) and _REGISTERED.fullmatch(value)):
+            raise ValueError(
+                f"{where}: {key}={value!r} is no name of a registry; a config of plain data takes registered classes only, "
+                "not import paths; write a Python config"
+            )
+        if isinstance(value, (Mapping, list, tuple)):
+            check_plain_data(value, where)
 
 
 def apply_short_options(cfg: Config) -> None:
@@ -265,8 +325,9 @@ def _check_arguments(cls: Any, value: Mapping[str, Any], path: str, registry: Re
             if key not in accepted and key not in extra:
                 message = unknown_name_message(f"option of {cls.__name__}", key, sorted(accepted))
                 raise ValueError(f"{path}.{key}={_short(item)}: {message}")
+    given = {*value, "dataset"} if registry is roots.DATA_SAMPLERS else value  # a sampler gets its data set from the runner
     for name in _required(cls):
-        if name not in value:
+        if name not in given:
             place = f"{path}.{name}"
             short = [option for option, entry in SHORT_OPTIONS.items() if place in entry.places]
             how = f"--cfg-options {short[0]}=..." if short else f"{place} in the config"

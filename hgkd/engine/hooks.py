@@ -1,18 +1,20 @@
-"""Hooks of a distillation run: exact resume, speed and memory in the log, alarms, and pictures of what is learnt."""
+"""Hooks of a distillation run: speed and memory in the log, alarms, and pictures of what is learnt."""
 
 from __future__ import annotations
 
+import json
 import math
-import random
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from mmengine.dist import get_rank, get_world_size, master_only
+from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -34,24 +36,6 @@ def plain_model(runner: Runner) -> nn.Module:
     """The model without its data-parallel wrapper."""
     model: nn.Module = runner.model.module if is_model_wrapper(runner.model) else runner.model
     return model
-
-
-@HOOKS.register_module()
-class EpochSeedHook(Hook):
-    """Seeds Python, NumPy and torch at the start of every epoch from (seed, process, epoch).
-
-    A resumed run then draws the masks, crops and orders that the unbroken run would have drawn, whatever came between
-    (validation, pictures). It holds for epoch-based training, and for reading processes that are not persistent, since these
-    take their seed when they start.
-    """
-
-    priority = "LOW"
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        seed = int(np.random.SeedSequence([runner.seed or 0, get_rank(), runner.epoch]).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)  # all devices
 
 
 @HOOKS.register_module()
@@ -112,25 +96,130 @@ def peak_memory_mb() -> float:
 
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
-    """Stops the run at the first loss that is NaN or infinite."""
+    """Counts the steps that were left out because loss or gradient was not finite, and ends the run after several in a row.
+
+    It then leaves ``work_dir/nonfinite_step_<n>.pth``, the state before the first of them, and beside it for every process
+    ``nonfinite_step_<n>_rank_<r>.json``, from which ``tools/replay.py`` does these steps again.
+
+    Args:
+        patience: so many updates in a row may be left out; the one after ends the run.
+    """
 
     priority = "VERY_HIGH"
+
+    def __init__(self, patience: int = 5) -> None:
+        if patience < 0:
+            raise ValueError(f"patience must be 0 (stop at once) or more, got {patience}")
+        self.patience = patience
+        self._steps: list[dict[str, Any]] = []  # those since the last update that was made
+        self._skipped = 0
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        values = {name: float(torch.as_tensor(value).detach()) for name, value in (outputs or {}).items()}
-        if math.isfinite(values.get("loss", 0.0)):
+        guard: Any = runner.train_loop.guard
+        if guard.updated:
+            self._steps, self._skipped = [], 0
             return
-        last = runner.message_hub.runtime_info.get("last_ckpt")
-        images = data_batch.get("index", []) if isinstance(data_batch, Mapping) else []
-        raise DivergedError(
-            f"the loss is not finite at epoch {runner.epoch + 1}, step {runner.iter + 1}: "
+        values = {name: float(torch.as_tensor(value).detach()) for name, value in (outputs or {}).items()}
+        images = [int(i) for i in data_batch.get("index", [])] if isinstance(data_batch, Mapping) else []
+        self._steps.append({"epoch": runner.epoch, "step": runner.iter, "images": images, "losses": values})
+        if not guard.skipped:
+            return
+        self._skipped += 1
+        total = runner.message_hub.runtime_info.get("skipped_steps", 0) + 1
+        runner.message_hub.update_info("skipped_steps", total)
+        what = (
+            f"loss or gradient is not finite at epoch {runner.epoch + 1}, step {runner.iter + 1}: "
             f"{', '.join(f'{name}={value:g}' for name, value in values.items())}; "
-            f"learning rate {runner.optim_wrapper.get_lr()['lr'][0]:.3g}, images {[int(i) for i in images][:8]}. "
-            "Lower lr, lengthen warmup_epochs, clip gradients (optim_wrapper.clip_grad), or train without --amp; "
-            + (f"{last} is from before, resume from it" if last else "no checkpoint was written yet")
+            f"learning rate {runner.optim_wrapper.get_lr()['lr'][0]:.3g}, images {images[:8]}"
         )
+        if self._skipped <= self.patience:
+            runner.logger.warning(f"{what}. The step is left out ({self._skipped} in a row, {total} in all)")
+            return
+        dump = self._dump(runner)
+        raise DivergedError(
+            f"{what}. {self._skipped} updates in a row were left out. Lower lr, lengthen warmup_epochs, clip gradients "
+            "(optim_wrapper.clip_grad), or train without --amp; the weights are those of before, and "
+            f"'python tools/replay.py {dump}' does these steps again and tells where the first value that is not finite appears"
+        )
+
+    def _dump(self, runner: Runner) -> Path:
+        first = self._steps[0]
+        name = f"nonfinite_step_{first['step'] + 1}"
+        meta = {"epoch": first["epoch"], "iter": first["step"]}
+        runner.save_checkpoint(runner.work_dir, f"{name}.pth", save_param_scheduler=False, meta=meta)
+        dump = Path(runner.work_dir) / f"{name}_rank_{get_rank()}.json"
+        content = {
+            "checkpoint": f"{name}.pth",
+            "rank": get_rank(),
+            "seed": runner.seed or 0,
+            "max_iters": runner.max_iters,
+            "steps": self._steps,
+            "config": runner.cfg.to_dict(),
+        }
+        dump.write_text(json.dumps(content, default=str), encoding="utf-8")
+        return dump
+
+
+@HOOKS.register_module()
+class LossAlarmHook(Hook):
+    """Warns when the loss jumps, and when one of its terms does nothing.
+
+    Args:
+        spike: alarm when the loss exceeds this multiple of its median over the last ``window`` steps; at most once in a window.
+        window: steps.
+    """
+
+    def __init__(self, spike: float = 5.0, window: int = 50) -> None:
+        if spike <= 1 or window < 2:
+            raise ValueError(f"spike must be above 1 and window 2 or more, got {spike} and {window}")
+        self.spike = spike
+        self.window = window
+        self._recent: dict[str, deque[float]] = {}
+        self._quiet_until = 0
+        self._idle: set[str] = set()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        for name, value in (outputs or {}).items():
+            if not name.endswith("loss"):
+                continue
+            value = float(torch.as_tensor(value).detach())
+            recent = self._recent.setdefault(name, deque(maxlen=self.window))
+            if name == "loss" and len(recent) == self.window:
+                self._check_spike(runner, value, statistics.median(recent))
+            if math.isfinite(value):
+                recent.append(value)
+            if len(recent) == self.window and name not in self._idle and min(recent) == max(recent):
+                self._idle.add(name)
+                runner.logger.warning(
+                    f"{name} has been exactly {value:g} in the last {self.window} steps: it teaches nothing. "
+                    "Look at its weight, its targets and whether anything of it is trained"
+                )
+
+    def _check_spike(self, runner: Runner, value: float, median: float) -> None:
+        if runner.iter >= self._quiet_until and value > self.spike * abs(median):
+            self._quiet_until = runner.iter + self.window
+            runner.logger.warning(
+                f"the loss jumped to {value:.4g} at step {runner.iter + 1}; its median over the last {self.window} steps is "
+                f"{median:.4g}. When it happens again, lower lr or clip gradients (optim_wrapper.clip_grad)"
+            )
+
+
+@HOOKS.register_module()
+class UnreadableFilesHook(Hook):
+    """Lists in ``work_dir/unreadable_files.txt``, at the end of a run, the training images that could not be read."""
+
+    def after_train(self, runner: Runner) -> None:
+        dataset: Any = runner.train_loop.dataloader.dataset
+        found: list[list[str]] = all_gather_object(dataset.bad_files()) if hasattr(dataset, "bad_files") else []
+        names = sorted(set(chain.from_iterable(found)))
+        if names and is_main_process():
+            path = Path(runner.work_dir) / "unreadable_files.txt"
+            path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", errors="surrogateescape")
+            runner.logger.warning(f"{len(names)} of {len(dataset)} images could not be read; they are listed in {path}")
 
 
 @HOOKS.register_module()
@@ -148,14 +237,14 @@ class CollapseAlarmHook(Hook):
     def __init__(self, drop: float = 0.25, min_feature_std: float = 0.01, min_effective_rank: float = 2.0) -> None:
         self.drop = drop
         self.floors = {"health/feature_std": min_feature_std, "health/effective_rank": min_effective_rank}
-        self._highest: dict[str, float] = {}
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         for name, floor in self.floors.items():
             value = (metrics or {}).get(name)
             if value is None:
                 continue
-            highest = self._highest[name] = max(value, self._highest.get(name, value))
+            highest = max(value, runner.message_hub.runtime_info.get(f"highest {name}", value))
+            runner.message_hub.update_info(f"highest {name}", highest)  # resumed with the run
             if value < max(floor, self.drop * highest):
                 runner.logger.warning(
                     f"features are collapsing: {name} is {value:.4g} (highest so far {highest:.4g}, alarm below "

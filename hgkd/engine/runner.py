@@ -1,41 +1,36 @@
 """mmengine's runner with strict, safe and exact resuming, and with checkpoints that say what they hold.
 
 Against mmengine 0.10.7: checkpoints are read with ``weights_only=True`` on every torch; a checkpoint that does not fit the
-model is refused before anything is changed (mmengine loads what fits and only logs the rest); reading processes are not
-re-seeded alike in every epoch; data-parallel training works without CUDA (gloo); checkpoints are written beside and renamed.
+model is refused before anything is changed (mmengine loads what fits and only logs the rest); a run goes on in the middle of
+an epoch (:mod:`hgkd.engine.loop`); data-parallel training and ``sync_bn`` work without CUDA (gloo); checkpoints are sealed with
+their hash, written beside and renamed (:mod:`hgkd.engine.checkpoints`).
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.device import get_device
 from mmengine.dist import broadcast, is_distributed, is_main_process
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from hgkd.engine.checkpoints import CheckpointWriteError, find_last_checkpoint, read_run_checkpoint, seal
 from hgkd.engine.hooks import plain_model
-from hgkd.engine.weights import load_strict, read_checkpoint
+from hgkd.engine.loop import ExactEpochLoop, outlive_signals
+from hgkd.engine.recompute import recompute_activations
+from hgkd.engine.sync_norm import sync_batch_norms
+from hgkd.engine.weights import load_strict
 from hgkd.errors import WeightsError
 from hgkd.registry import RUNNERS
-
-
-def find_last_checkpoint(work_dir: str | os.PathLike[str]) -> str | None:
-    """The checkpoint that ``work_dir/last_checkpoint`` names, also when the folder was moved; None when there is none."""
-    note = Path(work_dir) / "last_checkpoint"
-    if not note.is_file():
-        return None
-    named = Path(note.read_text().strip())
-    for candidate in (named, Path(work_dir) / named.name):
-        if candidate.is_file():
-            return str(candidate)
-    return None
 
 
 def _what(meta: Any) -> str:
@@ -64,12 +59,24 @@ class DistillRunner(Runner):
         self._timestamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(seconds)) + f"_{int(seconds % 1 * 1000):03d}"
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
-        on_cpu = self.distributed and not torch.cuda.is_available()
-        if not on_cpu or model_wrapper_cfg is not None or is_model_wrapper(model):
+        if not self.distributed or model_wrapper_cfg is not None or is_model_wrapper(model):
             wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
             return wrapped
+        model = model.to(get_device())
+        if self.cfg.get("sync_bn"):
+            self.logger.info(f"{sync_batch_norms(model)} batch normalisations take their statistics over all processes")
+        devices = [int(os.environ["LOCAL_RANK"])] if torch.cuda.is_available() else None
         unused = self.cfg.get("find_unused_parameters", False)
-        return MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=unused)
+        return MMDistributedDataParallel(
+            module=model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
+        )
+
+    def train(self) -> nn.Module:
+        """As mmengine's, with activation checkpointing that suits sparse tensors (:mod:`hgkd.engine.recompute`)."""
+        recompute_activations(plain_model(self), self.cfg.get("activation_checkpointing") or [])
+        self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
+        model: nn.Module = super().train()
+        return model
 
     @staticmethod
     def build_dataloader(
@@ -79,12 +86,19 @@ class DistillRunner(Runner):
             dataloader = {"pin_memory": torch.cuda.is_available(), **dataloader}  # without CUDA it only warns
         loader: DataLoader[Any] = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         if not isinstance(dataloader, DataLoader) and "worker_init_fn" not in dataloader:
-            # mmengine would give a worker the same seed in every epoch, hence the same crops; torch's own seeding follows
-            # the main process, which EpochSeedHook seeds
-            loader.worker_init_fn = None
+            # mmengine's gives a worker the same seed in every epoch; here images bring their own
+            loader.worker_init_fn = outlive_signals
         return loader
 
     def build_train_loop(self, loop: Any) -> Any:
+        if isinstance(loop, dict):
+            if not loop.get("by_epoch"):
+                raise ValueError(
+                    f"train_cfg={dict(loop)} does not train by epochs, which exact resuming needs; set "
+                    "train_cfg=dict(by_epoch=True, max_epochs=...)"
+                )
+            options = {key: value for key, value in loop.items() if key != "by_epoch"}
+            loop = ExactEpochLoop(self, self._train_dataloader, **options)
         built = super().build_train_loop(loop)
         if built.max_iters < 1:
             loader = built.dataloader
@@ -114,6 +128,8 @@ class DistillRunner(Runner):
         map_location: Any = "default",
     ) -> None:
         super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
+        if isinstance(self.train_loop, ExactEpochLoop):
+            self.train_loop.check_position(filename)
         # with seed=None the order of the data was drawn before the checkpoint's seed was known
         sampler: Any = self.train_dataloader.sampler
         if not self._randomness_cfg.get("diff_rank_seed", False) and hasattr(sampler, "seed"):
@@ -153,25 +169,26 @@ class DistillRunner(Runner):
     def save_checkpoint(
         self, out_dir: str, filename: str, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """As mmengine's, with ``meta['hgkd']`` describing the network, written beside and renamed when complete."""
+        """As mmengine's, with ``meta['hgkd']`` describing the network; written beside, sealed, and renamed when complete.
+
+        Raises:
+            CheckpointWriteError: it cannot be written, e.g. because the disk is full.
+        """
         model: Any = plain_model(self)
-        meta = dict(meta or {})
+        meta = {**(meta or {}), "steps_per_epoch": len(self.train_dataloader)}
         if hasattr(model, "meta"):
             meta["hgkd"] = model.meta()
-        partial = f"{filename}.partial"
-        super().save_checkpoint(out_dir, partial, *args, meta=meta, **kwargs)
-        if is_main_process():
-            os.replace(os.path.join(out_dir, partial), os.path.join(out_dir, filename))
-
-
-def read_run_checkpoint(filename: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint that a runner wrote, complete with optimiser and log, on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file.
-        WeightsError: damaged, unsafe, or no checkpoint of a runner.
-    """
-    checkpoint = read_checkpoint(filename)
-    if not isinstance(checkpoint, dict) or not {"meta", "state_dict", "message_hub"} <= set(checkpoint):
-        raise WeightsError(f"{filename} is no checkpoint of a training run, which holds 'meta', 'state_dict' and 'message_hub'")
-    return checkpoint
+        if not is_main_process():
+            return
+        partial, final = os.path.join(out_dir, f"{filename}.partial"), os.path.join(out_dir, filename)
+        try:
+            super().save_checkpoint(out_dir, f"{filename}.partial", *args, meta=meta, **kwargs)
+            seal(partial)
+            os.replace(partial, final)
+        except OSError as error:
+            Path(partial).unlink(missing_ok=True)
+            free = shutil.disk_usage(out_dir).free / 2**20
+            raise CheckpointWriteError(
+                f"cannot write {final}: {error.strerror or error}, {free:.0f} MB are free on its disk. Earlier checkpoints are "
+                "untouched: free some space, or move the work folder to a larger disk, and continue with --resume"
+            ) from error

@@ -194,23 +194,31 @@ def test_list_file(tmp_path):
     root = tmp_path / "root"
     save(root / "sub" / "a.jpg")
     save(root / "b.png")
-    outside = save(tmp_path / "other" / "c.png")
+    absolute = save(root / "other" / "c.png")
     listing = tmp_path / "list.txt"
-    listing.write_bytes(f"\ufeffsub/a.jpg\r\n\r\n  ./sub/../b.png \r\n{outside}".encode())
+    listing.write_bytes(f"\ufeffsub/a.jpg\r\n\r\n  ./sub/../b.png \r\n{absolute}".encode())
     dataset = UnlabelledImages(root, list_file=listing, image_size=8)
-    assert [dataset.path(i) for i in range(3)] == [str(root / "sub" / "a.jpg"), str(root / "b.png"), str(outside)]
+    assert [dataset.path(i) for i in range(3)] == [str(root / "sub" / "a.jpg"), str(root / "b.png"), str(absolute)]
     assert len(list(dataset)) == 3
 
 
-@pytest.mark.parametrize("entry", ["../x.jpg", "a/../../x.jpg", "ROOT/../x.jpg", "../root2/x.jpg"])
+@pytest.mark.parametrize(
+    "entry", ["../x.jpg", "a/../../x.jpg", "ROOT/../x.jpg", "../root2/x.jpg", "/etc/passwd", "ROOT2/x.jpg"]
+)
 def test_list_file_must_not_leave_the_root(entry, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     save(tmp_path / "x.jpg")
     listing = tmp_path / "list.txt"
     listing.write_text("fine.jpg\n" + entry.replace("ROOT", str(root)))
-    with pytest.raises(DataError, match=r"line 2: .* leaves data_root .*root; write an absolute path"):
+    with pytest.raises(DataError, match=r"line 2: .* leaves data_root .*root; set data_root to a folder above all images"):
         UnlabelledImages(root, list_file=listing)
+
+
+def test_the_whole_machine_may_be_the_root(tmp_path):
+    path = save(tmp_path / "x.png")
+    (tmp_path / "list.txt").write_text(str(path))
+    assert UnlabelledImages("/", list_file=tmp_path / "list.txt", image_size=8).path(0) == str(path)
 
 
 @pytest.mark.parametrize(

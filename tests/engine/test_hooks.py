@@ -1,20 +1,21 @@
 """Hooks on a hand-made runner."""
 
-import random
+import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 
 from hgkd.engine import (
     CollapseAlarmHook,
     DivergedError,
-    EpochSeedHook,
     FiniteLossHook,
+    LossAlarmHook,
     MaskScheduleHook,
     PictureHook,
     ThroughputHook,
+    UnreadableFilesHook,
 )
 from hgkd.engine.hooks import peak_memory_mb
 from hgkd.masking import RandomMask
@@ -29,6 +30,9 @@ class Log:
     def warning(self, text):
         self.warnings.append(text)
 
+    def update_info(self, name, value):
+        self.runtime_info[name] = value
+
     def update_scalar(self, name, value):
         self.scalars[name] = value
 
@@ -39,35 +43,99 @@ def runner(**extra):
     return SimpleNamespace(epoch=0, iter=6, seed=3, logger=log, message_hub=log, optim_wrapper=wrapper, **extra)
 
 
-def draws(seed, epoch):
-    run = runner()
-    run.seed, run.epoch = seed, epoch
-    EpochSeedHook().before_train_epoch(run)
-    return random.random(), float(np.random.rand()), float(torch.rand(()))
+def step(run, hook, loss, outcome, images=(5, 8)):
+    """One training step as the hook sees it; outcome: 'updated', 'skipped' or 'accumulated'."""
+    run.train_loop.guard = SimpleNamespace(updated=outcome == "updated", skipped=outcome == "skipped")
+    hook.after_train_iter(run, 0, {"index": torch.tensor(images)}, {"loss": torch.tensor(loss), "a_loss": torch.tensor(2.0)})
+    run.iter += 1
 
 
-def test_epoch_seed_depends_on_seed_and_epoch_only():
-    first = draws(0, 1)
-    torch.manual_seed(99)
-    assert draws(0, 1) == first
-    assert draws(0, 2) != first
-    assert draws(1, 1) != first
+def training(tmp_path):
+    saved = []
+    run = runner(work_dir=str(tmp_path), max_iters=20, train_loop=SimpleNamespace(), cfg=Config(dict(seed=3)))
+    run.save_checkpoint = lambda folder, name, **options: saved.append((folder, name, options["meta"]))
+    return run, saved
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_loss_that_is_not_finite_stops_the_run(loss):
-    data = {"index": torch.tensor([5, 8])}
-    outputs = {"loss": torch.tensor(loss), "a_loss": torch.tensor(2.0)}
-    with pytest.raises(DivergedError, match=r"epoch 1, step 7: loss=\w+, a_loss=2; learning rate 0.001, images \[5, 8\]"):
-        FiniteLossHook().after_train_iter(runner(), 0, data, outputs)
+def test_steps_that_are_not_finite_are_counted_and_the_run_ends_after_several_in_a_row(tmp_path):
+    run, saved = training(tmp_path)
+    hook = FiniteLossHook(patience=2)
+    step(run, hook, 1.0, "updated")
+    step(run, hook, float("nan"), "skipped")
+    step(run, hook, float("inf"), "skipped")
+    step(run, hook, 1.0, "updated")  # a good one in between: the count in a row starts anew
+    assert len(run.logger.warnings) == 2
+    assert "not finite at epoch 1, step 8: loss=nan, a_loss=2; learning rate 0.001, images [5, 8]" in run.logger.warnings[0]
+    assert "left out (2 in a row, 2 in all)" in run.logger.warnings[1]
+    step(run, hook, float("nan"), "skipped", images=(1,))
+    step(run, hook, float("nan"), "skipped")
+    with pytest.raises(
+        DivergedError, match=r"step 13: loss=nan.* 3 updates in a row.*replay.py .*nonfinite_step_11_rank_0.json"
+    ):
+        step(run, hook, float("nan"), "skipped")
+    assert saved == [(str(tmp_path), "nonfinite_step_11.pth", {"epoch": 0, "iter": 10})]
+    dump = json.loads((tmp_path / "nonfinite_step_11_rank_0.json").read_text())
+    assert [(entry["step"], entry["images"]) for entry in dump["steps"]] == [(10, [1]), (11, [5, 8]), (12, [5, 8])]
+    assert (dump["seed"], dump["config"], dump["checkpoint"]) == (3, {"seed": 3}, "nonfinite_step_11.pth")
+    assert run.message_hub.runtime_info["skipped_steps"] == 5
 
 
-def test_finite_loss_passes_and_the_last_checkpoint_is_named():
-    hook, run = FiniteLossHook(), runner()
-    hook.after_train_iter(run, 0, {}, {"loss": torch.tensor(1.0, requires_grad=True)})
-    run.message_hub.runtime_info["last_ckpt"] = "epoch_3.pth"
-    with pytest.raises(DivergedError, match=r"epoch_3\.pth is from before"):
-        hook.after_train_iter(run, 0, {}, {"loss": torch.tensor(float("nan"))})
+def test_the_dump_holds_the_accumulated_steps_too(tmp_path):
+    run, _ = training(tmp_path)
+    hook = FiniteLossHook(patience=0)
+    step(run, hook, float("nan"), "accumulated", images=(1, 2))
+    with pytest.raises(DivergedError):
+        step(run, hook, 1.0, "skipped", images=(3, 4))
+    dump = json.loads((tmp_path / "nonfinite_step_7_rank_0.json").read_text())
+    assert [entry["images"] for entry in dump["steps"]] == [[1, 2], [3, 4]]
+
+
+def test_negative_patience_is_refused():
+    with pytest.raises(ValueError, match="patience must be 0"):
+        FiniteLossHook(-1)
+
+
+def losses(hook, run, values, name="loss"):
+    for value in values:
+        hook.after_train_iter(run, 0, None, {name: torch.tensor(value)})
+        run.iter += 1
+
+
+def test_a_jump_of_the_loss_is_told_once_in_a_window():
+    hook, run = LossAlarmHook(spike=5.0, window=4), runner()
+    losses(hook, run, [1.0, 1.2, 0.9, 1.1, 5.0])  # 5 times the median 1.05 is 5.25
+    assert not run.logger.warnings
+    losses(hook, run, [9.0, 9.0])
+    assert ["the loss jumped to 9 at step 12; its median over the last 4 steps is 1.15" in w for w in run.logger.warnings] == [
+        True
+    ]
+
+
+def test_a_term_that_never_changes_is_told_once():
+    hook, run = LossAlarmHook(window=3), runner()
+    losses(hook, run, [0.0, 0.0], "b_loss")
+    assert not run.logger.warnings
+    losses(hook, run, [0.0, 0.0, 0.0, 0.0], "b_loss")
+    losses(hook, run, [1.0, 1.0, 1.0, 1.0], "b_accuracy")
+    assert ["b_loss has been exactly 0 in the last 3 steps" in text for text in run.logger.warnings] == [True]
+
+
+def test_loss_alarm_options():
+    with pytest.raises(ValueError, match="spike must be above 1 and window 2 or more"):
+        LossAlarmHook(spike=1.0)
+
+
+@pytest.mark.parametrize("bad", [[], ["/data/a.jpg", "/data/b\udcff.jpg"]])
+def test_unreadable_files_are_listed_at_the_end(tmp_path, bad):
+    dataset = type("Images", (list,), {"bad_files": lambda self: bad})(range(9))
+    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))
+    run = runner(work_dir=str(tmp_path), train_loop=loop)
+    UnreadableFilesHook().after_train(run)
+    path = tmp_path / "unreadable_files.txt"
+    assert path.exists() == bool(bad)
+    if bad:
+        assert path.read_bytes() == b"/data/a.jpg\n/data/b\xff.jpg\n"
+        assert run.logger.warnings == [f"2 of 9 images could not be read; they are listed in {path}"]
 
 
 def test_collapse_alarm():

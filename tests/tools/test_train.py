@@ -1,28 +1,17 @@
 """tools/train.py from config to checkpoint, with tiny networks and generated images."""
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_runs import HGKD, ROOT, SPARK, same, tiny, tiny_hgkd, train_tool, write_images
 
 from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
-
-ROOT = Path(__file__).parents[2]
-SPARK = ROOT / "configs/spark/spark_resnet18_shapes.py"
-HGKD = ROOT / "configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py"
-
-_spec = importlib.util.spec_from_file_location("hgkd_tools_train", ROOT / "tools/train.py")
-train_tool = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train_tool)
 
 
 @pytest.fixture(autouse=True)
@@ -30,43 +19,9 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # recipes keep teacher features in work_dirs/
 
 
-def write_images(root, classes=("a", "b"), each=8, size=64):
-    rng = np.random.default_rng(0)
-    for c, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(each):
-            pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8) + np.uint8(100 * c)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"))
-
-
-def tiny(images, **options):
-    """Options that make a shipped recipe train in seconds."""
-    return {
-        "student": "test_resnet",
-        "data_root": str(images),
-        "val_train_root": str(images),
-        "val_test_root": str(images),
-        "image_size": 64,
-        "batch_size": 8,
-        "workers": 0,
-        "epochs": 2,
-        "warmup_epochs": 1,
-        "model.student.decoder_width": 32,
-        "default_hooks.logger.interval": 1,
-        **options,
-    }
-
-
-def tiny_hgkd(images, **options):
-    vit = {"allow_random": True, "depth": 2, "embed_dim": 32, "num_heads": 2}
-    teacher = {f"model.teacher.{key}": value for key, value in vit.items()}
-    return tiny(images, teacher="vit_tiny_patch16_224", **teacher, **{"model.objectives.hgkd.block": 1, **options})
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +36,7 @@ def test_run_leaves_checkpoints_logs_and_pictures(spark_run):
     assert runner.epoch == 2
     assert runner.iter == 4
     assert (work_dir / "epoch_2.pth").is_file()
-    assert not (work_dir / "epoch_1.pth").exists()
+    assert (work_dir / "checkpoints.txt").read_text().split() == ["epoch_2.pth", "epoch_1.pth"]
     assert len(list(work_dir.glob("best_knn_top1_epoch_*.pth"))) == 1
     assert not list(work_dir.glob("*.partial"))
     assert (work_dir / "pictures/epoch_2.png").is_file()
@@ -99,50 +54,6 @@ def test_checkpoint_says_what_it_holds(spark_run):
     checkpoint = read_checkpoint(spark_run[1] / "epoch_2.pth")
     assert checkpoint["meta"]["hgkd"] == {"encoder": {"name": "test_resnet", "stem": "default", "kwargs": {}}, "format": 1}
     assert all(key.startswith(("student.", "objectives.")) for key in checkpoint["state_dict"])
-
-
-def same(left, right):
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
-
-
-def test_resumed_run_equals_the_unbroken_one(spark_run, images, tmp_path):
-    # the schedule of two epochs, stopped after one
-    stop = {"custom_imports": dict(imports=["stop_after_epoch"], allow_failed_imports=False)}
-    (tmp_path / "stop_after_epoch.py").write_text(
-        "from mmengine.hooks import Hook\n"
-        "from hgkd.registry import HOOKS\n"
-        "@HOOKS.register_module(force=True)\n"
-        "class StopAfterEpoch(Hook):\n"
-        "    def after_train_epoch(self, runner):\n"
-        "        runner.train_loop.stop_training = runner.epoch == 0\n"
-    )
-    cfg = train_tool.load_config(SPARK, tmp_path / "run", options=tiny(images))
-    cfg.merge_from_dict(stop)
-    cfg.custom_hooks.append(dict(type="StopAfterEpoch"))
-    sys.path.insert(0, str(tmp_path))
-    try:
-        importlib.import_module("stop_after_epoch")
-        first = train_tool.RUNNERS.build(cfg)
-        first.train()
-    finally:
-        sys.path.remove(str(tmp_path))
-    assert first.epoch == 1
-
-    torch.manual_seed(123)  # whatever the process drew before
-    resumed = train_tool.train(SPARK, tmp_path / "run", resume=True, options=tiny(images))
-    unbroken = spark_run[0]
-    assert (resumed.epoch, resumed.iter) == (unbroken.epoch, unbroken.iter) == (2, 4)
-    ours = read_checkpoint(tmp_path / "run/epoch_2.pth")
-    theirs = read_checkpoint(spark_run[1] / "epoch_2.pth")
-    assert same(ours["state_dict"], theirs["state_dict"])
-    assert same(ours["optimizer"], theirs["optimizer"])
-    assert same(ours["param_schedulers"], theirs["param_schedulers"])
 
 
 def test_checkpoint_of_another_student_is_refused_before_anything_changes(spark_run, images, tmp_path):
@@ -217,6 +128,25 @@ def test_user_errors_are_one_message_and_exit_code_2(arguments, message, images,
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     assert re.search(message, printed), printed
+
+
+def test_dry_run_says_what_a_training_needs_and_writes_nothing(images, tmp_path, capsys):
+    options = [f"{k}={v}" for k, v in tiny_hgkd(images).items()]
+    assert train_tool.main([str(HGKD), "--dry-run", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        r"plan +16 images; 8 a step and process x 1 processes x 1 accumulated = 8 an update; lr 0\.000125, scaled by 8/64;",
+        r"batch +inputs \(8, 3, 64, 64\) uint8, index \(8,\) int64",
+        r"student +test_resnet: \d+\.\d\d M parameters in the encoder, mask grid 2 x 2, features .* at stride 32",
+        r"teacher +\d+\.\d\d M parameters, TeacherInfo\(kind='timm', width=32, depth=2",
+        r"losses +loss \d",
+        r"finite +yes",
+        r"a step +\d+\.\d\d s to compute \(measured with 8 images\)",
+        r"whole run +about \d+ s for 4 steps",
+        r"checkpoints +\d+ MB each, up to 4 at a time; \d+ MB free",
+    ):
+        assert re.search(line, printed), line
+    assert not (tmp_path / "run").exists()
 
 
 def test_debug_shows_the_traceback(tmp_path):

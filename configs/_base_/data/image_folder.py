@@ -12,7 +12,7 @@ workers = 2
 
 train_dataloader = dict(
     dataset=dict(type="UnlabelledImages", transform=dict(scale=(0.67, 1.0), hflip=0.5)),
-    sampler=dict(type="DefaultSampler", shuffle=True),
+    sampler=dict(type="EpochSampler", shuffle=True),
     collate_fn=dict(type="default_collate"),
     drop_last=True,
 )

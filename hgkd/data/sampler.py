@@ -1,0 +1,110 @@
+"""The order of the training images, and the randomness of each: functions of (seed, epoch, image), not of earlier draws.
+
+A run that was stopped in the middle of an epoch goes on at the next image without reading those before it, and gets the same
+crops and flips, whatever the number of reading processes. mmengine's ``DefaultSampler`` starts every epoch at its beginning,
+and leaves the crops to the state of the process that happens to read an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from mmengine.dist import get_dist_info, sync_random_seed
+from torch.utils.data import Sampler
+
+from hgkd.registry import DATA_SAMPLERS
+
+
+def mixed_seed(*parts: int) -> int:
+    """A seed in [0, 2**63) that depends on all of some non-negative numbers and on their order."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of everything random about reading images in an epoch."""
+    return mixed_seed(seed, epoch, 1)
+
+
+def image_seed(base: int, index: int) -> int:
+    """The seed of image ``index`` in an epoch whose :func:`epoch_seed` is ``base``: distinct for all images, and cheap."""
+    return (base + index * 0x9E3779B97F4A7C15) % 2**63  # an odd factor, so no two images meet
+
+
+class SeededIndex(int):
+    """The number of an image, together with the :func:`epoch_seed` of its reading.
+
+    An ``int`` to everybody who does not ask; it reaches reading processes however they were started, and when.
+    """
+
+    epoch_seed: int
+
+    def __new__(cls, index: int, epoch_seed: int) -> SeededIndex:
+        made = super().__new__(cls, index)
+        made.epoch_seed = epoch_seed
+        return made
+
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
+        return int(self), self.epoch_seed
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Context in which torch's CPU generator starts from ``seed``, and after which it is as it was; None: nothing happens."""
+    if seed is None:
+        yield
+        return
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@DATA_SAMPLERS.register_module()
+class EpochSampler(Sampler[int]):
+    """Each image once an epoch, in an order of its own each epoch, divided between the processes.
+
+    Process r of W takes the images r, r + W, r + 2W ... of the order, so that step n of all processes together shows the images
+    that one process with W times the batch would show. When W does not divide the number of images, the order starts again from
+    its beginning to fill the last ones.
+
+    Args:
+        dataset: its length counts.
+        shuffle: False keeps the order of the data set.
+        seed: of order and crops; None: one drawn at random, the same in all processes.
+
+    Attributes:
+        epoch: number of the epoch, set by mmengine's ``DistSamplerSeedHook``.
+        skip: so many images of this process's share are passed over, once; they are not read.
+    """
+
+    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None) -> None:
+        self.rank, self.world_size = get_dist_info()
+        self.dataset = dataset
+        self.shuffle = shuffle
+        self.seed = sync_random_seed() if seed is None else seed
+        self.epoch = 0
+        self.skip = 0
+
+    def __len__(self) -> int:
+        """Images of this process in a whole epoch, skipped or not."""
+        return math.ceil(len(self.dataset) / self.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        first, self.skip = self.skip, 0
+        count = len(self.dataset)
+        order = torch.arange(count)
+        if self.shuffle:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch, 0)))
+        base = epoch_seed(self.seed, self.epoch)
+        for place in range(first, len(self)):
+            index = int(order[(self.rank + place * self.world_size) % count])
+            yield SeededIndex(index, base)

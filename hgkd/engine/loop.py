@@ -1,0 +1,275 @@
+"""Training epoch by epoch, such that a run that was stopped anywhere goes on as if it had not been.
+
+Whatever is random about a step is a function of (seed, process, step), and about reading an image of (seed, epoch, image),
+see :mod:`hgkd.data.sampler`; nothing depends on what was drawn before. A resumed run passes over the images that it has seen
+without reading them, and validates first when it was killed before or while it did. SIGTERM and SIGINT end a run after its next
+step.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.optim import OptimWrapper
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import Tensor, nn
+
+from hgkd.data.sampler import EpochSampler, mixed_seed
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Seed Python, NumPy and torch (all devices) for a step, counted from 0 over the whole training."""
+    mixed = mixed_seed(seed, rank, step)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` holds in any process of a distributed run; all must ask."""
+    if get_world_size() == 1:
+        return flag
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    value = torch.tensor(float(flag), device=device)
+    all_reduce(value, "max")
+    return bool(value.item())
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a reading process survive the signals that ask the whole job to stop, until the training process has saved.
+
+    SIGINT is ignored, and SIGTERM once: the second one, e.g. of the training process that clears up, ends it.
+    """
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, first)
+
+
+class StopSignals:
+    """Context that notes SIGTERM and SIGINT instead of dying of them. A second one acts as ever.
+
+    Outside the main thread, where Python allows no handlers, it notes nothing.
+
+    Attributes:
+        received: name of the signal, None so far.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class StepGuard:
+    """Stands between a model's ``train_step`` and the optimiser wrapper, and leaves out updates that would do damage.
+
+    When loss or gradient is not finite, in any process, parameters, optimiser and running statistics stay what they were before
+    the step. With dynamic loss scaling only the loss is judged: overflowing gradients are how the scaler finds its scale.
+
+    Attributes:
+        updated: the last step changed the parameters.
+        skipped: the last step was left out. Both are False while gradients are being accumulated.
+    """
+
+    def __init__(self, wrapper: OptimWrapper, model: nn.Module) -> None:
+        self.wrapper = wrapper
+        self.updated = True
+        self.skipped = False
+        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._finite = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapper, name)
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """The wrapper's own, from which on running statistics may change."""
+        if self.updated or self.skipped:  # otherwise the statistics of before the accumulation are kept already
+            for kept, buffer in zip(self._kept, self._buffers, strict=True):
+                kept.copy_(buffer)
+            self._finite = True
+        with self.wrapper.optim_context(model):
+            yield
+
+    def update_params(self, loss: Tensor, step_kwargs: Any = None, zero_kwargs: Any = None) -> None:
+        """As ``OptimWrapper.update_params``, with the decision in between."""
+        wrapper = self.wrapper
+        self._finite &= bool(torch.isfinite(loss.detach()).all())
+        wrapper.backward(wrapper.scale_loss(loss))
+        self.updated = self.skipped = False
+        if not wrapper.should_update():
+            return
+        finite = self._finite and (hasattr(wrapper, "loss_scaler") or self._gradients_finite())
+        self.skipped = any_process(not finite)
+        self.updated = not self.skipped
+        if self.updated:
+            wrapper.step(**(step_kwargs or {}))
+        else:
+            for kept, buffer in zip(self._kept, self._buffers, strict=True):
+                buffer.copy_(kept)
+        wrapper.zero_grad(**(zero_kwargs or {}))
+
+    def _gradients_finite(self) -> bool:
+        groups = self.wrapper.optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return True
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
+        return bool(torch.isfinite(norms).all())
+
+
+class ExactEpochLoop(EpochBasedTrainLoop):
+    """See the module's header; arguments are those of mmengine's ``EpochBasedTrainLoop``.
+
+    Attributes:
+        interrupted: a signal asks this run to end after the step that is being done.
+        guard: what became of the last update.
+    """
+
+    def __init__(self, runner: Runner, dataloader: Any, **options: Any) -> None:
+        super().__init__(runner, dataloader, **options)
+        self.interrupted = False
+        self.guard: StepGuard | None = None
+        self._signals = StopSignals()
+
+    @property
+    def between_updates(self) -> bool:
+        """No gradients are being accumulated, so a checkpoint now would be complete."""
+        return self.guard is None or self.guard.updated or self.guard.skipped
+
+    def check_position(self, source: str) -> None:
+        """Refuse to go on in the middle of an epoch that is divided into other steps now.
+
+        Args:
+            source: name of the checkpoint, for the message.
+
+        Raises:
+            ValueError: epoch and step of the checkpoint do not fit this run's number of steps an epoch.
+        """
+        steps = len(self.dataloader)
+        if not 0 <= self._iter - self._epoch * steps < steps and self._iter != self._epoch * steps:
+            raise ValueError(
+                f"{source} is from epoch {self._epoch + 1}, step {self._iter} of a training whose epochs do not have {steps} "
+                "steps, as they have now. Resume with the images, batch_size and number of processes that it was written with"
+            )
+
+    def run(self) -> nn.Module:
+        """Train to the end, or until a signal asks to stop."""
+        runner = self.runner
+        self.guard = StepGuard(runner.optim_wrapper, runner.model)
+        runner.call_hook("before_train")
+        runner.logger.info(self.plan())
+        with StopSignals() as self._signals:
+            self._validate()
+            while self._epoch < self._max_epochs and not self.stop_training and not self.interrupted:
+                self.run_epoch()
+                if not self.interrupted:
+                    self._decide_current_val_interval()
+                    self._validate()
+        if self.interrupted:
+            last = runner.message_hub.runtime_info.get("last_ckpt")
+            runner.logger.warning(
+                f"stopped by a signal ({self._signals.received or 'to another process'}) after epoch {self._epoch}, step "
+                f"{self._iter}; "
+                + (f"saved {last}, continue with --resume" if last else "no checkpoint hook, so nothing was saved")
+            )
+        runner.call_hook("after_train")
+        model: nn.Module = runner.model
+        return model
+
+    def run_epoch(self) -> None:
+        """The steps of an epoch that have not been done yet."""
+        runner = self.runner
+        runner.call_hook("before_train_epoch")
+        runner.model.train()
+        steps = len(self.dataloader)
+        done = self._iter - self._epoch * steps
+        if done:
+            if not isinstance(self.dataloader.sampler, EpochSampler):
+                kind = type(self.dataloader.sampler).__name__
+                raise ValueError(
+                    f"a run cannot go on in the middle of an epoch with {kind}, which starts at its beginning; set "
+                    "train_dataloader.sampler=dict(type='EpochSampler'), or resume from the end of an epoch"
+                )
+            self.dataloader.sampler.skip = done * self.dataloader.batch_size
+        batches = iter(self.dataloader)
+        if self.dataloader.num_workers and threading.current_thread() is threading.main_thread():
+            # torch's handler raises in the middle of whatever is done when a reading process dies, where it can be swallowed
+            # half-way through an update; without it the death is noticed when the next batch is asked for
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for idx, data_batch in enumerate(batches, start=done):
+            self.run_iter(idx, data_batch)
+            if self.interrupted and self.between_updates and idx + 1 < steps:
+                return
+        runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+    def run_iter(self, idx: int, data_batch: Any) -> None:
+        """One step, which depends on (seed, process, step), the batch and the weights, and on nothing else."""
+        runner = self.runner
+        self.interrupted = any_process(self._signals.received is not None)
+        runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
+        seed_step(runner.seed or 0, get_rank(), self._iter)
+        outputs = runner.model.train_step(data_batch, optim_wrapper=self.guard)
+        runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
+        self._iter += 1
+
+    def _validate(self) -> None:
+        """Validate where an epoch has ended, unless this run did so before it was resumed."""
+        runner = self.runner
+        due = self._epoch >= self.val_begin and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
+        if runner.val_loop is None or not due or self._epoch == 0:
+            return
+        if runner.message_hub.runtime_info.get("last_validated_epoch") == self._epoch:
+            return
+        # before, so that the checkpoints that a validation writes say it
+        runner.message_hub.update_info("last_validated_epoch", self._epoch)
+        runner.val_loop.run()
+
+    def plan(self) -> str:
+        """What this run is about to do, in one line: images, batch, learning rate and its rule, steps."""
+        runner = self.runner
+        batch, processes = self.dataloader.batch_size, runner.world_size
+        accumulated = runner.optim_wrapper._accumulative_counts
+        group: Mapping[str, Any] = runner.optim_wrapper.optimizer.param_groups[0]
+        lr = group.get("initial_lr", group["lr"])
+        rule = runner.auto_scale_lr or {}
+        scaled = f"scaled by {batch * processes}/{rule['base_batch_size']}" if rule.get("enable") else "taken as it is"
+        if rule.get("enable") and accumulated > 1:
+            scaled += ", which does not count accumulation"
+        return (
+            f"{len(self.dataloader.dataset)} images; {batch} a step and process x {processes} processes x {accumulated} "
+            f"accumulated = {batch * processes * accumulated} an update; lr {lr:.4g}, {scaled}; {len(self.dataloader)} steps "
+            f"an epoch, {self._max_epochs} epochs; {self._iter} of {self._max_iters} steps are done"
+        )

@@ -1,0 +1,108 @@
+"""What each of two processes does in test_distributed.py; started by torchrun, not collected by pytest."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import Hook
+from tiny_runs import SPARK, tiny, train_tool
+
+from hgkd.engine.hooks import plain_model
+from hgkd.engine.loop import StepGuard, any_process
+
+
+class GivenMask:
+    """Serves the visible cells that it was given, instead of drawing them."""
+
+    progress = 0.0
+    current_ratio = 0.6
+
+    def __init__(self, visible):
+        self.visible = visible
+
+    def check(self, grid):
+        pass
+
+    def __call__(self, batch, grid, *, device, generator=None):
+        assert tuple(self.visible.shape) == (batch, *grid)
+        return self.visible
+
+
+def build(images, folder, launcher="pytorch", **options):
+    torch.manual_seed(0)
+    options = tiny(images, val_train_root=None, val_test_root=None, **{"batch_size": 4, "sync_bn": True, **options})
+    return train_tool.RUNNERS.build(train_tool.load_config(SPARK, folder, launcher=launcher, options=options))
+
+
+def one_step(runner, pictures, visible):
+    """Loss, gradients and running statistics of a step."""
+    model = plain_model(runner)
+    model.mask = GivenMask(visible)
+    wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.model.train()
+    gradients = {}
+    wrapper.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    )
+    losses = runner.model.train_step({"inputs": pictures}, optim_wrapper=StepGuard(wrapper, runner.model))
+    statistics = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
+    return float(losses["loss"].detach()), gradients, statistics
+
+
+def material(counts):
+    """Eight pictures and cells of a 2 x 2 grid, so many visible in each."""
+    generator = torch.Generator().manual_seed(7)
+    pictures = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    visible = torch.zeros(8, 4, dtype=torch.bool)
+    for i, count in enumerate(counts):
+        visible[i, torch.randperm(4, generator=generator)[:count]] = True
+    return pictures, visible.view(8, 2, 2)
+
+
+def step(images, folder):
+    """One step of this process's half; the tensors go to a file."""
+    runner = build(images, folder)
+    rank = get_rank()
+    half = slice(4 * rank, 4 * rank + 4)
+    pictures, visible = material([2] * 8)
+    torch.save(one_step(runner, pictures[half], visible[half]), Path(folder) / f"rank_{rank}.pt")
+    # numbers of visible cells that differ between the processes must not make one wait for the other
+    pictures, visible = material([1, 1, 1, 1, 3, 3, 3, 3])
+    loss, _, _ = one_step(runner, pictures[half], visible[half])
+    assert loss == loss
+    # a flag of one process is seen by both
+    assert any_process(rank == 1)
+    assert not any_process(False)
+    # a loss that is not finite in one process leaves out the step in both
+    before = {n: v.clone() for n, v in plain_model(runner).state_dict().items()}
+    wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    guard = StepGuard(wrapper, runner.model)
+    inputs = pictures[half].float() / 255
+    if rank == 1:
+        inputs[0, 0, 0, 0] = float("nan")
+        plain_model(runner).mask.visible[0] = True
+    runner.model.train_step({"inputs": inputs}, optim_wrapper=guard)
+    assert guard.skipped
+    after = plain_model(runner).state_dict()
+    assert all(torch.equal(before[n], after[n]) for n in before if before[n].is_floating_point())
+
+
+class Fail(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if get_rank() == 1 and runner.iter == 1:
+            raise RuntimeError("the second process gives up")
+
+
+def fail(images, folder):
+    """A training whose second process raises while the first goes on."""
+    runner = build(images, folder)
+    assert get_world_size() == 2
+    runner.register_hook(Fail())
+    runner.train()
+    time.sleep(600)  # never reached: the first process waits for the second in the next step
+
+
+if __name__ == "__main__":
+    {"step": step, "fail": fail}[sys.argv[1]](sys.argv[2], sys.argv[3])

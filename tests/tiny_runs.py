@@ -1,0 +1,67 @@
+"""Shipped recipes made so small that they train in seconds, for tests of whole runs."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SPARK = ROOT / "configs/spark/spark_resnet18_shapes.py"
+HGKD = ROOT / "configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py"
+
+
+def load_tool(name):
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"hgkd_tools_{name}", ROOT / f"tools/{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+train_tool = load_tool("train")
+
+
+def write_images(root, classes=("a", "b"), each=8, size=64):
+    rng = np.random.default_rng(0)
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8) + np.uint8(100 * c)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def tiny(images, **options):
+    """Options that make a shipped recipe train in seconds."""
+    return {
+        "student": "test_resnet",
+        "data_root": str(images),
+        "val_train_root": str(images),
+        "val_test_root": str(images),
+        "image_size": 64,
+        "batch_size": 8,
+        "workers": 0,
+        "epochs": 2,
+        "warmup_epochs": 1,
+        "model.student.decoder_width": 32,
+        "default_hooks.logger.interval": 1,
+        **options,
+    }
+
+
+def tiny_hgkd(images, **options):
+    vit = {"allow_random": True, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    teacher = {f"model.teacher.{key}": value for key, value in vit.items()}
+    return tiny(images, teacher="vit_tiny_patch16_224", **teacher, **{"model.objectives.hgkd.block": 1, **options})
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right

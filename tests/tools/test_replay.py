@@ -1,0 +1,68 @@
+"""tools/replay.py on the dump of a training that diverged."""
+
+import json
+
+import pytest
+from tiny_runs import SPARK, load_tool, tiny, train_tool, write_images
+
+from hgkd.engine import DivergedError, find_last_checkpoint
+from hgkd.engine.replay import replay
+from hgkd.engine.weights import read_checkpoint
+
+replay_tool = load_tool("replay")
+
+
+@pytest.fixture(scope="module")
+def diverged(tmp_path_factory):
+    """Work folder of a run whose first update is so large that all later losses are not finite."""
+    images, work_dir = write_images(tmp_path_factory.mktemp("images")), tmp_path_factory.mktemp("run")
+    options = tiny(images, epochs=3, warmup_epochs=0, lr=1e18, val_train_root=None, val_test_root=None)
+    cfg = train_tool.load_config(SPARK, work_dir, options=options)
+    next(hook for hook in cfg.custom_hooks if hook["type"] == "FiniteLossHook")["patience"] = 2
+    with pytest.raises(DivergedError, match=r"3 updates in a row .*tools/replay\.py .*nonfinite_step_2_rank_0\.json"):
+        train_tool.RUNNERS.build(cfg).train()
+    return work_dir
+
+
+def test_the_steps_happen_again(diverged, capsys):
+    dump = diverged / "nonfinite_step_2_rank_0.json"
+    steps = replay(dump)
+    assert [step.step for step in steps] == [1, 2, 3]
+    assert not any(step.finite for step in steps)
+    assert all(step.same for step in steps)
+    assert replay_tool.main([str(dump)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("NOT FINITE again") == 3
+    assert "the first output that is not finite is that of student." in printed
+
+
+def test_a_step_from_sound_weights_is_finite(diverged, tmp_path, capsys):
+    # the same images and seeds on the weights of the beginning
+    content = json.loads((diverged / "nonfinite_step_2_rank_0.json").read_text())
+    weights = read_checkpoint(diverged / content["checkpoint"])
+    for name, value in weights["state_dict"].items():
+        if value.is_floating_point():
+            weights["state_dict"][name] = value.clamp(-0.01, 0.01) + (1.0 if "var" in name else 0.0)
+    import torch
+
+    torch.save(weights, tmp_path / content["checkpoint"])
+    (tmp_path / "dump.json").write_text(json.dumps(content))
+    assert replay_tool.main([str(tmp_path / "dump.json")]) == 1
+    assert "finite this time" in capsys.readouterr().out
+
+
+def test_the_run_left_no_checkpoint_to_resume_but_the_dump(diverged):
+    assert find_last_checkpoint(diverged) in (None, str(diverged / "epoch_1.pth"))
+    assert (diverged / "nonfinite_step_2.pth").is_file()
+
+
+@pytest.mark.parametrize("content", ["{}", "not json", "[1]"])
+def test_what_is_no_dump(tmp_path, content, capsys):
+    (tmp_path / "x.json").write_text(content)
+    assert replay_tool.main([str(tmp_path / "x.json")]) == 2
+    assert "is no dump of a run" in capsys.readouterr().err
+
+
+def test_no_dump(tmp_path, capsys):
+    assert replay_tool.main([str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
