@@ -15,12 +15,15 @@ _base_ = [
 ]
 
 teacher_checkpoint = None
-epochs = 3
+epochs = 2
 lr = 2e-3
 mask_ratio = 0.5
 
 model = dict(
     student=dict(out_stride=8, decoder_width=128),
     teacher=dict(type="MAETeacher"),
-    objectives=dict(hgkd=dict(type="HGKD", target="full", block=3, supervise="all", beta=2.0, centre=True)),
+    objectives=dict(
+        hgkd=dict(type="HGKD", target="full", block=3, supervise="all", beta=2.0, centre=True),
+        pooled=dict(type="PooledFeature", block=3),
+    ),
 )

@@ -7,7 +7,7 @@ _base_ = [
     "../_base_/data/shapes.py",
 ]
 
-epochs = 3
+epochs = 2
 lr = 2e-3
 mask_ratio = 0.5
 
