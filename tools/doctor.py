@@ -1,5 +1,6 @@
-"""What a teacher file is, what it can be used for, and whether it looks trained.
+"""Whether this machine is fit for a training, and what a teacher file is, can be used for, and whether it looks trained.
 
+    python tools/doctor.py environment --work-dir work_dirs/mine --images ~/photos
     python tools/doctor.py teacher mae_pretrain_vit_base_full.pth
     python tools/doctor.py teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
 
@@ -23,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hgkd.data import LabelledImages, UnlabelledImages
+from hgkd.engine.doctor import check_environment, exit_code
 from hgkd.engine.weights import read_weights
 from hgkd.errors import DataError, WeightsError
 from hgkd.teachers import MAETeacher, Teacher, TimmTeacher
@@ -182,6 +184,10 @@ def table_of(file: str, found: Finding) -> Table:
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    environment = commands.add_parser("environment", help="examine this machine: versions, devices, disk, images")
+    environment.add_argument("--work-dir", default="work_dirs", help="where checkpoints will lie (default: %(default)s)")
+    environment.add_argument("--images", help="folder of the training images, of which some are read")
+    environment.add_argument("--planned-mb", type=float, default=1000.0, help="space needed; `train.py --dry-run` tells it")
     teacher = commands.add_parser("teacher", help="examine a teacher file")
     teacher.add_argument("file", help="weight file in any known naming")
     teacher.add_argument("--name", help="timm's name of the network, for --images")
@@ -192,8 +198,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: looks trained, 1: looks random, 2: the file or an option is wrong."""
+    """0: fit, or looks trained; 1: a check failed, or looks random; 2: the file or an option is wrong."""
     args = parse_args(arguments)
+    if args.command == "environment":
+        checks = check_environment(args.work_dir, args.images, args.planned_mb)
+        print(*checks, sep="\n")
+        return exit_code(checks)
     try:
         found = examine_teacher(args.file, args.name, args.images, args.limit, args.image_size)
     except USER_ERRORS as error:

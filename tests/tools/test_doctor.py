@@ -96,3 +96,12 @@ def test_what_is_wrong_is_said(tmp_path: Path, images: Path, capsys: pytest.Capt
     torch.save({"layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "resnet.pth")
     assert doctor.main(["teacher", str(tmp_path / "resnet.pth")]) == 2
     assert "no ViT in a known naming" in capsys.readouterr().err
+
+
+def test_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["environment", "--work-dir", str(tmp_path / "work")]) == 0
+    assert "torch" in capsys.readouterr().out
+    assert doctor.main(["environment", "--work-dir", str(tmp_path), "--images", str(tmp_path / "none")]) == 1
+    printed = capsys.readouterr().out
+    assert "failure" in printed
+    assert "fix:" in printed
