@@ -51,10 +51,14 @@ def tiny(images, **options):
     }
 
 
+# of a teacher with two blocks
+BLOCKS = {"model.objectives.hgkd.block": 1, "model.objectives.pooled.block": 1}
+
+
 def tiny_hgkd(images, **options):
     vit = {"allow_random": True, "depth": 2, "embed_dim": 32, "num_heads": 2}
     teacher = {f"model.teacher.{key}": value for key, value in vit.items()}
-    return tiny(images, teacher="vit_tiny_patch16_224", **teacher, **{"model.objectives.hgkd.block": 1, **options})
+    return tiny(images, teacher="vit_tiny_patch16_224", **teacher, **BLOCKS, **options)
 
 
 def same(left, right):

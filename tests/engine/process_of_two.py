@@ -16,6 +16,7 @@ from hgkd.engine.loop import StepGuard, any_process
 class GivenMask:
     """Serves the visible cells that it was given, instead of drawing them."""
 
+    guided = False
     progress = 0.0
     current_ratio = 0.6
 
@@ -25,7 +26,7 @@ class GivenMask:
     def check(self, grid):
         pass
 
-    def __call__(self, batch, grid, *, device, generator=None):
+    def __call__(self, batch, grid, *, device, generator=None, scores=None):
         assert tuple(self.visible.shape) == (batch, *grid)
         return self.visible
 

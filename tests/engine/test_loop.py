@@ -126,12 +126,16 @@ def test_alone_any_process_is_this_one():
 
 
 def test_a_second_signal_acts_as_ever():
-    with StopSignals() as signals:
-        assert signals.received is None
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with StopSignals() as signals:
+            assert signals.received is None
             os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received == "SIGINT"
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_outside_the_main_thread_nothing_is_noted():

@@ -23,6 +23,7 @@ TINY = {
     "model.teacher.embed_dim": 32,
     "model.teacher.num_heads": 2,
     "model.objectives.hgkd.block": 1,
+    "model.objectives.pooled.block": 1,
     "model.student.decoder_width": 32,
 }
 

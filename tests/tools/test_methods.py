@@ -71,6 +71,6 @@ def test_a_mix_logs_what_each_term_does(images, tmp_path):
     options = {"teacher_features": str(tmp_path / "features"), "model.student.decoder_width": 32}
     _, lines = run("hgkd/hgkd-mix_vit-s14_resnet18_10e_cifar128.py", images, tmp_path, **options)
     shares = {key: value for key, value in lines[0].items() if key.endswith("_share")}
-    assert len(shares) == 6
+    assert len(shares) == 7
     assert sum(shares.values()) == pytest.approx(1.0, abs=1e-4)
     assert all(f"{key.removesuffix('_share')}_of_mean" in lines[0] for key in shares)
