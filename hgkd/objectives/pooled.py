@@ -13,13 +13,15 @@ nothing in a feature, and without it the few channels of large variance that ViT
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from hgkd.objectives.alignment import DecodingStudent, resolve_block
-from hgkd.objectives.hgkd import layer_norm0
+from hgkd.objectives.alignment import DecodingStudent, block_tokens, resolve_block
+from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.hgkd import layer_norm0, smooth_l1_by_place
 from hgkd.registry import MODELS
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 
@@ -41,7 +43,7 @@ def standardised_mean(tokens: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class PooledFeature(nn.Module):
+class PooledFeature(ComparingObjective):
     """See the module's header.
 
     Args:
@@ -81,10 +83,16 @@ class PooledFeature(nn.Module):
         self._block = resolve_block(self._block, teacher_info.depth, "block")
         self.head = nn.Linear(student.feature_channels[-1], teacher_info.width)
 
-    def forward(self, student_out: StudentOutput, teacher_out: TeacherOutput, layout: CellLayout) -> dict[str, Tensor]:
-        """The loss term, an fp32 scalar."""
+    def comparisons(
+        self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
+    ) -> dict[str, Comparison]:
+        """See the class; an image is one place."""
+        assert teacher_out is not None
         if self.head is None:
             raise RuntimeError("PooledFeature.prepare() must be called before the objective is used")
-        pooled: Any = student_out.features[-1].mean(dim=(2, 3))
-        target = standardised_mean(teacher_out.tokens[self._block]).detach()
-        return {"pooled": F.smooth_l1_loss(self.head(pooled).float(), target, beta=self.beta)}
+        pooled: Tensor = student_out.features[-1].mean(dim=(2, 3))
+        prediction = self.head(pooled)[:, :, None, None]
+        target = standardised_mean(block_tokens(teacher_out, self._block))[:, :, None, None]
+        places = torch.ones(len(target), 1, 1, dtype=torch.bool, device=target.device)
+        smooth_l1 = partial(smooth_l1_by_place, beta=self.beta)
+        return {"pooled": Comparison(prediction, target, places, len(target), smooth_l1)}

@@ -79,4 +79,4 @@ def test_refusals():
     with pytest.raises(ValueError, match="use a batch size above 1"):
         standardised_mean(torch.randn(1, 6, 2, 2))
     with pytest.raises(RuntimeError, match=r"prepare\(\) must be called before"):
-        PooledFeature()(SimpleNamespace(), SimpleNamespace(), None)
+        PooledFeature()(SimpleNamespace(), TeacherOutput({}, (1, 1)), None)
