@@ -49,10 +49,10 @@ class Plan:
     """
 
     train: int = 2500
-    test: int = 1200
+    test: int = 800
     teacher_epochs: int | None = None
     student_epochs: int | None = None
-    probe: int = 250
+    probe: int = 200
 
 
 FULL = Plan()

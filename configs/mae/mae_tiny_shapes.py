@@ -13,7 +13,7 @@ _base_ = [
     "../_base_/data/shapes.py",
 ]
 
-epochs = 16
+epochs = 14
 warmup_epochs = 1
 lr = 4e-3
 
