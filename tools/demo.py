@@ -44,7 +44,7 @@ class Plan:
 
     Attributes:
         train, test: images drawn; the training images serve pretraining (without labels) and the probes (with them).
-        teacher_epochs, student_epochs: passes over the training images; None: as the configs have it.
+        teacher_epochs, student_epochs: passes over the training images, where they are not the configs'.
         probe: labelled training images a class for k-NN and linear probe.
     """
 
@@ -98,15 +98,15 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
     common["log_level"] = "WARNING"  # the epochs are told by _Progress; every step is in the runs' scalars.json
 
     stage("pretraining a small MAE: the teacher")
-    mae = _timed(lambda: _train(TEACHER, runs / "teacher", {**common, "epochs": plan.teacher_epochs}))
+    mae = _timed(lambda: _train(TEACHER, runs / "teacher", common | _epochs(plan.teacher_epochs)))
     teacher_file = mae.value.model.save_teacher(out / "teacher.safetensors")
 
     stage("H-GKD: a sparse ResNet-18 learns what the teacher sees in the whole image")
     # one set of options for both students: only the objective differs
-    student = {**common, "epochs": plan.student_epochs}
+    student = common | _epochs(plan.student_epochs)
     # at toy size it still looks random; the table says what it is worth
     teacher_of_student = {"teacher_checkpoint": str(teacher_file), "model.teacher.allow_random": True}
-    distilled = _timed(lambda: _train(DISTIL, runs / "hgkd", {**student, **teacher_of_student}))
+    distilled = _timed(lambda: _train(DISTIL, runs / "hgkd", student | teacher_of_student))
 
     stage("the control: the same student and steps, pixels instead of a teacher")
     control = _timed(lambda: _train(CONTROL, runs / "pixels", student))
@@ -161,9 +161,12 @@ class _Progress(Hook):
         print(f"   epoch {runner.epoch + 1}/{runner.max_epochs}  loss {loss:.4f}", flush=True)
 
 
+def _epochs(number: int | None) -> dict[str, Any]:
+    return {} if number is None else {"epochs": number}
+
+
 def _train(config: str, work_dir: Path, options: dict[str, Any]) -> Runner:
-    given = {name: value for name, value in options.items() if value is not None or name.startswith("val_")}
-    cfg = load_config(ROOT / config, work_dir, options=given)
+    cfg = load_config(ROOT / config, work_dir, options=options)
     runner: Runner = RUNNERS.build(cfg)
     runner.register_hook(_Progress())
     runner.train()

@@ -8,7 +8,7 @@ The last checkpoint (work_dirs/mae_tiny_shapes/epoch_<n>.pth) is what hgkd_mae-t
 """
 
 _base_ = [
-    "../_base_/default_runtime.py",
+    "../_base_/mae_runtime.py",
     "../_base_/schedules/adamw_cosine.py",
     "../_base_/data/shapes.py",
 ]
@@ -25,12 +25,3 @@ model = dict(
     norm_pix=False,
 )
 optim_wrapper = dict(optimizer=dict(betas=(0.9, 0.95)))
-# as in default_runtime, without pictures: there is no student to show
-custom_hooks = [
-    dict(type="FiniteLossHook"),
-    dict(type="LossAlarmHook"),
-    dict(type="UnreadableFilesHook"),
-    dict(type="ThroughputHook"),
-    dict(type="MemoryHook"),
-    dict(type="CollapseAlarmHook"),
-]

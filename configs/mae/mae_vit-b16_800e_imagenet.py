@@ -9,7 +9,7 @@ model.arch=large or huge (with model.patch_size=14) trains the other sizes with 
 """
 
 _base_ = [
-    "../_base_/default_runtime.py",
+    "../_base_/mae_runtime.py",
     "../_base_/schedules/mae.py",
     "../_base_/data/imagenet.py",
 ]
@@ -18,12 +18,3 @@ batch_size = 512
 epochs = 800
 
 model = dict(type="MAEPretraining", arch="base", patch_size=16, mask_ratio=0.75, norm_pix=True)
-# as in default_runtime, without pictures: there is no student to show
-custom_hooks = [
-    dict(type="FiniteLossHook"),
-    dict(type="LossAlarmHook"),
-    dict(type="UnreadableFilesHook"),
-    dict(type="ThroughputHook"),
-    dict(type="MemoryHook"),
-    dict(type="CollapseAlarmHook"),
-]

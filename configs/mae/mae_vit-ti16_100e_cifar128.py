@@ -5,7 +5,7 @@ them. Decoder of 4 blocks, 100 epochs: this project's, not tuned.
 """
 
 _base_ = [
-    "../_base_/default_runtime.py",
+    "../_base_/mae_runtime.py",
     "../_base_/schedules/adamw_cosine.py",
     "../_base_/data/cifar128.py",
 ]
@@ -18,12 +18,3 @@ train_dataloader = dict(dataset=dict(transform=dict(_delete_=True, scale=(0.67, 
 
 model = dict(type="MAEPretraining", arch="tiny", patch_size=16, mask_ratio=0.75, mask_cell=32, norm_pix=True)
 optim_wrapper = dict(optimizer=dict(betas=(0.9, 0.95)))
-# as in default_runtime, without pictures: there is no student to show
-custom_hooks = [
-    dict(type="FiniteLossHook"),
-    dict(type="LossAlarmHook"),
-    dict(type="UnreadableFilesHook"),
-    dict(type="ThroughputHook"),
-    dict(type="MemoryHook"),
-    dict(type="CollapseAlarmHook"),
-]

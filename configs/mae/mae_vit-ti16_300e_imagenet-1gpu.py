@@ -4,7 +4,7 @@ Method and mask ratio: MAE (arXiv 2111.06377). Epochs and learning rate: this pr
 """
 
 _base_ = [
-    "../_base_/default_runtime.py",
+    "../_base_/mae_runtime.py",
     "../_base_/schedules/one_gpu.py",
     "../_base_/data/imagenet.py",
 ]
@@ -15,12 +15,3 @@ warmup_epochs = 20
 
 model = dict(type="MAEPretraining", arch="tiny", patch_size=16, mask_ratio=0.75, norm_pix=True)
 optim_wrapper = dict(optimizer=dict(betas=(0.9, 0.95)))
-# as in default_runtime, without pictures: there is no student to show
-custom_hooks = [
-    dict(type="FiniteLossHook"),
-    dict(type="LossAlarmHook"),
-    dict(type="UnreadableFilesHook"),
-    dict(type="ThroughputHook"),
-    dict(type="MemoryHook"),
-    dict(type="CollapseAlarmHook"),
-]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hgkd.data.transforms import as_size
 from hgkd.evaluation.samples import FeatureSample
 from hgkd.masking import MaskGenerator
-from hgkd.objectives.comparison import ComparingObjective
+from hgkd.objectives.comparison import ComparingObjective, Comparison
 from hgkd.registry import MODELS
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
@@ -172,7 +172,8 @@ class MaskedDistiller(BaseModel):
         """
         images = to_unit_range(inputs)
         if mode == "loss":
-            return self._losses(images, data.get("index"))
+            found = self._comparisons(images, data.get("index"))
+            return {name: weight * comparison.loss() for name, (weight, comparison) in found.items()}
         if mode == "predict":
             return feature_samples(self.student.pooled(images).float(), data)
         if mode == "tensor":
@@ -184,31 +185,21 @@ class MaskedDistiller(BaseModel):
         features: Tensor = self.student.dense_features(images)[-1]
         return features
 
-    def _losses(self, images: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+    def _comparisons(self, images: Tensor, index: Tensor | None) -> dict[str, tuple[float, Comparison]]:
+        """Name of a loss -> its weight, and what it compares."""
         student_out, teacher_outs = self._see(images, index)
-        losses: dict[str, Tensor] = {}
-        for name, objective in self.objectives.items():
-            for term, value in objective(student_out, teacher_outs.get(name), student_out.layout).items():
-                losses[f"{name}_{term}_loss"] = self.weights[name] * value
-        return losses
+        parts: dict[str, Any] = dict(self.objectives.items())
+        return {
+            f"{name}_{term}_loss": (self.weights[name], found)
+            for name, objective in parts.items()
+            for term, found in objective.comparisons(student_out, teacher_outs.get(name), student_out.layout).items()
+        }
 
     def term_report(self, inputs: Tensor, index: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The losses of a batch, and what each would be, were the prediction everywhere the batch's mean target.
-
-        The second has no entry for terms of objectives that are no :class:`hgkd.objectives.comparison.ComparingObjective`.
-        """
-        student_out, teacher_outs = self._see(to_unit_range(inputs), index)
-        losses: dict[str, Tensor] = {}
-        of_mean: dict[str, Tensor] = {}
-        for name, objective in self.objectives.items():
-            known = isinstance(objective, ComparingObjective)
-            compare: Any = objective.comparisons if known else objective
-            for term, value in compare(student_out, teacher_outs.get(name), student_out.layout).items():
-                key = f"{name}_{term}_loss"
-                losses[key] = self.weights[name] * (value.loss() if known else value)
-                if known:
-                    of_mean[key] = self.weights[name] * value.loss_of_mean()
-        return losses, of_mean
+        """The losses of a batch, and what each would be, were the prediction everywhere the batch's mean target."""
+        found = self._comparisons(to_unit_range(inputs), index)
+        losses = {name: weight * comparison.loss() for name, (weight, comparison) in found.items()}
+        return losses, {name: weight * comparison.loss_of_mean() for name, (weight, comparison) in found.items()}
 
     def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """What student and teacher make of a batch; the teacher's part by name of the objective."""
@@ -300,6 +291,11 @@ def _build_objectives(configs: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Modu
         cfg = dict(cfg)
         weights[name] = float(cfg.pop("weight", 1.0))
         objectives[name] = _build(cfg)
+        if not isinstance(objectives[name], ComparingObjective):
+            raise ValueError(
+                f"objective {name!r} is a {type(objectives[name]).__name__}, which says nothing of what it compares; derive it "
+                "from hgkd.objectives.ComparingObjective"
+            )
     return objectives, weights
 
 

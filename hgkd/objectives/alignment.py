@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hgkd.structures import StudentOutput, TeacherOutput
+from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
 
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
@@ -140,6 +140,15 @@ def build_projector(kind: str, in_channels: int, out_channels: int) -> nn.Module
     if kind == "mlp2":
         return nn.Sequential(*(build_projector("mlp", c, out_channels) for c in (in_channels, out_channels)))
     raise ValueError(f"projector must be one of {', '.join(map(repr, PROJECTORS))}, got {kind!r}")
+
+
+def require_teacher(
+    objective: object, info: TeacherInfo | None, grid: tuple[int, int] | None
+) -> tuple[TeacherInfo, tuple[int, int]]:
+    """The teacher's description and grid; ValueError when the distiller has no teacher."""
+    if info is None or grid is None:
+        raise ValueError(f"{type(objective).__name__} needs a teacher; give the distiller one")
+    return info, (int(grid[0]), int(grid[1]))
 
 
 def resolve_block(block: int, depth: int, what: str = "block") -> int:

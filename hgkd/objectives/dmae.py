@@ -27,6 +27,7 @@ from hgkd.objectives.alignment import (
     build_projector,
     encoder_map,
     places_count,
+    require_teacher,
     resolve_block,
     resolve_level,
 )
@@ -98,9 +99,7 @@ class DMAE(ComparingObjective):
         Raises:
             ValueError: no teacher, a block or level that is not there or does not fit, or a teacher block tapped twice.
         """
-        if teacher_info is None or teacher_grid is None:
-            raise ValueError("DMAE needs a teacher; give the distiller one")
-        self._grid = (int(teacher_grid[0]), int(teacher_grid[1]))
+        teacher_info, self._grid = require_teacher(self, teacher_info, teacher_grid)
         taps = []
         for level, block in self._taps:
             level = resolve_level(level, student, self._grid, mask_grid)

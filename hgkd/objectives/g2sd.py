@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from hgkd.objectives.alignment import DecodingStudent, build_projector, decoder_state, fit_grid, places_count, resolve_block
+from hgkd.objectives.alignment import (
+    DecodingStudent,
+    build_projector,
+    decoder_state,
+    fit_grid,
+    places_count,
+    require_teacher,
+    resolve_block,
+)
 from hgkd.objectives.comparison import ComparingObjective, Comparison
 from hgkd.objectives.hgkd import layer_norm0, smooth_l1_by_place
 from hgkd.objectives.places import check_supervise, supervised_cells, supervised_places, visible_on
@@ -73,15 +81,13 @@ class G2SD(ComparingObjective):
         Raises:
             ValueError: no teacher, one without decoder, or no such block in it.
         """
-        if teacher_info is None or teacher_grid is None:
-            raise ValueError("G2SD needs a teacher; give the distiller one")
+        teacher_info, self._grid = require_teacher(self, teacher_info, teacher_grid)
         if teacher_info.decoder_width is None or teacher_info.decoder_depth < 1:
             raise ValueError(
                 f"G2SD learns from the teacher's decoder, but this teacher ({teacher_info.kind}) has none; load a MAE "
                 "checkpoint with its decoder. With a random decoder the loss would stay near 0.2 instead of 0.02"
             )
         self._block = resolve_block(self._block, teacher_info.decoder_depth, "decoder_block")
-        self._grid = (int(teacher_grid[0]), int(teacher_grid[1]))
         self.projector = build_projector("mlp", student.decoded_channels, teacher_info.decoder_width)
 
     def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:

@@ -38,6 +38,7 @@ from hgkd.objectives.alignment import (
     decoder_state,
     fit_grid,
     places_count,
+    require_teacher,
     resolve_block,
 )
 from hgkd.objectives.comparison import ComparingObjective, Comparison
@@ -202,8 +203,7 @@ class HGKD(ComparingObjective):
             ValueError: no teacher, no decoder where one is needed, a block or stride that is not there, or grids that do
                 not fit.
         """
-        if teacher_info is None or teacher_grid is None:
-            raise ValueError("HGKD needs a teacher; give the distiller one")
+        teacher_info, teacher_grid = require_teacher(self, teacher_info, teacher_grid)
         if teacher_grid[0] % mask_grid[0] or teacher_grid[1] % mask_grid[1]:
             raise ValueError(
                 f"the teacher's grid {teacher_grid} is no whole multiple of the mask grid {mask_grid}; "
@@ -212,6 +212,7 @@ class HGKD(ComparingObjective):
         self._blocks = [resolve_block(block, teacher_info.depth, "block") for block in self._blocks]
         if len(set(self._blocks)) < len(self._blocks):
             raise ValueError(f"block names an encoder block twice: {self._blocks}")
+        self._grid = teacher_grid
         widths = dict.fromkeys(self.terms, teacher_info.width)
         if "masked" in self.terms:
             if teacher_info.decoder_width is None or teacher_info.decoder_depth < 1:
@@ -221,7 +222,6 @@ class HGKD(ComparingObjective):
                 )
             self._decoder_block = resolve_block(self._decoder_block, teacher_info.decoder_depth, "decoder_block")
             widths["masked"] = teacher_info.decoder_width
-        self._grid = (int(teacher_grid[0]), int(teacher_grid[1]))
         for term, width in widths.items():
             channels = decoder_channels(student, self._strides[self._level(term)])
             self.projectors[term] = build_projector(self._projector_kind, channels, width)

@@ -26,6 +26,7 @@ from hgkd.objectives.alignment import (
     encoder_map,
     fit_grid,
     places_count,
+    require_teacher,
     resolve_block,
     resolve_level,
 )
@@ -185,9 +186,7 @@ class MGD(ComparingObjective):
         Raises:
             ValueError: no teacher, or a block or level that is not there or does not fit.
         """
-        if teacher_info is None or teacher_grid is None:
-            raise ValueError("MGD needs a teacher; give the distiller one")
-        self._grid = (int(teacher_grid[0]), int(teacher_grid[1]))
+        teacher_info, self._grid = require_teacher(self, teacher_info, teacher_grid)
         self._block = resolve_block(self._block, teacher_info.depth, "block")
         channels = student.decoded_channels
         if not isinstance(self._feature, str):

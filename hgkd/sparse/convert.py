@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.errors import NoSparseRuleError
+from hgkd.sparse.kernels import gathers
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
@@ -117,6 +118,8 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
         raise ValueError(f"cell must be a positive number of pixels, got {cell}")
     module = copy.deepcopy(module)
     _give_rules(module)
+    if backend == "gather":
+        _lay_out_weights(module)
     module.__class__ = _root_type(type(module))  # type: ignore[arg-type]
     module.sparse_cell, module.sparse_backend = cell, backend  # type: ignore[assignment]
     return module
@@ -134,6 +137,17 @@ def _give_rules(module: nn.Module) -> None:
                 "hgkd.sparse.layer_rule, or choose another network"
             )
         layer.__dict__["sparse_path"] = path
+
+
+def _lay_out_weights(module: nn.Module) -> None:
+    """Put the weights of layers that gather their neighbours into channels_last: their products read them without a copy.
+
+    Not those of other layers, which gain nothing: they would draw ordinary dense passes into channels_last as well, where
+    torch on the CPU ends the process in strided 1x1 convolutions of few channels.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d) and gathers(layer.weight, layer.groups):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _rule_of(layer_type: type[nn.Module]) -> LayerRule | None:

@@ -91,15 +91,19 @@ def with_zero_row(rows: Tensor) -> Tensor:
     return out
 
 
+def gathers(weight: Tensor, groups: int) -> bool:
+    """Whether neighbours are gathered row by row, rather than as haloed tiles."""
+    # few channels make short rows; 64 was measured on a CPU, 15 is a guess for the fused kernel of a GPU
+    return groups == 1 and weight[0, 0].numel() > 1 and weight.shape[1] > (15 if weight.is_cuda else 64)
+
+
 def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry) -> str:
     """Name of the kernel for a layer, by rule (see ``docs/performance.md`` for the measurements behind it)."""
     if groups > 1 or geometry.border != "constant":
         return "halo"
     if geometry.is_pointwise:
         return "matmul"
-    if weight.shape[1] <= (15 if weight.is_cuda else 64):  # measured on a CPU only; a GPU has the fused kernel
-        return "halo"
-    return "im2col"
+    return "im2col" if gathers(weight, groups) else "halo"
 
 
 def convolve(
@@ -211,10 +215,11 @@ def _weight_gradient(rows: Tensor, grad: Tensor, weight: Tensor, geometry: ConvG
         total = fused.weight_gradient(source, index, grad).to(weight.dtype)
     else:
         width = kh * kw * in_channels
-        total = grad.new_zeros(out_channels, width)
+        total = grad.new_empty(out_channels, width)
         for part in _slices(index.shape[0], width):
             columns = source.index_select(0, index[part].reshape(-1)).view(-1, width)
-            total.addmm_(grad[part].t(), columns)
+            # beta=0 for the first: what memory holds before is not read, so it need not be filled with zeros
+            total.addmm_(grad[part].t(), columns, beta=0 if part.start == 0 else 1)
     return total.view(out_channels, kh, kw, in_channels).permute(0, 3, 1, 2)  # channels_last, as such weights are
 
 
