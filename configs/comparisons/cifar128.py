@@ -33,7 +33,7 @@ _dense = "configs/hgkd/hgkd-dense_vit-s14_resnet18_10e_cifar128.py"
 rows = [
     dict(name="H-GKD", config="configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py", options=dict(**_teacher), seeds=[0, 1, 2]),
     dict(name="pixels", config="configs/spark/spark_resnet18_10e_cifar128.py", seeds=[0, 1, 2]),
-    dict(name="dense", config=_dense, options=dict(epochs=2, **_teacher)),
+    dict(name="dense", config=_dense, options=dict(epochs=2, **_teacher), seeds=[0, 1, 2]),
     dict(name="random", backbone="resnet18"),
     dict(name="teacher, block 9", backbone="vit_small_patch14_dinov2", checkpoint="{teacher}", block=9),
     dict(name="dense, equal images", config=_dense, options=dict(**_teacher)),
