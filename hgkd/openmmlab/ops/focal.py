@@ -75,7 +75,8 @@ def softmax_focal_loss_backward(
     ``buff`` (N,) is filled with p times the derivative by the row's own probability.
     """
     p, log_p = _own_probability(input, target)
-    inner = alpha * (gamma * (1 - p) ** (gamma - 1) * p * log_p - (1 - p) ** gamma) * _row_weights(target, weight)
+    q = (1 - p).clamp(min=torch.finfo(p.dtype).tiny)  # so that 0 * inf does not arise for a certain row and gamma < 1
+    inner = alpha * (gamma * q ** (gamma - 1) * p * log_p - (1 - p) ** gamma) * _row_weights(target, weight)
     buff.copy_(torch.where(target >= 0, inner, 0.0))
     grad_input.copy_(buff[:, None] * (_positives(input, target).to(input.dtype) - input))
 
