@@ -12,34 +12,42 @@ from hgkd.openmmlab import register_ops
 from hgkd.openmmlab.ops import finder
 
 
-def run(code: str, *paths: str) -> str:
-    """Output of ``code`` in a fresh interpreter that looks into ``paths`` first."""
-    code = f"import sys; sys.path[:0] = {list(paths)!r}\n{code}"
+@pytest.fixture
+def other_mmcv(tmp_path, monkeypatch):
+    """Folder of an empty package that takes the place of mmcv during a test."""
+    own = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "mmcv"}
+    package = tmp_path / "mmcv"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield package
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mmcv"]:
+        del sys.modules[name]
+    sys.modules.update(own)
+
+
+def test_registering_imports_no_mmcv(ops):
+    code = "import sys; from hgkd.openmmlab import register_ops; print(register_ops()); print('mmcv' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    assert done.stdout.split() == ["torchvision", "False"]
 
 
-def test_registering_imports_nothing_heavy(ops):
-    code = "from hgkd.openmmlab import register_ops; register_ops(); print({'torch', 'mmcv', 'mmengine'} & set(sys.modules))"
-    assert run(code) == "set()"
+@pytest.mark.parametrize("import_first", [True, False])
+def test_a_compiled_module_is_preferred(other_mmcv, import_first):
+    (other_mmcv / "_ext.py").touch()
+    if import_first:
+        importlib.import_module("mmcv._ext")
+    assert register_ops() == "compiled"
+    assert importlib.import_module("mmcv._ext").__file__ == str(other_mmcv / "_ext.py")
+    assert register_ops() == "compiled"
 
 
-@pytest.mark.parametrize("order", ["register_ops(); import mmcv._ext", "import mmcv._ext; register_ops()"])
-def test_a_compiled_module_is_preferred(tmp_path, order):
-    (tmp_path / "mmcv").mkdir()
-    (tmp_path / "mmcv/__init__.py").touch()
-    (tmp_path / "mmcv/_ext.py").write_text("origin = 'compiled here'")
-    code = f"from hgkd.openmmlab import register_ops; {order}; print(mmcv._ext.origin, '|', register_ops())"
-    assert run(code, str(tmp_path)) == "compiled here | compiled"
-
-
-def test_a_compiled_module_that_appears_later_is_preferred(tmp_path):
-    (tmp_path / "mmcv").mkdir()
-    (tmp_path / "mmcv/__init__.py").touch()
-    code = "from hgkd.openmmlab import register_ops; print(register_ops()); import pathlib, importlib, mmcv\n"
-    code += "pathlib.Path(mmcv.__file__).with_name('_ext.py').touch(); importlib.invalidate_caches()\n"
-    code += "import mmcv._ext; print(mmcv._ext.__spec__.origin)"
-    assert run(code, str(tmp_path)).splitlines() == ["torchvision", str(tmp_path / "mmcv/_ext.py")]
+def test_a_compiled_module_that_appears_later_is_preferred(other_mmcv):
+    assert register_ops() == "torchvision"
+    (other_mmcv / "_ext.py").touch()
+    importlib.invalidate_caches()
+    assert importlib.import_module("mmcv._ext").__file__ == str(other_mmcv / "_ext.py")
+    assert register_ops() == "compiled"
 
 
 def test_without_mmcv_the_remedy_is_named(monkeypatch):
