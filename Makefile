@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+ONEDL_VENV ?= .venv-onedl
 BIN = $(VENV)/bin
 OUT ?= demo_out
 DEMO_FLAGS ?=
@@ -12,11 +13,12 @@ DEMO_FLAGS ?=
 TEST_FLAGS ?= -n auto
 INSTALL = $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test test-fast lint format clean help
+.PHONY: demo test test-fast test-onedl lint format clean help
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo 'make lint   ruff and mypy;  make format   ruff format'
+	@echo 'make test-onedl   tests/openmmlab with the OneDL forks, in an environment of its own'
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +43,12 @@ test: $(VENV)/.installed-test
 test-fast: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) -m 'not slow'
 
+# setup.py reads HGKD_ONEDL and requires the forks instead of the originals; MMCV_WITH_OPS=0 builds onedl-mmcv without a compiler
+test-onedl: export HGKD_ONEDL = 1
+test-onedl: export MMCV_WITH_OPS = 0
+test-onedl:
+	$(MAKE) test VENV=$(ONEDL_VENV) TEST_FLAGS='$(TEST_FLAGS) tests/openmmlab'
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +59,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ONEDL_VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,6 @@
 """Packaging of hgkd. Ranges here are what is believed to work; constraints.txt pins the set that CI runs."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,11 +9,15 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "hgkd/__init__.py").read_text()).group(1)
 
+# HGKD_ONEDL=1: the maintained OneDL forks in place of OpenMMLab's originals. They install into the same folders, so a
+# requirement on both would damage both, and an extra cannot take a requirement away.
+ONEDL = os.environ.get("HGKD_ONEDL", "") not in ("", "0")
+
 INSTALL = [
     "torch>=2.4",
     "torchvision>=0.19",
     "timm>=1.0.20,<2",
-    "mmengine>=0.10.7,<0.11",
+    "onedl-mmengine>=0.10.12,<0.11" if ONEDL else "mmengine>=0.10.7,<0.11",
     "setuptools<80",  # mmengine imports pkg_resources
     "safetensors>=0.4",
     "scikit-learn>=1.3",
@@ -23,16 +28,20 @@ INSTALL = [
     "rich>=13",
     "pyyaml>=6",
 ]
-DOWNSTREAM = [
+ORIGINALS = [
     "mmcv-lite>=2.1.0,<2.2",  # mmdet and mmsegmentation refuse 2.2
     "mmdet>=3.3,<3.4",
     "mmsegmentation>=1.2.2,<1.3",
+]
+FORKS = ["onedl-mmcv>=2.3.6,<2.4", "onedl-mmdetection>=3.5.1,<3.6", "onedl-mmsegmentation>=1.4.2,<1.5"]
+DOWNSTREAM = [
+    *(FORKS if ONEDL else ORIGINALS),
     "ftfy",  # mmsegmentation imports both without declaring them
     "regex",
     "pycocotools>=2.0.7",
 ]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"]
-TEST = [*EXPORT, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "pycocotools>=2.0.7"]
+TEST = [*EXPORT, *DOWNSTREAM, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
 EXTRAS = {
     "downstream": DOWNSTREAM,
     # any spconv build serves; this one has wheels up to Python 3.11

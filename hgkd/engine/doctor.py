@@ -75,7 +75,8 @@ def _installed(name: str) -> str | None:
 
 def check_versions() -> Check:
     """Python and the packages that hgkd needs."""
-    versions = {name: _installed(name) for name in _NEEDED}
+    names = ("onedl-mmengine" if name == "mmengine" and _installed("onedl-mmengine") else name for name in _NEEDED)
+    versions = {name: _installed(name) for name in names}
     missing = [name for name, version in versions.items() if version is None]
     found = f"Python {sys.version.split()[0]}, " + ", ".join(f"{n} {v or 'absent'}" for n, v in versions.items())
     if missing:

@@ -39,6 +39,13 @@ def test_failures_bring_their_fix(monkeypatch, tmp_path):
     assert doctor.check_versions().fix == "pip install -c constraints.txt timm"
 
 
+def test_a_fork_stands_for_its_original(monkeypatch):
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name == "mmengine" else "1")
+    check = doctor.check_versions()
+    assert check.state == "ok"
+    assert "onedl-mmengine 1" in check.found
+
+
 def test_work_folders(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     assert "choose another one with --work-dir" in doctor.check_work_dir(tmp_path / "file/below", 1).fix
