@@ -39,11 +39,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `tools` is no package
 
 from hgkd.distillers import MaskedDistiller  # noqa: E402
-from hgkd.errors import unknown_name_message  # noqa: E402
+from hgkd.errors import USER_ERRORS, unknown_name_message  # noqa: E402
 from hgkd.masking import RandomMask, grid_of, visible_count  # noqa: E402
 from hgkd.registry import MODELS  # noqa: E402
 from hgkd.sparse import BACKENDS, CellLayout, sparsify  # noqa: E402
-from tools.train import USER_ERRORS, load_config  # noqa: E402
+from tools.train import load_config  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hgkd.export import PARTS, TARGETS, ExportError, ExportReport, export
+from hgkd.errors import USER_ERRORS
+from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS, onnx_runner
 
 _OPTIONS = ("cell", "output", "classifier", "opset", "precision")
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if side is not None and args["to"] != "onnx":
             raise ValueError(f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}")
         report = export(**args, licences=dict(_pair(text) for text in licences), **options)
-    except (ValueError, FileNotFoundError, FileExistsError, ExportError) as error:
+    except USER_ERRORS as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
     console = Console()

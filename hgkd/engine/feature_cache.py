@@ -8,9 +8,9 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from hgkd.digests import files_digest
 from hgkd.engine.hooks import plain_model
 from hgkd.registry import HOOKS
-from hgkd.teachers.cache import files_digest
 
 _RANDOM = ("Random", "Jitter")
 

@@ -20,9 +20,9 @@ import torchvision
 
 import hgkd
 from hgkd.data.images import find_images
+from hgkd.digests import file_digest, files_digest
 from hgkd.errors import WeightsError
-from hgkd.export.source import Source, file_digest, literal_config
-from hgkd.teachers.cache import files_digest
+from hgkd.export.source import Source, literal_config
 
 CARD_FILE, CARD_PAGE = "run_card.json", "run_card.md"
 LICENCE_FIELDS = ("weights", "teacher", "data")

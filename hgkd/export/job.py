@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hgkd.errors import StoppedError
 from hgkd.export.source import Source
 from hgkd.students.encoder import pixel_statistics
 
@@ -20,7 +21,7 @@ EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "mm
 _DISTRIBUTIONS = {"mmseg": "mmsegmentation"}
 
 
-class ExportError(RuntimeError):
+class ExportError(StoppedError):
     """What was written, read back, is not what went in; nothing was left on disk."""
 
 

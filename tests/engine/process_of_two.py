@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 from tiny_runs import SPARK, tiny, train_tool
 
 from hgkd.engine.hooks import plain_model
-from hgkd.engine.loop import StepGuard, any_process
+from hgkd.engine.loop import StepGuard
 
 
 class GivenMask:
@@ -37,8 +37,8 @@ def build(images, folder, launcher="pytorch", **options):
     return train_tool.RUNNERS.build(train_tool.load_config(SPARK, folder, launcher=launcher, options=options))
 
 
-def one_step(runner, pictures, visible):
-    """Loss, gradients and running statistics of a step."""
+def one_step(runner, pictures, visible, stop=False):
+    """Loss, gradients and running statistics of a step, and whether a process asked to stop."""
     model = plain_model(runner)
     model.mask = GivenMask(visible)
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -47,9 +47,10 @@ def one_step(runner, pictures, visible):
     wrapper.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
-    losses = runner.model.train_step({"inputs": pictures}, optim_wrapper=StepGuard(wrapper, runner.model))
+    guard = StepGuard(wrapper, runner.model)
+    losses = guard.settle(runner.model.train_step({"inputs": pictures}, optim_wrapper=guard), stop=stop)
     statistics = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
-    return float(losses["loss"].detach()), gradients, statistics
+    return losses["loss"], gradients, statistics, guard.stop
 
 
 def material(counts):
@@ -71,11 +72,11 @@ def step(images, folder):
     torch.save(one_step(runner, pictures[half], visible[half]), Path(folder) / f"rank_{rank}.pt")
     # numbers of visible cells that differ between the processes must not make one wait for the other
     pictures, visible = material([1, 1, 1, 1, 3, 3, 3, 3])
-    loss, _, _ = one_step(runner, pictures[half], visible[half])
+    loss, _, _, stop = one_step(runner, pictures[half], visible[half])
     assert loss == loss
-    # a flag of one process is seen by both
-    assert any_process(rank == 1)
-    assert not any_process(False)
+    assert not stop
+    # what one process asks is seen by both
+    assert one_step(runner, pictures[half], visible[half], stop=rank == 1)[3]
     # a loss that is not finite in one process leaves out the step in both
     before = {n: v.clone() for n, v in plain_model(runner).state_dict().items()}
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -84,7 +85,7 @@ def step(images, folder):
     if rank == 1:
         inputs[0, 0, 0, 0] = float("nan")
         plain_model(runner).mask.visible[0] = True
-    runner.model.train_step({"inputs": inputs}, optim_wrapper=guard)
+    guard.settle(runner.model.train_step({"inputs": inputs}, optim_wrapper=guard))
     assert guard.skipped
     after = plain_model(runner).state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before if before[n].is_floating_point())

@@ -40,7 +40,7 @@ def test_two_processes_do_the_step_of_one_with_twice_the_batch(images, tmp_path,
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
     monkeypatch.chdir(tmp_path)
     runner = build(images, tmp_path / "one", launcher="none", batch_size=8)
-    loss, gradients, statistics = one_step(runner, *material([2] * 8))
+    loss, gradients, statistics, _ = one_step(runner, *material([2] * 8))
     assert (ranks[0][0] + ranks[1][0]) / 2 == pytest.approx(loss, rel=1e-5)
     for found in ranks:
         assert found[1].keys() == gradients.keys()

@@ -29,6 +29,7 @@ from hgkd.export.naming import TIMM, renamed
 from hgkd.export.source import FORMAT, Source, literal_config
 from hgkd.sparse import load_sparse as load_sparse_file
 from hgkd.sparse import save_sparse, sparsify
+from hgkd.sparse.spconv import from_krsc, to_krsc
 from hgkd.students.encoder import encoder_levels
 from hgkd.students.unet import check_cell
 
@@ -97,11 +98,11 @@ def _write_student(job: Job, cell: int) -> Written:
 
 def write_spconv(job: Job) -> Written:
     """The encoder's weights in timm's names, convolutions in spconv's layout."""
-    weights = {key: to_spconv(value) for key, value in renamed(job.network, TIMM).items()}
+    weights = {key: to_krsc(value) if value.dim() == 4 else value for key, value in renamed(job.network, TIMM).items()}
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt", "layout": "KRSC"})
     again = job.source.spec.build()
     found = load_file(job.folder / WEIGHTS_FILE)
-    load_all(again, {key: from_spconv(value) for key, value in found.items()}, "timm")
+    load_all(again, {key: from_krsc(value) if value.dim() == 4 else value for key, value in found.items()}, "timm")
     return Written(
         load_with=f"safetensors.torch.load_file('{job.out / WEIGHTS_FILE}')",
         proven_with="timm's dense network, weights permuted back (spconv has no such network)",
@@ -110,16 +111,6 @@ def write_spconv(job: Job) -> Written:
         parameters=count_parameters(job.network),
         notes=["convolutions are (K, R, S, C); names are timm's; submanifold layers keep the places that the mask keeps"],
     )
-
-
-def to_spconv(weight: Tensor) -> Tensor:
-    """A convolution's weight (K, C, R, S) -> (K, R, S, C); anything else as it is."""
-    return weight.permute(0, 2, 3, 1).contiguous() if weight.dim() == 4 else weight
-
-
-def from_spconv(weight: Tensor) -> Tensor:
-    """A convolution's weight (K, R, S, C) -> (K, C, R, S); anything else as it is."""
-    return weight.permute(0, 3, 1, 2).contiguous() if weight.dim() == 4 else weight
 
 
 def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Module:
