@@ -19,6 +19,7 @@ from pprint import pformat
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.runner.checkpoint import load_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -110,7 +111,10 @@ def export_model(checkpoint: str | os.PathLike[str], out: Path, library: str, li
     left = ", ".join(f"{count} of {name}" for name, count in source.aside.items())
     notes = [f"left behind, as only the training needs it: {left}"] if left else []
     with new_folder(out) as work:
-        torch.save({"meta": {}, "state_dict": state}, work / MODEL_FILE)
+        named = {
+            key: value for key, value in source.meta.items() if key == "dataset_meta"
+        }  # names of the classes, for inferencers
+        torch.save({"meta": named, "state_dict": state}, work / MODEL_FILE)
         save_file(state, work / WEIGHTS_FILE, metadata={"format": "pt"})
         if source.config:
             page = f"default_scope = {library!r}\nmodel = {pformat(source.config, sort_dicts=False)}\n"
@@ -168,7 +172,7 @@ def _prove_in(library: str, config: dict[str, Any], folder: Path) -> str:
     if registry is None:
         return f"no model was built: {version}"
     try:
-        model = registry.MODELS.build({**config, "_scope_": library})
+        model = registry.MODELS.build(Config({"model": {**config, "_scope_": library}}).model)
     except Exception as error:
         # modules of the user's own that are not imported here, files that the config names
         return f"no model was built: {library} cannot ({type(error).__name__}: {error})"

@@ -16,7 +16,10 @@ from hgkd.export import ExportError, export
 from hgkd.export import model as model_module
 
 PLAIN = "model = dict(type='FasterRCNN', backbone=dict(depth=18), out=(0, 1))\noptim_wrapper = dict(lr=0.1)\n"
-DISTILLED = "model = dict(type='FeatureDistiller', teacher='mmdet::big.py', teacher_checkpoint='gone.pth', student=dict(type='FasterRCNN', backbone=dict(depth=18)))\n"
+DISTILLED = (
+    "model = dict(type='FeatureDistiller', teacher='mmdet::big.py', teacher_checkpoint='gone.pth', "
+    "student=dict(type='FasterRCNN', backbone=dict(depth=18)))\n"
+)
 
 
 class Detector(nn.Module):
@@ -27,7 +30,15 @@ class Detector(nn.Module):
 
 def write(path: Path, state: dict, cfg: object = PLAIN) -> None:
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], 0.1).state_dict()
-    torch.save({"meta": {"cfg": cfg, "epoch": 2}, "state_dict": state, "optimizer": optimizer, "param_schedulers": []}, path)
+    torch.save(
+        {
+            "meta": {"cfg": cfg, "epoch": 2, "dataset_meta": {"classes": ("cell",)}},
+            "state_dict": state,
+            "optimizer": optimizer,
+            "param_schedulers": [],
+        },
+        path,
+    )
 
 
 def library(monkeypatch: pytest.MonkeyPatch, build: object) -> list:
@@ -44,13 +55,16 @@ def test_the_weights_alone_under_the_models_own_names(tmp_path: Path, monkeypatc
     write(tmp_path / "a.pth", source)
     report = export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model", licences={"weights": "mit"})
     assert report.proven_with.endswith("mmdet 3.3.0: its own model takes every weight")
+    assert asked[0].backbone.depth == 18  # a detector reads its config by attributes
     assert asked == [{"type": "FasterRCNN", "backbone": {"depth": 18}, "out": (0, 1), "_scope_": "mmdet"}]
     assert set(report.files) == {"model.pth", "model.safetensors", "model_config.py"}
     again = Detector()
     load_checkpoint(again, str(tmp_path / "out/model.pth"), strict=True)
     found = [again.state_dict(), load_file(tmp_path / "out/model.safetensors")]
     assert all(torch.equal(state[key], value) for state in found for key, value in source.items())
-    assert set(torch.load(tmp_path / "out/model.pth")) == {"meta", "state_dict"}
+    content = torch.load(tmp_path / "out/model.pth")
+    assert set(content) == {"meta", "state_dict"}
+    assert content["meta"] == {"dataset_meta": {"classes": ("cell",)}}
     cfg = Config.fromfile(tmp_path / "out/model_config.py")
     assert (cfg.default_scope, cfg.model.type, cfg.model.out) == ("mmdet", "FasterRCNN", (0, 1))
     card = json.loads((tmp_path / "out/run_card.json").read_text())
