@@ -20,6 +20,7 @@ import torchvision
 
 import hgkd
 from hgkd.data.images import find_images
+from hgkd.data.shards import find_shards
 from hgkd.digests import file_digest, files_digest
 from hgkd.errors import WeightsError
 from hgkd.export.source import Origin, literal_config
@@ -141,11 +142,13 @@ def _data(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     if not folder.is_dir():
         return {"root": str(root), "fingerprint": "unknown: no such folder on this machine any more"}
     images = find_images(str(folder))
+    files = images or find_shards(str(folder))
+    what = "image files" if images else "tar shards"
     return {
         "root": str(root),
-        "images": len(images),
-        "fingerprint": files_digest((name, (folder / name).stat().st_size) for name in images),
-        "fingerprint_of": "names and sizes of the image files, sorted, looked up while exporting",
+        what.replace("image files", "images"): len(files),
+        "fingerprint": files_digest((name, (folder / name).stat().st_size) for name in files),
+        "fingerprint_of": f"names and sizes of the {what}, sorted, looked up while exporting",
     }
 
 
