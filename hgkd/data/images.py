@@ -168,7 +168,8 @@ class _ImageFiles(Dataset[dict[str, Any]]):
             return self._shards.size(index)
         return os.path.getsize(self.path(index)) if os.path.exists(self.path(index)) else -1
 
-    def _read(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
+        """An image, decoded as 8-bit RGB and no more; errors as :func:`read_rgb`."""
         if self._shards is None:
             return read_rgb(self.path(index))
         return decode_rgb(io.BytesIO(self._shards.read(index)))
@@ -198,7 +199,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
             place = (index + step) % total
             if not self._bad.flags[place]:
                 try:
-                    image = self._read(place)
+                    image = self.image(place)
                 except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
                     self._mark(place, error)
                 else:

@@ -1,7 +1,10 @@
 """What each of two processes does in test_distributed.py; started by torchrun, not collected by pytest."""
 
+import os
+import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,14 +100,20 @@ class Fail(Hook):
             raise RuntimeError("the second process gives up")
 
 
-def fail(images, folder):
+class Die(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if get_rank() == 1 and runner.iter == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(images, folder, hook=Fail):
     """A training whose second process raises while the first goes on."""
     runner = build(images, folder)
     assert get_world_size() == 2
-    runner.register_hook(Fail())
+    runner.register_hook(hook())
     runner.train()
     time.sleep(600)  # never reached: the first process waits for the second in the next step
 
 
 if __name__ == "__main__":
-    {"step": step, "fail": fail}[sys.argv[1]](sys.argv[2], sys.argv[3])
+    {"step": step, "fail": fail, "die": partial(fail, hook=Die)}[sys.argv[1]](sys.argv[2], sys.argv[3])

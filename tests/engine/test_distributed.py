@@ -57,6 +57,14 @@ def test_a_process_that_fails_ends_all_of_them_and_says_why(images, tmp_path):
     assert "RuntimeError: the second process gives up" in done.stderr
 
 
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_all_of_them_and_the_signal_is_named(images, tmp_path):
+    done = torchrun("die", images, tmp_path)
+    assert done.returncode not in (0, -9)
+    assert "Signal 9 (SIGKILL) received" in done.stderr
+    assert "rank      : 1" in done.stderr
+
+
 def test_layers_that_cannot_be_synchronised_are_refused():
     with pytest.raises(ValueError, match="no batch normalisation"):
         sync_batch_norms(nn.Linear(2, 2))
