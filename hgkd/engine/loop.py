@@ -162,6 +162,8 @@ class StepGuard:
     def _gradients_not_finite(self, device: torch.device) -> Tensor:
         groups = self.wrapper.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        # of sharded parameters (FSDP2) each process judges its own part; the flags of all are reduced in settle
+        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
         if not gradients:
             return torch.zeros((), dtype=torch.bool, device=device)
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])

@@ -285,14 +285,14 @@ def test_an_average_of_the_weights_has_no_teacher_of_its_own():
         torch.manual_seed(5)
         losses.append(sum(part(inputs, mode="loss").values()))
     assert torch.equal(*losses)
-    before = model.student.encoder.conv1.weight.detach().clone()
+    before = model.student.encoder.bn1.weight.detach().clone()
     with torch.no_grad():
-        model.student.encoder.conv1.weight += 1.0
+        model.student.encoder.bn1.weight += 1.0
     average.update_parameters(model)  # the first update takes the weights as they are
     with torch.no_grad():
-        model.student.encoder.conv1.weight += 1.0
+        model.student.encoder.bn1.weight += 1.0
     average.update_parameters(model)
-    torch.testing.assert_close(copied.student.encoder.conv1.weight, before + 1.5)
+    torch.testing.assert_close(copied.student.encoder.bn1.weight, before + 1.5)
 
 
 def test_a_copy_without_a_teacher_trains_by_itself():

@@ -7,11 +7,15 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from tiny_runs import SPARK, tiny, train_tool
+from torch.distributed.device_mesh import init_device_mesh
 
+from hgkd.distillers import MaskedDistiller
 from hgkd.engine.hooks import plain_model
 from hgkd.engine.loop import StepGuard
 
@@ -115,5 +119,37 @@ def fail(images, folder, hook=Fail):
     time.sleep(600)  # never reached: the first process waits for the second in the next step
 
 
+ARCH = {"embed_dim": 16, "depth": 3, "num_heads": 2}
+ARCH |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+STUDENTS = (dict(type="MaskedViT", arch=ARCH, cell=32), dict(type="SparseUNet", encoder="test_resnet", decoder_width=32))
+
+
+def shard(images, folder):
+    """Two steps of parameters that the processes share out (FSDP2), against those of ordinary ones."""
+    from torch.distributed.fsdp import fully_shard  # torch 2.6
+
+    torch.distributed.init_process_group("gloo")
+    for student in STUDENTS:
+        losses = []
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            objectives, mask = dict(pixels=dict(type="PixelReconstruction")), dict(type="RandomMask", mask_ratio=0.5)
+            model = MaskedDistiller(student=student, objectives=objectives, mask=mask, image_size=64)
+            if sharded:
+                parts = model.student.network.blocks if student["type"] == "MaskedViT" else [model.student.encoder]
+                for part in [*parts, model]:
+                    fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+            guard = StepGuard(OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3)), model)
+            for seed in range(3):
+                torch.manual_seed(seed)
+                with guard.optim_context(model):
+                    total = sum(model(material([2] * 8)[0], mode="loss").values())
+                guard.update_params(total)
+                losses.append(guard.settle({"loss": total})["loss"])
+                assert guard.updated
+        assert losses[3:] == pytest.approx(losses[:3], rel=1e-5), (student["type"], losses)
+        assert losses[2] != losses[0]
+
+
 if __name__ == "__main__":
-    {"step": step, "fail": fail, "die": partial(fail, hook=Die)}[sys.argv[1]](sys.argv[2], sys.argv[3])
+    {"step": step, "fail": fail, "die": partial(fail, hook=Die), "shard": shard}[sys.argv[1]](sys.argv[2], sys.argv[3])

@@ -65,6 +65,13 @@ def test_a_process_that_is_killed_ends_all_of_them_and_the_signal_is_named(image
     assert "rank      : 1" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard has its public name since then")
+def test_parameters_shared_out_over_processes_make_the_same_steps(images, tmp_path):
+    done = torchrun("shard", images, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_layers_that_cannot_be_synchronised_are_refused():
     with pytest.raises(ValueError, match="no batch normalisation"):
         sync_batch_norms(nn.Linear(2, 2))
