@@ -136,7 +136,8 @@ def shard(images, folder):
             objectives, mask = dict(pixels=dict(type="PixelReconstruction")), dict(type="RandomMask", mask_ratio=0.5)
             model = MaskedDistiller(student=student, objectives=objectives, mask=mask, image_size=64)
             if sharded:
-                parts = model.student.network.blocks if student["type"] == "MaskedViT" else [model.student.encoder]
+                # only modules that are called as such can gather their parameters: a CNN's encoder is walked through instead
+                parts = model.student.network.blocks if student["type"] == "MaskedViT" else []
                 for part in [*parts, model]:
                     fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
             guard = StepGuard(OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3)), model)
