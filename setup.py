@@ -41,12 +41,14 @@ DOWNSTREAM = [
     "pycocotools>=2.0.7",
 ]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"]
-TEST = [*EXPORT, *DOWNSTREAM, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
+SHARDS = ["webdataset>=1.0"]
+TEST = [*EXPORT, *DOWNSTREAM, *SHARDS, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
 EXTRAS = {
     "downstream": DOWNSTREAM,
     # any spconv build serves; this one has wheels up to Python 3.11
     "spconv": ["spconv-cu120>=2.3.6; python_version < '3.12'", "spconv-cu126>=2.3.8; python_version >= '3.12'"],
     "export": EXPORT,
+    "shards": SHARDS,  # to write them; reading needs nothing
     "test": TEST,
     "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],
 }

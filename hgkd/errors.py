@@ -20,6 +20,14 @@ class DataError(ValueError):
     """The images cannot be used: none found, or too many of them unreadable."""
 
 
+class StoppedError(RuntimeError):
+    """Work that had begun cannot be finished, and the message tells the user why and what to do."""
+
+
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NoSparseRuleError, StoppedError)
+"""What the tools print as one line and answer with exit code 2; anything else is a fault of ours and shows where it is."""
+
+
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The ``count`` names of ``known`` that look most like ``name``, best first (may be empty)."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

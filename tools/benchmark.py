@@ -1,9 +1,10 @@
-"""Step time and memory of the sparse engine, as ratios measured in one process.
+"""Step time and memory of the sparse engine, and the rate of reading images, as ratios measured in one process.
 
     python tools/benchmark.py sparse --student resnet50 --image-size 224 --mask-ratio 0.755 --batch-size 8 \
         --backends gather masked dense [--device cuda --dtype bf16] [--json OUT]
     python tools/benchmark.py distill configs/hgkd/FILE.py --batch-size 8 --backends gather masked dense \
         [--cfg-options teacher_checkpoint=FILE]
+    python tools/benchmark.py data --data-root photos --image-size 224 --workers 2
 
 ``sparse``: a step is forward and backward of the encoder. ``distill``: forward and backward of the whole model of a config,
 teacher, decoder and losses included; its row 'dense' is the ordinary dense step of the encoder alone, the yardstick that two
@@ -11,6 +12,9 @@ machines can be compared by. The backends take turns, so that a busy machine slo
 repeats is printed. Where others compute as well, ``--clock cpu`` with one thread is steadier than the wall clock. Peak memory
 is that of live tensors during one step beyond what was there before it. On a GPU the share of index building is the time to
 launch it.
+
+``data``: images a second by bare decoding in this process, by the data set (decoding, crop, resize, flip), and by a loader with
+reading processes, as a training has it. The files are read once before, so the disk does not count.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -34,16 +39,18 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `tools` is no package
 
+from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages  # noqa: E402
 from hgkd.distillers import MaskedDistiller  # noqa: E402
-from hgkd.errors import unknown_name_message  # noqa: E402
+from hgkd.errors import USER_ERRORS, unknown_name_message  # noqa: E402
 from hgkd.masking import RandomMask, grid_of, visible_count  # noqa: E402
 from hgkd.registry import MODELS  # noqa: E402
 from hgkd.sparse import BACKENDS, CellLayout, sparsify  # noqa: E402
-from tools.train import USER_ERRORS, load_config  # noqa: E402
+from tools.train import load_config  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -73,6 +80,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     distill.add_argument(
         "--cfg-options", dest="options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="override keys"
     )
+    data = commands.add_parser("data", help="images a second: decoding alone, the data set, a loader")
+    data.add_argument("--data-root", required=True, help="folder of images or of tar shards")
+    data.add_argument("--image-size", type=int, default=224)
+    data.add_argument("--images", type=int, default=256, help="so many of them at most")
+    data.add_argument("--workers", type=int, default=2, help="reading processes of the loader")
+    data.add_argument("--batch-size", type=int, default=32)
+    data.add_argument("--repeats", type=int, default=5)
+    data.add_argument("--json", type=Path, help="write the result here")
     return parser.parse_args(argv)
 
 
@@ -311,6 +326,77 @@ def benchmark_distill(
     return {"limit": h * w / keep, "settings": settings | _run(batch_size, device, dtype, repeats, clock), "results": results}
 
 
+def benchmark_data(
+    data_root: str | Path,
+    image_size: int = 224,
+    images: int = 256,
+    workers: int = 2,
+    batch_size: int = 32,
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """Measure reading; returns ``{"settings", "results": [{"what", "images_per_s", "of_decoding"}]}``.
+
+    Each round does all of it one after the other, so that a busy machine slows all alike; rates are medians over the rounds.
+    """
+    if workers < 1 or images < 1 or batch_size < 1 or repeats < 1:
+        raise ValueError(
+            f"workers, images, batch_size and repeats must be 1 or more, got {workers}, {images}, {batch_size}, {repeats}"
+        )
+    dataset = UnlabelledImages(data_root, image_size=image_size, max_bad_share=0.0, limit=images)
+    count = len(dataset)
+    loader = DataLoader(
+        dataset, batch_size, sampler=EpochSampler(dataset, seed=0), num_workers=workers, persistent_workers=True
+    )
+
+    def all_of(read: Callable[[int], Any]) -> Step:
+        def step() -> None:
+            for index in range(count):
+                read(index)
+
+        return step
+
+    def load() -> None:
+        for _ in loader:
+            pass
+
+    steps = {
+        "decoding": all_of(dataset.image),
+        "data set": all_of(lambda index: dataset[SeededIndex(index, 0)]),
+        f"loader, {workers} processes": load,
+    }
+    times, _ = measure_times(steps, repeats=repeats)
+    rates = {name: count / statistics.median(times[name]) for name in steps}
+    return {
+        "settings": {
+            "data_root": str(data_root),
+            "images": count,
+            "mean_kb": sum(map(dataset.size, range(count))) / count / 1e3,
+            "image_size": image_size,
+            "batch_size": batch_size,
+            "workers": workers,
+            "cpus": os.cpu_count(),
+            "repeats": repeats,
+        },
+        "results": [
+            {"what": name, "images_per_s": rate, "of_decoding": rate / rates["decoding"]} for name, rate in rates.items()
+        ],
+    }
+
+
+def print_data_table(result: dict[str, Any]) -> None:
+    """The result of :func:`benchmark_data` as a table."""
+    settings = result["settings"]
+    table = Table(
+        title=f"{settings['images']} images of {settings['mean_kb']:.0f} kB to {settings['image_size']} px, "
+        f"{settings['cpus']} CPUs"
+    )
+    for column in ("", "images/s", "of decoding"):
+        table.add_column(column, justify="right")
+    for row in result["results"]:
+        table.add_row(row["what"], f"{row['images_per_s']:.0f}", f"{row['of_decoding']:.2f}")
+    Console().print(table)
+
+
 def _distill_loss(model: MaskedDistiller, pixels: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.stack(list(model(pixels, mode="loss").values())).sum()
 
@@ -347,14 +433,15 @@ def print_table(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parse_args(argv))
-    run = {"sparse": benchmark_sparse, "distill": benchmark_distill}[args.pop("command")]
+    command = args.pop("command")
+    run = {"sparse": benchmark_sparse, "distill": benchmark_distill, "data": benchmark_data}[command]
     out = args.pop("json")
     try:
         result = run(**args)
     except (*USER_ERRORS, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_table(result)
+    (print_data_table if command == "data" else print_table)(result)
     if out is not None:
         out.write_text(json.dumps(result, indent=1))
         print(f"written to {out}")

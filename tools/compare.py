@@ -34,6 +34,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from hgkd.errors import USER_ERRORS, StoppedError
+
 ROOT = Path(__file__).resolve().parents[1]
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
 PLAN_KEYS = {"rows", "options", "evaluate"}
@@ -134,7 +136,7 @@ def run(job: Job, threads: int) -> dict[str, Any]:
     """Train (or find trained), evaluate, and write ``result.json`` into the run's folder.
 
     Raises:
-        RuntimeError: a process failed; the message names its log.
+        StoppedError: a process failed; the message names its log.
     """
     result_file = job.folder / "result.json"
     setting = json.loads(json.dumps({"options": job.options, "evaluate": job.evaluate, "config": job.config}))
@@ -142,7 +144,7 @@ def run(job: Job, threads: int) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
         if result["setting"] == setting:
             return result
-        raise RuntimeError(f"{job.folder} holds a run with another setting; give another --work-dir or delete it")
+        raise ValueError(f"{job.folder} holds a run with another setting; give another --work-dir or delete it")
     job.folder.mkdir(parents=True, exist_ok=True)
     result = {"row": job.row, "seed": job.seed, "setting": setting, "threads": threads}
     arguments = dict(job.evaluate)
@@ -184,7 +186,7 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{command[0]} ended with {process.returncode}; see {log}")
+        raise StoppedError(f"{command[0]} ended with {process.returncode}; see {log}")
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
@@ -271,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(len(pair) < 2 for pair in pairs):
             raise ValueError(f"--set takes NAME=VALUE, got {args.values}")
         results = compare(args.plan, args.work_dir, args.only, args.jobs, dict(pairs))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except USER_ERRORS as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     print(table_of(results))

@@ -26,13 +26,11 @@ from torch import Tensor
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.engine.doctor import check_environment, exit_code
 from hgkd.engine.weights import read_weights
-from hgkd.errors import DataError, WeightsError
+from hgkd.errors import USER_ERRORS, DataError
 from hgkd.teachers import MAETeacher, Teacher, TimmTeacher
 from hgkd.teachers.health import FeatureHealth, WeightHealth, feature_health, weight_health
 from hgkd.teachers.mae import read_mae
 from hgkd.teachers.naming import to_timm_names
-
-USER_ERRORS = (ValueError, FileNotFoundError, WeightsError, DataError)
 
 
 @dataclass(frozen=True)

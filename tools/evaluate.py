@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hgkd.data import LabelledImages
-from hgkd.errors import DataError
+from hgkd.errors import USER_ERRORS, DataError
 from hgkd.evaluation import FeatureSet, bootstrap_interval, extract, linear_probe, load_extractor
 from hgkd.evaluation.knn import knn_predictions
 from hgkd.evaluation.linear import DEFAULT_GRID, per_class_accuracy, percent
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     json_file, csv_file = args.pop("json"), args.pop("csv")
     try:
         results = evaluate(**args)
-    except (ValueError, FileNotFoundError) as error:
+    except USER_ERRORS as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     if json_file:

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hgkd.export import PARTS, TARGETS, ExportError, ExportReport, export
+from hgkd.errors import USER_ERRORS
+from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS, onnx_runner
 
 _OPTIONS = ("cell", "output", "classifier", "opset", "precision")
@@ -31,10 +32,11 @@ _OPTIONS = ("cell", "output", "classifier", "opset", "precision")
 def table_of(report: ExportReport) -> Table:
     table = Table(title=f"exported to {report.out}", show_header=False)
     compared = "random images" + (f" and {report.images} real ones" if report.images else "")
+    outputs = "" if report.what == "model" else f"; outputs on {compared} differ by {report.max_difference:.1e}"
     rows = {
-        "encoder": f"{report.encoder['name']}, stem {report.encoder['stem']}",
+        "network": ", ".join(str(value) for value in report.network.values() if value),
         "weights": f"{report.tensors} tensors, {report.parameters:,} parameters",
-        "proof": f"read back with {report.proven_with}; outputs on {compared} differ by {report.max_difference:.1e}",
+        "proof": f"read back with {report.proven_with}{outputs}",
         "read with": report.loaded_with,
         "source sha256": report.source_sha256,
         "files": ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in report.files.items()),
@@ -77,9 +79,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help=".pth file that tools/train.py wrote; with --encoder, a weight file of others")
     parser.add_argument("--to", default="timm", help="; ".join(f"{name}: {t.summary}" for name, t in TARGETS.items()))
     parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--what", default="backbone", help=f"part of the student: {', '.join(PARTS)}")
+    parser.add_argument("--what", default="backbone", help=f"what of the checkpoint: {', '.join(PARTS)}")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument("--images", metavar="DIR", help="images for the proof, and for int8's calibration")
+    parser.add_argument("--max-images", type=int, default=64, metavar="N", help="so many of them at most (default 64)")
+    parser.add_argument("--labels", action="store_true", help="they lie in one folder a class: fp16 and int8 get an accuracy")
     parser.add_argument(
         "--licence", nargs="+", default=[], metavar="FIELD=TEXT", help="for the cards: weights=, teacher=, data="
     )
@@ -106,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if side is not None and args["to"] != "onnx":
             raise ValueError(f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}")
         report = export(**args, licences=dict(_pair(text) for text in licences), **options)
-    except (ValueError, FileNotFoundError, FileExistsError, ExportError) as error:
+    except USER_ERRORS as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
     console = Console()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hgkd.data.shapes import CLASSES, write_ade20k, write_coco, write_imagefolder
-from hgkd.errors import unknown_name_message
+from hgkd.errors import USER_ERRORS, unknown_name_message
 
 WRITERS = {"imagefolder": write_imagefolder, "coco": write_coco, "ade20k": write_ade20k}
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         written = make_shapes(**vars(args))
-    except (ValueError, OSError) as error:
+    except (*USER_ERRORS, OSError) as error:
         print(f"make_shapes: {error}", file=sys.stderr)
         return 2
     print(f"{written} images in {args.out} ({args.layout})")

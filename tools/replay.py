@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from hgkd.engine.replay import ReplayedStep, replay
+from hgkd.errors import USER_ERRORS
 
 
 def describe(step: ReplayedStep) -> str:
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     try:
         steps = replay(args.dump, args.device, args.trust)
-    except (ValueError, FileNotFoundError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for step in steps:

@@ -18,12 +18,10 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from hgkd.engine import CheckpointWriteError, DivergedError, apply_short_options, check_config, read_config, use_mixed_precision
+from hgkd.engine import apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.dry_run import dry_run
-from hgkd.errors import NoSparseRuleError
+from hgkd.errors import USER_ERRORS
 from hgkd.registry import RUNNERS
-
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NoSparseRuleError, DivergedError, CheckpointWriteError)
 
 
 def load_config(

@@ -1,4 +1,4 @@
-"""Folders and lists of images as data sets that outlive damaged files.
+"""Folders, lists and tar shards of images as data sets that outlive damaged files.
 
 A file that cannot be read is skipped: the next readable one takes its place, it is logged once and counted, over all
 worker processes of a loader. Files are opened when their turn comes, never at the start. In a run of several GPUs each
@@ -9,12 +9,13 @@ As in torchvision's ``ImageFolder`` the orientation tag (EXIF) is not applied.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hgkd.data.sampler import image_seed, seeded
+from hgkd.data.shards import ShardIndex, index_shards
 from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
 from hgkd.errors import DataError
 from hgkd.registry import DATASETS
@@ -32,6 +34,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 # What Pillow may decode, whatever the file is called: no formats that start other programs (EPS) or nest files
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+_Item = TypeVar("_Item")
 _EXTENSION_LIST = "jpg, jpeg, png, bmp, webp, tif, tiff"
 
 
@@ -48,7 +51,13 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
     # a named pipe would block for ever
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"not a regular file: {os.fspath(path)}")
-    with Image.open(path, formats=_FORMATS) as image:
+    with open(path, "rb") as file:
+        return decode_rgb(file)
+
+
+def decode_rgb(file: BinaryIO) -> Image.Image:
+    """As :func:`read_rgb`, of an open file."""
+    with Image.open(file, formats=_FORMATS) as image:
         image.load()
         if image.mode == "I" or image.mode.startswith("I;16"):
             grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
@@ -126,23 +135,44 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         paths: relative or absolute.
         transform: PIL RGB image -> uint8 tensor (3, H, W).
         max_bad_share: share of the files, in [0, 1], that may turn out unreadable.
+        shards: where the images lie when they are no files of their own; ``paths`` are then names for messages.
     """
 
-    def __init__(self, root: str, paths: Sequence[str], transform: ImageTransform, max_bad_share: float) -> None:
+    def __init__(
+        self,
+        root: str,
+        paths: Sequence[str],
+        transform: ImageTransform,
+        max_bad_share: float,
+        shards: ShardIndex | None = None,
+    ) -> None:
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share is a share of the images in [0, 1], got {max_bad_share}")
         self.data_root = root
         self.transform = transform
         self.max_bad_share = max_bad_share
         self._paths = _PathTable(paths)
+        self._shards = shards
         self._bad = _BadMarks(len(paths))
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def path(self, index: int) -> str:
-        """Absolute path of an image."""
+        """Absolute path of an image; of one in a shard, the shard's with the member's name after it."""
         return os.path.join(self.data_root, self._paths[index])
+
+    def size(self, index: int) -> int:
+        """Bytes of an image file or member; -1 when the file is not there."""
+        if self._shards is not None:
+            return self._shards.size(index)
+        return os.path.getsize(self.path(index)) if os.path.exists(self.path(index)) else -1
+
+    def image(self, index: int) -> Image.Image:
+        """An image, decoded as 8-bit RGB and no more; errors as :func:`read_rgb`."""
+        if self._shards is None:
+            return read_rgb(self.path(index))
+        return decode_rgb(io.BytesIO(self._shards.read(index)))
 
     def bad_files(self) -> list[str]:
         """Absolute paths of the files found unreadable so far, by any worker process, in the order of the data set."""
@@ -169,7 +199,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
             place = (index + step) % total
             if not self._bad.flags[place]:
                 try:
-                    image = read_rgb(self.path(place))
+                    image = self.image(place)
                 except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
                     self._mark(place, error)
                 else:
@@ -204,7 +234,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
 
 @DATASETS.register_module()
 class UnlabelledImages(_ImageFiles):
-    """Images for training, from a folder searched recursively or from a list.
+    """Images for training, from a folder searched recursively, from a list, or from tar shards.
 
     An item is ``{'inputs': uint8 tensor (3, H, W) RGB, 'index': int}``; ``index`` is the asked one, or for an
     unreadable file that of the image which took its place. Use with ``collate_fn=dict(type='default_collate')``.
@@ -213,7 +243,8 @@ class UnlabelledImages(_ImageFiles):
     unreadable: with the default of 10 % a single one ends a run on 9 images, and is tolerated among 10.
 
     Args:
-        data_root: folder of the images, any depth and any file names (jpg, jpeg, png, bmp, webp, tif, tiff).
+        data_root: folder of the images, any depth and any file names (jpg, jpeg, png, bmp, webp, tif, tiff). When it holds
+            none of them, but .tar files at any depth, the images in these (:mod:`hgkd.data.shards`).
         list_file: text file (UTF-8) used instead of searching: one path a line, relative to ``data_root`` or absolute, but
             below ``data_root``: a list from elsewhere reaches no other file.
         image_size: result side in pixels, or (H, W).
@@ -223,7 +254,7 @@ class UnlabelledImages(_ImageFiles):
 
     Raises:
         FileNotFoundError: the folder or the list does not exist.
-        DataError: no images; a listed path leaves ``data_root``; later, too many unreadable files.
+        DataError: no images; a damaged shard; a listed path leaves ``data_root``; later, too many unreadable files.
         TypeError, ValueError: an option out of range or unknown.
     """
 
@@ -239,16 +270,24 @@ class UnlabelledImages(_ImageFiles):
         _check_limit("limit", limit)
         built = build_transform(image_size, transform)
         root = _existing_folder(data_root)
+        index: ShardIndex | None = None
         if list_file is not None:
-            paths = _read_list(os.path.expanduser(os.fspath(list_file)), root)
+            paths = _first_shuffled(_read_list(os.path.expanduser(os.fspath(list_file)), root), limit)
         else:
-            paths = find_images(root)
+            paths = _first_shuffled(find_images(root), limit)
             if not paths:
-                raise DataError(
-                    f"no images below {root}; looked for files ending in {_EXTENSION_LIST}. "
-                    "Set data_root to the folder that holds them"
-                )
-        super().__init__(root, _first_shuffled(paths, limit), built, max_bad_share)
+                shards, names, places = index_shards(root, IMAGE_EXTENSIONS)
+                kept = _first_shuffled(list(zip(names, places, strict=True)), limit)
+                paths = [name for name, _ in kept]
+                index = ShardIndex(root, shards, (place for _, place in kept))
+                if not paths:
+                    inside = f" and for members of its {len(shards)} .tar shards named like key.jpg" if shards else ""
+                    raise DataError(
+                        f"no images below {root}; looked for files ending in {_EXTENSION_LIST}{inside}. "
+                        "Set data_root to the folder that holds them"
+                    )
+                print_log(f"{len(names)} images in {len(shards)} shards below {root}", logger="current")
+        super().__init__(root, paths, built, max_bad_share, index)
         self.metainfo: dict[str, Any] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -368,10 +407,10 @@ def _check_limit(name: str, limit: int | None) -> None:
         raise ValueError(f"{name} must be None (all images) or a whole number from 1, got {limit!r}")
 
 
-def _first_shuffled(paths: list[str], limit: int | None) -> list[str]:
+def _first_shuffled(items: list[_Item], limit: int | None) -> list[_Item]:
     """The first ``limit`` of a copy shuffled with seed 0; without a limit the list as it is."""
     if limit is None:
-        return paths
-    shuffled = list(paths)
+        return items
+    shuffled = list(items)
     random.Random(0).shuffle(shuffled)
     return shuffled[:limit]

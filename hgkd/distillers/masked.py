@@ -6,6 +6,7 @@ and no teacher SparK's pretraining (arXiv 2301.03580), with ``mask_ratio=0`` ord
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,19 @@ class MaskedDistiller(BaseModel):
             raise ValueError("model.teacher is set, but no objective learns from it; remove it or add such an objective")
         self._passes, owner = merge_needs(list(asking.values()))
         self._pass_of = dict(zip(asking, owner, strict=True))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDistiller:
+        """A copy that shares the teacher and its stored features, which no training changes.
+
+        mmengine's ``EMAHook`` copies the model for its average of the weights, and a second teacher would cost its memory. Only
+        the student and the objectives are averaged; the copy's teacher follows whichever of the two was moved last.
+        """
+        for shared in (self.teacher, self.feature_cache):
+            memo[id(shared)] = shared
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return made
 
     def init_weights(self) -> None:
         """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""

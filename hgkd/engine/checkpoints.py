@@ -10,7 +10,6 @@ torch reads such a file as ever.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from pathlib import Path
@@ -21,8 +20,9 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from hgkd.digests import stream_digest
 from hgkd.engine.weights import read_checkpoint
-from hgkd.errors import WeightsError
+from hgkd.errors import StoppedError, WeightsError
 from hgkd.registry import HOOKS
 
 LIST_NAME = "checkpoints.txt"
@@ -49,8 +49,8 @@ def seal(path: str | os.PathLike[str]) -> None:
         file.write(_SEAL_SIZE.to_bytes(2, "little"))
         file.flush()
         file.seek(0)
-        digest = _digest(file, end + _END_SIZE)
-        file.write(_SEAL + digest)
+        digest = stream_digest(file, end + _END_SIZE)
+        file.write(_SEAL + digest.encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -64,19 +64,7 @@ def is_damaged(path: str | os.PathLike[str]) -> bool:
         if not found.startswith(_SEAL):
             return False
         file.seek(0)
-        return _SEAL + _digest(file, size - _SEAL_SIZE) != found
-
-
-def _digest(file: Any, size: int) -> bytes:
-    """SHA-256 of the next ``size`` bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    while size > 0:
-        block = file.read(min(size, 2**22))
-        if not block:
-            break
-        digest.update(block)
-        size -= len(block)
-    return digest.hexdigest().encode()
+        return _SEAL + stream_digest(file, size - _SEAL_SIZE).encode() != found
 
 
 def read_run_checkpoint(filename: str | os.PathLike[str]) -> dict[str, Any]:
@@ -130,7 +118,7 @@ def find_last_checkpoint(work_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-class CheckpointWriteError(RuntimeError):
+class CheckpointWriteError(StoppedError):
     """A checkpoint could not be written; the ones before are untouched."""
 
 

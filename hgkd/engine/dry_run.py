@@ -70,7 +70,7 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
         seed_step(runner.seed or 0, 0, step)
         _wait(on_gpu)
         started = time.perf_counter()
-        losses = runner.model.train_step(batch, optim_wrapper=guard)
+        losses = guard.settle(runner.model.train_step(batch, optim_wrapper=guard))
         _wait(on_gpu)
     seconds = (time.perf_counter() - started) * loader.batch_size / images
     # 3. what that means for the whole
@@ -90,7 +90,7 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
     report["trained"] = f"{_count(model, trained=True)} of {_count(model)}"
     teacher = getattr(model, "teacher", None)
     report["teacher"] = "none" if teacher is None else f"{_count(teacher)}, {teacher.info}"
-    report["losses"] = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
+    report["losses"] = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
     report["finite"] = "yes" if guard.updated else "NO: loss or gradient of the second step is not finite"
     report["a step"] = (
         f"{seconds:.2f} s to compute (measured with {images} images), {waiting:.2f} s to read by {readers} process(es)"

@@ -8,9 +8,9 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from hgkd.digests import files_digest
 from hgkd.engine.hooks import plain_model
 from hgkd.registry import HOOKS
-from hgkd.teachers.cache import files_digest
 
 _RANDOM = ("Random", "Jitter")
 
@@ -44,7 +44,7 @@ class TeacherCacheHook(Hook):
         root = Path(dataset.data_root)
         paths = [Path(dataset.path(i)) for i in range(len(dataset))]
         names = [str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in paths]
-        sizes = [p.stat().st_size if p.exists() else -1 for p in paths]
+        sizes = [dataset.size(i) for i in range(len(dataset))]
         identity = {"files": files_digest(zip(names, sizes, strict=True)), "transform": transform}
         model: Any = plain_model(runner)
         model.store_features(self.folder, len(dataset), identity)

@@ -22,13 +22,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hgkd.engine.pictures import colour_basis, hide_cells, picture_grid, token_colours
+from hgkd.errors import StoppedError
 from hgkd.registry import HOOKS
 
 if sys.platform != "win32":
     import resource
 
 
-class DivergedError(RuntimeError):
+class DivergedError(StoppedError):
     """The loss is not a finite number any more; training on would only damage the weights further."""
 
 
@@ -121,7 +122,7 @@ class FiniteLossHook(Hook):
         if guard.updated:
             self._steps, self._skipped = [], 0
             return
-        values = {name: float(torch.as_tensor(value).detach()) for name, value in (outputs or {}).items()}
+        values = {name: float(value) for name, value in (outputs or {}).items()}
         images = [int(i) for i in data_batch.get("index", [])] if isinstance(data_batch, Mapping) else []
         self._steps.append({"epoch": runner.epoch, "step": runner.iter, "images": images, "losses": values})
         if not guard.skipped:
@@ -186,7 +187,7 @@ class LossAlarmHook(Hook):
         for name, value in (outputs or {}).items():
             if not name.endswith("loss"):
                 continue
-            value = float(torch.as_tensor(value).detach())
+            value = float(value)
             recent = self._recent.setdefault(name, deque(maxlen=self.window))
             if name == "loss" and len(recent) == self.window:
                 self._check_spike(runner, value, statistics.median(recent))

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,16 +34,6 @@ def seed_step(seed: int, rank: int, step: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
     torch.manual_seed(mixed)
-
-
-def any_process(flag: bool) -> bool:
-    """Whether ``flag`` holds in any process of a distributed run; all must ask."""
-    if get_world_size() == 1:
-        return flag
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    value = torch.tensor(float(flag), device=device)
-    all_reduce(value, "max")
-    return bool(value.item())
 
 
 def outlive_signals(worker: int) -> None:
@@ -96,18 +86,24 @@ class StepGuard:
     When loss or gradient is not finite, in any process, parameters, optimiser and running statistics stay what they were before
     the step. With dynamic loss scaling only the loss is judged: overflowing gradients are how the scaler finds its scale.
 
+    ``train_step`` goes as far as the gradients; :meth:`settle` then decides, and reads all that is to be known of the step from
+    the device at once: the host waits for a GPU once a step.
+
     Attributes:
         updated: the last step changed the parameters.
         skipped: the last step was left out. Both are False while gradients are being accumulated.
+        stop: a process wants to end the run.
     """
 
     def __init__(self, wrapper: OptimWrapper, model: nn.Module) -> None:
         self.wrapper = wrapper
         self.updated = True
         self.skipped = False
+        self.stop = False
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._kept = [buffer.clone() for buffer in self._buffers]
-        self._finite = True
+        self._bad: Tensor | None = None  # on the device: whether anything since the last update was not finite
+        self._unsettled = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapper, name)
@@ -118,35 +114,60 @@ class StepGuard:
         if self.updated or self.skipped:  # otherwise the statistics of before the accumulation are kept already
             for kept, buffer in zip(self._kept, self._buffers, strict=True):
                 kept.copy_(buffer)
-            self._finite = True
+            self._bad = None
         with self.wrapper.optim_context(model):
             yield
 
-    def update_params(self, loss: Tensor, step_kwargs: Any = None, zero_kwargs: Any = None) -> None:
-        """As ``OptimWrapper.update_params``, with the decision in between."""
+    def update_params(self, loss: Tensor) -> None:
+        """The first half of ``OptimWrapper.update_params``: gradients, and on the device whether all is finite."""
+        if self._unsettled:
+            raise RuntimeError(
+                "a train_step that updates parameters twice cannot be guarded: StepGuard.settle must be in between"
+            )
         wrapper = self.wrapper
-        self._finite &= bool(torch.isfinite(loss.detach()).all())
+        bad = ~torch.isfinite(loss.detach()).all()
         wrapper.backward(wrapper.scale_loss(loss))
-        self.updated = self.skipped = False
-        if not wrapper.should_update():
-            return
-        finite = self._finite and (hasattr(wrapper, "loss_scaler") or self._gradients_finite())
-        self.skipped = any_process(not finite)
-        self.updated = not self.skipped
-        if self.updated:
-            wrapper.step(**(step_kwargs or {}))
-        else:
-            for kept, buffer in zip(self._kept, self._buffers, strict=True):
-                buffer.copy_(kept)
-        wrapper.zero_grad(**(zero_kwargs or {}))
+        if wrapper.should_update() and not hasattr(wrapper, "loss_scaler"):
+            bad = bad | self._gradients_not_finite(loss.device)
+        self._bad = bad if self._bad is None else self._bad | bad
+        self._unsettled = True
 
-    def _gradients_finite(self) -> bool:
+    def settle(self, outputs: Mapping[str, Tensor], stop: bool = False) -> dict[str, float]:
+        """The second half: update, or undo, and say what the step's values are.
+
+        Args:
+            outputs: what ``train_step`` returned: name -> scalar on the device of the loss.
+            stop: this process wants to end the run; all processes learn of it in :attr:`stop`.
+        """
+        if self._bad is None or not self._unsettled:
+            raise RuntimeError("StepGuard.settle comes after a train_step that has called update_params")
+        wrapper = self.wrapper
+        flags = torch.stack([self._bad.float(), torch.full_like(self._bad, stop, dtype=torch.float32)])
+        if get_world_size() > 1:
+            all_reduce(flags, "max")
+        values = [torch.as_tensor(value, device=flags.device).detach().reshape(1) for value in outputs.values()]
+        bad, wanted, *numbers = torch.cat([flags, *values]).tolist()  # the one place where the host waits
+        self.stop = bool(wanted)
+        self.updated = self.skipped = self._unsettled = False
+        if wrapper.should_update():
+            self.updated, self.skipped = not bad, bool(bad)
+            if self.updated:
+                wrapper.step()
+            else:
+                for kept, buffer in zip(self._kept, self._buffers, strict=True):
+                    buffer.copy_(kept)
+            wrapper.zero_grad()
+        return dict(zip(outputs, numbers, strict=True))
+
+    def _gradients_not_finite(self, device: torch.device) -> Tensor:
         groups = self.wrapper.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        # of sharded parameters (FSDP2) each process judges its own part; the flags of all are reduced in settle
+        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
         if not gradients:
-            return True
+            return torch.zeros((), dtype=torch.bool, device=device)
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-        return bool(torch.isfinite(norms).all())
+        return ~torch.isfinite(norms).all()
 
 
 class ExactEpochLoop(EpochBasedTrainLoop):
@@ -236,13 +257,17 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         self._epoch += 1
 
     def run_iter(self, idx: int, data_batch: Any) -> None:
-        """One step, which depends on (seed, process, step), the batch and the weights, and on nothing else."""
-        runner = self.runner
-        self.interrupted = any_process(self._signals.received is not None)
+        """One step, which depends on (seed, process, step), the batch and the weights, and on nothing else.
+
+        Hooks get the step's losses as numbers, already read from the device.
+        """
+        runner, guard = self.runner, cast(StepGuard, self.guard)
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         seed_step(runner.seed or 0, get_rank(), self._iter)
-        outputs = runner.model.train_step(data_batch, optim_wrapper=self.guard)
-        runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
+        outputs = runner.model.train_step(data_batch, optim_wrapper=guard)
+        losses = guard.settle(outputs, stop=self._signals.received is not None)
+        self.interrupted = guard.stop
+        runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=losses)
         self._iter += 1
 
     def _validate(self) -> None:

@@ -20,16 +20,17 @@ import torchvision
 
 import hgkd
 from hgkd.data.images import find_images
+from hgkd.data.shards import find_shards
+from hgkd.digests import file_digest, files_digest
 from hgkd.errors import WeightsError
-from hgkd.export.source import Source, file_digest, literal_config
-from hgkd.teachers.cache import files_digest
+from hgkd.export.source import Origin, literal_config
 
 CARD_FILE, CARD_PAGE = "run_card.json", "run_card.md"
 LICENCE_FIELDS = ("weights", "teacher", "data")
 
 
 def run_card(
-    source: Source, export: Mapping[str, Any], files: Path, licences: Mapping[str, str], notes: list[str]
+    source: Origin, export: Mapping[str, Any], files: Path, licences: Mapping[str, str], notes: list[str]
 ) -> dict[str, Any]:
     """Everything that is known of an export.
 
@@ -50,7 +51,7 @@ def run_card(
             **{key: meta.get(key, absent) for key in ("epoch", "iter", "seed", "experiment_name", "time")},
             "commit": _commit(meta) or absent,
         },
-        "encoder": source.spec.to_dict(),
+        "network": source.describe(),
         "export": {**export, "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")},
         "files": {
             str(file.relative_to(files)): {"sha256": file_digest(file), "bytes": file.stat().st_size}
@@ -76,9 +77,15 @@ def run_card(
     }
 
 
+def write_cards(card: Mapping[str, Any], folder: Path) -> None:
+    """Write a run card into an export, for machines and for people."""
+    write_json(card, folder / CARD_FILE)
+    (folder / CARD_PAGE).write_text(card_page(card), encoding="utf-8")
+
+
 def card_page(card: Mapping[str, Any]) -> str:
     """A run card as Markdown."""
-    lines = [f"# Run card: {card['encoder']['name']} for {card['export']['target']}", ""]
+    lines = [f"# Run card: {card['network']['name']} for {card['export']['target']}", ""]
     for section, content in card.items():
         if section == "config":
             continue
@@ -99,8 +106,8 @@ def model_card(card: Mapping[str, Any], library: str, usage: str) -> str:
     licence = card["licences"]["weights"]
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", "- hgkd"]
     lines += [] if licence.startswith("unknown") else [f"license: {licence.lower()}"]
-    lines += ["---", f"# {card['encoder']['name']}, pretrained with hgkd", "", "## Use", "", "```python", usage, "```", ""]
-    for section in ("encoder", "metrics", "versions", "licences", "notes"):
+    lines += ["---", f"# {card['network']['name']}, pretrained with hgkd", "", "## Use", "", "```python", usage, "```", ""]
+    for section in ("network", "metrics", "versions", "licences", "notes"):
         lines += [f"## {section}", ""]
         lines += _items(card[section], "") if isinstance(card[section], Mapping | list) else [str(card[section])]
         lines.append("")
@@ -135,11 +142,13 @@ def _data(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     if not folder.is_dir():
         return {"root": str(root), "fingerprint": "unknown: no such folder on this machine any more"}
     images = find_images(str(folder))
+    files = images or find_shards(str(folder))
+    what = "image files" if images else "tar shards"
     return {
         "root": str(root),
-        "images": len(images),
-        "fingerprint": files_digest((name, (folder / name).stat().st_size) for name in images),
-        "fingerprint_of": "names and sizes of the image files, sorted, looked up while exporting",
+        what.replace("image files", "images"): len(files),
+        "fingerprint": files_digest((name, (folder / name).stat().st_size) for name in files),
+        "fingerprint_of": f"names and sizes of the {what}, sorted, looked up while exporting",
     }
 
 
@@ -148,8 +157,10 @@ def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     if "model" in cfg and not model.get("teacher"):
         return {"name": "none: trained without a teacher", "file": "none", "sha256": "none"}
     teacher = model.get("teacher") or {}
+    if isinstance(teacher, str):  # a config file; its weights stand beside
+        teacher = {"name": teacher}
     name = teacher.get("name") or teacher.get("type") or absent
-    file = teacher.get("checkpoint")
+    file = teacher.get("checkpoint") or model.get("teacher_checkpoint")
     if not file:
         return {"name": name, "file": absent, "sha256": absent}
     path = Path(str(file)).expanduser()

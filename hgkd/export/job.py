@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hgkd.errors import StoppedError
 from hgkd.export.source import Source
 from hgkd.students.encoder import pixel_statistics
 
@@ -20,7 +21,7 @@ EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "mm
 _DISTRIBUTIONS = {"mmseg": "mmsegmentation"}
 
 
-class ExportError(RuntimeError):
+class ExportError(StoppedError):
     """What was written, read back, is not what went in; nothing was left on disk."""
 
 
@@ -90,6 +91,43 @@ class Written:
     tensors: int
     parameters: int
     expected: Callable[[Tensor], Tensor] | None = None
+    notes: list[str] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote and how it was proven.
+
+    Attributes:
+        out: the folder.
+        target: e.g. 'timm'.
+        what: which part was written.
+        network: what it is: the encoder's description (name, stem, kwargs), or the model's name.
+        tensors: number of tensors written.
+        parameters: number of trainable values among them.
+        loaded_with: the lines that read the folder.
+        proven_with: the library, with its version, that read it back for the proof.
+        max_difference: largest difference of outputs between source and re-read network, relative to the largest source value.
+        images: number of real images in the proof, besides random ones.
+        source_sha256: digest of the checkpoint.
+        files: name -> size in bytes.
+        notes: what a user should know.
+        table: rows about the files, e.g. agreement of quantised graphs.
+    """
+
+    out: Path
+    target: str
+    what: str
+    network: dict[str, Any]
+    tensors: int
+    parameters: int
+    loaded_with: str
+    proven_with: str
+    max_difference: float
+    images: int
+    source_sha256: str
+    files: dict[str, int]
     notes: list[str] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -102,6 +101,19 @@ class StudentCheckpoint:
         return encoder
 
 
+class Origin(Protocol):
+    """What a run card asks of anything that is exported."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def meta(self) -> Mapping[str, Any]: ...
+    @property
+    def metrics(self) -> Mapping[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """The network, as plain values; ``name`` is among them."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What is exported: a dense encoder with its weights, and all that is known of its origin.
@@ -123,6 +135,10 @@ class Source:
     meta: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     read_as: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """The encoder's description."""
+        return self.spec.to_dict()
 
 
 def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
@@ -155,19 +171,10 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
         examples = ", ".join(list(weights)[:3]) or "none at all"
         raise WeightsError(f"{path} holds no weights named {ENCODER_PREFIX}*; its weights are called {examples}")
     student = {k.removeprefix(STUDENT_PREFIX): v for k, v in weights.items() if k.startswith(STUDENT_PREFIX)}
-    return StudentCheckpoint(path, spec, state, student, dict(meta), _metrics(checkpoint))
+    return StudentCheckpoint(path, spec, state, student, dict(meta), run_metrics(checkpoint))
 
 
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def run_metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The last validation results before the file was written, as mmengine's message hub keeps them: name -> number."""
     hub = checkpoint.get("message_hub")
     scalars = hub.get("log_scalars") if isinstance(hub, Mapping) else None

@@ -70,6 +70,16 @@ def fits_spconv(layout: CellLayout, groups: int, geometry: ConvGeometry) -> bool
     return geometry.stride != (1, 1) or all(k % 2 for k in geometry.kernel)
 
 
+def to_krsc(weight: Tensor) -> Tensor:
+    """A convolution's weight from torch's (K, C, R, S) to spconv's (K, R, S, C)."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def from_krsc(weight: Tensor) -> Tensor:
+    """A convolution's weight from spconv's (K, R, S, C) to torch's (K, C, R, S)."""
+    return weight.permute(0, 3, 1, 2).contiguous()
+
+
 def check_indices(indices: Tensor) -> Tensor:
     """``indices`` itself.
 
@@ -90,7 +100,7 @@ def _convolve(packed: Tensor, weight: Tensor, bias: Tensor | None, geometry: Con
     compute = torch.float32 if dtype == torch.bfloat16 else dtype
     rows = kernels.rows_of(packed).to(compute)
     places = _places(layout, geometry.s_in).replace_feature(rows)
-    lent = {"weight": weight.to(compute).permute(0, 2, 3, 1).contiguous()}
+    lent = {"weight": to_krsc(weight.to(compute))}
     layer = _layer(weight.shape[1], weight.shape[0], geometry, device_type)
     with torch.autocast(device_type, enabled=False), _LENDING:
         made = torch.func.functional_call(layer, lent, (places,))

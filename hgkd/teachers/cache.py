@@ -32,14 +32,6 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def files_digest(files: Iterable[tuple[str, int]]) -> str:
-    """SHA-256 of a list of (name, size in bytes), in order."""
-    digest = hashlib.sha256()
-    for name, size in files:
-        digest.update(f"{name}\0{size}\0".encode())
-    return digest.hexdigest()
-
-
 class FeatureStore:
     """One block's tokens of every picture, (rows, D, gh, gw) fp16 on disk, filled as they are met.
 

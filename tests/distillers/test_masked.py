@@ -1,7 +1,10 @@
 """MaskedDistiller: wiring, what is trained, and what is refused."""
 
+import copy
+
 import pytest
 import torch
+from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper
 from torch import nn
 
@@ -266,3 +269,35 @@ def test_g2sd_from_a_file_without_decoder_is_refused_with_the_reason(tmp_path):
             64,
             dict(type="MAETeacher", checkpoint=str(file), allow_random=True),
         )
+
+
+def test_an_average_of_the_weights_has_no_teacher_of_its_own():
+    model = make()
+    average = ExponentialMovingAverage(model, momentum=0.5)
+    copied = average.module
+    assert copied.teacher is model.teacher
+    assert copied.state_dict().keys() == model.state_dict().keys()
+    storages = {p.data_ptr() for p in model.parameters()}
+    assert not storages & {p.data_ptr() for p in copied.parameters()}
+    inputs = batch()
+    losses = []
+    for part in (model, copied):
+        torch.manual_seed(5)
+        losses.append(sum(part(inputs, mode="loss").values()))
+    assert torch.equal(*losses)
+    before = model.student.encoder.bn1.weight.detach().clone()
+    with torch.no_grad():
+        model.student.encoder.bn1.weight += 1.0
+    average.update_parameters(model)  # the first update takes the weights as they are
+    with torch.no_grad():
+        model.student.encoder.bn1.weight += 1.0
+    average.update_parameters(model)
+    torch.testing.assert_close(copied.student.encoder.bn1.weight, before + 1.5)
+
+
+def test_a_copy_without_a_teacher_trains_by_itself():
+    model = make(PIXELS, teacher=False)
+    copied = copy.deepcopy(model)
+    sum(copied(batch(), mode="loss").values()).backward()
+    assert copied.teacher is None
+    assert all(p.grad is None for p in model.parameters())

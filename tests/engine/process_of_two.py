@@ -1,16 +1,23 @@
 """What each of two processes does in test_distributed.py; started by torchrun, not collected by pytest."""
 
+import os
+import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from tiny_runs import SPARK, tiny, train_tool
+from torch.distributed.device_mesh import init_device_mesh
 
+from hgkd.distillers import MaskedDistiller
 from hgkd.engine.hooks import plain_model
-from hgkd.engine.loop import StepGuard, any_process
+from hgkd.engine.loop import StepGuard
 
 
 class GivenMask:
@@ -37,8 +44,8 @@ def build(images, folder, launcher="pytorch", **options):
     return train_tool.RUNNERS.build(train_tool.load_config(SPARK, folder, launcher=launcher, options=options))
 
 
-def one_step(runner, pictures, visible):
-    """Loss, gradients and running statistics of a step."""
+def one_step(runner, pictures, visible, stop=False):
+    """Loss, gradients and running statistics of a step, and whether a process asked to stop."""
     model = plain_model(runner)
     model.mask = GivenMask(visible)
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -47,9 +54,10 @@ def one_step(runner, pictures, visible):
     wrapper.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
-    losses = runner.model.train_step({"inputs": pictures}, optim_wrapper=StepGuard(wrapper, runner.model))
+    guard = StepGuard(wrapper, runner.model)
+    losses = guard.settle(runner.model.train_step({"inputs": pictures}, optim_wrapper=guard), stop=stop)
     statistics = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
-    return float(losses["loss"].detach()), gradients, statistics
+    return losses["loss"], gradients, statistics, guard.stop
 
 
 def material(counts):
@@ -71,11 +79,11 @@ def step(images, folder):
     torch.save(one_step(runner, pictures[half], visible[half]), Path(folder) / f"rank_{rank}.pt")
     # numbers of visible cells that differ between the processes must not make one wait for the other
     pictures, visible = material([1, 1, 1, 1, 3, 3, 3, 3])
-    loss, _, _ = one_step(runner, pictures[half], visible[half])
+    loss, _, _, stop = one_step(runner, pictures[half], visible[half])
     assert loss == loss
-    # a flag of one process is seen by both
-    assert any_process(rank == 1)
-    assert not any_process(False)
+    assert not stop
+    # what one process asks is seen by both
+    assert one_step(runner, pictures[half], visible[half], stop=rank == 1)[3]
     # a loss that is not finite in one process leaves out the step in both
     before = {n: v.clone() for n, v in plain_model(runner).state_dict().items()}
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -84,7 +92,7 @@ def step(images, folder):
     if rank == 1:
         inputs[0, 0, 0, 0] = float("nan")
         plain_model(runner).mask.visible[0] = True
-    runner.model.train_step({"inputs": inputs}, optim_wrapper=guard)
+    guard.settle(runner.model.train_step({"inputs": inputs}, optim_wrapper=guard))
     assert guard.skipped
     after = plain_model(runner).state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before if before[n].is_floating_point())
@@ -96,14 +104,53 @@ class Fail(Hook):
             raise RuntimeError("the second process gives up")
 
 
-def fail(images, folder):
+class Die(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if get_rank() == 1 and runner.iter == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(images, folder, hook=Fail):
     """A training whose second process raises while the first goes on."""
     runner = build(images, folder)
     assert get_world_size() == 2
-    runner.register_hook(Fail())
+    runner.register_hook(hook())
     runner.train()
     time.sleep(600)  # never reached: the first process waits for the second in the next step
 
 
+ARCH = {"embed_dim": 16, "depth": 3, "num_heads": 2}
+ARCH |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+STUDENTS = (dict(type="MaskedViT", arch=ARCH, cell=32), dict(type="SparseUNet", encoder="test_resnet", decoder_width=32))
+
+
+def shard(images, folder):
+    """Two steps of parameters that the processes share out (FSDP2), against those of ordinary ones."""
+    from torch.distributed.fsdp import fully_shard  # torch 2.6
+
+    torch.distributed.init_process_group("gloo")
+    for student in STUDENTS:
+        losses = []
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            objectives, mask = dict(pixels=dict(type="PixelReconstruction")), dict(type="RandomMask", mask_ratio=0.5)
+            model = MaskedDistiller(student=student, objectives=objectives, mask=mask, image_size=64)
+            if sharded:
+                # only modules that are called as such can gather their parameters: a CNN's encoder is walked through instead
+                parts = model.student.network.blocks if student["type"] == "MaskedViT" else []
+                for part in [*parts, model]:
+                    fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+            guard = StepGuard(OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3)), model)
+            for seed in range(3):
+                torch.manual_seed(seed)
+                with guard.optim_context(model):
+                    total = sum(model(material([2] * 8)[0], mode="loss").values())
+                guard.update_params(total)
+                losses.append(guard.settle({"loss": total})["loss"])
+                assert guard.updated
+        assert losses[3:] == pytest.approx(losses[:3], rel=1e-5), (student["type"], losses)
+        assert losses[2] != losses[0]
+
+
 if __name__ == "__main__":
-    {"step": step, "fail": fail}[sys.argv[1]](sys.argv[2], sys.argv[3])
+    {"step": step, "fail": fail, "die": partial(fail, hook=Die), "shard": shard}[sys.argv[1]](sys.argv[2], sys.argv[3])

@@ -40,7 +40,7 @@ def test_two_processes_do_the_step_of_one_with_twice_the_batch(images, tmp_path,
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
     monkeypatch.chdir(tmp_path)
     runner = build(images, tmp_path / "one", launcher="none", batch_size=8)
-    loss, gradients, statistics = one_step(runner, *material([2] * 8))
+    loss, gradients, statistics, _ = one_step(runner, *material([2] * 8))
     assert (ranks[0][0] + ranks[1][0]) / 2 == pytest.approx(loss, rel=1e-5)
     for found in ranks:
         assert found[1].keys() == gradients.keys()
@@ -55,6 +55,21 @@ def test_a_process_that_fails_ends_all_of_them_and_says_why(images, tmp_path):
     done = torchrun("fail", images, tmp_path)
     assert done.returncode != 0
     assert "RuntimeError: the second process gives up" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_all_of_them_and_the_signal_is_named(images, tmp_path):
+    done = torchrun("die", images, tmp_path)
+    assert done.returncode not in (0, -9)
+    assert "Signal 9 (SIGKILL) received" in done.stderr
+    assert "rank      : 1" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard has its public name since then")
+def test_parameters_shared_out_over_processes_make_the_same_steps(images, tmp_path):
+    done = torchrun("shard", images, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_layers_that_cannot_be_synchronised_are_refused():

@@ -46,7 +46,7 @@ def runner(**extra):
 def step(run, hook, loss, outcome, images=(5, 8)):
     """One training step as the hook sees it; outcome: 'updated', 'skipped' or 'accumulated'."""
     run.train_loop.guard = SimpleNamespace(updated=outcome == "updated", skipped=outcome == "skipped")
-    hook.after_train_iter(run, 0, {"index": torch.tensor(images)}, {"loss": torch.tensor(loss), "a_loss": torch.tensor(2.0)})
+    hook.after_train_iter(run, 0, {"index": torch.tensor(images)}, {"loss": loss, "a_loss": 2.0})
     run.iter += 1
 
 

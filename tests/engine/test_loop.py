@@ -1,5 +1,6 @@
 """Guarded updates, signals and seeds."""
 
+import math
 import os
 import random
 import signal
@@ -10,9 +11,10 @@ import pytest
 import torch
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from hgkd.engine.loop import StepGuard, StopSignals, any_process, outlive_signals, seed_step
+from hgkd.engine.loop import StepGuard, StopSignals, outlive_signals, seed_step
 
 
 def draws(seed, rank, step):
@@ -38,7 +40,7 @@ class Net(nn.Module):
         with guard.optim_context(self):
             loss = self.linear(self.norm(x)).square().mean()
         guard.update_params(loss)
-        return loss
+        return guard.settle({"loss": loss})["loss"] if isinstance(guard, StepGuard) else float(loss.detach())
 
 
 def make(accumulated=1):
@@ -71,7 +73,7 @@ def test_a_bad_step_changes_nothing_not_even_the_running_statistics():
     net, wrapper, guard = make()
     net.step(torch.randn(4, 3), guard)
     before = state(net, wrapper)
-    assert not torch.isfinite(net.step(BAD, guard))
+    assert not math.isfinite(net.step(BAD, guard))
     assert (guard.updated, guard.skipped) == (False, True)
     after = state(net, wrapper)
     # BatchNorm's counter of batches is no floating-point number and of no consequence with a momentum
@@ -87,6 +89,7 @@ def test_a_gradient_that_is_not_finite_counts_even_when_the_loss_is_finite():
         root = net.linear.bias.square().sum().sub(net.linear.bias.detach().square().sum()).sqrt()  # 0, of slope infinity
     assert root == 0
     guard.update_params(root)
+    guard.settle({})
     assert guard.skipped
     assert all(torch.equal(a, b) for a, b in zip(before, state(net, wrapper), strict=True))
 
@@ -115,14 +118,47 @@ def test_overflowing_gradients_are_the_business_of_the_loss_scaler(monkeypatch):
     wrapper.loss_scaler, wrapper._scale_update_param, wrapper.cast_dtype = torch.amp.GradScaler("cpu"), None, None
     guard = StepGuard(wrapper, net)
     guard.update_params(net.linear.weight.sum() * 1e38)  # times the scale 65536 it overflows
+    guard.settle({})
     assert guard.updated
     assert torch.isfinite(net.linear.weight).all()
     assert wrapper.loss_scaler.get_scale() == 32768
 
 
-def test_alone_any_process_is_this_one():
-    assert any_process(True)
-    assert not any_process(False)
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a number taken out of a tensor one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_but_what_settle_reads_at_once():
+    net = Net()
+    guard = StepGuard(OptimWrapper(torch.optim.SGD(net.parameters(), 0.1)), net)
+    with Reads() as reads:
+        loss = net.linear(net.norm(torch.randn(4, 3))).square().mean()
+        guard.update_params(loss)
+        found = guard.settle({"loss": loss, "double": loss.double() / 3, "half": loss.detach().bfloat16()}, stop=True)
+    assert reads.count == 0  # tolist takes all of a tensor in one piece
+    assert found == {
+        "loss": float(loss.detach()),
+        "double": float(loss.detach().double() / 3),
+        "half": float(loss.detach().bfloat16()),
+    }
+    assert (guard.updated, guard.stop) == (True, True)
+
+
+def test_a_step_must_be_settled_before_the_next():
+    net, _, guard = make()
+    with pytest.raises(RuntimeError, match="settle comes after a train_step"):
+        guard.settle({})
+    guard.update_params(net.linear.weight.sum())
+    with pytest.raises(RuntimeError, match="updates parameters twice"):
+        guard.update_params(net.linear.weight.sum())
 
 
 def test_a_second_signal_acts_as_ever():

@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from tiny_runs import ROOT, SPARK, same, tiny, train_tool, write_images
 
 from hgkd.data import images as reading
-from hgkd.engine import find_last_checkpoint
+from hgkd.engine import CheckpointWriteError, find_last_checkpoint
 from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
 
@@ -269,9 +269,7 @@ def test_full_disk_is_told_and_leaves_the_checkpoints_before(images, unbroken, t
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
 
     try:
-        with pytest.raises(
-            train_tool.CheckpointWriteError, match=r"cannot write .*epoch_0_step_3\.pth: .*MB are free.*--resume"
-        ):
+        with pytest.raises(CheckpointWriteError, match=r"cannot write .*epoch_0_step_3\.pth: .*MB are free.*--resume"):
             build(images, tmp_path, Fill()).train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

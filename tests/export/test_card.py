@@ -49,7 +49,7 @@ def test_what_is_known(tmp_path: Path) -> None:
     sizes = [(data / f"sub/{i}.png").stat().st_size for i in range(2)]
     expected = hashlib.sha256(f"sub/0.png\0{sizes[0]}\0sub/1.png\0{sizes[1]}\0".encode()).hexdigest()
     assert card["data"]["fingerprint"] == expected
-    assert card["encoder"] == {"name": "test_resnet", "stem": "default", "kwargs": {}}
+    assert card["network"] == {"name": "test_resnet", "stem": "default", "kwargs": {}}
     assert card["config"] == cfg
     assert card["metrics"] == {"knn/top1": 42.5}
     assert card["versions"]["timm"] == timm.__version__

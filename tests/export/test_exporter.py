@@ -216,6 +216,7 @@ def test_request_refusals(tmp_path: Path) -> None:
     refused("unknown export target 'torchvison'; did you mean 'torchvision'", "torchvison")
     refused("unknown part of a student 'backbon'; did you mean 'backbone'", what="backbon")
     refused("target 'timm' holds the backbone, not the student; targets for it: sparse", what="student")
+    refused("target 'onnx' holds the backbone, not the decoder; targets for it: sparse", "onnx", what="decoder")
     refused("target 'timm' has no option 'opset'; it takes: none", opset=18)
     refused("target 'onnx' has no option 'cell'; it takes: output, classifier, opset, precision", "onnx", cell=32)
     refused("unknown licence field 'weight'; did you mean 'weights'", licences={"weight": "mit"})

@@ -106,7 +106,7 @@ def test_lower_precisions_are_smaller_and_measured(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     write_student(tmp_path / "a.pth")
     images = pictures(tmp_path / "pictures")
-    report = export(tmp_path / "a.pth", tmp_path / "out", "onnx", precision=("int8", "fp16"), images=images)
+    report = export(tmp_path / "a.pth", tmp_path / "out", "onnx", precision=("int8", "fp16"), images=images, labels=True)
     rows = {row["precision"]: row for row in report.table}
     assert list(rows) == ["fp32", "fp16", "int8"]
     assert rows["fp32"]["difference"] == 0
@@ -117,6 +117,31 @@ def test_lower_precisions_are_smaller_and_measured(tmp_path: Path) -> None:
     assert all(row["images"] == 8 and 0 <= row["top1"] <= 1 for row in rows.values())
     assert set(report.files) == {"model.onnx", "model_fp16.onnx", "model_int8.onnx"}
     assert report.images == 16
+
+
+def test_a_classifier_is_measured_by_its_own_answers(tmp_path: Path) -> None:
+    images = torch.rand(6, 3, 8, 8)
+    job = SimpleNamespace(images=images, labels=torch.tensor([0, 1, 0, 0, 0, 1]))
+    answers = {0: torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), 1: torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])}
+    found = graphs._agreement(job, "logits", lambda x: answers[0], lambda x: answers[1])  # of images 1, 3 and 5
+    assert (found["images"], found["top1"]) == (3, pytest.approx(2 / 3))
+    found = graphs._agreement(SimpleNamespace(images=images, labels=None), "logits", lambda x: answers[0], lambda x: answers[0])
+    assert "top1" not in found
+
+
+def test_labels_must_be_there_and_be_the_classifiers(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    source = write_student(tmp_path / "a.pth")
+    images = pictures(tmp_path / "pictures")
+    with pytest.raises(ValueError, match=r"give a folder of class folders with images="):
+        export(tmp_path / "a.pth", tmp_path / "out", "onnx", labels=True)
+    with pytest.raises(ValueError, match=r"does not hold one folder a class"):
+        export(tmp_path / "a.pth", tmp_path / "out", "onnx", labels=True, images=images / "a")
+    save_file({"weight": torch.zeros(1, source.num_features), "bias": torch.zeros(1)}, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match=r"the images are of 2 classes, the classifier knows 1"):
+        export(tmp_path / "a.pth", tmp_path / "out", "onnx", labels=True, images=images, output="logits",
+               classifier=tmp_path / "head.safetensors")  # fmt: skip
 
 
 def test_nearest_by_hand() -> None:

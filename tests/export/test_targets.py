@@ -194,6 +194,23 @@ def test_whole_student(tmp_path: Path) -> None:
         close(again(images, visible).decoded, student.eval()(images, visible).decoded)
     # its encoder alone, too
     close(load_backbone(tmp_path / "out").forward_features(images), student.encoder.forward_features(images))
+    with pytest.raises(ValueError, match="holds a whole student; leave encoder out"):
+        load_student(tmp_path / "out", encoder=student.encoder)
+
+    # and the decoder alone, to be put on an exported backbone
+    report = export(tmp_path / "a.pth", tmp_path / "decoder", "sparse", what="decoder")
+    names = safetensors.torch.load_file(tmp_path / "decoder/model.safetensors").keys()
+    assert names == {name for name in student.state_dict() if not name.startswith("encoder.")}
+    decoding = (student.densify, student.decoder)
+    assert report.parameters == sum(p.numel() for part in decoding for p in part.parameters())
+    export(tmp_path / "a.pth", tmp_path / "backbone")
+    joined = load_student(tmp_path / "decoder", encoder=tmp_path / "backbone")
+    with torch.no_grad():
+        close(joined(images, visible).decoded, student(images, visible).decoded)
+    with pytest.raises(ValueError, match="holds a decoder alone; give the network to put it on with encoder="):
+        load_student(tmp_path / "decoder")
+    with pytest.raises(ValueError, match="do not fit SparseUNet"):
+        load_student(tmp_path / "decoder", encoder=build_encoder("test_convnext"))
 
 
 def _keywords(arguments: dict) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import write_images
 
 from hgkd.sparse import CellLayout
 
@@ -93,3 +94,19 @@ def test_refusals(arguments, message: str, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     assert benchmark.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_data_rates_are_told_against_decoding(tmp_path, capsys) -> None:
+    images = write_images(tmp_path / "images", each=4, size=32)
+    command = ["data", "--data-root", str(images), "--image-size", "16", "--workers", "1", "--repeats", "1", "--images", "6"]
+    assert benchmark.main([*command, "--json", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["what"] for row in result["results"]] == ["decoding", "data set", "loader, 1 processes"]
+    rates = [row["images_per_s"] for row in result["results"]]
+    assert [row["of_decoding"] for row in result["results"]] == pytest.approx([rate / rates[0] for rate in rates])
+    assert result["settings"]["images"] == 6
+    assert "of decoding" in capsys.readouterr().out
+    assert benchmark.main(["data", "--data-root", str(tmp_path / "gone")]) == 2
+    assert "gone does not exist" in capsys.readouterr().err
+    assert benchmark.main([*command, "--workers", "0"]) == 2
+    assert "must be 1 or more, got 0" in capsys.readouterr().err

@@ -85,6 +85,11 @@ def write_onnx(
     extra = [name for name in PRECISIONS[1:] if name in precision]
     if "int8" in extra and (job.images is None or len(job.images) < _LEAST_IMAGES):
         raise ValueError(f"int8 is calibrated and measured on images: give a folder of {_LEAST_IMAGES} or more with images=")
+    if graph.classifier is not None and job.labels is not None and job.labels.max() >= graph.classifier.out_features:
+        raise ValueError(
+            f"the images are of {int(job.labels.max()) + 1} classes, the classifier knows {graph.classifier.out_features}; "
+            "give images in the class folders that it was trained with"
+        )
     onnx, onnxruntime, _ = need("onnx", "onnx", "onnxruntime", "onnxscript")
     if extra:
         need("onnx", "onnxruntime.quantization")
@@ -104,7 +109,7 @@ def write_onnx(
             _LOWER[name](job, file, lower)
         table.append({"file": lower.name, "precision": name, "bytes": lower.stat().st_size})
     if job.images is not None:
-        table = [{**row, **_agreement(job, run, onnx_runner(job.folder / row["file"]))} for row in table]
+        table = [{**row, **_agreement(job, output, run, onnx_runner(job.folder / row["file"]))} for row in table]
     tensors = len(onnx.load(str(file)).graph.initializer)
     return Written(
         load_with=f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"
@@ -234,13 +239,13 @@ def _write_int8(job: Job, file: Path, lower: Path) -> None:
 _LOWER: dict[str, Callable[[Job, Path, Path], None]] = {"fp16": _write_fp16, "int8": _write_int8}
 
 
-def _agreement(job: Job, full: Callable[[Tensor], Tensor], lower: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def _agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """How alike two graphs are on the real images that calibrated nothing: every second one.
 
     Returns:
         ``cosine``: mean cosine of an image's outputs; ``difference``: largest difference relative to the largest output;
-        ``same_nearest``: share of images whose most similar other image is the same; ``top1``: leave-one-out 1-NN accuracy,
-        when the images lie in class folders.
+        ``same_nearest``: share of images whose most similar other image is the same; ``top1``, with labels: the classifier's
+        accuracy, or of features that of the leave-one-out 1-NN.
     """
     images = cast(Tensor, job.images)
     held_out = images[1::2]
@@ -256,7 +261,8 @@ def _agreement(job: Job, full: Callable[[Tensor], Tensor], lower: Callable[[Tens
     }
     if job.labels is not None:
         labels = job.labels[1::2]
-        found["top1"] = (labels[near_b] == labels).float().mean().item()
+        # a classifier answers for itself; of features their nearest neighbour does
+        found["top1"] = ((b.argmax(1) if output == "logits" else labels[near_b]) == labels).float().mean().item()
     return found
 
 

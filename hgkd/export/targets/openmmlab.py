@@ -159,6 +159,11 @@ def _config_page(library: str, job: Job, backbone: dict[str, Any]) -> str:
 
 
 TARGETS = tuple(
-    Target(library, f"a checkpoint and config lines for {library}: ResNet, ResNeXt, ConvNeXt", partial(write, library))
+    Target(
+        library,
+        f"a checkpoint and config lines for {library}: ResNet, ResNeXt, ConvNeXt; --what model: a whole model",
+        partial(write, library),
+        ("backbone", "model"),
+    )
     for library in ("mmdet", "mmseg", "mmpretrain")
 )

@@ -21,16 +21,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hgkd.engine.weights import load_strict, read_checkpoint
 from hgkd.errors import WeightsError
 from hgkd.export.card import write_json
-from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, read_config, read_spec
+from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, load_backbone, read_config, read_spec
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, load_all
 from hgkd.export.naming import TIMM, renamed
 from hgkd.export.source import FORMAT, Source, literal_config
 from hgkd.sparse import load_sparse as load_sparse_file
 from hgkd.sparse import save_sparse, sparsify
+from hgkd.sparse.spconv import from_krsc, to_krsc
 from hgkd.students.encoder import encoder_levels
 from hgkd.students.unet import check_cell
+
+_ENCODER = "encoder."
+_GIVEN = {"student": "", "decoder": ", encoder='EXPORTED/BACKBONE'"}  # what load_student must be given besides the folder
 
 
 def write(job: Job, *, cell: int | None = None) -> Written:
@@ -43,7 +48,7 @@ def write(job: Job, *, cell: int | None = None) -> Written:
     stride = encoder_levels(job.network)[-1].stride
     side = cell or trained or stride
     check_cell(side, stride)
-    return _write_student(job, side) if job.what == "student" else _write_backbone(job, side)
+    return _write_backbone(job, side) if job.what == "backbone" else _write_student(job, side)
 
 
 def _write_backbone(job: Job, cell: int) -> Written:
@@ -73,11 +78,12 @@ def _write_student(job: Job, cell: int) -> Written:
     arguments = {
         key: value for key, value in arguments.items() if key not in ("type", "encoder_checkpoint", "pretrained", "backend")
     }
-    weights = {key: value.detach().cpu().contiguous().clone() for key, value in job.source.student.items()}
+    kept = {key: value for key, value in job.source.student.items() if job.what == "student" or not key.startswith(_ENCODER)}
+    weights = {key: value.detach().cpu().contiguous().clone() for key, value in kept.items()}
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    _describe(job, {"cell": cell, "student": arguments})
+    _describe(job, {"cell": cell, job.what: arguments})
     reference: Any = load_all(_build_student(arguments, "masked"), dict(job.source.student), "hgkd.students.SparseUNet")
-    again: Any = load_student(job.folder)
+    again: Any = load_student(job.folder, encoder=job.network if job.what == "decoder" else None)
 
     def decoded(student: Any, images: Tensor) -> Tensor:
         cropped, visible = _masked(job, images, cell, normalise=False)
@@ -85,23 +91,23 @@ def _write_student(job: Job, cell: int) -> Written:
         return out
 
     return Written(
-        load_with=f"from hgkd.export import load_student\nstudent = load_student('{job.out}')",
+        load_with=f"from hgkd.export import load_student\nstudent = load_student('{job.out}'{_GIVEN[job.what]})",
         proven_with="hgkd.export.load_student, backend gather against masked, a quarter of the cells visible",
         again=lambda images: decoded(again, images),
         expected=lambda images: decoded(reference, images),
         tensors=len(weights),
-        parameters=count_parameters(reference),
+        parameters=count_parameters(reference) - (count_parameters(reference.encoder) if job.what == "decoder" else 0),
         notes=[f"cell {cell}; the decoder's output is what the objectives project, not an image"],
     )
 
 
 def write_spconv(job: Job) -> Written:
     """The encoder's weights in timm's names, convolutions in spconv's layout."""
-    weights = {key: to_spconv(value) for key, value in renamed(job.network, TIMM).items()}
+    weights = {key: to_krsc(value) if value.dim() == 4 else value for key, value in renamed(job.network, TIMM).items()}
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt", "layout": "KRSC"})
     again = job.source.spec.build()
     found = load_file(job.folder / WEIGHTS_FILE)
-    load_all(again, {key: from_spconv(value) for key, value in found.items()}, "timm")
+    load_all(again, {key: from_krsc(value) if value.dim() == 4 else value for key, value in found.items()}, "timm")
     return Written(
         load_with=f"safetensors.torch.load_file('{job.out / WEIGHTS_FILE}')",
         proven_with="timm's dense network, weights permuted back (spconv has no such network)",
@@ -110,16 +116,6 @@ def write_spconv(job: Job) -> Written:
         parameters=count_parameters(job.network),
         notes=["convolutions are (K, R, S, C); names are timm's; submanifold layers keep the places that the mask keeps"],
     )
-
-
-def to_spconv(weight: Tensor) -> Tensor:
-    """A convolution's weight (K, C, R, S) -> (K, R, S, C); anything else as it is."""
-    return weight.permute(0, 2, 3, 1).contiguous() if weight.dim() == 4 else weight
-
-
-def from_spconv(weight: Tensor) -> Tensor:
-    """A convolution's weight (K, R, S, C) -> (K, C, R, S); anything else as it is."""
-    return weight.permute(0, 3, 1, 2).contiguous() if weight.dim() == 4 else weight
 
 
 def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Module:
@@ -138,14 +134,35 @@ def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Mod
     return load_sparse_file(Path(path).expanduser() / WEIGHTS_FILE, read_spec(path).build(), backend)
 
 
-def load_student(path: str | os.PathLike[str], backend: str = "gather") -> nn.Module:
-    """The ``SparseUNet`` of a folder of ``--to sparse --what student``, in eval mode; errors as :func:`load_sparse`."""
-    from hgkd.engine.weights import load_strict, read_weights
+def load_student(
+    path: str | os.PathLike[str], backend: str = "gather", *, encoder: nn.Module | str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """The ``SparseUNet`` of a folder of ``--to sparse --what student`` or ``decoder``, in eval mode.
 
-    section = _section(path, "student")
-    student = _build_student(section["student"], backend)
+    Args:
+        backend: of ``sparsify``.
+        encoder: for a decoder: the network to put it on, the dense encoder or what :func:`hgkd.export.load_backbone` reads.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file of it is missing.
+        WeightsError: no such export, damaged, or not fitting.
+        ValueError: a decoder without encoder, or a whole student with another one.
+    """
+    what = "student" if encoder is None else "decoder"
+    section = _section(path, "student", "decoder")
+    if what not in section:
+        raise ValueError(
+            f"{path} holds a decoder alone; give the network to put it on with encoder="
+            if encoder is None
+            else f"{path} holds a whole student; leave encoder out"
+        )
     file = Path(path).expanduser() / WEIGHTS_FILE
-    load_strict(student, read_weights(file), source=str(file))
+    weights = read_checkpoint(file)
+    if encoder is not None:
+        network = encoder if isinstance(encoder, nn.Module) else load_backbone(encoder)
+        weights.update({f"{_ENCODER}{key}": value for key, value in network.state_dict().items()})
+    student = _build_student(section[what], backend)
+    load_strict(student, weights, source=str(file))
     return student.eval()
 
 
@@ -161,10 +178,10 @@ def _student_arguments(source: Source) -> dict[str, Any]:
     return dict(model.get("student") or {})
 
 
-def _section(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
+def _section(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     section = read_config(Path(path).expanduser()).get("hgkd") or {}
-    if key not in section:
-        what = " --what student" if key == "student" else ""
+    if not any(key in section for key in keys):
+        what = "".join(f" --what {key}" for key in keys[:1] if key != "cell")
         raise WeightsError(f"{path} is no export that tools/export.py wrote with --to sparse{what}")
     return dict(section)
 
@@ -186,6 +203,11 @@ def _masked(job: Job, images: Tensor, cell: int, normalise: bool = True) -> tupl
 
 
 TARGETS = (
-    Target("sparse", "weights and cell of the sparse network, for hgkd.export.load_sparse", write, ("backbone", "student")),
+    Target(
+        "sparse",
+        "weights and cell of the sparse network, for hgkd.export.load_sparse",
+        write,
+        ("backbone", "student", "decoder"),
+    ),
     Target("spconv", "the encoder's weights with convolutions in spconv's (K, R, S, C) layout", write_spconv),
 )

@@ -1,0 +1,183 @@
+"""``--what model``: the whole network of a checkpoint that mmengine's runner wrote, without what only its training needed.
+
+For detectors, segmentors and any other model of mmengine: ``model.pth`` (mmengine's layout, for ``load_checkpoint`` and
+``init_model``) and ``model.safetensors``, both under the model's own names. Of a distillation the student alone is kept, its
+names without ``student.``; teacher, objectives, optimiser, schedule and log stay behind.
+
+The proof: both files are read back and compared bit for bit; where the library imports and the checkpoint describes its model
+as plain values, the library's own model takes the weights strictly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pprint import pformat
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.runner.checkpoint import load_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hgkd.engine.weights import read_checkpoint
+from hgkd.errors import WeightsError
+from hgkd.export.card import run_card, write_cards
+from hgkd.export.folder import new_folder
+from hgkd.export.importing import WEIGHTS_FILE
+from hgkd.export.job import ExportError, ExportReport, optional
+from hgkd.export.source import literal_config, run_metrics
+
+MODEL_FILE, MODEL_CONFIG = "model.pth", "model_config.py"
+_STUDENT = "student."
+# parts of a model that only its training needs, by the first part of the name
+_TRAINING_ONLY = ("teacher", "objectives", "generators", "second_head", "losses", "loss", "connectors")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A whole model out of a checkpoint.
+
+    Attributes:
+        path: the file.
+        state: its weights under its own names.
+        config: what builds it; empty when the checkpoint does not say, or not in plain values.
+        aside: number of the checkpoint's weights that were left out, by the first part of the name.
+        meta, metrics: as in :class:`hgkd.export.source.Source`.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    aside: Mapping[str, int]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """The model's registered name."""
+        return {"name": str(self.config.get("type", "unknown: the checkpoint does not describe its model in plain values"))}
+
+
+def read_model(path: str | os.PathLike[str]) -> ModelSource:
+    """Read a checkpoint of mmengine's runner, without running code that the file may hold.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: damaged, no checkpoint of a runner, or nothing but parts of a training.
+    """
+    path = Path(path).expanduser()
+    checkpoint = read_checkpoint(path)
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(weights, Mapping) or not isinstance(meta, Mapping):
+        raise WeightsError(f"{path} is no checkpoint of mmengine's runner: it lacks 'state_dict' or 'meta'")
+    config = dict(literal_config(meta.get("cfg")).get("model") or {})
+    state = {key.removeprefix(_STUDENT): value for key, value in weights.items() if key.startswith(_STUDENT)}
+    if state:
+        left = [key for key in weights if not key.startswith(_STUDENT)]
+        student = config.get("student")
+        config = dict(student) if isinstance(student, Mapping) else {}
+    else:
+        left = [key for key in weights if key.partition(".")[0] in _TRAINING_ONLY]
+        state = {key: value for key, value in weights.items() if key not in set(left)}
+    if not state:
+        raise WeightsError(
+            f"{path} holds nothing but parts of a training ({', '.join(sorted({k.partition('.')[0] for k in left}))})"
+        )
+    aside = Counter(key.partition(".")[0] for key in left)
+    return ModelSource(path, state, config, aside, dict(meta), run_metrics(checkpoint))
+
+
+def export_model(checkpoint: str | os.PathLike[str], out: Path, library: str, licences: Mapping[str, str]) -> ExportReport:
+    """Write a whole model, read it back, and only then let the folder appear.
+
+    Args:
+        checkpoint: see :func:`read_model`.
+        out: folder to make, checked before.
+        library: 'mmdet', 'mmseg' or 'mmpretrain', whose model it is.
+        licences: see :func:`hgkd.export.export`.
+
+    Raises:
+        FileNotFoundError, WeightsError: see :func:`read_model`; or the weights are not finite.
+        ExportError: what was read back differs, or the library's own model does not take it.
+    """
+    source = read_model(checkpoint)
+    check_finite(source.path, source.state)
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in source.state.items()}
+    left = ", ".join(f"{count} of {name}" for name, count in source.aside.items())
+    notes = [f"left behind, as only the training needs it: {left}"] if left else []
+    with new_folder(out) as work:
+        named = {
+            key: value for key, value in source.meta.items() if key == "dataset_meta"
+        }  # names of the classes, for inferencers
+        torch.save({"meta": named, "state_dict": state}, work / MODEL_FILE)
+        save_file(state, work / WEIGHTS_FILE, metadata={"format": "pt"})
+        if source.config:
+            page = f"default_scope = {library!r}\nmodel = {pformat(source.config, sort_dicts=False)}\n"
+            (work / MODEL_CONFIG).write_text(page, encoding="utf-8")
+        _same_files(state, work)
+        proven_with = f"torch {torch.__version__} and safetensors, bit for bit; " + _prove_in(library, source.config, work)
+        load_with = f"mmengine.runner.load_checkpoint(model, '{out / MODEL_FILE}', strict=True)"
+        load_with += f"  # model = {library}.registry.MODELS.build(Config.fromfile('{out / MODEL_CONFIG}').model)" * bool(
+            source.config
+        )
+        facts = {"target": library, "what": "model", "load_with": load_with, "proven_with": proven_with, "max_difference": 0.0}
+        card = run_card(source, facts, work, licences, notes)
+        write_cards(card, work)
+        return ExportReport(
+            out=out,
+            target=library,
+            what="model",
+            network=source.describe(),
+            tensors=len(state),
+            parameters=sum(
+                value.numel() for key, value in state.items() if value.is_floating_point() and ".running_" not in key
+            ),
+            loaded_with=load_with,
+            proven_with=proven_with,
+            max_difference=0.0,
+            images=0,
+            source_sha256=card["source"]["sha256"],
+            files={name: entry["bytes"] for name, entry in card["files"].items()},
+            notes=notes,
+        )
+
+
+def check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError when a weight is NaN or infinite."""
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise WeightsError(
+            f"{path} holds NaN or infinite values in {len(broken)} of its weights, e.g. {broken[0]}; "
+            "training has diverged, export an earlier checkpoint"
+        )
+
+
+def _same_files(state: Mapping[str, Tensor], folder: Path) -> None:
+    again = (load_file(folder / WEIGHTS_FILE), read_checkpoint(folder / MODEL_FILE)["state_dict"])
+    for found in again:
+        if found.keys() != state.keys() or not all(torch.equal(found[key], value) for key, value in state.items()):
+            raise ExportError("weights changed on the way to disk and back")
+
+
+def _prove_in(library: str, config: dict[str, Any], folder: Path) -> str:
+    """Let the library's own model take the weights, strictly; what was proven, in words."""
+    if not config:
+        return "no model was built: the checkpoint does not describe it in plain values"
+    registry, version = optional(f"{library}.registry")
+    if registry is None:
+        return f"no model was built: {version}"
+    try:
+        model = registry.MODELS.build(Config({"model": {**config, "_scope_": library}}).model)
+    except Exception as error:
+        # modules of the user's own that are not imported here, files that the config names
+        return f"no model was built: {library} cannot ({type(error).__name__}: {error})"
+    try:
+        load_checkpoint(model, str(folder / MODEL_FILE), map_location="cpu", strict=True)
+    except RuntimeError as error:
+        raise ExportError(f"{library}'s {config.get('type')} does not take the weights: {error}") from error
+    return f"{version}: its own model takes every weight"
