@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from hgkd.evaluation import linear_probe
 
@@ -99,7 +99,8 @@ def test_threads_are_limited_while_fitting_and_given_back(monkeypatch: pytest.Mo
 
     plain = LogisticRegression.fit
     monkeypatch.setattr(LogisticRegression, "fit", fit)
-    before = threads()
-    linear_probe(*blobs(5, 0.5, 1), *blobs(5, 0.5, 2))
+    with threadpool_limits(2):  # whatever OMP_NUM_THREADS says
+        before = threads()
+        linear_probe(*blobs(5, 0.5, 1), *blobs(5, 0.5, 2))
+        assert threads() == before
     assert seen == [{1}] * 6  # five of the sweep, and the final one
-    assert threads() == before
