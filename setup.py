@@ -21,6 +21,8 @@ INSTALL = [
     "setuptools<80",  # mmengine imports pkg_resources
     "safetensors>=0.4",
     "scikit-learn>=1.3",
+    "scipy>=1.11",
+    "threadpoolctl>=3",
     "tensorboard>=2.14",
     "matplotlib>=3.7",
     "numpy>=1.26",

@@ -12,7 +12,8 @@ A plan is a Python file with
 ``{name}`` in a string of the plan is replaced by the value of ``--set name=...``: data and teacher files stay out of the plan.
 Every run is a process of its own (``tools/train.py``), with ``--jobs`` of them at a time and the cores shared between them.
 A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison. Results:
-``DIR/results.json`` (every run) and ``DIR/table.md`` (mean and deviation over the seeds, commands below).
+``DIR/results.json`` and ``DIR/table.csv`` (every run), ``DIR/table.md`` (mean and deviation over the seeds, commands below) and
+``DIR/picture.png`` (final results, learning curves).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from typing import Any
 from mmengine.config import Config
 
 from hgkd.errors import USER_ERRORS, StoppedError
+from hgkd.evaluation.comparison import trained_images, write_csv, write_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
@@ -156,6 +158,7 @@ def run(job: Job, threads: int) -> dict[str, Any]:
         seconds = _process([*job.train_command[:4], *resume, *job.train_command[4:]], job.folder / "train.log", threads)
         result |= {"train_seconds": seconds[0], "train_cpu_seconds": seconds[1], **_speed(job.folder)}
         arguments["backbone"] = (job.folder / "last_checkpoint").read_text(encoding="utf-8").strip()
+        result["images"] = trained_images(arguments["backbone"])
     command = _evaluate_command(arguments, job.folder / "evaluation.json")
     result["evaluate_command"] = shlex.join(["python", *command])
     _process(command, job.folder / "evaluate.log", threads)
@@ -255,6 +258,8 @@ def compare(
             results.append(result)
     (work_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (work_dir / "table.md").write_text(table_of(results), encoding="utf-8")
+    write_csv(results, work_dir / "table.csv")
+    write_picture(results, work_dir / "picture.png")
     return results
 
 

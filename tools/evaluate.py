@@ -1,17 +1,19 @@
-"""How good a backbone's frozen features are: k-NN and linear probe on two folders of labelled images.
+"""How good a backbone's frozen features are: k-NN, linear probe and few-shot on labelled images.
 
-    python tools/evaluate.py knn linear --backbone work_dirs/run/epoch_100.pth --train DIR/train --test DIR/test \\
-        --image-size 96 --json result.json
+    python tools/evaluate.py knn linear fewshot --backbone work_dirs/run/epoch_100.pth --train DIR/train --test DIR/test \\
+        --image-size 96 --json result.json --csv results.csv
+    python tools/evaluate.py compare result.json other.json
 
 A backbone is a checkpoint of tools/train.py, a folder of tools/export.py, a timm name (random weights unless
---checkpoint or --pretrained), or mae:FILE. Images are centre-cropped; a class is a sub-folder.
+--checkpoint or --pretrained), or mae:FILE. Labelled images are a folder with one sub-folder a class, or a list with a path and
+a class a line (.txt, .csv, .tsv); they are centre-cropped. 'compare' tests whether two results differ by more than the test
+images' chance; docs/evaluation.md describes everything.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,23 +28,14 @@ from rich.table import Table
 
 from hgkd.data import LabelledImages
 from hgkd.errors import USER_ERRORS, DataError
-from hgkd.evaluation import FeatureSet, bootstrap_interval, extract, linear_probe, load_extractor
+from hgkd.evaluation import FeatureSet, bootstrap_interval, extract, few_shot, linear_probe, load_extractor
+from hgkd.evaluation.accuracy import per_class_accuracy, percent
+from hgkd.evaluation.fewshot import DEFAULT_SHOTS
 from hgkd.evaluation.knn import knn_predictions
-from hgkd.evaluation.linear import DEFAULT_GRID, per_class_accuracy, percent
+from hgkd.evaluation.linear import DEFAULT_GRID
+from hgkd.evaluation.records import append_csv, check_csv, compare_results, list_digest, read_json, write_json
 
-METHODS = ("knn", "linear")
-CSV_COLUMNS = (
-    "method",
-    "backbone",
-    "checkpoint",
-    "block",
-    "image_size",
-    "train_images",
-    "test_images",
-    "top1",
-    "ci95_low",
-    "ci95_high",
-)
+METHODS = ("knn", "linear", "fewshot")
 
 
 def evaluate(
@@ -61,6 +54,9 @@ def evaluate(
     temperature: float = 0.07,
     standardise: bool = True,
     c_grid: Sequence[float] = DEFAULT_GRID,
+    shots: Sequence[int] = DEFAULT_SHOTS,
+    draws: int = 10,
+    data_root: str | None = None,
     batch_size: int = 64,
     workers: int = 2,
     device: str = "auto",
@@ -69,24 +65,26 @@ def evaluate(
     """Extract the features once and run every method of ``methods`` on them.
 
     Args:
-        methods: of 'knn', 'linear'.
+        methods: of 'knn', 'linear', 'fewshot'.
         backbone, checkpoint, block, pretrained: see ``hgkd.evaluation.load_extractor``.
-        train, test: folders with the same class folders.
+        train, test: folders with the same class folders, or lists (see ``hgkd.data.LabelledImages``) with the same classes.
         ks: neighbours; ``top1`` is that of the first.
-        seed: of random weights, the held-out images and the bootstrap.
+        shots, draws: see ``hgkd.evaluation.few_shot``; ``top1`` is that of the first number.
+        data_root: folder below which the paths of lists are; None: each list's own.
+        seed: of random weights, the held-out images, the draws and the bootstrap.
 
     Returns:
-        method -> result, as ``--json`` writes it: method, backbone, top1 (percent), ci95, per_class (percent),
-        train_images, test_images, settings; k-NN adds top1_by_k, the linear probe sweep (C -> percent on held-out
-        training images), chosen_c and converged.
+        method -> result, as ``--json`` writes it, see ``hgkd.evaluation.records``. k-NN and linear probe add ``predicted``, the
+        class index of every test image (of the first k); the linear probe ``sweep`` (C -> percent on held-out training
+        images), ``chosen_c`` and ``converged``.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    bank = LabelledImages(train, image_size=image_size, limit_per_class=limit_per_class, split="bank")
-    queries = LabelledImages(test, image_size=image_size, limit_per_class=test_limit_per_class, split="query")
+    bank = _labelled(train, data_root, image_size, limit_per_class)
+    queries = _labelled(test, data_root, image_size, test_limit_per_class)
     if list(bank.classes) != list(queries.classes):
         only = sorted(set(bank.classes) ^ set(queries.classes))
-        raise DataError(f"{train} and {test} must have the same class folders; {only[:5]} are in one of them only")
+        raise DataError(f"{train} and {test} must have the same classes; {only[:5]} are in one of them only")
     if "knn" in methods and not 1 <= min(ks) <= max(ks) <= len(bank):
         raise ValueError(f"k must lie in 1 .. {len(bank)}, the number of training images, got {list(ks)}")
 
@@ -103,105 +101,134 @@ def evaluate(
         "skipped_images": known.skipped + asked.skipped,
         "extractor": extractor.settings,
     }
+    files = [(queries.path(i), queries.classes[queries.labels[i]]) for i in asked.indices.tolist()]
+    test_list = list_digest((os.path.relpath(path, queries.data_root), name) for path, name in files)
     results: dict[str, dict[str, Any]] = {}
     for method in methods:
         if method == "knn":
             correct, extra, settings = _knn(known, asked, ks, temperature, standardise)
-        else:
+        elif method == "linear":
             correct, extra, settings = _linear(known, asked, c_grid, seed)
-        per_class = per_class_accuracy(correct, asked.labels.numpy())
+        else:
+            correct, extra, settings = _few_shot(known, asked, shots, draws, seed)
+        first = next(iter(correct.values())).mean(axis=0)
+        per_class = per_class_accuracy(first, asked.labels.numpy())
+        scores = {setting: _score(drawn, seed) for setting, drawn in correct.items()}
         results[method] = {
             "method": method,
             "backbone": backbone,
-            "top1": percent(correct),
-            "ci95": list(bootstrap_interval(correct, seed=seed)),
+            **{key: next(iter(scores.values()))[key] for key in ("top1", "ci95")},
             "per_class": {queries.classes[label]: value for label, value in per_class.items()},
             "train_images": len(known.labels),
             "test_images": len(asked.labels),
             **extra,
+            "scores": scores,
+            "test_list": test_list,
             "settings": {**shared, **settings},
         }
     return results
 
 
-def _knn(
-    known: FeatureSet, asked: FeatureSet, ks: Sequence[int], temperature: float, standardise: bool
-) -> tuple[NDArray[np.bool_], dict[str, Any], dict[str, Any]]:
+def _labelled(source: str, data_root: str | None, image_size: int, limit_per_class: int | None) -> LabelledImages:
+    path = Path(source).expanduser()
+    if path.is_file():
+        root = path.parent if data_root is None else data_root
+        return LabelledImages(root, image_size=image_size, limit_per_class=limit_per_class, list_file=path)
+    return LabelledImages(path, image_size=image_size, limit_per_class=limit_per_class)
+
+
+_Found = tuple[dict[str, NDArray[np.bool_]], dict[str, Any], dict[str, Any]]
+"""Setting -> whether each test image is right (draws, N); further entries of the result; entries of its settings."""
+
+
+def _knn(known: FeatureSet, asked: FeatureSet, ks: Sequence[int], temperature: float, standardise: bool) -> _Found:
     predicted = knn_predictions(
         known.features, known.labels, asked.features, ks=ks, temperature=temperature, standardise=standardise
     )
-    correct = {k: (labels == asked.labels).numpy() for k, labels in predicted.items()}
-    by_k = {str(k): percent(values) for k, values in correct.items()}
-    return correct[ks[0]], {"top1_by_k": by_k}, {"k": ks[0], "temperature": temperature, "standardise": standardise}
+    correct = {f"k={k}": (labels == asked.labels).numpy()[None] for k, labels in predicted.items()}
+    extra = {"predicted": predicted[ks[0]].tolist()}
+    return correct, extra, {"temperature": temperature, "standardise": standardise}
 
 
-def _linear(
-    known: FeatureSet, asked: FeatureSet, c_grid: Sequence[float], seed: int
-) -> tuple[NDArray[np.bool_], dict[str, Any], dict[str, Any]]:
+def _linear(known: FeatureSet, asked: FeatureSet, c_grid: Sequence[float], seed: int) -> _Found:
     found = linear_probe(known.features, known.labels, asked.features, asked.labels, grid=c_grid, seed=seed)
     sweep = {str(c): value for c, value in found.sweep.items()}
-    extra = {"sweep": sweep, "chosen_c": found.chosen_c, "converged": found.converged}
-    return found.correct, extra, {"c_grid": list(c_grid)}
+    extra = {"predicted": found.predictions.tolist(), "sweep": sweep, "chosen_c": found.chosen_c, "converged": found.converged}
+    return {"C by sweep" if sweep else f"C={found.chosen_c:g}": found.correct[None]}, extra, {"c_grid": list(c_grid)}
 
 
-def write_json(results: dict[str, dict[str, Any]], file: str) -> None:
-    """One result as it is; several under their methods' names."""
-    content = next(iter(results.values())) if len(results) == 1 else results
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _few_shot(known: FeatureSet, asked: FeatureSet, shots: Sequence[int], draws: int, seed: int) -> _Found:
+    correct = few_shot(known.features, known.labels, asked.features, asked.labels, shots, draws, seed)
+    return {f"{count} a class": drawn for count, drawn in correct.items()}, {}, {"draws": draws}
 
 
-def append_csv(results: dict[str, dict[str, Any]], file: str) -> None:
-    """One line a method; the column names first when the file is new."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or path.stat().st_size == 0
-    with open(path, "a", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, CSV_COLUMNS)
-        if new:
-            writer.writeheader()
-        for result in results.values():
-            used = result["settings"]["extractor"]
-            writer.writerow(
-                {
-                    **{key: result[key] for key in ("method", "backbone", "train_images", "test_images")},
-                    "checkpoint": used.get("weights"),
-                    "block": used.get("block"),
-                    "image_size": result["settings"]["image_size"],
-                    "top1": f"{result['top1']:.2f}",
-                    "ci95_low": f"{result['ci95'][0]:.2f}",
-                    "ci95_high": f"{result['ci95'][1]:.2f}",
-                }
-            )
+def _score(drawn: NDArray[np.bool_], seed: int) -> dict[str, Any]:
+    """Entries of ``scores`` from the outcomes (draws, N)."""
+    correct = drawn.mean(axis=0)
+    score: dict[str, Any] = {"top1": percent(correct), "ci95": list(bootstrap_interval(correct, seed=seed))}
+    if len(drawn) > 1:
+        score["deviation"] = float(100.0 * drawn.mean(axis=1).std(ddof=1))
+        return {**score, "correct": [round(share, 6) for share in correct.tolist()]}
+    return {**score, "correct": drawn[0].astype(int).tolist()}
 
 
 def table_of(results: dict[str, dict[str, Any]]) -> Table:
     first = next(iter(results.values()))
     table = Table(title=f"{escape(first['backbone'])}: {first['train_images']} training, {first['test_images']} test images")
-    for column in ("method", "top-1 %", "95 % interval", "worst class", "setting"):
+    for column in ("method", "setting", "top-1 %", "95 % interval", "worst class"):
         table.add_column(column)
     for method, result in results.items():
         worst = min(result["per_class"], key=result["per_class"].get)
-        if method == "knn":
-            setting = ", ".join(f"k={k}: {value:.1f}" for k, value in result["top1_by_k"].items())
-        else:
-            setting = f"C={result['chosen_c']:g}" + ("" if result["converged"] else ", not converged")
+        for i, (setting, score) in enumerate(result["scores"].items()):
+            spread = f" +- {score['deviation']:.1f} over {result['settings']['draws']} draws" if "deviation" in score else ""
+            table.add_row(
+                method if i == 0 else "",
+                setting,
+                f"{score['top1']:.1f}{spread}",
+                "{:.1f} .. {:.1f}".format(*score["ci95"]),
+                f"{escape(worst)} {result['per_class'][worst]:.1f}" if i == 0 else "",
+            )
+    return table
+
+
+def sweep_line(result: dict[str, Any]) -> str:
+    """How the linear probe chose C."""
+    tried = ", ".join(f"C={c} {value:.1f}" for c, value in result["sweep"].items())
+    end = "" if result["converged"] else "; the final fit did NOT converge"
+    return f"linear, top-1 % on held-out training images: {tried}; chosen C={result['chosen_c']:g}{end}"
+
+
+def compare(first: str, second: str, seed: int = 0) -> Table:
+    """Two files of ``--json`` against each other, as a table.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``hgkd.evaluation.records``.
+    """
+    a, b = read_json(first), read_json(second)
+    found, notes = compare_results(a, b, seed)
+    table = Table(
+        title=f"A = {escape(first)}, B = {escape(second)}",
+        caption="p: exact McNemar test. It knows the chance of the test images, not that of another training seed.\n"
+        + escape("\n".join(notes)),
+    )
+    for column in ("method", "setting", "A %", "B %", "A - B (95 %)", "only A : only B right", "p"):
+        table.add_column(column, no_wrap=column in ("method", "setting"))
+    for (method, setting), test in found.items():
+        tops = (f"{run[method]['scores'][setting]['top1']:.1f}" for run in (a, b))
+        low, high = test.ci95
         table.add_row(
-            method,
-            f"{result['top1']:.1f}",
-            "{:.1f} .. {:.1f}".format(*result["ci95"]),
-            f"{escape(worst)} {result['per_class'][worst]:.1f}",
-            setting,
+            *(method, setting, *tops, f"{test.difference:+.1f} ({low:+.1f} .. {high:+.1f})"),
+            *(f"{test.first_only} : {test.second_only}", f"{test.p_value:.2g}"),
         )
     return table
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", choices=METHODS, help="one or both; features are extracted once")
+    parser.add_argument("methods", nargs="+", choices=METHODS, help="features are extracted once")
     parser.add_argument("--backbone", required=True, help="checkpoint .pth, export folder, timm name or mae:FILE")
-    parser.add_argument("--train", required=True, help="folder of training images, one sub-folder a class")
-    parser.add_argument("--test", required=True, help="folder of test images with the same sub-folders")
+    parser.add_argument("--train", required=True, help="training images: a folder with one sub-folder a class, or a list")
+    parser.add_argument("--test", required=True, help="test images with the same classes")
     parser.add_argument("--checkpoint", help="weight file for a timm name, loaded strictly")
     parser.add_argument("--block", type=int, help="ViT: block whose patch tokens are averaged, 0 = first; default last")
     parser.add_argument("--pretrained", action="store_true", help="let timm download its weights")
@@ -212,30 +239,50 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.07, help="k-NN: the smaller, the more the nearest counts")
     parser.add_argument("--no-standardise", action="store_false", dest="standardise", help="k-NN on features as they are")
     parser.add_argument("--c-grid", type=float, nargs="+", default=list(DEFAULT_GRID), help="linear probe: values of C")
+    parser.add_argument("--shots", type=int, nargs="+", default=list(DEFAULT_SHOTS), help="few-shot: labelled images a class")
+    parser.add_argument("--draws", type=int, default=10, help="few-shot: how often they are drawn")
+    parser.add_argument("--data-root", help="folder below which the paths of lists are; default: each list's own")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--seed", type=int, default=0, help="random weights, held-out images, bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="random weights, held-out images, draws, bootstrap")
     parser.add_argument("--json", help="file to write the results to")
-    parser.add_argument("--csv", help="file to append one line a method to")
+    parser.add_argument("--csv", help="file to append one line a method and setting to")
     args = parser.parse_args(argv)
     args.methods = list(dict.fromkeys(args.methods))
     return args
 
 
+def parse_compare(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="evaluate.py compare", description="Whether two results differ, image by image.")
+    parser.add_argument("first", help="file of --json")
+    parser.add_argument("second", help="file of --json, of the same test images")
+    parser.add_argument("--seed", type=int, default=0, help="bootstrap")
+    return parser.parse_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = vars(parse_args(argv))
-    json_file, csv_file = args.pop("json"), args.pop("csv")
+    argv = sys.argv[1:] if argv is None else argv
+    console = Console()
     try:
+        if argv[:1] == ["compare"]:
+            console.print(compare(**vars(parse_compare(argv[1:]))))
+            return 0
+        args = vars(parse_args(argv))
+        json_file, csv_file = args.pop("json"), args.pop("csv")
+        if csv_file:
+            check_csv(csv_file)
         results = evaluate(**args)
+        if json_file:
+            write_json(results, json_file)
+        if csv_file:
+            append_csv(results, csv_file)
     except USER_ERRORS as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
-    if json_file:
-        write_json(results, json_file)
-    if csv_file:
-        append_csv(results, csv_file)
-    Console().print(table_of(results))
+    console.print(table_of(results))
+    if results.get("linear", {}).get("sweep"):
+        console.print(escape(sweep_line(results["linear"])))
     return 0
 
 

@@ -1,8 +1,10 @@
-"""How good the frozen features are: k-NN, linear probe, health, and the extraction of features from any backbone."""
+"""How good the frozen features are: k-NN, linear probe, few-shot, health, and the extraction of features from any backbone."""
 
+from hgkd.evaluation.accuracy import PairedTest, bootstrap_interval, paired_test
 from hgkd.evaluation.extract import FeatureExtractor, FeatureSet, extract, load_extractor
+from hgkd.evaluation.fewshot import few_shot
 from hgkd.evaluation.knn import FeatureHealthMetric, KNNMetric, effective_rank, knn_accuracy, knn_scores
-from hgkd.evaluation.linear import LinearResult, bootstrap_interval, linear_probe
+from hgkd.evaluation.linear import LinearResult, linear_probe
 from hgkd.evaluation.samples import FeatureSample
 
 __all__ = [
@@ -12,11 +14,14 @@ __all__ = [
     "FeatureSet",
     "KNNMetric",
     "LinearResult",
+    "PairedTest",
     "bootstrap_interval",
     "effective_rank",
     "extract",
+    "few_shot",
     "knn_accuracy",
     "knn_scores",
     "linear_probe",
     "load_extractor",
+    "paired_test",
 ]

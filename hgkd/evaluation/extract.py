@@ -1,6 +1,7 @@
 """Frozen features of any backbone that hgkd can name: students, exports, timm CNNs and ViTs, MAE files.
 
-One feature an image: the mean over places of the last level of a CNN, or of the patch tokens after one block of a ViT.
+One feature an image: the mean over places of the last level of a CNN, or of the patch tokens after one block of a ViT; of other
+timm models whatever they pool to by themselves. CNNs and ViTs also show where things are: maps of every level, and attention.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,11 +30,13 @@ class FeatureSet:
     Attributes:
         features: (N, C), fp32, on the CPU.
         labels: class indices (N,).
+        indices: their places in the data set (N,), ascending.
         skipped: images of the data set that are not among them, because their files cannot be read.
     """
 
     features: Tensor
     labels: Tensor
+    indices: Tensor
     skipped: int = 0
 
 
@@ -44,6 +48,8 @@ class FeatureExtractor(nn.Module):
         settings: what was loaded and which part of it, as plain values for a report.
     """
 
+    attention_name = ""
+
     def __init__(self, kind: str, settings: dict[str, Any]) -> None:
         super().__init__()
         self.kind = kind
@@ -51,12 +57,34 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB, in [0, 1] -> features (B, C)."""
-        raise NotImplementedError
+        return self.maps(images).mean(dim=(2, 3))
+
+    def maps(self, images: Tensor, level: int | None = None) -> Tensor:
+        """Features (B, C, h, w) of a level.
+
+        Args:
+            level: of a CNN, 0 = the finest; of a ViT the block, 0 = the first; negative ones count from the end. None: that
+                of :meth:`forward`.
+
+        Raises:
+            ValueError: no such level, or a network without maps.
+        """
+        raise ValueError(f"{self.settings.get('name')} gives no maps of features; take a CNN or a plain ViT")
+
+    def attention(self, images: Tensor, level: int | None = None) -> Tensor:
+        """Where the network looks, (B, h, w), 0 or more; ``attention_name`` says what it is. See :meth:`maps`."""
+        raise ValueError(f"{self.settings.get('name')} gives no map of attention; take a CNN or a plain ViT")
+
+    def _level(self, level: int, count: int, what: str) -> int:
+        if not -count <= level < count:
+            raise ValueError(f"{what} {level} does not exist: {self.settings['name']} has {what}s 0 .. {count - 1}")
+        return level % count
 
 
 class CNNExtractor(FeatureExtractor):
     """Mean over places of ``model.forward_features``; the model's own mean and deviation normalise the images."""
 
+    attention_name = "activation energy (Zagoruyko & Komodakis, arXiv 1612.03928): squares, summed over channels"
     mean: Tensor
     std: Tensor
 
@@ -67,18 +95,29 @@ class CNNExtractor(FeatureExtractor):
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        level: Tensor = self.model.forward_features((images - self.mean) / self.std)  # type: ignore[operator]
-        if level.ndim != 4 or level.shape[1] != self.model.num_features:
+    def maps(self, images: Tensor, level: int | None = None) -> Tensor:
+        images = (images - self.mean) / self.std
+        if level is not None:
+            from hgkd.students.encoder import encoder_features, encoder_levels
+
+            levels = encoder_levels(self.model)
+            return encoder_features(self.model, images, [levels[self._level(level, len(levels), "level")]])[0]
+        last: Tensor = self.model.forward_features(images)  # type: ignore[operator]
+        if last.ndim != 4 or last.shape[1] != self.model.num_features:
             raise ValueError(
-                f"{self.settings.get('name')} gives features of shape {tuple(level.shape)}, expected (B, "
+                f"{self.settings.get('name')} gives features of shape {tuple(last.shape)}, expected (B, "
                 f"{self.model.num_features}, h, w); only CNNs, and ViTs with a block, can be evaluated"
             )
-        return level.mean(dim=(2, 3))
+        return last
+
+    def attention(self, images: Tensor, level: int | None = None) -> Tensor:
+        return self.maps(images, level).square().sum(dim=1)
 
 
 class TokenExtractor(FeatureExtractor):
     """Mean of a teacher's patch tokens after one block; all is visible, the teacher resizes and normalises inside."""
+
+    attention_name = "attention of the class token to the patches, mean over heads (without a class token: of all patches)"
 
     def __init__(self, teacher: Any, block: int | None, kind: str, settings: dict[str, Any]) -> None:
         depth = teacher.info.depth
@@ -87,19 +126,47 @@ class TokenExtractor(FeatureExtractor):
             raise ValueError(f"block {block} does not exist: {settings['name']} has blocks 0 .. {depth - 1}")
         super().__init__(kind, {**settings, "block": block})
         self.teacher = teacher
-        self.needs = TeacherNeeds(blocks=(block,))
         self.block = block
         self._grid: tuple[int, int] | None = None
 
-    def forward(self, images: Tensor) -> Tensor:
+    def maps(self, images: Tensor, level: int | None = None) -> Tensor:
+        block = self._prepared(images, level)
+        visible = torch.ones(len(images), *self.teacher.grid, dtype=torch.bool, device=images.device)
+        tokens: Tensor = self.teacher(images, visible, TeacherNeeds(blocks=(block,))).tokens[block]
+        return tokens
+
+    def attention(self, images: Tensor, level: int | None = None) -> Tensor:
+        found: Tensor = self.teacher.attention(images, self._prepared(images, level))
+        return found
+
+    def _prepared(self, images: Tensor, level: int | None) -> int:
         patch = self.teacher.info.patch_size
         grid = max(1, round(images.shape[2] / patch)), max(1, round(images.shape[3] / patch))
         if grid != self._grid:  # one token a cell: patches of about the images' own size
             self.teacher.prepare(grid, patch)
             self._grid = grid
-        visible = torch.ones(len(images), *grid, dtype=torch.bool, device=images.device)
-        tokens: Tensor = self.teacher(images, visible, self.needs).tokens[self.block]
-        return tokens.mean(dim=(2, 3))
+        return self.block if level is None else self._level(level, self.teacher.info.depth, "block")
+
+
+class PooledExtractor(FeatureExtractor):
+    """What any other timm model pools to by itself, at the size that it was made for."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, kind: str, settings: dict[str, Any]) -> None:
+        cfg: Any = model.pretrained_cfg
+        self.input_size = tuple(cfg["input_size"][1:])
+        super().__init__(kind, {**settings, "input_size": list(self.input_size)})
+        self.model = model.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[-2:]) != self.input_size:
+            images = F.interpolate(images, self.input_size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+        pooled: Tensor = self.model((images - self.mean) / self.std)
+        return pooled
 
 
 def load_extractor(
@@ -184,6 +251,13 @@ def _timm(
             return TokenExtractor(teacher, block, "timm", settings)
         if block is not None:
             raise ValueError(f"{name} is no ViT and has no block {block}; leave block out")
+        if not _is_cnn(name):
+            from hgkd.export.importing import import_weights
+
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+            if file is not None:
+                import_weights(model, file)
+            return PooledExtractor(model, "timm", settings)
         from hgkd.students import build_encoder
 
         return CNNExtractor(build_encoder(name, checkpoint=file, pretrained=pretrained), "timm", settings)
@@ -201,6 +275,18 @@ def _is_vit(name: str) -> bool:
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=0)
     return all(hasattr(model, part) for part in ("patch_embed", "blocks", "num_prefix_tokens"))
+
+
+def _is_cnn(name: str) -> bool:
+    """Whether timm's model gives (B, C, h, w) maps at any image size, as a student's encoder does."""
+    from hgkd.students import build_encoder
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            build_encoder(name)
+    except ValueError:
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -232,7 +318,8 @@ def extract(
         raise DataError("the data set is empty: no image, no feature")
     first_place = {index: place for place, index in reversed(list(enumerate(indices)))}
     keep = torch.tensor(sorted(first_place.values()))
-    return FeatureSet(torch.cat(features)[keep], torch.cat(labels)[keep], skipped=len(indices) - len(keep))
+    places = torch.tensor(indices)[keep]
+    return FeatureSet(torch.cat(features)[keep], torch.cat(labels)[keep], places, skipped=len(indices) - len(keep))
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -157,6 +157,31 @@ def _vote(
             f"k must lie in 1 .. {len(bank)}, the number of images in the bank, got {list(ks)}; "
             "take fewer neighbours or a larger bank"
         )
+    labels = bank_labels.to(bank.device).long()
+
+    for similarity, nearest in _nearest(bank, queries, max(ks), standardise):
+        neighbour_labels = labels[nearest]
+        votes = {}
+        for k in ks:
+            weights = (similarity[:, :k] / temperature).softmax(dim=1)
+            votes[k] = weights.new_zeros(len(nearest), classes).scatter_add_(1, neighbour_labels[:, :k], weights)
+        yield votes
+
+
+def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, *, standardise: bool = True) -> tuple[Tensor, Tensor]:
+    """Cosines (Q, k) and places in the bank (Q, k) of the nearest features, nearest first; see :func:`knn_scores`.
+
+    Raises:
+        ValueError: features that are not finite, k outside 1 .. N.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k must lie in 1 .. {len(bank)}, the number of images in the bank, got {k}")
+    cosines, places = zip(*_nearest(bank, queries, k, standardise), strict=True)
+    return torch.cat(cosines), torch.cat(places)
+
+
+def _nearest(bank: Tensor, queries: Tensor, k: int, standardise: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cosines and places (chunk, k), one chunk of queries after another."""
     bank, queries = bank.float(), queries.float()
     _check_finite("bank", bank)
     _check_finite("query", queries)
@@ -164,16 +189,9 @@ def _vote(
         mean, std = channel_statistics(bank)
         bank, queries = (bank - mean) / std, (queries - mean) / std
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    labels = bank_labels.to(bank.device).long()
-
     for chunk in queries.split(max(1, _CHUNK_ELEMENTS // len(bank))):
-        similarity, nearest = (chunk @ bank.T).topk(max(ks), dim=1)  # most similar first
-        neighbour_labels = labels[nearest]
-        votes = {}
-        for k in ks:
-            weights = (similarity[:, :k] / temperature).softmax(dim=1)
-            votes[k] = weights.new_zeros(len(chunk), classes).scatter_add_(1, neighbour_labels[:, :k], weights)
-        yield votes
+        similarity, nearest = (chunk @ bank.T).topk(k, dim=1)  # most similar first
+        yield similarity, nearest
 
 
 def feature_spread(features: Tensor) -> float:

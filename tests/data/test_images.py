@@ -460,3 +460,50 @@ def test_labelled_refusals(tmp_path):
         LabelledImages(tmp_path / "hole")
     with pytest.raises(ValueError, match="limit_per_class must be"):
         LabelledImages(tmp_path / "hole", limit_per_class=0)
+
+
+def label_list(root, name, text):
+    (root / name).write_text(text, encoding="utf-8")
+    return LabelledImages(root, 8, list_file=root / name)
+
+
+def test_lists_with_labels(tmp_path):
+    class_folders(tmp_path, {"ant": 2, "bee": 1})
+    save(tmp_path / "two words.png")
+    expected = [("ant", "ant/sub/01.png"), ("ant", "two words.png"), ("wild bee", "bee/sub/00.png")]
+    tsv = "ant/sub/01.png\tant\n\nbee/sub/00.png\twild bee\ntwo words.png\tant\n"
+    csv = f'path,label\nant/sub/01.png, ant\nbee/sub/00.png,wild bee\n"{tmp_path}/two words.png",ant\n'
+    for name, text in (("a.tsv", tsv), ("a.csv", csv)):
+        dataset = label_list(tmp_path, name, text)
+        assert dataset.classes == ["ant", "wild bee"]
+        found = [(dataset.classes[label], dataset.path(i)) for i, label in enumerate(dataset.labels)]
+        assert found == [(label, str(tmp_path / path)) for label, path in expected]
+    numbered = label_list(tmp_path, "a.txt", "two words.png 1\nant/sub/00.png   0\n")
+    assert numbered.classes == ["0", "1"]
+    assert numbered[1]["label"] == 1
+    assert numbered.path(1) == str(tmp_path / "two words.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "{}", r"list of labels .*a\.json is of an unknown format; expected a \.txt with 'PATH CLASS'"),
+        (
+            "a.txt",
+            "x.png cat\ny.png\n",
+            r"a\.txt line 2: 'y\.png' is not a path and a class; a \.txt has lines like 'a/1\.jpg cat'",
+        ),
+        ("a.csv", "x.png,cat,3\n", r"line 1: 'x\.png,cat,3' is not a path and a class"),
+        ("a.csv", "x.png,\n", r"line 1: 'x\.png,' is not a path and a class"),
+        ("a.tsv", "../x.png\tcat\n", r"line 1: '\.\./x\.png' leaves data_root"),
+        ("a.csv", "path,label\n", r"list of labels .*a\.csv names no images"),
+    ],
+)
+def test_lists_with_labels_refusals(tmp_path, name, text, message):
+    with pytest.raises(DataError, match=message):
+        label_list(tmp_path, name, text)
+
+
+def test_a_list_with_labels_that_is_absent(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"list_file .*none\.txt does not exist"):
+        LabelledImages(tmp_path, list_file=tmp_path / "none.txt")

@@ -105,6 +105,7 @@ def test_extract_keeps_order_and_counts_a_replaced_image_once() -> None:
     found = extract(extractor, pictures, batch_size=3)
     assert found.skipped == 1
     assert found.labels.tolist() == [0, 1, 2, 1, 2, 0]
+    assert found.indices.tolist() == [0, 1, 2, 4, 5, 6]
     with torch.no_grad():
         for row, index in zip(found.features, [0, 1, 2, 4, 5, 6], strict=True):
             alone = extractor(pictures.images[index : index + 1].float() / 255)[0]
@@ -141,9 +142,53 @@ def test_unfitting_weights_are_refused(tmp_path: Path) -> None:
         load_extractor(tmp_path / "junk.pth")
 
 
-def test_token_models_that_are_no_plain_vit_are_refused() -> None:
-    with pytest.raises(ValueError, match="hierarchical CNN"):
-        load_extractor("mixer_s32_224")
+def test_levels_of_a_cnn() -> None:
+    extractor = load_extractor("resnet18")
+    images = torch.rand(2, 3, 64, 96)
+    model = extractor.model
+    with torch.no_grad():
+        expected = model.forward_intermediates((images - extractor.mean) / extractor.std, intermediates_only=True)
+    for level, index in ((0, 1), (1, 2), (-1, 4), (3, 4)):  # the stem is no level
+        torch.testing.assert_close(extractor.maps(images, level), expected[index])
+    torch.testing.assert_close(extractor.maps(images), expected[4])
+    torch.testing.assert_close(extractor(images), expected[4].mean((2, 3)))
+    torch.testing.assert_close(extractor.attention(images, 0), (expected[1] ** 2).sum(1))
+    with pytest.raises(ValueError, match=r"level 4 does not exist: resnet18 has levels 0 \.\. 3"):
+        extractor.maps(images, 4)
+
+
+def test_attention_of_a_vit_is_its_class_tokens() -> None:
+    extractor = load_extractor("vit_tiny_patch16_224", block=0)
+    images = torch.rand(1, 3, 64, 96)
+    for level in (None, 0, -1):
+        attention = extractor.attention(images, level)
+        assert attention.shape == (1, 4, 6)
+        # all tokens share 1: what is missing goes to the class token
+        assert 0 < attention.sum() < 1
+    torch.testing.assert_close(extractor.attention(images), extractor.attention(images, 0))
+    assert not torch.equal(extractor.attention(images), extractor.attention(images, 5))
+    with pytest.raises(ValueError, match="block 12 does not exist"):
+        extractor.attention(images, 12)
+
+
+def test_other_timm_models_give_what_they_pool(tmp_path: Path) -> None:
+    source = timm.create_model("mixer_s32_224", num_classes=10)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "w.safetensors")
+    extractor = load_extractor("mixer_s32_224", checkpoint=tmp_path / "w.safetensors")
+    images = torch.rand(1, 3, 224, 224)
+    plain = source.eval()
+    with torch.no_grad():
+        expected = plain.forward_head(plain.forward_features((images - extractor.mean) / extractor.std), pre_logits=True)
+    torch.testing.assert_close(extractor(images), expected)
+    assert extractor(torch.rand(1, 3, 64, 80)).shape == expected.shape  # resized to what the network needs
+    assert extractor.settings["input_size"] == [224, 224]
+    with pytest.raises(ValueError, match="mixer_s32_224 gives no maps of features; take a CNN or a plain ViT"):
+        extractor.maps(images)
+    with pytest.raises(ValueError, match="mixer_s32_224 gives no map of attention"):
+        extractor.attention(images)
+
+
+def test_features_that_are_no_maps_are_refused() -> None:
     extractor = load_extractor("test_resnet")
     extractor.model.forward_features = lambda x: x.flatten(2).transpose(1, 2)  # tokens (B, N, C)
     with pytest.raises(ValueError, match="only CNNs, and ViTs with a block"):

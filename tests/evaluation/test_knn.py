@@ -2,13 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mmengine.evaluator import Evaluator
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from hgkd.evaluation import FeatureHealthMetric, FeatureSample, KNNMetric, knn_accuracy, knn_scores
-from hgkd.evaluation.knn import effective_rank, feature_spread, knn_predictions
+from hgkd.evaluation.knn import effective_rank, feature_spread, knn_predictions, nearest_neighbours
 
 
 def at(degrees: float, length: float = 1.0) -> list[float]:
@@ -171,3 +175,37 @@ def test_metric_refusals() -> None:
     metric.process(None, samples(torch.eye(3), torch.arange(3), "train"))
     with pytest.raises(ValueError, match=r"splits 'bank' and 'query', got \['train'\]"):
         metric.evaluate(3)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_agrees_with_scikit_learn(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    labels = torch.arange(60) % 4
+    centres = torch.randn(4, 8, generator=generator)
+    bank = centres[labels] + torch.randn(60, 8, generator=generator)
+    queries = centres[labels] + torch.randn(60, 8, generator=generator)
+    other = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    expected = other.fit(bank.numpy(), labels.numpy()).predict_proba(queries.numpy())
+    found = knn_scores(bank, labels, queries, k, standardise=False)
+    torch.testing.assert_close(found, torch.from_numpy(expected).float(), atol=1e-4, rtol=1e-3)
+    assert 0.25 < (expected.argmax(1) == labels.numpy()).mean() < 1
+
+
+@given(st.integers(0, 1000), st.integers(1, 9), st.floats(0.02, 2.0))
+@settings(max_examples=25, deadline=None)
+def test_votes_do_not_depend_on_the_order_of_the_bank(seed: int, k: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    bank, queries = torch.randn(9, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    labels, order = torch.arange(9) % 3, torch.randperm(9, generator=generator)
+    scores = knn_scores(bank, labels, queries, k, temperature)
+    torch.testing.assert_close(scores.sum(1), torch.ones(5))
+    torch.testing.assert_close(knn_scores(bank[order], labels[order], queries, k, temperature), scores, atol=1e-4, rtol=1e-3)
+
+
+def test_nearest_neighbours_by_hand() -> None:
+    bank = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    cosines, places = nearest_neighbours(bank, torch.tensor([[3.0, 0.1], [0.0, 5.0]]), 2, standardise=False)
+    assert places.tolist() == [[0, 2], [1, 2]]
+    torch.testing.assert_close(cosines[1], torch.tensor([1.0, 0.5**0.5]))
+    with pytest.raises(ValueError, match=r"k must lie in 1 \.\. 3"):
+        nearest_neighbours(bank, bank, 4)

@@ -1,12 +1,11 @@
-"""Linear probe on data with a known answer, choice of C, bootstrap intervals."""
+"""Linear probe on data with a known answer, choice of C."""
 
-import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from hgkd.evaluation import bootstrap_interval, linear_probe
-from hgkd.evaluation.linear import per_class_accuracy
+from hgkd.evaluation import linear_probe
 
 
 def blobs(per_class: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,11 +63,6 @@ def test_short_fit_is_reported_as_not_converged() -> None:
     assert not linear_probe(*blobs(20, 5.0, 1), *blobs(5, 5.0, 2), grid=[10.0], max_iter=1).converged
 
 
-def test_per_class_accuracy() -> None:
-    correct, labels = np.array([True, False, True, True]), np.array([0, 0, 2, 2])
-    assert per_class_accuracy(correct, labels) == {0: 50.0, 2: 100.0}
-
-
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
@@ -93,28 +87,20 @@ def test_nan_features_are_refused() -> None:
         linear_probe(broken, y, x, y)
 
 
-def test_bootstrap_matches_the_normal_approximation() -> None:
-    correct = np.arange(1000) % 4 != 0  # 75 %
-    low, high = bootstrap_interval(correct)
-    half = 100 * 1.96 * np.sqrt(0.75 * 0.25 / 1000)
-    assert low == pytest.approx(75 - half, abs=0.25)
-    assert high == pytest.approx(75 + half, abs=0.25)
-    assert (low, high) == bootstrap_interval(correct)
-    assert (low, high) != bootstrap_interval(correct, seed=1)
-    inner = bootstrap_interval(correct, level=0.5)
-    assert low < inner[0] < 75 < inner[1] < high
+def test_threads_are_limited_while_fitting_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[int]] = []
 
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info()}
 
-def test_bootstrap_equals_drawing_images() -> None:
-    correct = np.arange(60) % 3 != 0
-    rng = np.random.default_rng(5)
-    drawn = [100 * correct[rng.integers(0, 60, 60)].mean() for _ in range(4000)]
-    low, high = bootstrap_interval(correct, n=20000)
-    assert low == pytest.approx(np.percentile(drawn, 2.5), abs=2)
-    assert high == pytest.approx(np.percentile(drawn, 97.5), abs=2)
+    def fit(self: LogisticRegression, *data: object) -> LogisticRegression:
+        seen.append(threads())
+        return plain(self, *data)
 
-
-def test_bootstrap_edges() -> None:
-    assert bootstrap_interval(np.ones(9, dtype=bool)) == (100.0, 100.0)
-    with pytest.raises(ValueError, match="1 or more test images"):
-        bootstrap_interval(np.zeros(0, dtype=bool))
+    plain = LogisticRegression.fit
+    monkeypatch.setattr(LogisticRegression, "fit", fit)
+    with threadpool_limits(2):  # whatever OMP_NUM_THREADS says
+        before = threads()
+        linear_probe(*blobs(5, 0.5, 1), *blobs(5, 0.5, 2))
+        assert threads() == before
+    assert seen == [{1}] * 6  # five of the sweep, and the final one

@@ -1,11 +1,13 @@
 """tools/compare.py: plans, the order of runs, the table, and one small comparison from training to table."""
 
+import csv
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hgkd.data.shapes import write_imagefolder
 
@@ -121,6 +123,12 @@ def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
     assert results[0]["images_per_s"] > 0
     table = Path("out/table.md").read_text()
     assert table in capsys.readouterr().out
+    assert results[0]["images"] == 16  # one epoch
+    lines = list(csv.DictReader(Path("out/table.csv").read_text().splitlines()))
+    assert [line["row"] for line in lines] == ["pixels", "random"]
+    assert float(lines[0]["knn"]) == results[0]["scores"]["knn"]["top1"]
+    with Image.open("out/picture.png") as picture:
+        assert picture.format == "PNG"
     # a second call repeats nothing; another setting in the same folder is refused
     checkpoint = Path(Path("out/pixels_seed0/last_checkpoint").read_text())
     before = checkpoint.stat().st_mtime_ns

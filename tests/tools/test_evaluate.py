@@ -51,26 +51,87 @@ def test_both_methods(squares: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert result["per_class"] == {"blue": 100.0, "green": 100.0, "red": 100.0}
         assert (result["train_images"], result["test_images"]) == (15, 12)
         assert result["settings"]["extractor"]["weights"] == "random, seed 0"
-    assert results["knn"]["top1_by_k"] == {"3": 100.0, "5": 100.0}
+    assert {setting: score["top1"] for setting, score in results["knn"]["scores"].items()} == {"k=3": 100.0, "k=5": 100.0}
+    assert results["linear"]["predicted"] == [0] * 4 + [1] * 4 + [2] * 4
+    assert results["knn"]["test_list"] == results["linear"]["test_list"]
     assert len(results["linear"]["sweep"]) == 5
     printed = capsys.readouterr().out
     assert "knn" in printed
-    assert "linear" in printed
+    assert "linear, top-1 % on held-out training images: C=0.001" in printed
 
     assert run(squares, "knn", "--backbone", "test_resnet", "--k", "3", *files) == 0
     assert json.loads((squares / "out/r.json").read_text())["method"] == "knn"  # a single one stands alone
     with open(squares / "out/r.csv") as file:
         lines = list(csv.DictReader(file))
-    assert [line["method"] for line in lines] == ["knn", "linear", "knn"]
-    assert [line["train_images"] for line in lines] == ["15", "15", "18"]
+    settings = [(line["method"], line["setting"], line["train_images"]) for line in lines]
+    assert settings == [("knn", "k=3", "15"), ("knn", "k=5", "15"), ("linear", "C by sweep", "15"), ("knn", "k=3", "18")]
     assert lines[0]["top1"] == "100.00"
 
 
-def test_agrees_with_the_library(squares: Path) -> None:
-    # colour noise instead of colours: neither blind nor perfect
+def paint_noise(root: Path) -> None:
+    """Colour noise instead of colours: neither blind nor perfect."""
     rng = np.random.default_rng(1)
-    for file in squares.rglob("*.png"):
+    for file in sorted(root.rglob("*.png")):
         Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(file)
+
+
+def test_few_shot_and_a_paired_test_of_two_backbones(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paint_noise(squares)
+    for name in ("test_resnet", "test_convnext"):
+        options = ["--shots", "1", "3", "--draws", "4", "--json", f"{squares}/{name}.json"]
+        assert run(squares, "fewshot", "knn", "--k", "3", "--backbone", name, *options) == 0
+    result = json.loads((squares / "test_resnet.json").read_text())["fewshot"]
+    assert list(result["scores"]) == ["1 a class", "3 a class"]
+    for score in result["scores"].values():
+        assert score["top1"] == pytest.approx(100 * np.mean(score["correct"]), abs=1e-3)
+        assert set(np.round(4 * np.array(score["correct"]), 3)) <= {0, 1, 2, 3, 4}  # shares of four draws
+        assert score["deviation"] > 0
+    assert "+-" in capsys.readouterr().out
+
+    files = [f"{squares}/test_resnet.json", f"{squares}/test_convnext.json"]
+    assert evaluate.main(["compare", *files]) == 0
+    printed = capsys.readouterr().out
+    assert "k=3" in printed
+    assert "1 a class" in printed
+
+    next((squares / "test").rglob("*.png")).unlink()
+    assert run(squares, "knn", "--k", "3", "--backbone", "test_resnet", "--json", files[1]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["compare", *files]) == 2
+    assert "tested on different images: 12 of" in capsys.readouterr().err
+
+
+def test_lists_give_what_their_folders_give(squares: Path) -> None:
+    paint_noise(squares)
+    lists = squares / "lists"
+    lists.mkdir()
+    for part in ("train", "test"):
+        files = sorted((squares / part).rglob("*.png"))
+        (lists / f"{part}.csv").write_text("".join(f"{f.relative_to(squares / part)},{f.parent.name}\n" for f in files))
+    options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,), "backbone": "test_resnet"}
+    by_folder = evaluate.evaluate(["knn"], train=f"{squares}/train", test=f"{squares}/test", **options)["knn"]
+    # the list of the test images lies among them, that of the training images elsewhere
+    (lists / "test.csv").rename(squares / "test/test.csv")
+    with pytest.raises(ValueError, match="cannot be read"):
+        evaluate.evaluate(["knn"], train=f"{lists}/train.csv", test=f"{squares}/test/test.csv", **options)
+    (lists / "train.csv").rename(squares / "train/train.csv")
+    by_list = evaluate.evaluate(["knn"], train=f"{squares}/train/train.csv", test=f"{squares}/test/test.csv", **options)["knn"]
+    assert by_list["predicted"] == by_folder["predicted"]
+    assert by_list["test_list"] == by_folder["test_list"]
+    again = evaluate.evaluate(
+        ["knn"], train=f"{squares}/train/train.csv", test=f"{squares}/test", data_root=f"{squares}/train", **options
+    )["knn"]
+    assert again["scores"] == by_folder["scores"]
+
+
+def test_csv_of_other_columns_is_refused_before_the_work(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (squares / "r.csv").write_text("method,top1\n")
+    assert run(squares, "knn", "--backbone", "gone.pth", "--csv", f"{squares}/r.csv") == 2
+    assert "has the columns method, top1" in capsys.readouterr().err
+
+
+def test_agrees_with_the_library(squares: Path) -> None:
+    paint_noise(squares)
     options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,)}
     found = evaluate.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options)["knn"]
     bank, queries = (

@@ -1,0 +1,211 @@
+"""Results of evaluations on disk: JSON with every test image's outcome, a CSV that grows, and two runs against each other.
+
+A result is a dict of plain values: ``method``, ``backbone``, ``top1`` and ``ci95`` (percent, of the first setting),
+``per_class``, ``train_images``, ``test_images``, ``test_list`` (see :func:`list_digest`), ``settings``, and ``scores``:
+setting -> ``top1``, ``ci95``, ``correct`` and, with several draws, ``deviation``. ``correct`` holds one number a test image:
+1 right, 0 wrong, or the share of draws in which it was right.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from hgkd.evaluation.accuracy import PairedTest, paired_test
+
+if sys.platform != "win32":
+    import fcntl
+
+Results = Mapping[str, Mapping[str, Any]]  # method -> result
+
+CSV_COLUMNS = (
+    "method",
+    "setting",
+    "backbone",
+    "checkpoint",
+    "block",
+    "image_size",
+    "train",
+    "test",
+    "train_images",
+    "test_images",
+    "seed",
+    "top1",
+    "deviation",
+    "ci95_low",
+    "ci95_high",
+)
+_NUMBERS = re.compile(r"\[\s+([-+.\deE]+(?:,\s+[-+.\deE]+)*)\s+\]")
+_SETUP = ("image_size", "train", "limit_per_class", "temperature", "standardise", "c_grid", "draws")
+
+
+def list_digest(images: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 (hexadecimal) of test images in their order, as pairs of path and class name."""
+    lines = "".join(f"{path}\t{name}\n" for path, name in images)
+    return hashlib.sha256(lines.encode("utf-8", errors="surrogateescape")).hexdigest()
+
+
+def write_json(results: Results, file: str | os.PathLike[str]) -> None:
+    """One result as it is; several under their methods' names. Lists of numbers take one line."""
+    content = next(iter(results.values())) if len(results) == 1 else results
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(content, indent=2))
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(file: str | os.PathLike[str]) -> Results:
+    """What :func:`write_json` wrote, by method.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"result {path} does not exist; tools/evaluate.py writes one with --json {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = {content["method"]: content} if "method" in content else content
+        for result in found.values():
+            if not result["scores"] or not all(score["correct"] for score in result["scores"].values()):
+                raise KeyError
+            _ = result["test_list"], result["settings"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path} holds no results with an outcome for every test image; write it anew with tools/evaluate.py --json"
+        ) from None
+    return dict(found)
+
+
+def compare_results(first: Results, second: Results, seed: int = 0) -> tuple[dict[tuple[str, str], PairedTest], list[str]]:
+    """A paired test for every method and setting that two runs share.
+
+    Returns:
+        (method, setting) -> test; and what else of their set-ups differs, one line each.
+
+    Raises:
+        ValueError: no common method and setting, or not the same test images in the same order.
+    """
+    found: dict[tuple[str, str], PairedTest] = {}
+    notes: list[str] = []
+    for method in [name for name in first if name in second]:
+        a, b = first[method], second[method]
+        if a["test_list"] != b["test_list"]:
+            raise ValueError(
+                f"the two runs were tested on different images: {_tested(a)} and {_tested(b)}; a paired test needs the same "
+                "images in the same order: evaluate both with the same --test"
+            )
+        for setting in [name for name in a["scores"] if name in b["scores"]]:
+            correct = [np.asarray(run["scores"][setting]["correct"], dtype=np.float64) for run in (a, b)]
+            found[method, setting] = paired_test(correct[0], correct[1], seed)
+        for key in _SETUP:
+            values = a["settings"].get(key), b["settings"].get(key)
+            if values[0] != values[1]:
+                notes.append(f"{method}: {key} is {values[0]} in the first run and {values[1]} in the second")
+    if not found:
+        has = ["; ".join(f"{m} ({', '.join(run[m]['scores'])})" for m in run) for run in (first, second)]
+        raise ValueError(f"the two runs share no method and setting: the first has {has[0]}, the second {has[1]}")
+    return found, notes
+
+
+def _tested(result: Mapping[str, Any]) -> str:
+    return f"{result['test_images']} of {result['settings'].get('test')} (list {result['test_list'][:8]})"
+
+
+# --- the growing CSV -------------------------------------------------------------------------------------------------------
+
+
+def check_csv(file: str | os.PathLike[str]) -> None:
+    """Refuse a file that :func:`append_csv` would refuse; before a long evaluation.
+
+    Raises:
+        ValueError: its columns are others, or its last line is not complete.
+    """
+    path = Path(file)
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as handle:
+            _check_open_csv(handle, path)
+
+
+def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
+    """One line a method and setting; the column names first when the file is new.
+
+    The lines are written at once, under a lock where the system has them, so that several processes may share a file.
+
+    Raises:
+        ValueError: see :func:`check_csv`; nothing is written then.
+    """
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", newline="", encoding="utf-8") as handle, _locked(handle):
+        handle.seek(0)
+        is_new = _check_open_csv(handle, path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, CSV_COLUMNS)
+        if is_new:
+            writer.writeheader()
+        for result in results.values():
+            writer.writerows(_csv_rows(result))
+        handle.write(text.getvalue())
+
+
+def _check_open_csv(handle: IO[str], path: Path) -> bool:
+    """Whether the file is empty."""
+    content = handle.read()
+    if not content:
+        return True
+    columns = next(csv.reader(io.StringIO(content)))
+    if tuple(columns) != CSV_COLUMNS:
+        raise ValueError(
+            f"{path} has the columns {', '.join(columns)}; results have {', '.join(CSV_COLUMNS)}; give --csv another file"
+        )
+    if not content.endswith("\n"):
+        raise ValueError(f"the last line of {path} is cut off; remove or complete it")
+    return False
+
+
+def _csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    settings = result["settings"]
+    used = settings["extractor"]
+    shared = {
+        **{key: result[key] for key in ("method", "backbone", "train_images", "test_images")},
+        **{key: settings[key] for key in ("image_size", "train", "test", "seed")},
+        "checkpoint": used.get("weights"),
+        "block": used.get("block"),
+    }
+    return [
+        {
+            **shared,
+            "setting": setting,
+            "top1": f"{score['top1']:.2f}",
+            "deviation": f"{score['deviation']:.2f}" if "deviation" in score else "",
+            "ci95_low": f"{score['ci95'][0]:.2f}",
+            "ci95_high": f"{score['ci95'][1]:.2f}",
+        }
+        for setting, score in result["scores"].items()
+    ]
+
+
+@contextmanager
+def _locked(handle: IO[str]) -> Iterator[None]:
+    if sys.platform == "win32":
+        yield
+        return
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+        handle.flush()
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)

@@ -1,0 +1,120 @@
+"""Results on disk: JSON there and back, the growing CSV, and two runs against each other."""
+
+import csv
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hgkd.evaluation.records import CSV_COLUMNS, append_csv, check_csv, compare_results, list_digest, read_json, write_json
+
+
+def result(correct: list[float], method: str = "knn", setting: str = "k=20", **changes: Any) -> dict[str, Any]:
+    top1 = 100 * sum(correct) / len(correct)
+    return {
+        "method": method,
+        "backbone": "a, b.pth",
+        "top1": top1,
+        "ci95": [top1 - 1, top1 + 1],
+        "train_images": 9,
+        "test_images": len(correct),
+        "scores": {setting: {"top1": top1, "ci95": [top1 - 1, top1 + 1], "correct": correct}},
+        "test_list": list_digest([(f"{i}.png", "cat") for i in range(len(correct))]),
+        "settings": {
+            "image_size": 64,
+            "train": "tr",
+            "test": "te",
+            "seed": 0,
+            "extractor": {"kind": "student", "weights": "a, b.pth"},
+        },
+        **changes,
+    }
+
+
+def test_json_there_and_back_with_one_line_a_list(tmp_path: Path) -> None:
+    one = {"knn": result([1, 0, 1])}
+    both = {**one, "linear": result([0.25, 1.0, 1e-05], "linear", "C by sweep")}
+    for name, content in (("one", one), ("both", both)):
+        file = tmp_path / "new" / f"{name}.json"
+        write_json(content, file)
+        assert read_json(file) == content
+    assert '"correct": [1, 0, 1]' in (tmp_path / "new/one.json").read_text()
+    assert json.loads((tmp_path / "new/one.json").read_text())["method"] == "knn"
+    assert '"correct": [0.25, 1.0, 1e-05]' in (tmp_path / "new/both.json").read_text()
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", "{}x", '{"knn": {"top1": 3}}', '{"method": "knn", "scores": {}}'])
+def test_json_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ValueError, match=r"r\.json holds no results with an outcome for every test image; write it anew"):
+        read_json(tmp_path / "r.json")
+    with pytest.raises(FileNotFoundError, match=r"result .*none\.json does not exist"):
+        read_json(tmp_path / "none.json")
+
+
+def test_csv_grows_and_quotes(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "r.csv"
+    append_csv({"knn": result([1, 0])}, file)
+    append_csv({"knn": result([1, 1]), "linear": result([0, 0], "linear", "C by sweep")}, file)
+    with file.open(newline="") as handle:
+        lines = list(csv.DictReader(handle))
+    assert [(line["method"], line["setting"], line["top1"]) for line in lines] == [
+        ("knn", "k=20", "50.00"),
+        ("knn", "k=20", "100.00"),
+        ("linear", "C by sweep", "0.00"),
+    ]
+    assert {line["checkpoint"] for line in lines} == {"a, b.pth"}
+    assert list(lines[0]) == list(CSV_COLUMNS)
+
+
+def test_csv_of_several_processes_keeps_whole_lines(tmp_path: Path) -> None:
+    file = tmp_path / "r.csv"
+    with ThreadPoolExecutor(8) as pool:  # flock is a file handle's, so threads exclude one another as processes do
+        list(pool.map(lambda _: append_csv({"knn": result([1, 0])}, file), range(40)))
+    with file.open(newline="") as handle:
+        rows = list(csv.reader(handle))
+    assert len(rows) == 41
+    assert all(len(row) == len(CSV_COLUMNS) for row in rows)
+    assert sum(row[0] == "method" for row in rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("method,top1\nknn,3\n", r"has the columns method, top1; results have method, setting, .* another file"),
+        (",".join(CSV_COLUMNS) + "\r\nknn,k=20", r"the last line of .*r\.csv is cut off; remove or complete it"),
+    ],
+)
+def test_csv_that_does_not_fit_is_refused_and_left_alone(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "r.csv"
+    file.write_bytes(content.encode())
+    with pytest.raises(ValueError, match=message):
+        check_csv(file)
+    with pytest.raises(ValueError, match=message):
+        append_csv({"knn": result([1, 0])}, file)
+    assert file.read_bytes() == content.encode()
+
+
+def test_compare_matches_methods_and_settings() -> None:
+    few = {"1 a class": {"top1": 50.0, "ci95": [0, 1], "correct": [0.5, 0.5, 0.5]}}
+    first = {"knn": result([1, 1, 0]), "linear": result([1, 1, 1], "linear", "C by sweep")}
+    second = {"knn": result([0, 1, 0]), "fewshot": {**result([0, 0, 0], "fewshot"), "scores": few}}
+    second["knn"]["settings"] = {**second["knn"]["settings"], "image_size": 96}
+    found, notes = compare_results(first, second)
+    assert list(found) == [("knn", "k=20")]
+    assert found["knn", "k=20"].first_only == 1
+    assert notes == ["knn: image_size is 64 in the first run and 96 in the second"]
+    with pytest.raises(ValueError, match=re.escape("the first has linear (C by sweep), the second fewshot (1 a class)")):
+        compare_results({"linear": first["linear"]}, {"fewshot": second["fewshot"]})
+
+
+def test_other_test_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"different images: 3 of te \(list \w{8}\) and 2 of te .* the same --test"):
+        compare_results({"knn": result([1, 1, 0])}, {"knn": result([1, 1])})
+    # as many images, in another order
+    other = result([1, 1, 0], test_list=list_digest([(f"{i}.png", "cat") for i in (1, 0, 2)]))
+    with pytest.raises(ValueError, match="different images"):
+        compare_results({"knn": result([1, 1, 0])}, {"knn": other})
