@@ -240,7 +240,7 @@ class UnlabelledImages(_ImageFiles):
         built = build_transform(image_size, transform)
         root = _existing_folder(data_root)
         if list_file is not None:
-            paths = _read_list(os.path.expanduser(os.fspath(list_file)), root)
+            paths = [path for path, _ in _read_list(os.path.expanduser(os.fspath(list_file)), root)]
         else:
             paths = find_images(root)
             if not paths:
@@ -258,7 +258,7 @@ class UnlabelledImages(_ImageFiles):
 
 @DATASETS.register_module()
 class LabelledImages(_ImageFiles):
-    """Images sorted into one folder a class, ``data_root/<class>/**``, for evaluation: centre crop, nothing random.
+    """Images with labels: one folder a class, ``data_root/<class>/**``, or a list; by default centre crops, nothing random.
 
     An item is ``{'inputs': uint8 tensor (3, H, W) RGB, 'label': int, 'index': int, 'split': str}``; for an unreadable
     file, label and index are those of the image which took its place (a repeated index is a replaced image).
@@ -268,6 +268,11 @@ class LabelledImages(_ImageFiles):
         image_size: result side in pixels, or (H, W).
         resize_ratio: shorter side before the crop, in units of ``image_size``; at least 1.
         limit_per_class: keep only so many images of a class: the first of a shuffle that is always the same.
+        list_file: text file (UTF-8) used instead of the class folders: a path (see :class:`UnlabelledImages`), white space and
+            the name of its class a line; a name has no white space in it.
+        transform: see :class:`UnlabelledImages`, for training; None: the centre crop.
+        label_fraction: keep this share of the images of every class, at least one, as drawn with ``label_seed``; logged.
+        label_seed: of that draw.
         split: tag that every item carries, so that a metric can tell memory and test images apart.
         max_bad_share: see :class:`UnlabelledImages`.
 
@@ -277,7 +282,8 @@ class LabelledImages(_ImageFiles):
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        DataError: no class folders, or one without images; later, too many unreadable files.
+        DataError: no class folders, or one without images; a line of the list without a class; later, too many unreadable
+            files.
         TypeError, ValueError: an option out of range.
     """
 
@@ -287,32 +293,52 @@ class LabelledImages(_ImageFiles):
         image_size: int | Sequence[int] = 224,
         resize_ratio: float = 1.0,
         limit_per_class: int | None = None,
+        list_file: str | os.PathLike[str] | None = None,
+        transform: Mapping[str, Any] | None = None,
+        label_fraction: float = 1.0,
+        label_seed: int = 0,
         split: str = "test",
         max_bad_share: float = 0.1,
     ) -> None:
         _check_limit("limit_per_class", limit_per_class)
-        transform = eval_transform(image_size, resize_ratio)
+        if not 0 < label_fraction <= 1:
+            raise ValueError(
+                f"label_fraction is the share of the labelled images that is used, in (0, 1], got {label_fraction}"
+            )
+        if transform is None:
+            built = eval_transform(image_size, resize_ratio)
+        elif resize_ratio == 1.0:
+            built = build_transform(image_size, transform)
+        else:
+            raise ValueError(
+                f"resize_ratio={resize_ratio} is for the centre crop; with transform={dict(transform)} leave it out"
+            )
         root = _existing_folder(data_root)
-        self.classes = _class_folders(root)
+        files = _files_by_folder(root) if list_file is None else _files_by_list(os.path.expanduser(os.fspath(list_file)), root)
+        self.classes = list(files)
         self.split = split
         self.metainfo: dict[str, Any] = {"classes": tuple(self.classes)}
         paths: list[str] = []
         labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            found = find_images(os.path.join(root, name))
-            if not found:
-                raise DataError(
-                    f"class folder {os.path.join(root, name)} holds no images (files ending in {_EXTENSION_LIST}); "
-                    "fill it or remove it"
-                )
-            kept = [os.path.join(name, path) for path in _first_shuffled(found, limit_per_class)]
+        for label, (name, found) in enumerate(files.items()):
+            kept = _first_shuffled(found, limit_per_class)
+            if label_fraction < 1:
+                share = max(1, round(label_fraction * len(kept)))
+                kept = sorted(random.Random(f"{label_seed} {name}").sample(kept, share))
             paths += kept
             labels += [label] * len(kept)
         self.labels = np.array(labels, dtype=np.int64)
-        super().__init__(root, paths, transform, max_bad_share)
+        super().__init__(root, paths, built, max_bad_share)
+        if label_fraction < 1:
+            counts = np.bincount(self.labels)
+            print_log(
+                f"label_fraction={label_fraction} (label_seed {label_seed}): {len(paths)} labelled images of "
+                f"{len(self.classes)} classes in {root}, {counts.min()} to {counts.max()} a class",
+                logger="current",
+            )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place, inputs = self._load(int(index))
+        place, inputs = self._load(int(index), getattr(index, "epoch_seed", None))
         return {"inputs": inputs, "label": int(self.labels[place]), "index": place, "split": self.split}
 
 
@@ -332,14 +358,36 @@ def _class_folders(root: str) -> list[str]:
     return names
 
 
-def _read_list(list_file: str, root: str) -> list[str]:
-    """Paths of a list file, as written but without '.' and '..' parts."""
+def _files_by_folder(root: str) -> dict[str, list[str]]:
+    """Class name -> paths of its images relative to ``root``, sorted."""
+    files = {
+        name: [os.path.join(name, path) for path in find_images(os.path.join(root, name))] for name in _class_folders(root)
+    }
+    for name, found in files.items():
+        if not found:
+            raise DataError(
+                f"class folder {os.path.join(root, name)} holds no images (files ending in {_EXTENSION_LIST}); "
+                "fill it or remove it"
+            )
+    return files
+
+
+def _files_by_list(list_file: str, root: str) -> dict[str, list[str]]:
+    """Class name -> paths of its images, sorted by class."""
+    files: dict[str, list[str]] = {}
+    for path, label in _read_list(list_file, root, labelled=True):
+        files.setdefault(label, []).append(path)
+    return dict(sorted(files.items()))
+
+
+def _read_list(list_file: str, root: str, labelled: bool = False) -> list[tuple[str, str]]:
+    """Paths of a list file, as written but without '.' and '..' parts, each with its label ('' unless ``labelled``)."""
     if not os.path.isfile(list_file):
         raise FileNotFoundError(
             f"list_file {os.path.abspath(list_file)} does not exist; give a text file with one image path a line, or "
             "leave list_file out to search data_root"
         )
-    paths: list[str] = []
+    paths: list[tuple[str, str]] = []
     with open(list_file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             entry = line.strip()
@@ -347,13 +395,19 @@ def _read_list(list_file: str, root: str) -> list[str]:
                 continue
             if "\0" in entry:
                 raise DataError(f"{list_file} line {number} is not text; give a text file with one image path a line")
+            label = ""
+            if labelled:
+                *before, label = entry.rsplit(maxsplit=1)
+                if not before:
+                    raise DataError(f"{list_file} line {number}: {entry!r} has no class; write a path, a space and its class")
+                entry = before[0]
             path = os.path.normpath(entry)
             if not _is_below(os.path.join(root, path), root):
                 raise DataError(
                     f"{list_file} line {number}: {entry!r} leaves data_root {root}; set data_root to a folder above all "
                     "images (data_root=/ allows every path)"
                 )
-            paths.append(path)
+            paths.append((path, label))
     if not paths:
         raise DataError(f"list_file {list_file} names no images; write one path a line, relative to {root} or absolute")
     return paths

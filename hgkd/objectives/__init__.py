@@ -2,9 +2,25 @@
 
 from hgkd.objectives.dmae import DMAE
 from hgkd.objectives.g2sd import G2SD
+from hgkd.objectives.hard_label import HardLabel
 from hgkd.objectives.hgkd import HGKD
+from hgkd.objectives.last_map import LastMapMGD
 from hgkd.objectives.mgd import MGD, MGDLoss
+from hgkd.objectives.nkd import NKD
 from hgkd.objectives.pixels import PixelReconstruction
 from hgkd.objectives.pooled import PooledFeature
+from hgkd.objectives.soft_label import SoftLabel
 
-__all__ = ["DMAE", "G2SD", "HGKD", "MGD", "MGDLoss", "PixelReconstruction", "PooledFeature"]
+__all__ = [
+    "DMAE",
+    "G2SD",
+    "HGKD",
+    "MGD",
+    "NKD",
+    "HardLabel",
+    "LastMapMGD",
+    "MGDLoss",
+    "PixelReconstruction",
+    "PooledFeature",
+    "SoftLabel",
+]
