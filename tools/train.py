@@ -1,4 +1,4 @@
-"""Train what a config describes: teacher pretraining, distillation, their controls, fine-tuning.
+"""Train what a config describes: teacher pretraining, distillation, their controls.
 
     python tools/train.py configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py --cfg-options data_root=photos epochs=5
 
@@ -12,17 +12,48 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from hgkd.engine import CheckpointWriteError, DivergedError, load_config
+from hgkd.engine import CheckpointWriteError, DivergedError, apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.dry_run import dry_run
 from hgkd.errors import NoSparseRuleError
 from hgkd.registry import RUNNERS
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NoSparseRuleError, DivergedError, CheckpointWriteError)
+
+
+def load_config(
+    config: str | os.PathLike[str] | Config,
+    work_dir: str | os.PathLike[str] | None = None,
+    resume: bool | str | os.PathLike[str] = False,
+    amp: bool = False,
+    options: Mapping[str, Any] | None = None,
+    launcher: str = "none",
+) -> Config:
+    """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
+    cfg = config.copy() if isinstance(config, Config) else read_config(config)
+    if options:
+        cfg.merge_from_dict(dict(options))
+    apply_short_options(cfg)
+    if amp:
+        use_mixed_precision(cfg)
+    cfg.launcher = launcher
+    if work_dir is not None:
+        cfg.work_dir = str(work_dir)
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = str(Path("work_dirs") / Path(cfg.filename or "run.py").stem)
+    if resume is not False:
+        cfg.resume = True
+        if resume is not True:
+            if not Path(resume).is_file():
+                raise FileNotFoundError(f"checkpoint to resume from does not exist: {resume}")
+            cfg.load_from = str(resume)
+    check_config(cfg)
+    return cfg
 
 
 def train(

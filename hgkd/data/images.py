@@ -9,6 +9,7 @@ As in torchvision's ``ImageFolder`` the orientation tag (EXIF) is not applied.
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 import random
@@ -240,7 +241,7 @@ class UnlabelledImages(_ImageFiles):
         built = build_transform(image_size, transform)
         root = _existing_folder(data_root)
         if list_file is not None:
-            paths = [path for path, _ in _read_list(os.path.expanduser(os.fspath(list_file)), root)]
+            paths = _read_list(os.path.expanduser(os.fspath(list_file)), root)
         else:
             paths = find_images(root)
             if not paths:
@@ -258,18 +259,19 @@ class UnlabelledImages(_ImageFiles):
 
 @DATASETS.register_module()
 class LabelledImages(_ImageFiles):
-    """Images with labels: one folder a class, ``data_root/<class>/**``, or a list; by default centre crops, nothing random.
+    """Images with labels: one folder a class, ``data_root/<class>/**``, or a list. By default centre crops, nothing random.
 
     An item is ``{'inputs': uint8 tensor (3, H, W) RGB, 'label': int, 'index': int, 'split': str}``; for an unreadable
     file, label and index are those of the image which took its place (a repeated index is a replaced image).
 
     Args:
         data_root: folder of the class folders; those whose names start with a dot are passed over.
+        list_file: text file (UTF-8) used instead of class folders: one image a line, its path and its class, separated by
+            spaces in a .txt (the class is the last word), by a comma in a .csv, by a tab in a .tsv. A first line
+            ``path,label`` is passed over. Paths are relative to ``data_root`` or absolute, but below it.
         image_size: result side in pixels, or (H, W).
         resize_ratio: shorter side before the crop, in units of ``image_size``; at least 1.
         limit_per_class: keep only so many images of a class: the first of a shuffle that is always the same.
-        list_file: text file (UTF-8) used instead of the class folders: a path (see :class:`UnlabelledImages`), white space and
-            the name of its class a line; a name has no white space in it.
         transform: see :class:`UnlabelledImages`, for training; None: the centre crop.
         label_fraction: keep this share of the images of every class, at least one, as drawn with ``label_seed``; logged.
         label_seed: of that draw.
@@ -281,9 +283,9 @@ class LabelledImages(_ImageFiles):
         labels: int64 array (N,), the label of each image.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
-        DataError: no class folders, or one without images; a line of the list without a class; later, too many unreadable
-            files.
+        FileNotFoundError: the folder or the list does not exist.
+        DataError: no class folders, or one without images; a list of an unknown format, or without images, or with a path
+            that leaves ``data_root``; later, too many unreadable files.
         TypeError, ValueError: an option out of range.
     """
 
@@ -293,38 +295,32 @@ class LabelledImages(_ImageFiles):
         image_size: int | Sequence[int] = 224,
         resize_ratio: float = 1.0,
         limit_per_class: int | None = None,
+        split: str = "test",
+        max_bad_share: float = 0.1,
         list_file: str | os.PathLike[str] | None = None,
         transform: Mapping[str, Any] | None = None,
         label_fraction: float = 1.0,
         label_seed: int = 0,
-        split: str = "test",
-        max_bad_share: float = 0.1,
     ) -> None:
         _check_limit("limit_per_class", limit_per_class)
         if not 0 < label_fraction <= 1:
-            raise ValueError(
-                f"label_fraction is the share of the labelled images that is used, in (0, 1], got {label_fraction}"
-            )
-        if transform is None:
-            built = eval_transform(image_size, resize_ratio)
-        elif resize_ratio == 1.0:
-            built = build_transform(image_size, transform)
-        else:
+            raise ValueError(f"label_fraction is the share of the labelled images to use, in (0, 1], got {label_fraction}")
+        if transform is not None and resize_ratio != 1.0:
             raise ValueError(
                 f"resize_ratio={resize_ratio} is for the centre crop; with transform={dict(transform)} leave it out"
             )
+        built = eval_transform(image_size, resize_ratio) if transform is None else build_transform(image_size, transform)
         root = _existing_folder(data_root)
-        files = _files_by_folder(root) if list_file is None else _files_by_list(os.path.expanduser(os.fspath(list_file)), root)
-        self.classes = list(files)
+        found = _class_folders(root) if list_file is None else _read_labels(os.path.expanduser(os.fspath(list_file)), root)
+        self.classes = sorted(found)
         self.split = split
         self.metainfo: dict[str, Any] = {"classes": tuple(self.classes)}
         paths: list[str] = []
         labels: list[int] = []
-        for label, (name, found) in enumerate(files.items()):
-            kept = _first_shuffled(found, limit_per_class)
+        for label, name in enumerate(self.classes):
+            kept = _first_shuffled(found[name], limit_per_class)
             if label_fraction < 1:
-                share = max(1, round(label_fraction * len(kept)))
-                kept = sorted(random.Random(f"{label_seed} {name}").sample(kept, share))
+                kept = sorted(random.Random(f"{label_seed} {name}").sample(kept, max(1, round(label_fraction * len(kept)))))
             paths += kept
             labels += [label] * len(kept)
         self.labels = np.array(labels, dtype=np.int64)
@@ -350,67 +346,96 @@ def _existing_folder(data_root: str | os.PathLike[str]) -> str:
     return root
 
 
-def _class_folders(root: str) -> list[str]:
+def _class_folders(root: str) -> dict[str, list[str]]:
+    """Class name -> its images, relative to ``root``."""
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"no class folders in {root}; expected {os.path.join(root, '<class>', '<image>')}, one folder a class")
-    return names
-
-
-def _files_by_folder(root: str) -> dict[str, list[str]]:
-    """Class name -> paths of its images relative to ``root``, sorted."""
-    files = {
-        name: [os.path.join(name, path) for path in find_images(os.path.join(root, name))] for name in _class_folders(root)
-    }
-    for name, found in files.items():
-        if not found:
+    classes = {name: [os.path.join(name, path) for path in find_images(os.path.join(root, name))] for name in names}
+    for name, paths in classes.items():
+        if not paths:
             raise DataError(
                 f"class folder {os.path.join(root, name)} holds no images (files ending in {_EXTENSION_LIST}); "
                 "fill it or remove it"
             )
-    return files
+    return classes
 
 
-def _files_by_list(list_file: str, root: str) -> dict[str, list[str]]:
-    """Class name -> paths of its images, sorted by class."""
-    files: dict[str, list[str]] = {}
-    for path, label in _read_list(list_file, root, labelled=True):
-        files.setdefault(label, []).append(path)
-    return dict(sorted(files.items()))
-
-
-def _read_list(list_file: str, root: str, labelled: bool = False) -> list[tuple[str, str]]:
-    """Paths of a list file, as written but without '.' and '..' parts, each with its label ('' unless ``labelled``)."""
+def _list_lines(list_file: str) -> list[str]:
     if not os.path.isfile(list_file):
         raise FileNotFoundError(
             f"list_file {os.path.abspath(list_file)} does not exist; give a text file with one image path a line, or "
             "leave list_file out to search data_root"
         )
-    paths: list[tuple[str, str]] = []
-    with open(list_file, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            entry = line.strip()
-            if not entry:
-                continue
-            if "\0" in entry:
-                raise DataError(f"{list_file} line {number} is not text; give a text file with one image path a line")
-            label = ""
-            if labelled:
-                *before, label = entry.rsplit(maxsplit=1)
-                if not before:
-                    raise DataError(f"{list_file} line {number}: {entry!r} has no class; write a path, a space and its class")
-                entry = before[0]
-            path = os.path.normpath(entry)
-            if not _is_below(os.path.join(root, path), root):
-                raise DataError(
-                    f"{list_file} line {number}: {entry!r} leaves data_root {root}; set data_root to a folder above all "
-                    "images (data_root=/ allows every path)"
-                )
-            paths.append((path, label))
+    with open(list_file, encoding="utf-8-sig", errors="surrogateescape", newline=None) as lines:
+        return [line.strip() for line in lines]
+
+
+def _listed_path(entry: str, list_file: str, number: int, root: str) -> str:
+    """A path of a list, as written but without '.' and '..' parts."""
+    if "\0" in entry:
+        raise DataError(f"{list_file} line {number} is not text; give a text file with one image path a line")
+    path = os.path.normpath(entry)
+    if not _is_below(os.path.join(root, path), root):
+        raise DataError(
+            f"{list_file} line {number}: {entry!r} leaves data_root {root}; set data_root to a folder above all "
+            "images (data_root=/ allows every path)"
+        )
+    return path
+
+
+def _read_list(list_file: str, root: str) -> list[str]:
+    """Paths of a list file."""
+    lines = enumerate(_list_lines(list_file), start=1)
+    paths = [_listed_path(entry, list_file, number, root) for number, entry in lines if entry]
     if not paths:
         raise DataError(f"list_file {list_file} names no images; write one path a line, relative to {root} or absolute")
     return paths
+
+
+def _read_labels(list_file: str, root: str) -> dict[str, list[str]]:
+    """Class name -> its images, as a list with labels has them."""
+    suffix = os.path.splitext(list_file)[1].lower()
+    if suffix not in _LABEL_COLUMNS:
+        raise DataError(
+            f"list of labels {list_file} is of an unknown format; expected a .txt with 'PATH CLASS' a line, a .csv with "
+            "'PATH,CLASS' or a .tsv with the two separated by a tab"
+        )
+    split, example = _LABEL_COLUMNS[suffix]
+    classes: dict[str, list[str]] = {}
+    for number, line in enumerate(_list_lines(list_file), start=1):
+        columns = split(line)
+        if not line or (number == 1 and columns == ["path", "label"]):
+            continue
+        if len(columns) != 2 or not all(columns):
+            raise DataError(
+                f"{list_file} line {number}: {line[:80]!r} is not a path and a class; a {suffix} has lines like {example!r}"
+            )
+        classes.setdefault(columns[1], []).append(_listed_path(columns[0], list_file, number, root))
+    if not classes:
+        raise DataError(f"list of labels {list_file} names no images; write a path and a class a line")
+    return classes
+
+
+def _csv_columns(line: str) -> list[str]:
+    return [column.strip() for row in csv.reader([line]) for column in row]
+
+
+def _tab_columns(line: str) -> list[str]:
+    return [column.strip() for column in line.split("\t")]
+
+
+def _word_columns(line: str) -> list[str]:
+    return line.rsplit(maxsplit=1)
+
+
+# how a line is split, and an example
+_LABEL_COLUMNS = {
+    ".txt": (_word_columns, "a/1.jpg cat"),
+    ".csv": (_csv_columns, "a/1.jpg,cat"),
+    ".tsv": (_tab_columns, "a/1.jpg\tcat"),
+}
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -2,7 +2,7 @@
 
 from hgkd.engine.checkpoints import CheckpointWriteError, RunCheckpointHook, find_last_checkpoint
 from hgkd.engine.class_report import ClassReportHook
-from hgkd.engine.config import SHORT_OPTIONS, apply_short_options, check_config, load_config, read_config, use_mixed_precision
+from hgkd.engine.config import SHORT_OPTIONS, apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.feature_cache import TeacherCacheHook
 from hgkd.engine.hooks import (
     CollapseAlarmHook,
@@ -46,7 +46,6 @@ __all__ = [
     "apply_short_options",
     "check_config",
     "find_last_checkpoint",
-    "load_config",
     "read_config",
     "use_mixed_precision",
 ]

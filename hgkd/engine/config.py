@@ -45,7 +45,7 @@ class ShortOption:
 
 
 _TRAIN, _BANK, _QUERY = "train_dataloader.dataset", "val_dataloader.dataset.bank", "val_dataloader.dataset.query"
-_VAL, _TEST = "val_dataloader.dataset", "test_dataloader.dataset"
+_VAL = "val_dataloader.dataset"
 
 SHORT_OPTIONS: dict[str, ShortOption] = {
     "data_root": ShortOption((f"{_TRAIN}.data_root",), "folder of the training images"),
@@ -56,11 +56,9 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
     "image_size": ShortOption(
         ("model.image_size", f"{_TRAIN}.image_size", f"{_BANK}.image_size", f"{_QUERY}.image_size"),
         "side in pixels, or [height,width]",
-        existing=(f"{_VAL}.image_size", f"{_TEST}.image_size"),
+        existing=(f"{_VAL}.image_size",),
     ),
-    "val_root": ShortOption(
-        (), "labelled images that a classifier is validated on", (f"{_VAL}.data_root", f"{_TEST}.data_root")
-    ),
+    "val_root": ShortOption((), "labelled images that a classifier is validated on", (f"{_VAL}.data_root",)),
     "label_fraction": ShortOption((f"{_TRAIN}.label_fraction",), "share of the labels that is used, in (0, 1]"),
     "num_classes": ShortOption(("model.num_classes",), "number of classes of a classifier"),
     "backbone": ShortOption(("model.classifier.backbone",), "file, export or work folder that a classifier starts from"),
@@ -78,7 +76,6 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
     "workers": ShortOption(
         ("train_dataloader.num_workers", "val_dataloader.num_workers"),
         "processes that read images; 0 = none extra",
-        ("test_dataloader.num_workers",),
     ),
     "seed": ShortOption(("randomness.seed",), "of everything random"),
 }
@@ -221,8 +218,7 @@ def apply_short_options(cfg: Config) -> None:
 
 def _drop_validation(cfg: Config) -> None:
     if "val_root" in cfg and cfg.val_root is None:
-        for stage in ("val", "test"):
-            cfg.update({f"{stage}_dataloader": None, f"{stage}_cfg": None, f"{stage}_evaluator": None})
+        cfg.update(dict(val_dataloader=None, val_cfg=None, val_evaluator=None))
     names = ("val_train_root", "val_test_root")
     if not any(name in cfg for name in names):
         return
@@ -268,53 +264,6 @@ def _parent(cfg: Config, place: str) -> Any:
 def _set(cfg: Config, place: str, value: Any) -> bool:
     _parent(cfg, place)[_steps(place)[-1]] = value
     return True
-
-
-def load_config(
-    config: str | os.PathLike[str] | Config,
-    work_dir: str | os.PathLike[str] | None = None,
-    resume: bool | str | os.PathLike[str] = False,
-    amp: bool = False,
-    options: Mapping[str, Any] | None = None,
-    launcher: str = "none",
-    testing: bool = False,
-) -> Config:
-    """The checked config of a run. A ``Config`` that is given is copied.
-
-    Args:
-        config, work_dir, resume, amp, options, launcher: see :func:`tools.train.train`.
-        testing: leave out what only a training needs, its images included.
-
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: see :func:`check_config` and :func:`apply_short_options`; ``testing`` without anything to test on.
-    """
-    cfg = config.copy() if isinstance(config, Config) else read_config(config)
-    if options:
-        cfg.merge_from_dict(dict(options))
-    apply_short_options(cfg)
-    if testing:
-        if cfg.get("test_dataloader") is None:
-            raise ValueError(f"{cfg.filename} has no images to test on; set val_root (--cfg-options val_root=DIR)")
-        for part in ("train", "val"):
-            cfg.update({f"{part}_dataloader": None, f"{part}_cfg": None, f"{part}_evaluator": None})
-        cfg.pop("train_evaluator")
-        cfg.update(dict(optim_wrapper=None, param_scheduler=None, auto_scale_lr=None))
-    if amp:
-        use_mixed_precision(cfg)
-    cfg.launcher = launcher
-    if work_dir is not None:
-        cfg.work_dir = str(work_dir)
-    elif cfg.get("work_dir") is None:
-        cfg.work_dir = str(Path("work_dirs") / Path(cfg.filename or "run.py").stem)
-    if resume is not False:
-        cfg.resume = True
-        if resume is not True:
-            if not Path(resume).is_file():
-                raise FileNotFoundError(f"checkpoint to resume from does not exist: {resume}")
-            cfg.load_from = str(resume)
-    check_config(cfg)
-    return cfg
 
 
 def use_mixed_precision(cfg: Config) -> None:

@@ -81,10 +81,10 @@ def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
 class LayerDecayConstructor(DecayGroupsConstructor):
     """Learning rates that fall from the head of a classifier to its stem: lr * layer_decay ** (layers above), for CNN and ViT.
 
-    Layers and groups are timm's (``param_groups_layer_decay``, after BEiT, arXiv 2106.08254): a block is a layer, the classifier
-    the uppermost one. Weights decay as with :class:`DecayGroupsConstructor`, but for what timm says must not (class token,
-    positions). Whatever is no part of the model's ``classifier.network`` (a second head, generators of objectives) gets the
-    full rate. The first group, whose rate is logged, is that of the head.
+    Layers and groups are timm's (``param_groups_layer_decay``, after BEiT, arXiv 2106.08254): a block is a layer, the
+    classifier the last one. Weights decay as with :class:`DecayGroupsConstructor`, but for what timm says must not (class
+    token, positions). Whatever is no part of the model's ``classifier.network`` (a second head, generators of objectives) gets
+    the full rate. The first group, whose rate is logged, is that of the head.
 
     Args:
         optim_wrapper_cfg: config of the wrapper, with ``optimizer``, which has ``lr`` and ``weight_decay``.
@@ -102,7 +102,7 @@ class LayerDecayConstructor(DecayGroupsConstructor):
         self.blocks_per_layer: Sequence[int] | None = options.pop("blocks_per_layer", None)
         if options or not isinstance(self.layer_decay, (int, float)) or not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(
-                "LayerDecayConstructor takes paramwise_cfg=dict(layer_decay=a number in (0, 1], for CNNs also blocks_per_layer), "
+                "LayerDecayConstructor takes paramwise_cfg=dict(layer_decay=number in (0, 1], for CNNs also blocks_per_layer), "
                 f"got {dict(paramwise_cfg or {})}; for one rate everywhere use DecayGroupsConstructor"
             )
 

@@ -1,6 +1,6 @@
 """What labels ask of a classifier: cross entropy, or one binary question a class, on labels that may be smoothed and mixed.
 
-Cross entropy -sum_k y_k log p_k and binary cross entropy ("ResNet strikes back", arXiv 2110.00476) come from ``timm.loss``, as do
+Cross entropy -sum_k y_k log p_k and binary cross entropy ("ResNet strikes back", arXiv 2110.00476) come from ``timm.loss``,
 mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) from ``timm.data``.
 """
 

@@ -1,8 +1,8 @@
 """MGD for classification: the student's last feature map, with channels masked, generates the teacher's.
 
 Paper and formula: :mod:`hgkd.objectives.mgd` (arXiv 2205.01529; released cls/configs/distillers: ratio 0.15, alpha 7e-5), added
-to the label loss with weight 1. Of a ViT the map is its patch tokens after the last norm; where the grids differ, the student's is
-brought to the teacher's.
+to the label loss with weight 1. Of a ViT the map is its patch tokens after the last norm; where the grids differ, the
+student's is brought to the teacher's.
 """
 
 from __future__ import annotations
