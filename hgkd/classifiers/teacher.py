@@ -119,10 +119,10 @@ class ClassifierTeacher(nn.Module):
             classifier = ImageClassifier(name, classes, image_size or 224, normalize=normalize, **found, **rest)
         else:
             classifier = _timm_classifier(name, checkpoint, image_size or 224, normalize, kwargs)
-        health = None if self.allow_random else weight_health(classifier.network.state_dict())
-        if health is not None and health.looks_random:
+        why = None if self.allow_random else _why_random(classifier)
+        if why is not None:
             raise WeightsError(
-                f"{checkpoint}: this teacher {health}. A student would learn noise from it; when it is meant to be so, set "
+                f"{checkpoint}: this teacher {why}. A student would learn noise from it; when it is meant to be so, set "
                 "model.teacher.allow_random=True"
             )
         classifier.requires_grad_(False)
@@ -135,6 +135,17 @@ class ClassifierTeacher(nn.Module):
         size = "x".join(map(str, classifier.spec.image_size))
         self.info = f"{classifier.spec.name}, {self.num_classes or 'no'} classes" + (f", {size}" if classifier.is_vit else "")
         super().train(False)
+
+
+def _why_random(classifier: ImageClassifier) -> str | None:
+    """What says that nobody has trained a classifier; None: nothing does."""
+    if classifier.is_vit:
+        health = weight_health(classifier.network.state_dict())
+        return str(health) if health.looks_random else None
+    norms: list[Any] = [module for module in classifier.network.modules() if isinstance(module, nn.BatchNorm2d)]
+    if norms and not any(norm.running_mean.any() for norm in norms):
+        return "looks random: its batch normalisations have seen no image"
+    return None
 
 
 def _timm_classifier(

@@ -150,7 +150,11 @@ def test_g2sd_in_two_stages(images, finetuned, tmp_path):
     [
         (BASELINE, {"num_classes": 3}, r"images are of 2 classes \(a, b \.\.\.\), the model has 3 outputs; set num_classes=2"),
         (BASELINE, {"student": "resnet_eighteen"}, "unknown classifier 'resnet_eighteen'; did you mean"),
-        (BASELINE, {"student": "resnet10t", "backbone": "BACKBONE"}, r"holds a 'test_resnet', but a 'resnet10t' is to be trained"),
+        (
+            BASELINE,
+            {"student": "resnet10t", "backbone": "BACKBONE"},
+            r"holds a 'test_resnet', but a 'resnet10t' is to be trained",
+        ),
         (BASELINE, {"backbone": "nowhere.pth"}, "nowhere.pth"),
         (
             BASELINE,
