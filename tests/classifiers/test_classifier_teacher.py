@@ -63,9 +63,9 @@ def test_what_cannot_teach_is_refused(file, tmp_path):
         ClassifierTeacher()
     with pytest.raises(WeightsError, match="this teacher looks random: its batch normalisations have seen no image"):
         ClassifierTeacher(file, "test_resnet")
-    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=2).state_dict(), tmp_path / "vit.pth")
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=2, **TINY).state_dict(), tmp_path / "vit.pth")
     with pytest.raises(WeightsError, match="this teacher looks random"):
-        ClassifierTeacher(tmp_path / "vit.pth", "vit_tiny_patch16_224")
+        ClassifierTeacher(tmp_path / "vit.pth", "vit_tiny_patch16_224", **TINY)
     with pytest.raises(ValueError, match="backbone_only=True is for a backbone's file: name its network"):
         ClassifierTeacher(file, backbone_only=True)
     with pytest.raises(ValueError, match="dtype must be one of"):

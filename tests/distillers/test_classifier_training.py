@@ -92,7 +92,7 @@ def test_classes_are_noted_and_compared():
     built.teacher.classes = ("a", "b", "d")
     with pytest.raises(ValueError, match="fine-tuned on other classes than the images have: c, d; give a teacher_checkpoint"):
         built.set_classes(("a", "b", "c"))
-    with pytest.raises(ValueError, match="images are of 2 classes .* the model has 3 outputs; set num_classes=2"):
+    with pytest.raises(ValueError, match=r"images are of 2 classes .* the model has 3 outputs; set num_classes=2"):
         built.set_classes(("a", "b"))
 
 
