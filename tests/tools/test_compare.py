@@ -162,8 +162,9 @@ def test_runs_that_measure_themselves_from_training_to_the_table(tmp_path, monke
     table = Path("out/table.md").read_text()
     assert f"| fine-tuned | {curve[-1][1]:.1f} | 1 |" in table
     assert f"- fine-tuned: {curve[0][1]:.1f}, {curve[1][1]:.1f}" in table
-    plan.write_text(plan.read_text().replace("accuracy/top1", "accuracy/top_1"))
-    assert tool.main([str(plan), "--work-dir", "other", "--set", "data=shapes"]) == 2
+    misspelt = tool.Job("fine-tuned", 1, Path("out/fine-tuned_seed1"), config, {}, {}, {"top-1 %": "accuracy/top_1"})
+    with pytest.raises(RuntimeError, match=r"no validation in out/fine-tuned_seed1 logged 'accuracy/top_1'"):
+        tool._log(misspelt)
 
 
 def test_a_run_knows_its_seed_and_a_plan_measures_in_one_way(tmp_path):
@@ -205,4 +206,4 @@ def test_every_run_of_a_shipped_plan_has_a_config_that_takes_its_options(plan, t
         if job.config is not None:
             cfg = train_tool.load_config(ROOT / job.config, options=job.options)
             assert cfg.train_cfg.max_epochs == job.options["epochs"]
-            assert "{" not in str(job.options)
+            assert not [value for value in job.options.values() if "{" in str(value)]
