@@ -8,7 +8,7 @@ Classes are registered under their own name; a second registration of a name is 
 from mmengine import registry as _roots
 from mmengine.registry import Registry
 
-_MODEL_LOCATIONS = ["hgkd.masking", "hgkd.students", "hgkd.teachers", "hgkd.objectives", "hgkd.distillers"]
+_MODEL_LOCATIONS = ["hgkd.masking", "hgkd.students", "hgkd.teachers", "hgkd.classifiers", "hgkd.objectives", "hgkd.distillers"]
 
 MODELS = Registry("model", parent=_roots.MODELS, scope="hgkd", locations=_MODEL_LOCATIONS)
 DATASETS = Registry("dataset", parent=_roots.DATASETS, scope="hgkd", locations=["hgkd.data"])

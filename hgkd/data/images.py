@@ -298,7 +298,7 @@ class UnlabelledImages(_ImageFiles):
 
 @DATASETS.register_module()
 class LabelledImages(_ImageFiles):
-    """Images with labels, for evaluation: one folder a class, ``data_root/<class>/**``, or a list. Centre crop, nothing random.
+    """Images with labels: one folder a class, ``data_root/<class>/**``, or a list. By default centre crops, nothing random.
 
     An item is ``{'inputs': uint8 tensor (3, H, W) RGB, 'label': int, 'index': int, 'split': str}``; for an unreadable
     file, label and index are those of the image which took its place (a repeated index is a replaced image).
@@ -311,6 +311,9 @@ class LabelledImages(_ImageFiles):
         image_size: result side in pixels, or (H, W).
         resize_ratio: shorter side before the crop, in units of ``image_size``; at least 1.
         limit_per_class: keep only so many images of a class: the first of a shuffle that is always the same.
+        transform: see :class:`UnlabelledImages`, for training; None: the centre crop.
+        label_fraction: keep this share of the images of every class, at least one, as drawn with ``label_seed``; logged.
+        label_seed: of that draw.
         split: tag that every item carries, so that a metric can tell memory and test images apart.
         max_bad_share: see :class:`UnlabelledImages`.
 
@@ -334,9 +337,18 @@ class LabelledImages(_ImageFiles):
         split: str = "test",
         max_bad_share: float = 0.1,
         list_file: str | os.PathLike[str] | None = None,
+        transform: Mapping[str, Any] | None = None,
+        label_fraction: float = 1.0,
+        label_seed: int = 0,
     ) -> None:
         _check_limit("limit_per_class", limit_per_class)
-        transform = eval_transform(image_size, resize_ratio)
+        if not 0 < label_fraction <= 1:
+            raise ValueError(f"label_fraction is the share of the labelled images to use, in (0, 1], got {label_fraction}")
+        if transform is not None and resize_ratio != 1.0:
+            raise ValueError(
+                f"resize_ratio={resize_ratio} is for the centre crop; with transform={dict(transform)} leave it out"
+            )
+        built = eval_transform(image_size, resize_ratio) if transform is None else build_transform(image_size, transform)
         root = _existing_folder(data_root)
         found = _class_folders(root) if list_file is None else _read_labels(os.path.expanduser(os.fspath(list_file)), root)
         self.classes = sorted(found)
@@ -346,13 +358,22 @@ class LabelledImages(_ImageFiles):
         labels: list[int] = []
         for label, name in enumerate(self.classes):
             kept = _first_shuffled(found[name], limit_per_class)
+            if label_fraction < 1:
+                kept = sorted(random.Random(f"{label_seed} {name}").sample(kept, max(1, round(label_fraction * len(kept)))))
             paths += kept
             labels += [label] * len(kept)
         self.labels = np.array(labels, dtype=np.int64)
-        super().__init__(root, paths, transform, max_bad_share)
+        super().__init__(root, paths, built, max_bad_share)
+        if label_fraction < 1:
+            counts = np.bincount(self.labels)
+            print_log(
+                f"label_fraction={label_fraction} (label_seed {label_seed}): {len(paths)} labelled images of "
+                f"{len(self.classes)} classes in {root}, {counts.min()} to {counts.max()} a class",
+                logger="current",
+            )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place, inputs = self._load(int(index))
+        place, inputs = self._load(int(index), getattr(index, "epoch_seed", None))
         return {"inputs": inputs, "label": int(self.labels[place]), "index": place, "split": self.split}
 
 

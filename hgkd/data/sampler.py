@@ -24,9 +24,9 @@ def mixed_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of everything random about reading images in an epoch."""
-    return mixed_seed(seed, epoch, 1)
+def epoch_seed(seed: int, epoch: int, copy: int = 0) -> int:
+    """The seed of everything random about reading images in an epoch, for the ``copy``-th time that an image is shown in it."""
+    return mixed_seed(seed, epoch, 1 + copy)
 
 
 def image_seed(base: int, index: int) -> int:
@@ -77,13 +77,22 @@ class EpochSampler(Sampler[int]):
         dataset: its length counts.
         shuffle: False keeps the order of the data set.
         seed: of order and crops; None: one drawn at random, the same in all processes.
+        repeats: show each image so many times in a row, with other crops each time (repeated augmentation, arXiv 1902.05509).
+            As in DeiT's and timm's sampler an epoch shows as many images as without, so only 1 in ``repeats`` different ones,
+            and the processes of a distributed run share the copies.
+
+    Raises:
+        ValueError: ``repeats`` is below 1.
 
     Attributes:
         epoch: number of the epoch, set by mmengine's ``DistSamplerSeedHook``.
         skip: so many images of this process's share are passed over, once; they are not read.
     """
 
-    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None) -> None:
+    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, repeats: int = 1) -> None:
+        if repeats < 1:
+            raise ValueError(f"repeats must be 1 (each image once) or more, got {repeats}")
+        self.repeats = repeats
         self.rank, self.world_size = get_dist_info()
         self.dataset = dataset
         self.shuffle = shuffle
@@ -104,7 +113,7 @@ class EpochSampler(Sampler[int]):
         order = torch.arange(count)
         if self.shuffle:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch, 0)))
-        base = epoch_seed(self.seed, self.epoch)
+        bases = [epoch_seed(self.seed, self.epoch, copy) for copy in range(self.repeats)]
         for place in range(first, len(self)):
-            index = int(order[(self.rank + place * self.world_size) % count])
-            yield SeededIndex(index, base)
+            image, copy = divmod(self.rank + place * self.world_size, self.repeats)
+            yield SeededIndex(int(order[image % count]), bases[copy])

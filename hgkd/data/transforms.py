@@ -7,10 +7,15 @@ Resizing is PIL's bicubic, which smooths when it shrinks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -127,7 +132,82 @@ def eval_transform(image_size: int | Sequence[int], resize_ratio: float = 1.0) -
     return v2.Compose([CentreCropToSize(as_size(image_size), resize_ratio), v2.PILToTensor()])
 
 
-_KINDS: dict[str, Callable[..., ImageTransform]] = {"train": train_transform, "eval": eval_transform}
+@contextmanager
+def foreign_randomness() -> Iterator[None]:
+    """Context in which Python's and NumPy's generators start from a draw of torch's, and after which they are as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    seed = int(torch.randint(2**32, ()))
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+class _TimmAugmentation:
+    """timm's training transform, whose draws from Python's and NumPy's generators follow torch's here."""
+
+    def __init__(self, steps: Callable[[Image.Image], Tensor]) -> None:
+        self.steps = steps
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        with foreign_randomness():
+            return self.steps(image)
+
+
+def augment_transform(
+    image_size: int | Sequence[int],
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    color_jitter: float = 0.0,
+) -> ImageTransform:
+    """timm's recipe for supervised training: random crop (bicubic), flip, then RandAugment or another policy.
+
+    Random erasing and mixing are steps of the model, which sees the normalised batch.
+
+    Args:
+        image_size, scale, ratio, hflip: see :func:`train_transform`.
+        auto_augment: timm's description of a policy ('rand-m9-mstd0.5-inc1', 'augmix-m5-w4', 'original'), 'trivial' for
+            torchvision's TrivialAugmentWide, None for no policy.
+        color_jitter: see :func:`train_transform`; without a policy only, as in timm.
+
+    Raises:
+        TypeError, ValueError: an option out of range or a policy that timm does not know.
+    """
+    size = as_size(image_size)
+    scale, ratio = _pair("scale", scale), _pair("ratio", ratio)
+    trivial = auto_augment == "trivial"
+    if auto_augment is not None and color_jitter > 0:
+        raise ValueError(f"color_jitter={color_jitter} has no effect with auto_augment={auto_augment!r}; set one of them")
+    try:
+        crop, policy, final = create_transform(
+            size,
+            is_training=True,
+            scale=scale,
+            ratio=ratio,
+            hflip=hflip,
+            auto_augment=None if trivial else auto_augment,
+            color_jitter=color_jitter or None,
+            interpolation="bicubic",
+            normalize=False,
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"timm has no augmentation policy {auto_augment!r} ({error}); e.g. 'rand-m9-mstd0.5-inc1'") from error
+    if trivial:
+        policy = v2.TrivialAugmentWide(interpolation=_BICUBIC)
+    return _TimmAugmentation(v2.Compose([crop, policy, final]))
+
+
+_KINDS: dict[str, Callable[..., ImageTransform]] = {
+    "train": train_transform,
+    "augment": augment_transform,
+    "eval": eval_transform,
+}
 
 
 def build_transform(image_size: int | Sequence[int], options: Mapping[str, Any] | None = None) -> ImageTransform:
@@ -135,8 +215,8 @@ def build_transform(image_size: int | Sequence[int], options: Mapping[str, Any] 
 
     Args:
         image_size: result side in pixels, or (H, W).
-        options: the arguments of :func:`train_transform`, or with ``kind='eval'`` those of :func:`eval_transform`;
-            None: :func:`train_transform` as it is.
+        options: the arguments of :func:`train_transform`, with ``kind='augment'`` of :func:`augment_transform`, with
+            ``kind='eval'`` of :func:`eval_transform`; None: :func:`train_transform` as it is.
 
     Raises:
         ValueError: an unknown kind or option, with the nearest name.

@@ -106,7 +106,9 @@ class MaskedDistiller(BaseModel):
         self.image_size = as_size(image_size)
         self.student = _build(student)
         self.mask: MaskGenerator = _build(mask)
-        self.objectives, self.weights = _build_objectives(objectives)
+        if not objectives:
+            raise ValueError("objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))")
+        self.objectives, self.weights = build_objectives(objectives)
         built_teacher = None if teacher is None else _build(teacher)
         # not through nn.Module.__setattr__, which would register it
         object.__setattr__(self, "teacher", built_teacher)
@@ -296,9 +298,8 @@ def _build(cfg: Mapping[str, Any]) -> Any:
     return MODELS.build({"_scope_": "hgkd", **cfg})
 
 
-def _build_objectives(configs: Mapping[str, Mapping[str, Any]]) -> tuple[nn.ModuleDict, dict[str, float]]:
-    if not configs:
-        raise ValueError("objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))")
+def build_objectives(configs: Mapping[str, Mapping[str, Any]]) -> tuple[nn.ModuleDict, dict[str, float]]:
+    """Objectives by name, and the weight of each: an extra key ``weight`` of its config, 1.0 without."""
     objectives = nn.ModuleDict()
     weights = {}
     for name, cfg in configs.items():

@@ -1,6 +1,7 @@
 """Running a training: configs, runner, hooks, optimiser wrappers, safe weight loading."""
 
 from hgkd.engine.checkpoints import CheckpointWriteError, RunCheckpointHook, find_last_checkpoint
+from hgkd.engine.class_report import ClassReportHook
 from hgkd.engine.config import SHORT_OPTIONS, apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.feature_cache import TeacherCacheHook
 from hgkd.engine.hooks import (
@@ -15,7 +16,7 @@ from hgkd.engine.hooks import (
     UnreadableFilesHook,
 )
 from hgkd.engine.loop import ExactEpochLoop
-from hgkd.engine.optim import BFloat16OptimWrapper, DecayGroupsConstructor
+from hgkd.engine.optim import BFloat16OptimWrapper, DecayGroupsConstructor, LayerDecayConstructor
 from hgkd.engine.runner import DistillRunner
 from hgkd.engine.terms import TermShareHook
 from hgkd.engine.validation_data import BankAndQuery
@@ -25,12 +26,14 @@ __all__ = [
     "BFloat16OptimWrapper",
     "BankAndQuery",
     "CheckpointWriteError",
+    "ClassReportHook",
     "CollapseAlarmHook",
     "DecayGroupsConstructor",
     "DistillRunner",
     "DivergedError",
     "ExactEpochLoop",
     "FiniteLossHook",
+    "LayerDecayConstructor",
     "LossAlarmHook",
     "MaskScheduleHook",
     "MemoryHook",

@@ -36,16 +36,19 @@ class ShortOption:
         places: dotted paths that get the value; within a list a number is an index, a name the ``type`` of the entry. Those
             whose parent is absent are passed over, but one must be there.
         help: what it is, for the documentation.
+        existing: further places, which get the value only where they have one already.
     """
 
     places: tuple[str, ...]
     help: str
+    existing: tuple[str, ...] = ()
 
 
 _TRAIN, _BANK, _QUERY = "train_dataloader.dataset", "val_dataloader.dataset.bank", "val_dataloader.dataset.query"
+_VAL = "val_dataloader.dataset"
 
 SHORT_OPTIONS: dict[str, ShortOption] = {
-    "data_root": ShortOption((f"{_TRAIN}.data_root",), "folder of the unlabelled training images"),
+    "data_root": ShortOption((f"{_TRAIN}.data_root",), "folder of the training images"),
     "list_file": ShortOption((f"{_TRAIN}.list_file",), "text file naming the training images, one a line"),
     "limit": ShortOption((f"{_TRAIN}.limit",), "use only so many training images"),
     "val_train_root": ShortOption((f"{_BANK}.data_root",), "labelled images, one folder a class: the k-NN's memory"),
@@ -53,12 +56,17 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
     "image_size": ShortOption(
         ("model.image_size", f"{_TRAIN}.image_size", f"{_BANK}.image_size", f"{_QUERY}.image_size"),
         "side in pixels, or [height,width]",
+        existing=(f"{_VAL}.image_size",),
     ),
-    "student": ShortOption(("model.student.encoder",), "timm name of the student"),
+    "val_root": ShortOption((), "labelled images that a classifier is validated on", (f"{_VAL}.data_root",)),
+    "label_fraction": ShortOption((f"{_TRAIN}.label_fraction",), "share of the labels that is used, in (0, 1]"),
+    "num_classes": ShortOption(("model.num_classes",), "number of classes of a classifier"),
+    "backbone": ShortOption(("model.classifier.backbone",), "file, export or work folder that a classifier starts from"),
+    "student": ShortOption(("model.student.encoder", "model.classifier.name"), "timm name of the student"),
     "teacher": ShortOption(("model.teacher.name",), "timm name of the teacher"),
     "teacher_checkpoint": ShortOption(("model.teacher.checkpoint",), "weight file of the teacher"),
     "teacher_features": ShortOption(("custom_hooks.TeacherCacheHook.folder",), "folder that keeps the teacher's features"),
-    "mask_ratio": ShortOption(("model.mask.mask_ratio", "model.mask_ratio"), "share of hidden cells, in [0, 1)"),
+    "mask_ratio": ShortOption(("model.mask.mask_ratio",), "share of hidden cells, in [0, 1)", ("model.mask_ratio",)),
     "epochs": ShortOption(("train_cfg.max_epochs", "param_scheduler.1.end"), "passes over the training images"),
     "warmup_epochs": ShortOption(
         ("param_scheduler.0.end", "param_scheduler.1.begin"), "epochs of rising learning rate; 0 = none"
@@ -66,7 +74,8 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
     "batch_size": ShortOption(("train_dataloader.batch_size",), "images a step and process"),
     "lr": ShortOption(("optim_wrapper.optimizer.lr",), "learning rate for the base batch size of the schedule"),
     "workers": ShortOption(
-        ("train_dataloader.num_workers", "val_dataloader.num_workers"), "processes that read images; 0 = none extra"
+        ("train_dataloader.num_workers", "val_dataloader.num_workers"),
+        "processes that read images; 0 = none extra",
     ),
     "seed": ShortOption(("randomness.seed",), "of everything random"),
 }
@@ -124,6 +133,8 @@ _PLAIN_SECTIONS: dict[str, frozenset[str]] = {
             "dcn_offset_lr_mult",
             "flat_decay_mult",
             "bypass_duplicate",
+            "layer_decay",
+            "blocks_per_layer",
         }
     ),
     "auto_scale_lr": frozenset({"enable", "base_batch_size"}),
@@ -184,7 +195,8 @@ def check_plain_data(content: Any, where: str) -> None:
 def apply_short_options(cfg: Config) -> None:
     """Write the short options of ``cfg`` (see ``SHORT_OPTIONS``) into their places, in place; None means "not given".
 
-    Without ``val_train_root`` and ``val_test_root`` a config that has these keys is trained without validation.
+    Without ``val_train_root`` and ``val_test_root``, or without ``val_root``, a config that has these keys is trained without
+    validation.
     ``warmup_epochs=0`` removes the warm-up from the schedule.
 
     Raises:
@@ -196,14 +208,17 @@ def apply_short_options(cfg: Config) -> None:
         value = cfg.get(name)
         if value is None:
             continue
-        if not [_set(cfg, place, value) for place in option.places if _parent(cfg, place) is not None]:
-            raise ValueError(
-                f"{name}={value!r} has no place in this config, which has no {' or '.join(option.places)}; leave it out"
-            )
+        found = [_set(cfg, place, value) for place in option.places if _parent(cfg, place) is not None]
+        found += [_set(cfg, place, value) for place in option.existing if _steps(place)[-1] in (_parent(cfg, place) or ())]
+        if not found:
+            places = " or ".join((*option.places, *option.existing))
+            raise ValueError(f"{name}={value!r} has no place in this config, which has no {places}; leave it out")
     _check_warmup(cfg)
 
 
 def _drop_validation(cfg: Config) -> None:
+    if "val_root" in cfg and cfg.val_root is None:
+        cfg.update(dict(val_dataloader=None, val_cfg=None, val_evaluator=None))
     names = ("val_train_root", "val_test_root")
     if not any(name in cfg for name in names):
         return
@@ -243,9 +258,6 @@ def _parent(cfg: Config, place: str) -> Any:
             node = next((entry for entry in node if entry.get("type") == step), None)
         else:
             node = node.get(step) if isinstance(node, (Mapping, Config)) else None
-    # model.mask_ratio: a model that has `mask` takes the ratio there
-    if node is not None and place == "model.mask_ratio" and "mask_ratio" not in node:
-        return None
     return node
 
 
@@ -329,7 +341,7 @@ def _check_arguments(cls: Any, value: Mapping[str, Any], path: str, registry: Re
     for name in _required(cls):
         if name not in given:
             place = f"{path}.{name}"
-            short = [option for option, entry in SHORT_OPTIONS.items() if place in entry.places]
+            short = [option for option, entry in SHORT_OPTIONS.items() if place in (*entry.places, *entry.existing)]
             how = f"--cfg-options {short[0]}=..." if short else f"{place} in the config"
             raise ValueError(f"{place} is missing: {cls.__name__} needs it; set {how}")
 

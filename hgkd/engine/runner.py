@@ -38,6 +38,8 @@ def _what(meta: Any) -> str:
     meta = meta if isinstance(meta, Mapping) else {}
     if isinstance(meta.get("encoder"), Mapping):
         return f"a student {meta['encoder'].get('name')!r}"
+    if isinstance(meta.get("classifier"), Mapping):
+        return f"a classifier {meta['classifier'].get('name')!r} of {meta['classifier'].get('num_classes')} classes"
     return "a masked autoencoder" if "mae" in meta else "a model that it does not describe"
 
 

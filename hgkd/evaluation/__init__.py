@@ -1,13 +1,16 @@
 """How good the frozen features are: k-NN, linear probe, few-shot, health, and the extraction of features from any backbone."""
 
 from hgkd.evaluation.accuracy import PairedTest, bootstrap_interval, paired_test
+from hgkd.evaluation.classification import ClassificationMetric
 from hgkd.evaluation.extract import FeatureExtractor, FeatureSet, extract, load_extractor
 from hgkd.evaluation.fewshot import few_shot
 from hgkd.evaluation.knn import FeatureHealthMetric, KNNMetric, effective_rank, knn_accuracy, knn_scores
 from hgkd.evaluation.linear import LinearResult, linear_probe
-from hgkd.evaluation.samples import FeatureSample
+from hgkd.evaluation.samples import ClassSample, FeatureSample
 
 __all__ = [
+    "ClassSample",
+    "ClassificationMetric",
     "FeatureExtractor",
     "FeatureHealthMetric",
     "FeatureSample",

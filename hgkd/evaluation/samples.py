@@ -22,3 +22,18 @@ class FeatureSample:
     label: int
     index: int
     split: str
+
+
+@dataclass
+class ClassSample:
+    """What a classifier says about one image.
+
+    Attributes:
+        scores: one number a class (K,), the highest is its answer; any float dtype, any device.
+        label: index of the right class.
+        index: place of the image in its data set; twice the same index is an image in place of an unreadable one.
+    """
+
+    scores: Tensor
+    label: int
+    index: int

@@ -148,6 +148,7 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
         FileNotFoundError: there is no such file.
         WeightsError: the file is damaged, or holds no student of ours.
     """
+    from hgkd.classifiers.network import ClassifierSpec, ImageClassifier, network_state
     from hgkd.engine.weights import read_checkpoint
 
     path = Path(path).expanduser()
@@ -165,6 +166,13 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
         )
     if isinstance(meta["hgkd"], Mapping) and "mae" in meta["hgkd"]:
         raise WeightsError(f"{path} holds a masked autoencoder and no student; tools/evaluate.py takes it as mae:{path}")
+    classifier = ClassifierSpec.parse(meta)
+    if classifier is not None:  # fine-tuned: the network without its head
+        model = ImageClassifier.from_spec(classifier)
+        encoder = network_state(checkpoint, str(path))
+        inside = {key: value for key, value in encoder.items() if not key.startswith(model.head_names())}
+        spec = EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs))
+        return StudentCheckpoint(path, spec, inside, {}, dict(meta), _metrics(checkpoint))
     spec = EncoderSpec.parse(meta["hgkd"], str(path))
     state = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
     if not state:

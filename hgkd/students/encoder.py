@@ -73,7 +73,7 @@ def build_encoder(
     except AssertionError as error:  # e.g. inception_next: "Cannot disable pooling"
         raise ValueError(f"timm cannot build {name!r} without its classifier and pooling: {error}") from error
     if stem == "cifar":
-        _use_cifar_stem(model, name)
+        use_cifar_stem(model, name)
     encoder_levels(model)  # refuses what is no CNN
     if checkpoint is not None:
         from hgkd.export.importing import import_weights
@@ -168,7 +168,7 @@ def _intermediates(model: nn.Module, images: Tensor, indices: list[int] | None) 
     return list(features)
 
 
-def _use_cifar_stem(model: nn.Module, name: str) -> None:
+def use_cifar_stem(model: nn.Module, name: str) -> None:
     if not isinstance(model, ResNet):
         raise ValueError(f"stem='cifar' is for timm's ResNets, not for {name!r} ({type(model).__name__})")
     replaced = next(layer for layer in cast(nn.Module, model.conv1).modules() if isinstance(layer, nn.Conv2d))

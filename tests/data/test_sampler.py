@@ -133,3 +133,31 @@ def test_a_replacement_is_cropped_as_itself(dataset):
     replaced = dataset[SeededIndex(0, base)]
     assert replaced["index"] == 1
     assert torch.equal(replaced["inputs"], own)
+
+
+def test_repeated_augmentation_shows_copies_that_differ_and_as_many_images():
+    sampler = EpochSampler(range(12), seed=3, repeats=3)
+    sampler.set_epoch(1)
+    shown = list(sampler)
+    assert len(shown) == 12
+    assert [shown[i : i + 3].count(shown[i]) for i in range(0, 12, 3)] == [3, 3, 3, 3]
+    assert len(set(shown)) == 4
+    assert len({image.epoch_seed for image in shown[:3]}) == 3
+    once = EpochSampler(range(12), seed=3)
+    once.set_epoch(1)
+    assert shown[::3] == list(once)[:4]
+    assert shown[0].epoch_seed == next(iter(once)).epoch_seed  # the first copy is the image of an ordinary epoch
+    sampler.skip = 5
+    assert [(int(i), i.epoch_seed) for i in sampler] == [(int(i), i.epoch_seed) for i in shown[5:]]
+    with pytest.raises(ValueError, match=r"repeats must be 1 .* or more, got 0"):
+        EpochSampler(range(3), repeats=0)
+
+
+def test_the_processes_share_the_copies_of_repeated_augmentation(monkeypatch):
+    shown = []
+    for rank in range(3):
+        monkeypatch.setattr("hgkd.data.sampler.get_dist_info", lambda rank=rank: (rank, 3))
+        shown.append(list(EpochSampler(range(9), seed=0, repeats=3)))
+    assert shown[0] == shown[1] == shown[2]
+    for images in zip(*shown, strict=True):
+        assert len({image.epoch_seed for image in images}) == 3

@@ -121,3 +121,26 @@ def test_build_transform_kinds():
     expected = train_transform(32)(image)
     torch.manual_seed(5)
     assert torch.equal(build_transform(32)(image), expected)
+
+
+@pytest.mark.parametrize("policy", [None, "rand-m9-mstd0.5-inc1", "trivial", "augmix-m5-w2"])
+def test_augmentation_follows_torchs_generator_and_leaves_the_others_alone(policy):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
+    transform = build_transform((32, 48), dict(kind="augment", auto_augment=policy))
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(transform(picture))
+    assert results[0].shape == (3, 32, 48)
+    assert results[0].dtype == torch.uint8
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+def test_augmentation_that_is_unknown_or_contradictory_is_refused():
+    with pytest.raises(ValueError, match="timm has no augmentation policy 'randd-m9'"):
+        build_transform(32, dict(kind="augment", auto_augment="randd-m9"))
+    with pytest.raises(ValueError, match=r"color_jitter=0\.4 has no effect with auto_augment='trivial'"):
+        build_transform(32, dict(kind="augment", auto_augment="trivial", color_jitter=0.4))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_runs import train_tool
 
 from hgkd.data.shapes import write_imagefolder
 
@@ -148,3 +149,69 @@ def test_a_run_that_fails_names_its_log(tmp_path, monkeypatch, capsys):
     assert "resnet_eighteen" in Path("out/no_seed0/evaluate.log").read_text()
     assert tool.main([str(file), "--work-dir", "out", "--set", "data"]) == 2
     assert "--set takes NAME=VALUE, got ['data']" in capsys.readouterr().err
+
+
+SCORES = 'scores = {"top-1 %": "accuracy/top1"}\n'
+
+
+def test_runs_that_measure_themselves_from_training_to_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_imagefolder("shapes", train=16, test=8, image_size=64)
+    options = {"student": "test_resnet", "data_root": "{data}/train", "val_root": "{data}/test", "num_classes": 8}
+    options |= {"image_size": 64, "batch_size": 8, "workers": 0, "epochs": 2, "warmup_epochs": 0, "train_cfg.val_interval": 1}
+    config = str(ROOT / "downstream/classification/resnet18_10e_cifar128.py")
+    plan = tmp_path / "plan.py"
+    plan.write_text(f"rows = [dict(name='fine-tuned', config={config!r}, seeds=[1])]\noptions = {options}\n{SCORES}")
+    assert tool.main([str(plan), "--work-dir", "out", "--set", "data=shapes"]) == 0
+    (result,) = json.loads(Path("out/results.json").read_text())
+    curve = result["curves"]["top-1 %"]
+    assert [step for step, _ in curve] == [1, 2]
+    assert result["scores"] == {"top-1 %": {"value": curve[-1][1]}}
+    table = Path("out/table.md").read_text()
+    assert f"| fine-tuned | {curve[-1][1]:.1f} | 1 |" in table
+    assert f"- fine-tuned: {curve[0][1]:.1f}, {curve[1][1]:.1f}" in table
+    misspelt = tool.Job("fine-tuned", 1, Path("out/fine-tuned_seed1"), config, {}, {}, {"top-1 %": "accuracy/top_1"})
+    with pytest.raises(RuntimeError, match=r"no validation in out/fine-tuned_seed1 logged 'accuracy/top_1'"):
+        tool._log(misspelt)
+
+
+def test_a_run_knows_its_seed_and_a_plan_measures_in_one_way(tmp_path):
+    file = tmp_path / "plan.py"
+    rows = [{"name": "a", "config": SPARK, "seeds": [0, 2], "options": {"backbone": "{runs}/H-GKD_seed{seed}"}}]
+    file.write_text(f"rows = {rows}\n{SCORES}")
+    jobs = tool.jobs_of(tool.read_plan(file, {"runs": "/r"}), tmp_path)
+    assert [job.options["backbone"] for job in jobs] == ["/r/H-GKD_seed0", "/r/H-GKD_seed2"]
+    assert [job.scores for job in jobs] == [{"top-1 %": "accuracy/top1"}] * 2
+    file.write_text(f"rows = {rows}\n{SCORES}{EVALUATE}")
+    with pytest.raises(ValueError, match=r"a plan has either evaluate .* or scores"):
+        tool.read_plan(file, {"runs": "/r", "data": "/x"})
+    file.write_text(f"rows = [dict(name='a', backbone='resnet18')]\n{SCORES}")
+    with pytest.raises(ValueError, match="row 'a' has no config, but with scores every row is a run"):
+        tool.read_plan(file, {})
+
+
+def test_table_of_runs_that_measured_themselves_by_hand():
+    def result(seed, *values):
+        curve = [[epoch, value] for epoch, value in enumerate(values, 1)]
+        return {
+            "row": "a",
+            "seed": seed,
+            "command": "c",
+            "scores": {"box AP": {"value": values[-1]}},
+            "curves": {"box AP": curve},
+        }
+
+    lines = tool.table_of([result(0, 10.0, 20.0), result(1, 20.0, 24.0)]).splitlines()
+    assert lines[0].startswith("| row | box AP | seeds |")
+    assert lines[2].startswith("| a | 22.0 +- 2.8 | 2 |")
+    assert "- a: 15.0, 22.0" in lines
+
+
+@pytest.mark.parametrize("plan", sorted((ROOT / "configs/comparisons").glob("*.py")), ids=lambda path: path.stem)
+def test_every_run_of_a_shipped_plan_has_a_config_that_takes_its_options(plan, tmp_path):
+    names = ("pretrain", "train", "bank", "test", "teacher", "features", "mae", "runs", "dino", "judge")
+    for job in tool.jobs_of(tool.read_plan(plan, {name: f"/{name}" for name in names}), tmp_path):
+        if job.config is not None:
+            cfg = train_tool.load_config(ROOT / job.config, options=job.options)
+            assert cfg.train_cfg.max_epochs == job.options["epochs"]
+            assert not [value for value in job.options.values() if "{" in str(value)]

@@ -1,0 +1,61 @@
+"""Fine-tuned top-1 on CIFAR-10 from several backbones, same schedule, at all labels and at a tenth of them.
+
+    python tools/compare.py configs/comparisons/cifar128_finetune.py --work-dir OUT --jobs 2 \\
+        --set train=DIR test=DIR runs=PRE dino=FILE judge=RUN
+
+train, test: labelled images, one folder a class; 300 and 100 of each class are used. runs: work folder of cifar128_pretrain
+(or of cifar128), whose runs are named after row and seed. dino: weight file of vit_small_patch14_dinov2 (MGD's teacher).
+judge: checkpoint or work folder of a classifier of these classes (the teacher of the specific stage), e.g. of
+downstream/classification/vit-s14_2e_cifar112.py with backbone=dino, or of resnet18_10e_cifar128.py with more labels and
+epochs.
+
+All rows see 6,000 images, 3,000 twice or 300 twenty times, here at 96 pixels, to cost a few minutes of one core each. A step
+with a ViT teacher costs about three times as much.
+"""
+
+_few = dict(label_fraction=0.1, epochs=20, warmup_epochs=1)
+_few["train_cfg.val_interval"] = 5
+_folder = "downstream/classification/"
+_plain = _folder + "resnet18_10e_cifar128.py"
+_specific = _folder + "resnet18_g2sd_10e_cifar128.py"
+_judge = dict(teacher_checkpoint="{judge}")
+_main, _side = [0, 1, 2], [0]
+
+options = dict(
+    data_root="{train}",
+    val_root="{test}",
+    image_size=96,
+    epochs=2,
+    warmup_epochs=0.25,
+    workers=0,
+)
+options["train_dataloader.dataset.limit_per_class"] = 300
+options["val_dataloader.dataset.limit_per_class"] = 100
+options["default_hooks.checkpoint.save_best"] = None
+scores = {"top-1 %": "accuracy/top1", "top-5 %": "accuracy/top5"}
+
+# name, config, options, seeds; 'one-stage' G2SD has no backbone, 'two-stage' that of the generic stage
+_recipes = [
+    ("random", _plain, dict(), _main),
+    ("pixels", _plain, dict(backbone="{runs}/pixels_seed{seed}"), _main),
+    ("H-GKD", _plain, dict(backbone="{runs}/H-GKD_seed{seed}"), _main),
+    ("DMAE", _plain, dict(backbone="{runs}/DMAE_seed{seed}"), _side),
+    ("G2SD generic only", _plain, dict(backbone="{runs}/G2SD_seed{seed}"), _side),
+    ("G2SD specific only", _specific, dict(**_judge), _side),
+    ("G2SD generic + specific", _specific, dict(backbone="{runs}/G2SD_seed{seed}", **_judge), _side),
+    ("H-GKD + specific", _specific, dict(backbone="{runs}/H-GKD_seed{seed}", **_judge), _side),
+    ("random + KD", _folder + "resnet18_kd_10e_cifar128.py", dict(**_judge), _side),
+    ("random + NKD", _folder + "resnet18_nkd_10e_cifar128.py", dict(**_judge), _side),
+    ("random + MGD", _folder + "resnet18_mgd_10e_cifar128.py", dict(teacher_checkpoint="{dino}"), _side),
+    (
+        "H-GKD + MGD",
+        _folder + "resnet18_mgd_10e_cifar128.py",
+        dict(backbone="{runs}/H-GKD_seed{seed}", teacher_checkpoint="{dino}"),
+        _side,
+    ),
+]
+rows = [
+    dict(name=f"{name}, {labels} labels", config=config, options=dict(**own, **extra), seeds=seeds)
+    for labels, extra in (("10 %", _few), ("all", dict()))
+    for name, config, own, seeds in _recipes
+]

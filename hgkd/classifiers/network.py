@@ -1,0 +1,396 @@
+"""A timm network with its classifier, started from a distilled backbone: what is fine-tuned, and what fine-tuning learns from.
+
+A backbone is a CNN student's checkpoint or export (:mod:`hgkd.export`), a ViT student's or MAE's file, a fine-tuned classifier
+of this project, or a file of others; it is loaded strictly, and only the classifier may start at random.
+
+Two heads as G2SD's specific distillation has them (arXiv 2302.14771, after DeiT, arXiv 2012.12877): timm's
+``deit_*_distilled_*`` have a distillation token and its head; every other network gets a second linear head on its pooled
+feature. Both heads' logits are averaged when the network is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from mmengine.logging import print_log
+from timm.layers import resample_abs_pos_embed
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+
+from hgkd.data.transforms import as_size
+from hgkd.engine.checkpoints import find_last_checkpoint, known_checkpoints
+from hgkd.engine.weights import load_strict, read_checkpoint, tensors_of
+from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.students.encoder import STEMS, evaluating, pixel_statistics, use_cifar_stem
+from hgkd.teachers.mae import IMAGENET_DEVIATION, IMAGENET_MEAN, read_mae, sincos_positions
+from hgkd.teachers.naming import to_timm_names
+
+CLASSIFIER_FORMAT = 1
+NETWORK_PREFIX = "classifier.network."
+_PREFIX = "classifier."
+_Pixels = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass
+class ClassifierOutput:
+    """Result of ``classifier(images)``.
+
+    Attributes:
+        logits: of the class head, (B, K).
+        distilled: of the second head, (B, K); ``logits`` themselves when there is one head only.
+        feature: the last feature map (B, C, h, w), before pooling; of a ViT its patch tokens.
+    """
+
+    logits: Tensor
+    distilled: Tensor
+    feature: Tensor
+
+
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """What rebuilds a classifier without its weights; ``meta['hgkd']['classifier']`` of its checkpoint.
+
+    Attributes:
+        name: timm's.
+        num_classes: K.
+        image_size: (H, W) that a ViT's positions are for.
+        stem: see :func:`hgkd.students.build_encoder`.
+        two_heads: see the module's header.
+        kwargs: further arguments of ``timm.create_model``.
+        mean, deviation: of the pixels in [0, 1], RGB.
+        classes: names, in the order of the logits; empty when unknown.
+    """
+
+    name: str
+    num_classes: int
+    image_size: tuple[int, int]
+    stem: str = "default"
+    two_heads: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    deviation: tuple[float, ...] = IMAGENET_DEVIATION
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, meta: object) -> ClassifierSpec | None:
+        """The spec in ``checkpoint['meta']``; None when the checkpoint is of something else.
+
+        Raises:
+            WeightsError: written by a newer version.
+        """
+        hgkd = meta.get("hgkd") if isinstance(meta, Mapping) else None
+        found = hgkd.get("classifier") if isinstance(hgkd, Mapping) else None
+        if not isinstance(hgkd, Mapping) or not isinstance(found, Mapping):
+            return None
+        if hgkd.get("format") != CLASSIFIER_FORMAT:
+            raise WeightsError(
+                f"a classifier of format {hgkd.get('format')!r}; this version of hgkd reads format {CLASSIFIER_FORMAT}"
+            )
+        sequences = {key: tuple(found[key]) for key in ("image_size", "mean", "deviation", "classes")}
+        return cls(**{**found, **sequences})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ImageClassifier(nn.Module):
+    """A timm CNN or ViT with one or two linear heads.
+
+    Args:
+        name: timm's name, e.g. 'resnet50', 'vit_small_patch16_224', 'deit_small_distilled_patch16_224'.
+        num_classes: K, 1 or more.
+        image_size: side in pixels, or (H, W); only a ViT depends on it.
+        stem: 'cifar' for a ResNet with a 3x3 stride-1 stem.
+        two_heads: see the module's header.
+        drop_path: rate of stochastic depth, in [0, 1).
+        head_std: deviation of the heads' initial weights, with bias 0 (MAE fine-tunes from 2e-5); None: timm's.
+        backbone: file or export that the network starts from; also a work folder, whose last checkpoint is taken.
+            None: timm's random weights.
+        normalize: (mean, deviation) of the pixels in [0, 1], RGB; None: the file's, else what timm notes for the name.
+        kwargs: further arguments of ``timm.create_model``, e.g. ``global_pool='avg'``.
+
+    Attributes:
+        network: timm's.
+        distillation_head: the second head where timm's network has none, else None.
+        spec: what rebuilds all this.
+
+    Raises:
+        ValueError: an unknown name or stem, or options that do not fit together.
+        FileNotFoundError, WeightsError: the backbone is absent, damaged, or of another architecture.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        image_size: int | Sequence[int] = 224,
+        stem: str = "default",
+        two_heads: bool = False,
+        drop_path: float = 0.0,
+        head_std: float | None = None,
+        backbone: str | Path | None = None,
+        normalize: Sequence[Sequence[float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(name.partition(".")[0]):
+            raise ValueError(unknown_name_message("classifier", name, timm.list_models()))
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be 1 or more, got {num_classes}; set it to the number of class folders")
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path must be a rate in [0, 1), got {drop_path}")
+        size = as_size(image_size)
+        kwargs = {"drop_path_rate": drop_path, **kwargs} if drop_path else dict(kwargs)
+        sized = {"img_size": size} if is_vit(name) else {}
+        network: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **sized, **kwargs)
+        if stem == "cifar":
+            use_cifar_stem(network, name)
+        self.network = network
+        self.is_vit = bool(sized)
+        self.has_token = isinstance(network, VisionTransformerDistilled)
+        if self.has_token:
+            network.set_distilled_training(True)
+            two_heads = True
+        self.distillation_head = deepcopy(self._heads()[0]) if two_heads and not self.has_token else None
+        if self.distillation_head is not None:
+            self.distillation_head.reset_parameters()
+        if head_std is not None:
+            for head in self._all_heads():
+                nn.init.trunc_normal_(head.weight, std=head_std)
+                nn.init.zeros_(head.bias)
+        pixels = None if backbone is None else self._start_from(_resolve(backbone), stem)
+        mean, deviation = normalize or pixels or pixel_statistics(network)
+        self.spec = ClassifierSpec(
+            name, num_classes, size, stem, two_heads, kwargs, tuple(map(float, mean)), tuple(map(float, deviation))
+        )
+        self.register_buffer("mean", torch.tensor(self.spec.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(self.spec.deviation).view(1, -1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_spec(cls, spec: ClassifierSpec, image_size: int | Sequence[int] | None = None) -> ImageClassifier:
+        """The classifier that a checkpoint describes, with random weights."""
+        return cls(
+            spec.name,
+            spec.num_classes,
+            image_size or spec.image_size,
+            spec.stem,
+            spec.two_heads,
+            normalize=(spec.mean, spec.deviation),
+            **spec.kwargs,
+        )
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> what the network expects."""
+        return (images - self.mean) / self.deviation
+
+    def denormalise(self, inputs: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`."""
+        return inputs * self.deviation + self.mean
+
+    def forward(self, inputs: Tensor) -> ClassifierOutput:
+        """Logits and the last feature map of normalised images (B, 3, H, W)."""
+        network: Any = self.network
+        features = network.forward_features(inputs)
+        if self.has_token:
+            heads = network.forward_head(features) if self.training else _both_tokens(network, features)
+        else:
+            pooled = network.forward_head(features, pre_logits=True)
+            logits = self._heads()[0](pooled)
+            heads = (logits, logits if self.distillation_head is None else self.distillation_head(pooled))
+        return ClassifierOutput(heads[0], heads[1], self._map(features, inputs))
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """The logits (B, K) that count when the network is used: the heads' mean."""
+        out = self(inputs)
+        return out.logits if out.distilled is out.logits else (out.logits + out.distilled) / 2
+
+    def feature_shape(self, image_size: int | Sequence[int]) -> tuple[int, int, int]:
+        """Channels and grid (C, h, w) of the last feature map, by a dry run."""
+        like = self.mean
+        with evaluating(self), torch.no_grad():
+            feature = self(torch.zeros(1, 3, *as_size(image_size), device=like.device)).feature
+        return cast("tuple[int, int, int]", tuple(feature.shape[1:]))
+
+    def _heads(self) -> tuple[Any, ...]:
+        found = cast(Any, self.network).get_classifier()
+        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+    def _all_heads(self) -> list[Any]:
+        return [*self._heads(), *([] if self.distillation_head is None else [self.distillation_head])]
+
+    def head_names(self) -> tuple[str, ...]:
+        """Beginnings of the network's entries that belong to its classifier."""
+        heads = {id(head) for head in self._heads()}
+        return tuple(f"{name}." for name, module in self.network.named_modules() if id(module) in heads)
+
+    def _map(self, features: Tensor, inputs: Tensor) -> Tensor:
+        if not self.is_vit:
+            return features
+        network: Any = self.network
+        patch = network.patch_embed.patch_size
+        grid = (inputs.shape[2] // patch[0], inputs.shape[3] // patch[1])
+        return features[:, network.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+
+    # --- starting from a file ---------------------------------------------------------------------------------------
+
+    def _start_from(self, path: Path, stem: str) -> _Pixels | None:
+        """Load the backbone of a file; returns the pixel statistics that it notes."""
+        content = read_checkpoint(path) if path.is_file() else None
+        meta = content.get("meta") if isinstance(content, Mapping) else None
+        spec = ClassifierSpec.parse(meta)
+        if spec is not None:
+            self._refuse_other(path, spec.name, spec.stem, stem)
+            self._load(network_state(content, str(path)), str(path))
+            return spec.mean, spec.deviation
+        if self.is_vit:
+            weights, pixels, heads = _vit_weights(path, content)
+            own_heads = cast(Any, self.network).blocks[0].attn.num_heads
+            if heads is not None and heads != own_heads:  # which no shape tells
+                raise WeightsError(
+                    f"{path} has {heads} attention heads, the network to be trained {own_heads}; set student to it"
+                )
+            self._load(self.fit_positions(weights, str(path)), str(path))
+            return pixels
+        from hgkd.export import EncoderSpec, read_source
+
+        described = content is None or (isinstance(meta, Mapping) and "hgkd" in meta)
+        own = str(self.network.pretrained_cfg["architecture"])
+        source = read_source(path, None if described else EncoderSpec(own, stem), allow=() if described else ("head.norm.",))
+        self._refuse_other(path, source.spec.name, source.spec.stem, stem)
+        self._load(source.network.state_dict(), str(path))
+        return None
+
+    def _refuse_other(self, path: Path, name: str, file_stem: str, stem: str) -> None:
+        own = str(self.network.pretrained_cfg["architecture"])
+        if name.partition(".")[0] != own:
+            raise WeightsError(f"{path} holds a {name!r}, but a {own!r} is to be trained; set student={name}, or another file")
+        if file_stem != stem:
+            raise WeightsError(f"{path} holds a {name!r} with stem {file_stem!r}; set model.classifier.stem={file_stem}")
+
+    def _load(self, state: Mapping[str, Tensor], source: str) -> None:
+        heads = self.head_names()
+        # a network that pools before its last norm calls it otherwise, and starts it anew (MAE's fine-tuning does)
+        missing = (*heads, *(("fc_norm.", "dist_token") if self.is_vit else ()))
+        unexpected = (*heads, *(("norm.", "fc_norm.", "mask_token", "decoder_", "dist_token") if self.is_vit else ()))
+        own = self.network.state_dict()
+        inside = {key: value for key, value in state.items() if not key.startswith(heads)}
+        try:
+            load_strict(self.network, inside, source=source, ignore_missing=missing, ignore_unexpected=unexpected)
+        except WeightsError as error:
+            name = self.network.pretrained_cfg["architecture"]
+            raise WeightsError(
+                f"{source} does not fit a {name!r} ({len(inside)} entries in the file, {len(own)} in the network); is it the "
+                f"backbone of another architecture? {error}"
+            ) from error
+
+    def fit_positions(self, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """A file's position embedding on this network's grid, with a place for the distillation token."""
+        network: Any = self.network
+        found = weights.get("pos_embed")
+        if found is None or network.pos_embed is None:
+            return dict(weights)
+        prefix = 0 if network.no_embed_class else network.num_prefix_tokens
+        in_file = found.shape[1] - _square(found.shape[1])
+        side = int(_square(found.shape[1]) ** 0.5)
+        grid = tuple(network.patch_embed.grid_size)
+        positions = found.float()
+        if (side, side) != grid:
+            if in_file == 1 and torch.allclose(positions, sincos_positions(found.shape[2], (side, side)), rtol=0, atol=1e-3):
+                positions = sincos_positions(found.shape[2], grid)
+            else:
+                positions = resample_abs_pos_embed(positions, list(grid), [side, side], num_prefix_tokens=in_file)
+            print_log(f"{source}: pos_embed refitted from {(side, side)} to {grid}", "current")
+        if prefix > in_file:  # MAE's class token has no position either: zeros
+            extra = positions.new_zeros(1, prefix - in_file, positions.shape[2])
+            positions = torch.cat([positions[:, :in_file], extra, positions[:, in_file:]], 1)
+        return {**weights, "pos_embed": positions}
+
+
+def is_vit(name: str) -> bool:
+    """Whether timm's model is a plain ViT: patches, then a row of blocks of equal tokens."""
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+    return all(hasattr(model, part) for part in ("patch_embed", "blocks", "num_prefix_tokens"))
+
+
+def network_state(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The timm network's entries, head included, of a checkpoint of fine-tuning.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    weights = tensors_of(content, source=source)
+    state = {key.removeprefix(NETWORK_PREFIX): value for key, value in weights.items() if key.startswith(NETWORK_PREFIX)}
+    if not state:
+        raise WeightsError(f"{source} holds no weights named {NETWORK_PREFIX}*; its weights are called {list(weights)[:3]}")
+    return state
+
+
+def load_classifier(path: str | Path, image_size: int | Sequence[int] | None = None) -> ImageClassifier:
+    """The classifier of a checkpoint that fine-tuning wrote (or of a work folder: its last), heads included, in eval mode.
+
+    Args:
+        image_size: for which a ViT's positions are refitted; None: that of its training.
+
+    Raises:
+        FileNotFoundError, WeightsError: absent, damaged, or no fine-tuned classifier.
+    """
+    path = _resolve(path)
+    content = read_checkpoint(path)
+    spec = ClassifierSpec.parse(content.get("meta") if isinstance(content, Mapping) else None)
+    if spec is None:
+        raise WeightsError(f"{path} is no checkpoint of fine-tuning; for a file of others name its network")
+    model = ImageClassifier.from_spec(spec, image_size)
+    state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
+    if model.is_vit:
+        inside = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
+        state["network.pos_embed"] = model.fit_positions(inside, str(path))["pos_embed"]
+    load_strict(model, state, source=str(path))
+    model.spec = replace(spec, image_size=model.spec.image_size)
+    return model.eval()
+
+
+def _resolve(path: str | Path) -> Path:
+    """A file or an export; of a work folder its last checkpoint."""
+    path = Path(path).expanduser()
+    if path.is_dir() and known_checkpoints(path):
+        last = find_last_checkpoint(path)
+        assert last is not None
+        return Path(last)
+    return path
+
+
+def _both_tokens(network: Any, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of both tokens in eval mode, where timm's own head gives their mean."""
+    return network.head(features[:, 0]), network.head_dist(features[:, 1])
+
+
+def _square(tokens: int) -> int:
+    """The largest square number up to ``tokens``: patches among positions that may include one or two other tokens."""
+    return int(tokens**0.5) ** 2
+
+
+def _vit_weights(path: Path, content: Any) -> tuple[dict[str, Tensor], _Pixels | None, int | None]:
+    """Weights of a ViT's file in timm's names, and what it notes: pixel statistics, attention heads."""
+    if content is None:
+        raise WeightsError(f"{path} is an export, which holds a CNN; give the ViT student's checkpoint")
+    weights = tensors_of(content, source=str(path))
+    meta = content.get("meta")
+    hgkd = meta.get("hgkd") if isinstance(meta, Mapping) else None
+    if isinstance(hgkd, Mapping) and "encoder" in hgkd:
+        raise WeightsError(f"{path} holds a {hgkd['encoder'].get('name')!r}, but a ViT is to be trained; set student to it")
+    if (isinstance(hgkd, Mapping) and "mae" in hgkd) or any(key.endswith("decoder_embed.weight") for key in weights):
+        arch, weights, pixels = read_mae(path)
+        return weights, (pixels.get("mean", IMAGENET_MEAN), pixels.get("deviation", IMAGENET_DEVIATION)), arch.num_heads
+    return to_timm_names(weights, str(path))[1], None, None

@@ -1,0 +1,172 @@
+"""Fine-tuning: a backbone becomes a classifier, with labels alone or with a teacher beside them.
+
+One model for plain fine-tuning, G2SD's specific stage (arXiv 2302.14771: ``HardLabel`` or ``NKD``), logit distillation
+(``SoftLabel``) and MGD for classification (``LastMapMGD``, arXiv 2205.01529), so that they differ in their objectives only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mmengine.model import BaseModel
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from hgkd.classifiers import ClassifierTeacher, ImageClassifier
+from hgkd.classifiers.network import CLASSIFIER_FORMAT
+from hgkd.data.transforms import as_size
+from hgkd.distillers.masked import build_objectives, to_unit_range
+from hgkd.evaluation.samples import ClassSample
+from hgkd.objectives.labels import LabelLoss
+from hgkd.registry import MODELS
+
+
+@MODELS.register_module()
+class ClassifierTraining(BaseModel):
+    """A classifier being fine-tuned.
+
+    The teacher is no submodule: it is absent from ``parameters()``, ``state_dict()``, ``train()`` and DDP, but follows this
+    model from device to device.
+
+    Args:
+        classifier: options of :class:`hgkd.classifiers.ImageClassifier`, but for the two below.
+        num_classes: K; must be that of the data, which the run checks before the first step.
+        image_size: side in pixels of the training images, or (H, W); those of validation may have another, with a CNN.
+        labels: options of :class:`hgkd.objectives.labels.LabelLoss`.
+        label_weight: factor of the label loss; 0 leaves it out.
+        erasing: probability of erasing a random rectangle of an image with noise (timm's, arXiv 1708.04896), before the
+            images are mixed.
+        teacher: options of :class:`hgkd.classifiers.ClassifierTeacher`; None when no objective needs one.
+        objectives: name -> config of an objective that learns from the teacher; an extra key ``weight`` (default 1.0)
+            multiplies it.
+        data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device.
+
+    Raises:
+        ValueError: anything that does not fit together, before the first step.
+        FileNotFoundError, WeightsError: see the classifier and the teacher.
+    """
+
+    def __init__(
+        self,
+        classifier: Mapping[str, Any],
+        num_classes: int,
+        image_size: int | Sequence[int],
+        labels: Mapping[str, Any] | None = None,
+        label_weight: float = 1.0,
+        erasing: float = 0.0,
+        teacher: Mapping[str, Any] | None = None,
+        objectives: Mapping[str, Mapping[str, Any]] | None = None,
+        data_preprocessor: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
+        if not 0.0 <= erasing <= 1.0:
+            raise ValueError(f"erasing is a probability in [0, 1], got {erasing}")
+        if label_weight < 0.0 or (label_weight == 0.0 and not objectives):
+            raise ValueError(f"label_weight={label_weight} leaves nothing to learn; it must be above 0, or 0 beside objectives")
+        self.image_size = as_size(image_size)
+        options = {key: value for key, value in classifier.items() if key not in ("type", "_scope_")}
+        self.classifier = ImageClassifier(num_classes=num_classes, image_size=self.image_size, **options)
+        self.labels = LabelLoss(num_classes, **(labels or {}))
+        self.label_weight = label_weight
+        self.erasing = erasing
+        self.objectives, self.weights = build_objectives(objectives or {})
+        built = None if teacher is None else MODELS.build({"_scope_": "hgkd", **teacher})
+        # not through nn.Module.__setattr__, which would register it
+        object.__setattr__(self, "teacher", built)
+        self._prepare(num_classes)
+
+    def _prepare(self, num_classes: int) -> None:
+        """Let every part check that it fits the others."""
+        teacher: ClassifierTeacher | None = self.teacher  # type: ignore[assignment]
+        if (teacher is None) != (not self.objectives):
+            which = f"objectives={list(self.objectives)} but no teacher" if teacher is None else "a teacher but no objectives"
+            raise ValueError(f"the model has {which}; set model.teacher and model.objectives, or neither")
+        if teacher is None:
+            return
+        needing = [name for name, part in self.objectives.items() if part.needs_classes]
+        if needing and teacher.num_classes != num_classes:
+            raise ValueError(
+                f"the teacher ({teacher.info}) must be fine-tuned on the {num_classes} classes of this training, because "
+                f"objective {needing[0]!r} learns from its answers; give another teacher_checkpoint, or use LastMapMGD"
+            )
+        shapes = self.classifier.feature_shape(self.image_size), teacher.prepare(self.image_size)
+        for part in self.objectives.values():
+            part.prepare(*shapes)
+
+    def init_weights(self) -> None:
+        """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassifierTraining:
+        super()._apply(fn, recurse)
+        teacher: Any = self.teacher
+        if teacher is not None:  # the device only: a teacher keeps the precision that it was built with
+            teacher.to(self.classifier.mean.device)
+        return self
+
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, mode: str = "tensor", **data: Any
+    ) -> dict[str, Tensor] | list[ClassSample] | Tensor:
+        """Losses, answers or logits of a batch.
+
+        Args:
+            inputs: uint8 (B, 3, H, W), RGB.
+            mode: 'loss' -> name of a loss -> fp32 scalar; 'predict' -> one ``ClassSample`` an image; 'tensor' -> (B, K) logits,
+                the mean of both heads where there are two.
+            data: further entries of the batch: ``label`` and ``index`` (B,).
+        """
+        normalised = self.classifier.normalise(to_unit_range(inputs))
+        if mode == "loss":
+            return self._losses(normalised, data["label"])
+        logits = self.classifier.predict(normalised)
+        if mode == "tensor":
+            return logits
+        if mode == "predict":
+            rows = zip(logits.float(), data["label"].tolist(), data["index"].tolist(), strict=True)
+            return [ClassSample(scores, label, index) for scores, label, index in rows]
+        raise ValueError(f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
+
+    def _losses(self, normalised: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        # 1. erase and mix, as timm does: on the normalised batch, in this order
+        if self.erasing > 0.0:
+            normalised = RandomErasing(self.erasing, mode="pixel", device=normalised.device)(normalised)
+        inputs, targets = self.labels.mix(normalised, labels)
+        # 2. the student; 3. the teacher, on the same erased and mixed images
+        out = self.classifier(inputs)
+        losses = {}
+        if self.label_weight > 0.0:
+            losses["label_loss"] = self.label_weight * self.labels(out.logits, targets)
+        teacher: Any = self.teacher
+        if teacher is not None:
+            said = teacher(self.classifier.denormalise(inputs))
+            for name, objective in self.objectives.items():
+                for term, value in objective(out, said, targets).items():
+                    losses[f"{name}_{term}_loss"] = self.weights[name] * value
+        return losses
+
+    def set_classes(self, classes: Sequence[str]) -> None:
+        """Note the names of the classes, for the checkpoint.
+
+        Raises:
+            ValueError: not as many as the network has outputs, or others than those of the teacher.
+        """
+        spec = self.classifier.spec
+        if len(classes) != spec.num_classes:
+            raise ValueError(
+                f"the images are of {len(classes)} classes ({', '.join(classes[:3])} ...), the model has {spec.num_classes} "
+                f"outputs; set num_classes={len(classes)}"
+            )
+        teacher: Any = self.teacher
+        known = () if teacher is None or teacher.num_classes is None else teacher.classes
+        if known and tuple(known) != tuple(classes):
+            differ = sorted(set(known) ^ set(classes))[:5]
+            raise ValueError(
+                f"the teacher was fine-tuned on other classes than the images have: {', '.join(differ) or 'in another order'}; "
+                "give a teacher_checkpoint of the same data"
+            )
+        self.classifier.spec = replace(spec, classes=tuple(classes))
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
+        return {"classifier": self.classifier.spec.to_dict(), "format": CLASSIFIER_FORMAT}

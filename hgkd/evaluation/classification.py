@@ -1,0 +1,104 @@
+"""How often a classifier is right, and which classes it confuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from mmengine.evaluator import BaseMetric
+from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix
+
+from hgkd.evaluation.linear import bootstrap_interval
+from hgkd.evaluation.samples import ClassSample
+from hgkd.registry import METRICS
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+
+_NAMED = 40  # classes whose names fit on a picture
+
+
+@METRICS.register_module()
+class ClassificationMetric(BaseMetric):
+    """``accuracy/top1``, ``top5`` and ``mean_class`` (the mean over classes) in percent.
+
+    ``accuracy/ci95_low`` and ``ci95_high`` are the 95 % bootstrap interval of ``top1`` over the images.
+    With K < 5 classes ``top5`` is 100. An image that is met twice (in place of an unreadable one) counts once.
+
+    Attributes:
+        confusion: int64 (K, K) of the last evaluation, a row a right class, a column an answer; only in the main process.
+    """
+
+    default_prefix = "accuracy"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.confusion: NDArray[np.int64] | None = None
+
+    def process(self, data_batch: Any, data_samples: Sequence[ClassSample]) -> None:
+        """Keep each image's five best classes."""
+        for sample in data_samples:
+            best = sample.scores.topk(min(5, len(sample.scores))).indices.tolist()
+            self.results.append((sample.index, sample.label, best, len(sample.scores)))
+
+    def compute_metrics(self, results: list[tuple[int, int, list[int], int]]) -> dict[str, float]:
+        rows = {index: (label, best) for index, label, best, _ in reversed(results)}
+        labels = np.array([label for label, _ in rows.values()])
+        answers = np.array([best[0] for _, best in rows.values()])
+        self.confusion = confusion_matrix(labels, answers, labels=range(results[0][3]))
+        correct = labels == answers
+        low, high = bootstrap_interval(correct)
+        among = np.mean([label in best for label, best in rows.values()])
+        return {
+            "top1": 100.0 * float(correct.mean()),
+            "top5": 100.0 * float(among),
+            "mean_class": float(np.nanmean(class_accuracy(self.confusion))),
+            "ci95_low": low,
+            "ci95_high": high,
+        }
+
+
+def class_accuracy(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Percent of each class's images that are right, (K,); nan for a class without images."""
+    totals = confusion.sum(1)
+    shares: NDArray[np.float64] = np.full(len(totals), np.nan)
+    np.divide(100.0 * confusion.diagonal(), totals, out=shares, where=totals > 0)
+    return shares
+
+
+def write_class_report(folder: str | Path, confusion: NDArray[np.int64], classes: Sequence[str]) -> None:
+    """Write ``per_class.json`` (accuracy in percent and number of images by class) and ``confusion.png`` into a folder."""
+    folder = Path(folder)
+    accuracy = class_accuracy(confusion)
+    table = {
+        name: {"accuracy": None if np.isnan(value) else round(float(value), 3), "images": int(total)}
+        for name, value, total in zip(classes, accuracy, confusion.sum(1), strict=True)
+    }
+    (folder / "per_class.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    confusion_picture(confusion, classes).savefig(folder / "confusion.png", dpi=110)
+
+
+def confusion_picture(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:
+    """Rows: right class, columns: answer, colour: share of the row; up to 40 classes are named and up to 20 numbered."""
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    few = len(classes) <= _NAMED
+    side = 2.5 + 0.32 * len(classes) if few else 9.0
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    axes.set_xlabel("answer")
+    axes.set_ylabel("right class")
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:
+        for row, column in np.argwhere(confusion > 0):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(confusion[row, column]), ha="center", va="center", color=colour, fontsize=7)
+    figure.colorbar(image, label="share of the class's images", shrink=0.8)
+    return figure

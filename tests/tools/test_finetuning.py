@@ -1,0 +1,207 @@
+"""Fine-tuning from backbone to score, with tiny networks: train, resume, test, and G2SD in two stages."""
+
+import json
+import re
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from tiny_runs import ROOT, SPARK, load_tool, same, tiny, train_tool, write_images
+
+from hgkd.classifiers import load_classifier
+from hgkd.engine.weights import read_checkpoint
+from hgkd.errors import WeightsError
+from hgkd.export import load_backbone, read_student
+from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+
+test_tool = load_tool("test")
+FOLDER = ROOT / "downstream/classification"
+BASELINE, AUGMENTED = FOLDER / "resnet18_10e_cifar128.py", FOLDER / "resnet18_30e_image-folder.py"
+VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def small(images, **options):
+    return {
+        "student": "test_resnet",
+        "data_root": str(images),
+        "val_root": str(images),
+        "num_classes": 2,
+        "image_size": 64,
+        "batch_size": 4,
+        "workers": 0,
+        "epochs": 2,
+        "warmup_epochs": 1,
+        "default_hooks.logger.interval": 1,
+        **options,
+    }
+
+
+@pytest.fixture(scope="module")
+def backbone(images, tmp_path_factory):
+    """Work folder of an epoch of the pixel control."""
+    work_dir = tmp_path_factory.mktemp("spark")
+    options = tiny(images, epochs=1, warmup_epochs=0, val_train_root=None, val_test_root=None)
+    train_tool.train(SPARK, work_dir, options=options)
+    return work_dir
+
+
+@pytest.fixture(scope="module")
+def finetuned(images, backbone, tmp_path_factory):
+    """A run from that backbone with everything that is random switched on, and its folder."""
+    work_dir = tmp_path_factory.mktemp("finetuned")
+    options = small(images, backbone=str(backbone), **{"optim_wrapper.paramwise_cfg": {"layer_decay": 0.8}})
+    return train_tool.train(AUGMENTED, work_dir, options=options), work_dir
+
+
+def test_a_run_leaves_scores_reports_and_a_checkpoint_that_describes_itself(finetuned, images):
+    runner, work_dir = finetuned
+    assert runner.iter == 8
+    best = next(iter(work_dir.glob("best_accuracy_top1_epoch_*.pth")))
+    lines = [json.loads(line) for line in next(iter(work_dir.glob("*/vis_data/scalars.json"))).read_text().splitlines()]
+    scores = [line for line in lines if "accuracy/top1" in line]
+    assert len(scores) == 2
+    assert {"accuracy/top5", "accuracy/mean_class", "accuracy/ci95_low", "accuracy/ci95_high"} <= set(scores[0])
+    per_class = json.loads((work_dir / "per_class.json").read_text())
+    assert {name: entry["images"] for name, entry in per_class.items()} == {"a": 8, "b": 8}
+    assert (work_dir / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    spec = read_checkpoint(best)["meta"]["hgkd"]["classifier"]
+    assert (spec["name"], spec["num_classes"], tuple(spec["classes"])) == ("test_resnet", 2, ("a", "b"))
+    # the same answers from the file alone, from tools/test.py, and a backbone for every other tool
+    model = load_classifier(best)
+    metrics = test_tool.run_test(AUGMENTED, best, options=small(images))
+    assert metrics["accuracy/top1"] == pytest.approx(max(line["accuracy/top1"] for line in scores))
+    encoder = load_backbone(best)
+    inputs = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.forward_features(inputs), model(inputs).feature)
+    assert "fc.weight" not in read_student(best).state
+
+
+def test_the_backbone_is_where_training_starts(images, backbone):
+    cfg = train_tool.load_config(BASELINE, "work", options=small(images, backbone=str(backbone)))
+    runner = train_tool.RUNNERS.build(cfg)
+    expected = load_backbone(backbone / "epoch_1.pth").state_dict()
+    own = runner.model.classifier.network.state_dict()
+    assert same({key: own[key] for key in expected}, dict(expected))
+    assert set(own) - set(expected) == {"fc.weight", "fc.bias"}
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+class KillAt(Hook):
+    priority = "LOWEST"
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == 3:
+            raise Killed
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(finetuned, images, backbone, tmp_path):
+    options = small(images, backbone=str(backbone), **{"optim_wrapper.paramwise_cfg": {"layer_decay": 0.8}})
+    options |= {"default_hooks.checkpoint.every_steps": 1, "default_hooks.checkpoint.every_minutes": None}
+    runner = train_tool.RUNNERS.build(train_tool.load_config(AUGMENTED, tmp_path, options=options))
+    runner.register_hook(KillAt())
+    with pytest.raises(Killed):
+        runner.train()
+    torch.manual_seed(123)
+    train_tool.train(AUGMENTED, tmp_path, resume=True, options=options)
+    found, expected = (read_checkpoint(folder / "epoch_2.pth") for folder in (tmp_path, finetuned[1]))
+    for part in ("state_dict", "ema_state_dict", "optimizer"):
+        assert same(found[part], expected[part]), part
+
+
+def test_g2sd_in_two_stages(images, finetuned, tmp_path):
+    arch = {**VIT, "decoder_embed_dim": 16, "decoder_depth": 4, "decoder_num_heads": 2}
+    mae = save_mae(MaskedAutoencoder(make_arch(arch)), tmp_path / "mae.safetensors")
+    generic = tiny(images, epochs=1, warmup_epochs=0, val_train_root=None, val_test_root=None, teacher_checkpoint=str(mae))
+    for key in ("student", "model.student.decoder_width"):
+        generic.pop(key)
+    generic |= {"model.teacher.allow_random": True, "model.student.arch": arch}
+    train_tool.train(ROOT / "configs/g2sd/g2sd_mae-ti16_vit-ti16_10e_cifar128.py", tmp_path / "generic", options=generic)
+    specific = small(images, epochs=1, warmup_epochs=0, backbone=str(tmp_path / "generic"))
+    specific.pop("student")
+    specific |= {"teacher_checkpoint": str(finetuned[1]), "model.teacher.allow_random": True}
+    specific |= {f"model.classifier.{key}": value for key, value in VIT.items()}
+    runner = train_tool.train(FOLDER / "vit-ti16_g2sd_10e_cifar128.py", tmp_path / "specific", options=specific)
+    assert runner.iter == 4
+    logged = (tmp_path / "specific").glob("*/vis_data/scalars.json")
+    first = json.loads(next(iter(logged)).read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(first["label_loss"] + first["hard_logits_loss"], rel=1e-4)
+    state = read_checkpoint(tmp_path / "specific/epoch_1.pth")["state_dict"]
+    assert all(key.startswith("classifier.network.") for key in state)  # and no teacher
+    assert {"classifier.network.dist_token", "classifier.network.head_dist.weight"} <= set(state)
+    assert load_classifier(tmp_path / "specific").predict(torch.rand(1, 3, 64, 64)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (BASELINE, {"num_classes": 3}, r"images are of 2 classes \(a, b \.\.\.\), the model has 3 outputs; set num_classes=2"),
+        (BASELINE, {"student": "resnet_eighteen"}, "unknown classifier 'resnet_eighteen'; did you mean"),
+        (
+            BASELINE,
+            {"student": "resnet10t", "backbone": "BACKBONE"},
+            r"holds a 'test_resnet', but a 'resnet10t' is to be trained",
+        ),
+        (BASELINE, {"backbone": "nowhere.pth"}, "nowhere.pth"),
+        (
+            BASELINE,
+            {"model.classifier.stem": "cifar", "backbone": "BACKBONE"},
+            r"a 'test_resnet' with stem 'default'; set model\.classifier\.stem=default",
+        ),
+        (BASELINE, {"label_fraction": 0.0}, r"label_fraction is the share .* in \(0, 1\], got 0"),
+        (BASELINE, {"model.labels.mixup": 0.8, "batch_size": 5}, r"mixup and cutmix pair the images of a batch, which has 5"),
+        (BASELINE, {"model.labels.mixupp": 0.8}, "mixupp"),
+        (FOLDER / "resnet18_g2sd_10e_cifar128.py", {}, "the teacher has no weights: set model.teacher.checkpoint"),
+        (
+            FOLDER / "resnet18_g2sd_10e_cifar128.py",
+            {"num_classes": 3, "teacher_checkpoint": "FINETUNED"},
+            r"\(test_resnet, 2 classes\) must be fine-tuned on the 3 classes .*objective 'hard'",
+        ),
+        (BASELINE, {"val_root": "OTHER"}, r"validation images \(2\) are not those of the training images \(2\), e\.g\. b, c"),
+    ],
+)
+def test_user_errors_are_one_message(config, changes, message, images, backbone, finetuned, tmp_path, capsys):
+    places = {"BACKBONE": str(backbone), "FINETUNED": str(finetuned[1])}
+    if "OTHER" in changes.values():
+        places["OTHER"] = str(write_images(tmp_path / "other", ("a", "c"), each=1))
+    options = small(images, **{key: places.get(value, value) for key, value in changes.items()})
+    if "teacher_checkpoint" in options:
+        options["model.teacher.allow_random"] = True
+    arguments = [f"{key}={value}" for key, value in options.items()]
+    assert train_tool.main([str(config), "--work-dir", str(tmp_path / "run"), "--cfg-options", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert re.search(message, printed), printed
+
+
+def test_an_empty_class_folder_is_told(images, tmp_path, capsys):
+    root = write_images(tmp_path / "images", each=2)
+    (root / "empty").mkdir()
+    arguments = [f"{key}={value}" for key, value in small(root, val_root=str(images)).items()]
+    assert train_tool.main([str(BASELINE), "--work-dir", str(tmp_path / "run"), "--cfg-options", *arguments]) == 2
+    assert re.search(r"class folder .*empty holds no images", capsys.readouterr().err)
+
+
+def test_a_test_of_another_model_is_refused_and_says_what_the_file_is(finetuned, images, capsys):
+    best = next(iter(finetuned[1].glob("best_accuracy_top1_epoch_*.pth")))
+    with pytest.raises(WeightsError, match=r"holds a classifier 'test_resnet' of 2 classes, this run trains a .*'resnet10t'"):
+        test_tool.run_test(BASELINE, best, options=small(images, student="resnet10t"))
+    arguments = [f"{key}={value}" for key, value in small(images).items()]
+    assert test_tool.main([str(BASELINE), str(best), "--json", "out.json", "--cfg-options", *arguments]) == 0
+    with open("out.json") as file:
+        assert json.load(file)["accuracy/top5"] == 100.0
+    with pytest.raises(ValueError, match=r"set val_root|val_root=DIR"):
+        test_tool.run_test(BASELINE, best, options=small(images, val_root=None))
