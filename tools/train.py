@@ -1,9 +1,9 @@
-"""Train what a config describes: teacher pretraining, distillation, their controls.
+"""Train what a config describes: teacher pretraining, distillation, their controls, detectors and segmentors.
 
     python tools/train.py configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py --cfg-options data_root=photos epochs=5
 
-configs/README.md lists the short options; any other key of a config can be set by its dotted path. ``--dry-run`` says what a
-training needs before it is started. SIGTERM and SIGINT save and end a run with exit code 0; ``--resume`` continues it.
+configs/README.md lists the short options, docs/downstream.md those of detectors and segmentors; any other key of a config can
+be set by its dotted path. ``--dry-run`` says what a training needs before it is started. SIGTERM and SIGINT save and end a run with exit code 0; ``--resume`` continues it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mmengine.runner import Runner
 from hgkd.engine import CheckpointWriteError, DivergedError, apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.dry_run import dry_run
 from hgkd.errors import NoSparseRuleError
+from hgkd.openmmlab import is_downstream, merge_options
 from hgkd.registry import RUNNERS
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NoSparseRuleError, DivergedError, CheckpointWriteError)
@@ -36,9 +37,14 @@ def load_config(
 ) -> Config:
     """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
     cfg = config.copy() if isinstance(config, Config) else read_config(config)
-    if options:
-        cfg.merge_from_dict(dict(options))
-    apply_short_options(cfg)
+    downstream = is_downstream(cfg)
+    if downstream:  # mmdet and mmseg: their own keys, their own short options
+        cfg.runner_type = "hgkd.DownstreamRunner"
+        merge_options(cfg, options or {})
+    else:
+        if options:
+            cfg.merge_from_dict(dict(options))
+        apply_short_options(cfg)
     if amp:
         use_mixed_precision(cfg)
     cfg.launcher = launcher
@@ -52,7 +58,8 @@ def load_config(
             if not Path(resume).is_file():
                 raise FileNotFoundError(f"checkpoint to resume from does not exist: {resume}")
             cfg.load_from = str(resume)
-    check_config(cfg)
+    if not downstream:
+        check_config(cfg)
     return cfg
 
 
