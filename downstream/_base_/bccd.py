@@ -1,6 +1,6 @@
-"""BCCD: 640x480 microscope images of blood cells, boxes of three kinds, shrunk to 320x240 so that 2 CPU cores train on them.
+"""BCCD: 640x480 microscope images of blood cells with boxes of three kinds, shrunk to 320x240 for 2 CPU cores.
 
-``data_root`` holds ``images/`` and ``annotations/{train,val,test}.json`` in COCO's format. Validation on ``val``, test on ``test``.
+``data_root`` holds ``images/`` and ``annotations/{train,val,test}.json`` in COCO's format.
 """
 
 dataset_type = "CocoDataset"

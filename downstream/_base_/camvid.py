@@ -1,4 +1,4 @@
-"""CamVid: 480x360 road scenes, 11 classes and one label (11) that is ignored, shrunk to 240x180 so that 2 CPU cores train on them.
+"""CamVid: 480x360 road scenes, 11 classes and a label (11) that is ignored, shrunk to 240x180 for 2 CPU cores.
 
 ``data_root`` holds ``images/{train,val,test}/*.jpg`` and ``annotations/{train,val,test}/*.png`` (uint8 label maps).
 """
@@ -9,9 +9,18 @@ ignored_label = 11
 metainfo = dict(
     classes=("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
     palette=[
-        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0),
-        (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
-    ],  # fmt: skip
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (0, 0, 192),
+        (128, 128, 0),
+        (192, 128, 128),
+        (64, 64, 128),
+        (64, 0, 128),
+        (64, 64, 0),
+        (0, 128, 192),
+    ],
 )
 image_scale = (240, 180)
 crop_size = (160, 160)

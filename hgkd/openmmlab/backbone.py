@@ -119,6 +119,8 @@ def _without_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, m
 
 
 def _with_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    own = {key.removeprefix(_INNER) for key, _ in (*module.named_parameters(), *module.named_buffers()) if key.startswith(_INNER)}
+    own = {
+        key.removeprefix(_INNER) for key, _ in (*module.named_parameters(), *module.named_buffers()) if key.startswith(_INNER)
+    }
     for key in [key for key in state if key.startswith(prefix) and key[len(prefix) :] in own]:
         state[prefix + _INNER + key[len(prefix) :]] = state.pop(key)

@@ -20,7 +20,7 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 
 from hgkd.errors import DataError
-from hgkd.openmmlab.config import datasets_of
+from hgkd.openmmlab.config import dataset_class, datasets_of
 
 MAX_LABEL_MAPS = 200
 _IGNORED = 255
@@ -41,7 +41,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
             if not cfg.get(name):
                 continue
             for dataset in datasets_of(cfg, [name]):
-                cls: Any = roots.DATASETS.get(dataset["type"])
+                cls: Any = dataset_class(dataset, cfg.default_scope)
                 classes = _classes(dataset, cls)
                 _check_heads(heads, classes, name)
                 _check_folders(dataset, name)
@@ -110,7 +110,9 @@ def _check_annotations(dataset: Mapping[str, Any], classes: Sequence[str], name:
             f"({_few(classes)}); the file lacks {_few(missing)}. Set the data set's metainfo.classes and the heads' num_classes"
         )
     if used - found.keys():
-        raise DataError(f"{name}: {file} annotates objects of category {sorted(used - found.keys())[0]}, which it does not list")
+        raise DataError(
+            f"{name}: {file} annotates objects of category {sorted(used - found.keys())[0]}, which it does not list"
+        )
     extra = [label for label in found.values() if label not in classes]
     if extra:
         print_log(f"{name}: {_few(extra)} of {file} are not among the config's classes and will be left out", "current", 30)

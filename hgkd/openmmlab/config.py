@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmengine import registry as roots
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
@@ -46,7 +47,9 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
     for key in options:
         head = key.partition(".")[0]
         if key not in short and head not in cfg:
-            raise ValueError(f"{key}={options[key]!r}: {unknown_name_message('config key', head, [*cfg.keys(), *SHORT_OPTIONS])}")
+            raise ValueError(
+                f"{key}={options[key]!r}: {unknown_name_message('config key', head, [*cfg.keys(), *SHORT_OPTIONS])}"
+            )
     cfg.merge_from_dict({key: value for key, value in options.items() if key not in short})
     for key, value in short.items():
         if value is not None:
@@ -95,6 +98,8 @@ def _stretch(cfg: Config, key: str, option: str, value: int) -> None:
         for name in ("begin", "end", "T_max"):
             if name in part:
                 part[name] = round(part[name] * value / old)
+        if "end" in part:
+            part["end"] = max(part["end"], part.get("begin", 0) + 1)
         if "milestones" in part:
             part["milestones"] = [round(step * value / old) for step in part["milestones"]]
     cfg.train_cfg[key] = value
@@ -146,6 +151,15 @@ def datasets_of(cfg: Mapping[str, Any], loaders: Sequence[str] = LOADERS) -> Ite
             yield dataset
 
 
+def dataset_class(dataset: Mapping[str, Any], scope: str) -> Any:
+    """The class of a data set's config, in the registry of mmdet or mmseg."""
+    with roots.DATASETS.switch_scope_and_registry(scope) as registry:
+        found = registry.get(dataset["type"])
+    if found is None:
+        raise ValueError(f"{scope} has no data set {dataset['type']!r}")
+    return found
+
+
 def _dicts(*parts: Any) -> Iterator[dict[str, Any]]:
     for part in parts:
         if isinstance(part, Mapping):
@@ -180,7 +194,9 @@ def model_config(source: str | Mapping[str, Any]) -> ConfigDict:
         cfg = get_config(source)
     else:
         if not Path(source).is_file():
-            raise FileNotFoundError(f"model config {source} does not exist; give a path, or one like 'mmdet::retinanet/NAME.py'")
+            raise FileNotFoundError(
+                f"model config {source} does not exist; give a path, or one like 'mmdet::retinanet/NAME.py'"
+            )
         cfg = Config.fromfile(source)
     if "model" not in cfg:
         raise ValueError(f"{source} has no 'model'")
@@ -195,7 +211,13 @@ def drop_downloads(model: Any, path: str = "model") -> None:
     if not isinstance(model, dict):
         return
     for key, value in model.items():
-        file = value.get("checkpoint") if key == "init_cfg" and isinstance(value, Mapping) else value if key == "pretrained" else None
+        file = (
+            value.get("checkpoint")
+            if key == "init_cfg" and isinstance(value, Mapping)
+            else value
+            if key == "pretrained"
+            else None
+        )
         if isinstance(file, str) and "://" in file:
             model[key] = None
             print_log(f"{path}.{key}: {file} is not downloaded; backbone=FILE loads local weights", "current", 30)

@@ -2,8 +2,11 @@
 
 MGD (arXiv 2205.01529, released code yzd-v/MGD, read for facts only) masks the student's map at random and lets a small
 generator restore the teacher's: on the levels of the FPN for detectors (places hidden with 0.65, alpha 2e-5), on the backbone's
-last map for segmentors (0.75, 2e-5); the student's neck and heads start as the teacher's where shapes agree. The loss is
-:class:`hgkd.objectives.mgd.MGDLoss`.
+last map for segmentors (0.75, 2e-5); for two-stage detectors the release has 0.45 and 5e-7. A student may start with the
+teacher's neck and heads, where shapes agree. The loss is :class:`hgkd.objectives.mgd.MGDLoss`. For segmentors the release
+adds, unmentioned in the abstract, channel-wise distillation of the logits (arXiv 2011.13256) with temperature 4 and weight 3:
+
+    L = weight * T^2 / (N * K) * sum over images and classes of KL( softmax over places(t / T) || softmax over places(s / T) )
 
 G2SD's specific stage (arXiv 2302.14771) for segmentors: a second classifier on the student's features learns the teacher's
 hard label of every place, L = (supervised loss + cross entropy) / 2. It is dropped after training: a CNN has no distillation
@@ -42,7 +45,7 @@ class Tap:
 
     Attributes:
         student, teacher: paths of the modules, e.g. 'neck' or 'backbone'; the teacher's is the student's by default.
-        levels: which of the maps that the module gives, when there are several; None: all of them. Negative counts from the end.
+        levels: which of the maps that the module gives; None: all of them. Negative counts from the end.
         loss: arguments of :class:`hgkd.objectives.mgd.MGDLoss` but for the channels, which are found by a dry run.
     """
 
@@ -64,6 +67,7 @@ class FeatureDistiller(BaseModel):
         taps: dicts of :class:`Tap`'s attributes.
         teacher_checkpoint: weights of the whole teacher, loaded strictly.
         hard_label: G2SD's second head, for segmentors.
+        logits: weight of the channel-wise distillation of the logits, for segmentors; 0: none.
         inherit: neck and heads of the student start as the teacher's where name and shape agree.
         allow_random_teacher: accept a teacher without a checkpoint (tests).
         data_preprocessor: not taken; the student's is used.
@@ -83,14 +87,17 @@ class FeatureDistiller(BaseModel):
         taps: Sequence[Mapping[str, Any]] = (),
         teacher_checkpoint: str | None = None,
         hard_label: bool = False,
+        logits: float = 0.0,
         inherit: bool = True,
         allow_random_teacher: bool = False,
         data_preprocessor: None = None,
     ) -> None:
         if teacher_checkpoint is None and not allow_random_teacher:
-            raise ValueError("the teacher has no weights; set --cfg-options teacher_checkpoint=FILE (a checkpoint of its config)")
-        if not taps and not hard_label:
-            raise ValueError("nothing is learnt from the teacher; declare taps, or hard_label=True for a segmentor")
+            raise ValueError(
+                "the teacher has no weights; set --cfg-options teacher_checkpoint=FILE (a checkpoint of its config)"
+            )
+        if not taps and not hard_label and not logits:
+            raise ValueError("nothing is learnt from the teacher; declare taps, or hard_label or logits for a segmentor")
         student_cfg, teacher_cfg = model_config(student), model_config(teacher)
         _check_preprocessing(student_cfg, teacher_cfg)
         built: Any = roots.MODELS.build(student_cfg)
@@ -105,6 +112,10 @@ class FeatureDistiller(BaseModel):
         self.taps = [Tap(**tap) for tap in taps]
         self.generators = nn.ModuleDict(self._build_generators())
         self.second_head = self._build_second_head() if hard_label else None
+        self.logits = float(logits)
+        self._reads_logits = hard_label or logits > 0
+        if self._reads_logits:
+            _check_classes(self.student, frozen)
 
     def init_weights(self) -> None:
         """The student's own initialisation, then the teacher's neck and heads where they fit."""
@@ -128,8 +139,11 @@ class FeatureDistiller(BaseModel):
             losses: dict[str, Any] = dict(self.student(inputs, data_samples, mode="loss"))
         if self.second_head is not None:
             losses = {name: _halved(value) if "loss" in name else value for name, value in losses.items()}
-            logits = self.second_head(seen[_classifier_path(self.student)][0])
-            losses["hard_label_loss"] = hard_label_loss(logits, teacher_logits) / 2
+            features, _ = seen[_classifier_path(self.student)]
+            losses["hard_label_loss"] = hard_label_loss(self.second_head(features), teacher_logits) / 2
+        if self.logits:
+            _, logits = seen[_classifier_path(self.student)]
+            losses["logits_loss"] = self.logits * place_distribution_loss(logits, teacher_logits)
         for index, tap in enumerate(self.taps):
             pairs = zip(_chosen(seen[tap.student], tap), _chosen(seen_by_teacher[tap.teacher or tap.student], tap), strict=True)
             for level, (ours, theirs) in enumerate(pairs):
@@ -138,15 +152,15 @@ class FeatureDistiller(BaseModel):
 
     def _student_paths(self) -> list[str]:
         paths = [tap.student for tap in self.taps]
-        return [*paths, _classifier_path(self.student)] if self.second_head is not None else paths
+        return [*paths, _classifier_path(self.student)] if self._reads_logits else paths
 
     @torch.no_grad()
-    def _run_teacher(self, inputs: Tensor) -> tuple[dict[str, list[Tensor]], Tensor | None]:
+    def _run_teacher(self, inputs: Tensor) -> tuple[dict[str, list[Tensor]], Any]:
         paths = [tap.teacher or tap.student for tap in self.taps]
-        whole = self.second_head is not None or any(path.partition(".")[0] not in ("backbone", "neck") for path in paths)
+        whole = self._reads_logits or any(path.partition(".")[0] not in ("backbone", "neck") for path in paths)
         with captured(self.teacher, paths) as seen:
             logits = self.teacher(inputs, mode="tensor") if whole else self.teacher.extract_feat(inputs)
-        return seen, logits if self.second_head is not None else None
+        return seen, logits if self._reads_logits else None
 
     def _build_generators(self) -> dict[str, nn.Module]:
         """One generator a tap and level, its channels found by running both networks on an empty image."""
@@ -157,7 +171,9 @@ class FeatureDistiller(BaseModel):
         for index, tap in enumerate(self.taps):
             maps, targets = _chosen(ours[tap.student], tap), _chosen(theirs[tap.teacher or tap.student], tap)
             if len(maps) != len(targets):
-                raise ValueError(f"taps.{index}: the student's {tap.student!r} gives {len(maps)} maps, the teacher's {len(targets)}")
+                raise ValueError(
+                    f"taps.{index}: the student's {tap.student!r} gives {len(maps)} maps, the teacher's {len(targets)}"
+                )
             for level, (a, b) in enumerate(zip(maps, targets, strict=True)):
                 if a.shape[2:] != b.shape[2:]:
                     raise ValueError(
@@ -172,10 +188,20 @@ class FeatureDistiller(BaseModel):
         head = nn.Conv2d(classifier.in_channels, classifier.out_channels, 1)
         nn.init.normal_(head.weight, std=0.01)  # as mmseg's own classifiers
         nn.init.zeros_(head.bias)  # type: ignore[arg-type]
-        theirs = self.teacher.get_submodule(_classifier_path(self.teacher)).out_channels
-        if theirs != classifier.out_channels:
-            raise ValueError(f"the teacher tells {theirs} classes apart, the student {classifier.out_channels}")
         return head
+
+
+def place_distribution_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """Channel-wise distillation: where in the image a class is, as a distribution over places; an fp32 scalar.
+
+    Args:
+        logits: (B, K, H, W), brought to the teacher's size where it differs.
+        teacher_logits: (B, K, H', W').
+        temperature: divides both.
+    """
+    ours = (_resized(logits, teacher_logits).float().flatten(2) / temperature).log_softmax(-1)
+    theirs = (teacher_logits.detach().float().flatten(2) / temperature).log_softmax(-1)
+    return temperature**2 * (theirs.exp() * (theirs - ours)).sum(-1).mean()
 
 
 def hard_label_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -185,10 +211,12 @@ def hard_label_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
         logits: (B, K, H, W), brought to the teacher's size where it differs.
         teacher_logits: (B, K, H', W').
     """
-    size = teacher_logits.shape[2:]
-    if logits.shape[2:] != size:
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits.float(), teacher_logits.detach().argmax(1))
+    return F.cross_entropy(_resized(logits, teacher_logits).float(), teacher_logits.detach().argmax(1))
+
+
+def _resized(logits: Tensor, like: Tensor) -> Tensor:
+    same = logits.shape[2:] == like.shape[2:]
+    return logits if same else F.interpolate(logits, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
 def inherit_head(student: nn.Module, teacher: nn.Module) -> tuple[list[str], list[str]]:
@@ -209,7 +237,7 @@ def inherit_head(student: nn.Module, teacher: nn.Module) -> tuple[list[str], lis
 
 @contextmanager
 def captured(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the modules at these paths give (a classifier ``conv_seg``: what it is given) while the context is open.
+    """What the modules at these paths give while the context is open; of a classifier ``conv_seg`` what it is given, too.
 
     A module that gives several maps, or is called several times, has them in order.
 
@@ -226,7 +254,7 @@ def captured(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[
                 raise ValueError(f"{type(model).__name__} has no module {path!r}; near: {near}")
 
             def note(module: nn.Module, given: Any, output: Any, path: str = path) -> None:
-                seen[path] += _maps(given[0] if path.endswith(_CLASSIFIER) else output)
+                seen[path] += [given[0], output] if path.endswith(_CLASSIFIER) else _maps(output)
 
             handles.append(known[path].register_forward_hook(note))
         yield seen
@@ -269,10 +297,16 @@ def _classifier_path(model: nn.Module) -> str:
     path = f"decode_head.{len(head) - 1}" if isinstance(head, nn.ModuleList) else "decode_head"
     if head is None or not hasattr(model.get_submodule(path), _CLASSIFIER):
         raise ValueError(
-            f"hard_label needs a segmentor whose decode head ends in conv_seg, and this is a {type(model).__name__}; a "
+            f"hard_label and logits need a segmentor whose decode head ends in conv_seg, not a {type(model).__name__}; a "
             "detector's classes belong to its own proposals, so constrain its features with taps instead"
         )
     return f"{path}.{_CLASSIFIER}"
+
+
+def _check_classes(student: nn.Module, teacher: nn.Module) -> None:
+    ours, theirs = (model.get_submodule(_classifier_path(model)).out_channels for model in (student, teacher))
+    if ours != theirs:
+        raise ValueError(f"the teacher tells {theirs} classes apart, the student {ours}")
 
 
 def _halved(value: Any) -> Any:
@@ -282,7 +316,7 @@ def _halved(value: Any) -> Any:
 def _check_preprocessing(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
     ours, theirs = (dict(cfg.get("data_preprocessor") or {}) for cfg in (student, teacher))
     for key in ("mean", "std", "bgr_to_rgb", "rgb_to_bgr"):
-        if ours.get(key) != theirs.get(key):
+        if str(ours.get(key)).strip("()[]") != str(theirs.get(key)).strip("()[]"):  # a tuple is as good as a list
             raise ValueError(
                 f"data_preprocessor.{key} is {ours.get(key)} for the student and {theirs.get(key)} for the teacher, but both see "
                 "the same normalised images; use models of one preprocessing (the 'pytorch' style, say)"

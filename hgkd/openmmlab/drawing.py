@@ -17,7 +17,7 @@ from PIL import Image
 from hgkd.data.images import find_images
 from hgkd.engine.config import read_config
 from hgkd.engine.weights import load_strict, read_checkpoint
-from hgkd.openmmlab.config import drop_downloads, is_downstream, model_config
+from hgkd.openmmlab.config import dataset_class, drop_downloads, is_downstream, model_config
 from hgkd.openmmlab.ops.finder import register_ops
 
 
@@ -56,7 +56,7 @@ def draw_predictions(
         dataset = cfg.test_dataloader.dataset
         pipeline = Compose([step for step in dataset.pipeline if step["type"] != "LoadAnnotations"])
         visualizer: Any = roots.VISUALIZERS.build({**cfg.visualizer, "name": f"drawing_{id(model)}", "vis_backends": None})
-        visualizer.dataset_meta = _names(dataset)
+        visualizer.dataset_meta = _names(dataset, cfg.default_scope)
         pictures = []
         for file in files:
             data = pipeline({"img_path": str(file), "img_id": 0})
@@ -95,9 +95,9 @@ def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> Any:
     return model.eval()
 
 
-def _names(dataset: Mapping[str, Any]) -> dict[str, Any]:
+def _names(dataset: Mapping[str, Any], scope: str) -> dict[str, Any]:
     """Class names and colours of a data set, without reading its files."""
-    cls: Any = roots.DATASETS.get(dataset["type"])
+    cls: Any = dataset_class(dataset, scope)
     names = {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
     if len(names.get("palette") or ()) != len(names["classes"]):
         colours = np.random.default_rng(0).integers(0, 256, (len(names["classes"]), 3))

@@ -1,7 +1,7 @@
 """The runner of detectors and segmentors: mmengine's loops, with hgkd's checks, weight loading and checkpoints.
 
 From :class:`hgkd.engine.runner.DistillRunner` come safe reading, sealed checkpoints written beside and renamed, gloo and
-synchronised norms without CUDA. The loops, samplers and schedules are mmengine's own, as mmdet's and mmseg's configs expect them.
+synchronised norms without CUDA. Loops, samplers and schedules are mmengine's own, as mmdet's and mmseg's configs expect.
 """
 
 from __future__ import annotations

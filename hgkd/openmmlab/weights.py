@@ -105,7 +105,11 @@ def _plain_weights(file: Path, network: nn.Module) -> dict[str, Tensor]:
             f"python tools/export.py {file} --to timm --out FOLDER, then backbone=FOLDER"
         )
     inside = next(
-        (content[key] for key in ("state_dict", "model") if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)),
+        (
+            content[key]
+            for key in ("state_dict", "model")
+            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+        ),
         content,
     )
     names = [str(key) for key in inside] if isinstance(inside, Mapping) else []
