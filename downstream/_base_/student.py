@@ -1,7 +1,7 @@
 """What every downstream recipe adds to a config of mmdet or mmseg: the backbone's file, norms over all processes, checkpoints.
 
-Recipes take the backbones below as ``_base_.resnet18`` and so on. Nothing is frozen and no norm keeps its statistics: a backbone of
-hgkd was trained on other images, unlike the ImageNet ones whose first stage mmdet freezes.
+Recipes take the backbones below as ``_base_.resnet18`` and so on. Nothing is frozen and no norm keeps its statistics: a student
+was trained on other images, unlike the ImageNet backbones whose first stage mmdet freezes.
 """
 
 custom_imports = dict(imports=["hgkd.openmmlab"], allow_failed_imports=False)

@@ -1,7 +1,7 @@
 """MGD, PSPNet R-101 -> PSPNet R-18, 40,000 steps on Cityscapes at 512 px. Published (arXiv 2205.01529): 69.85 -> 73.63 mIoU.
 
-Teacher's file in the release: pspnet_r101-d8_512x1024_40k_cityscapes_20200604_232751-467e7cf4.pth of OpenMMLab. The release adds
-channel-wise distillation of the logits with weight 3, and does not start the student from the teacher's head.
+Teacher's file in the release: pspnet_r101-d8_512x1024_40k_cityscapes_20200604_232751-467e7cf4.pth of OpenMMLab. The release
+adds channel-wise distillation of the logits with weight 3, and does not start the student from the teacher's head.
 """
 
 _base_ = ["mmseg::_base_/models/pspnet_r50-d8.py", "../_base_/cityscapes_512_40k.py", "../_base_/distillation.py"]
