@@ -83,4 +83,4 @@ def tiny_segmentor(root, model="model", **options):
     return found | options
 
 
-train_tool, test_tool = load_tool("train"), load_tool("test")
+train_tool, measure_tool = load_tool("train"), load_tool("test")

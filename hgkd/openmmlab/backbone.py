@@ -55,7 +55,8 @@ class TimmBackbone(BaseModule):
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
-        levels = encoder_levels(build_encoder(name))  # a dilated network has the same levels, but equal strides
+        # a dilated network has the same levels, but of equal strides, which would hide all but the last
+        levels = encoder_levels(build_encoder(name, **{k: v for k, v in timm_kwargs.items() if k != "output_stride"}))
         self.network = build_encoder(name, **timm_kwargs)
         wrong = [index for index in out_indices if not 0 <= index < len(levels)]
         if wrong or not out_indices:

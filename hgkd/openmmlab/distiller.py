@@ -177,7 +177,7 @@ class FeatureDistiller(BaseModel):
             for level, (a, b) in enumerate(zip(maps, targets, strict=True)):
                 if a.shape[2:] != b.shape[2:]:
                     raise ValueError(
-                        f"taps.{index}, map {level}: {tuple(a.shape[2:])} places of the student against {tuple(b.shape[2:])} of "
+                        f"taps.{index}, map {level}: {tuple(a.shape[2:])} places of the student, {tuple(b.shape[2:])} of "
                         f"the teacher on a {_DRY_SIZE} px image; MGD compares place by place, so choose levels of equal stride"
                     )
                 found[f"{index}_{level}"] = MGDLoss(a.shape[1], b.shape[1], **tap.loss)
@@ -318,6 +318,6 @@ def _check_preprocessing(student: Mapping[str, Any], teacher: Mapping[str, Any])
     for key in ("mean", "std", "bgr_to_rgb", "rgb_to_bgr"):
         if str(ours.get(key)).strip("()[]") != str(theirs.get(key)).strip("()[]"):  # a tuple is as good as a list
             raise ValueError(
-                f"data_preprocessor.{key} is {ours.get(key)} for the student and {theirs.get(key)} for the teacher, but both see "
-                "the same normalised images; use models of one preprocessing (the 'pytorch' style, say)"
+                f"data_preprocessor.{key} is {ours.get(key)} for the student and {theirs.get(key)} for the teacher, but both "
+                "see the same normalised images; use models of one preprocessing (the 'pytorch' style, say)"
             )
