@@ -8,6 +8,7 @@ A plan is a Python file with
               dict(name=..., backbone=..., checkpoint=..., block=...) for what is evaluated as it is
     options   config options that all trained rows share
     evaluate  arguments of ``tools/evaluate.py``'s ``evaluate``; methods, train, test, image_size, ...
+    measure   instead of evaluate, for detectors and segmentors: column -> (metric of ``tools/test.py``, factor)
 
 ``{name}`` in a string of the plan is replaced by the value of ``--set name=...``: data and teacher files stay out of the plan.
 Every run is a process of its own (``tools/train.py``), with ``--jobs`` of them at a time and the cores shared between them.
@@ -28,7 +29,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
-PLAN_KEYS = {"rows", "options", "evaluate"}
+PLAN_KEYS = {"rows", "options", "evaluate", "measure"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Job:
         config: of the training; None: nothing is trained.
         options: config options.
         evaluate: arguments of ``evaluate``.
+        measure: column -> (metric, factor) of a detector or segmentor; empty: evaluated by its features.
     """
 
     row: str
@@ -57,12 +59,20 @@ class Job:
     config: str | None
     options: Mapping[str, Any]
     evaluate: Mapping[str, Any]
+    measure: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def train_command(self) -> list[str]:
         """What a user would type, without the interpreter."""
-        pairs = [f"{key}={_text(value)}" for key, value in self.options.items()]
-        return ["tools/train.py", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *pairs]
+        return ["tools/train.py", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *self._pairs]
+
+    def measure_command(self, checkpoint: str, out: Path) -> list[str]:
+        """The same for ``tools/test.py``."""
+        return ["tools/test.py", str(self.config), checkpoint, "--json", str(out), "--cfg-options", *self._pairs]
+
+    @property
+    def _pairs(self) -> list[str]:
+        return [f"{key}={_text(value)}" for key, value in self.options.items()]
 
 
 def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
@@ -88,6 +98,10 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
             raise ValueError(f"{file}: row {row['name']!r} has the unknown key {sorted(set(row) - ROW_KEYS)[0]!r}")
         if ("config" in row) == ("backbone" in row):
             raise ValueError(f"{file}: row {row['name']!r} needs either config (to train) or backbone (to evaluate)")
+        if "measure" in plan and "config" not in row:
+            raise ValueError(f"{file}: row {row['name']!r} trains nothing, so there is no detector or segmentor to measure")
+    if ("evaluate" in plan) == ("measure" in plan):
+        raise ValueError(f"{file}: a plan has either evaluate (features) or measure (detectors, segmentors)")
     return plan
 
 
@@ -120,13 +134,15 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -
             continue
         for order, seed in enumerate(row.get("seeds", [0])):
             folder = work_dir / f"{re.sub(r'[^0-9A-Za-z-]+', '_', row['name'])}_seed{seed}"
-            evaluation = {**plan["evaluate"], "seed": seed}
+            evaluation = {**plan["evaluate"], "seed": seed} if "evaluate" in plan else {}
             options: dict[str, Any] = {}
             if "config" in row:
                 options = {**plan.get("options", {}), **row.get("options", {}), "seed": seed}
             else:
                 evaluation |= {key: row[key] for key in ("backbone", "checkpoint", "block") if key in row}
-            found.append((order, Job(row["name"], seed, folder, row.get("config"), options, evaluation)))
+            found.append(
+                (order, Job(row["name"], seed, folder, row.get("config"), options, evaluation, plan.get("measure", {})))
+            )
     return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -138,6 +154,8 @@ def run(job: Job, threads: int) -> dict[str, Any]:
     """
     result_file = job.folder / "result.json"
     setting = json.loads(json.dumps({"options": job.options, "evaluate": job.evaluate, "config": job.config}))
+    if job.measure:
+        setting["measure"] = json.loads(json.dumps(job.measure))
     if result_file.is_file():
         result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
         if result["setting"] == setting:
@@ -152,15 +170,20 @@ def run(job: Job, threads: int) -> dict[str, Any]:
         if resume:
             result["resumed"] = True  # its seconds are those of the last piece only
         seconds = _process([*job.train_command[:4], *resume, *job.train_command[4:]], job.folder / "train.log", threads)
-        result |= {"train_seconds": seconds[0], "train_cpu_seconds": seconds[1], **_speed(job.folder)}
+        result |= {"train_seconds": seconds[0], "train_cpu_seconds": seconds[1]}
+        result |= _speed(job.folder, next(iter(job.measure.values()), ("knn/top1",))[0])
         arguments["backbone"] = (job.folder / "last_checkpoint").read_text(encoding="utf-8").strip()
-    command = _evaluate_command(arguments, job.folder / "evaluation.json")
+    out = job.folder / "evaluation.json"
+    command = job.measure_command(arguments["backbone"], out) if job.measure else _evaluate_command(arguments, out)
     result["evaluate_command"] = shlex.join(["python", *command])
     _process(command, job.folder / "evaluate.log", threads)
-    found = json.loads((job.folder / "evaluation.json").read_text(encoding="utf-8"))
+    found = json.loads(out.read_text(encoding="utf-8"))
     if "method" in found:  # one method only
         found = {found["method"]: found}
-    result["scores"] = {method: {key: found[method][key] for key in ("top1", "ci95")} for method in found}
+    if job.measure:
+        result["scores"] = {column: {"value": found[name] * factor} for column, (name, factor) in job.measure.items()}
+    else:
+        result["scores"] = {method: {key: found[method][key] for key in ("top1", "ci95")} for method in found}
     result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
@@ -188,16 +211,16 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
-def _speed(folder: Path) -> dict[str, Any]:
-    """Median images a second over the logged steps, and the in-run k-NN by epoch."""
+def _speed(folder: Path, metric: str) -> dict[str, Any]:
+    """Median images a second over the logged steps, and a metric of the in-run validations by step."""
     speeds, curve = [], []
     for file in sorted(folder.glob("*/vis_data/scalars.json")):
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             if "images_per_s" in entry:
                 speeds.append(entry["images_per_s"])
-            if "knn/top1" in entry:
-                curve.append([entry["step"], entry["knn/top1"]])
+            if metric in entry:
+                curve.append([entry["step"], entry[metric]])
     found: dict[str, Any] = {"curve": curve}
     if speeds:
         found["images_per_s"] = statistics.median(speeds)
@@ -210,17 +233,18 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     for result in results:
         rows.setdefault(result["row"], []).append(result)
     methods = list(results[0]["scores"])
-    head = ["row", *(f"{method} top-1 %" for method in methods), "seeds", "training s", "CPU s", "images/s"]
+    columns = [f"{method} top-1 %" if "top1" in score else method for method, score in results[0]["scores"].items()]
+    head = ["row", *columns, "seeds", "training s", "CPU s", "images/s"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, runs in rows.items():
         cells = [name]
         for method in methods:
-            scores = [run["scores"][method]["top1"] for run in runs]
+            scores = [_value(run["scores"][method]) for run in runs]
             if len(scores) > 1:
                 cells.append(f"{statistics.mean(scores):.1f} +- {statistics.stdev(scores):.1f}")
             else:
-                low, high = runs[0]["scores"][method]["ci95"]
-                cells.append(f"{scores[0]:.1f} ({low:.1f} .. {high:.1f})")
+                interval = runs[0]["scores"][method].get("ci95")
+                cells.append(f"{scores[0]:.1f}" + (f" ({interval[0]:.1f} .. {interval[1]:.1f})" if interval else ""))
         cells.append(str(len(runs)))
         for key in ("train_seconds", "train_cpu_seconds", "images_per_s"):
             known = [run[key] for run in runs if key in run and not run.get("resumed")]
@@ -228,6 +252,10 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     commands = [f"    {runs[0].get('command') or runs[0]['evaluate_command']}" for runs in rows.values()]
     return "\n".join([*lines, "", "Commands (first seed of each row):", "", *commands, ""])
+
+
+def _value(score: Mapping[str, Any]) -> float:
+    return float(score["top1"] if "top1" in score else score["value"])
 
 
 def _text(value: Any) -> str:
@@ -248,7 +276,7 @@ def compare(
     work_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         for job, result in zip(todo, pool.map(lambda job: run(job, threads), todo), strict=True):
-            scores = "  ".join(f"{method} {score['top1']:.1f}" for method, score in result["scores"].items())
+            scores = "  ".join(f"{method} {_value(score):.1f}" for method, score in result["scores"].items())
             print(f"{job.row} seed {job.seed}: {scores}", flush=True)
             results.append(result)
     (work_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

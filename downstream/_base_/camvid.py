@@ -49,7 +49,7 @@ def _loader(split, pipeline, **options):
 
 
 _test = dict(batch_size=1, sampler=dict(type="DefaultSampler", shuffle=False))
-train_dataloader = _loader("train", train_pipeline, batch_size=8, sampler=dict(type="InfiniteSampler", shuffle=True))
+train_dataloader = _loader("train", train_pipeline, batch_size=4, sampler=dict(type="InfiniteSampler", shuffle=True))
 val_dataloader = _loader("val", test_pipeline, **_test)
 test_dataloader = _loader("test", test_pipeline, **_test)
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"], ignore_index=ignored_label)

@@ -1,4 +1,4 @@
-"""Faster R-CNN, ResNet-18-FPN, BCCD at 320 px: a small head, for 2 CPU cores."""
+"""Faster R-CNN, ResNet-18-FPN, BCCD at 240 px: a small head, for 2 CPU cores."""
 
 _base_ = [
     "mmdet::_base_/models/faster-rcnn_r50_fpn.py",

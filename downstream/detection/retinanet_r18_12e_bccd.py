@@ -1,4 +1,4 @@
-"""RetinaNet, ResNet-18-FPN, BCCD at 320 px: a small head, for 2 CPU cores."""
+"""RetinaNet, ResNet-18-FPN, BCCD at 240 px: a small head, for 2 CPU cores."""
 
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",

@@ -13,7 +13,7 @@ model = dict(
     data_preprocessor=dict(size=_base_.crop_size, seg_pad_val=_base_.ignored_label),
     backbone=dict(type="ResNet", norm_cfg=norm_cfg, **_base_.resnet18),
     decode_head=dict(
-        in_channels=_base_.widths.resnet18, channels=128, num_classes=11, norm_cfg=norm_cfg, ignore_index=_base_.ignored_label
+        in_channels=_base_.widths.resnet18, channels=64, num_classes=11, norm_cfg=norm_cfg, ignore_index=_base_.ignored_label
     ),
     auxiliary_head=dict(in_channels=256, channels=64, num_classes=11, norm_cfg=norm_cfg, ignore_index=_base_.ignored_label),
 )

@@ -15,7 +15,7 @@ DETECTION, SEGMENTATION = ROOT / "downstream/detection", ROOT / "downstream/segm
 WIDTHS = [32, 48, 48, 96]  # of timm's test_resnet
 
 
-def retinanet(convs=1, classes=len(CLASSES)):
+def retinanet(convs=1, classes=8):
     cfg = train_tool.load_config(DETECTION / "retinanet_r18_12e_bccd.py").model
     cfg.backbone = dict(type="hgkd.TimmBackbone", name="test_resnet")
     cfg.neck.update(in_channels=WIDTHS, out_channels=16)

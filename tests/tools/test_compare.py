@@ -52,7 +52,7 @@ def test_a_plan_that_is_wrong_is_refused(tmp_path, rows, values, message):
 def test_a_plan_with_an_unknown_key_or_without_a_file_is_refused(tmp_path):
     file = plan_file(tmp_path, [{"name": "a", "config": SPARK}])
     file.write_text(file.read_text() + "seeds = [0]\n")
-    with pytest.raises(ValueError, match="unknown key 'seeds'; a plan has evaluate, options, rows"):
+    with pytest.raises(ValueError, match="unknown key 'seeds'; a plan has evaluate, measure, options, rows"):
         tool.read_plan(file, {"data": "/x"})
     with pytest.raises(FileNotFoundError, match="plan does not exist"):
         tool.read_plan(tmp_path / "no.py", {})
@@ -93,6 +93,56 @@ def test_table_by_hand():
         "| a | 32.0 +- 2.8 | 2 | 10 | 20 | 42 |",  # time: of the run that was not interrupted
     ]
     assert "    python tools/train.py x" in table
+
+
+def test_a_plan_of_detectors_or_segmentors(tmp_path):
+    values = dict.fromkeys(("data", "pixels", "hgkd", "dense", "teacher"), "/x")
+    for name in ("bccd", "camvid", "bccd_mgd", "camvid_mgd"):
+        jobs = tool.jobs_of(tool.read_plan(ROOT / f"configs/comparisons/{name}.py", values), tmp_path)
+        assert {job.seed for job in jobs} == {0, 1, 2}
+        assert all((ROOT / job.config).is_file() and job.measure for job in jobs)
+    job = tool.jobs_of(tool.read_plan(ROOT / "configs/comparisons/bccd.py", values), tmp_path, ["pixels"])[1]
+    options = ["--cfg-options", "data_root=/x", "backbone=/x", "seed=1"]
+    assert job.train_command[-4:] == options
+    recipe = "downstream/detection/faster-rcnn_r18_12e_bccd.py"
+    assert job.measure_command("a.pth", tmp_path / "a.json") == [
+        *("tools/test.py", recipe, "a.pth", "--json", str(tmp_path / "a.json")),
+        *options,
+    ]
+
+
+def test_a_measured_plan_needs_something_to_train(tmp_path):
+    file = tmp_path / "plan.py"
+    file.write_text('rows = [dict(name="a", backbone="resnet18")]\nmeasure = dict(mIoU=("mIoU", 1))\n')
+    with pytest.raises(ValueError, match="row 'a' trains nothing, so there is no detector or segmentor to measure"):
+        tool.read_plan(file, {})
+    file.write_text(f'rows = [dict(name="a", config="{SPARK}")]\n')
+    with pytest.raises(ValueError, match="either evaluate .features. or measure .detectors, segmentors."):
+        tool.read_plan(file, {})
+
+
+def test_a_measured_run_is_collected(tmp_path, monkeypatch):
+    def process(command, log, threads):
+        if command[0] == "tools/train.py":
+            (log.parent / "last_checkpoint").write_text("a.pth")
+            (log.parent / "x/vis_data").mkdir(parents=True)
+            (log.parent / "x/vis_data/scalars.json").write_text('{"coco/bbox_mAP": 0.1, "step": 3}\n')
+        else:
+            Path(command[command.index("--json") + 1]).write_text('{"coco/bbox_mAP": 0.25, "coco/bbox_mAP_50": 0.5}')
+        return 2.0, 3.0
+
+    monkeypatch.setattr(tool, "_process", process)
+    measure = {"box AP": ("coco/bbox_mAP", 100), "AP50": ("coco/bbox_mAP_50", 100)}
+    result = tool.run(tool.Job("a", 0, tmp_path / "a", "x.py", {}, {}, measure), 1)
+    assert result["scores"] == {"box AP": {"value": 25.0}, "AP50": {"value": 50.0}}
+    assert result["curve"] == [[3, 0.1]]
+    assert tool.table_of([result]).splitlines()[::2][:2] == [
+        "| row | box AP | AP50 | seeds | training s | CPU s | images/s |",
+        "| a | 25.0 | 50.0 | 1 | 2 | 3 |  |",
+    ]
+    assert tool.run(tool.Job("a", 0, tmp_path / "a", "x.py", {}, {}, measure), 1) == json.loads(
+        (tmp_path / "a/result.json").read_text()
+    )
 
 
 def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
