@@ -75,7 +75,9 @@ class LayerDecayConstructor:
         scales = {}
         for path, backbone in found.items():
             network: Any = backbone.network
-            layer_of = group_parameters(network, network.group_matcher(coarse=self.coarse), reverse=True)
+            grouped = group_parameters(network, network.group_matcher(coarse=self.coarse), reverse=True)
+            # what is not trained, a head's norm say, would count as a layer behind the last
+            layer_of = {key: layer for key, layer in grouped.items() if network.get_parameter(key).requires_grad}
             last = max(layer_of.values())
             scales |= {f"{path}.network.{key}": self.decay_rate ** (last + 1 - layer) for key, layer in layer_of.items()}
         return scales

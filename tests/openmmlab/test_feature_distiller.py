@@ -12,7 +12,7 @@ from hgkd.openmmlab.distiller import captured, hard_label_loss, inherit_head, pl
 
 need("mmdet", "mmseg")
 DETECTION, SEGMENTATION = ROOT / "downstream/detection", ROOT / "downstream/segmentation"
-WIDTHS = [32, 48, 48, 96]  # of timm's test_resnet
+WIDTHS = [32, 48, 192, 96]  # of timm's test_resnet
 
 
 def retinanet(convs=1, classes=8):
@@ -28,7 +28,7 @@ def upernet(classes=3):
     cfg.backbone = dict(type="hgkd.TimmBackbone", name="test_resnet")
     cfg.data_preprocessor.seg_pad_val = 255
     cfg.decode_head.update(in_channels=WIDTHS, channels=16, num_classes=classes, ignore_index=255)
-    cfg.auxiliary_head.update(in_channels=48, channels=8, num_classes=classes, ignore_index=255)
+    cfg.auxiliary_head.update(in_channels=192, channels=8, num_classes=classes, ignore_index=255)
     return cfg
 
 

@@ -58,7 +58,7 @@ def test_dilated_keeps_four_levels():
 def test_frozen_stages_neither_train_nor_update():
     backbone = TimmBackbone("test_resnet", frozen_stages=2).train()
     frozen = {name for name, p in backbone.network.named_parameters() if not p.requires_grad}
-    assert {"conv1.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight"} <= frozen
+    assert {"conv1.0.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight"} <= frozen
     assert not any(name.startswith(("layer3", "layer4")) for name in frozen)
     before = {k: v.clone() for k, v in backbone.state_dict().items() if "running" in k}
     backbone(torch.randn(2, 3, 64, 64))

@@ -117,7 +117,7 @@ def test_a_measured_plan_needs_something_to_train(tmp_path):
     with pytest.raises(ValueError, match="row 'a' trains nothing, so there is no detector or segmentor to measure"):
         tool.read_plan(file, {})
     file.write_text(f'rows = [dict(name="a", config="{SPARK}")]\n')
-    with pytest.raises(ValueError, match="either evaluate .features. or measure .detectors, segmentors."):
+    with pytest.raises(ValueError, match=r"either evaluate .features. or measure .detectors, segmentors."):
         tool.read_plan(file, {})
 
 
