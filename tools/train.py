@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 from hgkd.engine import CheckpointWriteError, DivergedError, apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.dry_run import dry_run
 from hgkd.errors import NoSparseRuleError
-from hgkd.openmmlab import is_downstream, merge_options
+from hgkd.openmmlab import is_downstream, merge_options, rehearse
 from hgkd.registry import RUNNERS
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NoSparseRuleError, DivergedError, CheckpointWriteError)
@@ -117,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
         if args.dry_run:
-            print(dry_run(load_config(args.config, args.work_dir, False, args.amp, args.cfg_options, args.launcher)))
+            cfg = load_config(args.config, args.work_dir, False, args.amp, args.cfg_options, args.launcher)
+            print(rehearse(cfg) if is_downstream(cfg) else dry_run(cfg))
             return 0
         train(args.config, args.work_dir, args.resume, args.amp, args.cfg_options, args.launcher)
     except USER_ERRORS as error:

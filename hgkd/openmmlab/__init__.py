@@ -14,7 +14,7 @@ from hgkd.openmmlab.drawing import draw_predictions
 from hgkd.openmmlab.images import LoadReadableImage, UnreadableImagesHook
 from hgkd.openmmlab.ops.finder import register_ops
 from hgkd.openmmlab.optim import LayerDecayConstructor
-from hgkd.openmmlab.runner import DownstreamRunner
+from hgkd.openmmlab.runner import DownstreamRunner, rehearse
 from hgkd.openmmlab.weights import load_backbone_file
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "load_backbone_file",
     "merge_options",
     "register_ops",
+    "rehearse",
 ]

@@ -6,6 +6,7 @@ synchronised norms without CUDA. Loops, samplers and schedules are mmengine's ow
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,35 @@ class DownstreamRunner(DistillRunner):
             ) from error
         self._has_loaded = True
         return checkpoint
+
+
+def rehearse(cfg: Config) -> str:
+    """Build what a downstream config describes, load its weights and do one step; nothing is left in the work folder.
+
+    Returns:
+        A report of some lines.
+
+    Raises:
+        Whatever a training would raise before and in its first step.
+    """
+    cfg = cfg.copy()
+    cfg.visualizer = {**cfg.visualizer, "vis_backends": None}
+    with tempfile.TemporaryDirectory(prefix="hgkd-dry-run-") as folder:
+        cfg.work_dir = folder
+        runner: Any = DownstreamRunner.from_cfg(cfg)
+        runner._train_loop = loop = runner.build_train_loop(runner._train_loop)
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        runner._init_model_weights()
+        runner.model.train()
+        losses = runner.model.train_step(next(iter(loop.dataloader)), optim_wrapper=runner.optim_wrapper)
+    parameters = [p for p in runner.model.parameters() if p.requires_grad]
+    report = {
+        "plan": f"{loop.max_iters} steps of {loop.dataloader.batch_size} images out of {len(loop.dataloader.dataset)}",
+        "backbone": cfg.get("backbone") or "random weights",
+        "trained": f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters",
+        "losses": ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items() if "loss" in name),
+    }
+    return "\n".join(f"{name:<9} {value}" for name, value in report.items())
 
 
 def _plain(model: Any) -> Any:

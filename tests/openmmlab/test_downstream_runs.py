@@ -78,6 +78,17 @@ def test_segmentor(tmp_path):
         draw_predictions(cfg, checkpoint, tmp_path / "nothing", tmp_path / "drawn")
 
 
+def test_dry_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = shapes_coco(tmp_path / "data")
+    options = as_arguments({**tiny_detector(root), **FASTER_HEAD})
+    assert train_tool.main([str(DETECTOR), "--dry-run", *options]) == 0
+    found = capsys.readouterr().out
+    assert "2 steps of 2 images out of 4" in found
+    assert "loss_rpn_cls" in found
+    assert not (tmp_path / "work_dirs").exists()
+
+
 def test_a_wrong_backbone_ends_the_run_before_training(tmp_path, capsys):
     root = shapes_coco(tmp_path / "data")
     torch.save({"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "backbone.pth")
