@@ -6,7 +6,7 @@ the config does not have is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def _set_seed(cfg: Config, value: int) -> None:
     cfg.randomness = {**(cfg.get("randomness") or {}), "seed": int(value)}
 
 
-_PLACES = {
+_PLACES: dict[str, Callable[[Config, Any], None]] = {
     "data_root": _set_data_root,
     "backbone": _set_backbone,
     "teacher_checkpoint": _set_teacher,

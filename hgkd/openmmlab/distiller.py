@@ -184,7 +184,7 @@ class FeatureDistiller(BaseModel):
         return found
 
     def _build_second_head(self) -> nn.Module:
-        classifier = self.student.get_submodule(_classifier_path(self.student))
+        classifier: Any = self.student.get_submodule(_classifier_path(self.student))
         head = nn.Conv2d(classifier.in_channels, classifier.out_channels, 1)
         nn.init.normal_(head.weight, std=0.01)  # as mmseg's own classifiers
         nn.init.zeros_(head.bias)  # type: ignore[arg-type]

@@ -10,15 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmengine import registry as roots
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.registry import Registry
 from mmengine.runner import Runner
 
+from hgkd.engine.registries import TRANSFORMS
 from hgkd.registry import HOOKS
 
-TRANSFORMS: Registry = roots.TRANSFORMS.children["hgkd"]
 REPORT_NAME = "unreadable_files.txt"
 
 

@@ -57,7 +57,7 @@ class LayerDecayConstructor:
             group = groups.setdefault(key, {"params": [], "lr": self.optimizer_cfg["lr"] * key[0], **decay})
             group["params"].append(parameter)
         optimizer = dict(self.optimizer_cfg)
-        cls = roots.OPTIMIZERS.get(optimizer.pop("type"))
+        cls: Any = roots.OPTIMIZERS.get(optimizer.pop("type"))
         wrapper: OptimWrapper = roots.OPTIM_WRAPPERS.build(
             {"type": "OptimWrapper", **self.wrapper_cfg, "optimizer": cls(list(groups.values()), **optimizer)}
         )
@@ -72,7 +72,7 @@ class LayerDecayConstructor:
                 "layer-wise learning-rate decay reads the layers of a hgkd.TimmBackbone, and this model has none; use it, or "
                 "the default constructor"
             )
-        scales = {}
+        scales: dict[str, float] = {}
         for path, backbone in found.items():
             network: Any = backbone.network
             grouped = group_parameters(network, network.group_matcher(coarse=self.coarse), reverse=True)

@@ -38,7 +38,7 @@ class DownstreamRunner(DistillRunner):
     build_dataloader = staticmethod(Runner.build_dataloader)  # mmengine's seeds: the transforms draw from numpy
 
     @classmethod
-    def from_cfg(cls, cfg: Config) -> DownstreamRunner:
+    def from_cfg(cls, cfg: Any) -> DownstreamRunner:
         """Build a runner; mmcv's operators are there afterwards, and nothing of mmdet or mmseg before.
 
         Raises:

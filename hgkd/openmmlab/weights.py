@@ -22,7 +22,7 @@ from hgkd.openmmlab.backbone import TimmBackbone
 
 _EXPORTED = ("backbone.pth", "model.safetensors")  # as tools/export.py --to mmdet, mmseg, timm, torchvision name them
 _CLASSIFIER = ("fc.", "head.norm.")
-_RESNETS = {
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "ResNet-18",
     (False, (3, 4, 6, 3)): "ResNet-34",
     (True, (3, 4, 6, 3)): "ResNet-50",
