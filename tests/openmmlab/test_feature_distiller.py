@@ -106,9 +106,9 @@ def test_gradient_reaches_the_student_alone():
         losses = model(*detection_batch(), mode="loss")
     assert {name for name in losses if name.startswith("mgd")} == {f"mgd_0_{level}_loss" for level in range(5)}
     sum(value for name, value in losses.items() if name.startswith("mgd")).backward()
-    assert model.student.backbone.network.conv1.weight.grad.abs().sum() > 0
+    assert model.student.backbone.network.conv1[0].weight.grad.abs().sum() > 0
     assert model.student.bbox_head.retina_cls.weight.grad is None  # MGD alone: heads learn nothing from it
-    assert all(p.grad.abs().sum() > 0 for p in model.generators.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.generators["0_0"].parameters())
     assert all(p.grad is None for p in model.teacher.parameters())
     assert all(torch.equal(v, model.teacher.state_dict()[k]) for k, v in before.items())
 
@@ -142,7 +142,7 @@ def test_head_starts_as_the_teachers_where_shapes_agree():
     for name in ours:
         if name.startswith(("neck.", "bbox_head.retina_reg", "bbox_head.cls_convs")):
             assert torch.equal(ours[name], theirs[name]), name
-    assert not torch.equal(ours["backbone.conv1.weight"], theirs["backbone.conv1.weight"])
+    assert not torch.equal(ours["backbone.conv1.0.weight"], theirs["backbone.conv1.0.weight"])
     copied, left = inherit_head(model.student, model.teacher)
     assert set(left) == {"bbox_head.retina_cls.weight", "bbox_head.retina_cls.bias"}
     assert "neck.lateral_convs.0.conv.weight" in copied
@@ -224,7 +224,7 @@ def test_second_head_takes_half_of_the_loss():
     assert losses["hard_label_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     losses["hard_label_loss"].backward()
     assert model.second_head.weight.grad.abs().sum() > 0
-    assert model.student.backbone.network.conv1.weight.grad.abs().sum() > 0
+    assert model.student.backbone.network.conv1[0].weight.grad.abs().sum() > 0
 
 
 def test_other_numbers_of_classes_are_refused():
