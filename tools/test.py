@@ -26,7 +26,7 @@ from train import USER_ERRORS, load_config
 from hgkd.registry import RUNNERS
 
 
-def measure(
+def run_test(
     config: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str],
     work_dir: str | os.PathLike[str] | None = None,
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
-        metrics = measure(args.config, args.checkpoint, args.work_dir, args.cfg_options, args.launcher)
+        metrics = run_test(args.config, args.checkpoint, args.work_dir, args.cfg_options, args.launcher)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

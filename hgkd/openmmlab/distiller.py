@@ -172,7 +172,7 @@ class FeatureDistiller(BaseModel):
             maps, targets = _chosen(ours[tap.student], tap), _chosen(theirs[tap.teacher or tap.student], tap)
             if len(maps) != len(targets):
                 raise ValueError(
-                    f"taps.{index}: the student's {tap.student!r} gives {len(maps)} maps, the teacher's {len(targets)}"
+                    f"taps.{index} ({tap.student!r}): {len(maps)} maps of the student, {len(targets)} of the teacher"
                 )
             for level, (a, b) in enumerate(zip(maps, targets, strict=True)):
                 if a.shape[2:] != b.shape[2:]:

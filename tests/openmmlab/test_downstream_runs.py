@@ -61,7 +61,7 @@ def test_detector(tmp_path):
 
     assert train_tool.train(DETECTOR, tmp_path / "run", resume=True, options={**options, "epochs": 2}).epoch == 2
     with pytest.raises(WeightsError, match=r"epoch_1.pth is not of this config's model"):
-        measure_tool.measure(DETECTOR, checkpoint, options={**options, "model.roi_head.bbox_head.fc_out_channels": 16})
+        measure_tool.run_test(DETECTOR, checkpoint, options={**options, "model.roi_head.bbox_head.fc_out_channels": 16})
 
 
 def test_segmentor(tmp_path):
@@ -70,7 +70,7 @@ def test_segmentor(tmp_path):
     runner = train_tool.train(SEGMENTOR, tmp_path / "run", options=options)
     assert runner.iter == 2
     checkpoint = tmp_path / "run/iter_2.pth"
-    metrics = measure_tool.measure(SEGMENTOR, checkpoint, options=options)
+    metrics = measure_tool.run_test(SEGMENTOR, checkpoint, options=options)
     assert 0.0 <= metrics["mIoU"] <= 100.0
     cfg = train_tool.load_config(SEGMENTOR, options=options)
     assert len(draw_predictions(cfg, checkpoint, root / "images/validation", tmp_path / "drawn", limit=1)) == 1
@@ -100,7 +100,7 @@ def test_a_wrong_backbone_ends_the_run_before_training(tmp_path, capsys):
 
 def test_checkpoint_of_the_test_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="checkpoint does not exist"):
-        measure_tool.measure(DETECTOR, tmp_path / "x.pth")
+        measure_tool.run_test(DETECTOR, tmp_path / "x.pth")
 
 
 def test_only_downstream_configs_are_drawn(tmp_path):
