@@ -8,9 +8,11 @@ A plan is a Python file with
               dict(name=..., backbone=..., checkpoint=..., block=...) for what is evaluated as it is
     options   config options that all trained rows share
     evaluate  arguments of ``tools/evaluate.py``'s ``evaluate``; methods, train, test, image_size, ...
-    measure   instead of evaluate, for detectors and segmentors: column -> (metric of ``tools/test.py``, factor)
+    scores    instead of ``evaluate``, where a run measures itself (fine-tuning, detectors, segmentors): dict(name=key) with the
+              key that its validation logs, e.g. {"top-1 %": "accuracy/top1"}, or [key, factor]; the last validation counts
 
 ``{name}`` in a string of the plan is replaced by the value of ``--set name=...``: data and teacher files stay out of the plan.
+``{seed}`` is the run's own, so that a run can start from the pretraining of its seed.
 Every run is a process of its own (``tools/train.py``), with ``--jobs`` of them at a time and the cores shared between them.
 A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison. Results:
 ``DIR/results.json`` (every run) and ``DIR/table.md`` (mean and deviation over the seeds, commands below).
@@ -29,7 +31,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
-PLAN_KEYS = {"rows", "options", "evaluate", "measure"}
+PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Job:
         folder: of the run, in the work directory.
         config: of the training; None: nothing is trained.
         options: config options.
-        evaluate: arguments of ``evaluate``.
-        measure: column -> (metric, factor) of a detector or segmentor; empty: evaluated by its features.
+        evaluate: arguments of ``evaluate``; empty: the run measures itself.
+        scores: name -> key of the validations' log, or (key, factor).
     """
 
     row: str
@@ -59,20 +61,13 @@ class Job:
     config: str | None
     options: Mapping[str, Any]
     evaluate: Mapping[str, Any]
-    measure: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    scores: Mapping[str, str | Sequence[Any]]
 
     @property
     def train_command(self) -> list[str]:
         """What a user would type, without the interpreter."""
-        return ["tools/train.py", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *self._pairs]
-
-    def measure_command(self, checkpoint: str, out: Path) -> list[str]:
-        """The same for ``tools/test.py``."""
-        return ["tools/test.py", str(self.config), checkpoint, "--json", str(out), "--cfg-options", *self._pairs]
-
-    @property
-    def _pairs(self) -> list[str]:
-        return [f"{key}={_text(value)}" for key, value in self.options.items()]
+        pairs = [f"{key}={_text(value)}" for key, value in self.options.items()]
+        return ["tools/train.py", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *pairs]
 
 
 def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
@@ -80,16 +75,20 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown key, rows without or with equal names, a row that is neither trained nor a backbone, or a
-            ``{name}`` without a value.
+        ValueError: an unknown key, rows without or with equal names, a row that is neither trained nor a backbone, not exactly
+            one of ``evaluate`` and ``scores``, or a ``{name}`` without a value.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"plan does not exist: {file}")
     content = Config.fromfile(str(file)).to_dict()
-    plan: dict[str, Any] = _fill({key: value for key, value in content.items() if not key.startswith("_")}, values)
+    plan: dict[str, Any] = _fill(
+        {key: value for key, value in content.items() if not key.startswith("_")}, {**values, "seed": "{seed}"}
+    )
     unknown = sorted(set(plan) - PLAN_KEYS)
     if unknown:
         raise ValueError(f"{file}: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(PLAN_KEYS))}")
+    if ("evaluate" in plan) == ("scores" in plan):
+        raise ValueError(f"{file}: a plan has either evaluate (features are evaluated) or scores (runs measure themselves)")
     names = [row.get("name") for row in plan.get("rows", [])]
     if not names or None in names or len(set(names)) < len(names):
         raise ValueError(f"{file}: rows need a name each, all different, got {names}")
@@ -98,10 +97,10 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
             raise ValueError(f"{file}: row {row['name']!r} has the unknown key {sorted(set(row) - ROW_KEYS)[0]!r}")
         if ("config" in row) == ("backbone" in row):
             raise ValueError(f"{file}: row {row['name']!r} needs either config (to train) or backbone (to evaluate)")
-        if "measure" in plan and "config" not in row:
-            raise ValueError(f"{file}: row {row['name']!r} trains nothing, so there is no detector or segmentor to measure")
-    if ("evaluate" in plan) == ("measure" in plan):
-        raise ValueError(f"{file}: a plan has either evaluate (features) or measure (detectors, segmentors)")
+        if "scores" in plan and "config" not in row:
+            raise ValueError(
+                f"{file}: row {row['name']!r} has no config, but with scores every row is a run that measures itself"
+            )
     return plan
 
 
@@ -137,11 +136,11 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -
             evaluation = {**plan["evaluate"], "seed": seed} if "evaluate" in plan else {}
             options: dict[str, Any] = {}
             if "config" in row:
-                options = {**plan.get("options", {}), **row.get("options", {}), "seed": seed}
+                options = {**_fill({**plan.get("options", {}), **row.get("options", {})}, {"seed": str(seed)}), "seed": seed}
             else:
                 evaluation |= {key: row[key] for key in ("backbone", "checkpoint", "block") if key in row}
             found.append(
-                (order, Job(row["name"], seed, folder, row.get("config"), options, evaluation, plan.get("measure", {})))
+                (order, Job(row["name"], seed, folder, row.get("config"), options, evaluation, plan.get("scores", {})))
             )
     return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
@@ -153,9 +152,13 @@ def run(job: Job, threads: int) -> dict[str, Any]:
         RuntimeError: a process failed; the message names its log.
     """
     result_file = job.folder / "result.json"
-    setting = json.loads(json.dumps({"options": job.options, "evaluate": job.evaluate, "config": job.config}))
-    if job.measure:
-        setting["measure"] = json.loads(json.dumps(job.measure))
+    kept = {
+        "options": job.options,
+        "evaluate": job.evaluate,
+        "config": job.config,
+        **({"scores": job.scores} if job.scores else {}),
+    }
+    setting = json.loads(json.dumps(kept))
     if result_file.is_file():
         result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
         if result["setting"] == setting:
@@ -170,20 +173,19 @@ def run(job: Job, threads: int) -> dict[str, Any]:
         if resume:
             result["resumed"] = True  # its seconds are those of the last piece only
         seconds = _process([*job.train_command[:4], *resume, *job.train_command[4:]], job.folder / "train.log", threads)
-        result |= {"train_seconds": seconds[0], "train_cpu_seconds": seconds[1]}
-        result |= _speed(job.folder, next(iter(job.measure.values()), ("knn/top1",))[0])
+        result |= {"train_seconds": seconds[0], "train_cpu_seconds": seconds[1], **_log(job)}
         arguments["backbone"] = (job.folder / "last_checkpoint").read_text(encoding="utf-8").strip()
-    out = job.folder / "evaluation.json"
-    command = job.measure_command(arguments["backbone"], out) if job.measure else _evaluate_command(arguments, out)
+    if job.scores:
+        result["scores"] = {name: {"value": curve[-1][1]} for name, curve in result["curves"].items()}
+        result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        return result
+    command = _evaluate_command(arguments, job.folder / "evaluation.json")
     result["evaluate_command"] = shlex.join(["python", *command])
     _process(command, job.folder / "evaluate.log", threads)
-    found = json.loads(out.read_text(encoding="utf-8"))
+    found = json.loads((job.folder / "evaluation.json").read_text(encoding="utf-8"))
     if "method" in found:  # one method only
         found = {found["method"]: found}
-    if job.measure:
-        result["scores"] = {column: {"value": found[name] * factor} for column, (name, factor) in job.measure.items()}
-    else:
-        result["scores"] = {method: {key: found[method][key] for key in ("top1", "ci95")} for method in found}
+    result["scores"] = {method: {key: found[method][key] for key in ("top1", "ci95")} for method in found}
     result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
@@ -211,30 +213,49 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
-def _speed(folder: Path, metric: str) -> dict[str, Any]:
-    """Median images a second over the logged steps, and a metric of the in-run validations by step."""
-    speeds, curve = [], []
-    for file in sorted(folder.glob("*/vis_data/scalars.json")):
+def _log(job: Job) -> dict[str, Any]:
+    """Median images a second over the logged steps, and what the validations found: name -> [[step or epoch, value], ...].
+
+    Raises:
+        RuntimeError: one of the plan's scores was never logged.
+    """
+    speeds: list[float] = []
+    given = job.scores or {"knn": "knn/top1"}
+    keys = {name: (key, 1) if isinstance(key, str) else tuple(key) for name, key in given.items()}
+    curves: dict[str, dict[int, float]] = {name: {} for name in keys}
+    for file in sorted(job.folder.glob("*/vis_data/scalars.json")):
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             if "images_per_s" in entry:
                 speeds.append(entry["images_per_s"])
-            if metric in entry:
-                curve.append([entry["step"], entry[metric]])
-    found: dict[str, Any] = {"curve": curve}
+            for name, (key, factor) in keys.items():
+                if key in entry:
+                    curves[name][entry["step"]] = factor * entry[key]  # of a resumed run the later one counts
+    missing = [keys[name][0] for name in job.scores if not curves[name]]
+    if missing:
+        raise RuntimeError(f"no validation in {job.folder} logged {missing[0]!r}; see its train.log")
+    found: dict[str, Any] = {"curves": {name: [list(pair) for pair in curve.items()] for name, curve in curves.items()}}
     if speeds:
         found["images_per_s"] = statistics.median(speeds)
     return found
 
 
+def _value(score: Mapping[str, Any]) -> float:
+    """What a run is compared by: top-1 of an evaluation, or the value that it logged."""
+    return float(score["top1"] if "top1" in score else score["value"])
+
+
 def table_of(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line a row of the plan, mean +- deviation over seeds (one seed: its bootstrap interval), then commands."""
+    """Markdown: a line a row of the plan, mean +- deviation over seeds (one seed: its bootstrap interval), then commands.
+
+    Of runs that measured themselves there is no interval, but the curve of their first score, mean over seeds.
+    """
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         rows.setdefault(result["row"], []).append(result)
     methods = list(results[0]["scores"])
-    columns = [f"{method} top-1 %" if "top1" in score else method for method, score in results[0]["scores"].items()]
-    head = ["row", *columns, "seeds", "training s", "CPU s", "images/s"]
+    own = "value" in results[0]["scores"][methods[0]]
+    head = ["row", *(method if own else f"{method} top-1 %" for method in methods), "seeds", "training s", "CPU s", "images/s"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, runs in rows.items():
         cells = [name]
@@ -242,20 +263,23 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
             scores = [_value(run["scores"][method]) for run in runs]
             if len(scores) > 1:
                 cells.append(f"{statistics.mean(scores):.1f} +- {statistics.stdev(scores):.1f}")
+            elif own:
+                cells.append(f"{scores[0]:.1f}")
             else:
-                interval = runs[0]["scores"][method].get("ci95")
-                cells.append(f"{scores[0]:.1f}" + (f" ({interval[0]:.1f} .. {interval[1]:.1f})" if interval else ""))
+                low, high = runs[0]["scores"][method]["ci95"]
+                cells.append(f"{scores[0]:.1f} ({low:.1f} .. {high:.1f})")
         cells.append(str(len(runs)))
         for key in ("train_seconds", "train_cpu_seconds", "images_per_s"):
             known = [run[key] for run in runs if key in run and not run.get("resumed")]
             cells.append(f"{statistics.mean(known):.0f}" if known else "")
         lines.append(f"| {' | '.join(cells)} |")
+    if own:
+        lines += ["", f"{methods[0]} after each validation, mean over seeds:", ""]
+        for name, runs in rows.items():
+            values = zip(*([value for _, value in run["curves"][methods[0]]] for run in runs), strict=False)
+            lines.append(f"- {name}: {', '.join(f'{statistics.mean(at):.1f}' for at in values)}")
     commands = [f"    {runs[0].get('command') or runs[0]['evaluate_command']}" for runs in rows.values()]
     return "\n".join([*lines, "", "Commands (first seed of each row):", "", *commands, ""])
-
-
-def _value(score: Mapping[str, Any]) -> float:
-    return float(score["top1"] if "top1" in score else score["value"])
 
 
 def _text(value: Any) -> str:

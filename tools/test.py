@@ -1,9 +1,10 @@
-"""Measure a trained detector or segmentor: COCO box and mask AP, mIoU, whatever its config's ``test_evaluator`` says.
+"""Measure a trained classifier, detector or segmentor: top-1, box and mask AP, mIoU, whatever its config's evaluator says.
 
     python tools/test.py downstream/detection/faster-rcnn_r18_12e_bccd.py work_dirs/bccd/epoch_12.pth --json bccd.json \\
         --cfg-options data_root=~/bccd
 
-The options of the training that change the data or the model are given again. The checkpoint must fit the model entirely.
+The options of the training that change the data or the model are given again. The checkpoint must fit the model entirely. A
+config without test images of its own is tested on those of its validation.
 """
 
 from __future__ import annotations
@@ -51,8 +52,14 @@ def run_test(
         raise FileNotFoundError(f"checkpoint does not exist: {checkpoint}")
     with tempfile.TemporaryDirectory(prefix="hgkd-test-") as folder:
         cfg = load_config(config, work_dir or folder, False, False, options, launcher)
-        if cfg.get("test_evaluator") is None:
-            raise ValueError(f"{config} has no test_evaluator; tools/evaluate.py measures a backbone by its features")
+        for part in ("dataloader", "cfg", "evaluator"):
+            if cfg.get(f"test_{part}") is None:
+                cfg[f"test_{part}"] = cfg.get(f"val_{part}")
+        if cfg.test_evaluator is None:
+            raise ValueError(
+                f"{config} has no test_evaluator; a classifier's takes its images with val_root (--cfg-options val_root=DIR); "
+                "tools/evaluate.py measures a backbone by its features"
+            )
         # what only a training needs
         cfg.update(train_dataloader=None, train_cfg=None, optim_wrapper=None, param_scheduler=None)
         cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
@@ -62,10 +69,10 @@ def run_test(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure a trained detector or segmentor.")
+    parser = argparse.ArgumentParser(description="Measure a trained classifier, detector or segmentor.")
     parser.add_argument("config", help="the config that trained it")
     parser.add_argument("checkpoint", help="its checkpoint")
-    parser.add_argument("--work-dir", help="folder for the log (a temporary one)")
+    parser.add_argument("--work-dir", help="folder for log and reports (a temporary one)")
     parser.add_argument("--json", metavar="FILE", help="write the metrics to this file")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")

@@ -8,7 +8,7 @@ data, hgkd: see bccd.py. The teacher starts from random weights.
 """
 
 options = dict(data_root="{data}")
-measure = dict([("box AP", ("coco/bbox_mAP", 100)), ("AP50", ("coco/bbox_mAP_50", 100))])
+scores = {"box AP": ["coco/bbox_mAP", 100], "AP50": ["coco/bbox_mAP_50", 100], "AP75": ["coco/bbox_mAP_75", 100]}
 _mgd = dict(backbone="{hgkd}", teacher_checkpoint="{teacher}")
 rows = [
     dict(name="teacher", config="downstream/detection/retinanet_r50_12e_bccd.py", seeds=[0]),

@@ -8,7 +8,7 @@ data, hgkd: see camvid.py. The teacher starts from random weights.
 """
 
 options = dict(data_root="{data}")
-measure = dict([("mIoU", ("mIoU", 1))])
+scores = {"mIoU": "mIoU", "accuracy": "aAcc"}
 _taught = dict(options=dict(backbone="{hgkd}", teacher_checkpoint="{teacher}"), seeds=[0, 1, 2])
 rows = [
     dict(name="teacher", config="downstream/segmentation/upernet_r50_1k_camvid.py", seeds=[0]),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import train_tool
 
 from hgkd.data.shapes import write_imagefolder
 
@@ -52,7 +53,7 @@ def test_a_plan_that_is_wrong_is_refused(tmp_path, rows, values, message):
 def test_a_plan_with_an_unknown_key_or_without_a_file_is_refused(tmp_path):
     file = plan_file(tmp_path, [{"name": "a", "config": SPARK}])
     file.write_text(file.read_text() + "seeds = [0]\n")
-    with pytest.raises(ValueError, match="unknown key 'seeds'; a plan has evaluate, measure, options, rows"):
+    with pytest.raises(ValueError, match="unknown key 'seeds'; a plan has evaluate, options, rows"):
         tool.read_plan(file, {"data": "/x"})
     with pytest.raises(FileNotFoundError, match="plan does not exist"):
         tool.read_plan(tmp_path / "no.py", {})
@@ -95,54 +96,22 @@ def test_table_by_hand():
     assert "    python tools/train.py x" in table
 
 
-def test_a_plan_of_detectors_or_segmentors(tmp_path):
+def test_plans_of_detectors_and_segmentors(tmp_path):
     values = dict.fromkeys(("data", "pixels", "hgkd", "dense", "teacher"), "/x")
     for name in ("bccd", "camvid", "bccd_mgd", "camvid_mgd"):
         jobs = tool.jobs_of(tool.read_plan(ROOT / f"configs/comparisons/{name}.py", values), tmp_path)
         assert {job.seed for job in jobs} == {0, 1, 2}
-        assert all((ROOT / job.config).is_file() and job.measure for job in jobs)
+        assert all((ROOT / job.config).is_file() for job in jobs)
     job = tool.jobs_of(tool.read_plan(ROOT / "configs/comparisons/bccd.py", values), tmp_path, ["pixels"])[1]
-    options = ["--cfg-options", "data_root=/x", "backbone=/x", "seed=1"]
-    assert job.train_command[-4:] == options
-    recipe = "downstream/detection/faster-rcnn_r18_12e_bccd.py"
-    assert job.measure_command("a.pth", tmp_path / "a.json") == [
-        *("tools/test.py", recipe, "a.pth", "--json", str(tmp_path / "a.json")),
-        *options,
-    ]
+    assert job.train_command[-4:] == ["--cfg-options", "data_root=/x", "backbone=/x", "seed=1"]
 
 
-def test_a_measured_plan_needs_something_to_train(tmp_path):
-    file = tmp_path / "plan.py"
-    file.write_text('rows = [dict(name="a", backbone="resnet18")]\nmeasure = dict(mIoU=("mIoU", 1))\n')
-    with pytest.raises(ValueError, match="row 'a' trains nothing, so there is no detector or segmentor to measure"):
-        tool.read_plan(file, {})
-    file.write_text(f'rows = [dict(name="a", config="{SPARK}")]\n')
-    with pytest.raises(ValueError, match=r"either evaluate .features. or measure .detectors, segmentors."):
-        tool.read_plan(file, {})
-
-
-def test_a_measured_run_is_collected(tmp_path, monkeypatch):
-    def process(command, log, threads):
-        if command[0] == "tools/train.py":
-            (log.parent / "last_checkpoint").write_text("a.pth")
-            (log.parent / "x/vis_data").mkdir(parents=True)
-            (log.parent / "x/vis_data/scalars.json").write_text('{"coco/bbox_mAP": 0.1, "step": 3}\n')
-        else:
-            Path(command[command.index("--json") + 1]).write_text('{"coco/bbox_mAP": 0.25, "coco/bbox_mAP_50": 0.5}')
-        return 2.0, 3.0
-
-    monkeypatch.setattr(tool, "_process", process)
-    measure = {"box AP": ("coco/bbox_mAP", 100), "AP50": ("coco/bbox_mAP_50", 100)}
-    result = tool.run(tool.Job("a", 0, tmp_path / "a", "x.py", {}, {}, measure), 1)
-    assert result["scores"] == {"box AP": {"value": 25.0}, "AP50": {"value": 50.0}}
-    assert result["curve"] == [[3, 0.1]]
-    assert tool.table_of([result]).splitlines()[::2][:2] == [
-        "| row | box AP | AP50 | seeds | training s | CPU s | images/s |",
-        "| a | 25.0 | 50.0 | 1 | 2 | 3 |  |",
-    ]
-    assert tool.run(tool.Job("a", 0, tmp_path / "a", "x.py", {}, {}, measure), 1) == json.loads(
-        (tmp_path / "a/result.json").read_text()
-    )
+def test_a_score_may_have_a_factor(tmp_path):
+    log = tmp_path / "x/vis_data/scalars.json"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"coco/bbox_mAP": 0.125, "step": 3}\n{"coco/bbox_mAP": 0.25, "step": 6}\n')
+    found = tool._log(tool.Job("a", 0, tmp_path, "x.py", {}, {}, {"box AP": ["coco/bbox_mAP", 100]}))
+    assert found["curves"] == {"box AP": [[3, 12.5], [6, 25.0]]}
 
 
 def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
@@ -190,3 +159,69 @@ def test_a_run_that_fails_names_its_log(tmp_path, monkeypatch, capsys):
     assert "resnet_eighteen" in Path("out/no_seed0/evaluate.log").read_text()
     assert tool.main([str(file), "--work-dir", "out", "--set", "data"]) == 2
     assert "--set takes NAME=VALUE, got ['data']" in capsys.readouterr().err
+
+
+SCORES = 'scores = {"top-1 %": "accuracy/top1"}\n'
+
+
+def test_runs_that_measure_themselves_from_training_to_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_imagefolder("shapes", train=16, test=8, image_size=64)
+    options = {"student": "test_resnet", "data_root": "{data}/train", "val_root": "{data}/test", "num_classes": 8}
+    options |= {"image_size": 64, "batch_size": 8, "workers": 0, "epochs": 2, "warmup_epochs": 0, "train_cfg.val_interval": 1}
+    config = str(ROOT / "downstream/classification/resnet18_10e_cifar128.py")
+    plan = tmp_path / "plan.py"
+    plan.write_text(f"rows = [dict(name='fine-tuned', config={config!r}, seeds=[1])]\noptions = {options}\n{SCORES}")
+    assert tool.main([str(plan), "--work-dir", "out", "--set", "data=shapes"]) == 0
+    (result,) = json.loads(Path("out/results.json").read_text())
+    curve = result["curves"]["top-1 %"]
+    assert [step for step, _ in curve] == [1, 2]
+    assert result["scores"] == {"top-1 %": {"value": curve[-1][1]}}
+    table = Path("out/table.md").read_text()
+    assert f"| fine-tuned | {curve[-1][1]:.1f} | 1 |" in table
+    assert f"- fine-tuned: {curve[0][1]:.1f}, {curve[1][1]:.1f}" in table
+    misspelt = tool.Job("fine-tuned", 1, Path("out/fine-tuned_seed1"), config, {}, {}, {"top-1 %": "accuracy/top_1"})
+    with pytest.raises(RuntimeError, match=r"no validation in out/fine-tuned_seed1 logged 'accuracy/top_1'"):
+        tool._log(misspelt)
+
+
+def test_a_run_knows_its_seed_and_a_plan_measures_in_one_way(tmp_path):
+    file = tmp_path / "plan.py"
+    rows = [{"name": "a", "config": SPARK, "seeds": [0, 2], "options": {"backbone": "{runs}/H-GKD_seed{seed}"}}]
+    file.write_text(f"rows = {rows}\n{SCORES}")
+    jobs = tool.jobs_of(tool.read_plan(file, {"runs": "/r"}), tmp_path)
+    assert [job.options["backbone"] for job in jobs] == ["/r/H-GKD_seed0", "/r/H-GKD_seed2"]
+    assert [job.scores for job in jobs] == [{"top-1 %": "accuracy/top1"}] * 2
+    file.write_text(f"rows = {rows}\n{SCORES}{EVALUATE}")
+    with pytest.raises(ValueError, match=r"a plan has either evaluate .* or scores"):
+        tool.read_plan(file, {"runs": "/r", "data": "/x"})
+    file.write_text(f"rows = [dict(name='a', backbone='resnet18')]\n{SCORES}")
+    with pytest.raises(ValueError, match="row 'a' has no config, but with scores every row is a run"):
+        tool.read_plan(file, {})
+
+
+def test_table_of_runs_that_measured_themselves_by_hand():
+    def result(seed, *values):
+        curve = [[epoch, value] for epoch, value in enumerate(values, 1)]
+        return {
+            "row": "a",
+            "seed": seed,
+            "command": "c",
+            "scores": {"box AP": {"value": values[-1]}},
+            "curves": {"box AP": curve},
+        }
+
+    lines = tool.table_of([result(0, 10.0, 20.0), result(1, 20.0, 24.0)]).splitlines()
+    assert lines[0].startswith("| row | box AP | seeds |")
+    assert lines[2].startswith("| a | 22.0 +- 2.8 | 2 |")
+    assert "- a: 15.0, 22.0" in lines
+
+
+@pytest.mark.parametrize("plan", sorted((ROOT / "configs/comparisons").glob("*.py")), ids=lambda path: path.stem)
+def test_every_run_of_a_shipped_plan_has_a_config_that_takes_its_options(plan, tmp_path):
+    names = ("pretrain", "train", "bank", "test", "teacher", "features", "mae", "runs", "dino", "judge")
+    for job in tool.jobs_of(tool.read_plan(plan, {name: f"/{name}" for name in names}), tmp_path):
+        if job.config is not None:
+            cfg = train_tool.load_config(ROOT / job.config, options=job.options)
+            assert cfg.train_cfg.max_epochs == job.options["epochs"]
+            assert not [value for value in job.options.values() if "{" in str(value)]
