@@ -3,8 +3,8 @@
     python tools/compare.py configs/comparisons/camvid.py --work-dir OUT --jobs 2 \\
         --set data=DIR pixels=FOLDER hgkd=FOLDER dense=FOLDER
 
-data: CamVid (images/, annotations/, each with train, val, test). The others: see bccd.py. mIoU of 11 classes on the val split, by
-which nothing is chosen.
+data: CamVid (images/, annotations/, each with train, val, test). The others: see bccd.py. mIoU of 11 classes on the val split,
+by which nothing is chosen.
 """
 
 options = dict(data_root="{data}")
