@@ -9,7 +9,7 @@ A plan is a Python file with
     options   config options that all trained rows share
     evaluate  arguments of ``tools/evaluate.py``'s ``evaluate``; methods, train, test, image_size, ...
     scores    instead of ``evaluate``, where a run measures itself (fine-tuning, detectors, segmentors): dict(name=key) with the
-              key that its validation logs, e.g. {"top-1 %": "accuracy/top1"}; the last validation counts
+              key that its validation logs, e.g. {"top-1 %": "accuracy/top1"}, or [key, factor]; the last validation counts
 
 ``{name}`` in a string of the plan is replaced by the value of ``--set name=...``: data and teacher files stay out of the plan.
 ``{seed}`` is the run's own, so that a run can start from the pretraining of its seed.
@@ -56,7 +56,7 @@ class Job:
         config: of the training; None: nothing is trained.
         options: config options.
         evaluate: arguments of ``evaluate``; empty: the run measures itself.
-        scores: name -> key of the validations' log.
+        scores: name -> key of the validations' log, or (key, factor).
     """
 
     row: str
@@ -65,7 +65,7 @@ class Job:
     config: str | None
     options: Mapping[str, Any]
     evaluate: Mapping[str, Any]
-    scores: Mapping[str, str]
+    scores: Mapping[str, str | Sequence[Any]]
 
     @property
     def train_command(self) -> list[str]:
@@ -179,7 +179,8 @@ def run(job: Job, threads: int) -> dict[str, Any]:
         seconds = _process([*job.train_command[:4], *resume, *job.train_command[4:]], job.folder / "train.log", threads)
         result |= {"train_seconds": seconds[0], "train_cpu_seconds": seconds[1], **_log(job)}
         arguments["backbone"] = (job.folder / "last_checkpoint").read_text(encoding="utf-8").strip()
-        result["images"] = trained_images(arguments["backbone"])
+        if not job.scores:
+            result["images"] = trained_images(arguments["backbone"])
     if job.scores:
         result["scores"] = {name: {"value": curve[-1][1]} for name, curve in result["curves"].items()}
         result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -225,17 +226,18 @@ def _log(job: Job) -> dict[str, Any]:
         RuntimeError: one of the plan's scores was never logged.
     """
     speeds: list[float] = []
-    keys = job.scores or {"knn": "knn/top1"}
+    given = job.scores or {"knn": "knn/top1"}
+    keys = {name: (key, 1) if isinstance(key, str) else tuple(key) for name, key in given.items()}
     curves: dict[str, dict[int, float]] = {name: {} for name in keys}
     for file in sorted(job.folder.glob("*/vis_data/scalars.json")):
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             if "images_per_s" in entry:
                 speeds.append(entry["images_per_s"])
-            for name, key in keys.items():
+            for name, (key, factor) in keys.items():
                 if key in entry:
-                    curves[name][entry["step"]] = entry[key]  # of a resumed run the later one counts
-    missing = [keys[name] for name in job.scores if not curves[name]]
+                    curves[name][entry["step"]] = factor * entry[key]  # of a resumed run the later one counts
+    missing = [keys[name][0] for name in job.scores if not curves[name]]
     if missing:
         raise RuntimeError(f"no validation in {job.folder} logged {missing[0]!r}; see its train.log")
     found: dict[str, Any] = {"curves": {name: [list(pair) for pair in curve.items()] for name, curve in curves.items()}}

@@ -1,9 +1,10 @@
-"""Train what a config describes: teacher pretraining, distillation, their controls.
+"""Train what a config describes: teacher pretraining, distillation, their controls, detectors and segmentors.
 
     python tools/train.py configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py --cfg-options data_root=photos epochs=5
 
-configs/README.md lists the short options; any other key of a config can be set by its dotted path. ``--dry-run`` says what a
-training needs before it is started. SIGTERM and SIGINT save and end a run with exit code 0; ``--resume`` continues it.
+configs/README.md lists the short options, docs/downstream.md those of detectors and segmentors; any other key of a config can
+be set by its dotted path. ``--dry-run`` says what a training needs before it is started. SIGTERM and SIGINT save and end a run
+with exit code 0; ``--resume`` continues it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mmengine.runner import Runner
 from hgkd.engine import apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.dry_run import dry_run
 from hgkd.errors import USER_ERRORS
+from hgkd.openmmlab import is_downstream, merge_options, rehearse
 from hgkd.registry import RUNNERS
 
 
@@ -34,9 +36,14 @@ def load_config(
 ) -> Config:
     """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
     cfg = config.copy() if isinstance(config, Config) else read_config(config)
-    if options:
-        cfg.merge_from_dict(dict(options))
-    apply_short_options(cfg)
+    downstream = is_downstream(cfg)
+    if downstream:  # mmdet and mmseg: their own keys, their own short options
+        cfg.runner_type = "hgkd.DownstreamRunner"
+        merge_options(cfg, options or {})
+    else:
+        if options:
+            cfg.merge_from_dict(dict(options))
+        apply_short_options(cfg)
     if amp:
         use_mixed_precision(cfg)
     cfg.launcher = launcher
@@ -50,7 +57,8 @@ def load_config(
             if not Path(resume).is_file():
                 raise FileNotFoundError(f"checkpoint to resume from does not exist: {resume}")
             cfg.load_from = str(resume)
-    check_config(cfg)
+    if not downstream:
+        check_config(cfg)
     return cfg
 
 
@@ -107,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
         if args.dry_run:
-            print(dry_run(load_config(args.config, args.work_dir, False, args.amp, args.cfg_options, args.launcher)))
+            cfg = load_config(args.config, args.work_dir, False, args.amp, args.cfg_options, args.launcher)
+            print(rehearse(cfg) if is_downstream(cfg) else dry_run(cfg))
             return 0
         train(args.config, args.work_dir, args.resume, args.amp, args.cfg_options, args.launcher)
     except USER_ERRORS as error:

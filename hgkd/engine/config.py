@@ -274,14 +274,14 @@ def use_mixed_precision(cfg: Config) -> None:
     """
     wrapper = cfg.optim_wrapper
     kind = wrapper.get("type", "OptimWrapper")
-    if kind not in ("OptimWrapper", "AmpOptimWrapper", "BFloat16OptimWrapper"):
+    if kind.removeprefix("hgkd.") not in ("OptimWrapper", "AmpOptimWrapper", "BFloat16OptimWrapper"):
         raise ValueError(f"--amp replaces an OptimWrapper, but optim_wrapper.type is {kind!r}; set its precision there")
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         wrapper.update(type="AmpOptimWrapper", dtype="float16", loss_scale="dynamic")
     else:
         wrapper.pop("dtype", None)
         wrapper.pop("loss_scale", None)
-        wrapper["type"] = "BFloat16OptimWrapper"
+        wrapper["type"] = "hgkd.BFloat16OptimWrapper"  # with the scope, for configs of mmdet and mmseg
 
 
 def check_config(cfg: Config | Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ is none. ``hgkd.registry`` has those that hold classes of ours for users to name
 from mmengine.registry import Registry, root
 
 OPTIM_WRAPPERS = Registry("optim wrapper", parent=root.OPTIM_WRAPPERS, scope="hgkd", locations=["hgkd.engine"])
+TRANSFORMS = Registry("transform", parent=root.TRANSFORMS, scope="hgkd", locations=["hgkd.openmmlab"])
 
 for _root in [entry for entry in vars(root).values() if isinstance(entry, Registry)]:
     if "hgkd" not in _root.children:

@@ -13,7 +13,7 @@ from mmengine.evaluator import BaseMetric
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix
 
-from hgkd.evaluation.linear import bootstrap_interval
+from hgkd.evaluation.accuracy import bootstrap_interval
 from hgkd.evaluation.samples import ClassSample
 from hgkd.registry import METRICS
 

@@ -172,7 +172,7 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
         encoder = network_state(checkpoint, str(path))
         inside = {key: value for key, value in encoder.items() if not key.startswith(model.head_names())}
         spec = EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs))
-        return StudentCheckpoint(path, spec, inside, {}, dict(meta), _metrics(checkpoint))
+        return StudentCheckpoint(path, spec, inside, {}, dict(meta), run_metrics(checkpoint))
     spec = EncoderSpec.parse(meta["hgkd"], str(path))
     state = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
     if not state:

@@ -7,9 +7,30 @@ Importing this package imports neither mmcv, mmdet nor mmseg: the parts that nee
 'torchvision'
 """
 
+from hgkd.openmmlab.backbone import TimmBackbone
+from hgkd.openmmlab.config import is_downstream, merge_options
+from hgkd.openmmlab.distiller import FeatureDistiller
+from hgkd.openmmlab.drawing import draw_predictions
 from hgkd.openmmlab.forks import find_fork_configs
+from hgkd.openmmlab.images import LoadReadableImage, UnreadableImagesHook
 from hgkd.openmmlab.ops.finder import register_ops
+from hgkd.openmmlab.optim import LayerDecayConstructor
+from hgkd.openmmlab.runner import DownstreamRunner, rehearse
+from hgkd.openmmlab.weights import load_backbone_file
 
-__all__ = ["register_ops"]
+__all__ = [
+    "DownstreamRunner",
+    "FeatureDistiller",
+    "LayerDecayConstructor",
+    "LoadReadableImage",
+    "TimmBackbone",
+    "UnreadableImagesHook",
+    "draw_predictions",
+    "is_downstream",
+    "load_backbone_file",
+    "merge_options",
+    "register_ops",
+    "rehearse",
+]
 
 find_fork_configs()

@@ -145,7 +145,7 @@ def test_missing_folder_names_the_short_option():
 def test_mixed_precision_replaces_the_wrapper():
     cfg = recipe()
     use_mixed_precision(cfg)
-    assert cfg.optim_wrapper.type in ("BFloat16OptimWrapper", "AmpOptimWrapper")
+    assert cfg.optim_wrapper.type in ("hgkd.BFloat16OptimWrapper", "AmpOptimWrapper")
     check_amp = recipe(**{"optim_wrapper.type": "ApexOptimWrapper"})
     with pytest.raises(ValueError, match=r"optim_wrapper\.type is 'ApexOptimWrapper'"):
         use_mixed_precision(check_amp)

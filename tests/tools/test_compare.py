@@ -98,6 +98,24 @@ def test_table_by_hand():
     assert "    python tools/train.py x" in table
 
 
+def test_plans_of_detectors_and_segmentors(tmp_path):
+    values = dict.fromkeys(("data", "pixels", "hgkd", "dense", "teacher"), "/x")
+    for name in ("bccd", "camvid", "bccd_mgd", "camvid_mgd"):
+        jobs = tool.jobs_of(tool.read_plan(ROOT / f"configs/comparisons/{name}.py", values), tmp_path)
+        assert {job.seed for job in jobs} == {0, 1, 2}
+        assert all((ROOT / job.config).is_file() for job in jobs)
+    job = tool.jobs_of(tool.read_plan(ROOT / "configs/comparisons/bccd.py", values), tmp_path, ["pixels"])[1]
+    assert job.train_command[-4:] == ["--cfg-options", "data_root=/x", "backbone=/x", "seed=1"]
+
+
+def test_a_score_may_have_a_factor(tmp_path):
+    log = tmp_path / "x/vis_data/scalars.json"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"coco/bbox_mAP": 0.125, "step": 3}\n{"coco/bbox_mAP": 0.25, "step": 6}\n')
+    found = tool._log(tool.Job("a", 0, tmp_path, "x.py", {}, {}, {"box AP": ["coco/bbox_mAP", 100]}))
+    assert found["curves"] == {"box AP": [[3, 12.5], [6, 25.0]]}
+
+
 def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_imagefolder("shapes", train=16, test=8, image_size=64)

@@ -1,0 +1,19 @@
+"""Transfer to detection: one Faster R-CNN on BCCD, four starts of its ResNet-18.
+
+    python tools/compare.py configs/comparisons/bccd.py --work-dir OUT --jobs 2 \\
+        --set data=DIR pixels=FOLDER hgkd=FOLDER dense=FOLDER
+
+data: BCCD (images/, annotations/{train,val,test}.json). The others: folders that 'tools/export.py CHECKPOINT --to timm' wrote,
+of students trained with the pixel objective, with H-GKD, and with H-GKD's objective on whole images. Box AP on the val split, by
+which nothing is chosen.
+"""
+
+options = dict(data_root="{data}")
+scores = {"box AP": ["coco/bbox_mAP", 100], "AP50": ["coco/bbox_mAP_50", 100], "AP75": ["coco/bbox_mAP_75", 100]}
+_common = dict(config="downstream/detection/faster-rcnn_r18_12e_bccd.py", seeds=[0, 1, 2])
+rows = [
+    dict(name="random", **_common),
+    dict(name="pixels", options=dict(backbone="{pixels}"), **_common),
+    dict(name="H-GKD", options=dict(backbone="{hgkd}"), **_common),
+    dict(name="dense", options=dict(backbone="{dense}"), **_common),
+]

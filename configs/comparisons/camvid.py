@@ -1,0 +1,18 @@
+"""Transfer to segmentation: one UPerNet on CamVid, four starts of its ResNet-18.
+
+    python tools/compare.py configs/comparisons/camvid.py --work-dir OUT --jobs 2 \\
+        --set data=DIR pixels=FOLDER hgkd=FOLDER dense=FOLDER
+
+data: CamVid (images/, annotations/, each with train, val, test). The others: see bccd.py. mIoU of 11 classes on the val split,
+by which nothing is chosen.
+"""
+
+options = dict(data_root="{data}")
+scores = {"mIoU": "mIoU", "accuracy": "aAcc"}
+_common = dict(config="downstream/segmentation/upernet_r18_1k_camvid.py", seeds=[0, 1, 2])
+rows = [
+    dict(name="random", **_common),
+    dict(name="pixels", options=dict(backbone="{pixels}"), **_common),
+    dict(name="H-GKD", options=dict(backbone="{hgkd}"), **_common),
+    dict(name="dense", options=dict(backbone="{dense}"), **_common),
+]

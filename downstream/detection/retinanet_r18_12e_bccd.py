@@ -1,0 +1,15 @@
+"""RetinaNet, ResNet-18-FPN, BCCD at 240 px: a small head, for 2 CPU cores."""
+
+_base_ = [
+    "mmdet::_base_/models/retinanet_r50_fpn.py",
+    "mmdet::_base_/default_runtime.py",
+    "../_base_/bccd.py",
+    "../_base_/small_12e.py",
+    "../_base_/student.py",
+]
+model = dict(
+    backbone=_base_.resnet18,
+    neck=dict(in_channels=_base_.widths.resnet18, out_channels=128, norm_cfg=dict(type="BN")),
+    bbox_head=dict(in_channels=128, feat_channels=128, stacked_convs=2, num_classes=3),
+)
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=3, max_keep_ckpts=2))

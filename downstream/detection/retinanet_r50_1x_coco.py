@@ -1,0 +1,7 @@
+"""RetinaNet, ResNet-50-FPN, 1x on COCO.
+
+mmdet's recipe with SyncBN, in the FPN too, and nothing frozen.
+"""
+
+_base_ = ["mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", "../_base_/student.py"]
+model = dict(backbone=_base_.resnet50, neck=dict(norm_cfg=dict(type="BN")))

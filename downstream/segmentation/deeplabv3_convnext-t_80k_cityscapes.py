@@ -1,0 +1,12 @@
+"""DeepLabV3, ConvNeXt-T, output stride 8, 80,000 steps of 8 images on Cityscapes, 512 x 1024 px.
+
+AdamW with layer-wise decay of the learning rate, as in ConvNeXt's paper (which shows UPerNet on ADE20K).
+"""
+
+_base_ = "./deeplabv3_r50_80k_cityscapes.py"
+model = dict(
+    backbone=dict(output_stride=8, **_base_.convnext_tiny),
+    decode_head=dict(in_channels=768),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = _base_.layer_decay

@@ -1,0 +1,105 @@
+"""Predictions of a detector or segmentor, drawn on images by mmdet's and mmseg's own visualisers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine import registry as roots
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import DefaultScope
+from PIL import Image
+
+from hgkd.data.images import find_images
+from hgkd.engine.config import read_config
+from hgkd.engine.weights import load_strict, read_checkpoint
+from hgkd.openmmlab.config import dataset_class, drop_downloads, is_downstream, model_config
+from hgkd.openmmlab.ops.finder import register_ops
+
+
+def draw_predictions(
+    config: str | os.PathLike[str] | Config,
+    checkpoint: str | os.PathLike[str],
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    score: float = 0.3,
+    limit: int | None = None,
+) -> list[Path]:
+    """Draw what a model predicts: boxes and masks, or the label map laid over the image.
+
+    Args:
+        config: of the detector, segmentor or its distillation (then the student is drawn).
+        checkpoint: of that config's model, or the ``student.pth`` of a distillation.
+        images: a folder, or files.
+        out: folder for the pictures, made when absent; a picture is called like its image, as .png.
+        score: boxes of a lower score are left out.
+        limit: only so many images.
+
+    Returns:
+        The pictures' files.
+
+    Raises:
+        FileNotFoundError: no such config, checkpoint or images.
+        ValueError: the config is not one of mmdet or mmseg, or the checkpoint does not fit.
+    """
+    register_ops()
+    cfg = config.copy() if isinstance(config, Config) else read_config(config)
+    if not is_downstream(cfg):
+        raise ValueError(f"{cfg.filename} is no config of mmdet or mmseg: its default_scope is {cfg.get('default_scope')!r}")
+    files = _files(images)[:limit]
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = _model(cfg, checkpoint)
+        dataset = cfg.test_dataloader.dataset
+        pipeline = Compose([step for step in dataset.pipeline if step["type"] != "LoadAnnotations"])
+        visualizer: Any = roots.VISUALIZERS.build({**cfg.visualizer, "name": f"drawing_{id(model)}", "vis_backends": None})
+        visualizer.dataset_meta = _names(dataset, cfg.default_scope)
+        pictures = []
+        for file in files:
+            data = pipeline({"img_path": str(file), "img_id": 0})
+            result = model.test_step({"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]})[0]
+            with Image.open(file) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            target = Path(out) / f"{file.stem}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            options: dict[str, Any] = {"pred_score_thr": score} if cfg.default_scope == "mmdet" else {}
+            visualizer.add_datasample(file.stem, pixels, result.cpu(), draw_gt=False, out_file=str(target), **options)
+            pictures.append(target)
+    return pictures
+
+
+def _files(images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+    if isinstance(images, (str, os.PathLike)):
+        folder = Path(images)
+        files = [folder / name for name in find_images(str(folder))] if folder.is_dir() else [folder]
+    else:
+        files = [Path(image) for image in images]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        raise FileNotFoundError(f"no image at {missing[0] if missing else images}; give a folder of images, or files")
+    return files
+
+
+def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> Any:
+    described = model_config(cfg.model.get("student", cfg.model))
+    drop_downloads(described)
+    model: Any = roots.MODELS.build(described)
+    content = read_checkpoint(checkpoint)
+    state: Mapping[str, Any] = content.get("state_dict", {}) if isinstance(content, Mapping) else {}
+    if "student" in cfg.model and any(key.startswith("student.") for key in state):
+        state = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
+    load_strict(model, state, source=str(checkpoint))
+    return model.eval()
+
+
+def _names(dataset: Mapping[str, Any], scope: str) -> dict[str, Any]:
+    """Class names and colours of a data set, without reading its files."""
+    cls: Any = dataset_class(dataset, scope)
+    names = {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
+    if len(names.get("palette") or ()) != len(names["classes"]):
+        colours = np.random.default_rng(0).integers(0, 256, (len(names["classes"]), 3))
+        names["palette"] = [tuple(int(value) for value in colour) for colour in colours]
+    return names

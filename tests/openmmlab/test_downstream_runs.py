@@ -1,0 +1,108 @@
+"""Whole runs of the small recipes on generated shapes: two steps, validation, test, pictures."""
+
+import json
+
+import pytest
+import timm
+import torch
+from downstream_runs import (
+    FASTER_HEAD,
+    measure_tool,
+    need,
+    shapes_ade20k,
+    shapes_coco,
+    tiny_detector,
+    tiny_segmentor,
+    train_tool,
+)
+from tiny_runs import ROOT
+
+from hgkd.errors import WeightsError
+from hgkd.openmmlab import draw_predictions
+
+need("mmdet", "mmseg")
+DETECTOR = ROOT / "downstream/detection/faster-rcnn_r18_12e_bccd.py"
+SEGMENTOR = ROOT / "downstream/segmentation/upernet_r18_1k_camvid.py"
+
+
+def as_arguments(options):
+    return ["--cfg-options", *(f"{key}={str(value).replace(' ', '')}" for key, value in options.items())]
+
+
+def test_detector(tmp_path):
+    root = shapes_coco(tmp_path / "data")
+    file = root / "images/train/000001.jpg"
+    file.write_bytes(file.read_bytes()[:600])  # cut off: OpenCV would decode the rest as grey
+    encoder = timm.create_model("resnet18", num_classes=0)
+    torch.save(encoder.state_dict(), tmp_path / "backbone.pth")
+    options = {**tiny_detector(root), **FASTER_HEAD}
+    frozen = {**options, "backbone": str(tmp_path / "backbone.pth"), "lr": 0.0}
+    runner = train_tool.train(DETECTOR, tmp_path / "run", options=frozen)
+    assert runner.iter == 2
+    # the backbone's file is what it started from, and nothing moved with a learning rate of 0
+    for name, value in runner.model.backbone.state_dict().items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(value.cpu(), encoder.state_dict()[name]), name
+    # the damaged image was left out, and counted
+    assert (tmp_path / "run/unreadable_files.txt").read_text() == f"{file}\n"
+    logs = "".join(log.read_text() for log in (tmp_path / "run").glob("*/*.log"))
+    assert "1 of 4 training images could not be read" in logs
+    assert "122 of 122 entries loaded" in logs
+
+    checkpoint = tmp_path / "run/epoch_1.pth"
+    out = tmp_path / "out.json"
+    assert measure_tool.main([str(DETECTOR), str(checkpoint), "--json", str(out), *as_arguments(options)]) == 0
+    assert 0.0 <= json.loads(out.read_text())["coco/bbox_mAP"] <= 1.0
+
+    cfg = train_tool.load_config(DETECTOR, options=options)
+    pictures = draw_predictions(cfg, checkpoint, root / "images/val", tmp_path / "drawn", score=0.0)
+    assert [picture.name for picture in pictures] == ["000000.png", "000001.png"]
+    assert all(picture.stat().st_size > 0 for picture in pictures)
+
+    assert train_tool.train(DETECTOR, tmp_path / "run", resume=True, options={**options, "epochs": 2}).epoch == 2
+    with pytest.raises(WeightsError, match=r"epoch_1.pth is not of this config's model"):
+        measure_tool.run_test(DETECTOR, checkpoint, options={**options, "model.roi_head.bbox_head.fc_out_channels": 16})
+
+
+def test_segmentor(tmp_path):
+    root = shapes_ade20k(tmp_path / "data")
+    options = tiny_segmentor(root)
+    runner = train_tool.train(SEGMENTOR, tmp_path / "run", options=options)
+    assert runner.iter == 2
+    checkpoint = tmp_path / "run/iter_2.pth"
+    metrics = measure_tool.run_test(SEGMENTOR, checkpoint, options=options)
+    assert 0.0 <= metrics["mIoU"] <= 100.0
+    cfg = train_tool.load_config(SEGMENTOR, options=options)
+    assert len(draw_predictions(cfg, checkpoint, root / "images/validation", tmp_path / "drawn", limit=1)) == 1
+    with pytest.raises(FileNotFoundError, match=r"no image at .*nothing; give a folder of images, or files"):
+        draw_predictions(cfg, checkpoint, tmp_path / "nothing", tmp_path / "drawn")
+
+
+def test_dry_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = shapes_coco(tmp_path / "data")
+    options = as_arguments({**tiny_detector(root), **FASTER_HEAD})
+    assert train_tool.main([str(DETECTOR), "--dry-run", *options]) == 0
+    found = capsys.readouterr().out
+    assert "2 steps of 2 images out of 4" in found
+    assert "loss_rpn_cls" in found
+    assert not (tmp_path / "work_dirs").exists()
+
+
+def test_a_wrong_backbone_ends_the_run_before_training(tmp_path, capsys):
+    root = shapes_coco(tmp_path / "data")
+    torch.save({"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "backbone.pth")
+    options = {**tiny_detector(root), **FASTER_HEAD, "backbone": str(tmp_path / "backbone.pth")}
+    assert train_tool.main([str(DETECTOR), "--work-dir", str(tmp_path / "run"), *as_arguments(options)]) == 2
+    assert "has the prefix 'backbone.'" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_checkpoint_of_the_test_must_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoint does not exist"):
+        measure_tool.run_test(DETECTOR, tmp_path / "x.pth")
+
+
+def test_only_downstream_configs_are_drawn(tmp_path):
+    with pytest.raises(ValueError, match="is no config of mmdet or mmseg"):
+        draw_predictions(ROOT / "configs/spark/spark_resnet18_shapes.py", tmp_path / "x.pth", tmp_path, tmp_path)
