@@ -4,8 +4,8 @@
         --set data=DIR pixels=FOLDER hgkd=FOLDER dense=FOLDER
 
 data: BCCD (images/, annotations/{train,val,test}.json). The others: folders that 'tools/export.py CHECKPOINT --to timm' wrote,
-of students trained with the pixel objective, with H-GKD, and with H-GKD's objective on whole images. Box AP on the val split, by
-which nothing is chosen.
+of students trained with the pixel objective, with H-GKD, and with H-GKD's objective on whole images. Box AP on the val split,
+by which nothing is chosen.
 """
 
 options = dict(data_root="{data}")

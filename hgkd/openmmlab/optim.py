@@ -21,7 +21,7 @@ from hgkd.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class LayerDecayConstructor:
+class DownstreamLayerDecayConstructor:
     """Optimiser whose learning rate falls from the head to the stem; no weight decay on one-dimensional parameters.
 
     Args:
@@ -39,7 +39,7 @@ class LayerDecayConstructor:
         self.coarse = bool(options.pop("coarse", False))
         if options or not 0.0 < self.decay_rate <= 1.0:
             raise ValueError(
-                f"LayerDecayConstructor takes paramwise_cfg=dict(decay_rate=..., coarse=...) with decay_rate in (0, 1], got "
+                f"DownstreamLayerDecayConstructor takes paramwise_cfg=dict(decay_rate=..., coarse=...) with decay_rate in (0, 1], got "
                 f"{dict(paramwise_cfg or {})}"
             )
         self.wrapper_cfg = dict(optim_wrapper_cfg)

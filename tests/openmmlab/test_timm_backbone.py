@@ -6,7 +6,7 @@ from torch import nn
 
 from hgkd.errors import WeightsError
 from hgkd.export import export
-from hgkd.openmmlab import LayerDecayConstructor, TimmBackbone, load_backbone_file
+from hgkd.openmmlab import DownstreamLayerDecayConstructor, TimmBackbone, load_backbone_file
 from hgkd.openmmlab.weights import describe
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
@@ -192,7 +192,7 @@ def decayed(rate=0.5, **options):
     model.backbone = convnext()
     model.head = nn.Linear(4, 4)
     wrapper = {"optimizer": {"type": "SGD", "lr": 1.0, "weight_decay": 0.1}}
-    built = LayerDecayConstructor(wrapper, {"decay_rate": rate, **options})(model)
+    built = DownstreamLayerDecayConstructor(wrapper, {"decay_rate": rate, **options})(model)
     of = {id(p): group for group in built.optimizer.param_groups for p in group["params"]}
     return {name: of[id(p)] for name, p in model.named_parameters() if p.requires_grad}
 
@@ -221,7 +221,7 @@ def test_no_decay_of_weights_on_vectors():
 def test_every_trained_parameter_is_in_one_group():
     model = nn.Module()
     model.backbone = convnext()
-    built = LayerDecayConstructor({"optimizer": {"type": "SGD", "lr": 1.0}}, {"decay_rate": 0.9})(model)
+    built = DownstreamLayerDecayConstructor({"optimizer": {"type": "SGD", "lr": 1.0}}, {"decay_rate": 0.9})(model)
     ids = [id(p) for group in built.optimizer.param_groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
@@ -229,9 +229,9 @@ def test_every_trained_parameter_is_in_one_group():
 @pytest.mark.parametrize("options", [{"decay_rate": 0.0}, {"decay_rate": 0.9, "num_layers": 6}])
 def test_wrong_decay_options(options):
     with pytest.raises(ValueError, match=r"takes paramwise_cfg=dict\(decay_rate"):
-        LayerDecayConstructor({"optimizer": {"type": "SGD", "lr": 1.0}}, options)
+        DownstreamLayerDecayConstructor({"optimizer": {"type": "SGD", "lr": 1.0}}, options)
 
 
 def test_decay_needs_a_timm_backbone():
     with pytest.raises(ValueError, match=r"reads the layers of a hgkd\.TimmBackbone"):
-        LayerDecayConstructor({"optimizer": {"type": "SGD", "lr": 1.0}})(nn.Linear(1, 1))
+        DownstreamLayerDecayConstructor({"optimizer": {"type": "SGD", "lr": 1.0}})(nn.Linear(1, 1))
