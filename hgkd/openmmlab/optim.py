@@ -39,8 +39,8 @@ class DownstreamLayerDecayConstructor:
         self.coarse = bool(options.pop("coarse", False))
         if options or not 0.0 < self.decay_rate <= 1.0:
             raise ValueError(
-                f"DownstreamLayerDecayConstructor takes paramwise_cfg=dict(decay_rate=..., coarse=...) with decay_rate in (0, 1], got "
-                f"{dict(paramwise_cfg or {})}"
+                "DownstreamLayerDecayConstructor takes paramwise_cfg=dict(decay_rate=..., coarse=...) with decay_rate in "
+                f"(0, 1], got {dict(paramwise_cfg or {})}"
             )
         self.wrapper_cfg = dict(optim_wrapper_cfg)
         self.optimizer_cfg = dict(self.wrapper_cfg.pop("optimizer"))
