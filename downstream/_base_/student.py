@@ -20,7 +20,7 @@ widths = dict(resnet18=[64, 128, 256, 512], resnet50=[256, 512, 1024, 2048], con
 layer_decay = dict(
     _delete_=True,
     type="OptimWrapper",
-    constructor="hgkd.DownstreamLayerDecayConstructor",
-    paramwise_cfg=dict(decay_rate=0.95),
+    constructor="hgkd.LayerDecayConstructor",
+    paramwise_cfg=dict(layer_decay=0.95),
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
 )

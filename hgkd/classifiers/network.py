@@ -152,7 +152,7 @@ class ImageClassifier(nn.Module):
             raise ValueError(f"drop_path must be a rate in [0, 1), got {drop_path}")
         size = as_size(image_size)
         kwargs = {"drop_path_rate": drop_path, **kwargs} if drop_path else dict(kwargs)
-        sized = {"img_size": size} if is_vit(name) else {}
+        sized: dict[str, Any] = {"img_size": size} if is_vit(name) else {}
         network: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **sized, **kwargs)
         if stem == "cifar":
             use_cifar_stem(network, name)
@@ -251,7 +251,7 @@ class ImageClassifier(nn.Module):
         spec = ClassifierSpec.parse(meta)
         if spec is not None:
             self._refuse_other(path, spec.name, spec.stem, stem)
-            self._load(network_state(content, str(path)), str(path))
+            self._load(network_state(cast(Any, content), str(path)), str(path))  # it has a meta: it is a mapping
             return spec.mean, spec.deviation
         if self.is_vit:
             weights, pixels, heads = _vit_weights(path, content)

@@ -113,10 +113,9 @@ class ClassifierTeacher(nn.Module):
                 )
             classifier = load_classifier(checkpoint, image_size)
         elif checkpoint is None or backbone_only:
-            found = {} if checkpoint is None else {"backbone": checkpoint}
             classes = int(kwargs.get("num_classes", 1000)) if not backbone_only else 1
             rest = {key: value for key, value in kwargs.items() if key != "num_classes"}
-            classifier = ImageClassifier(name, classes, image_size or 224, normalize=normalize, **found, **rest)
+            classifier = ImageClassifier(name, classes, image_size or 224, backbone=checkpoint, normalize=normalize, **rest)
         else:
             classifier = _timm_classifier(name, checkpoint, image_size or 224, normalize, kwargs)
         why = None if self.allow_random else _why_random(classifier)

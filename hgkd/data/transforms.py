@@ -191,7 +191,7 @@ def augment_transform(
             ratio=ratio,
             hflip=hflip,
             auto_augment=None if trivial else auto_augment,
-            color_jitter=color_jitter or None,
+            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm's own default of what is optional
             interpolation="bicubic",
             normalize=False,
             separate=True,

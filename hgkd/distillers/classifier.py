@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from mmengine.model import BaseModel
 from timm.data.random_erasing import RandomErasing
@@ -93,7 +93,7 @@ class ClassifierTraining(BaseModel):
             )
         shapes = self.classifier.feature_shape(self.image_size), teacher.prepare(self.image_size)
         for part in self.objectives.values():
-            part.prepare(*shapes)
+            cast(Any, part).prepare(*shapes)
 
     def init_weights(self) -> None:
         """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""

@@ -109,6 +109,12 @@ class MaskedDistiller(BaseModel):
         if not objectives:
             raise ValueError("objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))")
         self.objectives, self.weights = build_objectives(objectives)
+        for name, part in self.objectives.items():
+            if not isinstance(part, ComparingObjective):
+                raise ValueError(
+                    f"objective {name!r} is a {type(part).__name__}, which says nothing of what it compares; derive it from "
+                    "hgkd.objectives.ComparingObjective"
+                )
         built_teacher = None if teacher is None else _build(teacher)
         # not through nn.Module.__setattr__, which would register it
         object.__setattr__(self, "teacher", built_teacher)
@@ -306,11 +312,6 @@ def build_objectives(configs: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Modul
         cfg = dict(cfg)
         weights[name] = float(cfg.pop("weight", 1.0))
         objectives[name] = _build(cfg)
-        if not isinstance(objectives[name], ComparingObjective):
-            raise ValueError(
-                f"objective {name!r} is a {type(objectives[name]).__name__}, which says nothing of what it compares; derive it "
-                "from hgkd.objectives.ComparingObjective"
-            )
     return objectives, weights
 
 

@@ -79,12 +79,13 @@ def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayConstructor(DecayGroupsConstructor):
-    """Learning rates that fall from the head of a classifier to its stem: lr * layer_decay ** (layers above), for CNN and ViT.
+    """Learning rates that fall from head to stem, lr * layer_decay ** (layers above), for every timm network of a model.
 
-    Layers and groups are timm's (``param_groups_layer_decay``, after BEiT, arXiv 2106.08254): a block is a layer, the
+    One constructor for classifiers (CNN and ViT) and for the backbones of detectors and segmentors. Layers and groups are
+    timm's (``group_matcher``, ``param_groups_layer_decay``, after BEiT, arXiv 2106.08254): a block is a layer, a trained
     classifier the last one. Weights decay as with :class:`DecayGroupsConstructor`, but for what timm says must not (class
-    token, positions). Whatever is no part of the model's ``classifier.network`` (a second head, generators of objectives) gets
-    the full rate. The first group, whose rate is logged, is that of the head.
+    token, positions). Whatever is in no timm network (necks, heads, generators of objectives) gets the full rate. The first
+    group, whose rate is logged, is one of full rate.
 
     Args:
         optim_wrapper_cfg: config of the wrapper, with ``optimizer``, which has ``lr`` and ``weight_decay``.
@@ -92,7 +93,8 @@ class LayerDecayConstructor(DecayGroupsConstructor):
             layer (SparK's fine-tuning of ResNet-50: (3, 2, 3, 3), of ConvNeXt: (3, 3, 3, 3)).
 
     Raises:
-        ValueError: no ``layer_decay``, one out of range, or ``blocks_per_layer`` for a network without stages.
+        ValueError: no ``layer_decay``, one out of range, a model without a timm network, or ``blocks_per_layer`` for a
+            network without stages.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
@@ -107,28 +109,59 @@ class LayerDecayConstructor(DecayGroupsConstructor):
             )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        network: Any = model.get_submodule("classifier.network")
         lr = self.optimizer_cfg["lr"]
-        matched = network if self.blocks_per_layer is None else _StageLayers(network, self.blocks_per_layer)
-        still = getattr(network, "no_weight_decay", set)()
-        layers = param_groups_layer_decay(
-            matched,
+        groups = [group for network in _timm_networks(model) for group in self._groups(network)]
+        if not groups:
+            raise ValueError(
+                "layer-wise learning-rate decay reads the layers of a timm network, and this model trains none; use an "
+                "ImageClassifier or a hgkd.TimmBackbone, or DecayGroupsConstructor for one rate everywhere"
+            )
+        inside = {id(p) for group in groups for p in group["params"]}
+        others = decay_groups(p for p in model.parameters() if p.requires_grad and id(p) not in inside)
+        groups += [{**group, "lr_scale": 1.0} for group in others if group["params"]]
+        groups.sort(key=lambda group: -group["lr_scale"])  # stable: heads of the network before other parts
+        return self._wrapper([{**group, "lr": lr * group.pop("lr_scale")} for group in groups])
+
+    def _groups(self, network: Any) -> list[dict[str, Any]]:
+        """Groups of a network's trained parameters with the factor of their rate, ``lr_scale``, from head to stem."""
+        layers: Any = _TrainedLayers(network, self.blocks_per_layer)
+        keep: Callable[[], Iterable[str]] = getattr(network, "no_weight_decay", tuple)
+        groups = param_groups_layer_decay(
+            layers,
             weight_decay=self.optimizer_cfg.get("weight_decay", 0.0),
-            no_weight_decay_list=still,
+            no_weight_decay_list=list(keep()),
             layer_decay=self.layer_decay,
         )
-        groups = [{**group, "lr": lr * group.pop("lr_scale")} for group in reversed(layers)]
-        inside = {id(p) for p in network.parameters()}
-        others = decay_groups(p for p in model.parameters() if p.requires_grad and id(p) not in inside)
-        return self._wrapper([*groups, *others])
+        # without a classifier of its own the network's last layer is the one below the head
+        below = 1.0 if layers.has_head else self.layer_decay
+        return [{**group, "lr_scale": below * group["lr_scale"]} for group in reversed(groups)]
 
 
-class _StageLayers:
-    """A timm CNN as ``param_groups_layer_decay`` sees it: some blocks of a stage make a layer."""
+def _timm_networks(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that know their layers, as timm's networks do, and train."""
+    for part in model.children():
+        if hasattr(part, "group_matcher"):
+            if any(p.requires_grad for p in part.parameters()):
+                yield part
+        else:
+            yield from _timm_networks(part)
 
-    def __init__(self, network: Any, blocks_per_layer: Sequence[int]) -> None:
-        self.named_parameters = network.named_parameters
-        self._blocks = tuple(blocks_per_layer)
+
+class _TrainedLayers:
+    """A timm network as ``param_groups_layer_decay`` sees it: trained parameters only; for CNNs some blocks make a layer.
+
+    What is not trained, such as the norm of an unused head, would count as a layer behind the last.
+    """
+
+    def __init__(self, network: Any, blocks_per_layer: Sequence[int] | None) -> None:
+        self._network = network
+        found = network.get_classifier()  # a module, or two: DeiT's
+        heads = {p for part in (found if isinstance(found, tuple) else (found,)) for p in part.parameters()}
+        self._head_names = {name for name, p in network.named_parameters() if p in heads}
+        self.has_head = any(p.requires_grad for p in heads)
+        self._blocks = None if blocks_per_layer is None else tuple(blocks_per_layer)
+        if self._blocks is None:
+            return
         stages = {found["stage"] for name, _ in network.named_parameters() if (found := _STAGE.match(name))}
         if len(stages) != len(self._blocks) or min(self._blocks) < 1:
             raise ValueError(
@@ -136,16 +169,19 @@ class _StageLayers:
                 f"{type(network).__name__} has {len(stages)} stages"
             )
         self._first = min(map(int, stages))
-        self._heads = {id(p) for p in network.get_classifier().parameters()}
-        self._head_names = {name for name, p in network.named_parameters() if id(p) in self._heads}
 
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[int, ...]]:
-        return self._layer
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self._network.named_parameters() if p.requires_grad)
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """timm's patterns, or a function from a parameter's name to its layer."""
+        return self._network.group_matcher(coarse) if self._blocks is None else self._layer
 
     def _layer(self, name: str) -> tuple[int, ...]:
         found = _STAGE.match(name)
         if found is None:  # a norm between the last stage and the classifier counts with the latter, as in SparK and ConvNeXt
             return (2,) if name in self._head_names or name.startswith(("head.", "norm_pre.")) else (0,)
+        assert self._blocks is not None
         stage = int(found["stage"]) - self._first
         return 1, stage, int(found["block"] or 0) // self._blocks[stage]
 

@@ -29,8 +29,8 @@ class SoftLabel(LogitObjective):
         self.temperature = temperature
 
     def value(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        logs = [F.log_softmax(logits / self.temperature, dim=1) for logits in (student, teacher)]
-        return self.temperature**2 * F.kl_div(*logs, reduction="batchmean", log_target=True)
+        answer, target = (F.log_softmax(logits / self.temperature, dim=1) for logits in (student, teacher))
+        return self.temperature**2 * F.kl_div(answer, target, reduction="batchmean", log_target=True)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

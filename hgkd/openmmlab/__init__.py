@@ -14,12 +14,10 @@ from hgkd.openmmlab.drawing import draw_predictions
 from hgkd.openmmlab.forks import find_fork_configs
 from hgkd.openmmlab.images import LoadReadableImage, UnreadableImagesHook
 from hgkd.openmmlab.ops.finder import register_ops
-from hgkd.openmmlab.optim import DownstreamLayerDecayConstructor
 from hgkd.openmmlab.runner import DownstreamRunner, rehearse
 from hgkd.openmmlab.weights import load_backbone_file
 
 __all__ = [
-    "DownstreamLayerDecayConstructor",
     "DownstreamRunner",
     "FeatureDistiller",
     "LoadReadableImage",

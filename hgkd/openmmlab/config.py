@@ -189,9 +189,8 @@ def model_config(source: str | Mapping[str, Any]) -> ConfigDict:
     if isinstance(source, Mapping):
         return ConfigDict(source)
     if "::" in source:
-        from mmengine.hub import get_config
-
-        cfg = get_config(source)
+        # not mmengine.hub.get_config, which runs pip where it finds no package
+        cfg = Config.fromstring(f"_base_ = {source!r}", ".py")
     else:
         if not Path(source).is_file():
             raise FileNotFoundError(

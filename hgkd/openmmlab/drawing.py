@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine import registry as roots
 from mmengine.config import Config
 from mmengine.dataset import Compose
@@ -21,6 +22,7 @@ from hgkd.openmmlab.config import dataset_class, drop_downloads, is_downstream, 
 from hgkd.openmmlab.ops.finder import register_ops
 
 
+@torch.no_grad()
 def draw_predictions(
     config: str | os.PathLike[str] | Config,
     checkpoint: str | os.PathLike[str],

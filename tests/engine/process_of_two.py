@@ -136,6 +136,7 @@ def shard(images, folder):
             objectives, mask = dict(pixels=dict(type="PixelReconstruction")), dict(type="RandomMask", mask_ratio=0.5)
             model = MaskedDistiller(student=student, objectives=objectives, mask=mask, image_size=64)
             if sharded:
+                model = model.to(memory_format=torch.contiguous_format)  # sparsify lays some kernels out channels last
                 # only modules that are called as such can gather their parameters: a CNN's encoder is walked through instead
                 parts = model.student.network.blocks if student["type"] == "MaskedViT" else []
                 for part in [*parts, model]:

@@ -272,7 +272,7 @@ def test_run_of_a_detector(tmp_path):
     root = shapes_coco(tmp_path / "data")
     options = tiny_detector(root, teacher_checkpoint=str(tmp_path / "teacher.pth"))
     cfg = train_tool.load_config(DETECTION / "mgd_retinanet_r50_r18_12e_bccd.py", options=options)
-    cfg.model.update(student=retinanet(), teacher=retinanet())
+    cfg.model.student, cfg.model.teacher = retinanet(), retinanet()  # update() would merge
     with scope("mmdet"):
         torch.save({"state_dict": build(retinanet()).state_dict()}, tmp_path / "teacher.pth")
     runner = train_tool.train(cfg, tmp_path / "run")
@@ -287,6 +287,7 @@ def test_run_of_a_segmentor(tmp_path):
     root = shapes_ade20k(tmp_path / "data")
     options = tiny_segmentor(root, model="model.student")
     cfg = train_tool.load_config(SEGMENTATION / "g2sd_upernet_r50_r18_1k_camvid.py", options=options)
-    cfg.model.update(student=upernet(len(CLASSES)), teacher=upernet(len(CLASSES)), allow_random_teacher=True)
+    cfg.model.student, cfg.model.teacher = upernet(len(CLASSES)), upernet(len(CLASSES))  # update() would merge
+    cfg.model.allow_random_teacher = True
     train_tool.train(cfg, tmp_path / "run")
     assert (tmp_path / "run/student.pth").is_file()
