@@ -48,7 +48,7 @@ class Plan:
         probe: labelled training images a class for k-NN and linear probe.
     """
 
-    train: int = 2500
+    train: int = 3000
     test: int = 800
     teacher_epochs: int | None = None
     student_epochs: int | None = None

@@ -13,7 +13,7 @@ _base_ = [
     "../_base_/data/shapes.py",
 ]
 
-epochs = 14
+epochs = 16
 warmup_epochs = 1
 lr = 4e-3
 

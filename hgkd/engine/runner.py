@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from mmengine.device import get_device
 from mmengine.dist import broadcast, is_distributed, is_main_process
+from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -59,6 +60,12 @@ class DistillRunner(Runner):
         broadcast(now)
         seconds = now.item()
         self._timestamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(seconds)) + f"_{int(seconds % 1 * 1000):03d}"
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        logger: MMLogger = super().build_logger(*args, **kwargs)
+        # mmengine's advice to itself: its own hooks use these parts, a user can do nothing about it
+        logger.addFilter(lambda record: "will be deprecated in future" not in record.getMessage())
+        return logger
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         if not self.distributed or model_wrapper_cfg is not None or is_model_wrapper(model):

@@ -1,6 +1,6 @@
 """Convolution on packed cells: exact, and at the cost of the visible places only.
 
-A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T*s*s, C). Three kernels cover every layer;
+A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T*s*s, C). Four kernels cover every layer;
 :func:`choose_kernel` picks one from the layer's shape:
 
 - ``matmul``: kernel 1, no neighbours: one matrix product on the rows.
@@ -8,7 +8,9 @@ A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T
   is a gather as well (with the index of the transposed convolution, one phase for each residue of the stride), so no
   scatter and no atomic addition occurs anywhere.
 - ``halo``: every cell with its border of neighbour places as a small image, then an ordinary convolution without padding.
-  The choice for depthwise and grouped layers and for very few channels.
+  The choice for grouped layers and for very few channels.
+- ``map``: the whole image with zeros at hidden places, of whose result the visible places are kept. The choice for depthwise
+  layers where cells are so small that their tiles together are larger than the whole.
 
 On a GPU with Triton, ``im2col`` runs as one fused kernel instead, without the columns in memory (:mod:`hgkd.sparse.fused`).
 
@@ -97,10 +99,14 @@ def gathers(weight: Tensor, groups: int) -> bool:
     return groups == 1 and weight[0, 0].numel() > 1 and weight.shape[1] > (15 if weight.is_cuda else 64)
 
 
-def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry) -> str:
+def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry, layout: CellLayout) -> str:
     """Name of the kernel for a layer, by rule (see ``docs/performance.md`` for the measurements behind it)."""
-    if groups > 1 or geometry.border != "constant":
+    if geometry.border != "constant":
         return "halo"
+    if groups > 1:
+        # a cell of one place in tiles of 49 reads far more than the whole map holds; depthwise products cost next to nothing
+        tile = _halo_size(geometry, 0) * _halo_size(geometry, 1) / geometry.s_in**2
+        return "map" if weight.shape[1] == 1 and tile > 3 * layout.visible.numel() / layout.num_cells else "halo"
     if geometry.is_pointwise:
         return "matmul"
     return "im2col" if gathers(weight, groups) else "halo"
@@ -120,7 +126,7 @@ def convolve(
     Args:
         packed: (T, C, s_in, s_in).
         weight: (O, C/groups, kh, kw) as in ``torch.nn.functional.conv2d``.
-        kernel: 'matmul', 'im2col' or 'halo'; chosen by :func:`choose_kernel` when None.
+        kernel: 'matmul', 'im2col', 'halo' or 'map'; chosen by :func:`choose_kernel` when None.
 
     Returns:
         (T, O, s_out, s_out), channels_last.
@@ -131,7 +137,7 @@ def convolve(
         dtype = torch.get_autocast_dtype(device_type)
         packed, weight = packed.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    kernel = kernel or choose_kernel(weight, groups, geometry)
+    kernel = kernel or choose_kernel(weight, groups, geometry, layout)
     if kernel == "matmul":
         stride_y, stride_x = geometry.stride
         if (stride_y, stride_x) != (1, 1):
@@ -141,6 +147,13 @@ def convolve(
     if kernel == "im2col":
         rows = _GatherConvolution.apply(rows_of(packed), weight, geometry, layout)
         return packed_of(rows if bias is None else rows + bias, geometry.s_out)
+    if kernel == "map":
+        whole, excess = _WholeMap.apply(packed, layout), _excess_padding(geometry, layout)
+        if any(excess):
+            whole = F.pad(whole, excess)
+        out = F.conv2d(whole, weight, bias, geometry.stride, geometry.pad, geometry.dilation, groups)
+        height, width = (cells * geometry.s_out for cells in layout.grid)
+        return _VisiblePlaces.apply(out[:, :, :height, :width], layout)
     tiles = halo_tiles(packed, geometry, layout)
     out = F.conv2d(tiles, weight, bias, geometry.stride, 0, geometry.dilation, groups)
     return out.contiguous(memory_format=torch.channels_last)
@@ -242,6 +255,57 @@ def _input_gradient(grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout
             found = _gather_multiply(source, index, part.permute(2, 3, 0, 1).reshape(-1, in_channels))
             out[:, :, phase_y, :, phase_x] = found.view(layout.num_cells, s_out, s_out, in_channels)
     return out.view(layout.num_cells * s_in * s_in, in_channels)
+
+
+def _excess_padding(geometry: ConvGeometry, layout: CellLayout) -> list[int]:
+    """Places that a whole map lacks on its (left, right, top, bottom) when ``geometry.pad`` is on every side."""
+    out = []
+    for axis in (1, 0):
+        cells, pad = layout.grid[axis], geometry.pad[axis]
+        reach = (cells * geometry.s_out - 1) * geometry.stride[axis] + (geometry.kernel[axis] - 1) * geometry.dilation[axis] + 1
+        out += [0, max(0, reach - 2 * pad - cells * geometry.s_in)]
+    return out
+
+
+def _spread(packed: Tensor, layout: CellLayout) -> Tensor:
+    """(T, C, s, s) -> (B, C, h*s, w*s), channels_last, 0 at hidden places."""
+    index = layout.row_map(packed.shape[2])
+    found = with_zero_row(rows_of(packed)).index_select(0, index.flatten())
+    return found.view(*index.shape, -1).permute(0, 3, 1, 2)
+
+
+def _collect(dense: Tensor, layout: CellLayout) -> Tensor:
+    """Inverse of :func:`_spread`."""
+    s = dense.shape[2] // layout.grid[0]
+    return packed_of(dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1]).index_select(0, layout.places(s)), s)
+
+
+class _WholeMap(torch.autograd.Function):
+    """Cells to the whole map; both directions are gathers."""
+
+    @staticmethod
+    def forward(ctx, packed: Tensor, layout: CellLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.layout = layout
+        return _spread(packed, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+        return _collect(grad, ctx.layout), None
+
+
+class _VisiblePlaces(torch.autograd.Function):
+    """The whole map to cells; both directions are gathers."""
+
+    @staticmethod
+    def forward(ctx, dense: Tensor, layout: CellLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.layout = layout
+        return _collect(dense, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+        return _spread(grad, ctx.layout), None
 
 
 def halo_tiles(packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outside: float = 0.0) -> Tensor:

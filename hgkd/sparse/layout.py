@@ -122,6 +122,15 @@ class CellLayout:
 
         return self.keep(("rows", s), make)
 
+    def places(self, s: int) -> Tensor:
+        """Place of every packed row in the flattened map (B, h*s, w*s), int64 (T*s*s,): inverse of :meth:`row_map`."""
+
+        def make() -> Tensor:
+            image, y, x = self.coordinates(s).long().unbind(1)
+            return (image * (self.grid[0] * s) + y) * (self.grid[1] * s) + x
+
+        return self.keep(("places", s), make)
+
     def coordinates(self, s: int) -> Tensor:
         """(image, y, x) of every visible place in packed row order, int32 (T*s*s, 3), contiguous."""
 

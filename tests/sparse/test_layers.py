@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import NoSparseRuleError
 from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, layer_rule, sparsify
-from hgkd.sparse.kernels import choose_kernel, convolve
+from hgkd.sparse.kernels import ConvGeometry, choose_kernel, convolve
 from hgkd.sparse.packed import _geometry
 
 
@@ -149,7 +149,7 @@ def test_paddings_without_a_rule(operation, message: str) -> None:
         operation(packed())
 
 
-@pytest.mark.parametrize("kernel_name", ["im2col", "halo"])
+@pytest.mark.parametrize("kernel_name", ["im2col", "halo", "map"])
 @settings(max_examples=25, deadline=None)
 @given(**GRIDS, kernel=st.sampled_from([1, 2, 3, 5, 7]), stride=st.integers(1, 3), factor=st.integers(1, 3))
 def test_every_kernel_on_every_shape(kernel_name, batch, h, w, share, seed, kernel, stride, factor):
@@ -171,6 +171,15 @@ def test_every_kernel_on_every_shape(kernel_name, batch, h, w, share, seed, kern
         return x.like(convolve(x.plain, weight, None, 1, geometry, x.cells, kernel_name))
 
     compare(conv, layout, x, [weight], 1e-9)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(2, (2, 3, 2, 3)), (1, (3, 3, 3, 3)), (1, (0, 6, 6, 0)), (2, (3, 3, 3, 3))])
+def test_depthwise_layers_with_large_windows_and_uneven_borders(stride, padding) -> None:
+    layout = random_layout(0, 2, 3, 4, 2, 0.7)
+    x, weight = torch.randn(2, 5, 6, 8, dtype=torch.float64), torch.randn(5, 1, 7, 7, dtype=torch.float64)
+    geometry = ConvGeometry(2, (7, 7), (stride, stride), (padding[2], padding[0]), (1, 1))
+    assert choose_kernel(weight, 5, geometry, layout) == "map"
+    compare(lambda x, weight: F.conv2d(F.pad(x, padding), weight, stride=stride, groups=5), layout, x, [weight], 1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -275,10 +284,17 @@ def test_kernel_choice() -> None:
     packed = PackedTensor.pack(torch.randn(1, 96, 8, 8), random_layout(0, 1, 2, 2, 4, 1.0))
     pointwise = _geometry("c", packed, (1, 1), {"stride": 1, "padding": 0, "dilation": 1})
     spatial = _geometry("c", packed, (3, 3), {"stride": 1, "padding": 1, "dilation": 1})
-    assert choose_kernel(torch.empty(8, 96, 1, 1), 1, pointwise) == "matmul"
-    assert choose_kernel(torch.empty(8, 96, 3, 3), 1, spatial) == "im2col"
-    assert choose_kernel(torch.empty(8, 64, 3, 3), 1, spatial) == "halo"
-    assert choose_kernel(torch.empty(96, 1, 3, 3), 96, spatial) == "halo"
+    layout = packed.cells
+    assert choose_kernel(torch.empty(8, 96, 1, 1), 1, pointwise, layout) == "matmul"
+    assert choose_kernel(torch.empty(8, 96, 3, 3), 1, spatial, layout) == "im2col"
+    assert choose_kernel(torch.empty(8, 64, 3, 3), 1, spatial, layout) == "halo"
+    assert choose_kernel(torch.empty(96, 1, 3, 3), 96, spatial, layout) == "halo"
+    # tiles of 10 x 10 for cells of 4 x 4 hold more than three whole maps when every cell is visible, less when 1 of 4 is
+    large = _geometry("c", packed, (7, 7), {"stride": 1, "padding": 3, "dilation": 1})
+    assert choose_kernel(torch.empty(96, 1, 7, 7), 96, large, layout) == "map"
+    assert choose_kernel(torch.empty(48, 2, 7, 7), 48, large, layout) == "halo"
+    few = CellLayout(torch.tensor([[[True, False], [False, False]]]), 4)
+    assert choose_kernel(torch.empty(96, 1, 7, 7), 96, large, few) == "halo"
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------
