@@ -14,6 +14,7 @@ from hgkd.data.images import find_images, read_rgb
 from hgkd.data.transforms import eval_transform
 from hgkd.errors import DataError, WeightsError, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
+from hgkd.export.classifier import read_classifier
 from hgkd.export.folder import PAGE, check_free, new_folder
 from hgkd.export.importing import read_source
 from hgkd.export.job import ExportError, ExportReport, Job, Target, Written
@@ -21,7 +22,7 @@ from hgkd.export.model import check_finite, export_model
 from hgkd.export.source import EncoderSpec
 from hgkd.export.targets import TARGETS
 
-PARTS = ("backbone", "student", "decoder", "model")
+PARTS = ("backbone", "student", "decoder", "classifier", "model")
 TOLERANCE = 1e-5
 
 
@@ -48,7 +49,8 @@ def export(
             weight file of another project.
         out: folder to make. It appears complete or not at all.
         to: target, a key of ``hgkd.export.TARGETS``.
-        what: 'backbone' (the encoder), 'student' (encoder and decoder), 'decoder', or 'model': any whole model that mmengine
+        what: 'backbone' (the encoder), 'student' (encoder and decoder), 'decoder', 'classifier' (a fine-tuned CNN with
+            its head), or 'model': any whole model that mmengine
             trained, see :func:`hgkd.export.model.export_model`.
         force: replace an earlier export. A folder that holds anything else is never replaced.
         encoder, prefix, allow: how to read a file of others; see :func:`hgkd.export.load_backbone`.
@@ -74,10 +76,13 @@ def export(
     check_free(out, force)
     if what == "model":
         return export_model(checkpoint, out, to, licences or {})
-    source = read_source(checkpoint, encoder, prefix=prefix, allow=allow)
+    if what == "classifier":
+        source = read_classifier(checkpoint)
+    else:
+        source = read_source(checkpoint, encoder, prefix=prefix, allow=allow)
     if what in ("student", "decoder") and not source.student:
         raise WeightsError(f"{source.path} holds an encoder without decoder; use what='backbone'")
-    check_finite(source.path, source.network.state_dict() if what == "backbone" else source.student)
+    check_finite(source.path, source.student if what in ("student", "decoder") else source.network.state_dict())
     if labels and images is None:
         raise ValueError("labels=True measures an accuracy on images: give a folder of class folders with images=")
     real, classes = (None, None) if images is None else _read_images(images, max_images, source.network, labels)
