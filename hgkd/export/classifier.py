@@ -7,7 +7,6 @@ linear layers is one, so it is folded into the first, exactly, and the result is
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +22,11 @@ def read_classifier(path: str | os.PathLike[str]) -> Source:
     """The whole network of a fine-tuned CNN, with ``classes``.
 
     Raises:
-        FileNotFoundError, WeightsError: see :func:`hgkd.classifiers.network.load_classifier`; or it is a ViT.
+        FileNotFoundError, WeightsError: see :func:`hgkd.classifiers.network.load_classifier`; or it is a ViT, or a folder.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; name one of its checkpoints")
     model = load_classifier(path)
     spec = model.spec
     if model.is_vit:
@@ -36,15 +37,9 @@ def read_classifier(path: str | os.PathLike[str]) -> Source:
         with torch.no_grad():
             head.weight.add_(second.weight).div_(2)
             head.bias.add_(second.bias).div_(2)
-    network.pretrained_cfg = {**network.pretrained_cfg, "mean": spec.mean, "std": spec.deviation}
-    checkpoint = read_checkpoint(path) if path.is_file() else {}
-    meta = checkpoint.get("meta") or {}
+    trained_with = {"input_size": (3, *spec.image_size), "mean": spec.mean, "std": spec.deviation}
+    network.pretrained_cfg = {**network.pretrained_cfg, **trained_with}
+    checkpoint = read_checkpoint(path)
     encoder = EncoderSpec(spec.name, spec.stem, dict(spec.kwargs))
-    return Source(
-        path,
-        encoder,
-        network.eval(),
-        meta=dict(meta) if isinstance(meta, Mapping) else {},
-        metrics=run_metrics(checkpoint),
-        classes=spec.classes,
-    )
+    meta, metrics = dict(checkpoint["meta"]), run_metrics(checkpoint)
+    return Source(path, encoder, network.eval(), meta=meta, metrics=metrics, classes=spec.classes)

@@ -68,7 +68,7 @@ class Graph(nn.Module):
 def write_onnx(
     job: Job,
     *,
-    output: str = "pooled",
+    output: str | None = None,
     classifier: str | os.PathLike[str] | None = None,
     opset: int = 18,
     precision: Sequence[str] = (),
@@ -76,7 +76,7 @@ def write_onnx(
     """``model.onnx``, and ``model_fp16.onnx`` and ``model_int8.onnx`` when asked for.
 
     Args:
-        output: 'features', 'pooled' or 'logits'.
+        output: 'features', 'pooled' or 'logits'; None: logits of a classifier, else pooled.
         classifier: for 'logits', a safetensors file with ``weight`` (K, C) and ``bias`` (K).
         opset: version of ONNX's operators, 18 or later.
         precision: further precisions, of 'fp16' and 'int8'; int8 needs real images.
@@ -131,10 +131,9 @@ def write_onnx(
     )
 
 
-def write_program(job: Job, *, output: str = "pooled", classifier: str | os.PathLike[str] | None = None) -> Written:
+def write_program(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
     """``model.pt2``; arguments as :func:`write_onnx`."""
     graph = _graph(job, output, classifier)
-    output = graph.output
     file = job.folder / "model.pt2"
     torch.export.save(_program(job, graph), str(file))
     again = torch.export.load(str(file)).module()
@@ -146,14 +145,13 @@ def write_program(job: Job, *, output: str = "pooled", classifier: str | os.Path
         expected=graph,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {output}"],
+        notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {graph.output}"],
     )
 
 
-def write_torchscript(job: Job, *, output: str = "pooled", classifier: str | os.PathLike[str] | None = None) -> Written:
+def write_torchscript(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
     """``model.ts``, traced; arguments as :func:`write_onnx`. For users of it only: torch has declared TorchScript ended."""
     graph = _graph(job, output, classifier)
-    output = graph.output
     file = job.folder / "model.ts"
     with _quiet():
         traced = torch.jit.trace(graph, torch.rand(2, 3, *job.image_size))
@@ -184,11 +182,12 @@ def onnx_runner(file: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _graph(job: Job, output: str, classifier: str | os.PathLike[str] | None) -> Graph:
+def _graph(job: Job, output: str | None, classifier: str | os.PathLike[str] | None) -> Graph:
     if job.what == "classifier":
-        if classifier is not None:
-            raise ValueError("a classifier leaves with its own head; leave the classifier file out")
+        if classifier is not None or output not in (None, "logits"):
+            raise ValueError("a classifier gives the logits of its own head; leave output and the classifier file out")
         return Graph(job.network, "logits", None, whole=True).eval()
+    output = output or "pooled"
     if output not in OUTPUTS:
         raise ValueError(unknown_name_message("output", output, OUTPUTS))
     if (output == "logits") != (classifier is not None):

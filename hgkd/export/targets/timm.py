@@ -52,9 +52,8 @@ def write(job: Job) -> Written:
         load_with = f"timm.create_model('local-dir:{job.out}', pretrained=True)"
         proven_with = f"timm {timm.__version__}"
         again = timm.create_model(f"local-dir:{job.folder}", pretrained=True).eval()
-        notes = ["forward_features gives the feature map; calling the model pools it as its architecture does"]
-        if job.what == "classifier":
-            notes = ["calling the model gives logits; label_names in config.json are their classes" * bool(job.source.classes)]
+        gives = "logits" if job.what == "classifier" else "the feature map, pooled as its architecture does"
+        notes = [f"forward_features gives the feature map; calling the model gives {gives}"]
     else:
         load_with = f"hgkd.export.load_backbone('{job.out}')"
         proven_with = "hgkd.export.load_backbone"
