@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
+import inspect
 import os
 import shutil
 import sys
@@ -19,6 +21,7 @@ import torch
 
 from hgkd.data import UnlabelledImages
 from hgkd.errors import DataError
+from hgkd.sparse import sparsify
 
 _NEEDED = ("torch", "torchvision", "timm", "mmengine", "numpy", "pillow", "safetensors", "scikit-learn", "tensorboard")
 _SAMPLE = 32
@@ -57,6 +60,7 @@ def check_environment(
         planned_mb: space that checkpoints and logs will need, in MB (2**20 bytes); ``--dry-run`` tells it.
     """
     checks = [check_versions(), check_torchvision(), check_pkg_resources(), check_mm_forks(), check_devices()]
+    checks += [check_sparse_backend()]
     checks += [check_work_dir(work_dir, planned_mb)]
     return checks if data_root is None else [*checks, check_images(data_root)]
 
@@ -127,6 +131,22 @@ def check_devices() -> Check:
     if torch.version.cuda and shutil.which("nvidia-smi"):
         return Check("devices", "warning", found, "nvidia-smi is there, so look at the driver and CUDA_VISIBLE_DEVICES")
     return Check("devices", "ok", found)
+
+
+def check_sparse_backend(load: Callable[[str], object] = importlib.import_module) -> Check:
+    """The backend that the sparse encoder computes with, why it is this one, and what else there is."""
+    backend = inspect.signature(sparsify).parameters["backend"].default
+    fused = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    kernels = "Triton kernels in fp16 and bf16, torch's else" if fused else "torch's kernels"
+    found = f"{backend}, as it needs no library besides torch; {kernels}"
+    try:
+        load("spconv.pytorch")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "spconv":
+            return Check("sparse backend", "ok", f"{found}; spconv is not installed, and not needed")
+        fix = "uninstall spconv, or install a build that fits: pip install 'hgkd[spconv]'"
+        return Check("sparse backend", "warning", f"{found}; spconv does not import: {error}", fix)
+    return Check("sparse backend", "ok", f"{found}; model.student.backend=spconv would serve, too")
 
 
 def check_work_dir(work_dir: str | os.PathLike[str], planned_mb: float) -> Check:

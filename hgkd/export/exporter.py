@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hgkd.data.images import find_images, read_rgb
 from hgkd.data.transforms import eval_transform
 from hgkd.errors import DataError, WeightsError, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
+from hgkd.export.classifier import read_classifier
 from hgkd.export.folder import PAGE, check_free, new_folder
 from hgkd.export.importing import read_source
 from hgkd.export.job import ExportError, ExportReport, Job, Target, Written
 from hgkd.export.model import check_finite, export_model
-from hgkd.export.source import EncoderSpec
+from hgkd.export.source import EncoderSpec, Source
 from hgkd.export.targets import TARGETS
 
-PARTS = ("backbone", "student", "decoder", "model")
+PARTS = ("backbone", "student", "decoder", "classifier", "model")
 TOLERANCE = 1e-5
 
 
@@ -48,8 +49,8 @@ def export(
             weight file of another project.
         out: folder to make. It appears complete or not at all.
         to: target, a key of ``hgkd.export.TARGETS``.
-        what: 'backbone' (the encoder), 'student' (encoder and decoder), 'decoder', or 'model': any whole model that mmengine
-            trained, see :func:`hgkd.export.model.export_model`.
+        what: 'backbone' (the encoder), 'student' (encoder and decoder), 'decoder', 'classifier' (a fine-tuned CNN with its
+            head), or 'model': any whole model that mmengine trained, see :func:`hgkd.export.model.export_model`.
         force: replace an earlier export. A folder that holds anything else is never replaced.
         encoder, prefix, allow: how to read a file of others; see :func:`hgkd.export.load_backbone`.
         images: folder of images, searched at any depth, that take part in the proof besides random ones, and calibrate and
@@ -70,17 +71,25 @@ def export(
         ExportError: the written folder does not give the source's outputs.
     """
     target = _check_request(to, what, options, licences or {})
+    if what in ("classifier", "model") and (encoder is not None or prefix is not None or allow):
+        raise ValueError(f"encoder, prefix and allow are for backbones of other projects; leave them out with what={what!r}")
+    if what == "model" and (images is not None or labels):
+        raise ValueError("a whole model is proven by its weights, not on images; leave images and labels out")
     out = Path(out).expanduser().absolute()
     check_free(out, force)
     if what == "model":
         return export_model(checkpoint, out, to, licences or {})
-    source = read_source(checkpoint, encoder, prefix=prefix, allow=allow)
-    if what in ("student", "decoder") and not source.student:
+    if what == "classifier":
+        source = read_classifier(checkpoint)
+    else:
+        source = read_source(checkpoint, encoder, prefix=prefix, allow=allow)
+    decoded = what in ("student", "decoder")
+    if decoded and not source.student:
         raise WeightsError(f"{source.path} holds an encoder without decoder; use what='backbone'")
-    check_finite(source.path, source.network.state_dict() if what == "backbone" else source.student)
+    check_finite(source.path, source.student if decoded else source.network.state_dict())
     if labels and images is None:
         raise ValueError("labels=True measures an accuracy on images: give a folder of class folders with images=")
-    real, classes = (None, None) if images is None else _read_images(images, max_images, source.network, labels)
+    real, classes = (None, None) if images is None else _read_images(images, max_images, source, labels)
 
     with new_folder(out) as work:
         job = Job(source, work, out, what, real, classes)
@@ -110,10 +119,11 @@ def _check_request(to: str, what: str, options: Mapping[str, Any], licences: Map
     return target
 
 
-def _read_images(
-    folder: str | os.PathLike[str], limit: int, network: nn.Module, labelled: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Real images at the network's size in [0, 1], and when asked for their classes: places among the sorted class folders."""
+def _read_images(folder: str | os.PathLike[str], limit: int, source: Source, labelled: bool) -> tuple[Tensor, Tensor | None]:
+    """Real images at the network's size in [0, 1], and when asked for their classes.
+
+    A class is the place of its folder among the classes that the source knows, or else among the sorted folders.
+    """
     root = Path(folder).expanduser()
     names = find_images(str(root)) if root.is_dir() else []
     if not names:
@@ -125,9 +135,15 @@ def _read_images(
         raise DataError(
             f"{root} does not hold one folder a class, so there are no labels; sort the images, or leave labels out"
         )
+    unknown = sorted(set(classes) - set(source.classes))
+    if labelled and source.classes and unknown:
+        raise DataError(
+            f"{root} holds the class {unknown[0]!r}, the classifier knows {', '.join(source.classes)}; rename the folder"
+        )
+    classes = list(source.classes) or classes
     count = min(len(names), limit)
     names = [names[i * len(names) // count] for i in range(count)]  # spread over the list, so that every class folder is met
-    _, height, width = network.pretrained_cfg["input_size"]  # type: ignore[index]
+    _, height, width = source.network.pretrained_cfg["input_size"]  # type: ignore[index]
     transform = eval_transform((height, width))
     try:
         images = torch.stack([transform(read_rgb(root / name)) for name in names]).float() / 255

@@ -66,8 +66,12 @@ class Job:
         return (images - mean) / deviation
 
     def features(self, images: Tensor) -> Tensor:
-        """The student's own last feature map (B, C, h, w) of images in [0, 1]: what a target must reproduce."""
-        out: Tensor = cast(Any, self.network).forward_features(self.normalise(images))
+        """What a target must reproduce: the last feature map (B, C, h, w) of images in [0, 1]; of a classifier its logits."""
+        return self.run(self.network, self.normalise(images))
+
+    def run(self, network: Any, inputs: Tensor) -> Tensor:
+        """The same of any network of timm's, from normalised images."""
+        out: Tensor = network(inputs) if self.what == "classifier" else network.forward_features(inputs)
         return out
 
 

@@ -126,6 +126,7 @@ class Source:
         meta: what the training run wrote into the checkpoint; empty for files of others.
         metrics: results of the run; empty when unknown.
         read_as: how a file without a run was read: key style, what was loaded, what was left aside.
+        classes: of a classifier, in the order of its logits; empty when unknown.
     """
 
     path: Path
@@ -135,6 +136,7 @@ class Source:
     meta: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     read_as: str = ""
+    classes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """The encoder's description."""

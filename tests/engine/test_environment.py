@@ -1,5 +1,6 @@
 """Checks of a machine."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,19 @@ def test_failures_bring_their_fix(monkeypatch, tmp_path):
     assert both.found.startswith("mmengine and onedl-mmengine share")
     monkeypatch.setattr(doctor, "_installed", lambda name: None if name == "timm" else "1")
     assert doctor.check_versions().fix == "pip install -c constraints.txt timm"
+
+
+def test_the_sparse_backend_is_named_with_its_reason():
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'spconv'", name="spconv")
+
+    check = doctor.check_sparse_backend(absent)
+    assert check.state == "ok"
+    assert re.match("gather, as it needs no library besides torch; .*; spconv is not installed", check.found)
+    assert doctor.check_sparse_backend(lambda name: None).found.endswith("model.student.backend=spconv would serve, too")
+    broken = doctor.check_sparse_backend(missing)
+    assert broken.state == "warning"
+    assert "uninstall spconv, or install a build that fits" in broken.fix
 
 
 def test_a_fork_stands_for_its_original(monkeypatch):

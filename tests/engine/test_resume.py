@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from tiny_runs import ROOT, SPARK, same, tiny, train_tool, write_images
 
 from hgkd.data import images as reading
@@ -150,6 +152,29 @@ def test_checkpoints_wait_for_the_end_of_an_accumulation(images, tmp_path):
     ours, theirs = (read_checkpoint(tmp_path / name / "epoch_2.pth") for name in ("run", "unbroken"))
     assert same(ours["state_dict"], theirs["state_dict"])
     assert same(ours["optimizer"], theirs["optimizer"])
+
+
+class ScaledOptimWrapper(AmpOptimWrapper):
+    """mmengine's, which wants an accelerator, with a loss scaler on the CPU that grows at every second update."""
+
+    def __init__(self, **options):
+        OptimWrapper.__init__(self, **options)
+        self.loss_scaler, self._scale_update_param = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2), None
+
+    def optim_context(self, model):
+        return OptimWrapper.optim_context(self, model)
+
+
+def test_the_loss_scaler_goes_on_where_it_was(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(OPTIM_WRAPPERS.module_dict, "ScaledOptimWrapper", ScaledOptimWrapper)
+    options = {"optim_wrapper.type": "ScaledOptimWrapper", "val_train_root": None, "val_test_root": None}
+    build(images, tmp_path / "unbroken", **options).train()
+    killed(images, tmp_path / "run", KillAt(3), **options)
+    resumed(images, tmp_path / "run", **options)
+    ours, theirs = (read_checkpoint(tmp_path / name / "epoch_2.pth") for name in ("run", "unbroken"))
+    assert ours["optimizer"]["loss_scaler"] == theirs["optimizer"]["loss_scaler"]
+    assert theirs["optimizer"]["loss_scaler"]["scale"] == 4.0 * 2 ** (8 // 2)
+    assert same(ours["state_dict"], theirs["state_dict"])
 
 
 class KillReaders(Hook):

@@ -92,9 +92,10 @@ def test_pooled_and_logits(tmp_path: Path) -> None:
     close(torch.export.load(str(tmp_path / "out/model.pt2")).module()(images), head(pooled))
 
 
+@pytest.mark.parametrize(("name", "kwargs"), MEMBERS)
 @torch.no_grad()
-def test_torchscript(tmp_path: Path) -> None:
-    source = write_student(tmp_path / "a.pth")
+def test_torchscript(tmp_path: Path, name: str, kwargs: dict) -> None:
+    source = write_student(tmp_path / "a.pth", name, kwargs=kwargs)
     report = export(tmp_path / "a.pth", tmp_path / "out", "torchscript")
     images = torch.rand(2, 3, 64, 96)
     close(torch.jit.load(str(tmp_path / "out/model.ts"))(images), features_of(source, images).mean((2, 3)))

@@ -123,5 +123,9 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library(monkeypatch, Detector)
     write(tmp_path / "a.pth", {"backbone.weight": torch.ones(1)})
     refused("(?s)mmdet's FasterRCNN does not take the weights: .*backbone.weight", ExportError)
-    with pytest.raises(ValueError, match="target 'timm' holds the backbone, not the model; targets for it: mmdet, mmseg"):
+    with pytest.raises(ValueError, match="a whole model is proven by its weights, not on images"):
+        export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model", images=tmp_path)
+    with pytest.raises(
+        ValueError, match="target 'timm' holds the backbone or classifier, not the model; targets for it: mmdet, mmseg"
+    ):
         export(tmp_path / "a.pth", tmp_path / "out", what="model")

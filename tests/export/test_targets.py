@@ -153,8 +153,9 @@ def test_without_the_library_the_report_says_who_proved(tmp_path: Path, to: str,
     assert "export again where" in report.notes[-1]
 
 
-def test_sparse_backbone_is_the_training_encoder(tmp_path: Path) -> None:
-    source, out = written(tmp_path, "resnet18", "sparse")
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "mobilenetv3_small_050"])
+def test_sparse_backbone_is_the_training_encoder(tmp_path: Path, name: str) -> None:
+    source, out = written(tmp_path, name, "sparse")
     visible = torch.rand(2, 2, 3) < 0.5
     visible[:, 0, 0] = True
     trained = sparsify(source, 32).eval()
@@ -165,7 +166,8 @@ def test_sparse_backbone_is_the_training_encoder(tmp_path: Path) -> None:
             close(found, trained.forward_features(trained.pack(IMAGES, visible)).to_dense(fill=0.0))
             close(net.forward_features(IMAGES), source.forward_features(IMAGES))
     # the folder serves dense users too
-    assert torch.equal(load_backbone(out).state_dict()["conv1.weight"], source.state_dict()["conv1.weight"])
+    dense = load_backbone(out).state_dict()
+    assert all(torch.equal(dense[key], value) for key, value in source.state_dict().items())
 
 
 def test_sparse_cell(tmp_path: Path) -> None:
@@ -225,16 +227,27 @@ def test_load_sparse_and_student_refuse_other_exports(tmp_path: Path) -> None:
         load_student(out)
 
 
-def test_spconv_layout(tmp_path: Path) -> None:
-    source, out = written(tmp_path, "resnet18", "spconv")
-    weight = safetensors.torch.load_file(out / "model.safetensors")["conv1.weight"]
-    assert weight.shape == (64, 7, 7, 3)
-    assert weight[5, 1, 2, 0] == source.conv1.weight[5, 0, 1, 2]
+@pytest.mark.parametrize(
+    ("name", "first", "shape"),
+    [
+        ("resnet18", "conv1.weight", (64, 7, 7, 3)),
+        ("convnext_atto", "stem.0.weight", (8, 4, 4, 3)),
+        ("mobilenetv3_small_050", "conv_stem.weight", (16, 3, 3, 3)),
+    ],
+)
+def test_spconv_layout(tmp_path: Path, name: str, first: str, shape: tuple[int, ...]) -> None:
+    source, out = written(tmp_path, name, "spconv")
+    weight = safetensors.torch.load_file(out / "model.safetensors")[first]
+    assert weight.shape == shape
+    assert weight[5, 1, 2, 0] == source.state_dict()[first][5, 0, 1, 2]
 
 
 REFUSALS = [
     ("resnet10t", {}, "torchvision", "torchvision's ResNet has no layer for layer2.0.downsample.0, a AvgPool2d"),
     ("seresnet18", {}, "mmdet", "mmdet's ResNet has no layer for layer1.0.se, a SEModule"),
+    ("mobilenetv3_small_050", {}, "torchvision", "for torchvision, hgkd writes ResNet and ConvNeXt, and this student is a Mob"),
+    ("mobilenetv3_small_050", {}, "mmdet", "for mmdet, hgkd writes ResNet and ConvNeXt, and this student is a MobileNetV3"),
+    ("mobilenetv3_small_050", {}, "mmseg", "for mmseg, hgkd writes ResNet and ConvNeXt, and this student is a MobileNetV3"),
     ("mobilenetv3_small_050", {}, "transformers", "hgkd writes ResNet and ConvNeXt, and this student is a MobileNetV3"),
     ("convnextv2_atto", NARROW, "torchvision", "torchvision's ConvNeXt has no layer for stages.0.blocks.0.mlp.grn"),
     (

@@ -40,20 +40,25 @@ class Graph(nn.Module):
         network: timm's, normalised images in.
         output: one of ``OUTPUTS``.
         classifier: linear layer on the pooled features, for 'logits'.
+        whole: the network gives logits itself.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, network: nn.Module, output: str, classifier: nn.Linear | None) -> None:
+    def __init__(self, network: nn.Module, output: str, classifier: nn.Linear | None, whole: bool = False) -> None:
         super().__init__()
         mean, deviation = pixel_statistics(network)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("deviation", torch.tensor(deviation).view(1, -1, 1, 1))
-        self.network, self.output, self.classifier = network, output, classifier
+        self.network, self.output, self.classifier, self.whole = network, output, classifier, whole
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = cast(Any, self.network).forward_features((images - self.mean) / self.deviation)
+        normalised = (images - self.mean) / self.deviation
+        if self.whole:
+            logits: Tensor = self.network(normalised)
+            return logits
+        features: Tensor = cast(Any, self.network).forward_features(normalised)
         if self.output == "features":
             return features
         pooled = features.mean((2, 3))
@@ -63,7 +68,7 @@ class Graph(nn.Module):
 def write_onnx(
     job: Job,
     *,
-    output: str = "pooled",
+    output: str | None = None,
     classifier: str | os.PathLike[str] | None = None,
     opset: int = 18,
     precision: Sequence[str] = (),
@@ -71,12 +76,13 @@ def write_onnx(
     """``model.onnx``, and ``model_fp16.onnx`` and ``model_int8.onnx`` when asked for.
 
     Args:
-        output: 'features', 'pooled' or 'logits'.
+        output: 'features', 'pooled' or 'logits'; None: logits of a classifier, else pooled.
         classifier: for 'logits', a safetensors file with ``weight`` (K, C) and ``bias`` (K).
         opset: version of ONNX's operators, 18 or later.
         precision: further precisions, of 'fp16' and 'int8'; int8 needs real images.
     """
     graph = _graph(job, output, classifier)
+    output = graph.output
     for name in precision:
         if name not in PRECISIONS:
             raise ValueError(unknown_name_message("precision", name, PRECISIONS))
@@ -85,9 +91,10 @@ def write_onnx(
     extra = [name for name in PRECISIONS[1:] if name in precision]
     if "int8" in extra and (job.images is None or len(job.images) < _LEAST_IMAGES):
         raise ValueError(f"int8 is calibrated and measured on images: give a folder of {_LEAST_IMAGES} or more with images=")
-    if graph.classifier is not None and job.labels is not None and job.labels.max() >= graph.classifier.out_features:
+    known = cast(int, job.network.num_classes) if graph.whole else getattr(graph.classifier, "out_features", None)
+    if known is not None and job.labels is not None and job.labels.max() >= known:
         raise ValueError(
-            f"the images are of {int(job.labels.max()) + 1} classes, the classifier knows {graph.classifier.out_features}; "
+            f"the images are of {int(job.labels.max()) + 1} classes, the classifier knows {known}; "
             "give images in the class folders that it was trained with"
         )
     onnx, onnxruntime, _ = need("onnx", "onnx", "onnxruntime", "onnxscript")
@@ -124,7 +131,7 @@ def write_onnx(
     )
 
 
-def write_program(job: Job, *, output: str = "pooled", classifier: str | os.PathLike[str] | None = None) -> Written:
+def write_program(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
     """``model.pt2``; arguments as :func:`write_onnx`."""
     graph = _graph(job, output, classifier)
     file = job.folder / "model.pt2"
@@ -138,11 +145,11 @@ def write_program(job: Job, *, output: str = "pooled", classifier: str | os.Path
         expected=graph,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {output}"],
+        notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {graph.output}"],
     )
 
 
-def write_torchscript(job: Job, *, output: str = "pooled", classifier: str | os.PathLike[str] | None = None) -> Written:
+def write_torchscript(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
     """``model.ts``, traced; arguments as :func:`write_onnx`. For users of it only: torch has declared TorchScript ended."""
     graph = _graph(job, output, classifier)
     file = job.folder / "model.ts"
@@ -175,7 +182,12 @@ def onnx_runner(file: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _graph(job: Job, output: str, classifier: str | os.PathLike[str] | None) -> Graph:
+def _graph(job: Job, output: str | None, classifier: str | os.PathLike[str] | None) -> Graph:
+    if job.what == "classifier":
+        if classifier is not None or output not in (None, "logits"):
+            raise ValueError("a classifier gives the logits of its own head; leave output and the classifier file out")
+        return Graph(job.network, "logits", None, whole=True).eval()
+    output = output or "pooled"
     if output not in OUTPUTS:
         raise ValueError(unknown_name_message("output", output, OUTPUTS))
     if (output == "logits") != (classifier is not None):
@@ -286,8 +298,9 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
+_WHAT = ("backbone", "classifier")
 TARGETS = (
-    Target("onnx", "ONNX for onnxruntime, any batch and size; fp16 and int8 on request", write_onnx),
-    Target("program", "torch.export program (.pt2), any batch and size", write_program),
-    Target("torchscript", "traced TorchScript, deprecated in torch", write_torchscript),
+    Target("onnx", "ONNX for onnxruntime, any batch and size; fp16 and int8 on request", write_onnx, _WHAT),
+    Target("program", "torch.export program (.pt2), any batch and size", write_program, _WHAT),
+    Target("torchscript", "traced TorchScript, deprecated in torch", write_torchscript, _WHAT),
 )

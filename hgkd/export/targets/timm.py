@@ -9,7 +9,7 @@ name that timm refuses, rather than one it would build another network for, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import timm
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hgkd.errors import WeightsError
 from hgkd.export.card import write_json
 from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, load_backbone
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters
@@ -42,14 +43,17 @@ _KEPT_CFG = (
 def write(job: Job) -> Written:
     """See the module's header."""
     spec = job.source.spec
+    if job.what == "classifier" and spec.stem != "default":
+        raise WeightsError(f"timm cannot build the {spec.stem} stem from a config; export this classifier to onnx or program")
     weights = renamed(job.network, TIMM)
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(_config(spec, job.network), job.folder / CONFIG_FILE)
+    write_json(_config(spec, job.network, job.source.classes), job.folder / CONFIG_FILE)
     if spec.stem == "default":
         load_with = f"timm.create_model('local-dir:{job.out}', pretrained=True)"
         proven_with = f"timm {timm.__version__}"
         again = timm.create_model(f"local-dir:{job.folder}", pretrained=True).eval()
-        notes = ["forward_features gives the feature map; calling the model pools it as its architecture does"]
+        gives = "logits" if job.what == "classifier" else "the feature map, pooled as its architecture does"
+        notes = [f"forward_features gives the feature map; calling the model gives {gives}"]
     else:
         load_with = f"hgkd.export.load_backbone('{job.out}')"
         proven_with = "hgkd.export.load_backbone"
@@ -62,7 +66,7 @@ def write(job: Job) -> Written:
     return Written(
         load_with=load_with,
         proven_with=proven_with,
-        again=lambda images: cast(Any, again).forward_features(job.normalise(images)),
+        again=lambda images: job.run(again, job.normalise(images)),
         tensors=len(weights),
         parameters=count_parameters(job.network),
         notes=notes,
@@ -84,22 +88,27 @@ def same_weights(source: nn.Module, again: nn.Module) -> None:
         raise ExportError(f"{len(changed)} tensors changed on the way to disk and back, e.g. {changed[:3]}")
 
 
-def _config(spec: EncoderSpec, source: nn.Module) -> dict[str, Any]:
+def _config(spec: EncoderSpec, source: nn.Module, classes: Sequence[str]) -> dict[str, Any]:
     architecture = spec.name.partition(".")[0]  # what follows the dot names weights of timm's
     known = cast(Mapping[str, Any], source.pretrained_cfg)
     cfg = {key: known[key] for key in _KEPT_CFG if known.get(key) is not None or key == "classifier"}
     return {
         "architecture": architecture if spec.stem == "default" else f"{architecture} with hgkd's {spec.stem} stem",
-        "num_classes": 0,
+        "num_classes": source.num_classes,
+        **({"label_names": list(classes)} if classes else {}),
         "num_features": source.num_features,
         "model_args": spec.kwargs,
-        "pretrained_cfg": {**cfg, "num_classes": 0, "custom_load": False},
+        "pretrained_cfg": {**cfg, "num_classes": source.num_classes, "custom_load": False},
         "hgkd": {"format": FORMAT, "encoder": spec.to_dict()},
     }
 
 
 TARGETS = (
     Target(
-        "timm", "a folder for timm.create_model('local-dir:...'), ready for the Hugging Face hub", write, hub_library="timm"
+        "timm",
+        "a folder for timm.create_model('local-dir:...'), ready for the Hugging Face hub",
+        write,
+        ("backbone", "classifier"),
+        hub_library="timm",
     ),
 )

@@ -1,0 +1,45 @@
+"""``--what classifier``: a fine-tuned CNN with its head, from a checkpoint of fine-tuning (docs/finetuning.md).
+
+A second head on the same pooled feature (G2SD's, for hard labels) counts in the mean of both heads' logits; the mean of two
+linear layers is one, so it is folded into the first, exactly, and the result is a plain classifier of timm's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from hgkd.classifiers.network import load_classifier
+from hgkd.engine.weights import read_checkpoint
+from hgkd.errors import WeightsError
+from hgkd.export.source import EncoderSpec, Source, run_metrics
+
+
+def read_classifier(path: str | os.PathLike[str]) -> Source:
+    """The whole network of a fine-tuned CNN, with ``classes``.
+
+    Raises:
+        FileNotFoundError, WeightsError: see :func:`hgkd.classifiers.network.load_classifier`; or it is a ViT, or a folder.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; name one of its checkpoints")
+    model = load_classifier(path)
+    spec = model.spec
+    if model.is_vit:
+        raise WeightsError(f"{path} holds a {spec.name!r}; CNN classifiers are exported, a ViT stays with load_classifier")
+    network = cast(Any, model.network)
+    if model.distillation_head is not None:
+        head, second = network.get_classifier(), model.distillation_head
+        with torch.no_grad():
+            head.weight.add_(second.weight).div_(2)
+            head.bias.add_(second.bias).div_(2)
+    trained_with = {"input_size": (3, *spec.image_size), "mean": spec.mean, "std": spec.deviation}
+    network.pretrained_cfg = {**network.pretrained_cfg, **trained_with}
+    checkpoint = read_checkpoint(path)
+    encoder = EncoderSpec(spec.name, spec.stem, dict(spec.kwargs))
+    meta, metrics = dict(checkpoint["meta"]), run_metrics(checkpoint)
+    return Source(path, encoder, network.eval(), meta=meta, metrics=metrics, classes=spec.classes)

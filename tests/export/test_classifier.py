@@ -1,0 +1,111 @@
+"""``--what classifier``: a fine-tuned CNN leaves with its head, two heads as the one that they are together."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from student_checkpoints import randomised
+
+from hgkd.classifiers import ImageClassifier
+from hgkd.errors import DataError, WeightsError
+from hgkd.export import export, load_backbone
+from hgkd.export.classifier import read_classifier
+from hgkd.export.exporter import _read_images
+
+CLASSES = ("cat", "dog", "yak")
+
+
+def write(path: Path, name: str = "test_resnet", **options: object) -> ImageClassifier:
+    model = ImageClassifier(name, 3, 64, normalize=((0.4, 0.5, 0.6), (0.2, 0.2, 0.3)), **options)
+    randomised(model)
+    spec = {"classifier": replace(model.spec, classes=CLASSES).to_dict(), "format": 1}
+    state = {f"classifier.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"meta": {"hgkd": spec}, "state_dict": state}, path)
+    return model
+
+
+MEMBERS = [
+    ("resnet50", {"layers": (1, 1, 1, 1)}, False),
+    ("test_resnet", {}, True),
+    ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, True),  # has a norm between pooling and head
+    ("mobilenetv3_small_050", {}, True),  # has a layer there
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "two_heads"), MEMBERS)
+@torch.no_grad()
+def test_timm_gives_the_logits(tmp_path: Path, name: str, kwargs: dict, two_heads: bool) -> None:
+    source = write(tmp_path / "a.pth", name, two_heads=two_heads, **kwargs).eval()
+    report = export(tmp_path / "a.pth", tmp_path / "out", what="classifier")
+    assert report.max_difference < 1e-5
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.rand(2, 3, 64, 96)
+    mean, deviation = (torch.tensor(again.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    expected = source.predict(source.normalise(images))
+    assert expected.shape == (2, 3)
+    torch.testing.assert_close(again((images - mean) / deviation), expected, rtol=1e-5, atol=1e-5)
+    assert again.pretrained_cfg["input_size"] == [3, 64, 64]  # that of the training
+    assert list(again.pretrained_cfg["label_names"]) == list(CLASSES)
+    export(tmp_path / "a.pth", tmp_path / "backbone")  # the same checkpoint without its head
+    features = [load_backbone(tmp_path / folder).forward_features(images) for folder in ("backbone", "out")]
+    assert torch.equal(*features)
+
+
+@torch.no_grad()
+def test_a_program_gives_the_logits_of_images_in_0_1(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.pth", two_heads=True)
+    export(tmp_path / "a.pth", tmp_path / "out", "program", what="classifier")
+    images = torch.rand(2, 3, 96, 128)
+    found = torch.export.load(str(tmp_path / "out/model.pt2")).module()(images)
+    torch.testing.assert_close(found, source.predict(source.normalise(images)), rtol=1e-5, atol=1e-5)
+
+
+def test_an_onnx_graph_is_measured_by_the_classes_that_were_trained(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    source = write(tmp_path / "a.pth", two_heads=True).eval()
+    for i in range(16):  # one class of three is not among the images
+        file = tmp_path / "pictures" / ("dog", "yak")[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (16 * i, 255 - 16 * i, 90)).save(file)
+    report = export(tmp_path / "a.pth", tmp_path / "out", "onnx", what="classifier", images=tmp_path / "pictures", labels=True)
+    images, labels = _read_images(tmp_path / "pictures", 16, read_classifier(tmp_path / "a.pth"), labelled=True)
+    assert labels.tolist() == [1] * 8 + [2] * 8
+    session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    with torch.no_grad():
+        torch.testing.assert_close(found, source.predict(source.normalise(images)), rtol=1e-4, atol=1e-4)
+    assert report.table[0]["top1"] == pytest.approx((found.argmax(1) == labels)[1::2].float().mean().item())
+
+    (tmp_path / "pictures/dog").rename(tmp_path / "pictures/wolf")
+    with pytest.raises(DataError, match="holds the class 'wolf', the classifier knows cat, dog, yak; rename the folder"):
+        export(tmp_path / "a.pth", tmp_path / "new", "onnx", what="classifier", images=tmp_path / "pictures", labels=True)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    write(tmp_path / "a.pth")
+    with pytest.raises(
+        ValueError, match="target 'torchvision' holds the backbone, not the classifier; targets for it: timm, onnx"
+    ):
+        export(tmp_path / "a.pth", tmp_path / "out", "torchvision", what="classifier")
+    for options in ({"classifier": tmp_path / "head.safetensors"}, {"output": "features"}):
+        with pytest.raises(ValueError, match="a classifier gives the logits of its own head; leave output and"):
+            export(tmp_path / "a.pth", tmp_path / "out", "program", what="classifier", **options)
+    with pytest.raises(
+        ValueError, match=r"encoder, prefix and allow are for backbones .* leave them out with what='classifier'"
+    ):
+        export(tmp_path / "a.pth", tmp_path / "out", what="classifier", encoder="test_resnet")
+    with pytest.raises(WeightsError, match="is a folder; name one of its checkpoints"):
+        export(tmp_path, tmp_path / "out", what="classifier")
+    write(tmp_path / "cifar.pth", "resnet10t", stem="cifar")
+    with pytest.raises(WeightsError, match="timm cannot build the cifar stem from a config; export this classifier to onnx"):
+        export(tmp_path / "cifar.pth", tmp_path / "out", what="classifier")
+    torch.save({"meta": {}, "state_dict": {}}, tmp_path / "b.pth")
+    with pytest.raises(WeightsError, match="is no checkpoint of fine-tuning"):
+        export(tmp_path / "b.pth", tmp_path / "out", what="classifier")
+    write(tmp_path / "vit.pth", "vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2)
+    with pytest.raises(WeightsError, match="CNN classifiers are exported"):
+        export(tmp_path / "vit.pth", tmp_path / "out", what="classifier")
