@@ -1,8 +1,8 @@
 """Train and evaluate what a plan lists, and write one table of it.
 
-    python tools/compare.py PLAN --work-dir DIR [--only NAME ...] [--jobs 2] [--set KEY=VALUE ...]
+    python tools/compare.py PLAN --work-dir DIR [--only NAME ...] [--jobs 2] [--set KEY=VALUE ...] [--cfg-options KEY=VALUE ...]
 
-A plan is a Python file with
+A plan is a Python, YAML or JSON file with
 
     rows      list of dict(name=..., config=..., options={...}, seeds=[0, 1, 2]) for what is trained, or of
               dict(name=..., backbone=..., checkpoint=..., block=...) for what is evaluated as it is
@@ -13,6 +13,7 @@ A plan is a Python file with
 
 ``{name}`` in a string of the plan is replaced by the value of ``--set name=...``: data and teacher files stay out of the plan.
 ``{seed}`` is the run's own, so that a run can start from the pretraining of its seed.
+``--cfg-options`` replaces shared options, e.g. ``limit=300 epochs=1`` for a trial; a row's own stay.
 Every run is a process of its own (``tools/train.py``), with ``--jobs`` of them at a time and the cores shared between them.
 A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison. Results:
 ``DIR/results.json`` and ``DIR/table.csv`` (every run), ``DIR/table.md`` (mean and deviation over the seeds, commands below) and
@@ -36,10 +37,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 
 from hgkd.errors import USER_ERRORS, StoppedError
-from hgkd.evaluation.comparison import trained_images, write_csv, write_picture
+from hgkd.evaluation.comparison import trained, write_csv, write_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
@@ -178,9 +179,9 @@ def run(job: Job, threads: int) -> dict[str, Any]:
             result["resumed"] = True  # its seconds are those of the last piece only
         seconds = _process([*job.train_command[:4], *resume, *job.train_command[4:]], job.folder / "train.log", threads)
         result |= {"train_seconds": seconds[0], "train_cpu_seconds": seconds[1], **_log(job)}
-        arguments["backbone"] = (job.folder / "last_checkpoint").read_text(encoding="utf-8").strip()
         if not job.scores:
-            result["images"] = trained_images(arguments["backbone"])
+            checkpoint = (job.folder / "last_checkpoint").read_text(encoding="utf-8").strip()
+            result["images"], arguments["backbone"] = trained(checkpoint)
     if job.scores:
         result["scores"] = {name: {"value": curve[-1][1]} for name, curve in result["curves"].items()}
         result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -220,20 +221,23 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
 
 
 def _log(job: Job) -> dict[str, Any]:
-    """Median images a second over the logged steps, and what the validations found: name -> [[step or epoch, value], ...].
+    """Medians over the logged steps (images a second, teacher's share), and what the validations found as ``curves``.
+
+    A curve is name -> [[step or epoch, value], ...].
 
     Raises:
         RuntimeError: one of the plan's scores was never logged.
     """
-    speeds: list[float] = []
+    steps: dict[str, list[float]] = {"images_per_s": [], "teacher_share": []}
     given = job.scores or {"knn": "knn/top1"}
     keys = {name: (key, 1) if isinstance(key, str) else tuple(key) for name, key in given.items()}
     curves: dict[str, dict[int, float]] = {name: {} for name in keys}
     for file in sorted(job.folder.glob("*/vis_data/scalars.json")):
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            if "images_per_s" in entry:
-                speeds.append(entry["images_per_s"])
+            for key, values in steps.items():
+                if key in entry:
+                    values.append(entry[key])
             for name, (key, factor) in keys.items():
                 if key in entry:
                     curves[name][entry["step"]] = factor * entry[key]  # of a resumed run the later one counts
@@ -241,9 +245,7 @@ def _log(job: Job) -> dict[str, Any]:
     if missing:
         raise RuntimeError(f"no validation in {job.folder} logged {missing[0]!r}; see its train.log")
     found: dict[str, Any] = {"curves": {name: [list(pair) for pair in curve.items()] for name, curve in curves.items()}}
-    if speeds:
-        found["images_per_s"] = statistics.median(speeds)
-    return found
+    return found | {key: statistics.median(values) for key, values in steps.items() if values}
 
 
 def _value(score: Mapping[str, Any]) -> float:
@@ -262,6 +264,7 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     methods = list(results[0]["scores"])
     own = "value" in results[0]["scores"][methods[0]]
     head = ["row", *(method if own else f"{method} top-1 %" for method in methods), "seeds", "training s", "CPU s", "images/s"]
+    head += ["teacher % of step"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, runs in rows.items():
         cells = [name]
@@ -275,9 +278,9 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
                 low, high = runs[0]["scores"][method]["ci95"]
                 cells.append(f"{scores[0]:.1f} ({low:.1f} .. {high:.1f})")
         cells.append(str(len(runs)))
-        for key in ("train_seconds", "train_cpu_seconds", "images_per_s"):
+        for key, factor in (("train_seconds", 1), ("train_cpu_seconds", 1), ("images_per_s", 1), ("teacher_share", 100)):
             known = [run[key] for run in runs if key in run and not run.get("resumed")]
-            cells.append(f"{statistics.mean(known):.0f}" if known else "")
+            cells.append(f"{factor * statistics.mean(known):.0f}" if known else "")
         lines.append(f"| {' | '.join(cells)} |")
     if own:
         lines += ["", f"{methods[0]} after each validation, mean over seeds:", ""]
@@ -296,11 +299,18 @@ def _text(value: Any) -> str:
 
 
 def compare(
-    plan: str | Path, work_dir: str | Path, only: Sequence[str] = (), jobs: int = 1, values: Mapping[str, str] | None = None
+    plan: str | Path,
+    work_dir: str | Path,
+    only: Sequence[str] = (),
+    jobs: int = 1,
+    values: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Everything that the module's header says; returns the results of the runs."""
     work_dir = Path(work_dir)
-    todo = jobs_of(read_plan(plan, values or {}), work_dir, only)
+    content = read_plan(plan, values or {})
+    content["options"] = {**content.get("options", {}), **(options or {})}
+    todo = jobs_of(content, work_dir, only)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     results: list[dict[str, Any]] = []
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -325,12 +335,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", dest="values", help="values for {NAME} in the plan"
     )
+    parser.add_argument(
+        "--cfg-options",
+        dest="options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="over the plan's shared options",
+    )
     args = parser.parse_args(argv)
     try:
         pairs = [value.split("=", 1) for value in args.values]
         if any(len(pair) < 2 for pair in pairs):
             raise ValueError(f"--set takes NAME=VALUE, got {args.values}")
-        results = compare(args.plan, args.work_dir, args.only, args.jobs, dict(pairs))
+        results = compare(args.plan, args.work_dir, args.only, args.jobs, dict(pairs), args.options)
     except USER_ERRORS as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,9 @@ and no teacher SparK's pretraining (arXiv 2301.03580), with ``mask_ratio=0`` ord
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,10 @@ class MaskedDistiller(BaseModel):
             stored teacher features (see :meth:`store_features`) can tell a picture from its mirror image.
         data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device.
 
+    Attributes:
+        teacher_seconds: wall time that the teacher (or the reading of its stored features) has taken so far; on a GPU that of
+            launching it.
+
     Raises:
         ValueError: anything that does not fit together, before the first step.
     """
@@ -103,6 +109,7 @@ class MaskedDistiller(BaseModel):
             raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
         self.flip = flip
         self.feature_cache: FeatureCache | None = None
+        self.teacher_seconds = 0.0
         self.image_size = as_size(image_size)
         self.student = _build(student)
         self.mask: MaskGenerator = _build(mask)
@@ -240,10 +247,17 @@ class MaskedDistiller(BaseModel):
         student_out: StudentOutput = self.student(images, visible)
         return student_out, self.teach(images, visible, index, flipped)
 
+    @contextmanager
+    def _teacher_at_work(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.teacher_seconds += time.perf_counter() - start
+
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The visible cells of a batch, bool (B, h, w), on the images' device."""
         teacher: Any = self.teacher
-        scores = teacher.attention(images) if self.mask.guided else None
+        with self._teacher_at_work():
+            scores = teacher.attention(images) if self.mask.guided else None
         device = images.device if generator is None else generator.device
         drawn = self.mask(len(images), self.mask_grid, device=device, generator=generator, scores=scores)
         return drawn.to(images.device)
@@ -258,7 +272,8 @@ class MaskedDistiller(BaseModel):
             visible: bool (B, h, w).
             index, flipped: which picture each image is, (B,); with these, stored features are used where there are any.
         """
-        outs = [self._teacher_pass(needs, images, visible, index, flipped) for needs in self._passes]
+        with self._teacher_at_work():
+            outs = [self._teacher_pass(needs, images, visible, index, flipped) for needs in self._passes]
         return {name: outs[i] for name, i in self._pass_of.items()}
 
     def _teacher_pass(

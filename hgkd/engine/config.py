@@ -84,7 +84,6 @@ _RUNNER_KEYS = {name for name in inspect.signature(Runner.__init__).parameters i
 # read by mmengine, but through cfg and not through the runner's arguments
 _CFG_KEYS = {
     "activation_checkpointing",
-    "compile",
     "custom_imports",
     "efficient_conv_bn_eval",
     "find_unused_parameters",

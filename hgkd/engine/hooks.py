@@ -54,23 +54,34 @@ class MaskScheduleHook(Hook):
 
 @HOOKS.register_module()
 class ThroughputHook(Hook):
-    """Logs ``images_per_s`` of the whole run, over all processes; loading of the data included."""
+    """Logs ``images_per_s`` of the whole run, over all processes; loading of the data included.
+
+    On the CPU also ``teacher_share``, the share of that time that a distillation's teacher takes. (On a GPU the teacher's
+    time is not known without waiting for it in every step; ``tools/benchmark.py distill`` measures steps there.)
+    """
 
     priority = "ABOVE_NORMAL"  # before the logger
 
     def __init__(self) -> None:
         self._last = 0.0
+        self._teacher = 0.0
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._last = time.perf_counter()
+        self._teacher = getattr(plain_model(runner), "teacher_seconds", 0.0)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
         now = time.perf_counter()
         images = len(data_batch["inputs"]) * get_world_size()
-        runner.message_hub.update_scalar("train/images_per_s", images / max(now - self._last, 1e-9))
+        seconds = max(now - self._last, 1e-9)
+        runner.message_hub.update_scalar("train/images_per_s", images / seconds)
         self._last = now
+        teacher: float = getattr(plain_model(runner), "teacher_seconds", 0.0)
+        if teacher > self._teacher and not torch.cuda.is_available():
+            runner.message_hub.update_scalar("train/teacher_share", (teacher - self._teacher) / seconds)
+        self._teacher = teacher
 
 
 @HOOKS.register_module()

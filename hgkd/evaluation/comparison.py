@@ -2,7 +2,7 @@
 
 A run is a dict: ``row`` (runs of one row differ by ``seed``), ``scores`` (name -> ``top1`` and ``ci95``, or ``value``),
 ``curves`` (name -> [[step, value], ...] of its validations; older ones: ``curve``, of the k-NN), and of what was trained
-``images``, ``train_seconds``, ``train_cpu_seconds``, ``images_per_s`` and ``command``.
+``images``, ``train_seconds``, ``train_cpu_seconds``, ``images_per_s``, ``teacher_share`` and ``command``.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from typing import Any
 from hgkd.evaluation.report import Figure
 
 Run = Mapping[str, Any]
-_FACTS = ("images", "train_seconds", "train_cpu_seconds", "images_per_s")
+_FACTS = ("images", "train_seconds", "train_cpu_seconds", "images_per_s", "teacher_share")
 
 
-def trained_images(checkpoint: str | os.PathLike[str]) -> int | None:
-    """How many images (repeats counted) a run in one process had seen when it wrote a checkpoint; None: it does not say."""
+def trained(checkpoint: str | os.PathLike[str]) -> tuple[int | None, str]:
+    """What a run in one process leaves behind.
+
+    Returns:
+        How many images (repeats counted) it had seen when it wrote the checkpoint (None: the file does not say), and the
+        checkpoint as ``tools/evaluate.py`` takes it: of a ViT student ``mae:FILE``.
+    """
     from hgkd.engine.weights import read_checkpoint
     from hgkd.export.source import literal_config
 
     content = read_checkpoint(checkpoint)
     meta = content.get("meta") if isinstance(content, Mapping) else None
-    if not isinstance(meta, Mapping):
-        return None
+    meta = meta if isinstance(meta, Mapping) else {}
     batch = (literal_config(meta.get("cfg")).get("train_dataloader") or {}).get("batch_size")
-    return int(meta["iter"]) * int(batch) if "iter" in meta and batch else None
+    images = int(meta["iter"]) * int(batch) if "iter" in meta and batch else None
+    return images, f"mae:{checkpoint}" if "mae" in (meta.get("hgkd") or {}) else os.fspath(checkpoint)
 
 
 def write_csv(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:

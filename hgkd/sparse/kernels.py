@@ -251,7 +251,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout
             if not taps_y or not taps_x:
                 continue  # a kernel smaller than its stride skips these inputs
             index = layout.neighbours(s_out, s_out, 1, offsets_y, offsets_x)
-            part = weight[:, :, list(taps_y)][:, :, :, list(taps_x)]
+            part = weight[:, :, _slice_of(taps_y), _slice_of(taps_x)]
             found = _gather_multiply(source, index, part.permute(2, 3, 0, 1).reshape(-1, in_channels))
             out[:, :, phase_y, :, phase_x] = found.view(layout.num_cells, s_out, s_out, in_channels)
     return out.view(layout.num_cells * s_in * s_in, in_channels)
@@ -306,6 +306,11 @@ class _VisiblePlaces(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
         return _spread(grad, ctx.layout), None
+
+
+def _slice_of(taps: tuple[int, ...]) -> slice:
+    """Taps of one phase, which are equally spaced; a list of them would be copied to the device, and wait for it."""
+    return slice(taps[0], taps[-1] + 1, taps[1] - taps[0] if len(taps) > 1 else 1)
 
 
 def halo_tiles(packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outside: float = 0.0) -> Tensor:

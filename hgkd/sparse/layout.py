@@ -163,7 +163,7 @@ class CellLayout:
             s: places along a cell's side in the map that is read.
             count: points along a cell's side.
             step: places between two points.
-            offsets_y, offsets_x: offsets in places, may be negative.
+            offsets_y, offsets_x: offsets in places, equally spaced, may be negative.
             outside: the index given to places outside the image is ``T*s*s + outside``; hidden places inside it always
                 have ``T*s*s``. So one zero row appended to the map serves both, and a second row tells them apart.
             border: 'reflect' gives places outside the image the index of their mirror image inside it.
@@ -189,8 +189,8 @@ class CellLayout:
             rows = F.pad(self.row_map(s), (left, right, top, bottom), value=none)
         height, width = rows.shape[1:]
         points = torch.arange(count, device=self.device) * step
-        in_y = points[:, None] + torch.tensor(offsets_y, device=self.device) + top  # (count, ny)
-        in_x = points[:, None] + torch.tensor(offsets_x, device=self.device) + left
+        in_y = points[:, None] + _spaced(offsets_y, self.device) + top  # (count, ny)
+        in_x = points[:, None] + _spaced(offsets_x, self.device) + left
         within = in_y[:, None, :, None] * width + in_x[None, :, None, :]  # (count, count, ny, nx)
         image = self.image_of_cell
         cell = self._positions - image * (h * w)
@@ -239,6 +239,12 @@ class CellLayout:
         elif fill != 0.0:
             dense = dense.masked_fill(~self.mask(self.cell // s), fill)
         return dense
+
+
+def _spaced(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Equally spaced numbers, made on the device: a copy of them from the host would wait for it."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 0
+    return torch.arange(len(numbers), device=device) * step + numbers[0]
 
 
 def _mirrored(before: int, size: int, after: int, device: torch.device) -> Tensor:

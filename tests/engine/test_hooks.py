@@ -155,10 +155,24 @@ def test_collapse_alarm():
 def test_throughput_counts_images(monkeypatch):
     clock = iter([10.0, 12.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    hook, run = ThroughputHook(), runner()
+    hook, run = ThroughputHook(), runner(model=torch.nn.Identity())
     hook.before_train_epoch(run)
     hook.after_train_iter(run, 0, {"inputs": torch.zeros(6, 3, 2, 2)})
     assert run.message_hub.scalars == {"train/images_per_s": 3.0}
+
+
+def test_the_teachers_share_of_a_step(monkeypatch):
+    clock = iter([10.0, 12.0, 17.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    model = torch.nn.Identity()
+    model.teacher_seconds = 7.0  # of the epoch before
+    hook, run = ThroughputHook(), runner(model=model)
+    hook.before_train_epoch(run)
+    for seconds, share in ((0.5, 0.25), (2.0, 0.4)):
+        model.teacher_seconds += seconds
+        hook.after_train_iter(run, 0, {"inputs": torch.zeros(6, 3, 2, 2)})
+        assert run.message_hub.scalars["train/teacher_share"] == share
 
 
 def test_peak_memory_is_plausible():

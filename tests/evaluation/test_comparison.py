@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hgkd.evaluation.comparison import _curve, trained_images, write_csv, write_picture
+from hgkd.evaluation.comparison import _curve, trained, write_csv, write_picture
 
 
 def run(row: str, seed: int, top1: float, **facts: Any) -> dict[str, Any]:
@@ -56,8 +56,14 @@ def test_picture_has_a_panel_for_what_is_known(tmp_path: Path) -> None:
     assert sizes == {"all": (1650, 374), "bars": (550, 374), "images": (1100, 374)}
 
 
-def test_trained_images_of_a_checkpoint(tmp_path: Path) -> None:
+def test_what_a_checkpoint_says_of_its_run(tmp_path: Path) -> None:
     meta = {"iter": 30, "cfg": "train_dataloader = dict(batch_size=16)\n"}
-    for name, content, expected in (("a", {"meta": meta}, 480), ("b", {"meta": {"iter": 3}}, None), ("c", {}, None)):
+    vit = {"meta": {**meta, "hgkd": {"mae": {}, "format": 1}}}
+    contents = {"a": {"meta": meta}, "b": {"meta": {"iter": 3}}, "c": {}, "d": vit}
+    found = {}
+    for name, content in contents.items():
         torch.save(content, tmp_path / name)
-        assert trained_images(tmp_path / name) == expected
+        found[name] = trained(tmp_path / name)
+    paths = {name: str(tmp_path / name) for name in contents}
+    expected = {"a": (480, paths["a"]), "b": (None, paths["b"]), "c": (None, paths["c"]), "d": (480, f"mae:{paths['d']}")}
+    assert found == expected

@@ -1,5 +1,7 @@
 """Single operations: random geometry against masked-dense compute, gradients by finite differences, refusals by message."""
 
+from collections import Counter
+
 import pytest
 import timm.layers
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from timm.layers.conv2d_same import conv2d_same
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgkd.errors import NoSparseRuleError
 from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, layer_rule, sparsify
@@ -295,6 +298,36 @@ def test_kernel_choice() -> None:
     assert choose_kernel(torch.empty(48, 2, 7, 7), 48, large, layout) == "halo"
     few = CellLayout(torch.tensor([[[True, False], [False, False]]]), 4)
     assert choose_kernel(torch.empty(96, 1, 7, 7), 96, large, few) == "halo"
+
+
+class WaitingCalls(TorchDispatchMode):
+    """Counts what makes a program wait for a GPU: sizes or values that it has to know, and copies from the host."""
+
+    WAITING = ("nonzero", "_local_scalar_dense", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.WAITING:
+            self.seen[name] += 1
+        if name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.seen["index by a mask"] += 1
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnetblur18", "tf_efficientnet_b0", "convnextv2_atto"])
+def test_a_step_waits_for_the_device_once(name) -> None:
+    """Forward and backward; the visible cells are counted, and on the CPU only, empty images are looked for."""
+    net = sparsify(timm.create_model(name, num_classes=0, global_pool=""), 32).train()
+    visible = torch.tensor([[[True, False], [True, True]], [[False, True], [False, False]]])
+    images = torch.randn(2, 3, 64, 64)
+    with WaitingCalls() as calls:
+        net(images, visible=visible).plain.square().mean().backward()
+    assert calls.seen == {"nonzero": 1, "_local_scalar_dense": 1}
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,12 @@ def test_values_are_filled_in_everywhere(tmp_path):
     assert plan["evaluate"]["test"] == "/x/test"
 
 
+def test_a_plan_may_be_yaml(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text(f'rows: [{{name: a, config: {SPARK}, seeds: [0, 1]}}]\nscores: {{"top-1 %": accuracy/top1}}\n')
+    assert [job.seed for job in tool.jobs_of(tool.read_plan(file, {}), tmp_path)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("rows", "values", "message"),
     [
@@ -83,7 +89,8 @@ def test_table_by_hand():
     def result(row, seed, top1, **extra):
         return {"row": row, "seed": seed, "scores": {"knn": {"top1": top1, "ci95": [top1 - 1, top1 + 1]}}, **extra}
 
-    timed = {"train_seconds": 10.0, "train_cpu_seconds": 19.6, "images_per_s": 42.4, "command": "python tools/train.py x"}
+    timed = {"train_seconds": 10.0, "train_cpu_seconds": 19.6, "images_per_s": 42.4, "teacher_share": 0.31}
+    timed["command"] = "python tools/train.py x"
     resumed = {**timed, "train_seconds": 1.0, "resumed": True}
     table = tool.table_of(
         [
@@ -93,8 +100,8 @@ def test_table_by_hand():
         ]
     )
     assert table.splitlines()[2:4] == [
-        "| random | 20.0 (19.0 .. 21.0) | 1 |  |  |  |",
-        "| a | 32.0 +- 2.8 | 2 | 10 | 20 | 42 |",  # time: of the run that was not interrupted
+        "| random | 20.0 (19.0 .. 21.0) | 1 |  |  |  |  |",
+        "| a | 32.0 +- 2.8 | 2 | 10 | 20 | 42 | 31 |",  # time: of the run that was not interrupted
     ]
     assert "    python tools/train.py x" in table
 
@@ -119,7 +126,7 @@ def test_a_score_may_have_a_factor(tmp_path):
 
 def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_imagefolder("shapes", train=16, test=8, image_size=64)
+    write_imagefolder("shapes", train=24, test=8, image_size=64)
     options = {
         "student": "test_resnet",
         "data_root": "{data}/train",
@@ -135,15 +142,16 @@ def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
     rows = [{"name": "pixels", "config": str(ROOT / SPARK)}, {"name": "random", "backbone": "test_resnet"}]
     file = plan_file(tmp_path, rows, options)
     file.write_text(file.read_text().replace("workers=0", "workers=0, k=3"))
-    command = [str(file), "--work-dir", "out", "--set", "data=shapes"]
+    command = [str(file), "--work-dir", "out", "--set", "data=shapes", "--cfg-options", "limit=16"]
     assert tool.main(command) == 0
     results = json.loads(Path("out/results.json").read_text())
+    assert "limit=16 seed=0" in results[0]["command"]
     assert [r["row"] for r in results] == ["pixels", "random"]
     assert results[0]["train_seconds"] > 0
     assert results[0]["images_per_s"] > 0
     table = Path("out/table.md").read_text()
     assert table in capsys.readouterr().out
-    assert results[0]["images"] == 16  # one epoch
+    assert results[0]["images"] == 16  # one epoch of as many as --cfg-options allows
     lines = list(csv.DictReader(Path("out/table.csv").read_text().splitlines()))
     assert [line["row"] for line in lines] == ["pixels", "random"]
     assert float(lines[0]["knn"]) == results[0]["scores"]["knn"]["top1"]
