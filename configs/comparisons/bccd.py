@@ -5,10 +5,13 @@
 
 data: BCCD (images/, annotations/{train,val,test}.json). The others: folders that 'tools/export.py CHECKPOINT --to timm' wrote,
 of students trained with the pixel objective, with H-GKD, and with H-GKD's objective on whole images. Box AP on the val split,
-by which nothing is chosen.
+by which nothing is chosen. ``{seed}`` in a FOLDER takes the student of the same seed.
+
+Sizes: all 205 images at 160x120, 4 epochs of 51 steps; 3.6 minutes of one slow core a run.
 """
 
-options = dict(data_root="{data}")
+options = dict(data_root="{data}", epochs=4)
+options["train_cfg.val_interval"] = 1
 scores = {"box AP": ["coco/bbox_mAP", 100], "AP50": ["coco/bbox_mAP_50", 100], "AP75": ["coco/bbox_mAP_75", 100]}
 _common = dict(config="downstream/detection/faster-rcnn_r18_12e_bccd.py", seeds=[0, 1, 2])
 rows = [

@@ -4,14 +4,15 @@
     python tools/compare.py configs/comparisons/bccd_mgd.py --work-dir OUT --jobs 2 \\
         --set data=DIR hgkd=FOLDER teacher=OUT/teacher_seed0/epoch_12.pth
 
-data, hgkd: see bccd.py. The teacher starts from random weights.
+data, hgkd, sizes: see bccd.py. The teacher starts from random weights and has 12 epochs.
 """
 
-options = dict(data_root="{data}")
+options = dict(data_root="{data}", epochs=4)
+options["train_cfg.val_interval"] = 1
 scores = {"box AP": ["coco/bbox_mAP", 100], "AP50": ["coco/bbox_mAP_50", 100], "AP75": ["coco/bbox_mAP_75", 100]}
 _mgd = dict(backbone="{hgkd}", teacher_checkpoint="{teacher}")
 rows = [
-    dict(name="teacher", config="downstream/detection/retinanet_r50_12e_bccd.py", seeds=[0]),
+    dict(name="teacher", config="downstream/detection/retinanet_r50_12e_bccd.py", options=dict(epochs=12), seeds=[0]),
     dict(
         name="H-GKD", config="downstream/detection/retinanet_r18_12e_bccd.py", options=dict(backbone="{hgkd}"), seeds=[0, 1, 2]
     ),

@@ -5,9 +5,12 @@
 
 data: CamVid (images/, annotations/, each with train, val, test). The others: see bccd.py. mIoU of 11 classes on the val split,
 by which nothing is chosen.
+
+Sizes: all 367 images, crops of 128 from about 240x180, 360 steps of 4; 4 minutes of one slow core a run.
 """
 
-options = dict(data_root="{data}")
+options = dict(data_root="{data}", iterations=360)
+options["train_cfg.val_interval"] = 120
 scores = {"mIoU": "mIoU", "accuracy": "aAcc"}
 _common = dict(config="downstream/segmentation/upernet_r18_1k_camvid.py", seeds=[0, 1, 2])
 rows = [

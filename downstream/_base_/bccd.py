@@ -1,4 +1,4 @@
-"""BCCD: 640x480 microscope images of blood cells with boxes of three kinds, shrunk to 240x180 for 2 CPU cores.
+"""BCCD: 640x480 microscope images of blood cells with boxes of three kinds, shrunk to 160x120 for 2 CPU cores.
 
 ``data_root`` holds ``images/`` and ``annotations/{train,val,test}.json`` in COCO's format.
 """
@@ -6,7 +6,7 @@
 dataset_type = "CocoDataset"
 data_root = "data/bccd/"
 metainfo = dict(classes=("WBC", "RBC", "Platelets"), palette=[(106, 0, 228), (220, 20, 60), (255, 179, 0)])
-image_scale = (240, 180)
+image_scale = (160, 120)
 
 _meta = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 train_pipeline = [

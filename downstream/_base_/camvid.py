@@ -23,7 +23,7 @@ metainfo = dict(
     ],
 )
 image_scale = (240, 180)
-crop_size = (160, 160)
+crop_size = (128, 128)
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),

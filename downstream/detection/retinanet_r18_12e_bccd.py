@@ -1,4 +1,4 @@
-"""RetinaNet, ResNet-18-FPN, BCCD at 240 px: a small head, for 2 CPU cores."""
+"""RetinaNet, ResNet-18-FPN, BCCD at 160 px: a small head and small anchors, for 2 CPU cores."""
 
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",
@@ -9,7 +9,13 @@ _base_ = [
 ]
 model = dict(
     backbone=_base_.resnet18,
-    neck=dict(in_channels=_base_.widths.resnet18, out_channels=128, norm_cfg=dict(type="BN")),
-    bbox_head=dict(in_channels=128, feat_channels=128, stacked_convs=2, num_classes=3),
+    neck=dict(in_channels=_base_.widths.resnet18, out_channels=64, norm_cfg=dict(type="BN")),
+    bbox_head=dict(
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=2,
+        num_classes=3,
+        anchor_generator=dict(octave_base_scale=2),
+    ),
 )
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=3, max_keep_ckpts=2))
