@@ -61,3 +61,10 @@ def test_digests_see_what_changes() -> None:
     with torch.no_grad():
         layer.weight[0, 0] += 1e-3
     assert weights_digest(layer) != before
+
+
+def test_digests_do_not_see_how_weights_lie_in_memory() -> None:
+    layers = nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2))  # with a counter, which has no axes
+    before = weights_digest(layers)
+    assert weights_digest(layers.to(memory_format=torch.channels_last)) == before
+    assert not layers[0].weight.is_contiguous()
