@@ -246,6 +246,20 @@ def test_a_guided_mask_follows_the_teachers_attention():
         del FakeTeacher.attention
 
 
+def test_the_teachers_time_is_counted(monkeypatch):
+    model, clock, forward = make(), [0.0], FakeTeacher.forward
+
+    def slow(self, *args):
+        clock[0] += 0.5
+        return forward(self, *args)
+
+    monkeypatch.setattr(FakeTeacher, "forward", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    for total in (0.5, 1.0):
+        model(batch(), mode="loss")
+        assert model.teacher_seconds == total
+
+
 @pytest.mark.parametrize("ratio", [0.9, 0.95, 0.98])
 def test_extreme_ratios_train(ratio):
     objectives = dict(dmae=dict(type="DMAE", taps=((None, 2),)), **PIXELS)
