@@ -1,6 +1,10 @@
 """Shipped recipes made so small that they train in seconds, for tests of whole runs."""
 
 import importlib.util
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,18 @@ def load_tool(name):
 
 
 train_tool = load_tool("train")
+
+
+def torchrun(command, folder):
+    """Two processes on the CPU of a script and its arguments, started in a folder; the finished process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    starter = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    command = [*starter, *map(str, command)]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
 def write_images(root, classes=("a", "b"), each=8, size=64):

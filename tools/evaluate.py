@@ -1,7 +1,9 @@
-"""How good a backbone's frozen features are: k-NN, linear probe and few-shot on labelled images.
+"""How good a backbone is on labelled images: k-NN, linear probe and few-shot of its frozen features, and fine-tuning.
 
     python tools/evaluate.py knn linear fewshot --backbone work_dirs/run/epoch_100.pth --train DIR/train --test DIR/test \\
         --image-size 96 --json result.json --csv results.csv
+    python tools/evaluate.py finetune --backbone exported/resnet50 --train DIR/train --test DIR/test \\
+        --finetune-options epochs=20
     python tools/evaluate.py compare result.json other.json
 
 A backbone is a checkpoint of tools/train.py, a folder of tools/export.py, a timm name (random weights unless
@@ -15,27 +17,35 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
+from mmengine.config import DictAction
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from train import train as launch
+
 from hgkd.data import LabelledImages
 from hgkd.errors import USER_ERRORS, DataError
-from hgkd.evaluation import FeatureSet, bootstrap_interval, extract, few_shot, linear_probe, load_extractor
+from hgkd.evaluation import FeatureExtractor, FeatureSet, bootstrap_interval, extract, few_shot, linear_probe, load_extractor
 from hgkd.evaluation.accuracy import per_class_accuracy, percent
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS
 from hgkd.evaluation.knn import knn_predictions
 from hgkd.evaluation.linear import DEFAULT_GRID
 from hgkd.evaluation.records import append_csv, check_csv, compare_results, list_digest, read_json, write_json
 
-METHODS = ("knn", "linear", "fewshot")
+METHODS = ("knn", "linear", "fewshot", "finetune")
+RECIPE = Path(__file__).resolve().parents[1] / "downstream/classification/resnet18_10e_cifar128.py"  # for any network
 
 
 def evaluate(
@@ -56,27 +66,29 @@ def evaluate(
     c_grid: Sequence[float] = DEFAULT_GRID,
     shots: Sequence[int] = DEFAULT_SHOTS,
     draws: int = 10,
+    finetune_options: Mapping[str, Any] | None = None,
     data_root: str | None = None,
     batch_size: int = 64,
     workers: int = 2,
     device: str = "auto",
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Extract the features once and run every method of ``methods`` on them.
+    """Extract the features once and run every method of ``methods`` on them; fine-tuning starts from the same weights.
 
     Args:
-        methods: of 'knn', 'linear', 'fewshot'.
+        methods: of 'knn', 'linear', 'fewshot', 'finetune'.
         backbone, checkpoint, block, pretrained: see ``hgkd.evaluation.load_extractor``.
         train, test: folders with the same class folders, or lists (see ``hgkd.data.LabelledImages``) with the same classes.
         ks: neighbours; ``top1`` is that of the first.
         shots, draws: see ``hgkd.evaluation.few_shot``; ``top1`` is that of the first number.
+        finetune_options: config options of the recipe, e.g. epochs, lr, batch_size; student where a MAE file is fine-tuned.
         data_root: folder below which the paths of lists are; None: each list's own.
         seed: of random weights, the held-out images, the draws and the bootstrap.
 
     Returns:
-        method -> result, as ``--json`` writes it, see ``hgkd.evaluation.records``. k-NN and linear probe add ``predicted``, the
-        class index of every test image (of the first k); the linear probe ``sweep`` (C -> percent on held-out training
-        images), ``chosen_c`` and ``converged``.
+        method -> result, as ``--json`` writes it, see ``hgkd.evaluation.records``. k-NN, linear probe and fine-tuning add
+        ``predicted``, the class index of every test image (of the first k); the linear probe ``sweep`` (C -> percent on
+        held-out training images), ``chosen_c`` and ``converged``.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,8 +121,17 @@ def evaluate(
             correct, extra, settings = _knn(known, asked, ks, temperature, standardise)
         elif method == "linear":
             correct, extra, settings = _linear(known, asked, c_grid, seed)
-        else:
+        elif method == "fewshot":
             correct, extra, settings = _few_shot(known, asked, shots, draws, seed)
+        else:
+            source = {"list_file": train} if Path(train).expanduser().is_file() else {}
+            data = {"limit_per_class": limit_per_class, **source}
+            options = {"data_root": bank.data_root, "image_size": image_size, "workers": workers, "seed": seed}
+            options |= {f"train_dataloader.dataset.{key}": value for key, value in data.items()}
+            model = fine_tune(extractor, len(bank.classes), {**options, **(finetune_options or {})})
+            predicted = extract(model, queries, batch_size, workers, device).features.argmax(1)
+            correct = {f"{model.settings['epochs']} epochs": (predicted == asked.labels).numpy()[None]}
+            extra, settings = {"predicted": predicted.tolist()}, {"finetune_options": dict(finetune_options or {})}
         first = next(iter(correct.values())).mean(axis=0)
         per_class = per_class_accuracy(first, asked.labels.numpy())
         scores = {setting: _score(drawn, seed) for setting, drawn in correct.items()}
@@ -127,6 +148,42 @@ def evaluate(
             "settings": {**shared, **settings},
         }
     return results
+
+
+class FineTuned(FeatureExtractor):
+    """A fine-tuned classifier; its feature is the logits."""
+
+    def __init__(self, classifier: Any, epochs: int) -> None:
+        super().__init__("classifier", {"name": classifier.spec.name, "epochs": epochs})
+        self.classifier = classifier
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classifier.predict(self.classifier.normalise(images))
+        return logits
+
+
+def fine_tune(extractor: FeatureExtractor, num_classes: int, options: Mapping[str, Any]) -> FineTuned:
+    """Let tools/train.py fine-tune the extractor's network from its weights by ``RECIPE``, in a temporary folder.
+
+    Raises:
+        ValueError: a MAE file without ``student``, the timm name of its network.
+    """
+    name, weights, stem = (extractor.settings.get(key) for key in ("name", "weights", "stem"))
+    if name == "mae" and "student" not in options:
+        raise ValueError(
+            "a MAE file does not say its network's timm name; give it, e.g. --finetune-options student=vit_tiny_patch16_224"
+        )
+    start: dict[str, Any] = {"student": name, "num_classes": num_classes, "val_root": None}
+    start["default_hooks.checkpoint.save_best"] = None
+    if stem:
+        start["model.classifier.stem"] = stem
+    with tempfile.TemporaryDirectory(prefix="hgkd-finetune-") as folder:
+        if weights == "timm":  # downloaded by timm
+            weights = f"{folder}/timm.pth"
+            torch.save(timm.create_model(str(name), pretrained=True).state_dict(), weights)
+        start["backbone"] = None if str(weights).startswith("random") else weights
+        runner: Any = launch(RECIPE, f"{folder}/run", options={**start, **options})
+        return FineTuned(runner.model.classifier, runner.max_epochs)
 
 
 def _labelled(source: str, data_root: str | None, image_size: int, limit_per_class: int | None) -> LabelledImages:
@@ -241,6 +298,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--c-grid", type=float, nargs="+", default=list(DEFAULT_GRID), help="linear probe: values of C")
     parser.add_argument("--shots", type=int, nargs="+", default=list(DEFAULT_SHOTS), help="few-shot: labelled images a class")
     parser.add_argument("--draws", type=int, default=10, help="few-shot: how often they are drawn")
+    parser.add_argument(
+        "--finetune-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help=f"of {RECIPE.name}: epochs, lr, ..."
+    )
     parser.add_argument("--data-root", help="folder below which the paths of lists are; default: each list's own")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")

@@ -47,7 +47,7 @@ CSV_COLUMNS = (
     "ci95_high",
 )
 _NUMBERS = re.compile(r"\[\s+([-+.\deE]+(?:,\s+[-+.\deE]+)*)\s+\]")
-_SETUP = ("image_size", "train", "limit_per_class", "temperature", "standardise", "c_grid", "draws")
+_SETUP = ("image_size", "train", "limit_per_class", "temperature", "standardise", "c_grid", "draws", "finetune_options")
 
 
 def list_digest(images: Iterable[tuple[str, str]]) -> str:

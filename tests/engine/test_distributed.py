@@ -1,15 +1,11 @@
 """Two processes on the CPU (gloo), started by torchrun as a user would."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from process_of_two import build, material, one_step
-from tiny_runs import ROOT, write_images
+from tiny_runs import torchrun, write_images
 from torch import nn
 
 from hgkd.engine.sync_norm import sync_batch_norms
@@ -22,20 +18,13 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"))
 
 
-def torchrun(task, images, folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += [str(SCRIPT), task, str(images), str(folder)]
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+def two_processes(task, images, folder):
+    return torchrun([SCRIPT, task, images, folder], folder)
 
 
 @pytest.mark.slow
 def test_two_processes_do_the_step_of_one_with_twice_the_batch(images, tmp_path, monkeypatch):
-    done = torchrun("step", images, tmp_path)
+    done = two_processes("step", images, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
     monkeypatch.chdir(tmp_path)
@@ -52,14 +41,14 @@ def test_two_processes_do_the_step_of_one_with_twice_the_batch(images, tmp_path,
 
 @pytest.mark.slow
 def test_a_process_that_fails_ends_all_of_them_and_says_why(images, tmp_path):
-    done = torchrun("fail", images, tmp_path)
+    done = two_processes("fail", images, tmp_path)
     assert done.returncode != 0
     assert "RuntimeError: the second process gives up" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_all_of_them_and_the_signal_is_named(images, tmp_path):
-    done = torchrun("die", images, tmp_path)
+    done = two_processes("die", images, tmp_path)
     assert done.returncode not in (0, -9)
     assert "Signal 9 (SIGKILL) received" in done.stderr
     assert "rank      : 1" in done.stderr
@@ -68,7 +57,7 @@ def test_a_process_that_is_killed_ends_all_of_them_and_the_signal_is_named(image
 @pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard has its public name since then")
 def test_parameters_shared_out_over_processes_make_the_same_steps(images, tmp_path):
-    done = torchrun("shard", images, tmp_path)
+    done = two_processes("shard", images, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -15,7 +15,7 @@ from downstream_runs import (
     tiny_segmentor,
     train_tool,
 )
-from tiny_runs import ROOT
+from tiny_runs import ROOT, torchrun
 
 from hgkd.errors import WeightsError
 from hgkd.openmmlab import draw_predictions
@@ -62,6 +62,19 @@ def test_detector(tmp_path):
     assert train_tool.train(DETECTOR, tmp_path / "run", resume=True, options={**options, "epochs": 2}).epoch == 2
     with pytest.raises(WeightsError, match=r"epoch_1.pth is not of this config's model"):
         measure_tool.run_test(DETECTOR, checkpoint, options={**options, "model.roi_head.bbox_head.fc_out_channels": 16})
+
+
+@pytest.mark.slow
+def test_a_detector_on_two_processes(tmp_path):
+    options = {**tiny_detector(shapes_coco(tmp_path / "data")), **FASTER_HEAD}
+    command = [ROOT / "tools/train.py", DETECTOR, "--work-dir", "run", "--launcher", "pytorch", *as_arguments(options)]
+    done = torchrun(command, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    log = "".join(file.read_text() for file in (tmp_path / "run").glob("*/*.log"))
+    assert "Epoch(train) [1][1/1]" in log  # 4 images, 2 for each process
+    assert "coco/bbox_mAP" in log
+    # one process reads what two have written
+    assert 0.0 <= measure_tool.run_test(DETECTOR, tmp_path / "run/epoch_1.pth", options=options)["coco/bbox_mAP"] <= 1.0
 
 
 def test_segmentor(tmp_path):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from hgkd.data import LabelledImages
-from hgkd.evaluation import extract, knn_accuracy, load_extractor
+from hgkd.evaluation import FeatureExtractor, extract, knn_accuracy, load_extractor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import evaluate
@@ -178,3 +179,37 @@ def test_random_weights_follow_the_seed(squares: Path) -> None:
     options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,)}
     a, b = (evaluate.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options) for _ in range(2))
     assert a == b
+
+
+def test_fine_tuning_is_the_launchers_and_is_compared_like_the_others(
+    squares: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    def launch(config, work_dir, options):
+        launched.append((config, options))
+        return launcher(config, work_dir, options=options)
+
+    launcher = evaluate.launch
+    monkeypatch.setattr(evaluate, "launch", launch)
+    weights = squares / "weights.pth"
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), weights)
+    start = ["finetune", "--backbone", "test_resnet", "--checkpoint", str(weights)]
+    options = ["--finetune-options", "epochs=12", "batch_size=6", "warmup_epochs=1", "lr=0.05"]
+    for name in ("a", "b"):
+        assert run(squares, *start, "--json", f"{squares}/{name}.json", "--csv", f"{squares}/all.csv", *options) == 0
+    found = json.loads((squares / "a.json").read_text())
+    assert found["top1"] == 100  # three colours
+    assert list(found["scores"]) == ["12 epochs"]
+    assert found == json.loads((squares / "b.json").read_text())  # the seed is the training's, too
+    config, given = launched[0]
+    assert (config, given["backbone"], given["num_classes"]) == (evaluate.RECIPE, str(weights), 3)
+    assert len((squares / "all.csv").read_text().splitlines()) == 3
+    assert evaluate.main(["compare", f"{squares}/a.json", f"{squares}/b.json"]) == 0
+    assert "12 epochs" in capsys.readouterr().out
+
+
+def test_fine_tuning_a_mae_file_needs_the_networks_name() -> None:
+    extractor = FeatureExtractor("mae", {"name": "mae", "weights": "mae.pth"})
+    with pytest.raises(ValueError, match=r"give it, e\.g\. --finetune-options student="):
+        evaluate.fine_tune(extractor, 3, {})
