@@ -62,7 +62,8 @@ def test_cutmix_targets_are_the_shares_of_the_area():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(2, 6), st.floats(0, 0.5), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10))
+# exponents of a beta distribution, which NumPy cannot draw from where they are next to nothing
+@given(st.integers(2, 6), st.floats(0, 0.5), *[st.just(0.0) | st.floats(0.05, 1)] * 2, st.floats(0, 1), st.integers(0, 10))
 def test_targets_are_distributions(classes, smoothing, mixup, cutmix, share, seed):
     np.random.seed(seed)
     loss = LabelLoss(classes, smoothing=smoothing, mixup=mixup, cutmix=cutmix, mix_probability=share)
