@@ -207,7 +207,8 @@ def _evaluate_command(arguments: Mapping[str, Any], out: Path) -> list[str]:
 
 def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, float]:
     """Run one of our tools; wall and CPU seconds."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    # fewer where the caller says so: threads that wait for a core that others hold spin, and slow everything many times
+    environment = {**os.environ, "OMP_NUM_THREADS": str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))}
     start = time.perf_counter()
     with log.open("a", encoding="utf-8") as handle:
         process = subprocess.Popen(
@@ -331,7 +332,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("plan")
     parser.add_argument("--work-dir", required=True)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these rows of the plan")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each gets its share of the cores")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; each gets its share of the cores, at most OMP_NUM_THREADS"
+    )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", dest="values", help="values for {NAME} in the plan"
     )

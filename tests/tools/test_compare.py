@@ -116,6 +116,23 @@ def test_plans_of_detectors_and_segmentors(tmp_path):
     assert {"--cfg-options", "data_root=/x", "backbone=/x", "seed=1"} <= set(job.train_command)
 
 
+def test_a_run_gets_no_more_threads_than_its_caller_allows(tmp_path, monkeypatch):
+    seen = {}
+
+    def start(command, env, **_):
+        seen.update(env)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool.subprocess, "Popen", start)
+    for allowed, given in ((None, "4"), ("1", "1"), ("9", "4")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if allowed:
+            monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+        with pytest.raises(KeyboardInterrupt):
+            tool._process(["tools/train.py"], tmp_path / "log", threads=4)
+        assert seen["OMP_NUM_THREADS"] == given
+
+
 def test_a_score_may_have_a_factor(tmp_path):
     log = tmp_path / "x/vis_data/scalars.json"
     log.parent.mkdir(parents=True)
