@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 from hgkd.engine.checkpoints import is_damaged
+from hgkd.engine.hooks import plain_model
 from hgkd.engine.runner import DistillRunner
 from hgkd.engine.weights import load_strict, read_checkpoint
 from hgkd.errors import WeightsError
@@ -65,7 +65,7 @@ class DownstreamRunner(DistillRunner):
     def _init_model_weights(self) -> None:
         super()._init_model_weights()
         file = self.cfg.get("backbone")
-        model: Any = _plain(self.model)
+        model: Any = plain_model(self)
         if file is None:
             self.logger.warning("backbone=None: the backbone starts from random weights; backbone=FILE loads an export")
         else:
@@ -74,7 +74,7 @@ class DownstreamRunner(DistillRunner):
     def train(self) -> nn.Module:
         """As mmengine's; a distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config."""
         model = super().train()
-        student = getattr(_plain(self.model), "student", None)
+        student = getattr(plain_model(self), "student", None)
         if student is not None and is_main_process():
             meta = {"dataset_meta": getattr(self.train_dataloader.dataset, "metainfo", None)}
             torch.save({"meta": meta, "state_dict": student.state_dict()}, Path(self.work_dir) / STUDENT_FILE)
@@ -97,7 +97,7 @@ class DownstreamRunner(DistillRunner):
             raise WeightsError(f"{filename} is no checkpoint of a detector or segmentor: it has no 'state_dict'")
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         try:
-            load_strict(_plain(self.model), checkpoint["state_dict"], source=str(filename))
+            load_strict(plain_model(self), checkpoint["state_dict"], source=str(filename))
         except WeightsError as error:
             raise WeightsError(
                 f"{filename} is not of this config's model; use the config that wrote it (backbone=FILE loads a backbone "
@@ -134,7 +134,3 @@ def rehearse(cfg: Config) -> str:
         "losses": ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items() if "loss" in name),
     }
     return "\n".join(f"{name:<9} {value}" for name, value in report.items())
-
-
-def _plain(model: Any) -> Any:
-    return model.module if is_model_wrapper(model) else model

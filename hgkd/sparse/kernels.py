@@ -20,6 +20,7 @@ Nothing here knows of masks: hidden places are the index one past the last row, 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,6 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hgkd.sparse.layout import CellLayout
+
+Regrouping = Callable[[Tensor, CellLayout], Tensor]
 
 # rows * k * k * C of one im2col slice, elements: 4 MB in fp32, about what a core's share of the cache holds
 _SLICE_ELEMENTS = 1 << 20
@@ -148,12 +151,12 @@ def convolve(
         rows = _GatherConvolution.apply(rows_of(packed), weight, geometry, layout)
         return packed_of(rows if bias is None else rows + bias, geometry.s_out)
     if kernel == "map":
-        whole, excess = _WholeMap.apply(packed, layout), _excess_padding(geometry, layout)
+        whole, excess = _Regroup.apply(packed, layout, _spread, _collect), _excess_padding(geometry, layout)
         if any(excess):
             whole = F.pad(whole, excess)
         out = F.conv2d(whole, weight, bias, geometry.stride, geometry.pad, geometry.dilation, groups)
         height, width = (cells * geometry.s_out for cells in layout.grid)
-        return _VisiblePlaces.apply(out[:, :, :height, :width], layout)
+        return _Regroup.apply(out[:, :, :height, :width], layout, _collect, _spread)
     tiles = halo_tiles(packed, geometry, layout)
     out = F.conv2d(tiles, weight, bias, geometry.stride, 0, geometry.dilation, groups)
     return out.contiguous(memory_format=torch.channels_last)
@@ -261,9 +264,8 @@ def _excess_padding(geometry: ConvGeometry, layout: CellLayout) -> list[int]:
     """Places that a whole map lacks on its (left, right, top, bottom) when ``geometry.pad`` is on every side."""
     out = []
     for axis in (1, 0):
-        cells, pad = layout.grid[axis], geometry.pad[axis]
-        reach = (cells * geometry.s_out - 1) * geometry.stride[axis] + (geometry.kernel[axis] - 1) * geometry.dilation[axis] + 1
-        out += [0, max(0, reach - 2 * pad - cells * geometry.s_in)]
+        cells = layout.grid[axis]
+        out += [0, max(0, _halo_size(geometry, axis, cells) - 2 * geometry.pad[axis] - cells * geometry.s_in)]
     return out
 
 
@@ -280,32 +282,18 @@ def _collect(dense: Tensor, layout: CellLayout) -> Tensor:
     return packed_of(dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1]).index_select(0, layout.places(s)), s)
 
 
-class _WholeMap(torch.autograd.Function):
-    """Cells to the whole map; both directions are gathers."""
+class _Regroup(torch.autograd.Function):
+    """``_spread`` or ``_collect``; the gradient of either is the other, so both directions are gathers."""
 
     @staticmethod
-    def forward(ctx, packed: Tensor, layout: CellLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
-        ctx.layout = layout
-        return _spread(packed, layout)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
-        return _collect(grad, ctx.layout), None
-
-
-class _VisiblePlaces(torch.autograd.Function):
-    """The whole map to cells; both directions are gathers."""
-
-    @staticmethod
-    def forward(ctx, dense: Tensor, layout: CellLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
-        ctx.layout = layout
-        return _collect(dense, layout)
+    def forward(ctx, x: Tensor, layout: CellLayout, there: Regrouping, back: Regrouping) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.layout, ctx.back = layout, back
+        return there(x, layout)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
-        return _spread(grad, ctx.layout), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def, override]
+        return ctx.back(grad, ctx.layout), None, None, None
 
 
 def _slice_of(taps: tuple[int, ...]) -> slice:
@@ -326,8 +314,9 @@ def halo_tiles(packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outsi
     return _HaloTiles.apply(packed, geometry, layout, outside)
 
 
-def _halo_size(geometry: ConvGeometry, axis: int) -> int:
-    return (geometry.s_out - 1) * geometry.stride[axis] + (geometry.kernel[axis] - 1) * geometry.dilation[axis] + 1
+def _halo_size(geometry: ConvGeometry, axis: int, cells: int = 1) -> int:
+    """Places along an axis that the outputs of so many cells in a row read."""
+    return (cells * geometry.s_out - 1) * geometry.stride[axis] + (geometry.kernel[axis] - 1) * geometry.dilation[axis] + 1
 
 
 class _HaloTiles(torch.autograd.Function):
