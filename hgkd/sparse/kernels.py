@@ -5,8 +5,7 @@ A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T
 
 - ``matmul``: kernel 1, no neighbours: one matrix product on the rows.
 - ``im2col``: the k*k neighbour rows side by side, in slices that stay in cache, and one product a slice. Its input gradient
-  is a gather as well (with the index of the transposed convolution, one phase for each residue of the stride), so no
-  scatter and no atomic addition occurs anywhere.
+  is a gather as well, before or after the product, so no scatter and no atomic addition occurs anywhere.
 - ``halo``: every cell with its border of neighbour places as a small image, then an ordinary convolution without padding.
   The choice for grouped layers and for very few channels.
 - ``map``: the whole image with zeros at hidden places, of whose result the visible places are kept. The choice for depthwise
@@ -20,7 +19,7 @@ Nothing here knows of masks: hidden places are the index one past the last row, 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hgkd.sparse.layout import CellLayout
+from hgkd.sparse.layout import NOTHING, CellLayout, Stencil, cell_number, cells_reached
 
 Regrouping = Callable[[Tensor, CellLayout], Tensor]
 
@@ -67,15 +66,15 @@ class ConvGeometry:
         """Input offset of each tap along an axis (0 vertical, 1 horizontal)."""
         return tuple(k * self.dilation[axis] - self.pad[axis] for k in range(self.kernel[axis]))
 
-    def phase_taps(self, axis: int, phase: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Taps that touch the inputs whose place is ``phase`` modulo the stride, and the output offset of each."""
-        taps, offsets = [], []
-        for k in range(self.kernel[axis]):
-            distance = phase + self.pad[axis] - k * self.dilation[axis]
-            if distance % self.stride[axis] == 0:
-                taps.append(k)
-                offsets.append(distance // self.stride[axis])
-        return tuple(taps), tuple(offsets)
+    def transposed_offsets(self, axis: int) -> tuple[int, ...]:
+        """Output offset of each tap from an input, stride 1."""
+        return tuple(-offset for offset in self.offsets(axis))
+
+    def most_taps(self, axis: int) -> int:
+        """With how many outputs along an axis an input can have to do."""
+        stride = self.stride[axis]
+        found = [k * self.dilation[axis] % stride for k in range(self.kernel[axis])]
+        return max(found.count(phase) for phase in found)
 
 
 def rows_of(packed: Tensor) -> Tensor:
@@ -98,8 +97,8 @@ def with_zero_row(rows: Tensor) -> Tensor:
 
 def gathers(weight: Tensor, groups: int) -> bool:
     """Whether neighbours are gathered row by row, rather than as haloed tiles."""
-    # few channels make short rows; 64 was measured on a CPU, 15 is a guess for the fused kernel of a GPU
-    return groups == 1 and weight[0, 0].numel() > 1 and weight.shape[1] > (15 if weight.is_cuda else 64)
+    # few channels make short rows; 64 was measured on a CPU, 16 is a guess for the fused kernel of a GPU
+    return groups == 1 and weight.shape[2:].numel() > 1 and weight.shape[1] >= (16 if weight.is_cuda else 64)
 
 
 def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry, layout: CellLayout) -> str:
@@ -191,11 +190,20 @@ def _gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
     if fused := _fused(source):
         return fused.gather_multiply(source, index, matrix)
     out = source.new_empty(index.shape[0], matrix.shape[1])
-    width = matrix.shape[0]
-    for part in _slices(index.shape[0], width):
-        columns = source.index_select(0, index[part].reshape(-1)).view(-1, width)
+    for part, columns in _columns(source, index):
         torch.mm(columns, matrix, out=out[part])
     return out
+
+
+def _columns(source: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """``source[index]`` as (rows, K*C) in slices that stay in cache; each takes the place of the one before."""
+    taps, channels = index.shape[1], source.shape[1]
+    parts = _slices(index.shape[0], taps * channels)
+    buffer = source.new_empty(parts[0].stop * taps, channels)
+    for part in parts:
+        found = buffer[: (part.stop - part.start) * taps]
+        torch.index_select(source, 0, index[part].flatten(), out=found)
+        yield part, found.view(-1, taps * channels)
 
 
 class _GatherConvolution(torch.autograd.Function):
@@ -230,34 +238,63 @@ def _weight_gradient(rows: Tensor, grad: Tensor, weight: Tensor, geometry: ConvG
     if fused := _fused(rows):
         total = fused.weight_gradient(source, index, grad).to(weight.dtype)
     else:
-        width = kh * kw * in_channels
-        total = grad.new_empty(out_channels, width)
-        for part in _slices(index.shape[0], width):
-            columns = source.index_select(0, index[part].reshape(-1)).view(-1, width)
+        total = grad.new_empty(out_channels, kh * kw * in_channels)
+        for part, columns in _columns(source, index):
             # beta=0 for the first: what memory holds before is not read, so it need not be filled with zeros
             total.addmm_(grad[part].t(), columns, beta=0 if part.start == 0 else 1)
     return total.view(out_channels, kh, kw, in_channels).permute(0, 3, 1, 2)  # channels_last, as such weights are
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:
-    in_channels = weight.shape[1]
-    s_in, s_out, stride = geometry.s_in, geometry.s_out, geometry.stride[0]
-    source = _readable(grad)
-    if stride == 1:
-        index = layout.neighbours(s_out, s_out, 1, geometry.phase_taps(0, 0)[1], geometry.phase_taps(1, 0)[1])
-        return _gather_multiply(source, index, weight.permute(2, 3, 0, 1).reshape(-1, in_channels))
-    out = grad.new_zeros(layout.num_cells, s_out, stride, s_out, stride, in_channels)
-    for phase_y in range(stride):
-        taps_y, offsets_y = geometry.phase_taps(0, phase_y)
-        for phase_x in range(stride):
-            taps_x, offsets_x = geometry.phase_taps(1, phase_x)
-            if not taps_y or not taps_x:
-                continue  # a kernel smaller than its stride skips these inputs
-            index = layout.neighbours(s_out, s_out, 1, offsets_y, offsets_x)
-            part = weight[:, :, _slice_of(taps_y), _slice_of(taps_x)]
-            found = _gather_multiply(source, index, part.permute(2, 3, 0, 1).reshape(-1, in_channels))
-            out[:, :, phase_y, :, phase_x] = found.view(layout.num_cells, s_out, s_out, in_channels)
-    return out.view(layout.num_cells * s_in * s_in, in_channels)
+    """Gather, then multiply, as forward; but the other way round for strides and for weights larger than the map.
+
+    The product with the weights as they lie has one row an output and tap. Every input then sums the few that it was part of.
+    That copies no weight, and leaves a stride nothing to split into phases; a large map would leave the cache between the two.
+    """
+    out_channels, in_channels, kh, kw = weight.shape
+    if geometry.stride[0] == 1 and (grad.shape[0] * kh * kw * in_channels > _SLICE_ELEMENTS or _fused(grad)):
+        s = geometry.s_out
+        index = layout.neighbours(s, s, 1, geometry.transposed_offsets(0), geometry.transposed_offsets(1))
+        return _gather_multiply(_readable(grad), index, weight.permute(2, 3, 0, 1).reshape(-1, in_channels))
+    matrix = weight.permute(0, 2, 3, 1).reshape(out_channels, -1)
+    products = grad.new_empty(grad.shape[0] + 1, matrix.shape[1])
+    torch.mm(grad, matrix, out=products[:-1])
+    products[-1, :in_channels] = 0  # what an index without a product reads
+    return F.embedding_bag(_transposed_index(geometry, layout), products.view(-1, in_channels), mode="sum")
+
+
+def _transposed_index(geometry: ConvGeometry, layout: CellLayout) -> Tensor:
+    """(T*s_in*s_in, taps) numbers ``output row * kh*kw + tap`` of the products that each input row is part of."""
+
+    s_out, area = geometry.s_out, geometry.kernel[0] * geometry.kernel[1]
+    key, taps = ("transposed", geometry), geometry.most_taps(0) * geometry.most_taps(1)
+    return layout.look_up(key, lambda: _transposed_stencil(geometry, layout.device), s_out * s_out * area, taps)
+
+
+@cache
+def _transposed_stencil(geometry: ConvGeometry, device: torch.device) -> Stencil:
+    s_in, s_out, (kh, kw) = geometry.s_in, geometry.s_out, geometry.kernel
+    with torch.inference_mode(False):  # it may be kept for a training to come
+        (y, tap_y, fits_y), (x, tap_x, fits_x) = (_outputs_of(geometry, axis, device) for axis in (0, 1))
+        y, tap_y, fits_y = (v.view(s_in, 1, -1, 1) for v in (y, tap_y, fits_y))
+        x, tap_x, fits_x = (v.view(1, s_in, 1, -1) for v in (x, tap_x, fits_x))
+        value = ((y % s_out) * s_out + x % s_out) * (kh * kw) + tap_y * kw + tap_x
+        first = min(geometry.pad[a] - (geometry.kernel[a] - 1) * geometry.dilation[a] for a in (0, 1))
+        stride = geometry.stride[0]
+        reach = cells_reached(s_out, first // stride, (s_in - 1 + max(geometry.pad)) // stride)
+        value = torch.where(fits_y & fits_x, value, NOTHING).flatten()
+        return Stencil(reach, cell_number(y // s_out, x // s_out, reach), value)
+
+
+def _outputs_of(geometry: ConvGeometry, axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(s_in, taps) of every input place along an axis: an output that it is part of, by which tap, and whether there is one."""
+    place = torch.arange(geometry.s_in, device=device)[:, None]
+    tap = torch.arange(geometry.kernel[axis], device=device).expand(geometry.s_in, -1)
+    distance = place + geometry.pad[axis] - tap * geometry.dilation[axis]
+    misses = distance % geometry.stride[axis] != 0
+    order = misses.byte().argsort(stable=True, dim=1)[:, : geometry.most_taps(axis)]
+    output, tap, misses = (v.gather(1, order) for v in (distance // geometry.stride[axis], tap, misses))
+    return output, tap, ~misses
 
 
 def _excess_padding(geometry: ConvGeometry, layout: CellLayout) -> list[int]:
@@ -294,11 +331,6 @@ class _Regroup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def, override]
         return ctx.back(grad, ctx.layout), None, None, None
-
-
-def _slice_of(taps: tuple[int, ...]) -> slice:
-    """Taps of one phase, which are equally spaced; a list of them would be copied to the device, and wait for it."""
-    return slice(taps[0], taps[-1] + 1, taps[1] - taps[0] if len(taps) > 1 else 1)
 
 
 def halo_tiles(packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outside: float = 0.0) -> Tensor:
@@ -351,14 +383,21 @@ class _HaloTiles(torch.autograd.Function):
             return packed_of(rows[:-1], s), None, None, None
         spans_y = _spans(s, geometry.pad[0], tiles.shape[1])
         spans_x = _spans(s, geometry.pad[1], tiles.shape[2])
-        out = grad.new_zeros(layout.num_cells, s, s, grad.shape[1])
+        reach = max(map(abs, (*spans_y, *spans_x)))
+        cells = layout.cells_around(reach).clamp(max=layout.num_cells).view(-1, 2 * reach + 1, 2 * reach + 1)
+        (in_y, at_y), (in_x, at_x) = spans_y[0], spans_x[0]
+        own = tiles[:, at_y, at_x]
+        if own.shape[1:3] == (s, s):
+            out = own.clone(memory_format=torch.contiguous_format)
+        else:  # some places are read by no output
+            out = grad.new_zeros(layout.num_cells, s, s, grad.shape[1])
+            out[:, in_y, in_x] = own
         for dy, (in_y, at_y) in spans_y.items():
             for dx, (in_x, at_x) in spans_x.items():
-                strip = tiles[:, at_y, at_x]
                 if dy or dx:
+                    strip = tiles[:, at_y, at_x]
                     strip = torch.cat([strip, strip.new_zeros(1, *strip.shape[1:])])
-                    strip = strip.index_select(0, layout.neighbour_cells(dy, dx))
-                out[:, in_y, in_x] += strip
+                    out[:, in_y, in_x] += strip.index_select(0, cells[:, dy + reach, dx + reach])
         return out.permute(0, 3, 1, 2), None, None, None
 
 

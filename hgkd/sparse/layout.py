@@ -8,7 +8,8 @@ device; counting the visible cells is the only step that waits for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -70,6 +71,14 @@ class CellLayout:
     def image_of_cell(self) -> Tensor:
         """Image index of each visible cell, int64 (T,)."""
         return self._positions // (self.grid[0] * self.grid[1])
+
+    @cached_property
+    def _cell_y(self) -> Tensor:
+        return self._positions // self.grid[1] % self.grid[0]
+
+    @cached_property
+    def _cell_x(self) -> Tensor:
+        return self._positions % self.grid[1]
 
     @cached_property
     def cells_per_image(self) -> Tensor:
@@ -135,11 +144,9 @@ class CellLayout:
         """(image, y, x) of every visible place in packed row order, int32 (T*s*s, 3), contiguous."""
 
         def make() -> Tensor:
-            h, w = self.grid
-            cell = self._positions - self.image_of_cell * (h * w)
             inside = torch.arange(s * s, device=self.device)
-            y = (cell // w * s)[:, None] + inside // s
-            x = (cell % w * s)[:, None] + inside % s
+            y = (self._cell_y * s)[:, None] + inside // s
+            x = (self._cell_x * s)[:, None] + inside % s
             return torch.stack([self.image_of_cell[:, None].expand_as(y), y, x], 2).view(-1, 3).int().contiguous()
 
         return self.keep(("coordinates", s), make)
@@ -172,45 +179,62 @@ class CellLayout:
             int64 (T * count * count, len(offsets_y) * len(offsets_x)), points in packed row order.
         """
         key = ("neighbours", s, count, step, offsets_y, offsets_x, outside, border)
-        return self.keep(key, lambda: self._find_neighbours(s, count, step, offsets_y, offsets_x, outside, border))
-
-    def _find_neighbours(
-        self, s: int, count: int, step: int, offsets_y: tuple[int, ...], offsets_x: tuple[int, ...], outside: int, border: str
-    ) -> Tensor:
-        h, w = self.grid
-        none = self.num_cells * s * s + outside
-        reach = (count - 1) * step
-        top, left = max(0, -min(offsets_y)), max(0, -min(offsets_x))
-        bottom, right = max(0, reach + max(offsets_y) + 1 - s), max(0, reach + max(offsets_x) + 1 - s)
         if border == "reflect":
-            y, x = (_mirrored(a, n * s, b, self.device) for a, n, b in ((top, h, bottom), (left, w, right)))
-            rows = self.row_map(s)[:, y][:, :, x]
-        else:
-            rows = F.pad(self.row_map(s), (left, right, top, bottom), value=none)
-        height, width = rows.shape[1:]
-        points = torch.arange(count, device=self.device) * step
-        in_y = points[:, None] + _spaced(offsets_y, self.device) + top  # (count, ny)
-        in_x = points[:, None] + _spaced(offsets_x, self.device) + left
-        within = in_y[:, None, :, None] * width + in_x[None, :, None, :]  # (count, count, ny, nx)
-        image = self.image_of_cell
-        cell = self._positions - image * (h * w)
-        start = image * (height * width) + (cell // w) * (s * width) + (cell % w) * s
-        index = start[:, None] + within.flatten()[None, :]
-        return rows.flatten()[index.flatten()].view(-1, len(offsets_y) * len(offsets_x))
+            return self.keep(key, lambda: self._find_mirrored(s, count, step, offsets_y, offsets_x))
+        taps = len(offsets_y) * len(offsets_x)
+        return self.look_up(
+            key, lambda: regular_stencil(s, count, step, offsets_y, offsets_x, self.device), s * s, taps, outside
+        )
 
-    def neighbour_cells(self, dy: int, dx: int) -> Tensor:
-        """Packed index of the cell (dy, dx) away from each visible one, int64 (T,); ``num_cells`` where hidden or outside."""
+    def look_up(self, key: tuple[object, ...], make: Callable[[], Stencil], size: int, taps: int, outside: int = 0) -> Tensor:
+        """What the points of a stencil read in every visible cell: ``packed index of the cell * size + value``.
+
+        Args:
+            key, make: see :meth:`keep`.
+            size: values a cell.
+            taps: columns of the result.
+            outside: what is added to ``T * size`` outside the image; hidden cells have ``T * size``.
+
+        Returns:
+            int64 (T * P / taps, taps).
+        """
+
+        def find() -> Tensor:
+            stencil, none = make(), self.num_cells * size
+            index = self.cells_around(stencil.reach)[:, stencil.cell].mul_(size).add_(stencil.value)
+            beyond = index >= none + size if outside else None
+            index.clamp_(max=none)
+            if beyond is not None:
+                index.add_(beyond, alpha=outside)
+            return index.view(-1, taps)
+
+        return self.keep(key, find)
+
+    def _find_mirrored(self, s: int, count: int, step: int, offsets_y: tuple[int, ...], offsets_x: tuple[int, ...]) -> Tensor:
+        points = torch.arange(count, device=self.device)[:, None] * step
+        h, w = self.grid
+        y, x = self._cell_y[:, None] * s, self._cell_x[:, None] * s
+        y = _mirrored(y + (points + spaced(offsets_y, self.device)).flatten(), h * s).view(-1, count, 1, len(offsets_y), 1)
+        x = _mirrored(x + (points + spaced(offsets_x, self.device)).flatten(), w * s).view(-1, 1, count, 1, len(offsets_x))
+        cell = self._slot[self.image_of_cell.view(-1, 1, 1, 1, 1), y // s, x // s]
+        index = (cell * (s * s) + (y % s) * s + x % s).clamp_(max=self.num_cells * s * s)
+        return index.view(-1, len(offsets_y) * len(offsets_x))
+
+    def cells_around(self, reach: int) -> Tensor:
+        """Packed index of the (2*reach+1)**2 cells up to ``reach`` away from each visible one, row by row.
+
+        Returns:
+            int64 (T, (2*reach+1)**2), ``num_cells`` at hidden cells, ``num_cells + 1`` outside the image.
+        """
 
         def make() -> Tensor:
-            h, w = self.grid
-            image = self.image_of_cell
-            cell = self._positions - image * (h * w)
-            y, x = cell // w + dy, cell % w + dx
-            inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
-            flat = image * (h * w) + y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
-            return torch.where(inside, self._slot.flatten()[flat], self.num_cells)
+            slot = F.pad(self._slot, (reach, reach, reach, reach), value=self.num_cells + 1)
+            height, width = slot.shape[1:]
+            start = (self.image_of_cell * height + self._cell_y) * width + self._cell_x
+            along = torch.arange(2 * reach + 1, device=self.device)
+            return slot.flatten()[start[:, None] + (along[:, None] * width + along).flatten()]
 
-        return self.keep(("cells", dy, dx), make)
+        return self.keep(("cells", reach), make)
 
     def gather_cells(self, dense: Tensor, s: int) -> Tensor:
         """Visible cells of a dense map (B, C, h*s, w*s) as (T, C, s, s), channels_last; differentiable."""
@@ -241,16 +265,57 @@ class CellLayout:
         return dense
 
 
-def _spaced(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+@dataclass(frozen=True)
+class Stencil:
+    """What the points of a cell read: the same for every cell and mask, so it is made once a process.
+
+    Attributes:
+        reach: how many cells away at most.
+        cell: int64 (P,), which of the (2*reach+1)**2 cells around.
+        value: int64 (P,), which value of that cell; ``NOTHING``: reads as hidden.
+    """
+
+    reach: int
+    cell: Tensor
+    value: Tensor
+
+
+NOTHING = 1 << 40  # more than any map has values
+
+
+@cache
+def regular_stencil(
+    s: int, count: int, step: int, offsets_y: tuple[int, ...], offsets_x: tuple[int, ...], device: torch.device
+) -> Stencil:
+    """Points ``count`` x ``count``, ``step`` places apart, each with its neighbours at the given offsets."""
+    with torch.inference_mode(False):  # it may be kept for a training to come
+        points = torch.arange(count, device=device)[:, None] * step
+        y = (points + spaced(offsets_y, device)).view(count, 1, -1, 1)
+        x = (points + spaced(offsets_x, device)).view(1, count, 1, -1)
+        last = (count - 1) * step
+        reach = cells_reached(s, min(*offsets_y, *offsets_x), last + max(*offsets_y, *offsets_x))
+        return Stencil(reach, cell_number(y // s, x // s, reach), ((y % s) * s + x % s).flatten())
+
+
+def cells_reached(s: int, first: int, last: int) -> int:
+    """How many cells away the places ``first`` to ``last`` lie at most, counted from a cell's own first place."""
+    return max(-(first // s), last // s, 0)
+
+
+def cell_number(y: Tensor, x: Tensor, reach: int) -> Tensor:
+    """Column of :meth:`CellLayout.cells_around` for the cell (y, x) away, flattened."""
+    return ((y + reach) * (2 * reach + 1) + x + reach).flatten()
+
+
+def spaced(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Equally spaced numbers, made on the device: a copy of them from the host would wait for it."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 0
     return torch.arange(len(numbers), device=device) * step + numbers[0]
 
 
-def _mirrored(before: int, size: int, after: int, device: torch.device) -> Tensor:
-    """Places of an axis with its mirrored border: ``-before ... size + after - 1``, folded back into the image."""
-    places = torch.arange(-before, size + after, device=device).abs()
-    return size - 1 - (size - 1 - places).abs()
+def _mirrored(places: Tensor, size: int) -> Tensor:
+    """Places beyond either end of an axis, folded back into 0 ... size - 1."""
+    return size - 1 - (size - 1 - places.abs()).abs()
 
 
 class _SelectRows(torch.autograd.Function):

@@ -290,7 +290,7 @@ def test_kernel_choice() -> None:
     layout = packed.cells
     assert choose_kernel(torch.empty(8, 96, 1, 1), 1, pointwise, layout) == "matmul"
     assert choose_kernel(torch.empty(8, 96, 3, 3), 1, spatial, layout) == "im2col"
-    assert choose_kernel(torch.empty(8, 64, 3, 3), 1, spatial, layout) == "halo"
+    assert choose_kernel(torch.empty(8, 63, 3, 3), 1, spatial, layout) == "halo"
     assert choose_kernel(torch.empty(96, 1, 3, 3), 96, spatial, layout) == "halo"
     # tiles of 10 x 10 for cells of 4 x 4 hold more than three whole maps when every cell is visible, less when 1 of 4 is
     large = _geometry("c", packed, (7, 7), {"stride": 1, "padding": 3, "dilation": 1})
