@@ -10,7 +10,7 @@ downstream/classification/vit-s14_2e_cifar112.py with backbone=dino, or of resne
 epochs.
 
 Sizes: 64 pixels (128 costs four times as much). All labels: 3,000 images twice; 10 %: 300 images sixteen times. Either takes
-about 2 minutes of one slow core; a step with a ViT teacher costs about three times as much.
+about 2 minutes of one slow core; a step with a ViT teacher costs about three times as much. ViT-Tiny: 128 pixels.
 """
 
 _few = dict(label_fraction=0.1, epochs=16, warmup_epochs=1)
@@ -19,6 +19,7 @@ _folder = "downstream/classification/"
 _plain = _folder + "resnet18_10e_cifar128.py"
 _specific = _folder + "resnet18_g2sd_10e_cifar128.py"
 _judge = dict(teacher_checkpoint="{judge}")
+_vit = dict(image_size=128)  # 16 tokens, of 64 pixels, would be too few
 _main, _side = [0, 1, 2], [0]
 
 options = dict(
@@ -53,6 +54,9 @@ _recipes = [
         dict(backbone="{runs}/H-GKD_seed{seed}", teacher_checkpoint="{dino}"),
         _side,
     ),
+    ("ViT-Ti random", _folder + "vit-ti16_10e_cifar128.py", _vit, _side),
+    ("ViT-Ti DMAE", _folder + "vit-ti16_10e_cifar128.py", dict(backbone="{runs}/DMAE_ViT-Ti_seed{seed}", **_vit), _side),
+    ("ViT-Ti G2SD", _folder + "vit-ti16_10e_cifar128.py", dict(backbone="{runs}/G2SD_ViT-Ti_seed{seed}", **_vit), _side),
 ]
 rows = [
     dict(name=f"{name}, {labels} labels", config=config, options=dict(**own, **extra), seeds=seeds)

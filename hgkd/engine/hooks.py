@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,9 @@ class LossAlarmHook(Hook):
             )
 
 
+UNREADABLE = "unreadable_files.txt"
+
+
 @HOOKS.register_module()
 class UnreadableFilesHook(Hook):
     """Lists in ``work_dir/unreadable_files.txt``, at the end of a run, the training images that could not be read."""
@@ -227,11 +230,20 @@ class UnreadableFilesHook(Hook):
     def after_train(self, runner: Runner) -> None:
         dataset: Any = runner.train_loop.dataloader.dataset
         found: list[list[str]] = all_gather_object(dataset.bad_files()) if hasattr(dataset, "bad_files") else []
-        names = sorted(set(chain.from_iterable(found)))
-        if names and is_main_process():
-            path = Path(runner.work_dir) / "unreadable_files.txt"
-            path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", errors="surrogateescape")
-            runner.logger.warning(f"{len(names)} of {len(dataset)} images could not be read; they are listed in {path}")
+        if is_main_process():
+            report_unreadable(runner, chain.from_iterable(found))
+
+
+def report_unreadable(runner: Runner, files: Iterable[str]) -> None:
+    """Name each unreadable training image once in ``work_dir/unreadable_files.txt``, and say how many there are."""
+    names = sorted(set(files))
+    if names:
+        path = Path(runner.work_dir) / UNREADABLE
+        path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", errors="surrogateescape")
+        count = len(runner.train_loop.dataloader.dataset)
+        runner.logger.warning(
+            f"{len(names)} of {count} training images could not be read and were left out; they are listed in {path}"
+        )
 
 
 @HOOKS.register_module()

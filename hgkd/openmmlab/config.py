@@ -14,8 +14,8 @@ from mmengine import registry as roots
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
+from hgkd.engine.hooks import UNREADABLE
 from hgkd.errors import unknown_name_message
-from hgkd.openmmlab.images import REPORT_NAME
 
 SCOPES = ("mmdet", "mmseg")
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -170,7 +170,7 @@ def _dicts(*parts: Any) -> Iterator[dict[str, Any]]:
 
 def skip_unreadable(cfg: Config, work_dir: str) -> None:
     """Let training images be read by ``hgkd.LoadReadableImage``, in place; the names of bad ones go into ``work_dir``."""
-    report = str(Path(work_dir) / REPORT_NAME)
+    report = str(Path(work_dir) / UNREADABLE)
     for dataset in datasets_of(cfg, LOADERS[:1]):
         for step in dataset["pipeline"]:
             if step["type"] == "LoadImageFromFile":

@@ -14,10 +14,9 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from hgkd.engine.hooks import UNREADABLE, report_unreadable
 from hgkd.engine.registries import TRANSFORMS
 from hgkd.registry import HOOKS
-
-REPORT_NAME = "unreadable_files.txt"
 
 
 @TRANSFORMS.register_module()
@@ -57,10 +56,6 @@ class UnreadableImagesHook(Hook):
     """
 
     def after_train(self, runner: Runner) -> None:
-        path = Path(runner.work_dir) / REPORT_NAME
-        if not is_main_process() or not path.is_file():
-            return
-        names = sorted(set(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()))
-        path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", errors="surrogateescape")
-        count = len(runner.train_loop.dataloader.dataset)
-        runner.logger.warning(f"{len(names)} of {count} training images could not be read and were left out; see {path}")
+        path = Path(runner.work_dir) / UNREADABLE
+        if is_main_process() and path.is_file():
+            report_unreadable(runner, path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())

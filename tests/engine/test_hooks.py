@@ -135,7 +135,8 @@ def test_unreadable_files_are_listed_at_the_end(tmp_path, bad):
     assert path.exists() == bool(bad)
     if bad:
         assert path.read_bytes() == b"/data/a.jpg\n/data/b\xff.jpg\n"
-        assert run.logger.warnings == [f"2 of 9 images could not be read; they are listed in {path}"]
+        told = f"2 of 9 training images could not be read and were left out; they are listed in {path}"
+        assert run.logger.warnings == [told]
 
 
 def test_collapse_alarm():
