@@ -1,10 +1,13 @@
-"""1,000 steps of AdamW for a few hundred small images."""
+"""1,000 steps of AdamW for a few hundred small images.
+
+Rate: 2e-4 leaves the head predicting three classes after 360 steps, whatever the backbone (docs/results.md).
+"""
 
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=250)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
-    type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-4, weight_decay=0.05), clip_grad=dict(max_norm=5.0)
+    type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=5.0)
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),

@@ -1,6 +1,7 @@
 """Single operations: random geometry against masked-dense compute, gradients by finite differences, refusals by message."""
 
 from collections import Counter
+from unittest import mock
 
 import pytest
 import timm.layers
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgkd.errors import NoSparseRuleError
-from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, layer_rule, sparsify
+from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, kernels, layer_rule, sparsify
 from hgkd.sparse.kernels import ConvGeometry, choose_kernel, convolve
 from hgkd.sparse.packed import _geometry
 
@@ -152,11 +153,13 @@ def test_paddings_without_a_rule(operation, message: str) -> None:
         operation(packed())
 
 
-@pytest.mark.parametrize("kernel_name", ["im2col", "halo", "map"])
+@pytest.mark.parametrize(
+    ("kernel_name", "slice_elements"), [("im2col", kernels._SLICE_ELEMENTS), ("im2col", 1), ("halo", 1), ("map", 1)]
+)
 @settings(max_examples=25, deadline=None)
 @given(**GRIDS, kernel=st.sampled_from([1, 2, 3, 5, 7]), stride=st.integers(1, 3), factor=st.integers(1, 3))
-def test_every_kernel_on_every_shape(kernel_name, batch, h, w, share, seed, kernel, stride, factor):
-    """The choice of kernel is about speed only."""
+def test_every_kernel_on_every_shape(kernel_name, slice_elements, batch, h, w, share, seed, kernel, stride, factor):
+    """The choice of kernel is about speed only; so is how much of a map is gathered at a time."""
     s_in = stride * factor
     padding = (kernel - 1) // 2
     assume((h * s_in + 2 * padding - kernel) // stride + 1 == h * factor)
@@ -172,6 +175,46 @@ def test_every_kernel_on_every_shape(kernel_name, batch, h, w, share, seed, kern
         given = {"stride": stride, "padding": padding, "dilation": 1}
         geometry = _geometry("conv2d", x, (kernel, kernel), given)
         return x.like(convolve(x.plain, weight, None, 1, geometry, x.cells, kernel_name))
+
+    with mock.patch.object(kernels, "_SLICE_ELEMENTS", slice_elements):
+        compare(conv, layout, x, [weight], 1e-9)
+
+
+def test_cells_around_by_hand() -> None:
+    """Visible cells of a 2 x 3 grid are numbered 0 to 3; 4 is a hidden one, 5 lies outside."""
+    layout = CellLayout(torch.tensor([[[True, False, True], [False, True, True]]]), 2)
+    around = layout.cells_around(1).view(-1, 3, 3).tolist()
+    assert around[0] == [[5, 5, 5], [5, 0, 4], [5, 4, 2]]
+    assert around[3] == [[4, 1, 5], [2, 3, 5], [5, 5, 5]]
+    # the row above each cell's first place: cell 3 sees the lower left place of cell 1, whose rows are 4 to 7
+    assert layout.neighbours(2, 1, 1, (-1,), (0,), outside=1).flatten().tolist() == [17, 17, 16, 6]
+
+
+def test_outputs_of_an_input_by_hand() -> None:
+    """Kernel 3, stride 2, padding 1: an even place is the middle of one window, an odd one the end of two."""
+    geometry = ConvGeometry(4, (3, 3), (2, 2), (1, 1), (1, 1))
+    output, tap, fits = kernels._outputs_of(geometry, 0, torch.device("cpu"))
+    places = torch.stack([output, tap, fits], 2).tolist()
+    found = [[(o, k) for o, k, fit in place if fit] for place in places]
+    assert found == [[(0, 1)], [(1, 0), (0, 2)], [(1, 1)], [(2, 0), (1, 2)]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(**GRIDS, kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), dilation=st.integers(1, 3), stride=st.integers(1, 4))
+def test_input_gradients_of_uneven_windows(batch, h, w, share, seed, kernel, dilation, stride):
+    """Different kernels along the axes, dilated and strided; the padding is what keeps the output on the grid."""
+    s_in = 2 * stride
+    layout = random_layout(seed, batch, h, w, s_in, share)
+    x = torch.randn(batch, 2, h * s_in, w * s_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight = torch.randn(3, 2, *kernel, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    height, width = (max(0, dilation * (k - 1) + 1 - stride) for k in kernel)
+    sides = (width // 2, width - width // 2, height // 2, height - height // 2)
+
+    def conv(x, weight):
+        if isinstance(x, MaskedTensor):
+            return F.conv2d(F.pad(x, sides), weight, stride=stride, dilation=dilation)
+        geometry = ConvGeometry(s_in, kernel, (stride, stride), (sides[2], sides[0]), (dilation, dilation))
+        return x.like(convolve(x.plain, weight, None, 1, geometry, x.cells, "im2col"))
 
     compare(conv, layout, x, [weight], 1e-9)
 
