@@ -15,7 +15,8 @@ A plan is a Python, YAML or JSON file with
 ``{seed}`` is the run's own, so that a run can start from the pretraining of its seed.
 ``--cfg-options`` replaces shared options, e.g. ``limit=300 epochs=1`` for a trial; a row's own stay.
 Every run is a process of its own (``tools/train.py``), with ``--jobs`` of them at a time and the cores shared between them.
-A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison. Results:
+A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison; where one fails, the
+others are finished. Results:
 ``DIR/results.json`` and ``DIR/table.csv`` (every run), ``DIR/table.md`` (mean and deviation over the seeds, commands below) and
 ``DIR/picture.png`` (final results, learning curves).
 """
@@ -307,7 +308,11 @@ def compare(
     values: Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Everything that the module's header says; returns the results of the runs."""
+    """Everything that the module's header says; returns the results of the runs.
+
+    Raises:
+        StoppedError: runs failed; the others were finished and their results written.
+    """
     work_dir = Path(work_dir)
     content = read_plan(plan, values or {})
     content["options"] = {**content.get("options", {}), **(options or {})}
@@ -315,15 +320,34 @@ def compare(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     results: list[dict[str, Any]] = []
     work_dir.mkdir(parents=True, exist_ok=True)
+    failed: list[StoppedError] = []
+
+    def attempt(job: Job) -> dict[str, Any] | StoppedError:
+        try:
+            return run(job, threads)
+        except StoppedError as error:  # hours of the other runs do not depend on it
+            return error
+
     with ThreadPoolExecutor(jobs) as pool:
-        for job, result in zip(todo, pool.map(lambda job: run(job, threads), todo), strict=True):
+        for job, result in zip(todo, pool.map(attempt, todo), strict=True):
+            if isinstance(result, StoppedError):
+                print(f"{job.row} seed {job.seed}: FAILED, {result}", flush=True)
+                failed.append(result)
+                continue
             scores = "  ".join(f"{method} {_value(score):.1f}" for method, score in result["scores"].items())
             print(f"{job.row} seed {job.seed}: {scores}", flush=True)
             results.append(result)
+    if failed and not results:
+        raise failed[0]
     (work_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (work_dir / "table.md").write_text(table_of(results), encoding="utf-8")
     write_csv(results, work_dir / "table.csv")
     write_picture(results, work_dir / "picture.png")
+    if failed:
+        raise StoppedError(
+            f"{len(failed)} of {len(todo)} runs failed: {'; '.join(map(str, failed))}. {work_dir / 'table.md'} has the others; "
+            "the same command tries again what failed"
+        )
     return results
 
 

@@ -191,6 +191,11 @@ def test_a_run_that_fails_names_its_log(tmp_path, monkeypatch, capsys):
     assert tool.main([str(file), "--work-dir", "out", "--set", "data=shapes"]) == 2
     assert "tools/evaluate.py ended with 2; see out/no_seed0/evaluate.log" in capsys.readouterr().err
     assert "resnet_eighteen" in Path("out/no_seed0/evaluate.log").read_text()
+    # the other runs are finished and in the table all the same
+    file = plan_file(tmp_path, [{"name": "no", "backbone": "resnet_eighteen"}, {"name": "yes", "backbone": "test_resnet"}])
+    assert tool.main([str(file), "--work-dir", "out", "--set", "data=shapes"]) == 2
+    assert "1 of 2 runs failed: tools/evaluate.py ended with 2" in capsys.readouterr().err
+    assert [run["row"] for run in json.loads(Path("out/results.json").read_text())] == ["yes"]
     assert tool.main([str(file), "--work-dir", "out", "--set", "data"]) == 2
     assert "--set takes NAME=VALUE, got ['data']" in capsys.readouterr().err
 
