@@ -15,8 +15,8 @@ A plan is a Python, YAML or JSON file with
 ``{seed}`` is the run's own, so that a run can start from the pretraining of its seed.
 ``--cfg-options`` replaces shared options, e.g. ``limit=300 epochs=1`` for a trial; a row's own stay.
 Every run is a process of its own (``tools/train.py``), with ``--jobs`` of them at a time and the cores shared between them.
-A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison; where one fails, the
-others are finished. Results:
+A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison. Where one fails,
+the others are finished. Results:
 ``DIR/results.json`` and ``DIR/table.csv`` (every run), ``DIR/table.md`` (mean and deviation over the seeds, commands below) and
 ``DIR/picture.png`` (final results, learning curves).
 """
