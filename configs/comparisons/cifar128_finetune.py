@@ -18,6 +18,7 @@ _few["train_cfg.val_interval"] = 4
 _folder = "downstream/classification/"
 _plain = _folder + "resnet18_10e_cifar128.py"
 _specific = _folder + "resnet18_g2sd_10e_cifar128.py"
+_tiny = _folder + "vit-ti16_10e_cifar128.py"
 _judge = dict(teacher_checkpoint="{judge}")
 _vit = dict(image_size=128)  # 16 tokens, of 64 pixels, would be too few
 _main, _side = [0, 1, 2], [0]
@@ -54,9 +55,9 @@ _recipes = [
         dict(backbone="{runs}/H-GKD_seed{seed}", teacher_checkpoint="{dino}"),
         _side,
     ),
-    ("ViT-Ti random", _folder + "vit-ti16_10e_cifar128.py", _vit, _side),
-    ("ViT-Ti DMAE", _folder + "vit-ti16_10e_cifar128.py", dict(backbone="{runs}/DMAE_ViT-Ti_seed{seed}", **_vit), _side),
-    ("ViT-Ti G2SD", _folder + "vit-ti16_10e_cifar128.py", dict(backbone="{runs}/G2SD_ViT-Ti_seed{seed}", **_vit), _side),
+    ("ViT-Ti random", _tiny, _vit, _side),
+    ("ViT-Ti DMAE", _tiny, dict(backbone="{runs}/DMAE_ViT-Ti_seed{seed}", **_vit), _side),
+    ("ViT-Ti G2SD", _tiny, dict(backbone="{runs}/G2SD_ViT-Ti_seed{seed}", **_vit), _side),
 ]
 rows = [
     dict(name=f"{name}, {labels} labels", config=config, options=dict(**own, **extra), seeds=seeds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from hgkd.errors import NoSparseRuleError
@@ -66,26 +65,9 @@ def window_geometry(
         ValueError: a cell smaller than the stride, or an output whose size is not input / stride.
         NoSparseRuleError: different strides along the two axes, or a padding that the function cannot continue.
     """
-    padding = given["padding"]
-    padding = padding if isinstance(padding, str) else pair(padding)
-    ceil_mode = bool(given.get("ceil_mode", False))
-    return _window_geometry(
-        what, s_in, size, pair(kernel), pair(given["stride"]), padding, pair(given["dilation"]), ceil_mode, pending
-    )
-
-
-@cache  # a network asks for the same few in every step
-def _window_geometry(
-    what: str,
-    s_in: int,
-    size: tuple[int, int],
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: str | tuple[int, int],
-    dilation: tuple[int, int],
-    ceil_mode: bool,
-    pending: Padding | None,
-) -> ConvGeometry:
+    stride, padding, dilation = given["stride"], given["padding"], given["dilation"]
+    ceil_mode = given.get("ceil_mode", False)
+    kernel, stride, dilation = pair(kernel), pair(stride), pair(dilation)
     if stride[0] != stride[1]:
         raise NoSparseRuleError(f"{what} with strides {stride}: different strides along the axes have no sparse rule")
     if s_in % stride[0]:
@@ -98,7 +80,7 @@ def _window_geometry(
         pad = (total[0] // 2, total[1] // 2)  # torch pads the odd place below and right
         above_and_below = tuple(total)
     else:
-        pad = padding
+        pad = pair(padding)
         above_and_below = (2 * pad[0], 2 * pad[1])
     before, padded = (0, 0), size
     if pending is not None:

@@ -265,7 +265,6 @@ def _input_gradient(grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout
 
 def _transposed_index(geometry: ConvGeometry, layout: CellLayout) -> Tensor:
     """(T*s_in*s_in, taps) numbers ``output row * kh*kw + tap`` of the products that each input row is part of."""
-
     s_out, area = geometry.s_out, geometry.kernel[0] * geometry.kernel[1]
     key, taps = ("transposed", geometry), geometry.most_taps(0) * geometry.most_taps(1)
     return layout.look_up(key, lambda: _transposed_stencil(geometry, layout.device), s_out * s_out * area, taps)

@@ -202,11 +202,10 @@ class CellLayout:
         def find() -> Tensor:
             stencil, none = make(), self.num_cells * size
             index = self.cells_around(stencil.reach)[:, stencil.cell].mul_(size).add_(stencil.value)
-            beyond = index >= none + size if outside else None
-            index.clamp_(max=none)
-            if beyond is not None:
-                index.add_(beyond, alpha=outside)
-            return index.view(-1, taps)
+            found = index.clamp(max=none)
+            if outside:
+                found += outside * (index >= none + size)
+            return found.view(-1, taps)
 
         return self.keep(key, find)
 

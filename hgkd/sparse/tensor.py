@@ -11,7 +11,7 @@ recomputation of activation checkpointing (the non-reentrant kind, torch's recom
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -142,7 +142,7 @@ class SparseTensor(Tensor):
         if func in _METADATA:
             with plain_torch():
                 return func(*args, **kwargs)
-        operands = _sparse_in(args, kwargs)
+        operands = list(_sparse_in((args, tuple(kwargs.values()))))
         owner = operands[0] if operands else None
         rule = type(owner).rules.get(func) if owner is not None else None
         if rule is None:
@@ -172,15 +172,13 @@ def calling_layer() -> str:
     return ""
 
 
-def _sparse_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[SparseTensor]:
-    """The sparse tensors among arguments, and in lists and tuples among them."""
-    found = []
-    for value in (*args, *kwargs.values()):
+def _sparse_in(values: Any) -> Iterator[SparseTensor]:
+    """The sparse tensors among arguments, looking into lists and tuples."""
+    for value in values:
         if isinstance(value, SparseTensor):
-            found.append(value)
+            yield value
         elif isinstance(value, (list, tuple)):
-            found += [item for item in value if isinstance(item, SparseTensor)]
-    return found
+            yield from _sparse_in(value)
 
 
 # --- the table of functions that act on each value by itself -----------------------------------------------------------
