@@ -3,7 +3,8 @@
 Never run here. Source of every number: pengzhiliang/G2SD, SD.sh and main_finetune_dis.py: learning rate 1e-3 for 256 images,
 layer decay 0.75, weight decay 0.05, no stochastic depth, mixup 0.8, CutMix 1.0, erasing 0.25; loss (cross entropy of the
 class head + cross entropy of the distillation head with the teacher's answer) / 2. The rest: _base_/mae.py. Its --enable_nkd
-is, here, ``model.label_weight=0 model.objectives.hard.type=NKD model.objectives.hard.weight=1``.
+(one head) is, here, ``model.classifier.name=vit_small_patch16_224 model.label_weight=0 model.objectives.hard.type=NKD
+model.objectives.hard.weight=1``.
 
 backbone: the last checkpoint of g2sd_mae-b16_vit-s16_300e_imagenet (first stage). teacher_checkpoint:
 mae_finetuned_vit_base.pth.

@@ -27,6 +27,7 @@ from hgkd.data.transforms import as_size
 from hgkd.engine.checkpoints import find_last_checkpoint, known_checkpoints
 from hgkd.engine.weights import load_strict, read_checkpoint, tensors_of
 from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.networks import classifier_heads, is_vit
 from hgkd.students.encoder import STEMS, evaluating, pixel_statistics, use_cifar_stem
 from hgkd.teachers.mae import IMAGENET_DEVIATION, IMAGENET_MEAN, read_mae, sincos_positions
 from hgkd.teachers.naming import to_timm_names
@@ -109,7 +110,7 @@ class ImageClassifier(nn.Module):
         stem: 'cifar' for a ResNet with a 3x3 stride-1 stem.
         two_heads: see the module's header.
         drop_path: rate of stochastic depth, in [0, 1).
-        head_std: deviation of the heads' initial weights, with bias 0 (MAE fine-tunes from 2e-5); None: timm's.
+        head_std: deviation of the class head's initial weights, with bias 0 (MAE fine-tunes from 2e-5); None: timm's.
         backbone: file or export that the network starts from; also a work folder, whose last checkpoint is taken.
             None: timm's random weights.
         normalize: (mean, deviation) of the pixels in [0, 1], RGB; None: the file's, else what timm notes for the name.
@@ -166,9 +167,9 @@ class ImageClassifier(nn.Module):
         if self.distillation_head is not None:
             self.distillation_head.reset_parameters()
         if head_std is not None:
-            for head in self._all_heads():
-                nn.init.trunc_normal_(head.weight, std=head_std)
-                nn.init.zeros_(head.bias)
+            class_head = self._heads()[0]  # the second one keeps timm's, as in G2SD's released code
+            nn.init.trunc_normal_(class_head.weight, std=head_std)
+            nn.init.zeros_(class_head.bias)
         pixels = None if backbone is None else self._start_from(_resolve(backbone), stem)
         mean, deviation = normalize or pixels or pixel_statistics(network)
         self.spec = ClassifierSpec(
@@ -223,11 +224,7 @@ class ImageClassifier(nn.Module):
         return cast("tuple[int, int, int]", tuple(feature.shape[1:]))
 
     def _heads(self) -> tuple[Any, ...]:
-        found = cast(Any, self.network).get_classifier()
-        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
-
-    def _all_heads(self) -> list[Any]:
-        return [*self._heads(), *([] if self.distillation_head is None else [self.distillation_head])]
+        return classifier_heads(self.network)
 
     def head_names(self) -> tuple[str, ...]:
         """Beginnings of the network's entries that belong to its classifier."""
@@ -315,13 +312,6 @@ class ImageClassifier(nn.Module):
             extra = positions.new_zeros(1, prefix - in_file, positions.shape[2])
             positions = torch.cat([positions[:, :in_file], extra, positions[:, in_file:]], 1)
         return {**weights, "pos_embed": positions}
-
-
-def is_vit(name: str) -> bool:
-    """Whether timm's model is a plain ViT: patches, then a row of blocks of equal tokens."""
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, num_classes=0)
-    return all(hasattr(model, part) for part in ("patch_embed", "blocks", "num_prefix_tokens"))
 
 
 def network_state(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:

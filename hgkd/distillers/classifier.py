@@ -145,6 +145,26 @@ class ClassifierTraining(BaseModel):
                     losses[f"{name}_{term}_loss"] = self.weights[name] * value
         return losses
 
+    def check_heads(self) -> None:
+        """Every head must learn, because each counts in the answers.
+
+        Raises:
+            ValueError: one would keep its random weights.
+        """
+        spec = self.classifier.spec
+        kinds = [part for part in self.objectives.values() if part.needs_classes]
+        class_head = self.label_weight > 0.0 or any(part.teaches_class_head for part in kinds)
+        second_head = any(not part.teaches_class_head for part in kinds)
+        if spec.two_heads and not (class_head and second_head):
+            idle, remedy = (
+                ("class", "set label_weight above 0") if second_head else ("second", "add an objective such as HardLabel")
+            )
+            raise ValueError(
+                f"{spec.name} is to be trained with two heads, whose answers are averaged, but nothing trains the {idle} one; "
+                f"{remedy}, or leave the second head out (model.classifier.two_heads=False and a network without a "
+                "distillation token)"
+            )
+
     def set_classes(self, classes: Sequence[str]) -> None:
         """Note the names of the classes, for the checkpoint.
 

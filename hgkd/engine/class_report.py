@@ -28,6 +28,7 @@ class ClassReportHook(Hook):
         model: Any = plain_model(runner)
         classes = _classes(runner.train_dataloader)
         model.set_classes(classes)
+        model.check_heads()
         if runner.val_loop is not None:
             _compare(_classes(runner.val_dataloader), classes, "validation")
 

@@ -15,6 +15,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from hgkd.engine.registries import OPTIM_WRAPPERS
+from hgkd.networks import classifier_heads, is_plain_vit
 from hgkd.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 
@@ -83,9 +84,9 @@ class LayerDecayConstructor(DecayGroupsConstructor):
 
     One constructor for classifiers (CNN and ViT) and for the backbones of detectors and segmentors. Layers and groups are
     timm's (``group_matcher``, ``param_groups_layer_decay``, after BEiT, arXiv 2106.08254): a block is a layer, a trained
-    classifier the last one. Weights decay as with :class:`DecayGroupsConstructor`, but for what timm says must not (class
-    token, positions). Whatever is in no timm network (necks, heads, generators of objectives) gets the full rate. The first
-    group, whose rate is logged, is one of full rate.
+    classifier the last one, with a ViT's last norm and distillation token. Weights decay as with
+    :class:`DecayGroupsConstructor`, but for what timm says must not (class token, positions). Whatever is in no timm network
+    (necks, heads, generators of objectives) gets the full rate. The first group, whose rate is logged, is one of full rate.
 
     Args:
         optim_wrapper_cfg: config of the wrapper, with ``optimizer``, which has ``lr`` and ``weight_decay``.
@@ -155,10 +156,10 @@ class _TrainedLayers:
 
     def __init__(self, network: Any, blocks_per_layer: Sequence[int] | None) -> None:
         self._network = network
-        found = network.get_classifier()  # a module, or two: DeiT's
-        heads = {p for part in (found if isinstance(found, tuple) else (found,)) for p in part.parameters()}
+        heads = {p for part in classifier_heads(network) for p in part.parameters()}
         self._head_names = {name for name, p in network.named_parameters() if p in heads}
-        self.has_head = any(p.requires_grad for p in heads)
+        self._is_vit = is_plain_vit(network)  # whose last norm is in the head's layer
+        self.has_head = self._is_vit or any(p.requires_grad for p in heads)
         self._blocks = None if blocks_per_layer is None else tuple(blocks_per_layer)
         if self._blocks is None:
             return
@@ -166,7 +167,7 @@ class _TrainedLayers:
         if len(stages) != len(self._blocks) or min(self._blocks) < 1:
             raise ValueError(
                 f"blocks_per_layer={self._blocks} needs a number of blocks, 1 or more, for each stage; "
-                f"{type(network).__name__} has {len(stages)} stages"
+                f"{type(network).__name__} has {len(stages)} stages; leave it out (None) to make every block a layer"
             )
         self._first = min(map(int, stages))
 
@@ -175,9 +176,11 @@ class _TrainedLayers:
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """timm's patterns, or a function from a parameter's name to its layer."""
-        return self._network.group_matcher(coarse) if self._blocks is None else self._layer
+        if self._blocks is not None:
+            return self._stage_layer
+        return _vit_layer if self._is_vit else self._network.group_matcher(coarse)
 
-    def _layer(self, name: str) -> tuple[int, ...]:
+    def _stage_layer(self, name: str) -> tuple[int, ...]:
         found = _STAGE.match(name)
         if found is None:  # a norm between the last stage and the classifier counts with the latter, as in SparK and ConvNeXt
             return (2,) if name in self._head_names or name.startswith(("head.", "norm_pre.")) else (0,)
@@ -186,4 +189,17 @@ class _TrainedLayers:
         return 1, stage, int(found["block"] or 0) // self._blocks[stage]
 
 
+def _vit_layer(name: str) -> tuple[int, ...]:
+    """As in BEiT's and MAE's released code: the last norm and a distillation token, new ones often, have the head's rate.
+
+    timm counts the norm with the last block and the token with the stem.
+    """
+    block = _VIT_BLOCK.match(name)
+    if block is not None:
+        return 1, int(block[1])
+    return (0,) if name.startswith(_VIT_STEM) else (2,)
+
+
+_VIT_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_VIT_STEM = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre")
 _STAGE = re.compile(r"(?:layer|stages\.)(?P<stage>\d+)(?:\.blocks)?(?:\.(?P<block>\d+))?")

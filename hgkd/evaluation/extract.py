@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from hgkd.errors import DataError, unknown_name_message
+from hgkd.networks import is_vit
 from hgkd.structures import TeacherNeeds
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
@@ -244,7 +245,7 @@ def _timm(
     settings = {"name": name, "weights": unnamed if file is None else str(file)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if _is_vit(name):
+        if is_vit(name):
             from hgkd.teachers import TimmTeacher
 
             teacher = TimmTeacher(name, checkpoint=file, pretrained=pretrained, allow_random=True)
@@ -268,13 +269,6 @@ def _existing(file: str | os.PathLike[str]) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"weight file {path} does not exist")
     return path
-
-
-def _is_vit(name: str) -> bool:
-    """Whether timm's model is a plain ViT: patches, then a row of blocks of equal tokens."""
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, num_classes=0)
-    return all(hasattr(model, part) for part in ("patch_embed", "blocks", "num_prefix_tokens"))
 
 
 def _is_cnn(name: str) -> bool:

@@ -15,9 +15,11 @@ class LogitObjective(nn.Module):
 
     Attributes:
         needs_classes: the teacher must have the student's classes.
+        teaches_class_head: of a student with two heads the class head learns from the teacher, not the second one.
     """
 
     needs_classes = True
+    teaches_class_head = False
 
     def prepare(self, student: tuple[int, int, int], teacher: tuple[int, int, int]) -> None:
         """Build what depends on the shapes (C, h, w) of both last feature maps; called once, before the optimiser is made."""
@@ -27,5 +29,6 @@ class LogitObjective(nn.Module):
         raise NotImplementedError
 
     def forward(self, student: ClassifierOutput, teacher: ClassifierOutput, targets: Tensor) -> dict[str, Tensor]:
-        """Term -> fp32 scalar; the second head of a student that has two is the one that learns from the teacher."""
-        return {"logits": self.value(student.distilled.float(), teacher.logits.detach().float(), targets)}
+        """Term -> fp32 scalar."""
+        logits = student.logits if self.teaches_class_head else student.distilled
+        return {"logits": self.value(logits.float(), teacher.logits.detach().float(), targets)}

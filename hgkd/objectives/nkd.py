@@ -5,8 +5,9 @@ at temperature T, renormalised to 1:
 
     L = - t_c log s_c - gamma * T^2 * sum_{i != c} N(t)^T_i log N(s)^T_i , mean over images
 
-For a mixed label c is its largest part, as in G2SD's released code. That code renormalises by dividing; a softmax over the
-other classes' logits is the same and cannot divide by zero.
+It holds the label's own term, so it trains the class head, and a student needs no second one: G2SD's released code leaves its
+second head out with NKD. For a mixed label c is its largest part, as there. That code renormalises by dividing; a softmax
+over the other classes' logits is the same and cannot divide by zero.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hgkd.registry import MODELS
 
 @MODELS.register_module()
 class NKD(LogitObjective):
-    """See the module's header. It holds the label's own term, so G2SD uses it alone: ``label_weight=0``.
+    """See the module's header. G2SD uses it without another label loss: ``label_weight=0``.
 
     Args:
         temperature: T, above 0.
@@ -29,6 +30,8 @@ class NKD(LogitObjective):
 
     Term: ``logits``.
     """
+
+    teaches_class_head = True
 
     def __init__(self, temperature: float = 1.0, gamma: float = 1.0) -> None:
         super().__init__()

@@ -63,9 +63,23 @@ def test_erasing_replaces_a_rectangle():
     assert not changed.flatten(1).all(1).any()
 
 
-def test_every_trained_parameter_gets_a_gradient_and_the_teacher_stays_out():
-    mgd = dict(mgd=dict(type="LastMapMGD"))
-    built = model(classifier=dict(name="test_resnet", two_heads=True), teacher=TEACHER, objectives={**HARD, **mgd}).train()
+TWO_HEADS = dict(name="test_resnet", two_heads=True)
+NKD = dict(nkd=dict(type="NKD"))
+MGD = dict(mgd=dict(type="LastMapMGD"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(classifier=TWO_HEADS, objectives={**HARD, **MGD}),
+        dict(classifier=dict(name="deit_tiny_distilled_patch16_224", depth=2, embed_dim=48), objectives=HARD),
+        dict(label_weight=0.0, objectives=NKD),
+        dict(objectives=dict(kd=dict(type="SoftLabel"))),
+    ],
+)
+def test_every_trained_parameter_gets_a_gradient_and_the_teacher_stays_out(options):
+    built = model(teacher=TEACHER, **options).train()
+    built.check_heads()
     inputs, labels = batch()
     sum(built(inputs, mode="loss", label=labels).values()).backward()
     assert all(p.grad is not None for p in built.parameters() if p.requires_grad)
@@ -74,6 +88,21 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_stays_out():
     assert not any(p.grad is not None for p in built.teacher.parameters())
     built.to(torch.float64)  # anything that goes through _apply
     assert next(built.teacher.classifier.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        (dict(), "second"),
+        (dict(teacher=TEACHER, objectives=NKD), "second"),
+        (dict(teacher=TEACHER, objectives=MGD), "second"),
+        (dict(teacher=TEACHER, objectives=HARD, label_weight=0.0), "class"),
+    ],
+)
+def test_a_head_that_nothing_trains_is_refused(options, idle):
+    built = model(classifier=TWO_HEADS, **options)
+    with pytest.raises(ValueError, match=f"two heads, whose answers are averaged, but nothing trains the {idle} one; .*leave"):
+        built.check_heads()
 
 
 def test_predict_says_scores_and_labels():

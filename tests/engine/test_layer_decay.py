@@ -29,11 +29,16 @@ def rates(network, layer_decay=0.5, **options):
     return {name.removeprefix("classifier.network."): values for name, values in found.items()}, wrapper
 
 
-def test_vit_blocks():
-    found, wrapper = rates(timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=2, embed_dim=32, num_heads=2))
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_vit_blocks(name):
+    """The table of MAE's and G2SD's util/lr_decay.py: all but patches, positions, class token and blocks has the full rate."""
+    found, wrapper = rates(timm.create_model(name, num_classes=3, depth=2, embed_dim=32, num_heads=2))
     assert found["head.weight"] == (1.0, 0.1)
     assert found["head.bias"] == (1.0, 0.0)
-    assert found["norm.weight"] == (0.5, 0.0)  # with the last block
+    assert found["norm.weight"] == (1.0, 0.0)
+    if "distilled" in name:
+        assert found["dist_token"] == (1.0, 0.0)
+        assert found["head_dist.weight"] == (1.0, 0.1)
     assert found["blocks.1.mlp.fc1.weight"] == (0.5, 0.1)
     assert found["blocks.0.mlp.fc1.weight"] == (0.25, 0.1)
     assert found["patch_embed.proj.weight"] == (0.125, 0.1)
