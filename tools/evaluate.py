@@ -15,7 +15,6 @@ images' chance; docs/evaluation.md describes everything.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,12 +36,11 @@ from train import train as launch
 
 from hgkd.data import LabelledImages
 from hgkd.errors import USER_ERRORS, DataError
-from hgkd.evaluation import FeatureExtractor, FeatureSet, bootstrap_interval, extract, few_shot, linear_probe, load_extractor
-from hgkd.evaluation.accuracy import per_class_accuracy, percent
+from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, linear_probe, load_extractor
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS
 from hgkd.evaluation.knn import knn_predictions
 from hgkd.evaluation.linear import DEFAULT_GRID
-from hgkd.evaluation.records import append_csv, check_csv, compare_results, list_digest, read_json, write_json
+from hgkd.evaluation.records import CLASSIFIER, append_csv, check_csv, compare_results, make_result, read_json, write_json
 
 METHODS = ("knn", "linear", "fewshot", "finetune")
 RECIPE = Path(__file__).resolve().parents[1] / "downstream/classification/resnet18_10e_cifar128.py"  # for any network
@@ -113,8 +111,6 @@ def evaluate(
         "skipped_images": known.skipped + asked.skipped,
         "extractor": extractor.settings,
     }
-    files = [(queries.path(i), queries.classes[queries.labels[i]]) for i in asked.indices.tolist()]
-    test_list = list_digest((os.path.relpath(path, queries.data_root), name) for path, name in files)
     results: dict[str, dict[str, Any]] = {}
     for method in methods:
         if method == "knn":
@@ -129,24 +125,19 @@ def evaluate(
             options = {"data_root": bank.data_root, "image_size": image_size, "workers": workers, "seed": seed}
             options |= {f"train_dataloader.dataset.{key}": value for key, value in data.items()}
             model = fine_tune(extractor, len(bank.classes), {**options, **(finetune_options or {})})
-            predicted = extract(model, queries, batch_size, workers, device).features.argmax(1)
-            correct = {f"{model.settings['epochs']} epochs": (predicted == asked.labels).numpy()[None]}
-            extra, settings = {"predicted": predicted.tolist()}, {"finetune_options": dict(finetune_options or {})}
-        first = next(iter(correct.values())).mean(axis=0)
-        per_class = per_class_accuracy(first, asked.labels.numpy())
-        scores = {setting: _score(drawn, seed) for setting, drawn in correct.items()}
-        results[method] = {
-            "method": method,
-            "backbone": backbone,
-            **{key: next(iter(scores.values()))[key] for key in ("top1", "ci95")},
-            "per_class": {queries.classes[label]: value for label, value in per_class.items()},
-            "train_images": len(known.labels),
-            "test_images": len(asked.labels),
+            answers = extract(model, queries, batch_size, workers, device)
+            correct, extra, settings = _fine_tuned(answers, model.settings["epochs"], finetune_options or {})
+        results[method] = make_result(
+            method,
+            backbone,
+            correct,
+            queries,
+            asked.indices.tolist(),
+            len(known.labels),
+            {**shared, **settings},
+            seed,
             **extra,
-            "scores": scores,
-            "test_list": test_list,
-            "settings": {**shared, **settings},
-        }
+        )
     return results
 
 
@@ -219,14 +210,10 @@ def _few_shot(known: FeatureSet, asked: FeatureSet, shots: Sequence[int], draws:
     return {f"{count} a class": drawn for count, drawn in correct.items()}, {}, {"draws": draws}
 
 
-def _score(drawn: NDArray[np.bool_], seed: int) -> dict[str, Any]:
-    """Entries of ``scores`` from the outcomes (draws, N)."""
-    correct = drawn.mean(axis=0)
-    score: dict[str, Any] = {"top1": percent(correct), "ci95": list(bootstrap_interval(correct, seed=seed))}
-    if len(drawn) > 1:
-        score["deviation"] = float(100.0 * drawn.mean(axis=1).std(ddof=1))
-        return {**score, "correct": [round(share, 6) for share in correct.tolist()]}
-    return {**score, "correct": drawn[0].astype(int).tolist()}
+def _fine_tuned(logits: FeatureSet, epochs: int, options: Mapping[str, Any]) -> _Found:
+    predicted = logits.features.argmax(1)
+    correct = {CLASSIFIER: (predicted == logits.labels).numpy()[None]}
+    return correct, {"predicted": predicted.tolist()}, {"epochs": epochs, "finetune_options": dict(options)}
 
 
 def table_of(results: dict[str, dict[str, Any]]) -> Table:

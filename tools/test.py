@@ -3,8 +3,11 @@
     python tools/test.py downstream/detection/faster-rcnn_r18_12e_bccd.py work_dirs/bccd/epoch_12.pth --json bccd.json \\
         --cfg-options data_root=~/bccd
 
-The options of the training that change the data or the model are given again. The checkpoint must fit the model entirely. A
-config without test images of its own is tested on those of its validation.
+The options of the training that change the data or the model are given again; a teacher is not needed. The checkpoint must
+fit the model entirely. A config without test images of its own is tested on those of its validation.
+
+``--json`` of a classifier is what tools/evaluate.py writes, the outcome of every image included, so that 'tools/evaluate.py
+compare' takes it; of a detector or segmentor, the metrics.
 """
 
 from __future__ import annotations
@@ -18,12 +21,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import DictAction
+import numpy as np
+from mmengine.config import Config, DictAction
+from mmengine.dist import is_main_process
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from train import USER_ERRORS, load_config
 
+from hgkd.engine.checkpoints import read_run_checkpoint
+from hgkd.engine.hooks import plain_model
+from hgkd.evaluation import ClassificationMetric
+from hgkd.evaluation.records import CLASSIFIER, append_csv, check_csv, make_result, write_json
 from hgkd.registry import RUNNERS
 
 
@@ -33,6 +42,8 @@ def run_test(
     work_dir: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
     launcher: str = "none",
+    json_file: str | os.PathLike[str] | None = None,
+    csv_file: str | os.PathLike[str] | None = None,
 ) -> dict[str, float]:
     """Run the config's test loop on a checkpoint.
 
@@ -40,6 +51,7 @@ def run_test(
         config, options, launcher: as for training.
         checkpoint: of that config's model.
         work_dir: folder for the log; None: a temporary one.
+        json_file, csv_file: see the module's header; the CSV grows by a line, a classifier's only.
 
     Returns:
         name of a metric -> value, as the config's evaluator gives them (e.g. 'coco/bbox_mAP', 'mIoU').
@@ -64,8 +76,52 @@ def run_test(
         cfg.update(train_dataloader=None, train_cfg=None, optim_wrapper=None, param_scheduler=None)
         cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
         cfg.load_from = str(checkpoint)
-        metrics: dict[str, float] = RUNNERS.build(cfg).test()
-    return {name: float(value) for name, value in metrics.items()}
+        if cfg.model.type == "ClassifierTraining":
+            _without_teacher(cfg)
+        elif csv_file is not None:
+            raise ValueError(f"--csv={csv_file} takes classifiers; of a {cfg.model.type} write --json")
+        if csv_file is not None:
+            check_csv(csv_file)
+        runner = RUNNERS.build(cfg)
+        metrics = {name: float(value) for name, value in runner.test().items()}
+        if not is_main_process():
+            return metrics
+        if cfg.model.type != "ClassifierTraining":
+            if json_file is not None:
+                Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            return metrics
+        results = {"finetune": classifier_result(runner, checkpoint, metrics)}
+        if json_file is not None:
+            write_json(results, json_file)
+        if csv_file is not None:
+            append_csv(results, csv_file)
+        return metrics
+
+
+def _without_teacher(cfg: Config) -> None:
+    """Leave out of a classifier's config what only its training needs, in place."""
+    cfg.model.update(teacher=None, objectives=None, label_weight=1.0)
+    cfg.model.classifier.update(backbone=None)
+
+
+def classifier_result(runner: Any, checkpoint: str | os.PathLike[str], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The result of a tested classifier as :mod:`hgkd.evaluation.records` has it."""
+    metric = next(part for part in runner.test_loop.evaluator.metrics if isinstance(part, ClassificationMetric))
+    images = runner.test_dataloader.dataset
+    indices, predicted = list(metric.answers), list(metric.answers.values())
+    correct = np.asarray(predicted) == np.asarray(images.labels)[indices]
+    spec = plain_model(runner).classifier.spec
+    settings = {
+        "image_size": spec.image_size,
+        "train": None,  # the checkpoint does not say
+        "test": images.data_root,
+        "seed": 0,
+        "epochs": read_run_checkpoint(checkpoint)["meta"]["epoch"],
+        "extractor": {"kind": "classifier", "name": spec.name, "weights": os.fspath(checkpoint)},
+    }
+    extra = {"predicted": predicted, "metrics": dict(metrics)}
+    by_setting = {CLASSIFIER: correct[None]}
+    return make_result("finetune", os.fspath(checkpoint), by_setting, images, indices, None, settings, **extra)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,19 +129,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="the config that trained it")
     parser.add_argument("checkpoint", help="its checkpoint")
     parser.add_argument("--work-dir", help="folder for log and reports (a temporary one)")
-    parser.add_argument("--json", metavar="FILE", help="write the metrics to this file")
+    parser.add_argument("--json", metavar="FILE", help="write the result to this file")
+    parser.add_argument("--csv", metavar="FILE", help="append a classifier's line to this file, as tools/evaluate.py does")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
-        metrics = run_test(args.config, args.checkpoint, args.work_dir, args.cfg_options, args.launcher)
+        metrics = run_test(args.config, args.checkpoint, args.work_dir, args.cfg_options, args.launcher, args.json, args.csv)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        Path(args.json).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4g}")
     return 0

@@ -10,6 +10,7 @@ feature. Both heads' logits are averaged when the network is used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -154,7 +155,15 @@ class ImageClassifier(nn.Module):
         size = as_size(image_size)
         kwargs = {"drop_path_rate": drop_path, **kwargs} if drop_path else dict(kwargs)
         sized: dict[str, Any] = {"img_size": size} if is_vit(name) else {}
-        network: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **sized, **kwargs)
+        try:
+            network: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **sized, **kwargs)
+        except TypeError as error:  # timm hands on what a network does not know
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None:
+                raise
+            option = "drop_path" if unknown[1] == "drop_path_rate" else unknown[1]
+            remedy = "set model.classifier.drop_path=0" if option == "drop_path" else "leave it out"
+            raise ValueError(f"timm's {name} takes no {option}={kwargs.get(unknown[1])!r}; {remedy}") from error
         if stem == "cifar":
             use_cifar_stem(network, name)
         self.network = network

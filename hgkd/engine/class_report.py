@@ -19,10 +19,17 @@ from hgkd.registry import HOOKS
 class ClassReportHook(Hook):
     """Compares the classes of images, model and teacher, and writes ``work_dir/per_class.json`` and ``confusion.png``.
 
-    Both are of the last validation, or of a test.
+    Both are of the last validation, or of a test. A test's classes are compared with those that the checkpoint names.
     """
 
     priority = "VERY_HIGH"  # what does not fit is told before anything else starts
+
+    def __init__(self) -> None:
+        self._in_file: Sequence[str] = ()
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        hgkd = (checkpoint.get("meta") or {}).get("hgkd") or {}
+        self._in_file = (hgkd.get("classifier") or {}).get("classes") or ()
 
     def before_train(self, runner: Runner) -> None:
         model: Any = plain_model(runner)
@@ -30,11 +37,14 @@ class ClassReportHook(Hook):
         model.set_classes(classes)
         model.check_heads()
         if runner.val_loop is not None:
-            _compare(_classes(runner.val_dataloader), classes, "validation")
+            _compare("the validation images", _classes(runner.val_dataloader), "the training images", classes)
 
     def before_test(self, runner: Runner) -> None:
         model: Any = plain_model(runner)
-        model.set_classes(_classes(runner.test_dataloader))
+        classes = _classes(runner.test_dataloader)
+        if self._in_file:
+            _compare("the test images", classes, "the checkpoint", self._in_file)
+        model.set_classes(classes)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._write(runner, runner.val_loop)
@@ -54,10 +64,10 @@ def _classes(loader: Any) -> Sequence[str]:
     return tuple(loader.dataset.metainfo["classes"])
 
 
-def _compare(found: Sequence[str], expected: Sequence[str], what: str) -> None:
-    if found != expected:
+def _compare(what: str, found: Sequence[str], other: str, expected: Sequence[str]) -> None:
+    if tuple(found) != tuple(expected):
         differ = sorted(set(found) ^ set(expected))[:5]
         raise ValueError(
-            f"the classes of the {what} images ({len(found)}) are not those of the training images ({len(expected)}), e.g. "
-            f"{', '.join(differ)}; the folders must have the same names"
+            f"the classes of {what} ({len(found)}) are not those of {other} ({len(expected)}), e.g. {', '.join(differ)}; the "
+            "folders must have the same names"
         )

@@ -165,7 +165,9 @@ class DistillRunner(Runner):
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model: Any = plain_model(self)
         try:
-            load_strict(model, checkpoint["state_dict"], source=str(filename))
+            # a test has no objectives, whose trained parts are in the checkpoint
+            unused = ("objectives.",) if self._train_loop is None else ()
+            load_strict(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
         except WeightsError as error:
             own = _what(model.meta()) if hasattr(model, "meta") else f"a {type(model).__name__}"
             raise WeightsError(

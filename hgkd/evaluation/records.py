@@ -15,18 +15,21 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hgkd.evaluation.accuracy import PairedTest, paired_test
+from hgkd.data import LabelledImages
+from hgkd.evaluation.accuracy import PairedTest, bootstrap_interval, paired_test, per_class_accuracy, percent
 
 if sys.platform != "win32":
     import fcntl
 
+CLASSIFIER = "classifier"  # the setting of a fine-tuned network: its own answers
 Results = Mapping[str, Mapping[str, Any]]  # method -> result
 
 CSV_COLUMNS = (
@@ -47,7 +50,69 @@ CSV_COLUMNS = (
     "ci95_high",
 )
 _NUMBERS = re.compile(r"\[\s+([-+.\deE]+(?:,\s+[-+.\deE]+)*)\s+\]")
-_SETUP = ("image_size", "train", "limit_per_class", "temperature", "standardise", "c_grid", "draws", "finetune_options")
+_SETUP = (
+    "image_size",
+    "train",
+    "limit_per_class",
+    "temperature",
+    "standardise",
+    "c_grid",
+    "draws",
+    "epochs",
+    "finetune_options",
+)
+
+
+def make_result(
+    method: str,
+    backbone: str,
+    correct: Mapping[str, NDArray[np.bool_]],
+    images: LabelledImages,
+    indices: Sequence[int],
+    train_images: int | None,
+    settings: Mapping[str, Any],
+    seed: int = 0,
+    **extra: Any,
+) -> dict[str, Any]:
+    """The result of one method, see the module's header.
+
+    Args:
+        method: 'knn', 'linear', 'fewshot' or 'finetune'.
+        backbone: what was measured.
+        correct: setting -> whether each of N test images is right, in each of the draws (draws, N).
+        images: the test images' data set.
+        indices: places of the N images in it.
+        train_images: how many were learnt from; None: not known.
+        settings: of the measurement.
+        seed: of the bootstrap.
+        extra: further entries.
+    """
+    labels = np.asarray(images.labels)[list(indices)]
+    files = [(images.path(i), images.classes[label]) for i, label in zip(indices, labels.tolist(), strict=True)]
+    per_class = per_class_accuracy(next(iter(correct.values())).mean(axis=0), labels)
+    scores = {setting: _score(drawn, seed) for setting, drawn in correct.items()}
+    return {
+        "method": method,
+        "backbone": backbone,
+        **{key: next(iter(scores.values()))[key] for key in ("top1", "ci95")},
+        "per_class": {images.classes[label]: value for label, value in per_class.items()},
+        "train_images": train_images,
+        "test_images": len(labels),
+        **extra,
+        "scores": scores,
+        "test_list": list_digest((os.path.relpath(path, images.data_root), name) for path, name in files),
+        "settings": dict(settings),
+    }
+
+
+def _score(drawn: NDArray[np.bool_], seed: int) -> dict[str, Any]:
+    """An entry of ``scores`` from the outcomes (draws, N)."""
+    correct = drawn.mean(axis=0)
+    score: dict[str, Any] = {"top1": percent(correct), "ci95": list(bootstrap_interval(correct, seed=seed))}
+    if len(drawn) > 1:
+        score["deviation"] = float(100.0 * drawn.mean(axis=1).std(ddof=1))
+        return {**score, "correct": [round(share, 6) for share in correct.tolist()]}
+    return {**score, "correct": drawn[0].astype(int).tolist()}
 
 
 def list_digest(images: Iterable[tuple[str, str]]) -> str:
@@ -84,7 +149,8 @@ def read_json(file: str | os.PathLike[str]) -> Results:
             _ = result["test_list"], result["settings"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{path} holds no results with an outcome for every test image; write it anew with tools/evaluate.py --json"
+            f"{path} holds no results with an outcome for every test image; write it anew with tools/evaluate.py or "
+            "tools/test.py --json"
         ) from None
     return dict(found)
 

@@ -80,6 +80,13 @@ def test_the_class_head_starts_where_it_is_told():
     assert model.distillation_head.weight.abs().max() > 1e-2  # timm's, as in G2SD's released code
 
 
+def test_what_a_network_does_not_take_is_named():
+    with pytest.raises(ValueError, match=r"timm's densenet121 takes no drop_path=0\.1; set model\.classifier\.drop_path=0"):
+        ImageClassifier("densenet121", 3, drop_path=0.1)
+    with pytest.raises(ValueError, match="timm's test_resnet takes no colour='red'; leave it out"):
+        ImageClassifier("test_resnet", 3, colour="red")
+
+
 def backbone_of(model):
     return {key: value for key, value in model.network.state_dict().items() if not key.startswith(model.head_names())}
 

@@ -200,13 +200,13 @@ def test_fine_tuning_is_the_launchers_and_is_compared_like_the_others(
         assert run(squares, *start, "--json", f"{squares}/{name}.json", "--csv", f"{squares}/all.csv", *options) == 0
     found = json.loads((squares / "a.json").read_text())
     assert found["top1"] == 100  # three colours
-    assert list(found["scores"]) == ["12 epochs"]
+    assert (list(found["scores"]), found["settings"]["epochs"]) == (["classifier"], 12)
     assert found == json.loads((squares / "b.json").read_text())  # the seed is the training's, too
     config, given = launched[0]
     assert (config, given["backbone"], given["num_classes"]) == (evaluate.RECIPE, str(weights), 3)
     assert len((squares / "all.csv").read_text().splitlines()) == 3
     assert evaluate.main(["compare", f"{squares}/a.json", f"{squares}/b.json"]) == 0
-    assert "12 epochs" in capsys.readouterr().out
+    assert "classifier" in capsys.readouterr().out
 
 
 def test_fine_tuning_a_mae_file_needs_the_networks_name() -> None:

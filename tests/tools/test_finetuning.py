@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def backbone(images, tmp_path_factory):
 def finetuned(images, backbone, tmp_path_factory):
     """A run from that backbone with everything that is random switched on, and its folder."""
     work_dir = tmp_path_factory.mktemp("finetuned")
-    options = small(images, backbone=str(backbone), **{"optim_wrapper.paramwise_cfg": {"layer_decay": 0.8}})
+    options = small(images, backbone=str(backbone))
     return train_tool.train(AUGMENTED, work_dir, options=options), work_dir
 
 
@@ -96,6 +97,55 @@ def test_the_backbone_is_where_training_starts(images, backbone):
     assert set(own) - set(expected) == {"fc.weight", "fc.bias"}
 
 
+def test_tested_runs_take_the_paired_test(finetuned, images, tmp_path, capsys):
+    checkpoint = str(finetuned[1] / "epoch_2.pth")
+    evaluate_tool = load_tool("evaluate")
+    options = ["--cfg-options", *(f"{key}={value}" for key, value in small(images).items())]
+    for name in ("a", "b"):
+        files = ["--json", str(tmp_path / f"{name}.json"), "--csv", str(tmp_path / "all.csv")]
+        assert test_tool.main([str(AUGMENTED), checkpoint, *files, *options]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["method"] == "finetune"
+    assert found["top1"] == found["metrics"]["accuracy/top1"] == 100 * sum(found["scores"]["classifier"]["correct"]) / 16
+    assert found["top1"] == pytest.approx(sum(found["per_class"].values()) / 2)
+    assert (found["settings"]["epochs"], found["settings"]["extractor"]["weights"]) == (2, checkpoint)
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 3
+    assert evaluate_tool.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    assert "+0.0" in capsys.readouterr().out
+
+
+def test_other_classes_than_the_checkpoints_are_refused(finetuned, images, tmp_path):
+    other = tmp_path / "images"
+    shutil.copytree(images, other)
+    (other / "a").rename(other / "z")
+    checkpoint = finetuned[1] / "epoch_2.pth"
+    with pytest.raises(ValueError, match=r"classes of the test images \(2\) are not those of the checkpoint \(2\), e.g. a, z;"):
+        test_tool.run_test(AUGMENTED, checkpoint, options=small(images, val_root=str(other)))
+    shutil.rmtree(other / "z")
+    with pytest.raises(ValueError, match=r"classes of the test images \(1\) are not those of the checkpoint \(2\), e.g. a;"):
+        test_tool.run_test(AUGMENTED, checkpoint, options=small(images, val_root=str(other)))
+
+
+def test_a_distilled_classifier_is_tested_without_its_teacher(finetuned, images, tmp_path):
+    taught = small(images, epochs=1, warmup_epochs=0, teacher_checkpoint=str(finetuned[1]))
+    taught |= {"model.teacher": dict(type="ClassifierTeacher"), "model.objectives": dict(mgd=dict(type="LastMapMGD"))}
+    taught["model.teacher"]["checkpoint"] = taught.pop("teacher_checkpoint")
+    runner = train_tool.train(BASELINE, tmp_path / "taught", options=taught)
+    assert any(key.startswith("objectives.") for key in runner.model.state_dict())
+    recipe = FOLDER / "resnet18_mgd_10e_cifar128.py"  # which has a teacher without weights
+    metrics = test_tool.run_test(recipe, tmp_path / "taught/epoch_1.pth", options=small(images))
+    assert 0.0 <= metrics["accuracy/top1"] <= 100.0
+
+
+@pytest.mark.parametrize("student", ["test_efficientnet", "test_vit", "test_convnext"])
+def test_the_recipe_for_folders_takes_other_networks(student, images, tmp_path):
+    options = small(images, student=student, image_size=160 if student == "test_vit" else 64)
+    runner = train_tool.RUNNERS.build(train_tool.load_config(AUGMENTED, tmp_path, options=options))
+    wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    rates = [group["lr"] for group in wrapper.param_groups]
+    assert rates[0] == max(rates) > min(rates)
+
+
 class Killed(BaseException):
     """Stands for kill -9."""
 
@@ -109,7 +159,7 @@ class KillAt(Hook):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(finetuned, images, backbone, tmp_path):
-    options = small(images, backbone=str(backbone), **{"optim_wrapper.paramwise_cfg": {"layer_decay": 0.8}})
+    options = small(images, backbone=str(backbone))
     options |= {"default_hooks.checkpoint.every_steps": 1, "default_hooks.checkpoint.every_minutes": None}
     runner = train_tool.RUNNERS.build(train_tool.load_config(AUGMENTED, tmp_path, options=options))
     runner.register_hook(KillAt())
@@ -202,6 +252,6 @@ def test_a_test_of_another_model_is_refused_and_says_what_the_file_is(finetuned,
     arguments = [f"{key}={value}" for key, value in small(images).items()]
     assert test_tool.main([str(BASELINE), str(best), "--json", "out.json", "--cfg-options", *arguments]) == 0
     with open("out.json") as file:
-        assert json.load(file)["accuracy/top5"] == 100.0
+        assert json.load(file)["metrics"]["accuracy/top5"] == 100.0
     with pytest.raises(ValueError, match=r"set val_root|val_root=DIR"):
         test_tool.run_test(BASELINE, best, options=small(images, val_root=None))
