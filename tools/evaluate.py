@@ -37,7 +37,7 @@ from train import train as launch
 from hgkd.data import LabelledImages
 from hgkd.errors import USER_ERRORS, DataError
 from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, linear_probe, load_extractor
-from hgkd.evaluation.fewshot import DEFAULT_SHOTS
+from hgkd.evaluation.fewshot import DEFAULT_SHOTS, check_shots
 from hgkd.evaluation.knn import knn_predictions
 from hgkd.evaluation.linear import DEFAULT_GRID
 from hgkd.evaluation.records import CLASSIFIER, append_csv, check_csv, compare_results, make_result, read_json, write_json
@@ -97,6 +97,9 @@ def evaluate(
         raise DataError(f"{train} and {test} must have the same classes; {only[:5]} are in one of them only")
     if "knn" in methods and not 1 <= min(ks) <= max(ks) <= len(bank):
         raise ValueError(f"k must lie in 1 .. {len(bank)}, the number of training images, got {list(ks)}")
+
+    if "fewshot" in methods:
+        check_shots(shots, bank.labels)
 
     extractor = load_extractor(backbone, checkpoint, block, pretrained=pretrained, seed=seed)
     known, asked = (extract(extractor, part, batch_size, workers, device) for part in (bank, queries))

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from train import USER_ERRORS, load_config
 
-from hgkd.engine.checkpoints import read_run_checkpoint
+from hgkd.engine.checkpoints import checkpoint_file, read_run_checkpoint
 from hgkd.engine.hooks import plain_model
 from hgkd.evaluation import ClassificationMetric
 from hgkd.evaluation.records import CLASSIFIER, append_csv, check_csv, make_result, write_json
@@ -49,7 +49,7 @@ def run_test(
 
     Args:
         config, options, launcher: as for training.
-        checkpoint: of that config's model.
+        checkpoint: of that config's model; of a work folder the last.
         work_dir: folder for the log; None: a temporary one.
         json_file, csv_file: see the module's header; the CSV grows by a line, a classifier's only.
 
@@ -60,7 +60,8 @@ def run_test(
         FileNotFoundError: no such checkpoint, or files of the data are missing.
         ValueError: the checkpoint is of another model, or the config has nothing to test.
     """
-    if not Path(checkpoint).is_file():
+    checkpoint = checkpoint_file(checkpoint)
+    if not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint does not exist: {checkpoint}")
     with tempfile.TemporaryDirectory(prefix="hgkd-test-") as folder:
         cfg = load_config(config, work_dir or folder, False, False, options, launcher)

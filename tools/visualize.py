@@ -2,12 +2,14 @@
 
     python tools/visualize.py pca            --backbone B --images PATH ... --out DIR [--level -2 -1]
     python tools/visualize.py attention      --backbone B --images PATH ... --out DIR [--level -1]
+    python tools/visualize.py cam            --checkpoint FILE --images PATH ... --out DIR [--class NAME]
     python tools/visualize.py neighbours     --backbone B --images PATH ... --out DIR --bank FOLDER [--k 5]
     python tools/visualize.py reconstruction --checkpoint FILE --images PATH ... --out DIR [--mask-ratio 0.6]
     python tools/visualize.py predictions    --config FILE --checkpoint FILE --images PATH ... --out DIR
 
-A backbone is what tools/evaluate.py takes: a checkpoint, an export, a timm name, mae:FILE. Images are files or folders.
-DIR/<name>.png is written, and DIR/report.html shows all pictures of DIR, so several calls fill one page.
+A backbone is what tools/evaluate.py takes: a checkpoint, an export, a timm name, mae:FILE; cam takes a fine-tuned classifier.
+Images are files or folders. DIR/<name>.png is written, and DIR/pictures.html shows all pictures of DIR, so several calls fill
+one page.
 """
 
 from __future__ import annotations
@@ -17,10 +19,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mmengine.device import get_device
+from torch import Tensor
+
+from hgkd.classifiers import load_classifier
+from hgkd.errors import USER_ERRORS
 from hgkd.evaluation import FeatureExtractor, extract, load_extractor
 from hgkd.evaluation.visualization import (
+    PAGE,
     ImageFiles,
     attention_columns,
+    class_columns,
     find_files,
     load_reconstructor,
     neighbour_columns,
@@ -34,20 +43,33 @@ from hgkd.evaluation.visualization import (
 
 def pca(args: argparse.Namespace) -> Path:
     files = find_files(args.images, args.limit)
-    columns = pca_columns(_extractor(args), read_images(files, args.image_size) / 255, args.level)
+    columns = pca_columns(_extractor(args), _images(files, args.image_size, args.device), args.level)
     caption = f"{_who(args)}: main directions of the features as colours; {_which(files)}"
     return save_picture(columns, args.out, args.name, caption)
 
 
 def attention(args: argparse.Namespace) -> Path:
     files, extractor = find_files(args.images, args.limit), _extractor(args)
-    columns = attention_columns(extractor, read_images(files, args.image_size) / 255, args.level)
+    columns = attention_columns(extractor, _images(files, args.image_size, args.device), args.level)
     return save_picture(columns, args.out, args.name, f"{_who(args)}: {extractor.attention_name}; {_which(files)}")
+
+
+def cam(args: argparse.Namespace) -> Path:
+    files, classifier = find_files(args.images, args.limit), load_classifier(args.checkpoint).to(args.device)
+    size = args.image_size or classifier.spec.image_size
+    columns, names = class_columns(classifier, _images(files, size, args.device), args.class_name)
+    caption = f"{args.checkpoint}: Grad-CAM of {', '.join(dict.fromkeys(names))}; {_which(files)}"
+    for file, name in zip(files, names, strict=True):
+        print(f"{file}: {name}")
+    return save_picture(columns, args.out, args.name, caption)
 
 
 def neighbours(args: argparse.Namespace) -> Path:
     files, bank, extractor = find_files(args.images, args.limit), find_files([args.bank]), _extractor(args)
-    known, asked = (extract(extractor, ImageFiles(part, args.image_size), args.batch_size) for part in (bank, files))
+    known, asked = (
+        extract(extractor, ImageFiles(part, args.image_size), args.batch_size, args.workers, args.device)
+        for part in (bank, files)
+    )
     columns, found = neighbour_columns(asked, files, known, bank, args.image_size, args.k)
     for file, row in zip(files, found, strict=True):
         print(f"{file}: " + ", ".join(f"{path} ({cosine:.2f})" for path, cosine in row))
@@ -78,7 +100,11 @@ def predictions(args: argparse.Namespace) -> Path:
 
 
 def _extractor(args: argparse.Namespace) -> FeatureExtractor:
-    return load_extractor(args.backbone, args.checkpoint, pretrained=args.pretrained)
+    return load_extractor(args.backbone, args.checkpoint, pretrained=args.pretrained).to(args.device)
+
+
+def _images(files: Sequence[Path], image_size: int | Sequence[int], device: str) -> Tensor:
+    return read_images(files, image_size).to(device) / 255
 
 
 def _who(args: argparse.Namespace) -> str:
@@ -99,7 +125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sub.set_defaults(draw=draw)
         sub.add_argument("--images", nargs="+", required=True, metavar="PATH", help="files, or folders searched at any depth")
         sub.add_argument("--limit", type=int, default=8, help="only so many images")
-        sub.add_argument("--out", required=True, metavar="DIR", help="folder of the picture and of report.html")
+        sub.add_argument("--out", required=True, metavar="DIR", help=f"folder of the picture and of {PAGE}")
         if name != "predictions":
             sub.add_argument("--name", default=name, help=f"the picture's name ({name})")
         if backbone:
@@ -107,6 +133,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--checkpoint", help="weight file for a timm name, loaded strictly")
             sub.add_argument("--pretrained", action="store_true", help="let timm download its weights")
             sub.add_argument("--image-size", type=int, default=224, help="pixels of the centre crop")
+            sub.add_argument("--device", default=get_device(), help="cpu, cuda, cuda:1, ...")
         return sub
 
     for draw, text in ((pca, "features as colours"), (attention, "where the network looks")):
@@ -118,10 +145,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             default=[None],
             help="CNN: 0 = the finest level; ViT: the block, 0 = the first; negative ones count from the end (the last)",
         )
+    sub = command(cam, "what speaks for a classifier's answer (Grad-CAM)", backbone=False)
+    sub.add_argument("--checkpoint", required=True, help="of a fine-tuned classifier, or its work folder")
+    sub.add_argument("--class", dest="class_name", metavar="NAME", help="a class (each image's own answer)")
+    sub.add_argument("--image-size", type=int, help="pixels of the centre crop (that of the training)")
+    sub.add_argument("--device", default=get_device(), help="cpu, cuda, cuda:1, ...")
     sub = command(neighbours, "which images are alike")
     sub.add_argument("--bank", required=True, metavar="FOLDER", help="images among which neighbours are sought")
     sub.add_argument("--k", type=int, default=5, help="neighbours of each image")
     sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--workers", type=int, default=2, help="processes that read images")
     sub = command(reconstruction, "what a masked model makes of hidden places", backbone=False)
     sub.add_argument("--checkpoint", required=True, help="of a run with PixelReconstruction or MAEPretraining, or a MAE file")
     sub.add_argument("--mask-ratio", type=float, help="share of hidden cells (that of the training)")
@@ -139,10 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.limit < 1:
             raise ValueError(f"--limit must be 1 or more, got {args.limit}")
         path = args.draw(args)
-    except (ValueError, FileNotFoundError) as error:
+    except USER_ERRORS as error:
         print(f"visualize: {error}", file=sys.stderr)
         return 2
-    print(f"{path}, page {Path(args.out) / 'report.html'}")
+    print(f"{path}, page {Path(args.out) / PAGE}")
     return 0
 
 

@@ -25,7 +25,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.engine.checkpoints import find_last_checkpoint, known_checkpoints
+from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.engine.weights import load_strict, read_checkpoint, tensors_of
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.networks import classifier_heads, is_vit
@@ -179,7 +179,7 @@ class ImageClassifier(nn.Module):
             class_head = self._heads()[0]  # the second one keeps timm's, as in G2SD's released code
             nn.init.trunc_normal_(class_head.weight, std=head_std)
             nn.init.zeros_(class_head.bias)
-        pixels = None if backbone is None else self._start_from(_resolve(backbone), stem)
+        pixels = None if backbone is None else self._start_from(checkpoint_file(backbone), stem)
         mean, deviation = normalize or pixels or pixel_statistics(network)
         self.spec = ClassifierSpec(
             name, num_classes, size, stem, two_heads, kwargs, tuple(map(float, mean)), tuple(map(float, deviation))
@@ -212,13 +212,48 @@ class ImageClassifier(nn.Module):
         """Logits and the last feature map of normalised images (B, 3, H, W)."""
         network: Any = self.network
         features = network.forward_features(inputs)
+        return ClassifierOutput(*self._answers(features), self._map(features, inputs))
+
+    def _answers(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of both heads, the same twice where there is one."""
+        network: Any = self.network
         if self.has_token:
-            heads = network.forward_head(features) if self.training else _both_tokens(network, features)
-        else:
-            pooled = network.forward_head(features, pre_logits=True)
-            logits = self._heads()[0](pooled)
-            heads = (logits, logits if self.distillation_head is None else self.distillation_head(pooled))
-        return ClassifierOutput(heads[0], heads[1], self._map(features, inputs))
+            return network.forward_head(features) if self.training else _both_tokens(network, features)
+        pooled = network.forward_head(features, pre_logits=True)
+        logits = self._heads()[0](pooled)
+        return logits, logits if self.distillation_head is None else self.distillation_head(pooled)
+
+    def class_activation(self, inputs: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Grad-CAM (arXiv 1610.02391, eq. 1 and 2) on the last feature map: which places speak for a class.
+
+        With mean pooling and one linear layer it is CAM (arXiv 1512.04150) but for a factor.
+
+        Args:
+            inputs: normalised images (B, 3, H, W).
+            classes: index of a class for each image (B,); None: the network's answers.
+
+        Returns:
+            Maps (B, h, w), 0 or more, and the classes.
+
+        Raises:
+            ValueError: a ViT that answers from its class token alone, of which the last patch tokens know nothing.
+        """
+        network: Any = self.network
+        with torch.no_grad():
+            features = network.forward_features(inputs)
+        with torch.enable_grad():
+            features.requires_grad_()
+            logits = torch.stack(self._answers(features)).mean(0)
+            classes = logits.argmax(1) if classes is None else classes
+            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), features)
+        gradient = self._map(gradient, inputs)
+        if not gradient.any():
+            raise ValueError(
+                f"{self.spec.name} answers from its class token alone, so its patches have no class activation; show its "
+                "attention instead, or fine-tune with model.classifier.global_pool=avg"
+            )
+        weights = gradient.mean(dim=(2, 3), keepdim=True)
+        return (weights * self._map(features.detach(), inputs)).sum(dim=1).relu(), classes
 
     def predict(self, inputs: Tensor) -> Tensor:
         """The logits (B, K) that count when the network is used: the heads' mean."""
@@ -345,7 +380,7 @@ def load_classifier(path: str | Path, image_size: int | Sequence[int] | None = N
     Raises:
         FileNotFoundError, WeightsError: absent, damaged, or no fine-tuned classifier.
     """
-    path = _resolve(path)
+    path = checkpoint_file(path)
     content = read_checkpoint(path)
     spec = ClassifierSpec.parse(content.get("meta") if isinstance(content, Mapping) else None)
     if spec is None:
@@ -358,16 +393,6 @@ def load_classifier(path: str | Path, image_size: int | Sequence[int] | None = N
     load_strict(model, state, source=str(path))
     model.spec = replace(spec, image_size=model.spec.image_size)
     return model.eval()
-
-
-def _resolve(path: str | Path) -> Path:
-    """A file or an export; of a work folder its last checkpoint."""
-    path = Path(path).expanduser()
-    if path.is_dir() and known_checkpoints(path):
-        last = find_last_checkpoint(path)
-        assert last is not None
-        return Path(last)
-    return path
 
 
 def _both_tokens(network: Any, features: Tensor) -> tuple[Tensor, Tensor]:

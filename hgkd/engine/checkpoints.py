@@ -118,6 +118,17 @@ def find_last_checkpoint(work_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def checkpoint_file(path: str | os.PathLike[str]) -> Path:
+    """What a user calls a checkpoint: a file, or a run's work folder, whose last checkpoint is meant; other paths as they are.
+
+    Raises:
+        WeightsError: a work folder without an intact checkpoint.
+    """
+    found = Path(path).expanduser()
+    last = find_last_checkpoint(found) if found.is_dir() else None
+    return found if last is None else Path(last)
+
+
 class CheckpointWriteError(StoppedError):
     """A checkpoint could not be written; the ones before are untouched."""
 

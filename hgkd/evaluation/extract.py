@@ -7,6 +7,7 @@ timm models whatever they pool to by themselves. CNNs and ViTs also show where t
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.errors import DataError, unknown_name_message
 from hgkd.networks import is_vit
 from hgkd.structures import TeacherNeeds
@@ -149,6 +151,26 @@ class TokenExtractor(FeatureExtractor):
         return self.block if level is None else self._level(level, self.teacher.info.depth, "block")
 
 
+class FineTunedViT(FeatureExtractor):
+    """Mean of the patch tokens of a fine-tuned ViT after one block (no norm), at the image size that it was trained for."""
+
+    def __init__(self, classifier: Any, block: int | None, settings: dict[str, Any]) -> None:
+        super().__init__("classifier", settings)
+        self.classifier = classifier.requires_grad_(False)
+        self.block = self._level(-1 if block is None else block, len(classifier.network.blocks), "block")
+        self.settings["block"] = self.block
+
+    def maps(self, images: Tensor, level: int | None = None) -> Tensor:
+        network = self.classifier.network
+        block = self.block if level is None else self._level(level, len(network.blocks), "block")
+        size = self.classifier.spec.image_size
+        if tuple(images.shape[-2:]) != size:
+            images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+        inputs = self.classifier.normalise(images)
+        found: Tensor = network.forward_intermediates(inputs, [block], intermediates_only=True)[0]
+        return found
+
+
 class PooledExtractor(FeatureExtractor):
     """What any other timm model pools to by itself, at the size that it was made for."""
 
@@ -181,8 +203,8 @@ def load_extractor(
     """Make the extractor that a backbone specification asks for.
 
     Args:
-        spec: a checkpoint of hgkd's runner (.pth); a folder of ``tools/export.py``; a timm model name; or
-            ``'mae:FILE'`` for a MAE checkpoint.
+        spec: a checkpoint of hgkd's runner (.pth), or its work folder; a folder of ``tools/export.py``; a timm model name;
+            or ``'mae:FILE'`` for a MAE checkpoint.
         checkpoint: weight file for a timm name, loaded strictly (a classifier in it is left aside).
         block: for ViTs, index of the block whose patch tokens are averaged (0 = first); None is the last.
         pretrained: let timm download its weights for a timm name.
@@ -197,12 +219,16 @@ def load_extractor(
     if text.startswith("mae:"):
         _refuse(text, "a MAE file holds its own weights", checkpoint=checkpoint, pretrained=pretrained)
         return _mae(text.removeprefix("mae:"), block)
-    path = Path(text).expanduser()
+    path = checkpoint_file(text)
     if path.is_dir():
         _refuse(text, "an export holds its own CNN", checkpoint=checkpoint, pretrained=pretrained, block=block)
         return _export(path)
     if path.is_file() or text.endswith(_WEIGHT_SUFFIXES) or os.sep in text:
-        _refuse(text, "a checkpoint holds its own CNN", checkpoint=checkpoint, pretrained=pretrained, block=block)
+        _refuse(text, "a checkpoint holds its own weights", checkpoint=checkpoint, pretrained=pretrained)
+        fine_tuned = _fine_tuned_vit(path, block)
+        if fine_tuned is not None:
+            return fine_tuned
+        _refuse(text, "a checkpoint holds its own CNN", block=block)
         return _student(path)
     return _timm(text, checkpoint, block, pretrained, seed)
 
@@ -218,6 +244,19 @@ def _student(path: Path) -> FeatureExtractor:
 
     student = read_student(path)
     return CNNExtractor(student.build(), "student", {**student.spec.to_dict(), "weights": str(path)})
+
+
+def _fine_tuned_vit(path: Path, block: int | None) -> FeatureExtractor | None:
+    """None where the file is of something else."""
+    from hgkd.classifiers import load_classifier
+    from hgkd.classifiers.network import ClassifierSpec
+    from hgkd.engine.weights import read_checkpoint
+
+    content = read_checkpoint(path) if path.is_file() else None
+    spec = ClassifierSpec.parse(content.get("meta")) if isinstance(content, Mapping) else None
+    if spec is None or not is_vit(spec.name):
+        return None
+    return FineTunedViT(load_classifier(path), block, {"name": spec.name, "weights": str(path)})
 
 
 def _export(path: Path) -> FeatureExtractor:

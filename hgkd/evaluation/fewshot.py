@@ -23,6 +23,19 @@ from hgkd.evaluation.knn import channel_statistics
 DEFAULT_SHOTS = (1, 5, 10)
 
 
+def check_shots(shots: Sequence[int], labels: NDArray[np.int64]) -> None:
+    """Refuse more shots than the smallest class has images.
+
+    Raises:
+        ValueError: so many, none, or fewer than one.
+    """
+    smallest = np.unique(labels, return_counts=True)[1].min()
+    if not shots or min(shots) < 1 or max(shots) > smallest:
+        raise ValueError(
+            f"shots must lie in 1 .. {smallest}, the number of training images of the smallest class, got {list(shots)}"
+        )
+
+
 def few_shot(
     train: Tensor,
     train_labels: Tensor,
@@ -54,15 +67,12 @@ def few_shot(
         raise ValueError(f"expected features (N, C) of training and test, got {tuple(train.shape)} and {tuple(test.shape)}")
     if not (train.isfinite().all() and test.isfinite().all()):
         raise ValueError("some features are NaN or infinite; the network has diverged or its weights are damaged")
-    classes, counts = np.unique(labels, return_counts=True)
+    classes = np.unique(labels)
     if len(classes) < 2:
         raise ValueError(f"few-shot classification needs training images of two classes or more, got {len(classes)}")
     if draws < 2:
         raise ValueError(f"draws must be 2 or more, else there is no deviation over them, got {draws}")
-    if not shots or min(shots) < 1 or max(shots) > counts.min():
-        raise ValueError(
-            f"shots must lie in 1 .. {counts.min()}, the number of training images of the smallest class, got {list(shots)}"
-        )
+    check_shots(shots, labels)
     mean, deviation = channel_statistics(train)
     known, asked = (F.normalize((features - mean) / deviation, dim=1) for features in (train, test))
 

@@ -1,10 +1,10 @@
 """Pictures of what a backbone has learnt, of any subject that can be evaluated: features as colours, where it looks, which
-images it finds alike, and what a masked model makes of hidden places.
+images it finds alike, what a masked model makes of hidden places, and what speaks for a classifier's answer.
 
 Every function returns columns (title -> (B, 3, h, w) in [0, 1], a row an image) for :func:`save_picture`.
 Sources: principal components as colours, DINOv2 (arXiv 2304.07193); attention of the class token, DINO (arXiv 2104.14294);
-activation energy of a CNN, Zagoruyko & Komodakis, "Paying More Attention to Attention" (arXiv 1612.03928), which needs no
-classifier as Grad-CAM (arXiv 1610.02391) does; reconstructions, MAE (arXiv 2111.06377) and SparK (arXiv 2301.03580).
+activation energy of a CNN, Zagoruyko & Komodakis, "Paying More Attention to Attention" (arXiv 1612.03928); of classifiers
+Grad-CAM (arXiv 1610.02391); reconstructions, MAE (arXiv 2111.06377) and SparK (arXiv 2301.03580).
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hgkd.classifiers import ImageClassifier
 from hgkd.data.images import IMAGE_EXTENSIONS, find_images, read_rgb
 from hgkd.data.transforms import eval_transform
 from hgkd.engine.config import check_plain_data
 from hgkd.engine.hooks import distillation_columns
 from hgkd.engine.pictures import colour_basis, hide_cells, picture_grid, token_colours
 from hgkd.engine.weights import load_strict, read_checkpoint
-from hgkd.errors import DataError
+from hgkd.errors import DataError, unknown_name_message
 from hgkd.evaluation.extract import FeatureExtractor, FeatureSet
 from hgkd.evaluation.knn import nearest_neighbours
 from hgkd.evaluation.report import Picture, Section, write_report
@@ -37,6 +38,7 @@ from hgkd.masking import RandomMask, grid_of
 from hgkd.registry import MODELS
 
 Columns = dict[str, Tensor]
+PAGE = "pictures.html"  # not report.html, which a demo or comparison may have written into the folder
 _CAPTION = "Description"  # PNG's own keyword for it
 
 
@@ -82,7 +84,7 @@ def read_images(files: Sequence[Path], image_size: int | Sequence[int]) -> Tenso
 
 
 def save_picture(columns: Columns, folder: str | os.PathLike[str], name: str, caption: str) -> Path:
-    """Write ``folder/<name>.png``, and ``folder/report.html`` anew with all pictures that such calls have put there.
+    """Write ``folder/<name>.png``, and the folder's page anew with all pictures that such calls have put there.
 
     A caption stands inside its picture's file. Returns the picture's path.
     """
@@ -97,13 +99,13 @@ def save_picture(columns: Columns, folder: str | os.PathLike[str], name: str, ca
 
 
 def write_page(folder: str | os.PathLike[str], title: str = "hgkd pictures") -> Path:
-    """``folder/report.html`` with every PNG of the folder under its name, oldest first."""
+    """``folder/PAGE`` with every PNG of the folder under its name, oldest first."""
     sections = []
     for file in sorted(Path(folder).glob("*.png"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
         with Image.open(file) as picture:
             caption = str(picture.info.get(_CAPTION, ""))
         sections.append(Section(file.stem, [Picture(file, caption)]))
-    return write_report(Path(folder) / "report.html", title, sections)
+    return write_report(Path(folder) / PAGE, title, sections)
 
 
 # --- features --------------------------------------------------------------------------------------------------------------
@@ -135,6 +137,27 @@ def attention_columns(extractor: FeatureExtractor, images: Tensor, levels: Seque
     for level in levels:
         columns[_title(level)] = heat_colours(extractor.attention(images, level))
     return columns
+
+
+def class_columns(classifier: ImageClassifier, images: Tensor, name: str | None = None) -> tuple[Columns, list[str]]:
+    """What speaks for a class, dark = least and bright = most of that image; see ``ImageClassifier.class_activation``.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        name: of the class; None: of each image the one that the network answers.
+
+    Returns:
+        The columns 'image' and 'class', and the name of each row's class.
+
+    Raises:
+        ValueError: no such class, or a network without class activations.
+    """
+    names = classifier.spec.classes or tuple(map(str, range(classifier.spec.num_classes)))
+    if name is not None and name not in names:
+        raise ValueError(unknown_name_message("class", name, names))
+    classes = None if name is None else torch.full((len(images),), names.index(name), device=images.device)
+    maps, shown = classifier.class_activation(classifier.normalise(images), classes)
+    return {"image": images, "class": heat_colours(maps)}, [names[index] for index in shown.tolist()]
 
 
 def heat_colours(maps: Tensor) -> Tensor:

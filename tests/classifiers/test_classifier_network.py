@@ -87,6 +87,29 @@ def test_what_a_network_does_not_take_is_named():
         ImageClassifier("test_resnet", 3, colour="red")
 
 
+def test_class_activation_is_cam_where_pooling_and_one_layer_follow():
+    model = ImageClassifier("test_resnet", 3, 64, two_heads=True).eval()
+    inputs = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        out = model(inputs)
+    maps, classes = model.class_activation(inputs)
+    assert classes.tolist() == ((out.logits + out.distilled) / 2).argmax(1).tolist()
+    weight = (model.network.fc.weight + model.distillation_head.weight).detach() / 2
+    places = out.feature.shape[2] * out.feature.shape[3]
+    expected = torch.einsum("bc,bchw->bhw", weight[[2, 0]], out.feature).relu() / places
+    torch.testing.assert_close(model.class_activation(inputs, torch.tensor([2, 0]))[0], expected)
+    assert maps.shape == expected.shape
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_class_activation_of_a_vit_needs_pooled_patches():
+    inputs = torch.rand(2, 3, 64, 32)
+    maps, _ = ImageClassifier("vit_tiny_patch16_224", 3, (64, 32), global_pool="avg", **TINY).class_activation(inputs)
+    assert maps.shape == (2, 4, 2)
+    with pytest.raises(ValueError, match="answers from its class token alone"):
+        ImageClassifier("vit_tiny_patch16_224", 3, (64, 32), **TINY).class_activation(inputs)
+
+
 def backbone_of(model):
     return {key: value for key, value in model.network.state_dict().items() if not key.startswith(model.head_names())}
 

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from hgkd.distillers import ClassifierTraining
 from hgkd.errors import WeightsError
 from hgkd.evaluation import extract, load_extractor
 from hgkd.export import export
@@ -97,6 +98,28 @@ def test_mae_file(tmp_path: Path) -> None:
         found = load_extractor(f"mae:{tmp_path / 'mae.pth'}", block=block)
         torch.testing.assert_close(found(images), maps[block].mean((2, 3)), rtol=1e-3, atol=1e-4)
     assert load_extractor(f"mae:{tmp_path / 'mae.pth'}").settings["block"] == 1
+
+
+def test_a_fine_tuned_vit_and_a_work_folder(tmp_path: Path) -> None:
+    kwargs = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+    model = ClassifierTraining(classifier={"name": "vit_tiny_patch16_224", **kwargs}, num_classes=3, image_size=64).eval()
+    model.set_classes(("a", "b", "c"))
+    content = {"meta": {"hgkd": model.meta()}, "state_dict": model.state_dict(), "message_hub": {}}
+    torch.save(content, tmp_path / "epoch_1.pth")
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_1.pth"))
+    images = torch.rand(2, 3, 64, 64)
+    network: Any = model.classifier.network
+    tokens = []
+    network.blocks[0].register_forward_hook(lambda *parts: tokens.append(parts[-1]))
+    with torch.no_grad():
+        network.forward_features(model.classifier.normalise(images))
+        for spec in (tmp_path / "epoch_1.pth", tmp_path):
+            extractor = load_extractor(spec, block=0)
+            torch.testing.assert_close(extractor(images), tokens[0][:, 1:].mean(1))
+            assert extractor.settings["block"] == 0
+            assert extractor.maps(torch.rand(1, 3, 96, 96), -1).shape == (1, 32, 4, 4)  # at the size of its training
+    with pytest.raises(ValueError, match="block 5 does not exist"):
+        load_extractor(tmp_path, block=5)
 
 
 def test_extract_keeps_order_and_counts_a_replaced_image_once() -> None:

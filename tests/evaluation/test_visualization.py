@@ -126,7 +126,7 @@ def test_picture_and_page_grow(tmp_path: Path) -> None:
         assert picture.size == (2 * 34, 14 + 2 * 34)
         assert picture.getpixel((2, 20)) == (255, 0, 0)
         assert picture.getpixel((30, 20)) == (0, 0, 255)
-    page = (tmp_path / "out/report.html").read_text()
+    page = (tmp_path / "out/pictures.html").read_text()
     assert re.findall("<h2>(.*?)</h2>", page) == ["first", "second"]
     assert "<figcaption>second &amp; &lt;caption&gt; über</figcaption>" in page
     assert page.count("data:image/png;base64,") == 2

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny_runs import SPARK, load_tool, tiny, train_tool
 
 from hgkd.data.shapes import write_imagefolder
+from hgkd.distillers import ClassifierTraining
 
 tool = load_tool("visualize")
 
@@ -42,10 +44,25 @@ def test_all_pictures_of_a_backbone_and_of_a_run_on_one_page(shapes: Path, capsy
     assert draw("reconstruction", "--checkpoint", checkpoint, "--mask-ratio", "0.75") == 0
     for name, columns in (("pca", 3), ("where", 2), ("neighbours", 3), ("reconstruction", 3)):
         assert size_of(name) == (columns * 66, 14 + 3 * 66), name
-    page = Path("out/report.html").read_text()
+    page = Path("out/pictures.html").read_text()
     assert re.findall("<h2>(.*?)</h2>", page) == ["pca", "where", "neighbours", "reconstruction"]
     assert "activation energy" in page
     assert "75% hidden" in page
+
+
+def test_class_activation_of_a_classifier_leaves_other_reports_alone(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ClassifierTraining(classifier={"name": "test_resnet"}, num_classes=2, image_size=64)
+    model.set_classes(("disc", "ring"))
+    torch.save({"meta": {"hgkd": model.meta()}, "state_dict": model.state_dict()}, "classifier.pth")
+    Path("out").mkdir()
+    Path("out/report.html").write_text("mine")
+    assert draw("cam", "--checkpoint", "classifier.pth", "--class", "ring") == 0
+    assert len(re.findall(r"^shapes/test/.*: ring$", capsys.readouterr().out, re.M)) == 3
+    assert size_of("cam") == (2 * 66, 14 + 3 * 66)
+    assert Path("out/report.html").read_text() == "mine"
+    assert "Grad-CAM of ring" in Path("out/pictures.html").read_text()
+    assert draw("cam", "--checkpoint", "classifier.pth", "--class", "rings") == 2
+    assert "unknown class 'rings'; did you mean 'ring'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -85,4 +102,4 @@ def test_predictions_go_through_the_downstream_part(
     part.draw_predictions = draw_predictions
     monkeypatch.setitem(sys.modules, "hgkd.openmmlab", part)
     assert draw("predictions", *options) == 0
-    assert "<h2>boxes</h2>" in Path("out/report.html").read_text()
+    assert "<h2>boxes</h2>" in Path("out/pictures.html").read_text()
