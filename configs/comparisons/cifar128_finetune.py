@@ -9,6 +9,8 @@ train, test: labelled images, one folder a class; 300 and 100 of each class are 
 (or of cifar128), whose runs are named after row and seed; mae: the teacher of its rows, itself a ViT-Tiny that learned pixels.
 dino: weight file of vit_small_patch14_dinov2 (MGD's teacher, and what the judges start from).
 
+The draw of the 10 % is the same for all seeds. H-GKD's students are CNNs, so ViT-Tiny has no such row.
+
 A judge is the fine-tuned teacher of the specific stage, KD and NKD; it knows no more labels than its students. judges: the work
 folder of the first command.
 
@@ -27,6 +29,7 @@ _vit = dict(image_size=128)  # 16 tokens, of 64 pixels, would be too few
 _dino = dict(teacher_checkpoint="{dino}")
 _hgkd = dict(backbone="{runs}/H-GKD_seed{seed}")
 _generic = dict(backbone="{runs}/G2SD_seed{seed}")
+_vit_generic = dict(backbone="{runs}/G2SD_ViT-Ti_seed{seed}", **_vit)
 _main, _side = [0, 1, 2], [0]
 
 options = dict(
@@ -63,7 +66,8 @@ def _recipes(labels):
         ("ViT-Ti random", _tiny, _vit, _side),
         ("ViT-Ti pixels", _tiny, dict(backbone="{mae}", **_vit), _side),
         ("ViT-Ti DMAE", _tiny, dict(backbone="{runs}/DMAE_ViT-Ti_seed{seed}", **_vit), _side),
-        ("ViT-Ti G2SD", _tiny, dict(backbone="{runs}/G2SD_ViT-Ti_seed{seed}", **_vit), _side),
+        ("ViT-Ti G2SD", _tiny, _vit_generic, _side),
+        ("ViT-Ti G2SD generic + specific", _folder + "vit-ti16_g2sd_10e_cifar128.py", dict(**_vit_generic, **judge), _side),
     ]
 
 
