@@ -5,6 +5,7 @@ import pytest
 from downstream_runs import RECIPES, ROOT, need, scope, train_tool
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS
+from torch import nn
 
 from hgkd.openmmlab.config import drop_downloads, model_config
 
@@ -101,3 +102,13 @@ def test_stage_decay_of_convnext_segmentors():
             assert rate == rates[f"backbone.stages.{stage}.0.conv_dw.weight"]
         else:
             assert rate == published == 1.0, name
+
+
+def test_mgd_of_reppoints_compares_convolutions():
+    cfg = train_tool.load_config(ROOT / "downstream/detection/mgd_reppoints_x101-dcn_r50_2x_coco.py").model
+    assert [tap.student for tap in cfg.taps] == [f"neck.fpn_convs.{level}.conv" for level in range(5)]
+    with scope("mmdet"):
+        neck = MODELS.build(cfg.student.neck)
+    for convolution in neck.fpn_convs:  # what makes it another map than the neck's
+        assert isinstance(convolution.conv, nn.Conv2d)
+        assert convolution.with_norm
