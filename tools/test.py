@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from train import USER_ERRORS, load_config
 
+from hgkd.openmmlab import drop_teacher, is_downstream
 from hgkd.registry import RUNNERS
 
 
@@ -38,7 +39,7 @@ def run_test(
 
     Args:
         config, options, launcher: as for training.
-        checkpoint: of that config's model.
+        checkpoint: of that config's model. Of a distilled detector or segmentor the student is measured, without its teacher.
         work_dir: folder for the log; None: a temporary one.
 
     Returns:
@@ -60,6 +61,8 @@ def run_test(
                 f"{config} has no test_evaluator; a classifier's takes its images with val_root (--cfg-options val_root=DIR); "
                 "tools/evaluate.py measures a backbone by its features"
             )
+        if is_downstream(cfg):
+            drop_teacher(cfg)
         # what only a training needs
         cfg.update(train_dataloader=None, train_cfg=None, optim_wrapper=None, param_scheduler=None)
         cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)

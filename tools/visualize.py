@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mmengine.config import DictAction
+
 from hgkd.evaluation import FeatureExtractor, extract, load_extractor
 from hgkd.evaluation.visualization import (
     ImageFiles,
@@ -73,7 +75,8 @@ def predictions(args: argparse.Namespace) -> Path:
         raise ValueError(
             f"predictions of detectors and segmentors need the extra 'downstream' ({error}): pip install -e '.[downstream]'"
         ) from error
-    draw_predictions(args.config, args.checkpoint, find_files(args.images, args.limit), args.out)
+    files, device = find_files(args.images, args.limit), None if args.device == "auto" else args.device
+    draw_predictions(args.config, args.checkpoint, files, args.out, options=args.cfg_options, device=device)
     return write_page(args.out)
 
 
@@ -130,6 +133,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = command(predictions, "what a detector or segmentor of downstream/ predicts", backbone=False)
     sub.add_argument("--config", required=True, help="the config that trained it")
     sub.add_argument("--checkpoint", required=True, help="its checkpoint")
+    sub.add_argument("--device", default="auto", help="where it is computed, e.g. cpu (auto: the GPU if there is one)")
+    sub.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="as in its training")
     return parser.parse_args(argv)
 
 
