@@ -86,8 +86,8 @@ def draw_predictions(
                 pixels = np.asarray(picture.convert("RGB"))
             target = Path(out) / f"{name}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
-            options: dict[str, Any] = {"pred_score_thr": score} if cfg.default_scope == "mmdet" else {}
-            visualizer.add_datasample(name, pixels, result.cpu(), draw_gt=False, out_file=str(target), **options)
+            threshold: dict[str, Any] = {"pred_score_thr": score} if cfg.default_scope == "mmdet" else {}
+            visualizer.add_datasample(name, pixels, result.cpu(), draw_gt=False, out_file=str(target), **threshold)
             pictures.append(target)
     return pictures
 

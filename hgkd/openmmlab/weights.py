@@ -60,8 +60,8 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
         if "stem.0.weight" in network.state_dict() and "conv1.weight" in weights:
             raise WeightsError(
                 f"backbone={path} holds {holds} with one convolution as stem, and this config's backbone, {needs}, has three "
-                "(mmseg's ResNetV1c). Set model.backbone.type=ResNet (in a distillation model.student.backbone.type=ResNet), or "
-                f"give weights of a ResNetV1c. {error}"
+                "(mmseg's ResNetV1c). Set model.backbone.type=ResNet (in a distillation model.student.backbone.type=ResNet) "
+                f"or give weights of a ResNetV1c. {error}"
             ) from error
         if holds == needs:
             raise
