@@ -108,14 +108,16 @@ def picture_names(files: Sequence[Path]) -> list[str]:
     """A name for each file, all different: its stem; where that occurs again its folders, too, and at last a number."""
     stems = Counter(file.stem for file in files)
     common = os.path.commonpath([file.absolute().parent for file in files])
-    names: dict[str, None] = {}  # an ordered set
+    names: list[str] = []
     for file in files:
         folders = file.absolute().parent.relative_to(common).parts if stems[file.stem] > 1 else ()
-        name = "_".join([*folders, file.stem])
-        names[next(chosen for chosen in (name, *(f"{name}_{i}" for i in range(2, len(files) + 2))) if chosen not in names)] = (
-            None
-        )
-    return list(names)
+        name = chosen = "_".join([*folders, file.stem])
+        number = 1
+        while chosen in names:
+            number += 1
+            chosen = f"{name}_{number}"
+        names.append(chosen)
+    return names
 
 
 def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> Any:

@@ -67,11 +67,11 @@ class DownstreamRunner(DistillRunner):
         super()._init_model_weights()
         file = self.cfg.get("backbone")
         model: Any = plain_model(self)
-        backbone = getattr(model, "student", model).backbone
+        model = getattr(model, "student", model)
         if file is not None:
-            load_backbone_file(backbone, file)
+            load_backbone_file(model.backbone, file)
         elif self._load_from is None and not (self._resume and find_last_checkpoint(self.work_dir)):
-            check_start(backbone)
+            check_start(getattr(model, "backbone", model))
 
     def train(self) -> nn.Module:
         """As mmengine's; a distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config."""

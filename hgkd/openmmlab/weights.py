@@ -57,7 +57,7 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
     except WeightsError as error:
         needs = describe(network.state_dict()) or type(network).__name__
         holds = _exported_name(file) or describe(weights) or "another network"
-        if "stem.0.weight" in network.state_dict() and "conv1.weight" in weights:
+        if {"stem.0.weight", "layer1.0.conv1.weight"} <= network.state_dict().keys() and "conv1.weight" in weights:
             raise WeightsError(
                 f"backbone={path} holds {holds} with one convolution as stem, and this config's backbone, {needs}, has three "
                 "(mmseg's ResNetV1c). Set model.backbone.type=ResNet (in a distillation model.student.backbone.type=ResNet) "

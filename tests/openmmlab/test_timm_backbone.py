@@ -124,6 +124,7 @@ def test_another_architecture_is_named_on_both_sides(tmp_path):
         r"holds an exported resnet18, and .* backbone is a ResNet-50 \(blocks 3-4-6-3\)",
     )
     (tmp_path / "out/model.safetensors").rename(tmp_path / "bare.safetensors")
+    refuse(convnext(), tmp_path / "bare.safetensors", r"holds a ResNet-18 .*, and this config's backbone is a ConvNeXt or kin")
     refuse(TimmBackbone("resnet50"), tmp_path / "bare.safetensors", r"holds a ResNet-18 \(blocks 2-2-2-2\), and this config")
 
 
