@@ -53,6 +53,8 @@ class DownstreamRunner(DistillRunner):
         loaders = ("train_dataloader", "val_dataloader") if cfg.get("train_dataloader") else ("test_dataloader",)
         remarks += check_data(cfg, loaders)
         read_with_care(cfg, cfg.work_dir)
+        if cfg.get("visualizer"):  # under a fixed name mmengine gives a second run of this process the first one's folder
+            cfg.visualizer = {key: value for key, value in cfg.visualizer.items() if key != "name"}
         runner: DownstreamRunner = super().from_cfg(cfg)
         for remark in remarks:  # not before: the work folder's log begins with the runner
             runner.logger.warning(remark)

@@ -135,6 +135,9 @@ def test_the_log_says_what_is_left_out(tmp_path):
         cfg[loader].dataset.metainfo.classes = CLASSES[:7]
     cfg.model.roi_head.bbox_head.num_classes = 7
     DownstreamRunner.from_cfg(cfg)
+    cfg.work_dir = str(tmp_path / "second")
+    DownstreamRunner.from_cfg(cfg)
+    assert len(list((tmp_path / "second").glob("*/vis_data/config.py"))) == 1  # not with the first run's
     log = "".join(file.read_text() for file in (tmp_path / "run").glob("*/*.log"))
     assert "model.backbone.init_cfg: torchvision://resnet18 is not downloaded" in log
     assert f"{CLASSES[7]} of {tmp_path}/data/annotations/train.json are not among the config's classes" in log
