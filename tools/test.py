@@ -33,6 +33,7 @@ from hgkd.engine.checkpoints import checkpoint_file, read_run_checkpoint
 from hgkd.engine.hooks import plain_model
 from hgkd.evaluation import ClassificationMetric
 from hgkd.evaluation.records import CLASSIFIER, append_csv, check_csv, make_result, write_json
+from hgkd.openmmlab import drop_teacher, is_downstream
 from hgkd.registry import RUNNERS
 
 
@@ -49,7 +50,8 @@ def run_test(
 
     Args:
         config, options, launcher: as for training.
-        checkpoint: of that config's model; of a work folder the last.
+        checkpoint: of that config's model; of a work folder the last. Of a distilled detector or segmentor the student is
+            measured, without its teacher.
         work_dir: folder for the log; None: a temporary one.
         json_file, csv_file: see the module's header; the CSV grows by a line, a classifier's only.
 
@@ -73,11 +75,14 @@ def run_test(
                 f"{config} has no test_evaluator; a classifier's takes its images with val_root (--cfg-options val_root=DIR); "
                 "tools/evaluate.py measures a backbone by its features"
             )
+        if is_downstream(cfg):
+            drop_teacher(cfg)
         # what only a training needs
         cfg.update(train_dataloader=None, train_cfg=None, optim_wrapper=None, param_scheduler=None)
         cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
         cfg.load_from = str(checkpoint)
-        if cfg.model.type == "ClassifierTraining":
+        classifier = cfg.model.type == "ClassifierTraining"
+        if classifier:
             _without_teacher(cfg)
         elif csv_file is not None:
             raise ValueError(f"--csv={csv_file} takes classifiers; of a {cfg.model.type} write --json")
@@ -85,18 +90,15 @@ def run_test(
             check_csv(csv_file)
         runner = RUNNERS.build(cfg)
         metrics = {name: float(value) for name, value in runner.test().items()}
-        if not is_main_process():
-            return metrics
-        if cfg.model.type != "ClassifierTraining":
-            if json_file is not None:
-                Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-            return metrics
+    if is_main_process() and not classifier and json_file is not None:
+        Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    if is_main_process() and classifier:
         results = {"finetune": classifier_result(runner, checkpoint, metrics)}
         if json_file is not None:
             write_json(results, json_file)
         if csv_file is not None:
             append_csv(results, csv_file)
-        return metrics
+    return metrics
 
 
 def _without_teacher(cfg: Config) -> None:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mmengine.config import DictAction
 from mmengine.device import get_device
 from torch import Tensor
 
@@ -95,7 +96,8 @@ def predictions(args: argparse.Namespace) -> Path:
         raise ValueError(
             f"predictions of detectors and segmentors need the extra 'downstream' ({error}): pip install -e '.[downstream]'"
         ) from error
-    draw_predictions(args.config, args.checkpoint, find_files(args.images, args.limit), args.out)
+    files = find_files(args.images, args.limit)
+    draw_predictions(args.config, args.checkpoint, files, args.out, options=args.cfg_options, device=args.device)
     return write_page(args.out)
 
 
@@ -133,6 +135,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--checkpoint", help="weight file for a timm name, loaded strictly")
             sub.add_argument("--pretrained", action="store_true", help="let timm download its weights")
             sub.add_argument("--image-size", type=int, default=224, help="pixels of the centre crop")
+        if draw is not reconstruction:
             sub.add_argument("--device", default=get_device(), help="cpu, cuda, cuda:1, ...")
         return sub
 
@@ -149,7 +152,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--checkpoint", required=True, help="of a fine-tuned classifier, or its work folder")
     sub.add_argument("--class", dest="class_name", metavar="NAME", help="a class (each image's own answer)")
     sub.add_argument("--image-size", type=int, help="pixels of the centre crop (that of the training)")
-    sub.add_argument("--device", default=get_device(), help="cpu, cuda, cuda:1, ...")
     sub = command(neighbours, "which images are alike")
     sub.add_argument("--bank", required=True, metavar="FOLDER", help="images among which neighbours are sought")
     sub.add_argument("--k", type=int, default=5, help="neighbours of each image")
@@ -163,6 +165,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = command(predictions, "what a detector or segmentor of downstream/ predicts", backbone=False)
     sub.add_argument("--config", required=True, help="the config that trained it")
     sub.add_argument("--checkpoint", required=True, help="its checkpoint")
+    sub.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="as in its training")
     return parser.parse_args(argv)
 
 

@@ -16,11 +16,14 @@ resnet50 = dict(depth=50, **_trained)
 # ConvNeXt, arXiv 2201.03545, appendix A.3: drop path 0.4, a norm on each output
 convnext_tiny = dict(_delete_=True, type="hgkd.TimmBackbone", name="convnext_tiny", drop_path_rate=0.4, out_norm=True)
 widths = dict(resnet18=[64, 128, 256, 512], resnet50=[256, 512, 1024, 2048], convnext_tiny=[96, 192, 384, 768])
-# the same appendix: AdamW, layer-wise decay of the learning rate
-layer_decay = dict(
-    _delete_=True,
-    type="OptimWrapper",
-    constructor="hgkd.LayerDecayConstructor",
-    paramwise_cfg=dict(layer_decay=0.95),
-    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-)
+# The same appendix: AdamW, learning rates that fall from head to stem. Detection: 0.95, three blocks a layer, as released.
+_adamw = dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
+_layers = dict(_delete_=True, type="OptimWrapper", constructor="hgkd.LayerDecayConstructor", optimizer=_adamw)
+layer_decay = dict(paramwise_cfg=dict(layer_decay=0.95, blocks_per_layer=(3, 3, 3, 3)), **_layers)
+# Segmentation: 0.9, one layer a stage (of 9 blocks or fewer), rates that fall linearly to 0 after a warm-up. The release counts
+# 8 layers for these 6, so its backbone learns at 0.81 of the rates here, and it counts all downsampling with the stem.
+stage_decay = dict(paramwise_cfg=dict(layer_decay=0.9, blocks_per_layer=(9, 9, 9, 9)), **_layers)
+_warm_up = dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500)
+_linear = dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=1500)
+linear_80k = [_warm_up, dict(end=80000, **_linear)]
+linear_160k = [_warm_up, dict(end=160000, **_linear)]

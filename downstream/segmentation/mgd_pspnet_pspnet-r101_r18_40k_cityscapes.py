@@ -2,6 +2,8 @@
 
 Teacher's file in the release: pspnet_r101-d8_512x1024_40k_cityscapes_20200604_232751-467e7cf4.pth of OpenMMLab. The release
 adds channel-wise distillation of the logits with weight 3, and does not start the student from the teacher's head.
+The student's backbone is a ResNetV1c and starts from OpenMMLab's resnet18_v1c; an export of resnet18 needs
+model.student.backbone.type=ResNet.
 """
 
 _base_ = ["mmseg::_base_/models/pspnet_r50-d8.py", "../_base_/cityscapes_512_40k.py", "../_base_/distillation.py"]

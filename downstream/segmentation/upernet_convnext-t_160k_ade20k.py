@@ -1,6 +1,6 @@
 """UPerNet, ConvNeXt-T, 160,000 steps of 16 images on ADE20K, 512 px.
 
-AdamW with layer-wise decay of the learning rate, as in ConvNeXt's paper (which shows UPerNet on ADE20K).
+AdamW with a learning rate that falls from stage to stage, as in ConvNeXt's paper (which shows UPerNet on ADE20K).
 """
 
 _base_ = "./upernet_r50_160k_ade20k.py"
@@ -9,4 +9,5 @@ model = dict(
     decode_head=dict(in_channels=_base_.widths.convnext_tiny),
     auxiliary_head=dict(in_channels=384),
 )
-optim_wrapper = _base_.layer_decay
+optim_wrapper = _base_.stage_decay
+param_scheduler = _base_.linear_160k

@@ -8,7 +8,7 @@ Importing this package imports neither mmcv, mmdet nor mmseg: the parts that nee
 """
 
 from hgkd.openmmlab.backbone import TimmBackbone
-from hgkd.openmmlab.config import is_downstream, merge_options
+from hgkd.openmmlab.config import drop_teacher, is_downstream, merge_options
 from hgkd.openmmlab.distiller import FeatureDistiller
 from hgkd.openmmlab.drawing import draw_predictions
 from hgkd.openmmlab.forks import find_fork_configs
@@ -24,6 +24,7 @@ __all__ = [
     "TimmBackbone",
     "UnreadableImagesHook",
     "draw_predictions",
+    "drop_teacher",
     "is_downstream",
     "load_backbone_file",
     "merge_options",

@@ -6,13 +6,13 @@ the config does not have is refused.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine import registry as roots
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import print_log
 
 from hgkd.engine.hooks import UNREADABLE
 from hgkd.errors import unknown_name_message
@@ -23,7 +23,7 @@ SHORT_OPTIONS = {
     "data_root": "folder of the data set",
     "backbone": "weights of the backbone: a folder of tools/export.py, or a file",
     "teacher_checkpoint": "weights of the teacher (distillation of detectors and segmentors)",
-    "epochs": "passes over the training images; the schedule is stretched to them",
+    "epochs": "epochs of the config, which repeat the images three times each in 3x recipes; the schedule is stretched to them",
     "iterations": "training steps of a config that counts steps; the schedule is stretched to them",
     "batch_size": "training images a step and process",
     "lr": "learning rate",
@@ -38,10 +38,13 @@ def is_downstream(cfg: Config) -> bool:
 
 
 def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Override keys of a downstream config in place: short options, and dotted paths that it has.
+    """Override keys of a downstream config in place: short options, and dotted paths.
+
+    The first part of a path must be there. A later one may be new, as many settings have defaults, unless it looks like a
+    misspelling of one that is there.
 
     Raises:
-        ValueError: a key that the config does not have, or a short option that has no place in it.
+        ValueError: an unknown or misspelt key, or a short option that has no place in the config.
     """
     short = {key: value for key, value in options.items() if key in SHORT_OPTIONS}
     for key in options:
@@ -50,14 +53,37 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{key}={options[key]!r}: {unknown_name_message('config key', head, [*cfg.keys(), *SHORT_OPTIONS])}"
             )
+        if key not in short:
+            _check_spelling(cfg, key)
     cfg.merge_from_dict({key: value for key, value in options.items() if key not in short})
     for key, value in short.items():
         if value is not None:
             _PLACES[key](cfg, value)
 
 
+def _check_spelling(cfg: Config, path: str) -> None:
+    """Refuse a part of a dotted path that is not there, where one that is nearly the same is."""
+    head, *parts = path.split(".")
+    level: Any = cfg[head]
+    for part in parts:
+        if isinstance(level, (list, tuple)) and part.isdigit() and int(part) < len(level):
+            level = level[int(part)]
+        elif isinstance(level, Mapping) and part not in level:
+            near = difflib.get_close_matches(part, map(str, level), n=1, cutoff=0.8)
+            if near:
+                raise ValueError(
+                    f"{path}: there is no {part!r} there, but {near[0]!r}; correct it, or write it into a config file if a new "
+                    "key is meant"
+                )
+            return
+        elif isinstance(level, Mapping):
+            level = level[part]
+        else:
+            return
+
+
 def _set_data_root(cfg: Config, value: str) -> None:
-    root, old = str(value), str(cfg.get("data_root", ""))
+    root, old = str(Path(value).expanduser()), str(cfg.get("data_root", ""))
     cfg.data_root = root
     for dataset in datasets_of(cfg):
         dataset["data_root"] = root
@@ -74,7 +100,7 @@ def _set_backbone(cfg: Config, value: str) -> None:
 def _set_teacher(cfg: Config, value: str) -> None:
     if "teacher_checkpoint" not in cfg.model:
         raise ValueError(f"teacher_checkpoint={value}: this config trains without a teacher; use one of downstream/*/mgd_*.py")
-    cfg.model.teacher_checkpoint = str(value)
+    cfg.model.teacher_checkpoint = str(Path(value).expanduser())
 
 
 def _set_epochs(cfg: Config, value: int) -> None:
@@ -168,15 +194,30 @@ def _dicts(*parts: Any) -> Iterator[dict[str, Any]]:
             yield from part
 
 
-def skip_unreadable(cfg: Config, work_dir: str) -> None:
-    """Let training images be read by ``hgkd.LoadReadableImage``, in place; the names of bad ones go into ``work_dir``."""
+def read_with_care(cfg: Config, work_dir: str) -> None:
+    """Let all images be read by ``hgkd.LoadReadableImage``, in place.
+
+    Training images that it refuses are left out, their names go into ``work_dir``; one of validation or test ends the run.
+    """
     report = str(Path(work_dir) / UNREADABLE)
-    for dataset in datasets_of(cfg, LOADERS[:1]):
-        for step in dataset["pipeline"]:
-            if step["type"] == "LoadImageFromFile":
-                step.update(type="hgkd.LoadReadableImage", report=report)
-    hooks = list(cfg.get("custom_hooks") or [])
-    cfg.custom_hooks = [*hooks, {"type": "hgkd.UnreadableImagesHook"}]
+    for loader in LOADERS:
+        for dataset in datasets_of(cfg, [loader]):
+            load_with_care(dataset.get("pipeline") or [], {"report": report} if loader == LOADERS[0] else {"required": True})
+    if cfg.get(LOADERS[0]):
+        cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "hgkd.UnreadableImagesHook"}]
+
+
+def load_with_care(pipeline: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Replace ``LoadImageFromFile`` by ``hgkd.LoadReadableImage`` with these options more, in place."""
+    for step in pipeline:
+        if step["type"] == "LoadImageFromFile":
+            step.update(type="hgkd.LoadReadableImage", **options)
+
+
+def drop_teacher(cfg: Config) -> None:
+    """Make the config of a distillation that of its student alone, in place; others stay as they are."""
+    if "student" in cfg.model:
+        cfg.model = model_config(cfg.model.student)
 
 
 def model_config(source: str | Mapping[str, Any]) -> ConfigDict:
@@ -202,13 +243,17 @@ def model_config(source: str | Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(cfg.model)
 
 
-def drop_downloads(model: Any, path: str = "model") -> None:
-    """Remove pretrained weights that would be fetched from the internet from a model's config, in place, and say so."""
+def drop_downloads(model: Any, path: str = "model") -> list[str]:
+    """Remove pretrained weights that would be fetched from the internet from a model's config, in place.
+
+    Returns:
+        A line for the log for each.
+    """
     if isinstance(model, (list, tuple)):
-        for index, item in enumerate(model):
-            drop_downloads(item, f"{path}.{index}")
+        return [line for index, item in enumerate(model) for line in drop_downloads(item, f"{path}.{index}")]
+    dropped: list[str] = []
     if not isinstance(model, dict):
-        return
+        return dropped
     for key, value in model.items():
         file = (
             value.get("checkpoint")
@@ -219,6 +264,7 @@ def drop_downloads(model: Any, path: str = "model") -> None:
         )
         if isinstance(file, str) and "://" in file:
             model[key] = None
-            print_log(f"{path}.{key}: {file} is not downloaded; backbone=FILE loads local weights", "current", 30)
+            dropped.append(f"{path}.{key}: {file} is not downloaded; backbone=FILE loads local weights")
         else:
-            drop_downloads(value, f"{path}.{key}")
+            dropped += drop_downloads(value, f"{path}.{key}")
+    return dropped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,24 @@ import torch
 from mmengine import registry as roots
 from mmengine.config import Config
 from mmengine.dataset import Compose
+from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 from PIL import Image
 
 from hgkd.data.images import find_images
 from hgkd.engine.config import read_config
 from hgkd.engine.weights import load_strict, read_checkpoint
-from hgkd.openmmlab.config import dataset_class, drop_downloads, is_downstream, model_config
+from hgkd.openmmlab.config import (
+    dataset_class,
+    drop_downloads,
+    drop_teacher,
+    is_downstream,
+    load_with_care,
+    merge_options,
+    model_config,
+)
 from hgkd.openmmlab.ops.finder import register_ops
+from hgkd.openmmlab.weights import student_weights
 
 
 @torch.no_grad()
@@ -30,6 +41,8 @@ def draw_predictions(
     out: str | os.PathLike[str],
     score: float = 0.3,
     limit: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    device: str | None = None,
 ) -> list[Path]:
     """Draw what a model predicts: boxes and masks, or the label map laid over the image.
 
@@ -37,38 +50,44 @@ def draw_predictions(
         config: of the detector, segmentor or its distillation (then the student is drawn).
         checkpoint: of that config's model, or the ``student.pth`` of a distillation.
         images: a folder, or files.
-        out: folder for the pictures, made when absent; a picture is called like its image, as .png.
+        out: folder for the pictures, made when absent; a picture is called like its image, as .png, with the image's
+            folders before where two have the same name.
         score: boxes of a lower score are left out.
         limit: only so many images.
+        options: overrides of the config, as in training.
+        device: where it is computed, e.g. 'cpu'; None: the GPU if there is one.
 
     Returns:
         The pictures' files.
 
     Raises:
         FileNotFoundError: no such config, checkpoint or images.
-        ValueError: the config is not one of mmdet or mmseg, or the checkpoint does not fit.
+        ValueError: the config is not one of mmdet or mmseg, the checkpoint does not fit, or an image cannot be read.
     """
     register_ops()
     cfg = config.copy() if isinstance(config, Config) else read_config(config)
     if not is_downstream(cfg):
         raise ValueError(f"{cfg.filename} is no config of mmdet or mmseg: its default_scope is {cfg.get('default_scope')!r}")
+    merge_options(cfg, options or {})
+    drop_teacher(cfg)
     files = _files(images)[:limit]
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = _model(cfg, checkpoint)
+        model = _model(cfg, checkpoint).to(device or get_device())
         dataset = cfg.test_dataloader.dataset
+        load_with_care(dataset.pipeline, {"required": True})
         pipeline = Compose([step for step in dataset.pipeline if step["type"] != "LoadAnnotations"])
         visualizer: Any = roots.VISUALIZERS.build({**cfg.visualizer, "name": f"drawing_{id(model)}", "vis_backends": None})
         visualizer.dataset_meta = _names(dataset, cfg.default_scope)
         pictures = []
-        for file in files:
+        for file, name in zip(files, picture_names(files), strict=True):
             data = pipeline({"img_path": str(file), "img_id": 0})
             result = model.test_step({"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]})[0]
             with Image.open(file) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
-            target = Path(out) / f"{file.stem}.png"
+            target = Path(out) / f"{name}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
-            options: dict[str, Any] = {"pred_score_thr": score} if cfg.default_scope == "mmdet" else {}
-            visualizer.add_datasample(file.stem, pixels, result.cpu(), draw_gt=False, out_file=str(target), **options)
+            threshold: dict[str, Any] = {"pred_score_thr": score} if cfg.default_scope == "mmdet" else {}
+            visualizer.add_datasample(name, pixels, result.cpu(), draw_gt=False, out_file=str(target), **threshold)
             pictures.append(target)
     return pictures
 
@@ -85,15 +104,29 @@ def _files(images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) ->
     return files
 
 
+def picture_names(files: Sequence[Path]) -> list[str]:
+    """A name for each file, all different: its stem; where that occurs again its folders, too, and at last a number."""
+    stems = Counter(file.stem for file in files)
+    common = os.path.commonpath([file.absolute().parent for file in files])
+    names: list[str] = []
+    for file in files:
+        folders = file.absolute().parent.relative_to(common).parts if stems[file.stem] > 1 else ()
+        name = chosen = "_".join([*folders, file.stem])
+        number = 1
+        while chosen in names:
+            number += 1
+            chosen = f"{name}_{number}"
+        names.append(chosen)
+    return names
+
+
 def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> Any:
-    described = model_config(cfg.model.get("student", cfg.model))
+    described = model_config(cfg.model)
     drop_downloads(described)
     model: Any = roots.MODELS.build(described)
     content = read_checkpoint(checkpoint)
     state: Mapping[str, Any] = content.get("state_dict", {}) if isinstance(content, Mapping) else {}
-    if "student" in cfg.model and any(key.startswith("student.") for key in state):
-        state = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
-    load_strict(model, state, source=str(checkpoint))
+    load_strict(model, student_weights(state), source=str(checkpoint))
     return model.eval()
 
 

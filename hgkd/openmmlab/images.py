@@ -1,7 +1,7 @@
-"""Training images that cannot be decoded: left out, and counted.
+"""Images that cannot be decoded: left out of a training, and counted; refused in validation and test.
 
-OpenCV decodes the intact part of a truncated file in silence; Pillow refuses it. So training images are read with Pillow, and
-one that it refuses makes mmengine's data set take another.
+OpenCV decodes the intact part of a truncated file in silence; Pillow refuses it. So images are read with Pillow. For a training
+image that it refuses mmengine's data set takes another; a test without one of its images would be another measure.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 
 from hgkd.engine.hooks import UNREADABLE, report_unreadable
 from hgkd.engine.registries import TRANSFORMS
+from hgkd.errors import DataError
 from hgkd.registry import HOOKS
 
 
@@ -25,18 +26,28 @@ class LoadReadableImage:
 
     Args:
         report: text file to which workers append the names; None: they are only passed over.
-        arguments: those of ``LoadImageFromFile``.
+        required: refuse such a file instead.
+        arguments: those of ``LoadImageFromFile``, but for its decoder and what it does with a bad file.
+
+    Raises:
+        DataError: when called with a required image that cannot be decoded.
     """
 
-    def __init__(self, report: str | None = None, **arguments: Any) -> None:
+    def __init__(self, report: str | None = None, required: bool = False, **arguments: Any) -> None:
         from mmcv.transforms import LoadImageFromFile  # needs mmcv, which importing hgkd.openmmlab does not
 
         self.report = report
-        self._load = LoadImageFromFile(imdecode_backend="pillow", ignore_empty=True, **arguments)
+        self.required = required
+        self._load = LoadImageFromFile(**{**arguments, "imdecode_backend": "pillow", "ignore_empty": True})
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """The entry with its image, or None when the file is missing or damaged."""
         loaded: dict[str, Any] | None = self._load(results)
+        if loaded is None and self.required:
+            raise DataError(
+                f"image {results['img_path']} cannot be read: missing, cut off, or no image. Replace it, or take it out of the "
+                "data set; it is not passed over, because that would be another measure"
+            )
         if loaded is None and self.report is not None:
             # one short write in append mode: several workers do not mix up their lines
             descriptor = os.open(self.report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -17,15 +17,15 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 from torch import nn
 
-from hgkd.engine.checkpoints import is_damaged
+from hgkd.engine.checkpoints import find_last_checkpoint, is_damaged
 from hgkd.engine.hooks import plain_model
 from hgkd.engine.runner import DistillRunner
 from hgkd.engine.weights import load_strict, read_checkpoint
 from hgkd.errors import WeightsError
 from hgkd.openmmlab.checks import check_data
-from hgkd.openmmlab.config import drop_downloads, model_config, skip_unreadable
-from hgkd.openmmlab.ops.finder import register_ops
-from hgkd.openmmlab.weights import load_backbone_file
+from hgkd.openmmlab.config import drop_downloads, model_config, read_with_care
+from hgkd.openmmlab.ops.finder import ops_notice, register_ops
+from hgkd.openmmlab.weights import check_start, load_backbone_file, student_weights
 from hgkd.registry import RUNNERS
 
 STUDENT_FILE = "student.pth"
@@ -49,13 +49,16 @@ class DownstreamRunner(DistillRunner):
         for part in ("student", "teacher"):
             if part in cfg.model:
                 cfg.model[part] = model_config(cfg.model[part])
-        drop_downloads(cfg.model)
-        if cfg.get("train_dataloader"):
-            check_data(cfg, ("train_dataloader", "val_dataloader"))
-            skip_unreadable(cfg, cfg.work_dir)
-        else:
-            check_data(cfg, ("test_dataloader",))
+        remarks = drop_downloads(cfg.model)
+        loaders = ("train_dataloader", "val_dataloader") if cfg.get("train_dataloader") else ("test_dataloader",)
+        remarks += check_data(cfg, loaders)
+        read_with_care(cfg, cfg.work_dir)
+        if cfg.get("visualizer"):  # under a fixed name mmengine gives a second run of this process the first one's folder
+            cfg.visualizer = {key: value for key, value in cfg.visualizer.items() if key != "name"}
         runner: DownstreamRunner = super().from_cfg(cfg)
+        for remark in remarks:  # not before: the work folder's log begins with the runner
+            runner.logger.warning(remark)
+        runner.logger.info(ops_notice())
         return runner
 
     def build_train_loop(self, loop: Any) -> Any:
@@ -66,10 +69,11 @@ class DownstreamRunner(DistillRunner):
         super()._init_model_weights()
         file = self.cfg.get("backbone")
         model: Any = plain_model(self)
-        if file is None:
-            self.logger.warning("backbone=None: the backbone starts from random weights; backbone=FILE loads an export")
-        else:
-            load_backbone_file(getattr(model, "student", model).backbone, file)
+        model = getattr(model, "student", model)
+        if file is not None:
+            load_backbone_file(model.backbone, file)
+        elif self._load_from is None and not (self._resume and find_last_checkpoint(self.work_dir)):
+            check_start(getattr(model, "backbone", model))
 
     def train(self) -> nn.Module:
         """As mmengine's; a distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config."""
@@ -97,7 +101,9 @@ class DownstreamRunner(DistillRunner):
             raise WeightsError(f"{filename} is no checkpoint of a detector or segmentor: it has no 'state_dict'")
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         try:
-            load_strict(plain_model(self), checkpoint["state_dict"], source=str(filename))
+            model = plain_model(self)
+            state = checkpoint["state_dict"]
+            load_strict(model, state if hasattr(model, "student") else student_weights(state), source=str(filename))
         except WeightsError as error:
             raise WeightsError(
                 f"{filename} is not of this config's model; use the config that wrote it (backbone=FILE loads a backbone "

@@ -7,13 +7,16 @@ filled and nothing of the file left over but a classifier.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hgkd.engine.weights import read_checkpoint, tensors_of
 from hgkd.errors import WeightsError
@@ -22,6 +25,7 @@ from hgkd.openmmlab.backbone import TimmBackbone
 
 _EXPORTED = ("backbone.pth", "model.safetensors")  # as tools/export.py --to mmdet, mmseg, timm, torchvision name them
 _CLASSIFIER = ("fc.", "head.norm.")
+_STUDENT = "student."  # of hgkd.FeatureDistiller
 _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "ResNet-18",
     (False, (3, 4, 6, 3)): "ResNet-34",
@@ -53,9 +57,44 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
     except WeightsError as error:
         needs = describe(network.state_dict()) or type(network).__name__
         holds = _exported_name(file) or describe(weights) or "another network"
+        if {"stem.0.weight", "layer1.0.conv1.weight"} <= network.state_dict().keys() and "conv1.weight" in weights:
+            raise WeightsError(
+                f"backbone={path} holds {holds} with one convolution as stem, and this config's backbone, {needs}, has three "
+                "(mmseg's ResNetV1c). Set model.backbone.type=ResNet (in a distillation model.student.backbone.type=ResNet) "
+                f"or give weights of a ResNetV1c. {error}"
+            ) from error
         if holds == needs:
             raise
         raise WeightsError(f"backbone={path} holds {holds}, and this config's backbone is {needs}. {error}") from error
+
+
+def check_start(backbone: nn.Module) -> None:
+    """Say that a backbone without a file starts from random weights, unless its config names a local one.
+
+    Raises:
+        ValueError: parts of it would stay random, because the config freezes them or holds the norms' statistics.
+    """
+    start = getattr(backbone, "init_cfg", None)
+    if isinstance(start, Mapping) and start.get("type") == "Pretrained":
+        return
+    fixed = [] if next(backbone.parameters()).requires_grad else ["its first layers are frozen (frozen_stages)"]
+    if getattr(backbone, "norm_eval", False) and any(isinstance(layer, _BatchNorm) for layer in backbone.modules()):
+        fixed.append("its norms never take statistics (norm_eval)")
+    if fixed:
+        raise ValueError(
+            f"backbone=None: the backbone starts from random weights, and {' and '.join(fixed)}. Set backbone=FILE to weights "
+            "for it, or train all of it: frozen_stages=-1 (hgkd.TimmBackbone: 0) and norm_eval=False in model.backbone "
+            "(a distillation: model.student.backbone)"
+        )
+    print_log(
+        "backbone=None: the backbone starts from random weights; backbone=FILE loads an export", "current", logging.WARNING
+    )
+
+
+def student_weights(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The student's part of a distillation's weights, under its own names; any other weights as they are."""
+    part = {key.removeprefix(_STUDENT): value for key, value in state.items() if key.startswith(_STUDENT)}
+    return part or state
 
 
 def describe(weights: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Wrong data is refused with its name before anything is trained; options reach their places."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,13 +10,16 @@ from mmengine.config import Config
 from PIL import Image
 from tiny_runs import ROOT
 
+from hgkd.data.shapes import CLASSES, write_ade20k, write_coco
 from hgkd.errors import DataError
 from hgkd.openmmlab.checks import check_data
-from hgkd.openmmlab.config import drop_downloads, merge_options, model_config, skip_unreadable
+from hgkd.openmmlab.config import drop_downloads, drop_teacher, merge_options, model_config, read_with_care
+from hgkd.openmmlab.images import LoadReadableImage
 
 need("mmdet", "mmseg")
 DETECTOR = ROOT / "downstream/detection/faster-rcnn_r18_12e_bccd.py"
 SEGMENTOR = ROOT / "downstream/segmentation/upernet_r18_1k_camvid.py"
+MGD = ROOT / "downstream/detection/mgd_retinanet_r50_r18_12e_bccd.py"
 BOTH = ("train_dataloader", "val_dataloader")
 
 
@@ -118,6 +122,120 @@ def test_no_images_of_that_suffix(tmp_path):
         check_data(segmentor(tmp_path, **{"train_dataloader.dataset.img_suffix": ".bmp"}), BOTH)
 
 
+def test_every_label_map_is_read(tmp_path):
+    write_ade20k(tmp_path, train=250, test=2, image_size=32, seed=0)
+    file = tmp_path / "annotations/training/000248.png"
+    Image.fromarray(np.full((32, 32), 77, np.uint8)).save(file)
+    with pytest.raises(DataError, match=r"000248.png holds the value 77"):
+        check_data(segmentor(tmp_path), BOTH)
+
+
+@pytest.mark.parametrize("content", [b"no image", None])
+def test_a_damaged_label_map_is_named(tmp_path, content):
+    shapes_ade20k(tmp_path)
+    file = tmp_path / "annotations/training/000001.png"
+    file.write_bytes(content or file.read_bytes()[:-40])  # cut off
+    with pytest.raises(DataError, match=r"label map .*000001.png cannot be read .*; replace it, or take it and its image away"):
+        check_data(segmentor(tmp_path), BOTH)
+
+
+def test_a_label_map_of_16_bits(tmp_path):
+    shapes_ade20k(tmp_path)
+    Image.fromarray(np.full((64, 64), 700, np.uint16)).save(tmp_path / "annotations/training/000001.png")
+    with pytest.raises(DataError, match="holds the value 700"):
+        check_data(segmentor(tmp_path), BOTH)
+
+
+def test_some_of_the_classes_of_a_known_data_set(tmp_path):
+    shapes_ade20k(tmp_path)
+    cfg = segmentor(tmp_path)
+    for name in BOTH:
+        cfg[name].dataset.type = "ADE20KDataset"
+        cfg[name].dataset.metainfo = dict(classes=("wall", "floor"))
+    for head in ("decode_head", "auxiliary_head"):
+        cfg.model[head].num_classes = 2
+    check_data(cfg, BOTH)  # the maps hold 0 .. 8: wall, other classes, floor
+    Image.fromarray(np.full((64, 64), 151, np.uint8)).save(tmp_path / "annotations/training/000001.png")
+    with pytest.raises(DataError, match=r"holds the value 151, but the 150 classes are 0 .. 150 \(0 = unlabelled"):
+        check_data(cfg, BOTH)
+    cfg.model.decode_head.ignore_index = 7  # then the classes that are left out, 255 in the end, would reach the loss
+    with pytest.raises(DataError, match="and 7 is ignored"):
+        check_data(cfg, BOTH)
+
+
+def test_images_missing(tmp_path):
+    write_coco(tmp_path, train=30, test=20, image_size=32, seed=0)
+    cfg = detector(tmp_path)
+    assert check_data(cfg, BOTH) == []
+    (tmp_path / "images/train/000003.jpg").unlink()
+    remarks = check_data(cfg, BOTH)
+    assert len(remarks) == 1
+    assert re.match(r"train_dataloader: 1 of the 30 images of .*train.json are not in .*train .*000003.jpg", remarks[0])
+    for i in range(4, 8):
+        (tmp_path / f"images/train/{i:06}.jpg").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"5 of the 30 images .* and 2 more\); set data_root, or the data set's data_pre"
+    ):
+        check_data(cfg, BOTH)
+    (tmp_path / "images/val/000000.jpg").unlink()  # one is too many: the measure would be another
+    cfg.train_dataloader = None
+    with pytest.raises(FileNotFoundError, match=r"val_dataloader: 1 of the 20 images"):
+        check_data(cfg, BOTH)
+
+
+def test_images_that_a_training_filters_out_may_be_missing(coco, tmp_path):
+    content = json.loads((coco / "annotations/train.json").read_text())
+    content["images"] += [{**content["images"][0], "id": 1000 + i, "file_name": f"none{i}.jpg"} for i in range(9)]
+    (tmp_path / "more.json").write_text(json.dumps(content))
+    cfg = detector(coco, **{"train_dataloader.dataset.ann_file": str(tmp_path / "more.json")})
+    assert check_data(cfg, BOTH) == []  # filter_empty_gt
+    cfg.train_dataloader.dataset.filter_cfg = None
+    with pytest.raises(FileNotFoundError, match="9 of the 13 images"):
+        check_data(cfg, BOTH)
+
+
+def test_more_categories_than_the_config_has_are_said(coco):
+    cfg = detector(coco)
+    for name in BOTH:
+        cfg[name].dataset.metainfo.classes = CLASSES[:2]
+    cfg.model.roi_head.bbox_head.num_classes = 2
+    remarks = check_data(cfg, BOTH)
+    assert len(remarks) == 2
+    assert "of val_dataloader" not in remarks[0]
+    assert remarks[0].endswith("are not among the config's classes and will be left out")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "htc/htc_r50_fpn_1x_coco.py",
+        "scnet/scnet_r50_fpn_1x_coco.py",
+        "detectors/detectors_htc-r50_1x_coco.py",
+        "panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py",
+    ],
+)
+def test_stock_configs_with_other_heads(name, tmp_path):
+    from mmdet.datasets import CocoDataset
+
+    cfg = Config.fromstring(f"_base_ = 'mmdet::{name}'", ".py")
+    merge_options(cfg, {"data_root": str(tmp_path)})
+    labels = CocoDataset.METAINFO["classes"]
+    content = {"categories": [{"id": i, "name": label} for i, label in enumerate(labels)], "images": [], "annotations": []}
+    if "panoptic" in name:
+        content["annotations"] = [{"image_id": 1, "segments_info": []}]  # no category_id
+    for loader in BOTH:
+        dataset = cfg[loader].dataset
+        for folder in dataset.data_prefix.values():
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / dataset.ann_file).parent.mkdir(exist_ok=True)
+        (tmp_path / dataset.ann_file).write_text(json.dumps(content))
+    assert check_data(cfg, BOTH) == []
+    if "scnet" in name:  # heads of the data set's own classes are still looked at
+        cfg.model.roi_head.mask_head.num_classes = 7
+        with pytest.raises(DataError, match=r"model.roi_head.mask_head.num_classes=7, but .* has 80"):
+            check_data(cfg, BOTH)
+
+
 # options
 
 
@@ -170,7 +288,10 @@ def test_other_options():
 def test_nothing_is_downloaded():
     model = model_config("mmdet::retinanet/retinanet_x101-64x4d_fpn_1x_coco.py")
     assert model.backbone.init_cfg.checkpoint == "open-mmlab://resnext101_64x4d"
-    drop_downloads(model)
+    said = drop_downloads(model)
+    assert said == [
+        "model.backbone.init_cfg: open-mmlab://resnext101_64x4d is not downloaded; backbone=FILE loads local weights"
+    ]
     assert model.backbone.init_cfg is None
     local = {"backbone": {"init_cfg": {"type": "Pretrained", "checkpoint": "a.pth"}}, "pretrained": "open-mmlab://a"}
     drop_downloads(local)
@@ -189,7 +310,61 @@ def test_model_config_refusals(tmp_path):
 def test_training_images_alone_may_be_skipped(tmp_path):
     cfg = Config.fromfile(DETECTOR)
     merge_options(cfg, {})
-    skip_unreadable(cfg, str(tmp_path))
+    read_with_care(cfg, str(tmp_path))
     first = cfg.train_dataloader.dataset.pipeline[0]
     assert first == {"type": "hgkd.LoadReadableImage", "report": f"{tmp_path}/unreadable_files.txt"}
-    assert cfg.val_dataloader.dataset.pipeline[0].type == "LoadImageFromFile"
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.pipeline[0] == {"type": "hgkd.LoadReadableImage", "required": True}
+
+
+def test_a_required_image_is_refused_by_name(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    for name in ("a.jpg", "b.jpg"):
+        assert LoadReadableImage()({"img_path": str(tmp_path / name)}) is None
+        with pytest.raises(DataError, match=rf"image .*{name} cannot be read: missing, cut off, or no image. Replace it"):
+            LoadReadableImage(required=True)({"img_path": str(tmp_path / name)})
+
+
+def test_loading_keeps_a_pipelines_other_arguments(tmp_path):
+    Image.new("L", (4, 3)).save(tmp_path / "a.png")
+    load = LoadReadableImage(imdecode_backend="cv2", ignore_empty=False, color_type="grayscale", to_float32=True)
+    image = load({"img_path": str(tmp_path / "a.png")})["img"]
+    assert (image.shape, image.dtype) == ((3, 4), np.float32)
+
+
+def test_a_home_folder_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = train_tool.load_config(DETECTOR, options={"data_root": "~/bccd"})
+    assert cfg.train_dataloader.dataset.data_root == "/home/me/bccd"
+    assert cfg.test_evaluator.ann_file == "/home/me/bccd/annotations/test.json"
+    cfg = train_tool.load_config(MGD, options={"teacher_checkpoint": "~/a.pth"})
+    assert cfg.model.teacher_checkpoint == "/home/me/a.pth"
+
+
+def test_a_student_without_its_teacher():
+    cfg = train_tool.load_config(MGD)
+    drop_teacher(cfg)
+    assert cfg.model.type == "RetinaNet"
+    before = cfg.model
+    drop_teacher(cfg)
+    assert cfg.model == before
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("model.test_cfg.rpn.max_perimg", "max_per_img"),
+        ("val_evaluator.metrik", "metric"),
+        ("train_dataloader.batchsize", "batch_size"),
+        ("param_scheduler.1.Tmax", "T_max"),
+    ],
+)
+def test_a_misspelt_key_is_refused(key, near):
+    with pytest.raises(ValueError, match=rf"{key}: there is no '{key.split('.')[-1]}' there, but '{near}'; correct it"):
+        train_tool.load_config(DETECTOR, options={key: 3})
+
+
+def test_a_key_with_a_default_may_be_set():
+    options = {"model.backbone.with_cp": True, "val_evaluator.classwise": True, "model.new.part": 1}
+    cfg = train_tool.load_config(DETECTOR, options=options)
+    assert (cfg.model.backbone.with_cp, cfg.val_evaluator.classwise, cfg.model.new.part) == (True, True, 1)

@@ -1,6 +1,7 @@
 """Whole runs of the small recipes on generated shapes: two steps, validation, test, pictures."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,16 +10,20 @@ from downstream_runs import (
     FASTER_HEAD,
     measure_tool,
     need,
+    scope,
     shapes_ade20k,
     shapes_coco,
     tiny_detector,
     tiny_segmentor,
     train_tool,
 )
-from tiny_runs import ROOT, torchrun
+from mmengine.registry import MODELS
+from tiny_runs import ROOT, load_tool, torchrun
 
-from hgkd.errors import WeightsError
-from hgkd.openmmlab import draw_predictions
+from hgkd.data.shapes import CLASSES
+from hgkd.errors import DataError, WeightsError
+from hgkd.openmmlab import DownstreamRunner, draw_predictions
+from hgkd.openmmlab.drawing import picture_names
 
 need("mmdet", "mmseg")
 DETECTOR = ROOT / "downstream/detection/faster-rcnn_r18_12e_bccd.py"
@@ -48,6 +53,7 @@ def test_detector(tmp_path):
     logs = "".join(log.read_text() for log in (tmp_path / "run").glob("*/*.log"))
     assert "1 of 4 training images could not be read" in logs
     assert "120 of 120 entries loaded" in logs
+    assert "mmcv._ext: no compiled module installed" in logs or "mmcv's own compiled" in logs
 
     checkpoint = tmp_path / "run/epoch_1.pth"
     out = tmp_path / "out.json"
@@ -119,3 +125,77 @@ def test_checkpoint_of_the_test_must_exist(tmp_path):
 def test_only_downstream_configs_are_drawn(tmp_path):
     with pytest.raises(ValueError, match="is no config of mmdet or mmseg"):
         draw_predictions(ROOT / "configs/spark/spark_resnet18_shapes.py", tmp_path / "x.pth", tmp_path, tmp_path)
+
+
+def test_the_log_says_what_is_left_out(tmp_path):
+    options = {**tiny_detector(shapes_coco(tmp_path / "data")), **FASTER_HEAD}
+    cfg = train_tool.load_config(DETECTOR, tmp_path / "run", options=options)
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint="torchvision://resnet18")
+    for loader in ("train_dataloader", "val_dataloader"):
+        cfg[loader].dataset.metainfo.classes = CLASSES[:7]
+    cfg.model.roi_head.bbox_head.num_classes = 7
+    DownstreamRunner.from_cfg(cfg)
+    cfg.work_dir = str(tmp_path / "second")
+    DownstreamRunner.from_cfg(cfg)
+    assert len(list((tmp_path / "second").glob("*/vis_data/config.py"))) == 1  # not with the first run's
+    log = "".join(file.read_text() for file in (tmp_path / "run").glob("*/*.log"))
+    assert "model.backbone.init_cfg: torchvision://resnet18 is not downloaded" in log
+    assert f"{CLASSES[7]} of {tmp_path}/data/annotations/train.json are not among the config's classes" in log
+
+
+def test_a_frozen_random_backbone_is_refused(tmp_path):
+    options = {**tiny_detector(shapes_coco(tmp_path / "data")), **FASTER_HEAD}
+    frozen = {**options, "model.backbone.frozen_stages": 1}
+    cfg = train_tool.load_config(DETECTOR, options=frozen)
+    with pytest.raises(ValueError, match="the backbone starts from random weights, and its first layers are frozen"):
+        train_tool.rehearse(cfg)
+    checkpoint = tmp_path / "start.pth"
+    with scope("mmdet"):
+        torch.save({"state_dict": MODELS.build(cfg.model).state_dict(), "meta": {}}, checkpoint)
+    cfg.load_from = str(checkpoint)  # then nothing stays random
+    assert train_tool.train(cfg, tmp_path / "run").iter == 2
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_unreadable_test_image_is_named(tmp_path, split, capsys):
+    root = shapes_coco(tmp_path / "data")
+    options = {**tiny_detector(root), **FASTER_HEAD}
+    cfg = train_tool.load_config(DETECTOR, options=options)
+    with scope("mmdet"):
+        torch.save({"state_dict": MODELS.build(cfg.model).state_dict(), "meta": {}}, tmp_path / "model.pth")
+    file = root / "images/val/000001.jpg"
+    file.write_bytes(file.read_bytes()[:600])  # cut off
+    if split == "val":
+        called = train_tool.main([str(DETECTOR), "--work-dir", str(tmp_path / "run"), *as_arguments(options)])
+    else:
+        called = measure_tool.main([str(DETECTOR), str(tmp_path / "model.pth"), *as_arguments(options)])
+        with pytest.raises(DataError, match=r"image .*000001.jpg cannot be read"):
+            draw_predictions(cfg, tmp_path / "model.pth", [file], tmp_path / "drawn")
+    assert called == 2
+    assert f"image {file} cannot be read: missing, cut off, or no image" in capsys.readouterr().err
+
+
+def test_pictures_of_a_tool(tmp_path):
+    root = shapes_coco(tmp_path / "data")
+    options = {**tiny_detector(root), **FASTER_HEAD}
+    with scope("mmdet"):
+        model = MODELS.build(train_tool.load_config(DETECTOR, options=options).model)
+    torch.save({"state_dict": model.state_dict(), "meta": {}}, tmp_path / "model.pth")
+    paths = ["--images", str(root / "images"), "--out", str(tmp_path / "drawn"), "--device", "cpu", "--limit", "6"]
+    arguments = ["predictions", "--config", str(DETECTOR), "--checkpoint", str(tmp_path / "model.pth"), *paths]
+    assert load_tool("visualize").main([*arguments, *as_arguments(options)]) == 0
+    # 000000.jpg is in both folders
+    assert {file.name for file in (tmp_path / "drawn").glob("*.png")} == {
+        "train_000000.png",
+        "train_000001.png",
+        "val_000000.png",
+        "val_000001.png",
+        "000002.png",
+        "000003.png",
+    }
+
+
+def test_names_of_pictures_differ():
+    files = ["a/x.jpg", "b/x.jpg", "b/x.png", "b/y.png", "a/c/x.jpg", "a_x.jpg"]
+    assert picture_names([Path(file) for file in files]) == ["a_x", "b_x", "b_x_2", "y", "a_c_x", "a_x_2"]
+    assert picture_names([Path("/data/x.jpg")] * 2) == ["x", "x_2"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from downstream_runs import need, scope, shapes_ade20k, shapes_coco, tiny_detector, tiny_segmentor, train_tool
+from downstream_runs import measure_tool, need, scope, shapes_ade20k, shapes_coco, tiny_detector, tiny_segmentor, train_tool
 from tiny_runs import ROOT
 from torch import nn
 
@@ -268,6 +268,14 @@ def test_hard_label_loss_by_hand():
 # whole runs
 
 
+def cfg_of(model, options):
+    cfg = train_tool.load_config(DETECTION / "mgd_retinanet_r50_r18_12e_bccd.py", options=options)
+    cfg.model = model
+    if "teacher_checkpoint" in model:
+        cfg.model.teacher_checkpoint = None
+    return cfg
+
+
 def test_run_of_a_detector(tmp_path):
     root = shapes_coco(tmp_path / "data")
     options = tiny_detector(root, teacher_checkpoint=str(tmp_path / "teacher.pth"))
@@ -281,6 +289,14 @@ def test_run_of_a_detector(tmp_path):
     alone = torch.load(tmp_path / "run/student.pth", weights_only=True)["state_dict"]
     assert alone.keys() == runner.model.student.state_dict().keys()
     assert all(torch.equal(value, saved[f"student.{name}"]) for name, value in alone.items())
+
+    # the student is measured alone: by the distillation's config without its teacher, or by its own config
+    options.pop("teacher_checkpoint")
+    measured = [
+        measure_tool.run_test(described, tmp_path / "run/epoch_1.pth")
+        for described in (cfg_of(cfg.model, options), cfg_of(cfg.model.student, options))
+    ]
+    assert measured[0] == measured[1]
 
 
 def test_run_of_a_segmentor(tmp_path):

@@ -139,3 +139,14 @@ def test_half_precision(ops, dtype):
     torch.testing.assert_close(result.double(), wanted, rtol=0.01, atol=0.1)
     result.sum().backward()
     assert all(t.grad.dtype == dtype and t.grad.any() for t in (x, offset, mask, weight, bias))
+
+
+def test_no_images(ops):
+    x, offset, mask, weight, bias = (t.detach() for t in tensors(*GEOMETRIES[0], batch=0))
+    # mmcv's own Python refuses them, before any operator is asked, compiled or not
+    for call in (
+        lambda: ops.deform_conv2d(x, offset, weight, *GEOMETRIES[0]),
+        lambda: ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *GEOMETRIES[0]),
+    ):
+        with pytest.raises(ValueError, match=r"convolution input is too small \(output would be 0x8x"):
+            call()

@@ -1,5 +1,7 @@
 """Sigmoid and softmax focal loss against their formulas (float64, gradients by autograd) and torchvision's."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,3 +110,23 @@ def test_no_rows(ops, name):
     loss.backward()
     assert loss == 0
     assert logits.grad.shape == (0, CLASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sigmoid_focal_loss", "softmax_focal_loss"])
+def test_half_precision_is_rounded_once(ops, name, dtype):
+    logits, target, weight = data()
+    half, weight = logits.detach().to(dtype).requires_grad_(), weight.to(dtype)
+    given = half if name.startswith("sigmoid") else half.softmax(1)  # mmcv takes the softmax before the operator
+    exact = given.detach().float()
+    ext = importlib.import_module("mmcv._ext")
+    shape = (12, CLASSES) if name.startswith("sigmoid") else (12,)
+    for part in ("forward", "backward"):
+        results = []
+        for values in (given.detach(), exact):
+            out = values.new_zeros(shape if part == "forward" else (12, CLASSES))
+            buffers = [values.new_zeros(12)] if (name, part) == ("softmax_focal_loss", "backward") else []
+            function = getattr(ext, f"{name}_{part}")
+            function(values, target, weight.to(values), *buffers, out, gamma=2.0, alpha=0.25)
+            results.append(out)
+        assert torch.equal(results[0], results[1].to(dtype))

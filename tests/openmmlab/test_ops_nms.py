@@ -166,3 +166,22 @@ def test_no_boxes(ops, method):
     assert dets.shape == (0, 5)
     assert kept.shape == (0,)
     assert kept.dtype == torch.long
+
+
+def test_no_boxes_in_batches(ops):
+    nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), {"type": "nms", "iou_threshold": 0.5}
+    dets, kept = ops.batched_nms(*nothing, class_agnostic=True)
+    assert dets.shape == (0, 5)
+    assert kept.shape == (0,)
+    # mmcv's own Python takes the maximum of all boxes before any operator is asked, compiled or not; mmdet asks first
+    with pytest.raises(RuntimeError, match=r"max\(\)"):
+        ops.batched_nms(*nothing)
+
+
+@pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
+def test_soft_nms_in_half_precision_is_rounded_once(ops, method):
+    boxes, scores = (t.bfloat16() for t in random_boxes(30, seed=6))
+    dets, kept = ops.soft_nms(boxes, scores, 0.3, min_score=0.01, method=method)
+    wanted, expected = ops.soft_nms(boxes.float(), scores.float(), 0.3, min_score=0.01, method=method)
+    assert kept.tolist() == expected.tolist()
+    assert torch.equal(dets, wanted.bfloat16())

@@ -8,7 +8,7 @@ from hgkd.engine import LayerDecayConstructor
 from hgkd.errors import WeightsError
 from hgkd.export import export
 from hgkd.openmmlab import TimmBackbone, load_backbone_file
-from hgkd.openmmlab.weights import describe
+from hgkd.openmmlab.weights import check_start, describe
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 
@@ -124,6 +124,7 @@ def test_another_architecture_is_named_on_both_sides(tmp_path):
         r"holds an exported resnet18, and .* backbone is a ResNet-50 \(blocks 3-4-6-3\)",
     )
     (tmp_path / "out/model.safetensors").rename(tmp_path / "bare.safetensors")
+    refuse(convnext(), tmp_path / "bare.safetensors", r"holds a ResNet-18 .*, and this config's backbone is a ConvNeXt or kin")
     refuse(TimmBackbone("resnet50"), tmp_path / "bare.safetensors", r"holds a ResNet-18 \(blocks 2-2-2-2\), and this config")
 
 
@@ -176,6 +177,39 @@ def test_no_file(tmp_path, make, message):
         path.mkdir()
     with pytest.raises(FileNotFoundError, match=message):
         load_backbone_file(TimmBackbone("test_resnet"), path)
+
+
+def test_a_stem_of_three_convolutions_is_named_with_the_remedy(tmp_path, ops):
+    from mmseg.models.backbones import ResNet, ResNetV1c
+
+    write_student(tmp_path / "a.pth", "resnet18")
+    export(tmp_path / "a.pth", tmp_path / "out", "timm")
+    refuse(
+        ResNetV1c(depth=18),
+        tmp_path / "out",
+        r"exported resnet18 with one convolution as stem, and this config's backbone, .*, has three \(mmseg's ResNetV1c\). Set "
+        r"model.backbone.type=ResNet \(in a distillation model.student.backbone.type=ResNet\)",
+    )
+    assert load_backbone_file(ResNet(18), tmp_path / "out").loaded.matched == 120
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(frozen_stages=1, norm_eval=False), r"first layers are frozen \(frozen_stages\). Set backbone=FILE"),
+        (dict(norm_eval=True), r"its norms never take statistics \(norm_eval\). Set backbone=FILE"),
+        (dict(frozen_stages=1, norm_eval=True), r"frozen \(frozen_stages\) and its norms never take statistics"),
+    ],
+)
+def test_what_is_random_must_train(ops, options, message):
+    from mmdet.models.backbones import ResNet
+
+    for backbone in (ResNet(18, **options), TimmBackbone("test_resnet", **options)):
+        with pytest.raises(ValueError, match=r"backbone=None: the backbone starts from random weights, and .*" + message):
+            check_start(backbone)
+    check_start(ResNet(18, **options, init_cfg=dict(type="Pretrained", checkpoint="local.pth")))
+    check_start(ResNet(18, norm_eval=False))
+    check_start(convnext())
 
 
 def test_describe():

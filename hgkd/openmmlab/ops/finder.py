@@ -25,7 +25,6 @@ class _TorchvisionLoader(Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        import torchvision
         from mmengine.logging import print_log
 
         from hgkd.openmmlab.ops.table import FUNCTIONS, refused
@@ -36,11 +35,7 @@ class _TorchvisionLoader(Loader):
             return refused(name)
 
         vars(module).update(FUNCTIONS, __getattr__=missing)
-        print_log(
-            f"{_NAME}: no compiled module installed, using hgkd.openmmlab.ops ({len(FUNCTIONS)} functions over torchvision "
-            f"{torchvision.__version__}); any other raises NotImplementedError when called",
-            "current",
-        )
+        print_log(ops_notice(), "current")
 
 
 class _LastResort(MetaPathFinder):
@@ -53,6 +48,20 @@ class _LastResort(MetaPathFinder):
 
 
 _FINDER = _LastResort()
+
+
+def ops_notice() -> str:
+    """A line for the log: which operators mmcv works with."""
+    if register_ops() == "compiled":
+        return f"{_NAME}: mmcv's own compiled operators"
+    import torchvision
+
+    from hgkd.openmmlab.ops.table import FUNCTIONS
+
+    return (
+        f"{_NAME}: no compiled module installed, using hgkd.openmmlab.ops ({len(FUNCTIONS)} functions over torchvision "
+        f"{torchvision.__version__}); any other raises NotImplementedError when called"
+    )
 
 
 def register_ops() -> str:

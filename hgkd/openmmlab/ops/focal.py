@@ -2,7 +2,8 @@
 
 Not :func:`torchvision.ops.sigmoid_focal_loss`: mmcv's takes class indices and class weights, and asks for the gradient apart.
 Unlike mmcv's compiled operators, logarithms are taken of the logits, so that nothing is clipped for large ones, and the class
-weight of a target without a class is 1 (mmcv reads beyond the weights there).
+weight of a target without a class is 1 (mmcv reads beyond the weights there). Half precision is computed in float32
+and rounded once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from hgkd.openmmlab.ops.precision import at_least_float32
 
 
 def _row_weights(target: Tensor, weight: Tensor) -> Tensor:
@@ -36,6 +39,7 @@ def sigmoid_focal_loss_forward(
         weight: (C,) class weights, applied to whole rows by their target, or empty.
         output: (N, C), filled in place.
     """
+    input, weight = at_least_float32(input), at_least_float32(weight)
     p, log_p, log_q = input.sigmoid(), F.logsigmoid(input), F.logsigmoid(-input)
     loss = torch.where(_positives(input, target), -alpha * (1 - p) ** gamma * log_p, (alpha - 1) * p**gamma * log_q)
     output.copy_(loss * _row_weights(target, weight)[:, None])
@@ -45,6 +49,7 @@ def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Derivative of :func:`sigmoid_focal_loss_forward` by its logits, written into ``grad_input`` (N, C)."""
+    input, weight = at_least_float32(input), at_least_float32(weight)
     p, log_p, log_q = input.sigmoid(), F.logsigmoid(input), F.logsigmoid(-input)
     positive = -alpha * (1 - p) ** gamma * (1 - p - gamma * p * log_p)
     negative = (1 - alpha) * p**gamma * (p - gamma * (1 - p) * log_q)
@@ -63,6 +68,7 @@ def softmax_focal_loss_forward(
         weight: (C,) class weights, or empty.
         output: (N,), filled in place.
     """
+    input, weight = at_least_float32(input), at_least_float32(weight)
     p, log_p = _own_probability(input, target)
     output.copy_(torch.where(target >= 0, -alpha * (1 - p) ** gamma * log_p * _row_weights(target, weight), 0.0))
 
@@ -74,11 +80,13 @@ def softmax_focal_loss_backward(
 
     ``buff`` (N,) is filled with p times the derivative by the row's own probability.
     """
+    input, weight = at_least_float32(input), at_least_float32(weight)
     p, log_p = _own_probability(input, target)
     q = (1 - p).clamp(min=torch.finfo(p.dtype).tiny)  # so that 0 * inf does not arise for a certain row and gamma < 1
-    inner = alpha * (gamma * q ** (gamma - 1) * p * log_p - (1 - p) ** gamma) * _row_weights(target, weight)
-    buff.copy_(torch.where(target >= 0, inner, 0.0))
-    grad_input.copy_(buff[:, None] * (_positives(input, target).to(input.dtype) - input))
+    slope = alpha * (gamma * q ** (gamma - 1) * p * log_p - (1 - p) ** gamma) * _row_weights(target, weight)
+    slope = torch.where(target >= 0, slope, 0.0)
+    buff.copy_(slope)
+    grad_input.copy_(slope[:, None] * (_positives(input, target).to(input.dtype) - input))
 
 
 def _own_probability(probabilities: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,10 +57,10 @@ def softnms(
     Returns:
         (K,) int64, indices of the boxes in ``dets``.
     """
-    grown = _grown(boxes, offset)
+    grown = _grown(at_least_float32(boxes), offset)
     areas = (grown[:, 2:] - grown[:, :2]).prod(1)
     left = torch.arange(len(boxes), device=boxes.device)
-    scores = scores.clone()
+    scores = at_least_float32(scores).clone()
     order: list[int] = []
     while len(left):
         best = int(left[scores[left].argmax()])
