@@ -88,15 +88,15 @@ def test_predictions_go_through_the_downstream_part(
     import sys
     from types import ModuleType
 
-    options = ("--config", "c.py", "--checkpoint", "c.pth", "--cfg-options", "a.b=1")
+    options = ("--config", "c.py", "--checkpoint", "c.pth", "--device", "cpu", "--cfg-options", "a.b=1")
     monkeypatch.setitem(sys.modules, "hgkd.openmmlab", None)  # cannot be imported
     assert draw("predictions", *options) == 2
     assert "need the extra 'downstream'" in capsys.readouterr().err
 
     def draw_predictions(
-        config: str, checkpoint: str, images: list[Path], out: str, options: dict[str, int], device: str | None
+        config: str, checkpoint: str, images: list[Path], out: str, options: dict[str, int], device: str
     ) -> None:
-        assert (config, checkpoint, len(images), options, device) == ("c.py", "c.pth", 3, {"a.b": 1}, None)
+        assert (config, checkpoint, len(images), options, device) == ("c.py", "c.pth", 3, {"a.b": 1}, "cpu")
         Path(out).mkdir()
         Image.new("RGB", (4, 4)).save(Path(out) / "boxes.png")
 
