@@ -18,4 +18,6 @@ model = dict(
         anchor_generator=dict(octave_base_scale=2),
     ),
 )
+# 205 images leave a last batch of one, of whose coarsest map, often a single place, no norm can take statistics
+train_dataloader = dict(drop_last=True)
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=3, max_keep_ckpts=2))
