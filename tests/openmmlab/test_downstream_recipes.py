@@ -112,3 +112,11 @@ def test_mgd_of_reppoints_compares_convolutions():
     for convolution in neck.fpn_convs:  # what makes it another map than the neck's
         assert isinstance(convolution.conv, nn.Conv2d)
         assert convolution.with_norm
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if "retinanet" in str(r) and "bccd" in str(r)])
+def test_no_batch_of_one_image_where_a_norm_sees_a_single_place(recipe):
+    """The FPN's coarsest map of 128 x 96 pixels is 1 x 1; with one image its norm has one value a channel."""
+    cfg = train_tool.load_config(ROOT / recipe, options={})
+    assert cfg.train_dataloader.batch_size > 1
+    assert cfg.train_dataloader.drop_last
