@@ -40,7 +40,7 @@ from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, lin
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS, check_shots
 from hgkd.evaluation.knn import knn_predictions
 from hgkd.evaluation.linear import DEFAULT_GRID
-from hgkd.evaluation.records import CLASSIFIER, append_csv, check_csv, compare_results, make_result, read_json, write_json
+from hgkd.evaluation.records import CLASSIFIER, append_csv, check_outputs, compare_results, make_result, read_json, write_json
 
 METHODS = ("knn", "linear", "fewshot", "finetune")
 RECIPE = Path(__file__).resolve().parents[1] / "downstream/classification/resnet18_10e_cifar128.py"  # for any network
@@ -320,8 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         args = vars(parse_args(argv))
         json_file, csv_file = args.pop("json"), args.pop("csv")
-        if csv_file:
-            check_csv(csv_file)
+        check_outputs(json_file, csv_file)
         results = evaluate(**args)
         if json_file:
             write_json(results, json_file)

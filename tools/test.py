@@ -32,7 +32,7 @@ from train import USER_ERRORS, load_config
 from hgkd.engine.checkpoints import checkpoint_file, read_run_checkpoint
 from hgkd.engine.hooks import plain_model
 from hgkd.evaluation import ClassificationMetric
-from hgkd.evaluation.records import CLASSIFIER, append_csv, check_csv, make_result, write_json
+from hgkd.evaluation.records import CLASSIFIER, append_csv, check_outputs, make_result, write_json
 from hgkd.openmmlab import drop_teacher, is_downstream
 from hgkd.registry import RUNNERS
 
@@ -86,13 +86,15 @@ def run_test(
             _without_teacher(cfg)
         elif csv_file is not None:
             raise ValueError(f"--csv={csv_file} takes classifiers; of a {cfg.model.type} write --json")
-        if csv_file is not None:
-            check_csv(csv_file)
+        check_outputs(json_file, csv_file)
         runner = RUNNERS.build(cfg)
         metrics = {name: float(value) for name, value in runner.test().items()}
-    if is_main_process() and not classifier and json_file is not None:
-        Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    if is_main_process() and classifier:
+    if not is_main_process():
+        return metrics
+    if not classifier:
+        if json_file is not None:
+            Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    elif json_file is not None or csv_file is not None:
         results = {"finetune": classifier_result(runner, checkpoint, metrics)}
         if json_file is not None:
             write_json(results, json_file)

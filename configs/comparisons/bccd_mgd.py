@@ -1,4 +1,4 @@
-"""MGD on top of H-GKD: a RetinaNet on BCCD with and without a ResNet-50 teacher.
+"""MGD on top of H-GKD: a RetinaNet on BCCD with and without a ResNet-50 teacher; and MGD's loss without the teacher's head.
 
     python tools/compare.py configs/comparisons/bccd_mgd.py --work-dir OUT --only teacher --set data=DIR hgkd=FOLDER teacher=-
     python tools/compare.py configs/comparisons/bccd_mgd.py --work-dir OUT --jobs 2 \\
@@ -11,10 +11,13 @@ options = dict(data_root="{data}", epochs=4)
 options["train_cfg.val_interval"] = 1
 scores = {"box AP": ["coco/bbox_mAP", 100], "AP50": ["coco/bbox_mAP_50", 100], "AP75": ["coco/bbox_mAP_75", 100]}
 _mgd = dict(backbone="{hgkd}", teacher_checkpoint="{teacher}")
+_own_head = {**_mgd, "model.inherit": False}
+_distiller = "downstream/detection/mgd_retinanet_r50_r18_12e_bccd.py"
 rows = [
     dict(name="teacher", config="downstream/detection/retinanet_r50_12e_bccd.py", options=dict(epochs=12), seeds=[0]),
     dict(
         name="H-GKD", config="downstream/detection/retinanet_r18_12e_bccd.py", options=dict(backbone="{hgkd}"), seeds=[0, 1, 2]
     ),
-    dict(name="H-GKD, MGD", config="downstream/detection/mgd_retinanet_r50_r18_12e_bccd.py", options=_mgd, seeds=[0, 1, 2]),
+    dict(name="H-GKD, MGD", config=_distiller, options=_mgd, seeds=[0, 1, 2]),
+    dict(name="H-GKD, MGD, own head", config=_distiller, options=_own_head, seeds=[0, 1, 2]),
 ]

@@ -53,6 +53,11 @@ class ClassifierOutput:
     distilled: Tensor
     feature: Tensor
 
+    @property
+    def answer(self) -> Tensor:
+        """The logits (B, K) that count when the network is used: the heads' mean."""
+        return self.logits if self.distilled is self.logits else (self.logits + self.distilled) / 2
+
 
 @dataclass(frozen=True)
 class ClassifierSpec:
@@ -212,9 +217,9 @@ class ImageClassifier(nn.Module):
         """Logits and the last feature map of normalised images (B, 3, H, W)."""
         network: Any = self.network
         features = network.forward_features(inputs)
-        return ClassifierOutput(*self._answers(features), self._map(features, inputs))
+        return ClassifierOutput(*self._heads_logits(features), self._map(features, inputs))
 
-    def _answers(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _heads_logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of both heads, the same twice where there is one."""
         network: Any = self.network
         if self.has_token:
@@ -243,7 +248,7 @@ class ImageClassifier(nn.Module):
             features = network.forward_features(inputs)
         with torch.enable_grad():
             features.requires_grad_()
-            logits = torch.stack(self._answers(features)).mean(0)
+            logits = ClassifierOutput(*self._heads_logits(features), features).answer
             classes = logits.argmax(1) if classes is None else classes
             (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), features)
         gradient = self._map(gradient, inputs)
@@ -256,9 +261,9 @@ class ImageClassifier(nn.Module):
         return (weights * self._map(features.detach(), inputs)).sum(dim=1).relu(), classes
 
     def predict(self, inputs: Tensor) -> Tensor:
-        """The logits (B, K) that count when the network is used: the heads' mean."""
-        out = self(inputs)
-        return out.logits if out.distilled is out.logits else (out.logits + out.distilled) / 2
+        """The ``answer`` to normalised images (B, 3, H, W): logits (B, K)."""
+        out: ClassifierOutput = self(inputs)
+        return out.answer
 
     def feature_shape(self, image_size: int | Sequence[int]) -> tuple[int, int, int]:
         """Channels and grid (C, h, w) of the last feature map, by a dry run."""

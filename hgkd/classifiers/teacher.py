@@ -93,7 +93,7 @@ class ClassifierTeacher(nn.Module):
             images = F.interpolate(images.float(), self.image_size, mode="bicubic", align_corners=False, antialias=True)
         with torch.autocast(images.device.type, enabled=False):
             out = self.classifier(self.classifier.normalise(images).to(self.dtype))
-            logits = ((out.logits + out.distilled) / 2).float()
+            logits = out.answer.float()
         return ClassifierOutput(logits, logits, out.feature.float())
 
     def train(self, mode: bool = True) -> ClassifierTeacher:

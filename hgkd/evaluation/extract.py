@@ -163,10 +163,7 @@ class FineTunedViT(FeatureExtractor):
     def maps(self, images: Tensor, level: int | None = None) -> Tensor:
         network = self.classifier.network
         block = self.block if level is None else self._level(level, len(network.blocks), "block")
-        size = self.classifier.spec.image_size
-        if tuple(images.shape[-2:]) != size:
-            images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-        inputs = self.classifier.normalise(images)
+        inputs = self.classifier.normalise(_resized(images, self.classifier.spec.image_size))
         found: Tensor = network.forward_intermediates(inputs, [block], intermediates_only=True)[0]
         return found
 
@@ -186,10 +183,15 @@ class PooledExtractor(FeatureExtractor):
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[-2:]) != self.input_size:
-            images = F.interpolate(images, self.input_size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-        pooled: Tensor = self.model((images - self.mean) / self.std)
+        pooled: Tensor = self.model((_resized(images, self.input_size) - self.mean) / self.std)
         return pooled
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] at the size (H, W) that a network was made for."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
 
 
 def load_extractor(

@@ -193,16 +193,24 @@ def _tested(result: Mapping[str, Any]) -> str:
 # --- the growing CSV -------------------------------------------------------------------------------------------------------
 
 
-def check_csv(file: str | os.PathLike[str]) -> None:
-    """Refuse a file that :func:`append_csv` would refuse; before a long evaluation.
+def check_outputs(json_file: str | os.PathLike[str] | None, csv_file: str | os.PathLike[str] | None) -> None:
+    """Make the folders of both files, and refuse what could not be written; before a long evaluation.
 
     Raises:
-        ValueError: its columns are others, or its last line is not complete.
+        ValueError: a folder or not writable; the CSV's columns are others, or its last line is not complete.
     """
-    path = Path(file)
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as handle:
-            _check_open_csv(handle, path)
+    for path in (Path(file) for file in (json_file, csv_file) if file is not None):
+        for folder in path.parents:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"results cannot be written to {path}: {folder} is no folder; name another place")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ValueError(f"results cannot be written to {path}: it is a folder; name a file in it")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"results cannot be written to {path}: no permission; name another place")
+    if csv_file is not None and Path(csv_file).exists():
+        with Path(csv_file).open(newline="", encoding="utf-8") as handle:
+            _check_open_csv(handle, Path(csv_file))
 
 
 def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
@@ -211,7 +219,7 @@ def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
     The lines are written at once, under a lock where the system has them, so that several processes may share a file.
 
     Raises:
-        ValueError: see :func:`check_csv`; nothing is written then.
+        ValueError: see :func:`check_outputs`; nothing is written then.
     """
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -184,9 +184,8 @@ def _check_label_maps(dataset: Mapping[str, Any], count: int, ignored: int, name
         raise FileNotFoundError(f"{name}: label map {absent} does not exist; every image needs one of its name")
     count_read = min(len(files), MAX_LABEL_MAPS)
     chosen = [files[i * len(files) // count_read] for i in range(count_read)]
-    labels = (
-        count if built.label_map is None else len(built.label_map)
-    )  # with some of its classes chosen: all of the data set's
+    # where classes are chosen, the files hold all of the data set's
+    labels = count if built.label_map is None else len(built.label_map)
     from_one = bool(built.reduce_zero_label)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:  # Pillow decodes without holding Python's lock
         for file, values in zip(chosen, readers.map(_label_values, chosen), strict=True):

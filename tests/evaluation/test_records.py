@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hgkd.evaluation.records import CSV_COLUMNS, append_csv, check_csv, compare_results, list_digest, read_json, write_json
+from hgkd.evaluation.records import CSV_COLUMNS, append_csv, check_outputs, compare_results, list_digest, read_json, write_json
 
 
 def result(correct: list[float], method: str = "knn", setting: str = "k=20", **changes: Any) -> dict[str, Any]:
@@ -92,10 +92,26 @@ def test_csv_that_does_not_fit_is_refused_and_left_alone(tmp_path: Path, content
     file = tmp_path / "r.csv"
     file.write_bytes(content.encode())
     with pytest.raises(ValueError, match=message):
-        check_csv(file)
+        check_outputs(None, file)
     with pytest.raises(ValueError, match=message):
         append_csv({"knn": result([1, 0])}, file)
     assert file.read_bytes() == content.encode()
+
+
+def test_a_place_that_takes_no_results_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_outputs(tmp_path / "new/deep/r.json", None)
+    assert (tmp_path / "new/deep").is_dir()
+    with pytest.raises(ValueError, match=r"cannot be written to .*new: it is a folder; name a file in it"):
+        check_outputs(tmp_path / "new", None)
+    with pytest.raises(ValueError, match=r"cannot be written to .*file/r\.csv: .*file is no folder; name another place"):
+        check_outputs(None, tmp_path / "file/r.csv")
+
+
+def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # a test run as root may write anywhere
+    with pytest.raises(ValueError, match=r"cannot be written to .*r\.json: no permission"):
+        check_outputs(tmp_path / "r.json", None)
 
 
 def test_compare_matches_methods_and_settings() -> None:
