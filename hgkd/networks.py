@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def is_plain_vit(network: nn.Module) -> bool:
@@ -24,3 +24,23 @@ def classifier_heads(network: nn.Module) -> tuple[nn.Module, ...]:
     """A timm network's classifier: one module, or DeiT's two (class token's, distillation token's)."""
     found: Any = network.get_classifier()  # type: ignore[operator]
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def patch_attention(block: nn.Module, tokens: Tensor, prefix: int, has_class_token: bool) -> Tensor:
+    """How much the class token attends to each patch in a ViT's block, mean over heads; without one, how much all tokens do.
+
+    Args:
+        block: timm's.
+        tokens: that enter it, (B, prefix + N, D).
+        prefix: how many of them are no patches.
+        has_class_token: the first of them is the class token.
+
+    Returns:
+        (B, N), fp32.
+    """
+    attn: Any = block.attn
+    qkv = attn.qkv(cast(Any, block).norm1(tokens)).unflatten(2, (3, attn.num_heads, -1))
+    query, key, _ = qkv.permute(2, 0, 3, 1, 4)
+    query = attn.q_norm(query[:, :, :1] if has_class_token else query)
+    weights: Tensor = (query @ attn.k_norm(key).transpose(-2, -1) * attn.scale).float().softmax(-1)
+    return weights[..., prefix:].mean((1, 2))

@@ -33,7 +33,6 @@ from typing import Any
 
 import timm
 import torch
-from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -46,6 +45,7 @@ sys.path.insert(0, str(ROOT))  # `tools` is no package
 
 from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages  # noqa: E402
 from hgkd.distillers import MaskedDistiller  # noqa: E402
+from hgkd.engine.options import OptionsAction, device_name  # noqa: E402
 from hgkd.errors import USER_ERRORS, unknown_name_message  # noqa: E402
 from hgkd.masking import RandomMask, grid_of, visible_count  # noqa: E402
 from hgkd.registry import MODELS  # noqa: E402
@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--batch-size", type=int, default=8)
     shared.add_argument("--backends", nargs="+", default=["gather", "masked", "dense"], choices=[*BACKENDS, "dense"])
-    shared.add_argument("--device", default="cpu")
+    shared.add_argument("--device", type=device_name, default="cpu")
     shared.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     shared.add_argument("--repeats", type=int, default=7)
     shared.add_argument(
@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     distill = commands.add_parser("distill", parents=[shared], help="whole step of a config, teacher included")
     distill.add_argument("config", help="config file")
     distill.add_argument(
-        "--cfg-options", dest="options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="override keys"
+        "--cfg-options", dest="options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE", help="override keys"
     )
     data = commands.add_parser("data", help="images a second: decoding alone, the data set, a loader")
     data.add_argument("--data-root", required=True, help="folder of images or of tar shards")

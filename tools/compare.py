@@ -38,8 +38,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
+from hgkd.engine.options import OptionsAction, option_text
 from hgkd.errors import USER_ERRORS, StoppedError
 from hgkd.evaluation.comparison import trained, write_csv, write_picture
 
@@ -72,7 +73,7 @@ class Job:
     @property
     def train_command(self) -> list[str]:
         """What a user would type, without the interpreter."""
-        pairs = [f"{key}={_text(value)}" for key, value in self.options.items()]
+        pairs = [f"{key}={option_text(key, value)}" for key, value in self.options.items()]
         return ["tools/train.py", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *pairs]
 
 
@@ -80,7 +81,7 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
     """A checked plan with ``values`` filled in.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or no such config of a row.
         ValueError: an unknown key, rows without or with equal names, a row that is neither trained nor a backbone, not exactly
             one of ``evaluate`` and ``scores``, or a ``{name}`` without a value.
     """
@@ -107,7 +108,20 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
             raise ValueError(
                 f"{file}: row {row['name']!r} has no config, but with scores every row is a run that measures itself"
             )
+        if "config" in row:
+            row["config"] = _config(row["config"], f"{file}: row {row['name']!r}")
     return plan
+
+
+def _config(name: str, where: str) -> str:
+    """A row's config as it is from here, else as one of this project's.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    if not Path(name).is_file() and not (ROOT / name).is_file():
+        raise FileNotFoundError(f"{where}: config {name} does not exist, neither in {Path.cwd()} nor in {ROOT}")
+    return name if Path(name).is_file() else str(ROOT / name)
 
 
 def _fill(value: Any, values: Mapping[str, str]) -> Any:
@@ -127,7 +141,7 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -
     """The runs of a plan, seed by seed, so that an interrupted comparison holds whole rows of its first seeds.
 
     Raises:
-        ValueError: ``only`` names a row that the plan lacks.
+        ValueError: ``only`` names a row that the plan lacks, or two rows would share a folder.
     """
     names = [row["name"] for row in plan["rows"]]
     missing = [name for name in only if name not in names]
@@ -147,6 +161,12 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -
                 evaluation |= {key: row[key] for key in ("backbone", "checkpoint", "block") if key in row}
             found.append(
                 (order, Job(row["name"], seed, folder, row.get("config"), options, evaluation, plan.get("scores", {})))
+            )
+    rows: dict[Path, str] = {}
+    for _, job in found:
+        if rows.setdefault(job.folder, job.row) != job.row:
+            raise ValueError(
+                f"rows {rows[job.folder]!r} and {job.row!r} would share the folder {job.folder}; rename one of them"
             )
     return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
@@ -169,7 +189,7 @@ def run(job: Job, threads: int) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
         if result["setting"] == setting:
             return result
-        raise ValueError(f"{job.folder} holds a run with another setting; give another --work-dir or delete it")
+        raise StoppedError(f"{job.folder} holds a run with another setting; give another --work-dir or delete it")
     job.folder.mkdir(parents=True, exist_ok=True)
     result = {"row": job.row, "seed": job.seed, "setting": setting, "threads": threads}
     arguments = dict(job.evaluate)
@@ -218,7 +238,8 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise StoppedError(f"{command[0]} ended with {process.returncode}; see {log}")
+        told = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith(("error: ", "evaluate: "))]
+        raise StoppedError(f"{command[0]} ended with {process.returncode}; see {log}" + (f": {told[-1]}" if told else ""))
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
@@ -228,15 +249,18 @@ def _log(job: Job) -> dict[str, Any]:
     A curve is name -> [[step or epoch, value], ...].
 
     Raises:
-        RuntimeError: one of the plan's scores was never logged.
+        StoppedError: one of the plan's scores was never logged.
     """
     steps: dict[str, list[float]] = {"images_per_s": [], "teacher_share": []}
     given = job.scores or {"knn": "knn/top1"}
     keys = {name: (key, 1) if isinstance(key, str) else tuple(key) for name, key in given.items()}
     curves: dict[str, dict[int, float]] = {name: {} for name in keys}
+    logged: set[str] = set()
     for file in sorted(job.folder.glob("*/vis_data/scalars.json")):
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
+            if "lr" not in entry:  # of a validation
+                logged |= set(entry) - {"step", "time", "data_time"}
             for key, values in steps.items():
                 if key in entry:
                     values.append(entry[key])
@@ -245,7 +269,10 @@ def _log(job: Job) -> dict[str, Any]:
                     curves[name][entry["step"]] = factor * entry[key]  # of a resumed run the later one counts
     missing = [keys[name][0] for name in job.scores if not curves[name]]
     if missing:
-        raise RuntimeError(f"no validation in {job.folder} logged {missing[0]!r}; see its train.log")
+        raise StoppedError(
+            f"no validation in {job.folder} logged {missing[0]!r}, which the plan's scores name; it logged "
+            f"{', '.join(sorted(logged)) or 'nothing'}"
+        )
     found: dict[str, Any] = {"curves": {name: [list(pair) for pair in curve.items()] for name, curve in curves.items()}}
     return found | {key: statistics.median(values) for key, values in steps.items() if values}
 
@@ -293,13 +320,6 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", "Commands (first seed of each row):", "", *commands, ""])
 
 
-def _text(value: Any) -> str:
-    """A value as mmengine's DictAction reads it."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_text, value)) + "]"
-    return str(value)
-
-
 def compare(
     plan: str | Path,
     work_dir: str | Path,
@@ -313,6 +333,8 @@ def compare(
     Raises:
         StoppedError: runs failed; the others were finished and their results written.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs is the number of runs at a time, 1 or more, got {jobs}")
     work_dir = Path(work_dir)
     content = read_plan(plan, values or {})
     content["options"] = {**content.get("options", {}), **(options or {})}
@@ -366,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cfg-options",
         dest="options",
         nargs="+",
-        action=DictAction,
+        action=OptionsAction,
         metavar="KEY=VALUE",
         help="over the plan's shared options",
     )

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from mmengine.config import DictAction
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
@@ -35,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from train import train as launch
 
 from hgkd.data import LabelledImages
+from hgkd.engine.options import OptionsAction, device_name
 from hgkd.errors import USER_ERRORS, DataError
 from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, linear_probe, load_extractor
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS, check_shots
@@ -171,6 +171,8 @@ def fine_tune(extractor: FeatureExtractor, num_classes: int, options: Mapping[st
     start["default_hooks.checkpoint.save_best"] = None
     if stem:
         start["model.classifier.stem"] = stem
+    kwargs: Mapping[str, Any] = extractor.settings.get("kwargs") or {}
+    start |= {f"model.classifier.{key}": value for key, value in kwargs.items() if key != "drop_path_rate"}
     with tempfile.TemporaryDirectory(prefix="hgkd-finetune-") as folder:
         if weights == "timm":  # downloaded by timm
             weights = f"{folder}/timm.pth"
@@ -289,12 +291,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shots", type=int, nargs="+", default=list(DEFAULT_SHOTS), help="few-shot: labelled images a class")
     parser.add_argument("--draws", type=int, default=10, help="few-shot: how often they are drawn")
     parser.add_argument(
-        "--finetune-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help=f"of {RECIPE.name}: epochs, lr, ..."
+        "--finetune-options", nargs="+", action=OptionsAction, metavar="KEY=VALUE", help=f"of {RECIPE.name}: epochs, lr, ..."
     )
     parser.add_argument("--data-root", help="folder below which the paths of lists are; default: each list's own")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0, help="random weights, held-out images, draws, bootstrap")
     parser.add_argument("--json", help="file to write the results to")
     parser.add_argument("--csv", help="file to append one line a method and setting to")

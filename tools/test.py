@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -31,6 +31,7 @@ from train import USER_ERRORS, load_config
 
 from hgkd.engine.checkpoints import checkpoint_file, read_run_checkpoint
 from hgkd.engine.hooks import plain_model
+from hgkd.engine.options import OptionsAction
 from hgkd.evaluation import ClassificationMetric
 from hgkd.evaluation.records import CLASSIFIER, append_csv, check_outputs, make_result, write_json
 from hgkd.openmmlab import drop_teacher, is_downstream
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work-dir", help="folder for log and reports (a temporary one)")
     parser.add_argument("--json", metavar="FILE", help="write the result to this file")
     parser.add_argument("--csv", metavar="FILE", help="append a classifier's line to this file, as tools/evaluate.py does")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
+    parser.add_argument("--cfg-options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import Runner
 
 from hgkd.engine import apply_short_options, check_config, read_config, use_mixed_precision
+from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.engine.dry_run import dry_run
+from hgkd.engine.options import OptionsAction
 from hgkd.errors import USER_ERRORS
 from hgkd.openmmlab import is_downstream, merge_options, rehearse
 from hgkd.registry import RUNNERS
@@ -54,9 +56,10 @@ def load_config(
     if resume is not False:
         cfg.resume = True
         if resume is not True:
-            if not Path(resume).is_file():
-                raise FileNotFoundError(f"checkpoint to resume from does not exist: {resume}")
-            cfg.load_from = str(resume)
+            checkpoint = checkpoint_file(resume)
+            if not checkpoint.is_file():
+                raise FileNotFoundError(f"checkpoint to resume from does not exist: {checkpoint}")
+            cfg.load_from = str(checkpoint)
     if not downstream:
         check_config(cfg)
     return cfg
@@ -101,7 +104,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision: bfloat16, on GPUs without it float16")
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="override keys of the config"
+        "--cfg-options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE", help="override keys of the config"
     )
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)

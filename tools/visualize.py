@@ -19,11 +19,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmengine.config import DictAction
 from mmengine.device import get_device
 from torch import Tensor
 
 from hgkd.classifiers import load_classifier
+from hgkd.engine.options import OptionsAction, device_name
 from hgkd.errors import USER_ERRORS
 from hgkd.evaluation import FeatureExtractor, extract, load_extractor
 from hgkd.evaluation.visualization import (
@@ -136,7 +136,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--pretrained", action="store_true", help="let timm download its weights")
             sub.add_argument("--image-size", type=int, default=224, help="pixels of the centre crop")
         if draw is not reconstruction:
-            sub.add_argument("--device", default=get_device(), help="cpu, cuda, cuda:1, ...")
+            sub.add_argument("--device", type=device_name, default=get_device(), help="cpu, cuda, cuda:1, ...")
         return sub
 
     for draw, text in ((pca, "features as colours"), (attention, "where the network looks")):
@@ -165,7 +165,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = command(predictions, "what a detector or segmentor of downstream/ predicts", backbone=False)
     sub.add_argument("--config", required=True, help="the config that trained it")
     sub.add_argument("--checkpoint", required=True, help="its checkpoint")
-    sub.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="as in its training")
+    sub.add_argument(
+        "--cfg-options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE", help="as in its training"
+    )
     return parser.parse_args(argv)
 
 

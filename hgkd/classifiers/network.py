@@ -186,11 +186,10 @@ class ImageClassifier(nn.Module):
             nn.init.zeros_(class_head.bias)
         pixels = None if backbone is None else self._start_from(checkpoint_file(backbone), stem)
         mean, deviation = normalize or pixels or pixel_statistics(network)
-        self.spec = ClassifierSpec(
-            name, num_classes, size, stem, two_heads, kwargs, tuple(map(float, mean)), tuple(map(float, deviation))
-        )
-        self.register_buffer("mean", torch.tensor(self.spec.mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(self.spec.deviation).view(1, -1, 1, 1), persistent=False)
+        self.spec = ClassifierSpec(name, num_classes, size, stem, two_heads, kwargs)
+        self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.empty(1, 3, 1, 1), persistent=False)
+        self.set_pixels(mean, deviation)
 
     @classmethod
     def from_spec(cls, spec: ClassifierSpec, image_size: int | Sequence[int] | None = None) -> ImageClassifier:
@@ -204,6 +203,12 @@ class ImageClassifier(nn.Module):
             normalize=(spec.mean, spec.deviation),
             **spec.kwargs,
         )
+
+    def set_pixels(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        """Normalise with these statistics of the pixels in [0, 1], RGB, from now on."""
+        self.spec = replace(self.spec, mean=tuple(map(float, mean)), deviation=tuple(map(float, deviation)))
+        self.mean.copy_(torch.tensor(self.spec.mean).view(1, -1, 1, 1))
+        self.deviation.copy_(torch.tensor(self.spec.deviation).view(1, -1, 1, 1))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] -> what the network expects."""
@@ -266,10 +271,20 @@ class ImageClassifier(nn.Module):
         return out.answer
 
     def feature_shape(self, image_size: int | Sequence[int]) -> tuple[int, int, int]:
-        """Channels and grid (C, h, w) of the last feature map, by a dry run."""
-        like = self.mean
-        with evaluating(self), torch.no_grad():
-            feature = self(torch.zeros(1, 3, *as_size(image_size), device=like.device)).feature
+        """Channels and grid (C, h, w) of the last feature map, by a dry run.
+
+        Raises:
+            ValueError: the network takes no images of that size.
+        """
+        height, width = as_size(image_size)
+        try:
+            with evaluating(self), torch.no_grad():
+                feature = self(torch.zeros(1, 3, height, width, device=self.mean.device)).feature
+        except (AssertionError, RuntimeError) as error:
+            why = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{self.spec.name} takes no images of {height} x {width} px ({why}); set another image_size"
+            ) from error
         return cast("tuple[int, int, int]", tuple(feature.shape[1:]))
 
     def _heads(self) -> tuple[Any, ...]:
@@ -297,7 +312,8 @@ class ImageClassifier(nn.Module):
         spec = ClassifierSpec.parse(meta)
         if spec is not None:
             self._refuse_other(path, spec.name, spec.stem, stem)
-            self._load(network_state(cast(Any, content), str(path)), str(path))  # it has a meta: it is a mapping
+            state = network_state(cast(Any, content), str(path))  # it has a meta: it is a mapping
+            self._load(self.fit_positions(state, str(path), spec.image_size) if self.is_vit else state, str(path))
             return spec.mean, spec.deviation
         if self.is_vit:
             weights, pixels, heads = _vit_weights(path, content)
@@ -315,7 +331,7 @@ class ImageClassifier(nn.Module):
         source = read_source(path, None if described else EncoderSpec(own, stem), allow=() if described else ("head.norm.",))
         self._refuse_other(path, source.spec.name, source.spec.stem, stem)
         self._load(source.network.state_dict(), str(path))
-        return None
+        return pixel_statistics(source.network) if described else None
 
     def _refuse_other(self, path: Path, name: str, file_stem: str, stem: str) -> None:
         own = str(self.network.pretrained_cfg["architecture"])
@@ -340,23 +356,30 @@ class ImageClassifier(nn.Module):
                 f"backbone of another architecture? {error}"
             ) from error
 
-    def fit_positions(self, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-        """A file's position embedding on this network's grid, with a place for the distillation token."""
+    def fit_positions(
+        self, weights: Mapping[str, Tensor], source: str, image_size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """A file's position embedding on this network's grid, with a place for the distillation token.
+
+        Args:
+            image_size: (H, W) that the file's positions are for; None: some square, as in the files of others.
+        """
         network: Any = self.network
         found = weights.get("pos_embed")
         if found is None or network.pos_embed is None:
             return dict(weights)
         prefix = 0 if network.no_embed_class else network.num_prefix_tokens
-        in_file = found.shape[1] - _square(found.shape[1])
-        side = int(_square(found.shape[1]) ** 0.5)
         grid = tuple(network.patch_embed.grid_size)
+        side = int(found.shape[1] ** 0.5)  # patches among positions that may include one or two other tokens
+        in_grid = (side, side) if image_size is None else tuple(network.patch_embed.dynamic_feat_size(image_size))
+        in_file = found.shape[1] - in_grid[0] * in_grid[1]
         positions = found.float()
-        if (side, side) != grid:
-            if in_file == 1 and torch.allclose(positions, sincos_positions(found.shape[2], (side, side)), rtol=0, atol=1e-3):
+        if in_grid != grid:
+            if in_file == 1 and torch.allclose(positions, sincos_positions(found.shape[2], in_grid), rtol=0, atol=1e-3):
                 positions = sincos_positions(found.shape[2], grid)
             else:
-                positions = resample_abs_pos_embed(positions, list(grid), [side, side], num_prefix_tokens=in_file)
-            print_log(f"{source}: pos_embed refitted from {(side, side)} to {grid}", "current")
+                positions = resample_abs_pos_embed(positions, list(grid), list(in_grid), num_prefix_tokens=in_file)
+            print_log(f"{source}: pos_embed refitted from {in_grid} to {grid}", "current")
         if prefix > in_file:  # MAE's class token has no position either: zeros
             extra = positions.new_zeros(1, prefix - in_file, positions.shape[2])
             positions = torch.cat([positions[:, :in_file], extra, positions[:, in_file:]], 1)
@@ -394,7 +417,7 @@ def load_classifier(path: str | Path, image_size: int | Sequence[int] | None = N
     state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
     if model.is_vit:
         inside = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
-        state["network.pos_embed"] = model.fit_positions(inside, str(path))["pos_embed"]
+        state["network.pos_embed"] = model.fit_positions(inside, str(path), spec.image_size)["pos_embed"]
     load_strict(model, state, source=str(path))
     model.spec = replace(spec, image_size=model.spec.image_size)
     return model.eval()
@@ -403,11 +426,6 @@ def load_classifier(path: str | Path, image_size: int | Sequence[int] | None = N
 def _both_tokens(network: Any, features: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of both tokens in eval mode, where timm's own head gives their mean."""
     return network.head(features[:, 0]), network.head_dist(features[:, 1])
-
-
-def _square(tokens: int) -> int:
-    """The largest square number up to ``tokens``: patches among positions that may include one or two other tokens."""
-    return int(tokens**0.5) ** 2
 
 
 def _vit_weights(path: Path, content: Any) -> tuple[dict[str, Tensor], _Pixels | None, int | None]:

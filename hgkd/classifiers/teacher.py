@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hgkd.classifiers.network import ClassifierOutput, ClassifierSpec, ImageClassifier, load_classifier
 from hgkd.data.transforms import as_size
+from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.engine.weights import load_strict, read_checkpoint, tensors_of
 from hgkd.errors import WeightsError
 from hgkd.registry import MODELS
@@ -151,6 +152,7 @@ def _timm_classifier(
     name: str, path: str | Path, image_size: int | tuple[int, ...], normalize: Any, kwargs: dict[str, Any]
 ) -> ImageClassifier:
     """A timm classifier with all weights of a file, its head included, whose size says the number of classes."""
+    path = checkpoint_file(path)
     content = read_checkpoint(path)
     if ClassifierSpec.parse(content.get("meta")) is not None:
         raise ValueError(f"{path} says itself which network it holds; leave name={name!r} out")

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from hgkd.classifiers import ClassifierTeacher, ImageClassifier
-from hgkd.classifiers.network import CLASSIFIER_FORMAT
+from hgkd.classifiers.network import CLASSIFIER_FORMAT, ClassifierSpec
 from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import build_objectives, to_unit_range
 from hgkd.evaluation.samples import ClassSample
@@ -79,6 +80,7 @@ class ClassifierTraining(BaseModel):
 
     def _prepare(self, num_classes: int) -> None:
         """Let every part check that it fits the others."""
+        feature = self.classifier.feature_shape(self.image_size)
         teacher: ClassifierTeacher | None = self.teacher  # type: ignore[assignment]
         if (teacher is None) != (not self.objectives):
             which = f"objectives={list(self.objectives)} but no teacher" if teacher is None else "a teacher but no objectives"
@@ -91,9 +93,9 @@ class ClassifierTraining(BaseModel):
                 f"the teacher ({teacher.info}) must be fine-tuned on the {num_classes} classes of this training, because "
                 f"objective {needing[0]!r} learns from its answers; give another teacher_checkpoint, or use LastMapMGD"
             )
-        shapes = self.classifier.feature_shape(self.image_size), teacher.prepare(self.image_size)
+        taught = teacher.prepare(self.image_size)
         for part in self.objectives.values():
-            cast(Any, part).prepare(*shapes)
+            cast(Any, part).prepare(feature, taught)
 
     def init_weights(self) -> None:
         """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""
@@ -186,6 +188,13 @@ class ClassifierTraining(BaseModel):
                 "give a teacher_checkpoint of the same data"
             )
         self.classifier.spec = replace(spec, classes=tuple(classes))
+
+    def take_meta(self, meta: Mapping[str, Any]) -> None:
+        """Normalise as the checkpoint that has been loaded did: its weights expect these pixels, whatever the config says."""
+        spec, own = ClassifierSpec.parse({"hgkd": meta}), self.classifier.spec
+        if spec is not None and (spec.mean, spec.deviation) != (own.mean, own.deviation):
+            self.classifier.set_pixels(spec.mean, spec.deviation)
+            print_log(f"pixels are normalised as in the checkpoint: mean {spec.mean}, deviation {spec.deviation}", "current")
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside, under ``meta['hgkd']``."""

@@ -19,7 +19,8 @@ from hgkd.registry import HOOKS
 class ClassReportHook(Hook):
     """Compares the classes of images, model and teacher, and writes ``work_dir/per_class.json`` and ``confusion.png``.
 
-    Both are of the last validation, or of a test. A test's classes are compared with those that the checkpoint names.
+    Both are of the last validation, or of a test. A test's classes, and those of a
+    training that is resumed, are compared with those that the checkpoint names.
     """
 
     priority = "VERY_HIGH"  # what does not fit is told before anything else starts
@@ -36,6 +37,8 @@ class ClassReportHook(Hook):
         classes = _classes(runner.train_dataloader)
         model.set_classes(classes)
         model.check_heads()
+        if self._in_file and runner._resume:
+            _compare("the training images", classes, "the checkpoint", self._in_file)
         if runner.val_loop is not None:
             _compare("the validation images", _classes(runner.val_dataloader), "the training images", classes)
 

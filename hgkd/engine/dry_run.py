@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from hgkd.data.sampler import SeededIndex, epoch_seed
+from hgkd.engine.class_report import ClassReportHook
 from hgkd.engine.hooks import peak_memory_mb, plain_model
 from hgkd.engine.loop import StepGuard, seed_step
 from hgkd.registry import RUNNERS
@@ -44,6 +45,7 @@ def dry_run(cfg: Config) -> str:
         runner._train_loop = loop
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+        _check_data(runner)
         report = _measure(runner, loop)
     needed = report.pop("checkpoint bytes") / 2**20
     free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free / 2**20
@@ -51,6 +53,14 @@ def dry_run(cfg: Config) -> str:
     report["checkpoints"] = f"{needed:.0f} MB each, up to 4 at a time; {free:.0f} MB free at {target}{enough}"
     width = max(map(len, report))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in report.items())
+
+
+def _check_data(runner: Any) -> None:
+    """Build the loops of validation and test, and compare the data's classes."""
+    _ = runner.val_loop, runner.test_loop
+    for hook in runner.hooks:
+        if isinstance(hook, ClassReportHook):
+            hook.before_train(runner)
 
 
 def _measure(runner: Any, loop: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from hgkd.engine.hooks import plain_model
 from hgkd.engine.loop import ExactEpochLoop, outlive_signals
 from hgkd.engine.recompute import recompute_activations
 from hgkd.engine.sync_norm import sync_batch_norms
-from hgkd.engine.weights import load_strict
+from hgkd.engine.weights import load_strict, match
 from hgkd.errors import WeightsError
 from hgkd.registry import RUNNERS
 
@@ -40,7 +40,9 @@ def _what(meta: Any) -> str:
     if isinstance(meta.get("encoder"), Mapping):
         return f"a student {meta['encoder'].get('name')!r}"
     if isinstance(meta.get("classifier"), Mapping):
-        return f"a classifier {meta['classifier'].get('name')!r} of {meta['classifier'].get('num_classes')} classes"
+        spec = meta["classifier"]
+        heads = "two heads" if spec.get("two_heads") else "one head"
+        return f"a classifier {spec.get('name')!r} of {spec.get('num_classes')} classes with {heads}"
     return "a masked autoencoder" if "mae" in meta else "a model that it does not describe"
 
 
@@ -109,6 +111,8 @@ class DistillRunner(Runner):
             options = {key: value for key, value in loop.items() if key != "by_epoch"}
             loop = ExactEpochLoop(self, self._train_dataloader, **options)
         built = super().build_train_loop(loop)
+        if built.max_epochs < 1:
+            raise ValueError(f"epochs (train_cfg.max_epochs) is {built.max_epochs}; it must be 1 or more")
         if built.max_iters < 1:
             loader = built.dataloader
             raise ValueError(
@@ -162,18 +166,21 @@ class DistillRunner(Runner):
         if not strict:
             raise ValueError("DistillRunner loads checkpoints strictly; strict=False would leave weights random unseen")
         checkpoint = read_run_checkpoint(filename)
-        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model: Any = plain_model(self)
+        # a test has no objectives, whose trained parts are in the checkpoint
+        unused = ("objectives.",) if self._train_loop is None else ()
         try:
-            # a test has no objectives, whose trained parts are in the checkpoint
-            unused = ("objectives.",) if self._train_loop is None else ()
-            load_strict(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
+            match(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
         except WeightsError as error:
             own = _what(model.meta()) if hasattr(model, "meta") else f"a {type(model).__name__}"
             raise WeightsError(
                 f"{filename} is of another model: it holds {_what(checkpoint['meta'].get('hgkd'))}, this run trains {own}. "
                 f"Use the config that wrote it, or start anew without it; {error}"
             ) from error
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)  # may exchange the weights, as EMAHook does
+        load_strict(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
+        if hasattr(model, "take_meta"):
+            model.take_meta(checkpoint["meta"].get("hgkd") or {})
         self._has_loaded = True
         return checkpoint
 

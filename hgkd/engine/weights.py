@@ -216,7 +216,7 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def load_strict(
+def match(
     module: nn.Module,
     state: Mapping[str, Tensor],
     *,
@@ -224,16 +224,7 @@ def load_strict(
     ignore_missing: Sequence[str] = (),
     ignore_unexpected: Sequence[str] = (),
 ) -> LoadReport:
-    """Load weights into a network, all or nothing, and log the report.
-
-    Args:
-        module: its floating-point precision is kept; fp16 files are converted.
-        source: name of the file, for the report.
-        ignore_missing, ignore_unexpected: beginnings of names that may be absent, or left over.
-
-    Raises:
-        WeightsError: anything missing, left over or of another shape; the network is unchanged then.
-    """
+    """How weights would meet a network; nothing is loaded. Arguments and errors: see :func:`load_strict`."""
     own = module.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -256,6 +247,29 @@ def load_strict(
     )
     if not report.complete:
         raise WeightsError(f"the weights do not fit {type(module).__name__}: {report}")
+    return report
+
+
+def load_strict(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    ignore_missing: Sequence[str] = (),
+    ignore_unexpected: Sequence[str] = (),
+) -> LoadReport:
+    """Load weights into a network, all or nothing, and log the report.
+
+    Args:
+        module: its floating-point precision is kept; fp16 files are converted.
+        source: name of the file, for the report.
+        ignore_missing, ignore_unexpected: beginnings of names that may be absent, or left over.
+
+    Raises:
+        WeightsError: anything missing, left over or of another shape; the network is unchanged then.
+    """
+    report = match(module, state, source=source, ignore_missing=ignore_missing, ignore_unexpected=ignore_unexpected)
+    own = module.state_dict()
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     print_log(str(report), "current")
     return report

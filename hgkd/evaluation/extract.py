@@ -15,12 +15,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.errors import DataError, unknown_name_message
-from hgkd.networks import is_vit
+from hgkd.networks import is_vit, patch_attention
 from hgkd.structures import TeacherNeeds
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
@@ -154,6 +155,8 @@ class TokenExtractor(FeatureExtractor):
 class FineTunedViT(FeatureExtractor):
     """Mean of the patch tokens of a fine-tuned ViT after one block (no norm), at the image size that it was trained for."""
 
+    attention_name = TokenExtractor.attention_name
+
     def __init__(self, classifier: Any, block: int | None, settings: dict[str, Any]) -> None:
         super().__init__("classifier", settings)
         self.classifier = classifier.requires_grad_(False)
@@ -166,6 +169,16 @@ class FineTunedViT(FeatureExtractor):
         inputs = self.classifier.normalise(_resized(images, self.classifier.spec.image_size))
         found: Tensor = network.forward_intermediates(inputs, [block], intermediates_only=True)[0]
         return found
+
+    def attention(self, images: Tensor, level: int | None = None) -> Tensor:
+        network = self.classifier.network
+        if not isinstance(network, VisionTransformer):  # others have their own attention
+            return super().attention(images, level)
+        block = self.block if level is None else self._level(level, len(network.blocks), "block")
+        inputs = self.classifier.normalise(_resized(images, self.classifier.spec.image_size))
+        tokens = network.blocks[:block](network.norm_pre(network._pos_embed(network.patch_embed(inputs))))
+        patches = patch_attention(network.blocks[block], tokens, network.num_prefix_tokens, network.has_class_token)
+        return patches.unflatten(1, network.patch_embed.grid_size)
 
 
 class PooledExtractor(FeatureExtractor):
@@ -258,7 +271,7 @@ def _fine_tuned_vit(path: Path, block: int | None) -> FeatureExtractor | None:
     spec = ClassifierSpec.parse(content.get("meta")) if isinstance(content, Mapping) else None
     if spec is None or not is_vit(spec.name):
         return None
-    return FineTunedViT(load_classifier(path), block, {"name": spec.name, "weights": str(path)})
+    return FineTunedViT(load_classifier(path), block, {"name": spec.name, "kwargs": spec.kwargs, "weights": str(path)})
 
 
 def _export(path: Path) -> FeatureExtractor:

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from hgkd.classifiers import ImageClassifier
 from hgkd.data.images import IMAGE_EXTENSIONS, find_images, read_rgb
 from hgkd.data.transforms import eval_transform
+from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.engine.config import check_plain_data
 from hgkd.engine.hooks import distillation_columns
 from hgkd.engine.pictures import colour_basis, hide_cells, picture_grid, token_colours
@@ -255,7 +256,7 @@ def load_reconstructor(checkpoint: str | os.PathLike[str]) -> Reconstructor:
         ValueError: it holds no model that predicts pixels.
         WeightsError: damaged, or no such file at all.
     """
-    path = Path(checkpoint).expanduser()
+    path = checkpoint_file(checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     content = read_checkpoint(path)

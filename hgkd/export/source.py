@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -28,11 +28,13 @@ class EncoderSpec:
         name: timm model name.
         stem: 'default', or 'cifar' for a 3x3 stride-1 stem without pooling.
         kwargs: further timm arguments.
+        pixels: mean and deviation of the pixels in [0, 1], RGB, where they are not those that timm notes for the name.
     """
 
     name: str
     stem: str = "default"
     kwargs: dict[str, Any] = field(default_factory=dict)
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @classmethod
     def parse(cls, hgkd: object, source: str) -> EncoderSpec:
@@ -49,13 +51,16 @@ class EncoderSpec:
                 f"{source} has format {hgkd.get('format')!r}, this version of hgkd reads format {FORMAT}; "
                 "use the version of hgkd that wrote it"
             )
-        unknown = sorted(set(encoder) - {"name", "stem", "kwargs"})
+        unknown = sorted(set(encoder) - {"name", "stem", "kwargs", "pixels"})
         if unknown:
-            raise WeightsError(f"{source} describes its encoder with unknown keys {unknown}; known: name, stem, kwargs")
-        return cls(str(encoder["name"]), str(encoder.get("stem") or "default"), dict(encoder.get("kwargs") or {}))
+            raise WeightsError(f"{source} describes its encoder with unknown keys {unknown}; known: name, stem, kwargs, pixels")
+        mean, deviation = encoder.get("pixels") or ((), ())
+        pixels = (tuple(mean), tuple(deviation)) if mean else None
+        return cls(str(encoder["name"]), str(encoder.get("stem") or "default"), dict(encoder.get("kwargs") or {}), pixels)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "stem": self.stem, "kwargs": dict(self.kwargs)}
+        pixels = {} if self.pixels is None else {"pixels": [list(values) for values in self.pixels]}
+        return {"name": self.name, "stem": self.stem, "kwargs": dict(self.kwargs), **pixels}
 
     def to_student(self) -> dict[str, Any]:
         """The same as arguments of ``SparseUNet``."""
@@ -65,7 +70,10 @@ class EncoderSpec:
         """The dense timm model with random weights, in eval mode."""
         from hgkd.students import build_encoder
 
-        return build_encoder(self.name, stem=self.stem, **self.kwargs).eval()
+        network: Any = build_encoder(self.name, stem=self.stem, **self.kwargs).eval()
+        if self.pixels is not None:
+            network.pretrained_cfg = {**network.pretrained_cfg, "mean": self.pixels[0], "std": self.pixels[1]}
+        return cast(nn.Module, network)
 
 
 @dataclass
@@ -152,6 +160,7 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
     """
     from hgkd.classifiers.network import ClassifierSpec, ImageClassifier, network_state
     from hgkd.engine.weights import read_checkpoint
+    from hgkd.students.encoder import pixel_statistics
 
     path = Path(path).expanduser()
     if path.is_dir():
@@ -173,7 +182,9 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
         model = ImageClassifier.from_spec(classifier)
         encoder = network_state(checkpoint, str(path))
         inside = {key: value for key, value in encoder.items() if not key.startswith(model.head_names())}
-        spec = EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs))
+        pixels = (classifier.mean, classifier.deviation)
+        noted = pixel_statistics(model.network)
+        spec = EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs), None if pixels == noted else pixels)
         return StudentCheckpoint(path, spec, inside, {}, dict(meta), run_metrics(checkpoint))
     spec = EncoderSpec.parse(meta["hgkd"], str(path))
     state = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}

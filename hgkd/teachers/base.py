@@ -11,6 +11,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
+from hgkd.networks import patch_attention
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.health import weight_health
 
@@ -202,14 +203,8 @@ class Teacher(nn.Module):
         assert self.grid is not None
         with torch.autocast(images.device.type, enabled=False):
             tokens, layer, prefix = self._before_block(self._inputs(images), block % self.info.depth)
-            attn: Any = layer.attn
-            batch, count, _ = tokens.shape
-            qkv = attn.qkv(layer.norm1(tokens)).view(batch, count, 3, attn.num_heads, -1)  # type: ignore[operator]
-            query, key, _ = qkv.permute(2, 0, 3, 1, 4)
-            query = attn.q_norm(query[:, :, :1] if self.has_class_token else query)
-            weights = (query @ attn.k_norm(key).transpose(-2, -1) * attn.scale).float().softmax(-1)
-        patches = weights[..., prefix:].mean((1, 2)).view(batch, 1, *self.grid)
-        return F.avg_pool2d(patches, self.ratio)[:, 0]
+            patches = patch_attention(layer, tokens, prefix, self.has_class_token)
+        return F.avg_pool2d(patches.view(len(images), 1, *self.grid), self.ratio)[:, 0]
 
     def patch_mask(self, visible: Tensor) -> Tensor:
         """Visible patches of visible cells: bool (B, h, w) -> bool (B, gh*gw)."""

@@ -8,7 +8,7 @@ from student_checkpoints import write_student
 from hgkd.classifiers import ImageClassifier, load_classifier
 from hgkd.classifiers.network import ClassifierSpec
 from hgkd.errors import WeightsError
-from hgkd.export import export
+from hgkd.export import export, load_backbone, read_student
 from hgkd.networks import is_vit
 from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae, sincos_positions
 
@@ -178,6 +178,54 @@ def test_a_fine_tuned_file_gives_the_same_answers_and_a_backbone(name, kwargs, t
     torch.save({"meta": meta, "state_dict": state}, tmp_path / "classifier.pth")
     with pytest.raises(WeightsError, match="a classifier of format 2; this version of hgkd reads format 1"):
         load_classifier(tmp_path / "classifier.pth")
+
+
+def write_classifier(model, file):
+    state = {f"classifier.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"meta": {"hgkd": {"classifier": model.spec.to_dict(), "format": 1}}, "state_dict": state}, file)
+    return file
+
+
+@pytest.mark.parametrize("size", [(96, 128), (64, 128)])  # 48 and 32 patches: one more than 48 is a square
+def test_positions_of_oblong_images_stay_where_they_are(size, tmp_path):
+    model = ImageClassifier("vit_tiny_patch16_224", 3, size, **TINY)
+    file = write_classifier(model, tmp_path / "oblong.pth")
+    positions = model.network.pos_embed
+    assert torch.equal(load_classifier(file).network.pos_embed, positions)
+    assert torch.equal(ImageClassifier("vit_tiny_patch16_224", 5, size, backbone=file, **TINY).network.pos_embed, positions)
+    # of twice the size every patch lies between its neighbours; in the middle of a constant row nothing changes
+    with torch.no_grad():
+        rows = torch.arange(size[0] // 16.0).view(-1, 1, 1).expand(-1, size[1] // 16, 32)
+        positions[:, 1:] = rows.reshape(1, -1, 32)
+    file = write_classifier(model, tmp_path / "rows.pth")
+    double = load_classifier(file, (2 * size[0], 2 * size[1])).network.pos_embed
+    grid = double[0, 1:].view(size[0] // 8, size[1] // 8, 32)
+    assert torch.allclose(grid, grid[:, :1, :1].expand_as(grid), atol=1e-5)
+    assert (grid[1:, 0, 0] > grid[:-1, 0, 0]).all()
+
+
+def test_a_fine_tuned_vit_is_a_start_at_another_size(tmp_path):
+    file = write_classifier(ImageClassifier("vit_tiny_patch16_224", 3, 64, **TINY), tmp_path / "vit.pth")
+    assert ImageClassifier("vit_tiny_patch16_224", 3, 96, backbone=file, **TINY).network.pos_embed.shape == (1, 37, 32)
+
+
+def test_own_pixels_stay_with_the_backbone(tmp_path):
+    pixels = (0.1, 0.2, 0.3), (0.7, 0.8, 0.9)
+    file = write_classifier(ImageClassifier("test_resnet", 3, 64, normalize=pixels), tmp_path / "own.pth")
+    export(file, tmp_path / "out", to="timm")
+    assert timm.create_model(f"local-dir:{tmp_path}/out").pretrained_cfg["mean"] == pytest.approx(pixels[0])
+    for subject in (file, tmp_path / "out"):
+        cfg = load_backbone(subject).pretrained_cfg
+        assert (tuple(cfg["mean"]), tuple(cfg["std"])) == pixels
+        assert ImageClassifier("test_resnet", 5, 64, backbone=subject).spec.mean == pixels[0]
+    usual = write_classifier(ImageClassifier("test_resnet", 3, 64), tmp_path / "usual.pth")
+    assert read_student(usual).spec.pixels is None
+
+
+def test_an_image_size_that_a_network_does_not_take_is_told():
+    model = ImageClassifier("vit_tiny_patch16_224", 3, 64, **TINY)
+    with pytest.raises(ValueError, match=r"takes no images of 80 x 80 px \(.*\); set another image_size"):
+        model.feature_shape(80)
 
 
 def test_files_of_another_kind_are_refused(tmp_path):

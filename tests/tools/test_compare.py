@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_runs import train_tool
 
 from hgkd.data.shapes import write_imagefolder
+from hgkd.errors import StoppedError
 
 ROOT = Path(__file__).parents[2]
 SPARK = "configs/spark/spark_resnet18_shapes.py"
@@ -57,6 +58,34 @@ def test_a_plan_may_be_yaml(tmp_path):
 def test_a_plan_that_is_wrong_is_refused(tmp_path, rows, values, message):
     with pytest.raises(ValueError, match=message):
         tool.read_plan(plan_file(tmp_path, rows), values)
+
+
+def test_slips_are_told_before_the_first_run(tmp_path, monkeypatch, capsys):
+    rows = [{"name": "a+b", "config": SPARK}, {"name": "a b", "config": SPARK}]
+    file = plan_file(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"rows 'a\+b' and 'a b' would share the folder .*a_b_seed0; rename one of them"):
+        tool.jobs_of(tool.read_plan(file, {"data": "/x"}), tmp_path)
+    monkeypatch.chdir(tmp_path)  # a recipe of this project is found from everywhere
+    assert tool.read_plan(file, {"data": "/x"})["rows"][0]["config"] == str(ROOT / SPARK)
+    file = plan_file(tmp_path, [{"name": "a", "config": "configs/gone.py"}])
+    with pytest.raises(FileNotFoundError, match=r"row 'a': config configs/gone\.py does not exist, neither in .* nor in "):
+        tool.read_plan(file, {"data": "/x"})
+    assert tool.main([str(file), "--work-dir", "out", "--jobs", "0", "--set", "data=/x"]) == 2
+    assert "jobs is the number of runs at a time, 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_options_arrive_as_they_were_meant(tmp_path):
+    options = {
+        "data_root": "/my pictures/2024, new",
+        "seed": 0,
+        "a.b": [0.2, None, "x y"],
+        "c": "007",
+        "d": (1, [2]),
+        "e": None,
+    }
+    job = tool.Job("a", 0, tmp_path, SPARK, options, {}, {})
+    read = train_tool.parse_args(job.train_command[1:]).cfg_options
+    assert read == {**options, "d": [1, [2]]}
 
 
 def test_a_plan_with_an_unknown_key_or_without_a_file_is_refused(tmp_path):
@@ -189,7 +218,7 @@ def test_a_run_that_fails_names_its_log(tmp_path, monkeypatch, capsys):
     write_imagefolder("shapes", train=24, test=8, image_size=64)
     file = plan_file(tmp_path, [{"name": "no", "backbone": "resnet_eighteen"}])
     assert tool.main([str(file), "--work-dir", "out", "--set", "data=shapes"]) == 2
-    assert "tools/evaluate.py ended with 2; see out/no_seed0/evaluate.log" in capsys.readouterr().err
+    assert "tools/evaluate.py ended with 2; see out/no_seed0/evaluate.log: evaluate: unknown" in capsys.readouterr().err
     assert "resnet_eighteen" in Path("out/no_seed0/evaluate.log").read_text()
     # the other runs are finished and in the table all the same
     file = plan_file(tmp_path, [{"name": "no", "backbone": "resnet_eighteen"}, {"name": "yes", "backbone": "test_resnet"}])
@@ -220,7 +249,7 @@ def test_runs_that_measure_themselves_from_training_to_the_table(tmp_path, monke
     assert f"| fine-tuned | {curve[-1][1]:.1f} | 1 |" in table
     assert f"- fine-tuned: {curve[0][1]:.1f}, {curve[1][1]:.1f}" in table
     misspelt = tool.Job("fine-tuned", 1, Path("out/fine-tuned_seed1"), config, {}, {}, {"top-1 %": "accuracy/top_1"})
-    with pytest.raises(RuntimeError, match=r"no validation in out/fine-tuned_seed1 logged 'accuracy/top_1'"):
+    with pytest.raises(StoppedError, match=r"logged 'accuracy/top_1', which .* name; it logged .*accuracy/top1, accuracy/top5"):
         tool._log(misspelt)
 
 

@@ -12,6 +12,7 @@ from tiny_runs import ROOT, SPARK, load_tool, same, tiny, train_tool, write_imag
 from hgkd.classifiers import load_classifier
 from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
+from hgkd.evaluation import load_extractor
 from hgkd.export import load_backbone, read_student
 from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
 
@@ -137,6 +138,64 @@ def test_a_distilled_classifier_is_tested_without_its_teacher(finetuned, images,
     assert 0.0 <= metrics["accuracy/top1"] <= 100.0
 
 
+def test_pixels_of_the_backbone_count_in_the_test_too(images, tmp_path):
+    arch = {**VIT, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+    pixels = {"mean": [0.1, 0.2, 0.3], "deviation": [0.9, 0.9, 0.9], "norm_pix": True}
+    mae = save_mae(MaskedAutoencoder(make_arch(arch)), tmp_path / "mae.safetensors", pixels)
+    options = small(images, epochs=1, warmup_epochs=0, **{f"model.classifier.{key}": value for key, value in VIT.items()})
+    options.pop("student")
+    recipe = FOLDER / "vit-ti16_10e_cifar128.py"
+    runner = train_tool.train(recipe, tmp_path / "run", options={**options, "backbone": str(mae)})
+    file = tmp_path / "tested.json"
+    test_tool.run_test(recipe, tmp_path / "run", options=options, json_file=file)  # without the backbone
+    model = load_classifier(tmp_path / "run")
+    assert model.spec.mean == runner.model.classifier.spec.mean == pytest.approx(pixels["mean"])
+    dataset = runner.val_dataloader.dataset
+    inputs = torch.stack([dataset[i]["inputs"] for i in range(len(dataset))]).float() / 255
+    with torch.no_grad():
+        expected = model.predict(model.normalise(inputs)).argmax(1).tolist()
+    assert json.loads(file.read_text())["predicted"] == expected
+    # the same by --resume, and as a subject of evaluate.py, its own fine-tuning and its attention included
+    again = train_tool.train(recipe, tmp_path / "run", resume=str(tmp_path / "run"), options={**options, "epochs": 2})
+    assert again.model.classifier.spec.mean == model.spec.mean
+    extractor = load_extractor(tmp_path / "run")
+    more = {"epochs": 1, "warmup_epochs": 0, "data_root": str(images), "image_size": 64, "batch_size": 4, "workers": 0}
+    tuned = load_tool("evaluate").fine_tune(extractor, 2, more)
+    assert tuned.classifier.network.norm is not None
+    inputs = torch.rand(2, 3, 64, 64)
+    maps = extractor.attention(inputs)
+    assert maps.shape == (2, 4, 4)
+    assert maps.min() >= 0
+    assert maps.sum((1, 2)).max() <= 1.0 + 1e-5  # shares of one distribution, the class token has the rest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 3}, "set num_classes=2"),
+        ({"val_root": "nowhere"}, "nowhere"),
+        ({"model.classifier.two_heads": True}, "nothing trains the second one"),
+        ({"epochs": 0}, r"epochs \(train_cfg\.max_epochs\) is 0; it must be 1 or more"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_training_would(changes, message, images, tmp_path, capsys):
+    arguments = [f"{key}={value}" for key, value in small(images, **{"warmup_epochs": 0, **changes}).items()]
+    assert train_tool.main([str(BASELINE), "--dry-run", "--cfg-options", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_resumed_run_must_have_the_same_classes(finetuned, images, backbone, tmp_path):
+    shutil.copytree(finetuned[1], tmp_path / "run")
+    options = small(images, epochs=3, backbone=str(backbone))
+    with pytest.raises(WeightsError, match=r"of 2 classes with one head, this run trains .* of 3 classes with one head"):
+        train_tool.train(AUGMENTED, tmp_path / "run", resume=True, options={**options, "num_classes": 3})
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images/a").rename(tmp_path / "images/z")
+    options |= {"data_root": str(tmp_path / "images"), "val_root": str(tmp_path / "images")}
+    with pytest.raises(ValueError, match=r"training images \(2\) are not those of the checkpoint \(2\), e\.g\. a, z"):
+        train_tool.train(AUGMENTED, tmp_path / "run", resume=True, options=options)
+
+
 @pytest.mark.parametrize("student", ["test_efficientnet", "test_vit", "test_convnext"])
 def test_the_recipe_for_folders_takes_other_networks(student, images, tmp_path):
     options = small(images, student=student, image_size=160 if student == "test_vit" else 64)
@@ -247,7 +306,9 @@ def test_an_empty_class_folder_is_told(images, tmp_path, capsys):
 
 def test_a_test_of_another_model_is_refused_and_says_what_the_file_is(finetuned, images, capsys):
     best = next(iter(finetuned[1].glob("best_accuracy_top1_epoch_*.pth")))
-    with pytest.raises(WeightsError, match=r"holds a classifier 'test_resnet' of 2 classes, this run trains a .*'resnet10t'"):
+    with pytest.raises(
+        WeightsError, match=r"holds a classifier 'test_resnet' of 2 classes with one head, this run trains a .*'resnet10t'"
+    ):
         test_tool.run_test(BASELINE, best, options=small(images, student="resnet10t"))
     arguments = [f"{key}={value}" for key, value in small(images).items()]
     assert test_tool.main([str(BASELINE), str(best), "--json", "out.json", "--cfg-options", *arguments]) == 0

@@ -1,0 +1,73 @@
+"""What a user types: ``--device``, and ``--cfg-options KEY=VALUE``, values as mmengine's ``DictAction`` reads them, except that texts stay as they were typed.
+
+``DictAction`` takes blanks out of every value, makes lists of what has a comma and numbers of folders that are called 2024.
+"""
+
+from __future__ import annotations
+
+import ast
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.config import DictAction
+
+_PATHS = ("_root", "_file", "_checkpoint", "_dir", "_from", "backbone", "checkpoint")
+"""How the last part of a key ends whose value is a path."""
+
+
+class OptionsAction(DictAction):  # type: ignore[misc]
+    """Collects KEY=VALUE pairs of one or more options into a dict."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None) -> None:
+        options = dict(getattr(namespace, self.dest, None) or {})
+        for pair in values or ():
+            key, equals, text = pair.partition("=")
+            if not equals or not key:
+                parser.error(f"{option_string} takes KEY=VALUE, got {pair!r}")
+            try:
+                options[key] = option_value(key, text)
+            except AssertionError:  # mmengine's, of brackets
+                parser.error(f"{option_string}: the brackets of {pair!r} do not close; write e.g. {key}=[1,2]")
+        setattr(namespace, self.dest, options)
+
+
+def option_value(key: str, text: str) -> Any:
+    """The value that was typed for ``key``.
+
+    Quotes make a text of anything; brackets a list, tuple or dict, with Python's own meaning where it is Python. A path is a
+    text whatever it looks like, but for None.
+    """
+    if text[:1] in ("'", '"', "[", "(", "{"):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):  # e.g. names without quotes
+            return DictAction._parse_iterable(text)
+    if key.rpartition(".")[2].endswith(_PATHS):
+        return None if text == "None" else text
+    return DictAction._parse_iterable(text) if "," in text else DictAction._parse_int_float_bool(text)
+
+
+def option_text(key: str, value: Any) -> str:
+    """What to type for a value: the inverse of :func:`option_value`, but that tuples become lists."""
+    if isinstance(value, str):
+        return value if option_value(key, value) == value else repr(value)
+    return _inside(value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _inside(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{','.join(map(_inside, value))}]"
+    return repr(value)
+
+
+def device_name(text: str) -> str:
+    """A device of this machine, or 'auto'; argparse's ``type`` of ``--device``."""
+    if text != "auto":
+        try:
+            torch.empty(0, device=text)
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).splitlines()[0]
+            raise ArgumentTypeError(f"{text!r} is no device of this machine ({why}); take cpu, or leave it out") from None
+    return text
