@@ -1,6 +1,7 @@
-"""What a user types: ``--device``, and ``--cfg-options KEY=VALUE``, values as mmengine's ``DictAction`` reads them, except that texts stay as they were typed.
+"""What a user types: ``--device``, and ``--cfg-options KEY=VALUE``.
 
-``DictAction`` takes blanks out of every value, makes lists of what has a comma and numbers of folders that are called 2024.
+Values are read as mmengine's ``DictAction`` does, except that texts stay as they were typed: it takes blanks out of every value,
+makes lists of what has a comma and numbers of folders that are called 2024.
 """
 
 from __future__ import annotations
