@@ -1,6 +1,6 @@
 """What a user types: ``--device``, and ``--cfg-options KEY=VALUE``.
 
-Values are read as mmengine's ``DictAction`` does, except that texts stay as they were typed: it takes blanks out of every value,
+Values are read as mmengine's ``DictAction`` does, except that texts stay as typed: it takes blanks out of every value,
 makes lists of what has a comma and numbers of folders that are called 2024.
 """
 
