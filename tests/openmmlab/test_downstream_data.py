@@ -212,6 +212,7 @@ def test_more_categories_than_the_config_has_are_said(coco):
         "scnet/scnet_r50_fpn_1x_coco.py",
         "detectors/detectors_htc-r50_1x_coco.py",
         "panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py",
+        "mm_grounding_dino/coco/grounding_dino_swin-t_finetune_16xb4_1x_coco.py",  # matches texts: 256 tokens
     ],
 )
 def test_stock_configs_with_other_heads(name, tmp_path):
@@ -220,13 +221,21 @@ def test_stock_configs_with_other_heads(name, tmp_path):
     cfg = Config.fromstring(f"_base_ = 'mmdet::{name}'", ".py")
     merge_options(cfg, {"data_root": str(tmp_path)})
     labels = CocoDataset.METAINFO["classes"]
-    content = {"categories": [{"id": i, "name": label} for i, label in enumerate(labels)], "images": [], "annotations": []}
+    content = {
+        "categories": [{"id": i, "name": label} for i, label in enumerate(labels)],
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 30, 20], "area": 600, "iscrowd": 0}
+            | {"segmentation": [[1, 2, 31, 2, 31, 22, 1, 22]]}
+        ],
+    }
     if "panoptic" in name:
         content["annotations"] = [{"image_id": 1, "segments_info": []}]  # no category_id
     for loader in BOTH:
         dataset = cfg[loader].dataset
         for folder in dataset.data_prefix.values():
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / "a.jpg").touch()
         (tmp_path / dataset.ann_file).parent.mkdir(exist_ok=True)
         (tmp_path / dataset.ann_file).write_text(json.dumps(content))
     assert check_data(cfg, BOTH) == []
