@@ -32,6 +32,7 @@ from train import USER_ERRORS, load_config
 from hgkd.engine.checkpoints import checkpoint_file, read_run_checkpoint
 from hgkd.engine.hooks import plain_model
 from hgkd.engine.options import OptionsAction
+from hgkd.errors import StoppedError
 from hgkd.evaluation import ClassificationMetric
 from hgkd.evaluation.records import CLASSIFIER, append_csv, check_outputs, make_result, write_json
 from hgkd.openmmlab import drop_teacher, is_downstream
@@ -62,6 +63,7 @@ def run_test(
     Raises:
         FileNotFoundError: no such checkpoint, or files of the data are missing.
         ValueError: the checkpoint is of another model, or the config has nothing to test.
+        StoppedError: a detector without a single detection, of which mmdet measures nothing.
     """
     checkpoint = checkpoint_file(checkpoint)
     if not checkpoint.is_file():
@@ -90,6 +92,11 @@ def run_test(
         check_outputs(json_file, csv_file)
         runner = RUNNERS.build(cfg)
         metrics = {name: float(value) for name, value in runner.test().items()}
+    if not metrics:
+        raise StoppedError(
+            f"no metric: the model of {checkpoint} found nothing in any test image; look at some of them with "
+            "'tools/visualize.py predictions', and train for longer"
+        )
     if not is_main_process():
         return metrics
     if not classifier:
