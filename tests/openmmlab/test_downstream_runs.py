@@ -160,8 +160,9 @@ def test_a_turned_photo_is_drawn_as_the_model_sees_it(tmp_path, kind, monkeypatc
     with Image.open(picture) as drawn:
         assert drawn.size == (48, 64)
     assert seen[0].shape == (64, 48, 3)
-    assert (seen[0][:, 30:] > 200).all()
-    assert (seen[0][:, :18] < 50).all()
+    if kind == "detector":  # a segmentor's label map is laid over it already
+        assert (seen[0][:, 30:] > 200).all()
+        assert (seen[0][:, :18] < 50).all()
 
 
 def test_only_downstream_configs_are_drawn(tmp_path):
