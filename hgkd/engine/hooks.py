@@ -134,7 +134,7 @@ class FiniteLossHook(Hook):
             self._steps, self._skipped = [], 0
             return
         values = {name: float(value) for name, value in (outputs or {}).items()}
-        images = [int(i) for i in data_batch.get("index", [])] if isinstance(data_batch, Mapping) else []
+        images = self._images(data_batch)
         self._steps.append({"epoch": runner.epoch, "step": runner.iter, "images": images, "losses": values})
         if not guard.skipped:
             return
@@ -149,11 +149,20 @@ class FiniteLossHook(Hook):
         if self._skipped <= self.patience:
             runner.logger.warning(f"{what}. The step is left out ({self._skipped} in a row, {total} in all)")
             return
-        dump = self._dump(runner)
         raise DivergedError(
-            f"{what}. {self._skipped} updates in a row were left out. Lower lr, lengthen warmup_epochs, clip gradients "
-            "(optim_wrapper.clip_grad), or train without --amp; the weights are those of before, and "
-            f"'python tools/replay.py {dump}' does these steps again and tells where the first value that is not finite appears"
+            f"{what}. {self._skipped} updates in a row were left out. Lower lr, lengthen the warm-up, clip gradients "
+            f"(optim_wrapper.clip_grad), or train without --amp; {self._end(runner)}"
+        )
+
+    def _images(self, data_batch: Any) -> list[Any]:
+        """What tells the images of a batch, for the message and the dump."""
+        return [int(i) for i in data_batch.get("index", [])] if isinstance(data_batch, Mapping) else []
+
+    def _end(self, runner: Runner) -> str:
+        """What is left of the run, said at the end of the message."""
+        return (
+            f"the weights are those of before, and 'python tools/replay.py {self._dump(runner)}' does these steps again and "
+            "tells where the first value that is not finite appears"
         )
 
     def _dump(self, runner: Runner) -> Path:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -18,7 +19,7 @@ from hgkd.export.source import Source
 from hgkd.students.encoder import pixel_statistics
 
 EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "mmdet": "downstream", "mmseg": "downstream"}
-_DISTRIBUTIONS = {"mmseg": "mmsegmentation"}
+_DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}  # of the libraries over mmcv
 
 
 class ExportError(StoppedError):
@@ -184,6 +185,11 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
     """A library that is used for a proof where it is there: (module or None, 'name version' or why it is absent)."""
     top = module.partition(".")[0]
     try:
+        if top in _DISTRIBUTIONS and find_spec(top):
+            # not above: hgkd.openmmlab imports hgkd.export
+            from hgkd.openmmlab.ops.finder import register_ops
+
+            register_ops()  # they import mmcv's operators, compiled or not
         found = importlib.import_module(module)
     except Exception as error:
         # mmdet and mmseg raise what their compiled parts raise, not only ImportError

@@ -7,7 +7,8 @@ the config does not have is refused.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ SHORT_OPTIONS = {
     "workers": "processes that read images; 0 = none extra",
     "seed": "of everything random",
 }
+_READ = {
+    # by mmengine's Runner
+    *("model", "work_dir", "train_dataloader", "val_dataloader", "test_dataloader", "train_cfg", "val_cfg", "test_cfg"),
+    *("auto_scale_lr", "optim_wrapper", "param_scheduler", "val_evaluator", "test_evaluator", "default_hooks", "custom_hooks"),
+    *("data_preprocessor", "load_from", "resume", "launcher", "env_cfg", "log_processor", "log_level", "visualizer"),
+    *("default_scope", "randomness", "experiment_name", "model_wrapper_cfg", "sync_bn", "find_unused_parameters"),
+    *("activation_checkpointing", "efficient_conv_bn_eval", "compile"),
+    # by hgkd, and by the tools of mmdet and mmseg
+    *("backbone", "runner_type", "tta_model", "tta_pipeline"),
+}
 
 
 def is_downstream(cfg: Config) -> bool:
@@ -40,57 +51,124 @@ def is_downstream(cfg: Config) -> bool:
 def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
     """Override keys of a downstream config in place: short options, and dotted paths.
 
-    The first part of a path must be there. A later one may be new, as many settings have defaults, unless it looks like a
-    misspelling of one that is there.
+    The first part of a path must be a key that a run reads. A later one may be new, as many settings have defaults, unless it
+    looks like a misspelling of one that is there.
 
     Raises:
-        ValueError: an unknown or misspelt key, or a short option that has no place in the config.
+        ValueError: an unknown or misspelt key, one that nobody reads, a path through what has no parts, or a short option that
+            has no place in the config or is no number where one is expected.
     """
     short = {key: value for key, value in options.items() if key in SHORT_OPTIONS}
-    for key in options:
+    paths = {key: value for key, value in options.items() if key not in short}
+    for key, value in paths.items():
         head = key.partition(".")[0]
-        if key not in short and head not in cfg:
+        if head not in cfg and head not in _READ:
             raise ValueError(
-                f"{key}={options[key]!r}: {unknown_name_message('config key', head, [*cfg.keys(), *SHORT_OPTIONS])}"
+                f"{key}={value!r}: {unknown_name_message('config key', head, sorted({*_READ, *cfg.keys(), *SHORT_OPTIONS}))}"
             )
-        if key not in short:
-            _check_spelling(cfg, key)
-    cfg.merge_from_dict({key: value for key, value in options.items() if key not in short})
+        _check_read(cfg, key, value)
+        _check_path(cfg, key, options)
+    cfg.merge_from_dict(paths)
     for key, value in short.items():
         if value is not None:
             _PLACES[key](cfg, value)
 
 
-def _check_spelling(cfg: Config, path: str) -> None:
-    """Refuse a part of a dotted path that is not there, where one that is nearly the same is."""
-    head, *parts = path.split(".")
-    level: Any = cfg[head]
+def _check_read(cfg: Config, path: str, value: Any) -> None:
+    """Refuse a variable by which a config file built its parts: they are built, and nobody reads it any more."""
+    head, _, rest = path.partition(".")
+    if head in _READ and not (head == "data_preprocessor" and head in cfg.model):  # then the runner takes the model's
+        return
+    telling = not isinstance(cfg.get(head), (bool, type(None)))  # others stand everywhere
+    places = [place for key in cfg if telling and key in _READ for place in _places(cfg[key], cfg[head], key)]
+    told = ", ".join(f"{place}.{rest}" if rest else place for place in places[:4])
+    raise ValueError(
+        f"{path}={value!r} changes nothing: {head!r} is a variable of the config file, which has built its parts with it "
+        "already. Set the parts themselves by their paths"
+        + (f"; the same value stands at {told}" + (f" and {len(places) - 4} more" if places[4:] else "") if places else "")
+    )
+
+
+def _places(part: Any, value: Any, path: str) -> Iterator[str]:
+    """Paths of what equals a value."""
+    if type(part) is type(value) and part == value:
+        yield path
+    elif isinstance(part, Mapping):
+        for key, inner in part.items():
+            yield from _places(inner, value, f"{path}.{key}")
+    elif isinstance(part, (list, tuple)):
+        for index, inner in enumerate(part):
+            yield from _places(inner, value, f"{path}.{index}")
+
+
+def _check_path(cfg: Config, path: str, options: Mapping[str, Any]) -> None:
+    """Refuse a part of a dotted path that is not there, where one that is nearly the same is, or where there can be none."""
+    place, *parts = path.split(".")
+    if place not in cfg:
+        return
+    level: Any = cfg[place]
     for part in parts:
-        if isinstance(level, (list, tuple)) and part.isdigit() and int(part) < len(level):
+        if f"{place}._delete_" in options:  # mmengine's way to replace a part by another
+            return
+        if isinstance(level, list):
+            if not part.isdigit() or int(part) >= len(level):
+                raise ValueError(
+                    f"{path}: {place} is a list of {len(level)}, so {part!r} is no part of it; give a number below {len(level)}"
+                )
             level = level[int(part)]
-        elif isinstance(level, Mapping) and part not in level:
+        elif isinstance(level, Mapping):
             near = difflib.get_close_matches(part, map(str, level), n=1, cutoff=0.8)
-            if near:
+            if part not in level and near:
                 raise ValueError(
                     f"{path}: there is no {part!r} there, but {near[0]!r}; correct it, or write it into a config file if a new "
                     "key is meant"
                 )
-            return
-        elif isinstance(level, Mapping):
+            if part not in level:
+                return
             level = level[part]
         else:
-            return
+            raise ValueError(
+                f"{path}: {place} is {level!r}, which has no part {part!r}; set {place} itself, or add {place}._delete_=True "
+                "to put such parts in its place"
+            )
+        place = f"{place}.{part}"
+
+
+def whole_number(option: str, value: Any, least: int = 1) -> int:
+    """A count that a user gave, as a number or its text.
+
+    Raises:
+        ValueError: not a whole number, or below ``least``.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number.is_integer() or number < least:
+        raise ValueError(f"{option}={value!r}: expected a whole number, {least} or more")
+    return int(number)
 
 
 def _set_data_root(cfg: Config, value: str) -> None:
-    root, old = str(Path(value).expanduser()), str(cfg.get("data_root", ""))
+    root = str(Path(value).expanduser())
+    datasets = list(datasets_of(cfg))
+    old = {str(part["data_root"]).rstrip("/") for part in (cfg, *datasets) if part.get("data_root")} - {""}
+    for name in (*LOADERS, "val_evaluator", "test_evaluator"):
+        if cfg.get(name):
+            cfg[name] = _moved(cfg[name], old, root)
     cfg.data_root = root
     for dataset in datasets_of(cfg):
         dataset["data_root"] = root
-    for evaluator in _dicts(cfg.get("val_evaluator"), cfg.get("test_evaluator")):
-        file = evaluator.get("ann_file")
-        if file and old and str(file).startswith(old):
-            evaluator["ann_file"] = str(Path(root) / str(file)[len(old) :].lstrip("/"))
+
+
+def _moved(part: Any, old: Collection[str], new: str) -> Any:
+    """A part of a config, with all paths inside the folders ``old`` inside the folder ``new`` instead."""
+    if isinstance(part, Mapping):
+        return type(part)({key: _moved(value, old, new) for key, value in part.items()})  # type: ignore[call-arg]
+    if isinstance(part, (list, tuple)):
+        return type(part)(_moved(value, old, new) for value in part)
+    above = [folder for folder in old if isinstance(part, str) and part.startswith(f"{folder}/")]
+    return new + part.removeprefix(max(above, key=len)) if above else part
 
 
 def _set_backbone(cfg: Config, value: str) -> None:
@@ -104,21 +182,20 @@ def _set_teacher(cfg: Config, value: str) -> None:
 
 
 def _set_epochs(cfg: Config, value: int) -> None:
-    _stretch(cfg, "max_epochs", "epochs", int(value))
+    _stretch(cfg, "max_epochs", "epochs", value)
 
 
 def _set_iterations(cfg: Config, value: int) -> None:
-    _stretch(cfg, "max_iters", "iterations", int(value))
+    _stretch(cfg, "max_iters", "iterations", value)
 
 
 def _stretch(cfg: Config, key: str, option: str, value: int) -> None:
     if key not in cfg.train_cfg:
         other = "iterations" if option == "epochs" else "epochs"
         raise ValueError(f"{option}={value} has no place in this config, which counts {other}; set {other}")
-    if value < 1:
-        raise ValueError(f"{option} must be 1 or more, got {value}")
+    value = whole_number(option, value)
     old = int(cfg.train_cfg[key])
-    for part in cfg.get("param_scheduler") or []:
+    for part in _dicts(cfg.get("param_scheduler")):
         if bool(part.get("by_epoch", True)) != (key == "max_epochs"):
             continue  # a warm-up in steps stays as long as it is
         for name in ("begin", "end", "T_max"):
@@ -135,22 +212,26 @@ def _stretch(cfg: Config, key: str, option: str, value: int) -> None:
 
 
 def _set_batch_size(cfg: Config, value: int) -> None:
-    cfg.train_dataloader.batch_size = int(value)
+    cfg.train_dataloader.batch_size = whole_number("batch_size", value)
 
 
 def _set_lr(cfg: Config, value: float) -> None:
-    cfg.optim_wrapper.optimizer.lr = float(value)
+    try:
+        cfg.optim_wrapper.optimizer.lr = float(value)
+    except ValueError as error:
+        raise ValueError(f"lr={value!r}: expected a number") from error
 
 
 def _set_workers(cfg: Config, value: int) -> None:
+    workers = whole_number("workers", value, least=0)
     for name in LOADERS:
         if cfg.get(name):
-            cfg[name].num_workers = int(value)
-            cfg[name].persistent_workers = int(value) > 0
+            cfg[name].num_workers = workers
+            cfg[name].persistent_workers = workers > 0
 
 
 def _set_seed(cfg: Config, value: int) -> None:
-    cfg.randomness = {**(cfg.get("randomness") or {}), "seed": int(value)}
+    cfg.randomness = {**(cfg.get("randomness") or {}), "seed": whole_number("seed", value, least=0)}
 
 
 _PLACES: dict[str, Callable[[Config, Any], None]] = {

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hgkd.data.images import find_images
 from hgkd.engine.config import read_config
@@ -83,7 +83,8 @@ def draw_predictions(
             data = pipeline({"img_path": str(file), "img_id": 0})
             result = model.test_step({"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]})[0]
             with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
+                # turned as the model has seen it: mmcv heeds the camera's note of which side is up
+                pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
             target = Path(out) / f"{name}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             threshold: dict[str, Any] = {"pred_score_thr": score} if cfg.default_scope == "mmdet" else {}

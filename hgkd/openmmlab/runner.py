@@ -1,41 +1,57 @@
-"""The runner of detectors and segmentors: mmengine's loops, with hgkd's checks, weight loading and checkpoints.
+"""The runner of detectors and segmentors: mmengine's loops, with hgkd's checks, weights and checkpoints.
 
 From :class:`hgkd.engine.runner.DistillRunner` come safe reading, sealed checkpoints written beside and renamed, gloo and
-synchronised norms without CUDA. Loops, samplers and schedules are mmengine's own, as mmdet's and mmseg's configs expect.
+synchronised norms without CUDA. Samplers and schedules are mmengine's own, as mmdet's and mmseg's configs expect, and its loops
+with what :mod:`hgkd.openmmlab.loops` adds.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
 from mmengine.dist import is_main_process
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hgkd.engine.checkpoints import find_last_checkpoint, is_damaged
-from hgkd.engine.hooks import plain_model
+from hgkd.engine.hooks import UNREADABLE, DivergedError, plain_model
+from hgkd.engine.loop import StepGuard, outlive_signals
 from hgkd.engine.runner import DistillRunner
 from hgkd.engine.weights import load_strict, read_checkpoint
 from hgkd.errors import WeightsError
 from hgkd.openmmlab.checks import check_data
-from hgkd.openmmlab.config import drop_downloads, model_config, read_with_care
+from hgkd.openmmlab.config import drop_downloads, model_config, read_with_care, whole_number
+from hgkd.openmmlab.loops import DownstreamFiniteLossHook, StoppableEpochLoop, StoppableIterLoop, guarded_step
 from hgkd.openmmlab.ops.finder import ops_notice, register_ops
 from hgkd.openmmlab.weights import check_start, load_backbone_file, student_weights
 from hgkd.registry import RUNNERS
 
 STUDENT_FILE = "student.pth"
+_LOOPS = {"EpochBasedTrainLoop": StoppableEpochLoop, "IterBasedTrainLoop": StoppableIterLoop}
+_LENGTHS = {"max_epochs", "max_iters", "val_interval", "val_begin"}
 
 
 @RUNNERS.register_module()
 class DownstreamRunner(DistillRunner):
     """See the module's header. Reads the config's key ``backbone``: the file of the backbone's weights, or None."""
 
-    build_dataloader = staticmethod(Runner.build_dataloader)  # mmengine's seeds: the transforms draw from numpy
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader[Any] | dict[str, Any], seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader[Any]:
+        # past DistillRunner's, to mmengine's seeds: the transforms draw from numpy
+        loader: DataLoader[Any] = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        return loader
 
     @classmethod
     def from_cfg(cls, cfg: Any) -> DownstreamRunner:
@@ -53,6 +69,9 @@ class DownstreamRunner(DistillRunner):
         loaders = ("train_dataloader", "val_dataloader") if cfg.get("train_dataloader") else ("test_dataloader",)
         remarks += check_data(cfg, loaders)
         read_with_care(cfg, cfg.work_dir)
+        if cfg.get("train_dataloader") and not (cfg.get("resume") and find_last_checkpoint(cfg.work_dir)):
+            # here, before any process reads ahead: an earlier run's list is not this one's
+            (Path(cfg.work_dir) / UNREADABLE).unlink(missing_ok=True)
         if cfg.get("visualizer"):  # under a fixed name mmengine gives a second run of this process the first one's folder
             cfg.visualizer = {key: value for key, value in cfg.visualizer.items() if key != "name"}
         runner: DownstreamRunner = super().from_cfg(cfg)
@@ -62,8 +81,39 @@ class DownstreamRunner(DistillRunner):
         return runner
 
     def build_train_loop(self, loop: Any) -> Any:
+        """mmengine's two loops with hgkd's stopping and guarding; any other as it is.
+
+        Raises:
+            ValueError: a length that is no whole number, or no batch to train on.
+        """
         # past DistillRunner's, which needs epochs and hgkd's own data sets
-        return Runner.build_train_loop(self, loop)
+        if not isinstance(loop, Mapping):
+            return Runner.build_train_loop(self, loop)
+        for key in _LENGTHS & loop.keys():
+            whole_number(f"train_cfg.{key}", loop[key], least=0 if key == "val_begin" else 1)
+        kind = loop.get("type") or ("EpochBasedTrainLoop" if loop.get("by_epoch") else "IterBasedTrainLoop")
+        name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+        if name in _LOOPS:
+            options = {key: value for key, value in loop.items() if key not in ("type", "by_epoch")}
+            built: Any = _LOOPS[name](self, self._train_dataloader, **options)
+            self.register_hook(DownstreamFiniteLossHook())
+        else:
+            built = Runner.build_train_loop(self, loop)
+            self.logger.warning(
+                f"train_cfg.type={name} is not one of mmengine's loops ({', '.join(_LOOPS)}): a signal ends it without a "
+                "checkpoint, and a loss that is not finite is not noticed"
+            )
+        _check_steps(built, self.world_size)
+        return built
+
+    def resume(self, filename: str, *args: Any, **options: Any) -> None:
+        super().resume(filename, *args, **options)
+        if isinstance(self.train_loop, StoppableEpochLoop):
+            self.train_loop.check_position(filename)
+        # a batch sampler, as of COCO's recipes, hides the sampler whose seed is to be the checkpoint's
+        sampler: Any = getattr(self.train_dataloader.batch_sampler, "sampler", None)
+        if not self._randomness_cfg.get("diff_rank_seed", False) and hasattr(sampler, "seed"):
+            sampler.seed = self.seed
 
     def _init_model_weights(self) -> None:
         super()._init_model_weights()
@@ -76,10 +126,13 @@ class DownstreamRunner(DistillRunner):
             check_start(getattr(model, "backbone", model))
 
     def train(self) -> nn.Module:
-        """As mmengine's; a distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config."""
+        """As mmengine's; a distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config.
+
+        Not when a signal has stopped the training: then it goes on with --resume.
+        """
         model = super().train()
         student = getattr(plain_model(self), "student", None)
-        if student is not None and is_main_process():
+        if student is not None and not getattr(self.train_loop, "interrupted", False) and is_main_process():
             meta = {"dataset_meta": getattr(self.train_dataloader.dataset, "metainfo", None)}
             torch.save({"meta": meta, "state_dict": student.state_dict()}, Path(self.work_dir) / STUDENT_FILE)
             self.logger.info(f"the student alone is in {Path(self.work_dir) / STUDENT_FILE}")
@@ -113,6 +166,34 @@ class DownstreamRunner(DistillRunner):
         return checkpoint
 
 
+def _start_worker(first: Callable[[int], None] | None, worker: int) -> None:
+    """What a reading process does first: mmengine's seeds, then hgkd's signals."""
+    if first is not None:
+        first(worker)
+    outlive_signals(worker)
+
+
+def _check_steps(loop: Any, processes: int) -> None:
+    """Refuse a training without a step.
+
+    Raises:
+        ValueError: not one batch can be filled.
+    """
+    loader = loop.dataloader
+    images = len(loader.dataset)
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    # an endless sampler, as of trainings that count steps, fills any batch from any number of images but none
+    endless = isinstance(loop, IterBasedTrainLoop) and not isinstance(sampler, DefaultSampler)
+    if images and (len(loader) or endless):
+        return
+    size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+    raise ValueError(
+        f"no training step: train_dataloader has {images} images, which do not fill one batch of {size} on each of {processes} "
+        "processes, and incomplete batches are dropped (drop_last=True). Set a smaller batch_size, or use more images (a data "
+        "set's filter_cfg and indices leave images out)"
+    )
+
+
 def rehearse(cfg: Config) -> str:
     """Build what a downstream config describes, load its weights and do one step; nothing is left in the work folder.
 
@@ -131,12 +212,20 @@ def rehearse(cfg: Config) -> str:
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         runner._init_model_weights()
         runner.model.train()
-        losses = runner.model.train_step(next(iter(loop.dataloader)), optim_wrapper=runner.optim_wrapper)
+        guard = StepGuard(runner.optim_wrapper, runner.model)
+        outputs = guarded_step(runner.model, next(iter(loop.dataloader)), guard)
+    losses = {name: float(value) for name, value in outputs.items() if "loss" in name}
+    if guard.skipped or not all(map(math.isfinite, losses.values())):
+        raise DivergedError(
+            f"loss or gradient of the first step is not finite: {', '.join(f'{k} {v:.4g}' for k, v in losses.items())}. Look "
+            "at the weights that it starts from (backbone, teacher_checkpoint), the annotations, lr and --amp"
+        )
     parameters = [p for p in runner.model.parameters() if p.requires_grad]
+    batch = cfg.train_dataloader.get("batch_size")  # of a loader with a batch sampler torch says None
     report = {
-        "plan": f"{loop.max_iters} steps of {loop.dataloader.batch_size} images out of {len(loop.dataloader.dataset)}",
+        "plan": f"{loop.max_iters} steps of {batch} images out of {len(loop.dataloader.dataset)}",
         "backbone": cfg.get("backbone") or "random weights",
         "trained": f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters",
-        "losses": ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items() if "loss" in name),
+        "losses": ", ".join(f"{name} {value:.4g}" for name, value in losses.items()),
     }
     return "\n".join(f"{name:<9} {value}" for name, value in report.items())

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hgkd.engine.weights import read_checkpoint, tensors_of
 from hgkd.errors import WeightsError
 from hgkd.export.importing import ImportReport, import_weights
+from hgkd.export.model import check_finite
 from hgkd.openmmlab.backbone import TimmBackbone
 
 _EXPORTED = ("backbone.pth", "model.safetensors")  # as tools/export.py --to mmdet, mmseg, timm, torchvision name them
@@ -46,26 +47,28 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
 
     Raises:
         FileNotFoundError: no such file.
-        WeightsError: a training checkpoint, names with a prefix, another architecture, or anything missing or left over; the
-            backbone is unchanged then.
+        WeightsError: a training checkpoint, names with a prefix, another architecture, values that are not finite, or anything
+            missing or left over; the backbone is unchanged then.
     """
     file = _weight_file(Path(path).expanduser())
     network: nn.Module = backbone.network if isinstance(backbone, TimmBackbone) else backbone
     weights = _plain_weights(file, network)
+    check_finite(Path(path), {key: value for key, value in weights.items() if not key.startswith(_CLASSIFIER)})
     try:
         return import_weights(network, file, prefix="", allow=_CLASSIFIER)
     except WeightsError as error:
         needs = describe(network.state_dict()) or type(network).__name__
         holds = _exported_name(file) or describe(weights) or "another network"
+        reason = error.__cause__ or error  # without the remedy of import_weights, for which a training has no option
         if {"stem.0.weight", "layer1.0.conv1.weight"} <= network.state_dict().keys() and "conv1.weight" in weights:
             raise WeightsError(
                 f"backbone={path} holds {holds} with one convolution as stem, and this config's backbone, {needs}, has three "
                 "(mmseg's ResNetV1c). Set model.backbone.type=ResNet (in a distillation model.student.backbone.type=ResNet) "
-                f"or give weights of a ResNetV1c. {error}"
+                f"or give weights of a ResNetV1c. {reason}"
             ) from error
         if holds == needs:
-            raise
-        raise WeightsError(f"backbone={path} holds {holds}, and this config's backbone is {needs}. {error}") from error
+            raise WeightsError(f"backbone={path} holds {holds} as this config needs it, but not all fits. {reason}") from error
+        raise WeightsError(f"backbone={path} holds {holds}, and this config's backbone is {needs}. {reason}") from error
 
 
 def check_start(backbone: nn.Module) -> None:
@@ -158,8 +161,11 @@ def _plain_weights(file: Path, network: nn.Module) -> dict[str, Tensor]:
             "load_from=FILE; for its backbone alone: python tools/export.py FILE --encoder NAME --to timm --out FOLDER"
         )
     own = list(network.state_dict())
+    there = set(names)
     prefixes = {name.removesuffix(own[0]) for name in names if name.endswith("." + own[0])}
-    if own[0] not in names and prefixes:
+    # most of the backbone stands under a prefix; a block of another ResNet has a conv1.weight, too
+    prefixes = {prefix for prefix in prefixes if sum(prefix + key in there for key in own) > len(own) / 2}
+    if own[0] not in there and prefixes:
         prefix = min(prefixes, key=len)
         raise WeightsError(
             f"backbone={file} has the prefix {prefix!r} before its names ({prefix + own[0]}), which could be another part of "

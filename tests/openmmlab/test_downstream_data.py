@@ -275,7 +275,33 @@ def test_the_schedule_is_stretched():
     [
         (DETECTOR, {"iterations": 3}, "iterations=3 has no place in this config, which counts epochs; set epochs"),
         (SEGMENTOR, {"epochs": 3}, "epochs=3 has no place in this config, which counts iterations; set iterations"),
-        (DETECTOR, {"epochs": 0}, "epochs must be 1 or more, got 0"),
+        (DETECTOR, {"epochs": 0}, "epochs=0: expected a whole number, 1 or more"),
+        (DETECTOR, {"epochs": 1.5}, "epochs=1.5: expected a whole number, 1 or more"),
+        (DETECTOR, {"epochs": "abc"}, "epochs='abc': expected a whole number, 1 or more"),
+        (SEGMENTOR, {"iterations": True}, "iterations=True: expected a whole number"),
+        (DETECTOR, {"batch_size": 0}, "batch_size=0: expected a whole number, 1 or more"),
+        (DETECTOR, {"workers": -1}, "workers=-1: expected a whole number, 0 or more"),
+        (DETECTOR, {"seed": "x"}, "seed='x': expected a whole number, 0 or more"),
+        (DETECTOR, {"lr": "fast"}, "lr='fast': expected a number"),
+        (
+            DETECTOR,
+            {"image_scale": (9, 9)},
+            r"image_scale=\(9, 9\) changes nothing: 'image_scale' is a variable of the config file, which has built its parts "
+            r".*; the same value stands at train_dataloader.dataset.pipeline.2.scale, .*",
+        ),
+        (
+            DETECTOR,
+            {"metainfo.classes": ("a",)},
+            r"changes nothing.*stands at train_dataloader.dataset.metainfo.classes, val_dataloader.dataset.metainfo.classes",
+        ),
+        (SEGMENTOR, {"data_preprocessor.size": (9, 9)}, "changes nothing: 'data_preprocessor' is a variable"),
+        (
+            DETECTOR,
+            {"param_scheduler.5.end": 4},
+            "param_scheduler is a list of 2, so '5' is no part of it; give a number below 2",
+        ),
+        (DETECTOR, {"param_scheduler.end": 4}, "param_scheduler is a list of 2, so 'end' is no part"),
+        (DETECTOR, {"load_from.x": 4}, "load_from is None, which has no part 'x'; set load_from itself, or add load_from._del"),
         (DETECTOR, {"bakbone": "a"}, "unknown config key 'bakbone'; did you mean 'backbone'"),
         (DETECTOR, {"modle.neck": 1}, "unknown config key 'modle'; did you mean 'model'"),
         (DETECTOR, {"teacher_checkpoint": "a"}, "this config trains without a teacher"),
@@ -284,6 +310,46 @@ def test_the_schedule_is_stretched():
 def test_options_without_a_place(recipe, options, message):
     with pytest.raises(ValueError, match=message):
         train_tool.load_config(recipe, options=options)
+
+
+def test_keys_that_are_read_may_be_new():
+    new = {
+        "find_unused_parameters": True,
+        "auto_scale_lr.enable": True,
+        "experiment_name": "x",
+        "model_wrapper_cfg.type": "MMFullyShardedDataParallel",
+        "optim_wrapper.accumulative_counts": 2,
+        "train_dataloader.dataset.indices": 4,
+        "model.backbone.init_cfg._delete_": True,
+        "model.backbone.init_cfg.type": "Pretrained",
+    }
+    cfg = train_tool.load_config(DETECTOR, options=new)
+    assert (cfg.find_unused_parameters, cfg.auto_scale_lr.enable, cfg.experiment_name) == (True, True, "x")
+    assert (cfg.optim_wrapper.accumulative_counts, cfg.train_dataloader.dataset.indices) == (2, 4)
+    assert cfg.model.backbone.init_cfg == {"type": "Pretrained"}
+    assert train_tool.load_config(DETECTOR, options={"epochs": "2"}).train_cfg.max_epochs == 2
+
+
+def test_a_schedule_of_one_part_is_stretched():
+    cfg = Config.fromfile(SEGMENTOR)
+    cfg.param_scheduler = dict(type="PolyLR", by_epoch=False, begin=0, end=1000)
+    merge_options(cfg, {"iterations": 100})
+    assert cfg.param_scheduler.end == 100
+
+
+def test_data_root_reaches_every_path_in_it():
+    cfg = Config.fromstring("_base_ = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py'", ".py")
+    merge_options(cfg, {"data_root": "/somewhere"})
+    assert cfg.val_evaluator[0].seg_prefix == "/somewhere/annotations/panoptic_val2017/"
+    assert cfg.val_evaluator[0].ann_file == "/somewhere/annotations/panoptic_val2017.json"
+    assert "data/coco" not in str({key: cfg[key] for key in (*BOTH, "val_evaluator", "test_evaluator", "test_dataloader")})
+
+
+def test_a_folder_of_a_longer_name_is_another():
+    cfg = Config.fromfile(DETECTOR)
+    cfg.val_evaluator.ann_file = "data/bccd2/val.json"
+    merge_options(cfg, {"data_root": "/somewhere"})
+    assert cfg.val_evaluator.ann_file == "data/bccd2/val.json"
 
 
 def test_other_options():

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,6 +19,8 @@ from downstream_runs import (
     train_tool,
 )
 from mmengine.registry import MODELS
+from mmengine.visualization import Visualizer
+from PIL import Image
 from tiny_runs import ROOT, load_tool, torchrun
 
 from hgkd.data.shapes import CLASSES
@@ -66,6 +69,10 @@ def test_detector(tmp_path):
     assert all(picture.stat().st_size > 0 for picture in pictures)
 
     assert train_tool.train(DETECTOR, tmp_path / "run", resume=True, options={**options, "epochs": 2}).epoch == 2
+    assert (tmp_path / "run/unreadable_files.txt").read_text() == f"{file}\n"
+    file.write_bytes((root / "images/train/000000.jpg").read_bytes())
+    train_tool.train(DETECTOR, tmp_path / "run", options=options)
+    assert not (tmp_path / "run/unreadable_files.txt").exists()  # a new run does not report what is mended
     with pytest.raises(WeightsError, match=r"epoch_1.pth is not of this config's model"):
         measure_tool.run_test(DETECTOR, checkpoint, options={**options, "model.roi_head.bbox_head.fc_out_channels": 16})
 
@@ -108,9 +115,17 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "work_dirs").exists()
 
 
+def test_a_dry_run_with_batches_by_shape(tmp_path, capsys):
+    options = {**tiny_detector(shapes_coco(tmp_path / "data")), **FASTER_HEAD}
+    cfg = train_tool.load_config(DETECTOR, options=options)
+    cfg.train_dataloader.batch_sampler = dict(type="AspectRatioBatchSampler")  # COCO's recipes
+    assert "2 steps of 2 images out of 4" in train_tool.rehearse(cfg)
+
+
 def test_a_wrong_backbone_ends_the_run_before_training(tmp_path, capsys):
     root = shapes_coco(tmp_path / "data")
-    torch.save({"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "backbone.pth")
+    weights = timm.create_model("resnet18", num_classes=0).state_dict()
+    torch.save({f"backbone.{key}": value for key, value in weights.items()}, tmp_path / "backbone.pth")
     options = {**tiny_detector(root), **FASTER_HEAD, "backbone": str(tmp_path / "backbone.pth")}
     assert train_tool.main([str(DETECTOR), "--work-dir", str(tmp_path / "run"), *as_arguments(options)]) == 2
     assert "has the prefix 'backbone.'" in capsys.readouterr().err
@@ -120,6 +135,34 @@ def test_a_wrong_backbone_ends_the_run_before_training(tmp_path, capsys):
 def test_checkpoint_of_the_test_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="checkpoint does not exist"):
         measure_tool.run_test(DETECTOR, tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("kind", ["detector", "segmentor"])
+def test_a_turned_photo_is_drawn_as_the_model_sees_it(tmp_path, kind, monkeypatch):
+    config, options = DETECTOR, {**tiny_detector(tmp_path), **FASTER_HEAD}
+    if kind == "segmentor":
+        config, options = SEGMENTOR, tiny_segmentor(tmp_path)
+    cfg = train_tool.load_config(config, options=options)
+    with scope(cfg.default_scope):
+        torch.save({"state_dict": MODELS.build(cfg.model).state_dict(), "meta": {}}, tmp_path / "model.pth")
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees: what is above comes to the right
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    seen = []
+    monkeypatch.setattr(
+        Visualizer,
+        "set_image",
+        lambda self, image, set_image=Visualizer.set_image: (seen.append(image), set_image(self, image)),
+    )
+    (picture,) = draw_predictions(cfg, tmp_path / "model.pth", tmp_path / "a.jpg", tmp_path / "drawn", score=1.1)
+    with Image.open(picture) as drawn:
+        assert drawn.size == (48, 64)
+    assert seen[0].shape == (64, 48, 3)
+    if kind == "detector":  # a segmentor's label map is laid over it already
+        assert (seen[0][:, 30:] > 200).all()
+        assert (seen[0][:, :18] < 50).all()
 
 
 def test_only_downstream_configs_are_drawn(tmp_path):

@@ -32,6 +32,13 @@ def test_registering_imports_no_mmcv(ops):
     assert done.stdout.split() == ["torchvision", "False"]
 
 
+def test_the_proof_of_an_export_registers_before_it_imports(ops):
+    pytest.importorskip("mmdet")
+    code = "from hgkd.export.job import optional; print(optional('mmdet.models')[1])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2] == "mmdet"  # and its version; else why it does not import
+
+
 @pytest.mark.parametrize("import_first", [True, False])
 def test_a_compiled_module_is_preferred(other_mmcv, import_first):
     (other_mmcv / "_ext.py").touch()

@@ -153,6 +153,34 @@ def test_a_prefix_is_named_with_the_remedy(tmp_path, prefix, wrap):
     )
 
 
+def test_a_block_of_another_resnet_is_no_prefix(tmp_path):
+    from hgkd.openmmlab.weights import _plain_weights
+
+    state = timm.create_model("resnet18d", num_classes=0).state_dict()  # no conv1.weight but in its blocks
+    torch.save(state, tmp_path / "net.pth")
+    assert _plain_weights(tmp_path / "net.pth", timm.create_model("resnet18", num_classes=0)).keys() == state.keys()
+    refuse(TimmBackbone("resnet18"), tmp_path / "net.pth", r"backbone=.*net.pth holds a ResNet-18")
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    state["layer2.0.conv1.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "net.pth")
+    refuse(
+        TimmBackbone("test_resnet"),
+        tmp_path / "net.pth",
+        r"net.pth holds NaN or infinite values in 1 of its weights, e.g. layer2.0.conv1.weight; .* an earlier checkpoint",
+    )
+
+
+def test_no_option_is_named_that_a_training_does_not_have(tmp_path):
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    torch.save({**state, "decoder.weight": torch.zeros(1)}, tmp_path / "net.pth")
+    with pytest.raises(WeightsError, match=r"1 unexpected: decoder\.weight") as caught:
+        load_backbone_file(TimmBackbone("test_resnet"), tmp_path / "net.pth")
+    assert "allow" not in str(caught.value)
+
+
 def test_a_training_checkpoint_is_told_how_to_export(tmp_path):
     write_student(tmp_path / "a.pth", "test_resnet")
     refuse(

@@ -1,0 +1,177 @@
+"""mmengine's training loops that outlive signals and bad losses: SIGTERM and SIGINT end a run with a checkpoint after its next
+step, and an update whose loss or gradient is not finite is left out (:class:`hgkd.engine.loop.StepGuard`).
+
+The transforms of mmdet and mmseg draw their random numbers where they like, so going on is not exact as in
+:class:`hgkd.engine.loop.ExactEpochLoop`. The order of the images is the sampler's, a function of seed and epoch: batches that
+were trained on are read and passed over, and what augmentations draw for the others is drawn anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch import nn
+
+from hgkd.engine.hooks import FiniteLossHook
+from hgkd.engine.loop import StepGuard, StopSignals
+from hgkd.registry import HOOKS
+
+_POSITION = "stopped_in_epoch"  # in the message hub, which checkpoints hold: [steps done, steps of an epoch]
+
+
+def guarded_step(model: Any, data_batch: Any, guard: StepGuard, stop: bool = False) -> dict[str, Any]:
+    """A training step whose update is left out when loss or gradient is not finite; what ``train_step`` returned.
+
+    Args:
+        stop: see :meth:`StepGuard.settle`.
+
+    Raises:
+        ValueError: a batch normalisation got one value a channel.
+    """
+    try:
+        outputs: dict[str, Any] = model.train_step(data_batch, optim_wrapper=guard)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"a batch normalisation sees one value a channel, of which there are no statistics ({error}). Set batch_size=2 or "
+            "more (it counts for each process), and train_dataloader.drop_last=True where an epoch may end with a single image"
+        ) from error
+    guard.settle(outputs, stop=stop)
+    return outputs
+
+
+class _Stoppable(BaseLoop):
+    """What both loops share; arguments are those of mmengine's.
+
+    Attributes:
+        interrupted: a signal asks this run to end after the step that is being done.
+        guard: what became of the last update.
+    """
+
+    _epoch: int
+    _iter: int
+    stop_training: bool
+
+    def __init__(self, runner: Runner, dataloader: Any, **options: Any) -> None:
+        super().__init__(runner, dataloader, **options)
+        self.interrupted = False
+        self.guard: StepGuard | None = None
+        self._signals = StopSignals()
+
+    def run(self) -> nn.Module:
+        """Train to the end, or until a signal asks to stop."""
+        self.guard = StepGuard(self.runner.optim_wrapper, self.runner.model)
+        with StopSignals() as self._signals:
+            model: nn.Module = super().run()
+        return model
+
+    def _step(self, idx: int, data_batch: Any) -> None:
+        """mmengine's ``run_iter`` with the guard between model and optimiser."""
+        guard = cast(StepGuard, self.guard)
+        self.runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
+        outputs = guarded_step(self.runner.model, data_batch, guard, stop=self._signals.received is not None)
+        self.runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
+        self._iter += 1
+        # while gradients are being accumulated, which no checkpoint holds, it goes on
+        self.interrupted = guard.stop and (guard.updated or guard.skipped)
+
+    def _stop(self, steps: int, what_follows: str) -> None:
+        """Save with the checkpoint hook, under its name, and let mmengine's loop end.
+
+        Args:
+            steps: done of the running epoch.
+            what_follows: on --resume, for the log.
+        """
+        runner: Any = self.runner
+        self.stop_training = True
+        where = (
+            f"stopped by a signal ({self._signals.received or 'to another process'}) after epoch {self._epoch}, step {steps}"
+        )
+        hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+        if hook is None:
+            runner.logger.warning(f"{where}; no checkpoint hook, so nothing was saved")
+            return
+        name = self._iter if not hook.by_epoch else f"{self._epoch}_step_{steps}" if steps else self._epoch
+        file = os.path.join(hook.out_dir, hook.filename_tmpl.format(name))
+        if hook.last_ckpt != file:  # the hook's own interval may have ended here
+            hook._save_checkpoint_with_step(runner, name, meta=dict(epoch=self._epoch, iter=self._iter))
+        runner.logger.warning(f"{where}; saved {file}, continue with --resume: {what_follows}")
+
+
+class StoppableEpochLoop(_Stoppable, EpochBasedTrainLoop):
+    """mmengine's ``EpochBasedTrainLoop``, see the module's header."""
+
+    def check_position(self, source: str) -> None:
+        """Refuse to go on in the middle of an epoch that is divided into other steps now.
+
+        Args:
+            source: name of the checkpoint, for the message.
+
+        Raises:
+            ValueError: it was written in the middle of an epoch of another number of steps.
+        """
+        done, steps = self.runner.message_hub.runtime_info.get(_POSITION, (0, 0))
+        if done and steps != len(self.dataloader):
+            raise ValueError(
+                f"{source} is from step {done} of an epoch of {steps} steps, and an epoch has {len(self.dataloader)} now. "
+                "Resume with the images, batch_size and processes that it was written with, or from the end of an epoch"
+            )
+
+    def run_epoch(self) -> None:
+        """The steps of an epoch that have not been done yet."""
+        runner = self.runner
+        steps = len(self.dataloader)
+        done: int = runner.message_hub.pop_info(_POSITION, (0, 0))[0]
+        runner.call_hook("before_train_epoch")
+        runner.model.train()
+        if done:
+            runner.logger.info(f"passing over the {done} of {steps} batches of epoch {self._epoch + 1} that are trained on")
+        for idx, data_batch in enumerate(self.dataloader):
+            if idx < done:
+                continue
+            self.run_iter(idx, data_batch)
+            if self.interrupted and idx + 1 < steps:
+                self.val_begin = self.max_epochs + 1  # mmengine's run would validate in the middle of an epoch
+                runner.message_hub.update_info(_POSITION, [idx + 1, steps])
+                self._stop(
+                    idx + 1,
+                    f"it reads {idx + 1} batches of the epoch again, and trains on the other {steps - idx - 1}",
+                )
+                return
+        runner.call_hook("after_train_epoch")
+        self._epoch += 1
+        self.interrupted = self.interrupted and self._epoch < self.max_epochs
+        if self.interrupted:
+            self._stop(0, "nothing is repeated")
+
+    def run_iter(self, idx: int, data_batch: Any) -> None:
+        """One step."""
+        self._step(idx, data_batch)
+
+
+class StoppableIterLoop(_Stoppable, IterBasedTrainLoop):
+    """mmengine's ``IterBasedTrainLoop``, see the module's header."""
+
+    def run_iter(self, data_batch: Any) -> None:
+        """One step."""
+        self._step(self._iter, data_batch)
+        self.interrupted = self.interrupted and self._iter < self.max_iters
+        if self.interrupted:
+            self._stop(self._iter, f"it reads {self._iter} batches again, and trains on those after them")
+
+
+@HOOKS.register_module()
+class DownstreamFiniteLossHook(FiniteLossHook):
+    """``FiniteLossHook`` that names the images by their files, and leaves no dump: steps of detectors cannot be replayed."""
+
+    def _images(self, data_batch: Any) -> list[Any]:
+        samples = data_batch.get("data_samples") if isinstance(data_batch, Mapping) else None
+        return [getattr(sample, "img_path", "?") for sample in samples] if isinstance(samples, (list, tuple)) else []
+
+    def _end(self, runner: Runner) -> str:
+        return "the weights are those of before, and the last checkpoint is not touched"
