@@ -24,7 +24,7 @@ from PIL import Image
 from tiny_runs import ROOT, load_tool, torchrun
 
 from hgkd.data.shapes import CLASSES
-from hgkd.errors import DataError, WeightsError
+from hgkd.errors import DataError, StoppedError, WeightsError
 from hgkd.openmmlab import DownstreamRunner, draw_predictions
 from hgkd.openmmlab.drawing import picture_names
 
@@ -62,6 +62,10 @@ def test_detector(tmp_path):
     out = tmp_path / "out.json"
     assert measure_tool.main([str(DETECTOR), str(checkpoint), "--json", str(out), *as_arguments(options)]) == 0
     assert 0.0 <= json.loads(out.read_text())["coco/bbox_mAP"] <= 1.0
+
+    blind = {**options, "model.test_cfg.rcnn.score_thr": 1.0}
+    with pytest.raises(StoppedError, match=r"no metric: the model of .*epoch_1\.pth found nothing in any test image"):
+        measure_tool.run_test(DETECTOR, checkpoint, options=blind)
 
     cfg = train_tool.load_config(DETECTOR, options=options)
     pictures = draw_predictions(cfg, checkpoint, root / "images/val", tmp_path / "drawn", score=0.0)
