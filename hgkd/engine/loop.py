@@ -8,9 +8,11 @@ step.
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -47,6 +49,25 @@ def outlive_signals(worker: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, first)
+
+
+def end_readers() -> None:
+    """End reading processes that :func:`outlive_signals`, for ``atexit``.
+
+    Those that persist are alive when Python exits, where multiprocessing sends one SIGTERM and waits for ever.
+    """
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident
+    for child in children:
+        child.terminate()
+    if children:
+        time.sleep(0.2)  # two at once would count as one
+    for child in children:
+        child.terminate()
+        child.join(5)
+        if child.is_alive():
+            child.kill()
 
 
 class StopSignals:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
@@ -132,6 +134,16 @@ def test_a_segmentor(tmp_path):
     Watch.seen = []
     run(SEGMENTOR, tmp_path / "whole", options)
     assert resumed == [images for _, images in Watch.seen]  # the order of a run that was not stopped
+
+
+def test_readers_that_persist_do_not_keep_a_process_from_ending():
+    code = (
+        "import atexit; from torch.utils.data import DataLoader; from hgkd.engine.loop import end_readers, outlive_signals\n"
+        "loader = DataLoader(list(range(4)), num_workers=1, persistent_workers=True, worker_init_fn=outlive_signals)\n"
+        "atexit.register(end_readers); list(loader); print('done')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 @pytest.mark.slow
