@@ -159,9 +159,9 @@ def test_two_processes_stop_together(tmp_path):
         "            os.kill(os.getpid(), signal.SIGTERM)\n"
         "here.HOOKS.register_module(module=OneOfTwo)\n"
         "options = here.detector(Path('.').absolute())\n"
-        "cfg = here.train_tool.load_config(here.DETECTOR, 'run', options=options, launcher='pytorch')\n"
+        "cfg = here.train_tool.load_config(here.DETECTOR, 'run', options=options)\n"
         "cfg.custom_hooks = [dict(type='hgkd.OneOfTwo')]\n"
-        "runner = here.train_tool.train(cfg)\n"
+        "runner = here.train_tool.train(cfg, launcher='pytorch')\n"
         "assert runner.iter == 1, runner.iter\n"
     )
     done = torchrun([tmp_path / "stop.py"], tmp_path)
