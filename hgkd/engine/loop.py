@@ -8,6 +8,7 @@ step.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import random
 import signal
@@ -51,11 +52,16 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, first)
 
 
-def end_readers() -> None:
-    """End reading processes that :func:`outlive_signals`, for ``atexit``.
+def end_readers_at_exit() -> None:
+    """Let Python's exit end reading processes that :func:`outlive_signals`, however often this is called.
 
-    Those that persist are alive when Python exits, where multiprocessing sends one SIGTERM and waits for ever.
+    Those that persist are alive then, and multiprocessing sends one SIGTERM and waits for ever.
     """
+    atexit.unregister(_end_readers)
+    atexit.register(_end_readers)
+
+
+def _end_readers() -> None:
     children = [child for child in multiprocessing.active_children() if child.daemon]
     if children and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from hgkd.engine.checkpoints import CheckpointWriteError, find_last_checkpoint, read_run_checkpoint, seal
 from hgkd.engine.hooks import plain_model
-from hgkd.engine.loop import ExactEpochLoop, outlive_signals
+from hgkd.engine.loop import ExactEpochLoop, end_readers_at_exit, outlive_signals
 from hgkd.engine.recompute import recompute_activations
 from hgkd.engine.sync_norm import sync_batch_norms
 from hgkd.engine.weights import load_strict, match
@@ -99,6 +99,7 @@ class DistillRunner(Runner):
         if not isinstance(dataloader, DataLoader) and "worker_init_fn" not in dataloader:
             # mmengine's gives a worker the same seed in every epoch; here images bring their own
             loader.worker_init_fn = outlive_signals
+            end_readers_at_exit()
         return loader
 
     def build_train_loop(self, loop: Any) -> Any:

@@ -7,7 +7,6 @@ with what :mod:`hgkd.openmmlab.loops` adds.
 
 from __future__ import annotations
 
-import atexit
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from hgkd.engine.checkpoints import find_last_checkpoint, is_damaged
 from hgkd.engine.hooks import UNREADABLE, DivergedError, plain_model
-from hgkd.engine.loop import StepGuard, end_readers, outlive_signals
+from hgkd.engine.loop import StepGuard, end_readers_at_exit, outlive_signals
 from hgkd.engine.runner import DistillRunner
 from hgkd.engine.weights import load_strict, read_checkpoint
 from hgkd.errors import WeightsError
@@ -52,8 +51,7 @@ class DownstreamRunner(DistillRunner):
         # past DistillRunner's, to mmengine's seeds: the transforms draw from numpy
         loader: DataLoader[Any] = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
-        atexit.unregister(end_readers)  # once is enough
-        atexit.register(end_readers)
+        end_readers_at_exit()
         return loader
 
     @classmethod

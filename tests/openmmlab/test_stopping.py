@@ -138,9 +138,9 @@ def test_a_segmentor(tmp_path):
 
 def test_readers_that_persist_do_not_keep_a_process_from_ending():
     code = (
-        "import atexit; from torch.utils.data import DataLoader; from hgkd.engine.loop import end_readers, outlive_signals\n"
+        "from torch.utils.data import DataLoader; from hgkd.engine.loop import end_readers_at_exit, outlive_signals\n"
         "loader = DataLoader(list(range(4)), num_workers=1, persistent_workers=True, worker_init_fn=outlive_signals)\n"
-        "atexit.register(end_readers); list(loader); print('done')"
+        "end_readers_at_exit(); list(loader); print('done')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
