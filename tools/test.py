@@ -27,7 +27,7 @@ from mmengine.dist import is_main_process
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from train import USER_ERRORS, load_config
+from train import USER_ERRORS, leave_group, load_config
 
 from hgkd.engine.checkpoints import checkpoint_file, read_run_checkpoint
 from hgkd.engine.hooks import plain_model
@@ -151,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
         metrics = run_test(args.config, args.checkpoint, args.work_dir, args.cfg_options, args.launcher, args.json, args.csv)
+        leave_group()
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

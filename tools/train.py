@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -95,6 +96,13 @@ def train(
     return runner
 
 
+def leave_group() -> None:
+    """Part from the other processes of a job: one that ends with the group open is aborted now and then, by gloo's threads."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train what a config describes.")
     parser.add_argument("config", help="config file: Python, which runs as a program, or plain data in YAML or JSON")
@@ -122,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(rehearse(cfg) if is_downstream(cfg) else dry_run(cfg))
             return 0
         train(args.config, args.work_dir, args.resume, args.amp, args.cfg_options, args.launcher)
+        leave_group()
     except USER_ERRORS as error:
         if args.debug:
             raise
