@@ -10,6 +10,7 @@ with exit code 0; ``--resume`` continues it.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,15 +39,13 @@ def load_config(
     launcher: str = "none",
 ) -> Config:
     """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
-    cfg = config.copy() if isinstance(config, Config) else read_config(config)
+    cfg = copy.deepcopy(config) if isinstance(config, Config) else read_config(config)
     downstream = is_downstream(cfg)
     if downstream:  # mmdet and mmseg: their own keys, their own short options
         cfg.runner_type = "hgkd.DownstreamRunner"
         merge_options(cfg, options or {})
     else:
-        if options:
-            cfg.merge_from_dict(dict(options))
-        apply_short_options(cfg)
+        remarks = apply_short_options(cfg, options)
     if amp:
         use_mixed_precision(cfg)
     cfg.launcher = launcher

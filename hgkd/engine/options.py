@@ -19,7 +19,7 @@ _PATHS = ("_root", "_file", "_checkpoint", "_dir", "_from", "backbone", "checkpo
 
 
 class OptionsAction(DictAction):  # type: ignore[misc]
-    """Collects KEY=VALUE pairs of one or more options into a dict."""
+    """Collects KEY=VALUE pairs of one or more options into a dict; two values for one key are refused."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None) -> None:
         options = dict(getattr(namespace, self.dest, None) or {})
@@ -28,9 +28,18 @@ class OptionsAction(DictAction):  # type: ignore[misc]
             if not equals or not key:
                 parser.error(f"{option_string} takes KEY=VALUE, got {pair!r}")
             try:
-                options[key] = option_value(key, text)
+                value = option_value(key, text)
             except AssertionError:  # mmengine's, of brackets
                 parser.error(f"{option_string}: the brackets of {pair!r} do not close; write e.g. {key}=[1,2]")
+            if key in options and options[key] != value:
+                parser.error(f"{option_string} sets {key} twice, to {options[key]!r} and to {value!r}; take one of them out")
+            for other in options:
+                if f"{other}.".startswith(f"{key}.") and other != key:
+                    parser.error(
+                        f"{option_string}: {key} comes after {other}, which is a part of it and would be lost; "
+                        f"write {key} before it, or one of them only"
+                    )
+            options[key] = value
         setattr(namespace, self.dest, options)
 
 

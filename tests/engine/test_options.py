@@ -40,15 +40,25 @@ def test_values_by_hand(pair, value):
     assert type(found) is type(value)
 
 
-def test_later_pairs_count_and_slips_are_refused(capsys):
-    assert parse("a=1", "b=2", "a=3") == {"a": 3, "b": 2}
-    for pair, message in (
-        ("epochs", "takes KEY=VALUE, got 'epochs'"),
-        ("a=[1,(2]", r"the brackets of 'a=[1,(2]' do not close"),
-    ):
-        with pytest.raises(SystemExit):
-            parse(pair)
-        assert message in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["epochs"], "takes KEY=VALUE, got 'epochs'"),
+        (["a=[1,(2]"], r"the brackets of 'a=[1,(2]' do not close"),
+        (["a=1", "b=2", "a=3"], "sets a twice, to 1 and to 3; take one of them out"),
+        (["a.b=1", "a={'c': 2}"], "a comes after a.b, which is a part of it and would be lost"),
+    ],
+)
+def test_slips_are_refused(pairs, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(*pairs)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_contradicts_nothing_is_taken():
+    assert parse("a=1", "b=2", "a=1") == {"a": 1, "b": 2}
+    assert parse("a={'c': 2}", "a.b=1", "ab=3") == {"a": {"c": 2}, "a.b": 1, "ab": 3}
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

@@ -1,0 +1,168 @@
+"""Who set a key of a config: which file of its ``_base_`` chain, a program, or the command line.
+
+mmengine merges a chain into one dict and forgets who said what. A short option such as ``batch_size`` and the place that it
+stands for (``train_dataloader.batch_size``) are one setting under two names, so what was said last can only be known from
+the levels: a file is later than the files that it is based on, and the command line is later than every file.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mmengine.config import Config
+
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing"})()
+_LOCK = threading.RLock()
+_ATTRIBUTE = "_hgkd_level"
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """What one source says, without what it inherits.
+
+    Attributes:
+        name: for messages: a file, or 'the command line'.
+        own: its keys, nested, as they are written.
+        bases: the levels that it is based on.
+    """
+
+    name: str
+    own: Mapping[str, Any]
+    bases: tuple[Level, ...] = ()
+
+    def setter(self, path: Sequence[str]) -> Level | None:
+        """The latest level that sets a path or replaces what is around it; None: nobody does."""
+        if self.value(path) is not None:
+            return self
+        found = (base.setter(path) for base in self.bases)
+        return next((level for level in found if level is not None), None)
+
+    def value(self, path: Sequence[str]) -> list[Any] | None:
+        """What this level itself says of a path: [value], [MISSING] where it replaces what is around by something without
+        it, None where it says nothing.
+        """
+        node: Any = self.own
+        for step in path:
+            if isinstance(node, Mapping):
+                if step not in node:
+                    return [MISSING] if node.get("_delete_") else None
+                node = node[step]
+            elif isinstance(node, (list, tuple)):  # a list replaces the base's
+                index = int(step) if step.isdigit() else len(node)
+                node = node[index] if index < len(node) else MISSING
+            else:
+                return [MISSING]
+        return [node]
+
+    def after(self, other: Level) -> bool:
+        """Whether this level is based on another, directly or through others."""
+        return any(base is other or base.after(other) for base in self.bases)
+
+
+class Levels:
+    """The levels of a config: its file, what a program has changed since, and what was typed.
+
+    Args:
+        cfg: without typed options, and unchanged since it was read but by a program.
+        typed: options, short or dotted -> value; they are merged into ``cfg``, in place.
+    """
+
+    def __init__(self, cfg: Config, typed: Mapping[str, Any] | None = None) -> None:
+        file = vars(cfg).get(_ATTRIBUTE) or Level(cfg.filename or "the config", copy.deepcopy(cfg.to_dict()))
+        self._program = Level("the program", {}, (file,))
+        self._typed = Level("the command line", nested(typed or {}), (self._program,))
+        try:
+            cfg.merge_from_dict(copy.deepcopy(dict(typed or {})))
+        except KeyError as error:  # an index beyond the end of a list
+            raise ValueError(f"{', '.join(typed or ())}: {error.args[0]}") from error
+
+    def setter(self, path: Sequence[str], value: Any) -> Level:
+        """Who has set a path to the value that it has."""
+        found = self._typed.setter(path)
+        said = None if found is None else found.value(path)
+        return self._program if found is None or said is None or not same(said[0], value) else found
+
+
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths -> values as nested dicts; of a list an index is a key."""
+    made: dict[str, Any] = {}
+    for path, value in options.items():
+        *steps, last = path.split(".")
+        node = made
+        for step in steps:
+            inner = node.get(step)
+            node[step] = node = dict(inner) if isinstance(inner, Mapping) else {}
+        node[last] = value
+    return made
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal, where a tuple may be written as a list."""
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right) and isinstance(left, bool) == isinstance(right, bool)
+
+
+def read_levels(path: str) -> Config:
+    """As ``Config.fromfile``; :class:`Levels` then knows which file of the chain says what."""
+    with _LOCK, _noted() as root:
+        cfg = Config.fromfile(path)
+    if root.files:
+        object.__setattr__(cfg, _ATTRIBUTE, root.files[0].level())
+    return cfg
+
+
+def level_of(cfg: Config) -> Level | None:
+    """The level of the file that a config was read from by :func:`read_levels`."""
+    level: Level | None = vars(cfg).get(_ATTRIBUTE)
+    return level
+
+
+class _Note:
+    """A file that is being read: its bases, and its own keys as soon as they are known."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.files: list[_Note] = []
+        self.own: dict[str, Any] | None = None
+
+    def level(self) -> Level:
+        return Level(self.name, self.own or {}, tuple(file.level() for file in self.files))
+
+
+@contextmanager
+def _noted() -> Iterator[_Note]:
+    """Context that notes which files mmengine reads in this thread, and what each says before it is merged over its bases.
+
+    mmengine has no other way to tell: its reader takes a file and gives back the merged whole.
+    """
+    read, merge = Config._file2dict, Config._merge_a_into_b
+    thread, open_files = threading.get_ident(), [_Note("")]
+
+    def noting_read(filename: str, *args: Any, **options: Any) -> Any:
+        if threading.get_ident() != thread:
+            return read(filename, *args, **options)
+        note = _Note(str(filename))
+        open_files[-1].files.append(note)
+        open_files.append(note)
+        try:
+            return read(filename, *args, **options)
+        finally:
+            open_files.pop()
+
+    def noting_merge(a: Any, b: Any, *args: Any, **options: Any) -> Any:
+        note = open_files[-1]
+        if threading.get_ident() == thread and note.own is None:  # the first merge of a file is of the whole of it
+            note.own = copy.deepcopy(dict(a))
+        return merge(a, b, *args, **options)
+
+    Config._file2dict, Config._merge_a_into_b = staticmethod(noting_read), staticmethod(noting_merge)
+    try:
+        yield open_files[0]
+    finally:
+        Config._file2dict, Config._merge_a_into_b = staticmethod(read), staticmethod(merge)
