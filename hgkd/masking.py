@@ -23,8 +23,10 @@ def visible_count(h: int, w: int, mask_ratio: float, rounding: str = "round") ->
         rounding: 'round' (SparK; halves go up) or 'floor' (MAE, DMAE, G2SD).
 
     Raises:
-        ValueError: ratio outside [0, 1), or no cell would stay visible.
+        ValueError: ratio that is no number in [0, 1), or no cell would stay visible.
     """
+    if isinstance(mask_ratio, bool) or not isinstance(mask_ratio, (int, float)):
+        raise ValueError(f"mask_ratio is the share of hidden cells, a number in [0, 1), got {mask_ratio!r}; write e.g. 0.6")
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(
             f"mask_ratio must be in [0, 1), got {mask_ratio}; it is the share of hidden cells, "
@@ -36,9 +38,9 @@ def visible_count(h: int, w: int, mask_ratio: float, rounding: str = "round") ->
     keep = h * w * (1.0 - mask_ratio)
     count = math.floor(keep + 0.5 + 1e-6) if rounding == "round" else math.floor(keep + 1e-6)
     if count < 1:
-        largest = 1.0 - 1.0 / (h * w)
+        largest = math.floor((1.0 - 1.0 / (h * w)) * 1e4) / 1e4  # rounded down: it must work when it is typed
         raise ValueError(
-            f"mask_ratio {mask_ratio} leaves no visible cell on a {h} x {w} grid; use at most {largest:.3f}, "
+            f"mask_ratio {mask_ratio:g} leaves no visible cell on a {h} x {w} grid; use at most {largest:.4f}, "
             "a larger image or smaller cells"
         )
     return count

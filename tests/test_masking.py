@@ -1,6 +1,7 @@
 """Visible cells: how many, which polarity, seeds, grids, refusals by message."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -91,6 +92,21 @@ def test_ratio_outside_its_range_is_refused_when_built(ratio: float) -> None:
 def test_no_visible_cell_is_refused_with_the_largest_ratio() -> None:
     with pytest.raises(ValueError, match=r"leaves no visible cell on a 2 x 2 grid; use at most 0\.750"):
         RandomMask(0.9).check((2, 2))
+
+
+@given(h=st.integers(1, 40), w=st.integers(1, 40), rounding=st.sampled_from(["round", "floor"]))
+def test_the_largest_ratio_of_the_message_works_when_it_is_typed(h: int, w: int, rounding: str) -> None:
+    with pytest.raises(ValueError, match="leaves no visible cell") as refused:
+        visible_count(h, w, 0.99999, rounding)
+    typed = re.search(r"use at most ([\d.]+)", str(refused.value))
+    assert typed
+    assert visible_count(h, w, float(typed[1]), rounding) >= 1
+
+
+@pytest.mark.parametrize("ratio", ["60%", "0.6", True, None])
+def test_a_ratio_that_is_no_number_is_refused(ratio: object) -> None:
+    with pytest.raises(ValueError, match=r"a number in \[0, 1\), got .*; write e\.g\. 0\.6"):
+        RandomMask(ratio)  # type: ignore[arg-type]
 
 
 def test_unknown_rounding_is_refused() -> None:

@@ -27,7 +27,7 @@ from mmengine.dist import is_main_process
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from train import USER_ERRORS, leave_group, load_config
+from train import USER_ERRORS, help_text, leave_group, load_config
 
 from hgkd.engine.checkpoints import checkpoint_file, read_run_checkpoint
 from hgkd.engine.hooks import plain_model
@@ -137,14 +137,37 @@ def classifier_result(runner: Any, checkpoint: str | os.PathLike[str], metrics: 
     return make_result("finetune", os.fspath(checkpoint), by_setting, images, indices, None, settings, **extra)
 
 
+EXAMPLES = """\
+  python tools/test.py downstream/classification/resnet18_10e_cifar128.py work_dirs/a --json a.json \\
+      --cfg-options val_root=data/test
+  python tools/test.py downstream/detection/faster-rcnn_r18_12e_bccd.py work_dirs/bccd/epoch_12.pth --json bccd.json \\
+      --cfg-options data_root=~/bccd"""
+CODES = {
+    0: "measured",
+    1: "a fault of the program, with a traceback",
+    2: "a mistake in config, options or files, or nothing could be measured: the message says what to do",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure a trained classifier, detector or segmentor.")
-    parser.add_argument("config", help="the config that trained it")
-    parser.add_argument("checkpoint", help="its checkpoint")
+    parser = argparse.ArgumentParser(
+        description="Measure a trained classifier, detector or segmentor by the evaluator of its config.",
+        epilog=help_text(EXAMPLES, CODES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="the config that trained it, or the one that lies in its work folder")
+    parser.add_argument("checkpoint", help="its checkpoint, or its work folder: the last one there")
     parser.add_argument("--work-dir", help="folder for log and reports (a temporary one)")
     parser.add_argument("--json", metavar="FILE", help="write the result to this file")
     parser.add_argument("--csv", metavar="FILE", help="append a classifier's line to this file, as tools/evaluate.py does")
-    parser.add_argument("--cfg-options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=OptionsAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="options of the training that change data or model, given again: short options, or dotted paths",
+    )
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -21,12 +21,13 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from hgkd.engine import apply_short_options, check_config, read_config, use_mixed_precision
+from hgkd.engine import SHORT_OPTIONS, apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.engine.dry_run import dry_run
 from hgkd.engine.options import OptionsAction
 from hgkd.errors import USER_ERRORS
 from hgkd.openmmlab import is_downstream, merge_options, rehearse
+from hgkd.openmmlab.config import SHORT_OPTIONS as DOWNSTREAM_OPTIONS
 from hgkd.registry import RUNNERS
 
 
@@ -45,7 +46,8 @@ def load_config(
         cfg.runner_type = "hgkd.DownstreamRunner"
         merge_options(cfg, options or {})
     else:
-        remarks = apply_short_options(cfg, options)
+        for remark in apply_short_options(cfg, options):
+            print(f"note: {remark}", file=sys.stderr)
     if amp:
         use_mixed_precision(cfg)
     cfg.launcher = launcher
@@ -102,16 +104,63 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+TRAIN_EXAMPLES = """\
+  python tools/train.py configs/spark/spark_resnet18_10e_cifar128.py --dry-run --cfg-options \\
+      data_root=photos val_train_root=None val_test_root=None
+  python tools/train.py configs/spark/spark_resnet18_10e_cifar128.py --work-dir work_dirs/a --cfg-options \\
+      data_root=photos val_train_root=None val_test_root=None epochs=5 model.student.stem=cifar
+  python tools/train.py configs/spark/spark_resnet18_10e_cifar128.py --work-dir work_dirs/a --resume --cfg-options \\
+      data_root=photos val_train_root=None val_test_root=None epochs=5 model.student.stem=cifar
+  torchrun --nproc_per_node 8 tools/train.py CONFIG --launcher pytorch --amp --cfg-options data_root=photos"""
+TRAIN_CODES = {
+    0: "trained to the end, or stopped by SIGTERM or SIGINT with a checkpoint",
+    1: "a fault of the program, with a traceback",
+    2: "a mistake in config, options or files, or a training that cannot go on: the message says what to do",
+}
+
+
+def help_text(examples: str, codes: Mapping[int, str]) -> str:
+    """What --help says after the arguments: the short options, how options win, examples and exit codes."""
+    lines = ["short options of pretraining and fine-tuning (for --cfg-options):"]
+    lines += [f"  {name:<18} {option.help}" for name, option in SHORT_OPTIONS.items()]
+    lines += ["", "short options of detectors and segmentors:"]
+    lines += [f"  {name:<18} {text}" for name, text in DOWNSTREAM_OPTIONS.items()]
+    lines += [
+        "",
+        "The command line wins over the config, and a config over those in its _base_. A short option and the dotted path that",
+        "it stands for are one setting: two different values on the command line are refused. None: not given.",
+        "",
+        "examples:",
+        examples,
+        "",
+        "exit codes:",
+    ]
+    return "\n".join([*lines, *(f"  {code}  {text}" for code, text in codes.items())])
+
+
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train what a config describes.")
-    parser.add_argument("config", help="config file: Python, which runs as a program, or plain data in YAML or JSON")
+    parser = argparse.ArgumentParser(
+        description="Train what a config describes: a teacher, a masked student, a classifier, a detector or a segmentor.",
+        epilog=help_text(TRAIN_EXAMPLES, TRAIN_CODES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "config",
+        help="config file: Python, which runs as a program, or plain data in YAML or JSON; "
+        "'mmdet::FOLDER/NAME.py' and 'mmseg::...' are those that OpenMMLab ships",
+    )
     parser.add_argument("--work-dir", help="folder for logs, checkpoints and pictures (work_dirs/<config name>)")
     parser.add_argument(
         "--resume", nargs="?", const=True, default=False, metavar="PATH", help="continue from PATH, or from the last checkpoint"
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision: bfloat16, on GPUs without it float16")
     parser.add_argument(
-        "--cfg-options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE", help="override keys of the config"
+        "--cfg-options",
+        nargs="+",
+        action=OptionsAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="override keys of the config: the short options below, or any key by its dotted path",
     )
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)

@@ -8,6 +8,7 @@ with a loader that runs what the file asks for, and builds whatever importable o
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -21,13 +22,15 @@ import torch
 import yaml
 from mmengine import registry as roots
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import Registry
 from mmengine.runner import Runner
+from mmengine.utils import get_installed_path
 
 from hgkd.engine.levels import MISSING, Level, Levels, read_levels, same
 from hgkd.engine.options import option_value
 from hgkd.engine.schedule import rate_entries, shorter_warmup
-from hgkd.errors import unknown_name_message
+from hgkd.errors import nearest_names, unknown_name_message
 from hgkd.registry import DATASETS, HOOKS, METRICS, MODELS, RUNNERS
 
 
@@ -69,9 +72,7 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
         linked=True,
     ),
     "val_root": ShortOption((), "labelled images that a classifier is validated on", (f"{_VAL}.data_root",)),
-    "label_fraction": ShortOption(
-        (f"{_TRAIN}.label_fraction",), "share of the labels that is used, in (0, 1]", kind="number"
-    ),
+    "label_fraction": ShortOption((f"{_TRAIN}.label_fraction",), "share of the labels that is used, in (0, 1]", kind="number"),
     "num_classes": ShortOption(("model.num_classes",), "number of classes of a classifier", kind="whole"),
     "backbone": ShortOption(("model.classifier.backbone",), "file, export or work folder that a classifier starts from"),
     "student": ShortOption(("model.student.encoder", "model.classifier.name"), "timm name of the student"),
@@ -98,9 +99,7 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
         idle=0,
     ),
     "batch_size": ShortOption(("train_dataloader.batch_size",), "images a step and process", kind="whole"),
-    "lr": ShortOption(
-        ("optim_wrapper.optimizer.lr",), "learning rate for the base batch size of the schedule", kind="number"
-    ),
+    "lr": ShortOption(("optim_wrapper.optimizer.lr",), "learning rate for the base batch size of the schedule", kind="number"),
     "workers": ShortOption(
         ("train_dataloader.num_workers", "val_dataloader.num_workers"),
         "processes that read images; 0 = none extra",
@@ -176,11 +175,14 @@ _CODE_KEYS = ("_base_", "_scope_", "custom_imports")  # each of them can import 
 def read_config(path: str | os.PathLike[str]) -> Config:
     """A config file: a Python program (.py), or plain data from a source that need not be trusted (.yaml, .yml, .json).
 
+    Args:
+        path: of the file, or for one that an installed package brings ``mmdet::FOLDER/NAME.py``.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, or a data file that is no mapping, is damaged, or asks for code.
     """
-    path = Path(path).expanduser()
+    path = _packaged(str(path)) if "::" in str(path) else Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"config {path} does not exist")
     if path.suffix == ".py":
@@ -196,6 +198,28 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         raise ValueError(f"config {path} holds a {type(content).__name__}, expected keys and values")
     check_plain_data(content, str(path))
     return Config(content, filename=str(path))
+
+
+def _packaged(name: str) -> Path:
+    """The file behind 'mmdet::FOLDER/NAME.py', a config of an installed package."""
+    package, _, inner = name.partition("::")
+    known = [key for key in MODULE2PACKAGE if _is_there(key)]
+    if package not in known:
+        raise FileNotFoundError(
+            f"config {name}: no package {package!r} with configs is installed; installed are {', '.join(known) or 'none'} "
+            "(pip install -e '.[downstream]' brings mmdet and mmseg)"
+        )
+    folder = Path(get_installed_path(MODULE2PACKAGE[package])) / ".mim/configs"
+    if (folder / inner).is_file():
+        return folder / inner
+    files = {str(file.relative_to(folder)): file for file in folder.rglob("*.py")}
+    near = [path for path in files if Path(path).name in (inner, f"{inner}.py")] or nearest_names(f"{inner}", files)
+    hint = f"; did you mean {' or '.join(f'{package}::{path}' for path in near)}?" if near else ""
+    raise FileNotFoundError(f"config {name} does not exist in {folder}{hint}")
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def check_plain_data(content: Any, where: str) -> None:
@@ -350,9 +374,7 @@ def _replaced(cfg: Config, levels: Levels, option: ShortOption, level: Level) ->
     """Whether a later level has put a list, or nothing, where the places of this option were."""
     heads = {place.partition(".")[0] for place in (*option.places, *option.existing)}
     return any(
-        levels.setter((head,), cfg[head]).after(level)
-        for head in heads
-        if head in cfg and not isinstance(cfg[head], Mapping)
+        levels.setter((head,), cfg[head]).after(level) for head in heads if head in cfg and not isinstance(cfg[head], Mapping)
     )
 
 
@@ -405,7 +427,7 @@ def _settle_warmup(cfg: Config, epochs: Level | None, warmup: Level | None) -> l
         return []
     warm, main = schedule[first], schedule[second]
     length, total = warm.get("end"), main.get("end", float("inf"))
-    if length is not None and 0 < length and main.get("begin", 0) >= total:
+    if length is not None and length > 0 and main.get("begin", 0) >= total:
         if epochs is None or not epochs.after(warmup):
             raise ValueError(
                 f"warmup_epochs={length} is not shorter than epochs={total}; set a smaller warmup_epochs (0 = no warm-up)"

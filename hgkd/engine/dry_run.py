@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -15,8 +15,10 @@ from torch.utils.data import default_collate
 
 from hgkd.data.sampler import SeededIndex, epoch_seed
 from hgkd.engine.class_report import ClassReportHook
-from hgkd.engine.hooks import peak_memory_mb, plain_model
+from hgkd.engine.hooks import DivergedError, peak_memory_mb, plain_model
+from hgkd.engine.in_force import in_force, lines_of
 from hgkd.engine.loop import StepGuard, seed_step
+from hgkd.engine.replay import first_nonfinite
 from hgkd.registry import RUNNERS
 
 _CPU_IMAGES = 8  # of a step on a CPU, whose time grows with the number of images
@@ -33,6 +35,8 @@ def dry_run(cfg: Config) -> str:
 
     Raises:
         Whatever a training would raise before and in its first steps.
+        DivergedError: a loss or gradient is not finite; the message says where it begins.
+        ValueError: the last batch of an epoch is too small for the model.
     """
     target = Path(cfg.work_dir).absolute()
     cfg = cfg.copy()
@@ -45,14 +49,13 @@ def dry_run(cfg: Config) -> str:
         runner._train_loop = loop
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+        if runner.param_schedulers is not None:
+            runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
         _check_data(runner)
+        plan = {"plan": loop.plan(), **in_force(runner, loop, target)}  # before the steps, which change the rate
         report = _measure(runner, loop)
-    needed = report.pop("checkpoint bytes") / 2**20
-    free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free / 2**20
-    enough = "" if free > 4 * needed else "  NOT ENOUGH"
-    report["checkpoints"] = f"{needed:.0f} MB each, up to 4 at a time; {free:.0f} MB free at {target}{enough}"
-    width = max(map(len, report))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in report.items())
+        plan.update(in_force(runner, loop, target))  # the checkpoint's real size
+    return lines_of(plan | report)
 
 
 def _check_data(runner: Any) -> None:
@@ -82,33 +85,90 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
         started = time.perf_counter()
         losses = guard.settle(runner.model.train_step(batch, optim_wrapper=guard))
         _wait(on_gpu)
+        if guard.skipped or not all(map(math.isfinite, losses.values())):
+            raise _diverged(model, batch, losses, step)
     seconds = (time.perf_counter() - started) * loader.batch_size / images
+    _check_last_batch(model, loader, batch)
     # 3. what that means for the whole
     readers = max(loader.num_workers, 1)
     waiting = reading * loader.batch_size / readers
     a_step = max(seconds, waiting) if loader.num_workers else seconds + waiting
     remaining = a_step * loop.max_iters
     memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb()
-    report: dict[str, Any] = {"plan": loop.plan(), "batch": ", ".join(f"{k} {_shape(v)}" for k, v in batch.items())}
-    student = getattr(model, "student", None)
-    if student is not None:
-        strides = zip(student.feature_channels, student.feature_strides, strict=True)
-        report["student"] = (
-            f"{student.encoder_spec['name']}: {_count(student.encoder)} in the encoder, mask grid "
-            f"{model.mask_grid[0]} x {model.mask_grid[1]}, features {', '.join(f'{c} at stride {s}' for c, s in strides)}"
-        )
+    report: dict[str, Any] = {"batch": ", ".join(f"{k} {_shape(v)}" for k, v in batch.items())}
+    if getattr(model, "student", None) is not None:
+        report["student"] = _student_text(model)
     report["trained"] = f"{_count(model, trained=True)} of {_count(model)}"
     teacher = getattr(model, "teacher", None)
     report["teacher"] = "none" if teacher is None else f"{_count(teacher)}, {teacher.info}"
     report["losses"] = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    report["finite"] = "yes" if guard.updated else "NO: loss or gradient of the second step is not finite"
+    report["finite"] = "yes"
     report["a step"] = (
         f"{seconds:.2f} s to compute (measured with {images} images), {waiting:.2f} s to read by {readers} process(es)"
     )
     report["memory"] = f"{memory:.0f} MB at most" + (f" on the GPU, {images} images" if on_gpu else f", {images} images")
     report["whole run"] = f"about {_duration(remaining)} for {loop.max_iters} steps, validations not counted"
-    report["checkpoint bytes"] = _bytes(model.state_dict()) + _bytes(runner.optim_wrapper.state_dict())
     return report
+
+
+def _student_text(model: Any) -> str:
+    """A masked student in words: a network of timm, or a ViT."""
+    student = model.student
+    spec = getattr(student, "encoder_spec", None)
+    encoder = getattr(student, "encoder", student)
+    name = spec["name"] if spec else type(student).__name__
+    levels: dict[tuple[int, int], int] = {}
+    for level in zip(student.feature_channels, student.feature_strides, strict=True):
+        levels[level] = levels.get(level, 0) + 1
+    features = (f"{c} at stride {s}" + (f" ({count} blocks)" if count > 1 else "") for (c, s), count in levels.items())
+    where = "in the encoder" if encoder is not student else "with the decoder"
+    return (
+        f"{name}: {_count(encoder)} {where}, mask grid {model.mask_grid[0]} x {model.mask_grid[1]}, "
+        f"features {', '.join(features)}"
+    )
+
+
+def _diverged(model: Any, batch: Any, losses: dict[str, float], step: int) -> DivergedError:
+    """The error of a step that is not finite, which says where that begins."""
+    teacher = getattr(model, "teacher", None)
+    data = model.data_preprocessor(batch, True)
+    told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    with first_nonfinite(model) as own, first_nonfinite(teacher or nn.Module()) as taught, torch.no_grad():
+        model(**data, mode="loss")
+    if taught:
+        dtype = str(getattr(teacher, "dtype", "float32")).removeprefix("torch.")
+        remedy = (
+            "set model.teacher.dtype='bfloat16', or 'float32'"
+            if dtype == "float16"
+            else "look at its weights with tools/doctor.py teacher"
+        )
+        why = f"the teacher's module {taught[0]} gives values that are not finite in {dtype}; {remedy}"
+    elif own:
+        why = f"module {own[0]} is the first whose output is not finite; look at the weights that it starts from, and at --amp"
+    elif all(map(math.isfinite, losses.values())):
+        why = "the losses are finite, a gradient is not; set a smaller lr, or train without --amp"
+    else:
+        why = "every module's output is finite, the loss is not; look at the objectives' options and at lr"
+    return DivergedError(f"loss or gradient of step {step + 1} is not finite ({told}): {why}")
+
+
+def _check_last_batch(model: Any, loader: Any, batch: Any) -> None:
+    """Refuse a training whose epochs end with a batch that is too small, by a forward pass of one of its size.
+
+    Raises:
+        ValueError: e.g. a batch normalisation that sees one value a channel.
+    """
+    last = len(loader.sampler) % loader.batch_size
+    if loader.drop_last or not last:
+        return
+    try:
+        with torch.no_grad():
+            model(**model.data_preprocessor({key: values[:last] for key, values in batch.items()}, True), mode="loss")
+    except ValueError as error:
+        raise ValueError(
+            f"the last batch of every epoch has {last} of {loader.batch_size} images, and the model cannot be trained on it: "
+            f"{error}. Set train_dataloader.drop_last=True, or another batch_size"
+        ) from error
 
 
 def _wait(on_gpu: bool) -> None:
@@ -122,14 +182,6 @@ def _shape(value: Any) -> str:
 
 def _count(module: nn.Module, trained: bool = False) -> str:
     return f"{sum(p.numel() for p in module.parameters() if p.requires_grad or not trained) / 1e6:.2f} M parameters"
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _duration(seconds: float) -> str:

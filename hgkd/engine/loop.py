@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from hgkd.data.sampler import EpochSampler, mixed_seed
+from hgkd.engine.in_force import in_force, lines_of
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -238,6 +240,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         self.guard = StepGuard(runner.optim_wrapper, runner.model)
         runner.call_hook("before_train")
         runner.logger.info(self.plan())
+        runner.logger.info(f"in force:\n{lines_of(in_force(runner, self, Path(runner.work_dir).absolute()))}")
         with StopSignals() as self._signals:
             self._validate()
             while self._epoch < self._max_epochs and not self.stop_training and not self.interrupted:

@@ -104,7 +104,7 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
 def _replay_step(model: Any, batch: Mapping[str, Any], entry: Mapping[str, Any]) -> ReplayedStep:
     model.train()
     model.zero_grad(set_to_none=True)
-    with _first_nonfinite(model) as seen:
+    with first_nonfinite(model) as seen:
         data = model.data_preprocessor(batch, True)
         losses = model(**data, mode="loss")
     total, values = model.parse_losses(losses)
@@ -120,7 +120,7 @@ def _replay_step(model: Any, batch: Mapping[str, Any], entry: Mapping[str, Any])
 
 
 @contextmanager
-def _first_nonfinite(model: nn.Module) -> Iterator[list[str]]:
+def first_nonfinite(model: nn.Module) -> Iterator[list[str]]:
     """Context that lists the modules whose output is not finite, in the order in which they return."""
     seen: list[str] = []
 

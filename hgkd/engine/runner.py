@@ -28,6 +28,7 @@ from hgkd.engine.checkpoints import CheckpointWriteError, find_last_checkpoint, 
 from hgkd.engine.hooks import plain_model
 from hgkd.engine.loop import ExactEpochLoop, end_readers_at_exit, outlive_signals
 from hgkd.engine.recompute import recompute_activations
+from hgkd.engine.schedule import without_empty_warmup
 from hgkd.engine.sync_norm import sync_batch_norms
 from hgkd.engine.weights import load_strict, match
 from hgkd.errors import WeightsError
@@ -121,6 +122,13 @@ class DistillRunner(Runner):
                 "(incomplete batches are dropped); use more images or a smaller batch_size"
             )
         return built
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """As mmengine's, without a warm-up that is shorter than a step."""
+        kept = without_empty_warmup(scheduler, len(self.train_dataloader))
+        if len(kept) < len(scheduler):
+            self.logger.warning("the warm-up is left out: it is shorter than one step")
+        return super().build_param_scheduler(kept)
 
     def load_or_resume(self) -> None:
         if not self._has_loaded and self._resume and self._load_from is None:

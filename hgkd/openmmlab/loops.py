@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from mmengine.hooks import CheckpointHook
@@ -17,6 +18,7 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, R
 from torch import nn
 
 from hgkd.engine.hooks import FiniteLossHook
+from hgkd.engine.in_force import in_force, lines_of
 from hgkd.engine.loop import StepGuard, StopSignals
 from hgkd.registry import HOOKS
 
@@ -65,7 +67,9 @@ class _Stoppable(BaseLoop):
 
     def run(self) -> nn.Module:
         """Train to the end, or until a signal asks to stop."""
-        self.guard = StepGuard(self.runner.optim_wrapper, self.runner.model)
+        runner = self.runner
+        self.guard = StepGuard(runner.optim_wrapper, runner.model)
+        runner.logger.info(f"in force:\n{lines_of(in_force(runner, self, Path(runner.work_dir).absolute()))}")
         with StopSignals() as self._signals:
             model: nn.Module = super().run()
         return model

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from hgkd.engine.checkpoints import find_last_checkpoint, is_damaged
 from hgkd.engine.hooks import UNREADABLE, DivergedError, plain_model
+from hgkd.engine.in_force import in_force, lines_of
 from hgkd.engine.loop import StepGuard, end_readers_at_exit, outlive_signals
 from hgkd.engine.runner import DistillRunner
 from hgkd.engine.weights import load_strict, read_checkpoint
@@ -195,6 +196,33 @@ def _check_steps(loop: Any, processes: int) -> None:
     )
 
 
+def _try_last_batch(model: Any, loop: Any, batch: Mapping[str, Any]) -> None:
+    """Refuse a training by epochs whose last batch is too small for the model, by a forward pass of one of its size.
+
+    Raises:
+        ValueError: e.g. a batch normalisation of pooled features that sees a single image.
+    """
+    loader = loop.dataloader
+    size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+    last = len(getattr(loader.batch_sampler, "sampler", loader.sampler)) % size
+    if (
+        isinstance(loop, IterBasedTrainLoop)
+        or loader.drop_last
+        or getattr(loader.batch_sampler, "drop_last", False)
+        or not last
+    ):
+        return
+    part = {key: value[:last] for key, value in batch.items()}
+    try:
+        with torch.no_grad():
+            model(**model.data_preprocessor(part, True), mode="loss")
+    except ValueError as error:
+        raise ValueError(
+            f"the last batch of every epoch has {last} of {size} images, and the model cannot be trained on it: {error}. Set "
+            "train_dataloader.drop_last=True, or another batch_size"
+        ) from error
+
+
 def rehearse(cfg: Config) -> str:
     """Build what a downstream config describes, load its weights and do one step; nothing is left in the work folder.
 
@@ -204,6 +232,7 @@ def rehearse(cfg: Config) -> str:
     Raises:
         Whatever a training would raise before and in its first step.
     """
+    target = Path(cfg.work_dir).absolute()
     cfg = cfg.copy()
     cfg.visualizer = {**cfg.visualizer, "vis_backends": None}
     with tempfile.TemporaryDirectory(prefix="hgkd-dry-run-") as folder:
@@ -211,10 +240,16 @@ def rehearse(cfg: Config) -> str:
         runner: Any = DownstreamRunner.from_cfg(cfg)
         runner._train_loop = loop = runner.build_train_loop(runner._train_loop)
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+        if runner.param_schedulers is not None:
+            runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
         runner._init_model_weights()
+        facts = in_force(runner, loop, target)
         runner.model.train()
         guard = StepGuard(runner.optim_wrapper, runner.model)
-        outputs = guarded_step(runner.model, next(iter(loop.dataloader)), guard)
+        batch = next(iter(loop.dataloader))
+        outputs = guarded_step(runner.model, batch, guard)
+        _try_last_batch(runner.model, loop, batch)
     losses = {name: float(value) for name, value in outputs.items() if "loss" in name}
     if guard.skipped or not all(map(math.isfinite, losses.values())):
         raise DivergedError(
@@ -227,6 +262,7 @@ def rehearse(cfg: Config) -> str:
         "plan": f"{loop.max_iters} steps of {batch} images out of {len(loop.dataloader.dataset)}",
         "backbone": cfg.get("backbone") or "random weights",
         "trained": f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters",
+        **facts,
         "losses": ", ".join(f"{name} {value:.4g}" for name, value in losses.items()),
     }
-    return "\n".join(f"{name:<9} {value}" for name, value in report.items())
+    return lines_of(report)
