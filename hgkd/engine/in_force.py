@@ -33,7 +33,9 @@ def in_force(runner: Any, loop: Any, work_dir: Path, checkpoint_bytes: int | Non
     """
     model: Any = plain_model(runner)
     facts = {
-        "rate": rate_text(runner.optim_wrapper, _all_schedulers(runner.param_schedulers), loop.iter, loop.max_iters),
+        "rate": rate_text(
+            runner.optim_wrapper, _all_schedulers(runner.param_schedulers), loop.iter, loop.max_iters, _epoch(loop)
+        ),
         "pixels": pixels_text(model),
         "cells": cells_text(model),
         "images": images_text(loop.dataloader, runner.world_size, runner.cfg.train_dataloader.get("dataset") or {}),
@@ -52,18 +54,23 @@ def lines_of(facts: Mapping[str, Any]) -> str:
 # --- learning rate ------------------------------------------------------------------------------------------------------
 
 
+def _epoch(loop: Any) -> int:
+    """Steps an epoch."""
+    return max(len(loop.dataloader), 1)
+
+
 def _all_schedulers(schedulers: Any) -> list[Any]:
     if isinstance(schedulers, Mapping):  # of several optimisers
         return [one for part in schedulers.values() for one in _all_schedulers(part)]
     return list(schedulers or ())
 
 
-def rate_text(wrapper: Any, schedulers: Sequence[Any], done: int, total: int) -> str | None:
+def rate_text(wrapper: Any, schedulers: Sequence[Any], done: int, total: int, per_epoch: int) -> str | None:
     """The learning rate that the optimiser holds, and how it is going to change.
 
     Args:
         schedulers: built ones, or none.
-        done, total: steps.
+        done, total, per_epoch: steps.
     """
     groups = getattr(getattr(wrapper, "optimizer", None), "param_groups", None)
     if not groups:
@@ -71,7 +78,7 @@ def rate_text(wrapper: Any, schedulers: Sequence[Any], done: int, total: int) ->
     peaks = [float(group.get("initial_lr", group["lr"])) for group in groups]
     parts = [f"lr {max(peaks):.4g}" + (f" (the largest of {len(groups)} groups)" if min(peaks) < max(peaks) else "")]
     parts += [scheduler_text(scheduler) for scheduler in schedulers] or ["constant"]
-    ends = [s.end for s in schedulers if s.param_name == "lr" and not s.by_epoch and s.end < _ENDLESS]
+    ends = [s.end if not s.by_epoch else s.end * per_epoch for s in schedulers if s.param_name == "lr" and s.end < _ENDLESS]
     if ends and max(ends) != total:
         parts.append(f"the schedule ends after step {max(ends)}, the training after step {total}")
     if done:
@@ -124,17 +131,16 @@ def normalisation(module: nn.Module) -> tuple[list[float], list[float]] | None:
 
 def cells_text(model: Any) -> str | None:
     """How many cells of an image a masked student sees."""
-    mask, grid = getattr(model, "mask", None), getattr(model, "mask_grid", None)
+    mask: Any = getattr(model, "mask", None)
+    grid = getattr(model, "mask_grid", None)
     if grid is None or not hasattr(mask, "mask_ratio"):
         return None
     first, last = mask.mask_ratio, getattr(mask, "final_mask_ratio", mask.mask_ratio)
     rounding = getattr(mask, "rounding", "round")
     size = getattr(model, "image_size", None)
-    of = f" of {size[0] // grid[0]} px" if size else ""
-    text = (
-        f"{visible_count(grid[0], grid[1], first, rounding)} of {grid[0] * grid[1]} visible ({grid[0]} x {grid[1]}{of}, mask_ratio "
-        f"{first:g})"
-    )
+    cells = f"{grid[0]} x {grid[1]}" + (f" of {size[0] // grid[0]} px" if size else "")
+    count = visible_count(grid[0], grid[1], first, rounding)
+    text = f"{count} of {grid[0] * grid[1]} visible ({cells}, mask_ratio {first:g})"
     if last != first:
         text += f" at the beginning, {visible_count(grid[0], grid[1], last, rounding)} ({last:g}) at the end"
     return text

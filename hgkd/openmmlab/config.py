@@ -16,9 +16,11 @@ from mmengine import registry as roots
 from mmengine.config import Config, ConfigDict
 
 from hgkd.engine.hooks import UNREADABLE
+from hgkd.engine.levels import level_of, same
 from hgkd.errors import unknown_name_message
 
 SCOPES = ("mmdet", "mmseg")
+PACKAGED = "/.mim/configs/"  # where an installed package keeps its configs
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SHORT_OPTIONS = {
     "data_root": "folder of the data set",
@@ -51,15 +53,19 @@ def is_downstream(cfg: Config) -> bool:
 def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
     """Override keys of a downstream config in place: short options, and dotted paths.
 
-    The first part of a path must be a key that a run reads. A later one may be new, as many settings have defaults, unless it
-    looks like a misspelling of one that is there.
+    A short option that a config sets over the one that it is based on counts as well, see :func:`file_options`. The first part
+    of a path must be a key that a run reads. A later one may be new, as many settings have defaults, unless it looks like a
+    misspelling of one that is there. What is set by its path stays as it was typed: no short option moves or stretches it.
 
     Raises:
-        ValueError: an unknown or misspelt key, one that nobody reads, a path through what has no parts, or a short option that
-            has no place in the config or is no number where one is expected.
+        ValueError: an unknown or misspelt key, one that nobody reads, a path through what has no parts, a short option that
+            has no place in the config or is no number where one is expected, or one that is set to something else by its path.
     """
+    for key, value in file_options(cfg).items():
+        _apply(cfg, key, value)
     short = {key: value for key, value in options.items() if key in SHORT_OPTIONS}
     paths = {key: value for key, value in options.items() if key not in short}
+    _check_agreement(short, paths)
     for key, value in paths.items():
         head = key.partition(".")[0]
         if head not in cfg and head not in _READ:
@@ -68,10 +74,48 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
             )
         _check_read(cfg, key, value)
         _check_path(cfg, key, options)
-    cfg.merge_from_dict(paths)
+    leading = {place: key for key, (place, *_) in PLACES.items() if key in ("epochs", "iterations") and place in paths}
+    short = {key: paths[place] for place, key in leading.items()} | short
+    cfg.merge_from_dict({key: value for key, value in paths.items() if key not in leading})
     for key, value in short.items():
-        if value is not None:
-            _PLACES[key](cfg, value)
+        _apply(cfg, key, value)
+    deleted = tuple(key.removesuffix("_delete_") for key in paths if key.endswith("._delete_"))
+    cfg.merge_from_dict({key: value for key, value in paths.items() if not deleted or not key.startswith(deleted)})
+
+
+def _apply(cfg: Config, key: str, value: Any) -> None:
+    if value is not None:  # None: not given
+        _SETTERS[key](cfg, value)
+
+
+def _check_agreement(short: Mapping[str, Any], paths: Mapping[str, Any]) -> None:
+    """Refuse a short option and its path that were typed with two values."""
+    for key, value in short.items():
+        for place in PLACES.get(key, ()):
+            if place in paths and value is not None and not same(paths[place], value):
+                raise ValueError(
+                    f"{key}={value!r} and {place}={paths[place]!r} are one setting under two names, and the command line "
+                    "gives both; take one of them out"
+                )
+
+
+def file_options(cfg: Config) -> dict[str, Any]:
+    """The short options that a config file sets over what it is based on, as a variable that builds nothing itself.
+
+    Not those of OpenMMLab's own files, nor one whose place the same file, or one based on it, sets: that is how their configs
+    are built.
+    """
+    root = level_of(cfg)
+    found: dict[str, Any] = {}
+    for key in SHORT_OPTIONS:
+        level = None if root is None else root.setter((key,))
+        if root is None or level is None or not level.bases or PACKAGED in level.name or key == "backbone":
+            continue
+        by = [root.setter(place.split(".")) for place in PLACES.get(key, ())]
+        built = key == "data_root" and any(name in level.own for name in LOADERS)
+        if not built and not any(other is level or (other is not None and other.after(level)) for other in by):
+            found[key] = level.own[key]
+    return found
 
 
 def _check_read(cfg: Config, path: str, value: Any) -> None:
@@ -234,7 +278,18 @@ def _set_seed(cfg: Config, value: int) -> None:
     cfg.randomness = {**(cfg.get("randomness") or {}), "seed": whole_number("seed", value, least=0)}
 
 
-_PLACES: dict[str, Callable[[Config, Any], None]] = {
+PLACES: dict[str, tuple[str, ...]] = {
+    "teacher_checkpoint": ("model.teacher_checkpoint",),
+    "epochs": ("train_cfg.max_epochs",),
+    "iterations": ("train_cfg.max_iters",),
+    "batch_size": ("train_dataloader.batch_size",),
+    "lr": ("optim_wrapper.optimizer.lr",),
+    "workers": tuple(f"{name}.num_workers" for name in LOADERS),
+    "seed": ("randomness.seed",),
+}
+"""The paths that a short option is another name for; ``data_root`` changes parts of paths."""
+
+_SETTERS: dict[str, Callable[[Config, Any], None]] = {
     "data_root": _set_data_root,
     "backbone": _set_backbone,
     "teacher_checkpoint": _set_teacher,

@@ -38,14 +38,14 @@ def test_rates():
     ]
     text = "lr 0.1 (the largest of 2 groups); LinearLR from 0.01 of it in steps 1 to 4; "
     text += "CosineAnnealingLR to 0.001 in steps 5 to 20"
-    assert rate_text(found, schedulers, 0, 20) == text
+    assert rate_text(found, schedulers, 0, 20, 5) == text
     short = "the schedule ends after step 20, the training after step 10"
-    assert rate_text(found, schedulers, 0, 10) == f"{text}; {short}"
-    assert rate_text(found, schedulers, 1, 20) == f"{text}; 0.001 now, after step 1"
+    assert rate_text(found, schedulers, 0, 10, 5) == f"{text}; {short}"
+    assert rate_text(found, schedulers, 1, 20, 5) == f"{text}; 0.001 now, after step 1"
     steps = MultiStepLR(wrapper(0.1), milestones=[30, 60], gamma=0.1)
-    assert rate_text(wrapper(0.1), [steps], 0, 100) == "lr 0.1; MultiStepLR times 0.1 after 30, 60 in epochs 1 to the end"
-    assert rate_text(wrapper(0.1), [], 0, 100) == "lr 0.1; constant"
-    assert rate_text(SimpleNamespace(), [], 0, 1) is None  # several optimisers
+    assert rate_text(wrapper(0.1), [steps], 0, 100, 1) == "lr 0.1; MultiStepLR times 0.1 after 30, 60 in epochs 1 to the end"
+    assert rate_text(wrapper(0.1), [], 0, 100, 1) == "lr 0.1; constant"
+    assert rate_text(SimpleNamespace(), [], 0, 1, 1) is None  # several optimisers
 
 
 def test_cells():
