@@ -28,6 +28,7 @@ from hgkd.openmmlab.config import (
     load_with_care,
     merge_options,
     model_config,
+    without_scope,
 )
 from hgkd.openmmlab.ops.finder import register_ops
 from hgkd.openmmlab.weights import student_weights
@@ -122,7 +123,7 @@ def picture_names(files: Sequence[Path]) -> list[str]:
 
 
 def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> Any:
-    described = model_config(cfg.model)
+    described = without_scope(model_config(cfg.model), cfg.default_scope)
     drop_downloads(described)
     model: Any = roots.MODELS.build(described)
     content = read_checkpoint(checkpoint)

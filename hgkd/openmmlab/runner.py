@@ -30,7 +30,7 @@ from hgkd.engine.runner import DistillRunner
 from hgkd.engine.weights import load_strict, read_checkpoint
 from hgkd.errors import WeightsError
 from hgkd.openmmlab.checks import check_data
-from hgkd.openmmlab.config import drop_downloads, model_config, read_with_care, whole_number
+from hgkd.openmmlab.config import drop_downloads, model_config, read_with_care, whole_number, without_scope
 from hgkd.openmmlab.loops import DownstreamFiniteLossHook, StoppableEpochLoop, StoppableIterLoop, guarded_step
 from hgkd.openmmlab.ops.finder import ops_notice, register_ops
 from hgkd.openmmlab.weights import check_start, load_backbone_file, student_weights
@@ -38,6 +38,7 @@ from hgkd.registry import RUNNERS
 
 STUDENT_FILE = "student.pth"
 _LOOPS = {"EpochBasedTrainLoop": StoppableEpochLoop, "IterBasedTrainLoop": StoppableIterLoop}
+_NOT_OPTIONS = {"type", "by_epoch", "_scope_"}
 _LENGTHS = {"max_epochs", "max_iters", "val_interval", "val_begin"}
 
 
@@ -67,6 +68,8 @@ class DownstreamRunner(DistillRunner):
         for part in ("student", "teacher"):
             if part in cfg.model:
                 cfg.model[part] = model_config(cfg.model[part])
+        for key in list(cfg):
+            cfg[key] = without_scope(cfg[key], cfg.get("default_scope"))
         remarks = drop_downloads(cfg.model)
         loaders = ("train_dataloader", "val_dataloader") if cfg.get("train_dataloader") else ("test_dataloader",)
         remarks += check_data(cfg, loaders)
@@ -96,7 +99,7 @@ class DownstreamRunner(DistillRunner):
         kind = loop.get("type") or ("EpochBasedTrainLoop" if loop.get("by_epoch") else "IterBasedTrainLoop")
         name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
         if name in _LOOPS:
-            options = {key: value for key, value in loop.items() if key not in ("type", "by_epoch")}
+            options = {key: value for key, value in loop.items() if key not in _NOT_OPTIONS}
             built: Any = _LOOPS[name](self, self._train_dataloader, **options)
             self.register_hook(DownstreamFiniteLossHook())
         else:

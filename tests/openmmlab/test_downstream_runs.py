@@ -26,6 +26,7 @@ from tiny_runs import ROOT, load_tool, torchrun
 from hgkd.data.shapes import CLASSES
 from hgkd.errors import DataError, StoppedError, WeightsError
 from hgkd.openmmlab import DownstreamRunner, draw_predictions
+from hgkd.openmmlab.config import without_scope
 from hgkd.openmmlab.drawing import picture_names
 
 need("mmdet", "mmseg")
@@ -246,3 +247,24 @@ def test_names_of_pictures_differ():
     files = ["a/x.jpg", "b/x.jpg", "b/x.png", "b/y.png", "a/c/x.jpg", "a_x.jpg"]
     assert picture_names([Path(file) for file in files]) == ["a_x", "b_x", "b_x_2", "y", "a_c_x", "a_x_2"]
     assert picture_names([Path("/data/x.jpg")] * 2) == ["x", "x_2"]
+
+
+@pytest.mark.parametrize("scope_of_loop", ["mmdet", "other"])
+def test_an_inherited_loop_starts(tmp_path, scope_of_loop):
+    """mmengine marks what a file inherits from another package with ``_scope_``."""
+    options = {**tiny_detector(shapes_coco(tmp_path / "data")), **FASTER_HEAD}
+    cfg = train_tool.load_config(DETECTOR, tmp_path / "run", options=options)
+    cfg.train_cfg["_scope_"] = scope_of_loop
+    # mmcv's and mmengine's own unpacking of these would hand the mark on
+    cfg.model.neck.norm_cfg = dict(type="BN", _scope_="mmdet")
+    cfg.train_dataloader.collate_fn = dict(type="pseudo_collate", _scope_="mmdet")
+    runner = train_tool.train(cfg)
+    assert (runner.epoch, runner.iter) == (1, 2)
+    assert cfg.train_cfg["_scope_"] == scope_of_loop  # what was handed in is not changed
+
+
+def test_marks_of_the_scope_in_force_are_dropped():
+    inner = {"type": "a", "_scope_": "mmdet"}
+    part = {"_scope_": "mmdet", "x": [dict(inner)], "y": {"_scope_": "mmseg", "z": dict(inner)}}
+    assert without_scope(part, "mmdet") == {"x": [{"type": "a"}], "y": {"_scope_": "mmseg", "z": inner}}
+    assert part["x"] == [inner]
