@@ -119,6 +119,8 @@ def _config(name: str, where: str) -> str:
     Raises:
         FileNotFoundError: neither is there.
     """
+    if "::" in name:  # of an installed package
+        return name
     if not Path(name).is_file() and not (ROOT / name).is_file():
         raise FileNotFoundError(f"{where}: config {name} does not exist, neither in {Path.cwd()} nor in {ROOT}")
     return name if Path(name).is_file() else str(ROOT / name)
