@@ -278,11 +278,10 @@ def _settle(cfg: Config, levels: Levels, name: str, option: ShortOption) -> Leve
     """
     value, level = cfg[name], levels.setter((name,), cfg[name])
     places = _places_of(cfg, option)
-    if option.linked and option.places and option.places[0] in places:
-        path, found = places[option.places[0]]
-        first = level if found is MISSING or found is None else levels.setter(path, found)
-        if first.after(level):
-            value, level = found, first
+    path, found = places.get(option.places[0], ((), None)) if option.linked else ((), None)
+    led = found is not MISSING and found is not None and levels.setter(path, found).after(level)
+    if led:
+        value, level = found, levels.setter(path, found)
     _check_kind(name, value, option.kind)
     if value not in (None, option.idle) and not places and not _replaced(cfg, levels, option, level):
         wanted = " or ".join((*option.places, *option.existing))
@@ -296,9 +295,7 @@ def _settle(cfg: Config, levels: Levels, name: str, option: ShortOption) -> Leve
         by = levels.setter(path, found)
         if level.after(by) or (found is None and not by.after(level)):
             _write(cfg, path, value)
-        elif not by.after(level) and value is not None:
-            if not same(cfg[name], value):
-                continue  # the option was led by another of its places: two places may differ
+        elif not by.after(level) and value is not None and not led:  # of two places either may have a value of its own
             raise ValueError(_disagreement(name, value, level, ".".join(path), found, by))
     held = [found for _, found in _places_of(cfg, option).values() if found is not MISSING]
     if held:

@@ -77,6 +77,8 @@ def test_the_places_of_one_setting_follow_the_first():
     assert cfg.epochs == cfg.train_cfg.max_epochs == cfg.param_scheduler[1].end == 3
     cfg = load(HGKD, {"train_cfg.max_epochs": 3, "param_scheduler.1.end": 2})
     assert (cfg.train_cfg.max_epochs, cfg.param_scheduler[1].end, cfg.epochs) == (3, 2, None)
+    cfg = load(HGKD, {"train_cfg.max_epochs": 10, "param_scheduler.1.end": 8})  # the recipe's own number, typed
+    assert (cfg.train_cfg.max_epochs, cfg.param_scheduler[1].end) == (10, 8)
     cfg = load(HGKD, {"model.image_size": 64})
     assert cfg.train_dataloader.dataset.image_size == cfg.val_dataloader.dataset.bank.image_size == 64
     cfg = load(HGKD, {"param_scheduler.0.end": 2})

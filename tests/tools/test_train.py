@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import HGKD, ROOT, SPARK, same, tiny, tiny_hgkd, train_tool, write_images
+from tiny_runs import HGKD, ROOT, SPARK, load_tool, same, tiny, tiny_hgkd, train_tool, write_images
 
 from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
@@ -147,6 +147,23 @@ def test_dry_run_says_what_a_training_needs_and_writes_nothing(images, tmp_path,
     ):
         assert re.search(line, printed), line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tool", ["train", "test"])
+def test_help_tells_short_options_examples_and_exit_codes(tool, capsys):
+    from hgkd.engine import SHORT_OPTIONS
+    from hgkd.openmmlab.config import SHORT_OPTIONS as DOWNSTREAM
+
+    with pytest.raises(SystemExit) as ended:
+        load_tool(tool).main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for name, text in [(name, option.help) for name, option in SHORT_OPTIONS.items()] + list(DOWNSTREAM.items()):
+        assert re.search(rf"^  {name} +{re.escape(text)}$", printed, re.MULTILINE), name
+    examples = re.findall(r"(?:tools/\w+\.py) (\S+\.py)", printed)
+    assert len(examples) >= 2
+    assert all((ROOT / example).is_file() for example in examples)
+    assert re.findall(r"^  (\d)  ", printed, re.MULTILINE) == ["0", "1", "2"]
 
 
 def test_debug_shows_the_traceback(tmp_path):
