@@ -40,6 +40,7 @@ class Log:
 def runner(**extra):
     log = Log()
     wrapper = SimpleNamespace(get_lr=lambda: {"lr": [1e-3]})
+    extra = {"model": torch.nn.Identity(), **extra}
     return SimpleNamespace(epoch=0, iter=6, seed=3, logger=log, message_hub=log, optim_wrapper=wrapper, **extra)
 
 
