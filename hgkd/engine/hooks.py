@@ -103,6 +103,9 @@ def peak_memory_mb() -> float:
     return float(peak) / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+DUMP = "nonfinite_step_"  # how the names of its files begin
+
+
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
     """Counts the steps that were left out because loss or gradient was not finite, and ends the run after several in a row.
@@ -167,8 +170,8 @@ class FiniteLossHook(Hook):
 
     def _dump(self, runner: Runner) -> Path:
         first = self._steps[0]
-        name = f"nonfinite_step_{first['step'] + 1}"
-        meta = {"epoch": first["epoch"], "iter": first["step"], "nonfinite": True}
+        name = f"{DUMP}{first['step'] + 1}"
+        meta = {"epoch": first["epoch"], "iter": first["step"]}
         runner.save_checkpoint(runner.work_dir, f"{name}.pth", save_param_scheduler=False, meta=meta)
         dump = Path(runner.work_dir) / f"{name}_rank_{get_rank()}.json"
         content = {

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hgkd.engine.checkpoints import CheckpointWriteError, find_last_checkpoint, read_run_checkpoint, seal, tell_system_errors
-from hgkd.engine.hooks import plain_model
+from hgkd.engine.hooks import DUMP, plain_model
 from hgkd.engine.loop import ExactEpochLoop, end_readers_at_exit, outlive_signals
 from hgkd.engine.optim import check_optim_config
 from hgkd.engine.recompute import recompute_activations
@@ -353,7 +353,7 @@ class DistillRunner(Runner):
         if not is_main_process():
             return
         guard = getattr(self._train_loop, "guard", None)
-        if guard is not None and guard.untrained and "nonfinite" not in meta:
+        if guard is not None and guard.untrained and not filename.startswith(DUMP):
             self.logger.warning(f"{filename} is not written: every update so far was left out, so nothing has been trained")
             return
         partial, final = os.path.join(out_dir, f"{filename}.partial"), os.path.join(out_dir, filename)
