@@ -47,8 +47,12 @@ def configured() -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, AttributeError, ImportError, KeyError) as error:
+    except (AssertionError, AttributeError, ImportError, KeyError, TypeError) as error:
         text = str(error.args[0]) if error.args else ""
+        if isinstance(error, TypeError):  # a user's mistake in any case, but these words are about nothing in the config
+            if text != "'str' object is not callable":
+                raise
+            text = "a name (str) stands where a class is expected; set it in a Python config, not on the command line"
         if not text or _module_of(error).partition(".")[0] == "hgkd":
             raise
         package = _module_of(error).partition(".")[0]

@@ -87,6 +87,13 @@ def _folder_until_the_end(work_dir: str) -> Iterator[None]:
         release_folder(work_dir)
 
 
+def _data_parallel(model: nn.Module, find_unused: bool) -> MMDistributedDataParallel:
+    devices = [int(os.environ["LOCAL_RANK"])] if torch.cuda.is_available() else None
+    return MMDistributedDataParallel(
+        module=model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=find_unused
+    )
+
+
 @RUNNERS.register_module()
 class DistillRunner(Runner):
     """See the module's header; arguments are those of ``mmengine.runner.Runner``."""
@@ -94,7 +101,6 @@ class DistillRunner(Runner):
     _load_from: str | None
     model: nn.Module
     _read: ReadCheckpoint | None = None
-    _find_unused = False
 
     @classmethod
     def from_cfg(cls, cfg: Any) -> DistillRunner:
@@ -147,11 +153,7 @@ class DistillRunner(Runner):
         model = model.to(get_device())
         if self.cfg.get("sync_bn"):
             self.logger.info(f"{sync_batch_norms(model)} batch normalisations take their statistics over all processes")
-        devices = [int(os.environ["LOCAL_RANK"])] if torch.cuda.is_available() else None
-        unused = self._find_unused or self.cfg.get("find_unused_parameters", False)
-        return MMDistributedDataParallel(
-            module=model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
-        )
+        return _data_parallel(model, self.cfg.get("find_unused_parameters", False))
 
     def say_idle_parameters(self, names: Sequence[str]) -> None:
         """Warn of parameters that no loss reaches, and let data-parallel training not wait for their gradients."""
@@ -162,9 +164,8 @@ class DistillRunner(Runner):
             f"{len(names)} parameters got no gradient and are not trained, because no loss depends on them: {shown}. Leave out "
             "the part that they belong to, or add an objective that uses it"
         )
-        if type(self.model) is MMDistributedDataParallel and not self._find_unused:
-            self._find_unused = True  # torch would end the run in the second step
-            self.model = self.wrap_model(None, plain_model(self))
+        if type(self.model) is MMDistributedDataParallel and not self.model.find_unused_parameters:
+            self.model = _data_parallel(plain_model(self), True)  # otherwise torch ends the run in the second step
 
     def train(self) -> nn.Module:
         """As mmengine's, with activation checkpointing that suits sparse tensors (:mod:`hgkd.engine.recompute`)."""

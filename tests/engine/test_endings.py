@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from mmengine.hooks import Hook
 from tiny_runs import HGKD as HGKD_RECIPE
@@ -293,6 +294,10 @@ def test_signals_in_a_checkpoint_and_at_the_end_change_nothing_that_is_written(i
 def test_complaints_of_other_packages_are_the_users_and_our_own_are_not():
     with pytest.raises(ValueError, match=r"the config cannot be built, says torch: .*no attribute"), configured():
         torch.nn.Identity().nothing  # noqa: B018
+    with pytest.raises(ValueError, match=r"says timm: a name \(str\) stands where a class is expected"), configured():
+        timm.create_model("vit_tiny_patch16_224", depth=1, mlp_layer="SwiGLUPacked")
+    with pytest.raises(TypeError, match="unexpected keyword"), configured():
+        timm.create_model("vit_tiny_patch16_224", depth=1, nothing=1)
     with pytest.raises(ZeroDivisionError), configured():
         1 / 0  # noqa: B018
 
