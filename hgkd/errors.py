@@ -5,7 +5,8 @@ what was expected and the remedy, before the first training step.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class WeightsError(ValueError):
@@ -24,8 +25,46 @@ class StoppedError(RuntimeError):
     """Work that had begun cannot be finished, and the message tells the user why and what to do."""
 
 
+class DivergedError(StoppedError):
+    """The loss is not a finite number any more, or far above where it began; training on would only damage the weights "
+    "further."""
+
+
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NoSparseRuleError, StoppedError)
 """What the tools print as one line and answer with exit code 2; anything else is a fault of ours and shows where it is."""
+
+
+@contextmanager
+def configured() -> Iterator[None]:
+    """Context of building what a config describes, in which complaints of other packages count as the user's mistakes.
+
+    mmengine, torch and timm answer a wrong value with ``assert``, an unknown name with ``KeyError``, an absent package with
+    ``ImportError`` and a string in the place of a class with ``AttributeError``. Raised within this project such an error is a
+    fault of ours, and goes on as it is.
+
+    Raises:
+        ValueError: with the words of the package.
+    """
+    try:
+        yield
+    except (AssertionError, AttributeError, ImportError, KeyError, TypeError) as error:
+        text = str(error.args[0]) if error.args else ""
+        if isinstance(error, TypeError):  # a user's mistake in any case, but these words are about nothing in the config
+            if text != "'str' object is not callable":
+                raise
+            text = "a name (str) stands where a class is expected; set it in a Python config, not on the command line"
+        if not text or _module_of(error).partition(".")[0] == "hgkd":
+            raise
+        package = _module_of(error).partition(".")[0]
+        raise ValueError(f"the config cannot be built, says {package}: {' '.join(text.split())}") from error
+
+
+def _module_of(error: BaseException) -> str:
+    """Name of the module whose code raised an error."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return "" if place is None else str(place.tb_frame.f_globals.get("__name__", ""))
 
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:

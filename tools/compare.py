@@ -41,6 +41,7 @@ from typing import Any
 from mmengine.config import Config
 
 from hgkd.engine.options import OptionsAction, option_text
+from hgkd.engine.work_folder import results_in
 from hgkd.errors import USER_ERRORS, StoppedError
 from hgkd.evaluation.comparison import trained, write_csv, write_picture
 
@@ -197,7 +198,7 @@ def run(job: Job, threads: int) -> dict[str, Any]:
     arguments = dict(job.evaluate)
     if job.config is not None:
         result["command"] = shlex.join(["python", *job.train_command])
-        resume = ["--resume"] if (job.folder / "last_checkpoint").is_file() else []
+        resume = ["--resume"] if results_in(job.folder) else []
         if resume:
             result["resumed"] = True  # its seconds are those of the last piece only
         seconds = _process([*job.train_command[:4], *resume, *job.train_command[4:]], job.folder / "train.log", threads)

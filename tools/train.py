@@ -24,6 +24,7 @@ from mmengine.runner import Runner
 from hgkd.engine import SHORT_OPTIONS, apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.engine.dry_run import dry_run
+from hgkd.engine.loop import told_signals
 from hgkd.engine.options import OptionsAction
 from hgkd.errors import USER_ERRORS
 from hgkd.openmmlab import is_downstream, merge_options, rehearse
@@ -88,8 +89,9 @@ def train(
 
     Raises:
         ValueError, TypeError, FileNotFoundError: something in the config or the files it names is wrong.
-        DivergedError: loss or gradient stayed not finite.
-        CheckpointWriteError: a checkpoint cannot be written.
+        ValueError: the work folder is in use, or holds the results of another training.
+        DivergedError: loss or gradient stayed not finite, or the loss far above where it began.
+        StoppedError: a checkpoint, or anything else, cannot be written; a process that reads images was killed.
     """
     cfg = load_config(config, work_dir, resume, amp, options, launcher)
     runner: Runner = RUNNERS.build(cfg)
@@ -177,8 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cfg = load_config(args.config, args.work_dir, False, args.amp, args.cfg_options, args.launcher)
             print(rehearse(cfg) if is_downstream(cfg) else dry_run(cfg))
             return 0
-        train(args.config, args.work_dir, args.resume, args.amp, args.cfg_options, args.launcher)
-        leave_group()
+        with told_signals():
+            train(args.config, args.work_dir, args.resume, args.amp, args.cfg_options, args.launcher)
+            leave_group()
     except USER_ERRORS as error:
         if args.debug:
             raise

@@ -10,8 +10,13 @@ torch reads such a file as ever.
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +138,61 @@ class CheckpointWriteError(StoppedError):
     """A checkpoint could not be written; the ones before are untouched."""
 
 
+@contextmanager
+def tell_system_errors(work_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Context in which what the system does to a run becomes one sentence: a full disk, no right to write, a killed reader.
+
+    Raises:
+        StoppedError: names file, reason and free space; or the reading process.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not _reader_died(error):
+            raise
+        raise StoppedError(
+            f"a process that reads images was killed ({' '.join(str(error).split()) or type(error).__name__}), most often by "
+            "the system when memory ran out. Complete checkpoints are untouched: continue with --resume, with fewer workers (0 "
+            "= none extra), or a smaller batch_size"
+        ) from error
+    except OSError as error:
+        if error.errno is None or isinstance(error, (FileNotFoundError, FileExistsError, ConnectionError)):
+            raise
+        folder = next(p for p in (Path(work_dir).absolute(), *Path(work_dir).absolute().parents) if p.exists())
+        free = shutil.disk_usage(folder).free / 2**20
+        raise StoppedError(
+            f"the system refuses {error.filename or f'to write in {work_dir}'}: {error.strerror or error}; {free:.0f} MB are "
+            f"free on the disk of {folder}. Checkpoints that are complete are untouched: free some space, or allow writing "
+            "there (or give another --work-dir), and continue with --resume"
+        ) from error
+
+
+def _reader_died(error: BaseException) -> bool:
+    """Whether a reading process of a data loader ended by itself; how that shows depends on what it was doing."""
+    if isinstance(error, RuntimeError):
+        return re.search(r"DataLoader worker \(pid", str(error)) is not None
+    place = error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_globals.get("__name__") == "torch.utils.data.dataloader":
+            return True
+        place = place.tb_next
+    return False
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a small file beside and rename it, so that it is never seen half-written."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file beside and rename it, so that it is never seen half-written, and nothing is left where that fails."""
     beside = Path(f"{path}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 @HOOKS.register_module()
@@ -211,6 +266,20 @@ class RunCheckpointHook(CheckpointHook):
             self._save_checkpoint(runner)
         else:
             super().after_train_epoch(runner)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
+        # mmengine's removes the best one before the better one is written, and takes infinity for a score
+        finite = {
+            name: value if isinstance(value, (int, float)) and math.isfinite(value) else None for name, value in metrics.items()
+        }
+        before: str | None = getattr(self, "best_ckpt_path", None)
+        self.best_ckpt_path: str | None = None
+        try:
+            super()._save_best_checkpoint(runner, finite)
+        finally:
+            better, self.best_ckpt_path = self.best_ckpt_path, self.best_ckpt_path or before
+        if before and better and before != better and is_main_process():
+            Path(before).unlink(missing_ok=True)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         # mmengine's removes the oldest checkpoint before the new one is written

@@ -9,28 +9,25 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process, master_only
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, IterTimerHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from PIL import Image
 from torch import Tensor, nn
 
 from hgkd.engine.pictures import colour_basis, hide_cells, picture_grid, token_colours
-from hgkd.errors import StoppedError
+from hgkd.errors import DivergedError
 from hgkd.registry import HOOKS
 
 if sys.platform != "win32":
     import resource
-
-
-class DivergedError(StoppedError):
-    """The loss is not a finite number any more; training on would only damage the weights further."""
 
 
 def plain_model(runner: Runner) -> nn.Module:
@@ -106,6 +103,9 @@ def peak_memory_mb() -> float:
     return float(peak) / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+DUMP = "nonfinite_step_"  # how the names of its files begin
+
+
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
     """Counts the steps that were left out because loss or gradient was not finite, and ends the run after several in a row.
@@ -146,13 +146,16 @@ class FiniteLossHook(Hook):
             f"{', '.join(f'{name}={value:g}' for name, value in values.items())}; "
             f"learning rate {runner.optim_wrapper.get_lr()['lr'][0]:.3g}, images {images[:8]}"
         )
+        cause = not_finite_before_the_student(runner, data_batch)
         if self._skipped <= self.patience:
-            runner.logger.warning(f"{what}. The step is left out ({self._skipped} in a row, {total} in all)")
+            told = f": {cause}" if cause else ""
+            runner.logger.warning(f"{what}. The step is left out ({self._skipped} in a row, {total} in all){told}")
             return
-        raise DivergedError(
-            f"{what}. {self._skipped} updates in a row were left out. Lower lr, lengthen the warm-up, clip gradients "
-            f"(optim_wrapper.clip_grad), or train without --amp; {self._end(runner)}"
+        advice = cause or (
+            "Lower lr, lengthen the warm-up, clip gradients (optim_wrapper.clip_grad), or train without --amp; with --resume "
+            "the new settings are in force from the last checkpoint on"
         )
+        raise DivergedError(f"{what}. {self._skipped} updates in a row were left out. {advice}; {self._end(runner)}")
 
     def _images(self, data_batch: Any) -> list[Any]:
         """What tells the images of a batch, for the message and the dump."""
@@ -167,7 +170,7 @@ class FiniteLossHook(Hook):
 
     def _dump(self, runner: Runner) -> Path:
         first = self._steps[0]
-        name = f"nonfinite_step_{first['step'] + 1}"
+        name = f"{DUMP}{first['step'] + 1}"
         meta = {"epoch": first["epoch"], "iter": first["step"]}
         runner.save_checkpoint(runner.work_dir, f"{name}.pth", save_param_scheduler=False, meta=meta)
         dump = Path(runner.work_dir) / f"{name}_rank_{get_rank()}.json"
@@ -183,20 +186,80 @@ class FiniteLossHook(Hook):
         return dump
 
 
+def not_finite_before_the_student(runner: Runner, data_batch: Any) -> str | None:
+    """What is not finite in a step of this batch that no setting of the student's training can mend, and the remedy.
+
+    The batch's loss is computed once more, without gradients, on the weights of before the step, and what the model's teacher
+    says is looked at. Running statistics and random numbers stay what they were.
+
+    Returns:
+        A sentence without its full stop; None: images and teacher are finite, or there is no teacher.
+    """
+    model: Any = plain_model(runner)
+    teacher: Any = getattr(model, "teacher", None)
+    if not isinstance(teacher, nn.Module):
+        return None
+    said: list[bool] = []
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    handle = teacher.register_forward_hook(lambda *call: said.append(_all_finite(call[2])))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            data = model.data_preprocessor(data_batch, True)
+            inputs = data.get("inputs") if isinstance(data, Mapping) else None
+            if not _all_finite(inputs):
+                return (
+                    "the images hold values that are not finite: look at the files, and at the pixel statistics of the config"
+                )
+            model(**data, mode="loss")
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    if all(said):
+        return None
+    return (
+        "what the teacher says (the target) is not finite, in which the student's lr, clipping and --amp have no part: compute "
+        "the teacher in another precision (model.teacher.dtype=float32, or bfloat16 where it is float16), and look at its "
+        "weight file"
+    )
+
+
+def _all_finite(value: Any) -> bool:
+    """Whether all numbers in tensors, containers and dataclasses are finite; anything else counts as finite."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value.detach().as_subclass(Tensor)).all())
+    if isinstance(value, Mapping):
+        return all(map(_all_finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_all_finite, value))
+    return all(_all_finite(getattr(value, f.name)) for f in fields(value)) if is_dataclass(value) else True
+
+
 @HOOKS.register_module()
 class LossAlarmHook(Hook):
-    """Warns when the loss jumps, and when one of its terms does nothing.
+    """Warns when the loss jumps, and when one of its terms does nothing; ends a training that has diverged.
+
+    A loss far above the first one, which is that of weights before any update, says that the student is worse than one that has
+    learnt nothing. It may come down again from there, to the loss of features that are all the same, which looks like a
+    training that went well; so the warning is repeated at the end.
 
     Args:
-        spike: alarm when the loss exceeds this multiple of its median over the last ``window`` steps; at most once in a window.
+        spike: alarm when the loss exceeds this multiple of its median over the last ``window`` steps, or of the training's
+            first loss; at most once in a window.
         window: steps.
+        patience: so many steps in a row that far above the first loss end the run; None: never.
     """
 
-    def __init__(self, spike: float = 5.0, window: int = 50) -> None:
-        if spike <= 1 or window < 2:
+    def __init__(self, spike: float = 5.0, window: int = 50, patience: int | None = 20) -> None:
+        if not spike > 1 or window < 2:
             raise ValueError(f"spike must be above 1 and window 2 or more, got {spike} and {window}")
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience must be 1 step or more, or None (never end the run), got {patience}")
         self.spike = spike
         self.window = window
+        self.patience = patience
+        self._above = 0  # steps in a row
         self._recent: dict[str, deque[float]] = {}
         self._quiet_until = 0
         self._idle: set[str] = set()
@@ -209,8 +272,10 @@ class LossAlarmHook(Hook):
                 continue
             value = float(value)
             recent = self._recent.setdefault(name, deque(maxlen=self.window))
-            if name == "loss" and len(recent) == self.window:
-                self._check_spike(runner, value, statistics.median(recent))
+            if name == "loss" and math.isfinite(value):
+                if len(recent) == self.window:
+                    self._check_spike(runner, value, statistics.median(recent))
+                self._check_divergence(runner, value)
             if math.isfinite(value):
                 recent.append(value)
             if len(recent) == self.window and name not in self._idle and min(recent) == max(recent):
@@ -220,6 +285,45 @@ class LossAlarmHook(Hook):
                     "Look at its weight, its targets and whether anything of it is trained"
                 )
 
+    def after_train(self, runner: Runner) -> None:
+        worst = runner.message_hub.runtime_info.get("worst_loss")
+        if worst is not None:
+            step, value, first = worst
+            runner.logger.warning(
+                f"this training diverged: at step {step} the loss was {value:.4g}, {value / first:.0f} times the first one. "
+                "Where it ended says nothing of what was learnt: features may have collapsed. Train anew with a lower lr or a "
+                "longer warm-up"
+            )
+
+    def _check_divergence(self, runner: Runner, value: float) -> None:
+        """Compare a loss with the first one, which is resumed with the run."""
+        info = runner.message_hub.runtime_info
+        if "first_loss" not in info:
+            runner.message_hub.update_info("first_loss", value)
+        first = abs(info["first_loss"])
+        if first == 0 or not value > self.spike * first:
+            self._above = 0
+            return
+        self._above += 1
+        # one step that is somewhat above may be a batch of its own kind
+        lasting = self._above >= 5 or value > 4 * self.spike * first
+        if lasting and value > info.get("worst_loss", (0, 0.0, 0.0))[1]:
+            runner.message_hub.update_info("worst_loss", [runner.iter + 1, value, first])
+        advice = "Lower lr, lengthen the warm-up, or clip gradients (optim_wrapper.clip_grad)"
+        if runner.iter >= self._quiet_until:
+            self._quiet_until = runner.iter + self.window
+            runner.logger.warning(
+                f"the loss is {value:.4g} at step {runner.iter + 1}, far above the first one ({first:.4g}): the training "
+                f"diverges. {advice}"
+            )
+        if self.patience is not None and self._above >= self.patience:
+            raise DivergedError(
+                f"the training has diverged: in {self._above} steps in a row the loss was more than {self.spike:g} times the "
+                f"first one ({first:.4g}), at last {value:.4g} at step {runner.iter + 1}. {advice}, and begin anew in another "
+                "work folder, or go on from a checkpoint of before (--resume FILE). LossAlarmHook.patience=None lets such "
+                "trainings go on"
+            )
+
     def _check_spike(self, runner: Runner, value: float, median: float) -> None:
         if runner.iter >= self._quiet_until and value > self.spike * abs(median):
             self._quiet_until = runner.iter + self.window
@@ -227,6 +331,35 @@ class LossAlarmHook(Hook):
                 f"the loss jumped to {value:.4g} at step {runner.iter + 1}; its median over the last {self.window} steps is "
                 f"{median:.4g}. When it happens again, lower lr or clip gradients (optim_wrapper.clip_grad)"
             )
+
+
+@HOOKS.register_module()
+class SteadyTimerHook(IterTimerHook):
+    """mmengine's ``IterTimerHook`` by a clock that is never set, so that times and the estimated end stay right.
+
+    :class:`hgkd.engine.runner.DistillRunner` puts it in the place of mmengine's.
+    """
+
+    def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
+        self.t = time.perf_counter()
+
+    def _before_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = "train") -> None:
+        runner.message_hub.update_scalar(f"{mode}/data_time", time.perf_counter() - self.t)
+
+    def _after_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None, mode: str = "train"
+    ) -> None:
+        now = time.perf_counter()
+        seconds, self.t = now - self.t, now
+        runner.message_hub.update_scalar(f"{mode}/time", seconds)
+        if mode == "train":
+            self.time_sec_tot += seconds
+            mean, left = self.time_sec_tot / (runner.iter - self.start_iter + 1), runner.max_iters - runner.iter - 1
+        else:
+            self.time_sec_test_val += seconds
+            loader = runner.val_dataloader if mode == "val" else runner.test_dataloader
+            mean, left = self.time_sec_test_val / (batch_idx + 1), len(loader) - batch_idx - 1
+        runner.message_hub.update_info("eta", mean * left)
 
 
 UNREADABLE = "unreadable_files.txt"
@@ -276,9 +409,10 @@ class CollapseAlarmHook(Hook):
             value = (metrics or {}).get(name)
             if value is None:
                 continue
-            highest = max(value, runner.message_hub.runtime_info.get(f"highest {name}", value))
+            known = (value, runner.message_hub.runtime_info.get(f"highest {name}"))
+            highest = max((number for number in known if number is not None and math.isfinite(number)), default=0.0)
             runner.message_hub.update_info(f"highest {name}", highest)  # resumed with the run
-            if value < max(floor, self.drop * highest):
+            if not value >= max(floor, self.drop * highest):  # NaN is an alarm
                 runner.logger.warning(
                     f"features are collapsing: {name} is {value:.4g} (highest so far {highest:.4g}, alarm below "
                     f"{max(floor, self.drop * highest):.4g}). Different images get nearly the same feature; "

@@ -12,6 +12,7 @@ import atexit
 import multiprocessing
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 
 from hgkd.data.sampler import EpochSampler, mixed_seed
 from hgkd.engine.in_force import in_force, lines_of
+from hgkd.engine.resuming import images_that_differ
+from hgkd.errors import DivergedError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -109,6 +112,39 @@ class StopSignals:
         self._before = {}
 
 
+class _EndedBySignal(BaseException):
+    """A signal that nobody notes, while nothing is to be saved."""
+
+
+@contextmanager
+def told_signals() -> Iterator[None]:
+    """Context of a whole program, in which SIGTERM and SIGINT outside of the training loop end it with one sentence.
+
+    While it builds there is nothing to save; in the loop :class:`StopSignals` takes their place, and a second one comes here.
+
+    Raises:
+        SystemExit: 128 + the number of the signal, as shells have it.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _EndedBySignal(number)
+
+    own = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, end) for number in _SIGNALS} if own else {}
+    try:
+        yield
+    except _EndedBySignal as error:
+        number = signal.Signals(error.args[0])
+        sys.stderr.write(
+            f"stopped by {number.name} outside of the training steps, where nothing is saved; complete checkpoints are "
+            "untouched, and --resume continues from the last of them\n"
+        )
+        raise SystemExit(128 + number) from error
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 class StepGuard:
     """Stands between a model's ``train_step`` and the optimiser wrapper, and leaves out updates that would do damage.
 
@@ -118,17 +154,24 @@ class StepGuard:
     ``train_step`` goes as far as the gradients; :meth:`settle` then decides, and reads all that is to be known of the step from
     the device at once: the host waits for a GPU once a step.
 
+    Args:
+        begun: the training goes on from a checkpoint, so that earlier updates have been made.
+
     Attributes:
         updated: the last step changed the parameters.
         skipped: the last step was left out. Both are False while gradients are being accumulated.
         stop: a process wants to end the run.
+        made: number of updates that were made.
+        left_out: number of those that were not.
     """
 
-    def __init__(self, wrapper: OptimWrapper, model: nn.Module) -> None:
+    def __init__(self, wrapper: OptimWrapper, model: nn.Module, begun: bool = False) -> None:
         self.wrapper = wrapper
         self.updated = True
         self.skipped = False
         self.stop = False
+        self.made = self.left_out = 0
+        self._begun = begun
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._bad: Tensor | None = None  # on the device: whether anything since the last update was not finite
@@ -136,6 +179,23 @@ class StepGuard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapper, name)
+
+    @property
+    def untrained(self) -> bool:
+        """Updates were left out, and none was ever made."""
+        return not self._begun and not self.made and self.left_out > 0
+
+    def require_trained(self) -> None:
+        """At the end of a training: refuse to call it one when every update was left out.
+
+        Raises:
+            DivergedError: no update was made.
+        """
+        if self.untrained:
+            raise DivergedError(
+                f"every update of this training was left out ({self.left_out} of {self.left_out}), because loss or gradient "
+                "was not finite: nothing has been trained, and no checkpoint was written. The warnings above say what to do"
+            )
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -180,6 +240,8 @@ class StepGuard:
         self.updated = self.skipped = self._unsettled = False
         if wrapper.should_update():
             self.updated, self.skipped = not bad, bool(bad)
+            self.made += self.updated
+            self.left_out += self.skipped
             if self.updated:
                 wrapper.step()
             else:
@@ -199,6 +261,36 @@ class StepGuard:
         return ~torch.isfinite(norms).all()
 
 
+def idle_parameters(model: nn.Module) -> list[str]:
+    """After a backward pass: names of the trained parameters that have no gradient."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+
+
+def idle_in_any(parallel: Any, guard: StepGuard, data_batch: Any, seed: int, step: int) -> list[str]:
+    """Names of the trained parameters that no process's loss of its batch reaches; nothing is changed.
+
+    Before the first step that is data-parallel, since ``DistributedDataParallel`` waits for the gradients of all of them.
+
+    Args:
+        parallel: the model in its wrapper.
+        seed, step: the random numbers are those that the step will have.
+    """
+    model: Any = getattr(parallel, "module", parallel)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    seed_step(seed, get_rank(), step)
+    with guard.wrapper.optim_context(model):
+        losses = model(**model.data_preprocessor(data_batch, True), mode="loss")
+    model.parse_losses(losses)[0].backward()
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    reached = torch.tensor([float(parameter.grad is not None) for _, parameter in trained], device=trained[0][1].device)
+    all_reduce(reached, "max")
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return [name for (name, _), found in zip(trained, reached.tolist(), strict=True) if not found]
+
+
 class ExactEpochLoop(EpochBasedTrainLoop):
     """See the module's header; arguments are those of mmengine's ``EpochBasedTrainLoop``.
 
@@ -207,37 +299,54 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         guard: what became of the last update.
     """
 
+    _iter: int
+
     def __init__(self, runner: Runner, dataloader: Any, **options: Any) -> None:
         super().__init__(runner, dataloader, **options)
         self.interrupted = False
         self.guard: StepGuard | None = None
         self._signals = StopSignals()
+        self._first = True  # the next step is the first of this start
 
     @property
     def between_updates(self) -> bool:
         """No gradients are being accumulated, so a checkpoint now would be complete."""
         return self.guard is None or self.guard.updated or self.guard.skipped
 
-    def check_position(self, source: str) -> None:
-        """Refuse to go on in the middle of an epoch that is divided into other steps now.
+    def check_position(self, source: str, meta: Mapping[str, Any]) -> str | None:
+        """Refuse to go on in the middle of an epoch of other images or batches; after an epoch, count in this run's steps.
 
         Args:
-            source: name of the checkpoint, for the message.
+            source: name of the checkpoint, for messages.
+            meta: the checkpoint's.
+
+        Returns:
+            What has changed between two epochs; None: nothing.
 
         Raises:
-            ValueError: epoch and step of the checkpoint do not fit this run's number of steps an epoch.
+            ValueError: it is from the middle of an epoch, and images, batch size or number of processes are others now.
         """
         steps = len(self.dataloader)
-        if not 0 <= self._iter - self._epoch * steps < steps and self._iter != self._epoch * steps:
+        before, differ = int(meta.get("steps_per_epoch", steps)), images_that_differ(meta, self.runner)
+        if not differ and before != steps:
+            differ = f"steps an epoch {before} -> {steps}"
+        done = self._iter - self._epoch * before
+        if done == 0:
+            self._iter = self._epoch * steps
+            return f"{source} is from the end of an epoch; those that follow differ from it: {differ}" if differ else None
+        if differ or not 0 < done < before:
             raise ValueError(
-                f"{source} is from epoch {self._epoch + 1}, step {self._iter} of a training whose epochs do not have {steps} "
-                "steps, as they have now. Resume with the images, batch_size and number of processes that it was written with"
+                f"{source} is from epoch {self._epoch + 1}, step {done} of {before}, and with other images or batches it is "
+                f"not known which were seen: {differ or f'step {self._iter} of the training is not in that epoch'}. Resume "
+                "with the images, batch_size and number of processes that it was written with, or from the end of an epoch "
+                "(--resume epoch_N.pth)"
             )
+        return None
 
     def run(self) -> nn.Module:
         """Train to the end, or until a signal asks to stop."""
         runner = self.runner
-        self.guard = StepGuard(runner.optim_wrapper, runner.model)
+        self.guard = StepGuard(runner.optim_wrapper, runner.model, begun=self._iter > 0)
         runner.call_hook("before_train")
         runner.logger.info(self.plan())
         runner.logger.info(f"in force:\n{lines_of(in_force(runner, self, Path(runner.work_dir).absolute()))}")
@@ -248,14 +357,20 @@ class ExactEpochLoop(EpochBasedTrainLoop):
                 if not self.interrupted:
                     self._decide_current_val_interval()
                     self._validate()
-        if self.interrupted:
-            last = runner.message_hub.runtime_info.get("last_ckpt")
-            runner.logger.warning(
-                f"stopped by a signal ({self._signals.received or 'to another process'}) after epoch {self._epoch}, step "
-                f"{self._iter}; "
-                + (f"saved {last}, continue with --resume" if last else "no checkpoint hook, so nothing was saved")
-            )
-        runner.call_hook("after_train")
+            # a signal that comes from here on has nothing to stop
+            if self.interrupted:
+                last = runner.message_hub.runtime_info.get("last_ckpt")
+                if self.guard.untrained:
+                    saved = "no update was made, so nothing was saved"
+                else:
+                    saved = f"saved {last}, continue with --resume" if last else "no checkpoint hook, so nothing was saved"
+                runner.logger.warning(
+                    f"stopped by a signal ({self._signals.received or 'to another process'}) after epoch {self._epoch}, step "
+                    f"{self._iter}; {saved}"
+                )
+            runner.call_hook("after_train")
+        if not self.interrupted:
+            self.guard.require_trained()
         model: nn.Module = runner.model
         return model
 
@@ -291,10 +406,16 @@ class ExactEpochLoop(EpochBasedTrainLoop):
 
         Hooks get the step's losses as numbers, already read from the device.
         """
-        runner, guard = self.runner, cast(StepGuard, self.guard)
+        guard = cast(StepGuard, self.guard)
+        runner: Any = self.runner
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
+        first, self._first = self._first, False
+        if first and get_world_size() > 1:
+            runner.say_idle_parameters(idle_in_any(runner.model, guard, data_batch, runner.seed or 0, self._iter))
         seed_step(runner.seed or 0, get_rank(), self._iter)
         outputs = runner.model.train_step(data_batch, optim_wrapper=guard)
+        if first and get_world_size() == 1:
+            runner.say_idle_parameters(idle_parameters(runner.model))
         losses = guard.settle(outputs, stop=self._signals.received is not None)
         self.interrupted = guard.stop
         runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=losses)
@@ -320,11 +441,12 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         group: Mapping[str, Any] = runner.optim_wrapper.optimizer.param_groups[0]
         lr = group.get("initial_lr", group["lr"])
         rule = runner.auto_scale_lr or {}
+        now = f", {group['lr']:.4g} now" if self._iter else ""
         scaled = f"scaled by {batch * processes}/{rule['base_batch_size']}" if rule.get("enable") else "taken as it is"
         if rule.get("enable") and accumulated > 1:
             scaled += ", which does not count accumulation"
         return (
             f"{len(self.dataloader.dataset)} images; {batch} a step and process x {processes} processes x {accumulated} "
-            f"accumulated = {batch * processes * accumulated} an update; lr {lr:.4g}, {scaled}; {len(self.dataloader)} steps "
-            f"an epoch, {self._max_epochs} epochs; {self._iter} of {self._max_iters} steps are done"
+            f"accumulated = {batch * processes * accumulated} an update; lr {lr:.4g}{now}, {scaled}; {len(self.dataloader)} "
+            f"steps an epoch, {self._max_epochs} epochs; {self._iter} of {self._max_iters} steps are done"
         )

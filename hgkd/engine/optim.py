@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from mmengine import registry as roots
+from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -67,6 +69,35 @@ class DecayGroupsConstructor:
             {"type": "OptimWrapper", "_scope_": "hgkd", **self.wrapper_cfg, "optimizer": optimizer}
         )
         return wrapper
+
+
+def check_optim_config(cfg: Mapping[str, Any]) -> None:
+    """Refuse numbers of an optimiser wrapper's config with which every update would do damage, or nothing.
+
+    Raises:
+        ValueError: a rate or decay that is not finite, a clipping that is not above 0, an accumulation of no whole number of
+            steps, or a loss scaling that needs a GPU where there is none.
+    """
+    for name, value in dict(cfg.get("optimizer") or {}).items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise ValueError(f"optim_wrapper.optimizer.{name}={value}: expected a finite number")
+    for name, value in dict(cfg.get("clip_grad") or {}).items():
+        if name in ("max_norm", "clip_value") and not float(value) > 0:
+            raise ValueError(f"optim_wrapper.clip_grad.{name}={value}: expected a number above 0; clip_grad=None does not clip")
+    count = cfg.get("accumulative_counts", 1)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(
+            f"optim_wrapper.accumulative_counts={count}: expected a whole number of steps an update, 1 or more (1: no "
+            "accumulation)"
+        )
+    kind = cfg.get("type")
+    name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+    if name.rpartition(".")[2] == "AmpOptimWrapper" and get_device() == "cpu":
+        raise ValueError(
+            "optim_wrapper.type=AmpOptimWrapper scales its losses, which needs a GPU; use --amp, which computes in bfloat16 on "
+            "a CPU (type='hgkd.BFloat16OptimWrapper')"
+        )
 
 
 def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch import nn
 from hgkd.engine.hooks import FiniteLossHook
 from hgkd.engine.in_force import in_force, lines_of
 from hgkd.engine.loop import StepGuard, StopSignals
+from hgkd.engine.resuming import images_that_differ
 from hgkd.registry import HOOKS
 
 _POSITION = "stopped_in_epoch"  # in the message hub, which checkpoints hold: [steps done, steps of an epoch]
@@ -68,10 +69,12 @@ class _Stoppable(BaseLoop):
     def run(self) -> nn.Module:
         """Train to the end, or until a signal asks to stop."""
         runner = self.runner
-        self.guard = StepGuard(runner.optim_wrapper, runner.model)
+        self.guard = StepGuard(runner.optim_wrapper, runner.model, begun=self._iter > 0)
         runner.logger.info(f"in force:\n{lines_of(in_force(runner, self, Path(runner.work_dir).absolute()))}")
         with StopSignals() as self._signals:
             model: nn.Module = super().run()
+        if not self.interrupted:
+            self.guard.require_trained()
         return model
 
     def _step(self, idx: int, data_batch: Any) -> None:
@@ -104,27 +107,40 @@ class _Stoppable(BaseLoop):
         file = os.path.join(hook.out_dir, hook.filename_tmpl.format(name))
         if hook.last_ckpt != file:  # the hook's own interval may have ended here
             hook._save_checkpoint_with_step(runner, name, meta=dict(epoch=self._epoch, iter=self._iter))
+        if cast(StepGuard, self.guard).untrained:
+            runner.logger.warning(f"{where}; no update was made, so nothing was saved")
+            return
         runner.logger.warning(f"{where}; saved {file}, continue with --resume: {what_follows}")
 
 
 class StoppableEpochLoop(_Stoppable, EpochBasedTrainLoop):
     """mmengine's ``EpochBasedTrainLoop``, see the module's header."""
 
-    def check_position(self, source: str) -> None:
-        """Refuse to go on in the middle of an epoch that is divided into other steps now.
+    def check_position(self, source: str, meta: Mapping[str, Any]) -> str | None:
+        """Refuse to go on in the middle of an epoch of other images or batches; after an epoch, count in this run's steps.
 
         Args:
-            source: name of the checkpoint, for the message.
+            source: name of the checkpoint, for messages.
+            meta: the checkpoint's.
+
+        Returns:
+            What has changed between two epochs; None: nothing.
 
         Raises:
-            ValueError: it was written in the middle of an epoch of another number of steps.
+            ValueError: it was written in the middle of an epoch, and images, batch size or number of processes are others now.
         """
         done, steps = self.runner.message_hub.runtime_info.get(_POSITION, (0, 0))
-        if done and steps != len(self.dataloader):
+        now, differ = len(self.dataloader), images_that_differ(meta, self.runner)
+        if done and (differ or steps != now):
             raise ValueError(
-                f"{source} is from step {done} of an epoch of {steps} steps, and an epoch has {len(self.dataloader)} now. "
-                "Resume with the images, batch_size and processes that it was written with, or from the end of an epoch"
+                f"{source} is from step {done} of an epoch of {steps} steps, and an epoch has {now} now"
+                f"{f' ({differ})' if differ else ''}. Resume with the images, batch_size and processes that it was written "
+                "with, or from the end of an epoch (--resume epoch_N.pth)"
             )
+        if not done and (differ or meta.get("steps_per_epoch", now) != now):
+            self._iter = self._epoch * now
+            return f"{source} is from the end of an epoch; those that follow differ from it: {differ or 'other steps'}"
+        return None
 
     def run_epoch(self) -> None:
         """The steps of an epoch that have not been done yet."""
@@ -160,6 +176,16 @@ class StoppableEpochLoop(_Stoppable, EpochBasedTrainLoop):
 
 class StoppableIterLoop(_Stoppable, IterBasedTrainLoop):
     """mmengine's ``IterBasedTrainLoop``, see the module's header."""
+
+    def check_position(self, source: str, meta: Mapping[str, Any]) -> str | None:
+        """What has changed since the checkpoint with this ``meta`` was written; None: nothing. It goes on all the same."""
+        differ = images_that_differ(meta, self.runner)
+        if not differ:
+            return None
+        return (
+            f"{source} was written with other images or batches ({differ}): {self._iter} batches of the present kind are "
+            "passed over, so some images are shown again, or left out, in the first pass"
+        )
 
     def run_iter(self, data_batch: Any) -> None:
         """One step."""

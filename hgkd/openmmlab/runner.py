@@ -7,6 +7,7 @@ with what :mod:`hgkd.openmmlab.loops` adds.
 
 from __future__ import annotations
 
+import io
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,13 +20,13 @@ from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import is_main_process
 from mmengine.runner import IterBasedTrainLoop, Runner
-from torch import nn
 from torch.utils.data import DataLoader
 
-from hgkd.engine.checkpoints import find_last_checkpoint, is_damaged
+from hgkd.engine.checkpoints import find_last_checkpoint, is_damaged, write_bytes
 from hgkd.engine.hooks import UNREADABLE, DivergedError, plain_model
 from hgkd.engine.in_force import in_force, lines_of
 from hgkd.engine.loop import StepGuard, end_readers_at_exit, outlive_signals
+from hgkd.engine.resuming import ReadCheckpoint
 from hgkd.engine.runner import DistillRunner
 from hgkd.engine.weights import load_strict, read_checkpoint
 from hgkd.errors import WeightsError
@@ -74,12 +75,12 @@ class DownstreamRunner(DistillRunner):
         loaders = ("train_dataloader", "val_dataloader") if cfg.get("train_dataloader") else ("test_dataloader",)
         remarks += check_data(cfg, loaders)
         read_with_care(cfg, cfg.work_dir)
-        if cfg.get("train_dataloader") and not (cfg.get("resume") and find_last_checkpoint(cfg.work_dir)):
-            # here, before any process reads ahead: an earlier run's list is not this one's
-            (Path(cfg.work_dir) / UNREADABLE).unlink(missing_ok=True)
         if cfg.get("visualizer"):  # under a fixed name mmengine gives a second run of this process the first one's folder
             cfg.visualizer = {key: value for key, value in cfg.visualizer.items() if key != "name"}
-        runner: DownstreamRunner = super().from_cfg(cfg)
+        runner: DownstreamRunner = super().from_cfg(cfg)  # type: ignore[assignment]
+        if cfg.get("train_dataloader") and not (cfg.get("resume") and find_last_checkpoint(cfg.work_dir)):
+            # the work folder is this run's now, and no process reads ahead yet: an earlier run's list is not this one's
+            (Path(cfg.work_dir) / UNREADABLE).unlink(missing_ok=True)
         for remark in remarks:  # not before: the work folder's log begins with the runner
             runner.logger.warning(remark)
         runner.logger.info(ops_notice())
@@ -113,8 +114,6 @@ class DownstreamRunner(DistillRunner):
 
     def resume(self, filename: str, *args: Any, **options: Any) -> None:
         super().resume(filename, *args, **options)
-        if isinstance(self.train_loop, StoppableEpochLoop):
-            self.train_loop.check_position(filename)
         # a batch sampler, as of COCO's recipes, hides the sampler whose seed is to be the checkpoint's
         sampler: Any = getattr(self.train_dataloader.batch_sampler, "sampler", None)
         if not self._randomness_cfg.get("diff_rank_seed", False) and hasattr(sampler, "seed"):
@@ -130,18 +129,18 @@ class DownstreamRunner(DistillRunner):
         elif self._load_from is None and not (self._resume and find_last_checkpoint(self.work_dir)):
             check_start(getattr(model, "backbone", model))
 
-    def train(self) -> nn.Module:
-        """As mmengine's; a distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config.
+    def _after_training(self) -> None:
+        """A distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config.
 
         Not when a signal has stopped the training: then it goes on with --resume.
         """
-        model = super().train()
         student = getattr(plain_model(self), "student", None)
         if student is not None and not getattr(self.train_loop, "interrupted", False) and is_main_process():
             meta = {"dataset_meta": getattr(self.train_dataloader.dataset, "metainfo", None)}
-            torch.save({"meta": meta, "state_dict": student.state_dict()}, Path(self.work_dir) / STUDENT_FILE)
+            content = io.BytesIO()  # torch.save itself tells of a full disk without saying so
+            torch.save({"meta": meta, "state_dict": student.state_dict()}, content)
+            write_bytes(Path(self.work_dir) / STUDENT_FILE, content.getvalue())
             self.logger.info(f"the student alone is in {Path(self.work_dir) / STUDENT_FILE}")
-        return model
 
     def load_checkpoint(
         self, filename: str, map_location: Any = "cpu", strict: bool = True, revise_keys: Any = None
@@ -157,6 +156,7 @@ class DownstreamRunner(DistillRunner):
         checkpoint = read_checkpoint(filename)
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
             raise WeightsError(f"{filename} is no checkpoint of a detector or segmentor: it has no 'state_dict'")
+        self._read = ReadCheckpoint.of(checkpoint)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         try:
             model = plain_model(self)

@@ -119,6 +119,29 @@ def fail(images, folder, hook=Fail):
     time.sleep(600)  # never reached: the first process waits for the second in the next step
 
 
+def idle(images, folder):
+    """Two epochs of a model with a part that no loss reaches: torch alone would end the run in the second step."""
+    with pytest.MonkeyPatch.context() as patch:
+        built = MaskedDistiller.__init__
+
+        def with_spare(self, *args, **options):
+            built(self, *args, **options)
+            self.spare = torch.nn.Parameter(torch.ones(3))
+
+        patch.setattr(MaskedDistiller, "__init__", with_spare)
+        runner = build(images, folder, epochs=2)
+    runner.train()
+    assert runner.iter == 4
+    weights = torch.cat([value.flatten().float() for value in plain_model(runner).parameters()])
+    others = [torch.zeros_like(weights) for _ in range(2)]
+    torch.distributed.all_gather(others, weights.detach())
+    assert torch.equal(*others)  # the gradients were summed
+    assert torch.equal(plain_model(runner).spare, torch.ones(3))
+    if get_rank() == 0:
+        log = "".join(file.read_text() for file in Path(folder).glob("*/*.log"))
+        assert "1 parameters got no gradient and are not trained, because no loss depends on them: spare" in log
+
+
 ARCH = {"embed_dim": 16, "depth": 3, "num_heads": 2}
 ARCH |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 STUDENTS = (dict(type="MaskedViT", arch=ARCH, cell=32), dict(type="SparseUNet", encoder="test_resnet", decoder_width=32))
@@ -154,4 +177,6 @@ def shard(images, folder):
 
 
 if __name__ == "__main__":
-    {"step": step, "fail": fail, "die": partial(fail, hook=Die), "shard": shard}[sys.argv[1]](sys.argv[2], sys.argv[3])
+    {"step": step, "fail": fail, "die": partial(fail, hook=Die), "shard": shard, "idle": idle}[sys.argv[1]](
+        sys.argv[2], sys.argv[3]
+    )

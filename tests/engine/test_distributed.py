@@ -55,6 +55,12 @@ def test_a_process_that_is_killed_ends_all_of_them_and_the_signal_is_named(image
 
 
 @pytest.mark.slow
+def test_a_part_that_no_loss_reaches_is_said_and_does_not_end_the_training(images, tmp_path):
+    done = two_processes("idle", images, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard has its public name since then")
 def test_parameters_shared_out_over_processes_make_the_same_steps(images, tmp_path):
     done = two_processes("shard", images, tmp_path)

@@ -40,6 +40,7 @@ class Log:
 def runner(**extra):
     log = Log()
     wrapper = SimpleNamespace(get_lr=lambda: {"lr": [1e-3]})
+    extra = {"model": torch.nn.Identity(), **extra}
     return SimpleNamespace(epoch=0, iter=6, seed=3, logger=log, message_hub=log, optim_wrapper=wrapper, **extra)
 
 
@@ -120,9 +121,56 @@ def test_a_term_that_never_changes_is_told_once():
     assert ["b_loss has been exactly 0 in the last 3 steps" in text for text in run.logger.warnings] == [True]
 
 
-def test_loss_alarm_options():
-    with pytest.raises(ValueError, match="spike must be above 1 and window 2 or more"):
-        LossAlarmHook(spike=1.0)
+@pytest.mark.parametrize("options", [{"spike": 1.0}, {"spike": float("nan")}, {"window": 1}, {"patience": 0}])
+def test_loss_alarm_options(options):
+    with pytest.raises(ValueError, match=r"spike must be above 1 and window 2 or more|patience must be 1 step or more"):
+        LossAlarmHook(**options)
+
+
+def test_a_divergence_in_the_first_steps_is_no_baseline_and_is_told_again_at_the_end():
+    # the course of an effective rate of 10: up from 0.29, and down to the loss of features that are all the same
+    hook, run = LossAlarmHook(), runner()
+    losses(hook, run, [0.29, 0.3, 40.0, 645.0, 90.0, 12.0, 1.2, 0.6, *(0.26 + 1e-4 * i for i in range(80))])
+    (first,) = run.logger.warnings
+    assert "the loss is 40 at step 9, far above the first one (0.29): the training diverges. Lower lr" in first
+    hook.after_train(run)
+    assert "this training diverged: at step 10 the loss was 645, 2224 times the first one" in run.logger.warnings[-1]
+
+
+def test_a_loss_that_stays_far_above_the_first_one_ends_the_run():
+    hook, run = LossAlarmHook(patience=3), runner()
+    losses(hook, run, [1.0, 6.0, 6.0, 0.9, 6.0, 6.0])
+    with pytest.raises(
+        DivergedError, match=r"in 3 steps in a row the loss was more than 5 times the first one \(1\), at last 7"
+    ):
+        losses(hook, run, [7.0])
+    patient, run = LossAlarmHook(patience=None), runner()
+    losses(patient, run, [1.0] + [6.0] * 60)
+
+
+def test_healthy_losses_and_one_odd_batch_are_no_divergence():
+    hook, run = LossAlarmHook(), runner()
+    losses(hook, run, [0.0, 5.0, 6.0])  # begins at nothing: no measure
+    hook, run = LossAlarmHook(), runner()
+    losses(hook, run, [1.0, 1.4, 0.9, float("nan"), *[0.8] * 40, 6.0, 0.8])
+    hook.after_train(run)
+    assert len(run.logger.warnings) == 1  # the batch itself
+
+
+def test_a_resumed_run_is_compared_with_the_first_loss_of_all():
+    hook, run = LossAlarmHook(), runner()
+    losses(hook, run, [0.3])
+    losses(LossAlarmHook(), run, [30.0])
+    assert "far above the first one (0.3)" in run.logger.warnings[0]
+
+
+@pytest.mark.parametrize("order", [[0.5, float("nan"), 0.5], [float("nan"), 0.5, 0.05]])
+def test_features_that_are_not_finite_are_an_alarm_and_no_highest_value(order):
+    hook, run = CollapseAlarmHook(), runner()
+    for value in order:
+        hook.after_val_epoch(run, {"health/feature_std": value})
+    assert len(run.logger.warnings) == 1 + (order[-1] == 0.05)
+    assert run.message_hub.runtime_info["highest health/feature_std"] == 0.5
 
 
 @pytest.mark.parametrize("bad", [[], ["/data/a.jpg", "/data/b\udcff.jpg"]])

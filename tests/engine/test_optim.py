@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hgkd.engine import BFloat16OptimWrapper, DecayGroupsConstructor
+from hgkd.engine.optim import check_optim_config
 
 
 def build(model, **wrapper):
@@ -44,3 +45,27 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights():
     assert model.weight.dtype == torch.float32
     wrapper.update_params(out.float().sum())
     assert model.weight.grad is None or model.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        (dict(accumulative_counts=0), "accumulative_counts=0: expected a whole number of steps"),
+        (dict(accumulative_counts=1.5), "accumulative_counts=1.5: expected a whole number"),
+        (dict(optimizer=dict(type="AdamW", lr=float("inf"))), "optimizer.lr=inf: expected a finite number"),
+        (dict(optimizer=dict(type="AdamW", betas=(0.9, float("nan")))), "optimizer.betas"),
+        (dict(clip_grad=dict(max_norm=float("nan"))), "clip_grad.max_norm=nan: expected a number above 0"),
+        (dict(clip_grad=dict(max_norm=0)), "clip_grad.max_norm=0: expected a number above 0; clip_grad=None"),
+    ],
+)
+def test_numbers_that_would_do_damage_or_nothing(wrapper, message):
+    with pytest.raises(ValueError, match=message):
+        check_optim_config(dict(type="OptimWrapper", **wrapper))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it works there")
+def test_loss_scaling_on_a_cpu():
+    for kind in ("AmpOptimWrapper", "mmengine.AmpOptimWrapper"):
+        with pytest.raises(ValueError, match="needs a GPU; use --amp, which computes in bfloat16"):
+            check_optim_config(dict(type=kind))
+    check_optim_config(dict(type="AmpOptimWrappers", optimizer=dict(lr=0.1), clip_grad=None))

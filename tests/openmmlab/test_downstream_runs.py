@@ -76,6 +76,11 @@ def test_detector(tmp_path):
     assert train_tool.train(DETECTOR, tmp_path / "run", resume=True, options={**options, "epochs": 2}).epoch == 2
     assert (tmp_path / "run/unreadable_files.txt").read_text() == f"{file}\n"
     file.write_bytes((root / "images/train/000000.jpg").read_bytes())
+    with pytest.raises(ValueError, match=r"run holds the results of a training .*, which a new training would overwrite"):
+        train_tool.train(DETECTOR, tmp_path / "run", options=options)
+    assert (tmp_path / "run/unreadable_files.txt").exists()
+    for result in (tmp_path / "run").glob("*.pth"):
+        result.unlink()
     train_tool.train(DETECTOR, tmp_path / "run", options=options)
     assert not (tmp_path / "run/unreadable_files.txt").exists()  # a new run does not report what is mended
     with pytest.raises(WeightsError, match=r"epoch_1.pth is not of this config's model"):

@@ -233,6 +233,7 @@ def test_an_endless_sampler_fills_any_batch(tmp_path):
     options["train_dataloader.drop_last"] = True
     cfg = train_tool.load_config(SEGMENTOR, tmp_path / "run", options=options)
     assert train_tool.train(cfg).iter == 1
+    cfg.work_dir = str(tmp_path / "other")
     cfg.train_dataloader.sampler = dict(type="DefaultSampler", shuffle=True)
     with pytest.raises(ValueError, match="no training step"):
         train_tool.train(cfg)
