@@ -1,7 +1,8 @@
 """Generators of visible cells. One polarity: True = visible.
 
 Number of visible cells an image: ``round(h * w * (1 - mask_ratio))`` as SparK (arXiv 2301.03580) keeps them; the MAE family
-truncates instead (``rounding='floor'``): 20 against 19 of 49 at ratio 0.6.
+truncates instead (``rounding='floor'``): 20 against 19 of 49 at ratio 0.6. Halves go up here; in SparK's code they go to the even
+number, as Python's ``round`` does: of 49 cells at ratio 0.5 it keeps 24, here 25 stay visible.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ def visible_count(h: int, w: int, mask_ratio: float, rounding: str = "round") ->
     Raises:
         ValueError: ratio outside [0, 1), or no cell would stay visible.
     """
-    if not 0.0 <= mask_ratio < 1.0:
+    if isinstance(mask_ratio, str) or not 0.0 <= mask_ratio < 1.0:
         raise ValueError(
-            f"mask_ratio must be in [0, 1), got {mask_ratio}; it is the share of hidden cells, "
+            f"mask_ratio must be in [0, 1), got {mask_ratio!r}; it is the share of hidden cells, "
             "0 hides nothing (the dense-distillation control), 0.6 hides 60 %"
         )
     if rounding not in ("round", "floor"):
@@ -36,7 +37,8 @@ def visible_count(h: int, w: int, mask_ratio: float, rounding: str = "round") ->
     keep = h * w * (1.0 - mask_ratio)
     count = math.floor(keep + 0.5 + 1e-6) if rounding == "round" else math.floor(keep + 1e-6)
     if count < 1:
-        largest = 1.0 - 1.0 / (h * w)
+        largest = 1.0 - (0.5 if rounding == "round" else 1.0) / (h * w)
+        largest = math.floor(1000 * largest) / 1000  # rounded down, for what is printed must itself be allowed
         raise ValueError(
             f"mask_ratio {mask_ratio} leaves no visible cell on a {h} x {w} grid; use at most {largest:.3f}, "
             "a larger image or smaller cells"

@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 
 from hgkd.data.sampler import SeededIndex, epoch_seed
 from hgkd.engine.class_report import ClassReportHook
+from hgkd.engine.feature_cache import TeacherCacheHook
 from hgkd.engine.hooks import peak_memory_mb, plain_model
 from hgkd.engine.loop import StepGuard, seed_step
 from hgkd.registry import RUNNERS
@@ -100,6 +101,9 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
     report["trained"] = f"{_count(model, trained=True)} of {_count(model)}"
     teacher = getattr(model, "teacher", None)
     report["teacher"] = "none" if teacher is None else f"{_count(teacher)}, {teacher.info}"
+    for hook in runner.hooks:
+        if isinstance(hook, TeacherCacheHook):
+            report["teacher's features"] = hook.planned(runner)
     report["losses"] = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
     report["finite"] = "yes" if guard.updated else "NO: loss or gradient of the second step is not finite"
     report["a step"] = (
