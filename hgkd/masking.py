@@ -37,7 +37,7 @@ def visible_count(h: int, w: int, mask_ratio: float, rounding: str = "round") ->
     keep = h * w * (1.0 - mask_ratio)
     count = math.floor(keep + 0.5 + 1e-6) if rounding == "round" else math.floor(keep + 1e-6)
     if count < 1:
-        largest = 1.0 - (0.5 if rounding == "round" else 1.0) / (h * w)
+        largest = 1.0 - 1.0 / (h * w)
         largest = math.floor(1000 * largest) / 1000  # rounded down, for what is printed must itself be allowed
         raise ValueError(
             f"mask_ratio {mask_ratio} leaves no visible cell on a {h} x {w} grid; use at most {largest:.3f}, "

@@ -39,7 +39,7 @@ def check_attention_is_read(block: nn.Module) -> None:
     attn = getattr(block, "attn", None)
     known_block = type(block).forward in (Block.forward, ResPostBlock.forward)
     if not known_block or type(attn).forward is not Attention.forward:  # type: ignore[union-attr]
-        kind = type(block).__name__ + ("" if attn is None else f" with {type(attn).__name__}")
+        kind = " with ".join(f"{type(part).__module__}.{type(part).__name__}" for part in (block, attn) if part is not None)
         raise ValueError(
             f"the attention of blocks of the kind {kind} is not read, so it can neither guide a mask nor be shown; "
             "use RandomMask or BlockMask, or a ViT of timm's ordinary blocks"

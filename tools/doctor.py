@@ -41,7 +41,6 @@ from hgkd.teachers.mae import MaskedAutoencoder, arch_of, read_mae
 from hgkd.teachers.naming import count_blocks, to_timm_names
 from hgkd.teachers.vit import build_vit, load_vit, vit_of
 
-
 TARGETS = ("HGKD target='full'", "MGD", "HGKD target='inferred'", "G2SD", "DMAE", "AttentionMask")
 
 

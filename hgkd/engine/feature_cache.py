@@ -23,7 +23,7 @@ class TeacherCacheHook(Hook):
     """Teacher features are computed once a picture and read from disk afterwards, also by later runs.
 
     The pictures must be the same in every epoch: set ``transform=dict(kind='eval')`` for the training data, and
-    ``model.flip`` for mirroring, which the cache knows of. The files take pictures * 2 * tokens * width * 2 bytes a block: 0.6 MB
+    ``model.flip`` for mirroring, which the cache knows of. The files take pictures * 2 * tokens * width * 2 bytes a block: 0.3 MB
     an image for a ViT-S/14 at 224 px. Their size is logged, compared with the free disk space, and taken from the disk at once.
 
     Args:

@@ -7,9 +7,11 @@ checkpoints need; anything else in a file is refused by name. Nothing is ever lo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pickle
+import pickletools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +34,8 @@ _FOREIGN_TYPE = re.compile(
 )
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|message_hub|rng|random|loss|queue|center", re.IGNORECASE)
 _HOW_TO_CHOOSE = (
-    "to take another one, set entry (of a teacher: model.teacher.entry={entry}), or write it to a file of its own: "
-    "python tools/doctor.py extract FILE {entry} OUT.safetensors"
+    "for one of these set model.teacher.entry={entry} (a teacher), or write it to a file of its own: "
+    "python tools/doctor.py extract {source} {entry} OUT.safetensors"
 )
 _PREFIXES = ("module.", "network.", "backbone.", "encoder.")
 
@@ -115,6 +117,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         with safe_globals_for_mmengine():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if _is_plain_pickle(path):
+            raise WeightsError(_plain_pickle_message(path)) from None
         foreign = _FOREIGN_TYPE.search(str(error))
         if foreign is not None:
             raise WeightsError(
@@ -124,10 +128,35 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise WeightsError(f"{path} is damaged or no weight file: its content is not what torch.save writes") from None
     except Exception as error:
         # torch raises RuntimeError, EOFError, KeyError and others on damaged files
+        if _is_plain_pickle(path):
+            raise WeightsError(_plain_pickle_message(path)) from None
         if "TorchScript" in str(error):
             raise WeightsError(f"{path} is a TorchScript program; save the state_dict of its module instead") from None
         first = (str(error).splitlines() or [""])[0]
         raise WeightsError(f"{path} is damaged or no weight file ({type(error).__name__}: {first})") from error
+
+
+def _is_plain_pickle(path: Path) -> bool:
+    """Whether a file is one pickle, as detectron2 writes its models, rather than one of torch.save (a zip, or after a number)."""
+    with open(path, "rb") as file:
+        if file.read(1) != b"\x80":
+            return False
+        file.seek(0)
+        try:
+            names = [opcode.name for opcode, _, _ in itertools.islice(pickletools.genops(file), 3)]
+        except ValueError:
+            return False
+    return not {"LONG1", "LONG4"} & set(names)
+
+
+def _plain_pickle_message(path: Path) -> str:
+    to = path.with_suffix(".pth")
+    return (
+        f"{path} is a plain pickle, as detectron2 writes, not what torch.save writes. It is not read because that could run "
+        'foreign code; where you trust the file, convert it: python -c "import pickle, torch; '
+        f"d = pickle.load(open('{path}', 'rb'), encoding='latin1'); "
+        f"torch.save({{k: torch.as_tensor(v) for k, v in d.get('model', d).items()}}, '{to}')\""
+    )
 
 
 def _inside(folder: Path) -> str:
@@ -188,7 +217,7 @@ def tensors_of(content: Any, *, source: str, entry: str | None = None) -> dict[s
     if place not in places and len(places) > 1:
         raise WeightsError(
             f"{source} holds {len(places)} sets of weights, {', '.join(map(repr, places))}, none of them under a usual name; "
-            + _HOW_TO_CHOOSE.format(entry=next(iter(places)))
+            + _HOW_TO_CHOOSE.format(source=source, entry=next(iter(places)))
         )
     if place not in places and places:
         place = next(iter(places))
@@ -197,10 +226,9 @@ def tensors_of(content: Any, *, source: str, entry: str | None = None) -> dict[s
     weights = {str(key): value for key, value in places[place].items() if isinstance(value, Tensor)}
     notes = [f"taken from its entry {place!r}"] if place else []
     others = [name for name in places if name and name != place]
-    if others and place:
-        notes.append(
-            f"it also holds {', '.join(map(repr, others))}, not taken: " + _HOW_TO_CHOOSE.format(entry=others[0])
-        )
+    if others and place and entry is None:
+        how = _HOW_TO_CHOOSE.format(source=source, entry=others[0])
+        notes.append(f"it also holds {', '.join(map(repr, others))}, not taken by default; {how}")
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in weights):
             weights = {key.removeprefix(prefix): value for key, value in weights.items()}
@@ -280,7 +308,11 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        parts = [f"{self.source}: {self.matched} of {self.total} entries loaded"]
+        return self.summary("loaded")
+
+    def summary(self, done: str) -> str:
+        """One line; ``done`` says what was done with the entries that matched."""
+        parts = [f"{self.source}: {self.matched} of {self.total} entries {done}"]
         for what, names in (
             ("missing", self.missing),
             ("unexpected", self.unexpected),
@@ -323,7 +355,7 @@ def match(
         ignored=tuple(ignored),
     )
     if not report.complete:
-        raise WeightsError(f"the weights do not fit {type(module).__name__}: {report}")
+        raise WeightsError(f"the weights do not fit {type(module).__name__}: {report.summary('would fit')}")
     return report
 
 

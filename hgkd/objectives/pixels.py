@@ -132,7 +132,9 @@ class PixelReconstruction(ComparingObjective):
         """See the class; ``teacher_out`` is not used. Raises ValueError when not one cell is supervised."""
         prediction = cell_maps(self.predict(student_out), layout.cell)
         images = _images(student_out)
-        target = standardised_cells(images, layout.cell) if self.standardise else cell_maps(self._normalised(images), layout.cell)
+        target = (
+            standardised_cells(images, layout.cell) if self.standardise else cell_maps(self._normalised(images), layout.cell)
+        )
         places = supervised_places(layout.visible, self.supervise)
         count = supervised_cells(layout, self.supervise)
         return {"reconstruction": Comparison(prediction, target, places, count, squared_error_by_place)}

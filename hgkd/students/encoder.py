@@ -80,7 +80,8 @@ def build_encoder(
     if checkpoint is not None:
         from hgkd.export.importing import import_weights
 
-        import_weights(model, checkpoint, allow=("head.norm.",))  # a norm after pooling, which no level of a student sees
+        # a norm after pooling, which no level of a student sees; DINOv3's and EUPE's ConvNeXt files hold it twice
+        import_weights(model, checkpoint, allow=("head.norm.", "norms."))
     return model
 
 

@@ -215,6 +215,7 @@ class Teacher(nn.Module):
             block: whose attention; negative counts from the end.
         """
         assert self.grid is not None
+        self.check_attention(block)
         with torch.autocast(images.device.type, enabled=False):
             tokens, layer, prefix = self._before_block(self._inputs(images), block % self.info.depth)
             patches = patch_attention(layer, tokens, prefix, self.has_class_token)

@@ -203,9 +203,7 @@ class FeatureCache:
                 f"{WITHOUT_STORE}"
             )
         print_log(f"{size}; {gigabytes(free)} are free on that disk", "current")
-        self.stores = {
-            block: FeatureStore(folder, identities[block], 2 * pictures, shape) for block in blocks
-        }
+        self.stores = {block: FeatureStore(folder, identities[block], 2 * pictures, shape) for block in blocks}
 
     def tokens(self, index: Tensor, flipped: Tensor, blocks: Iterable[int], compute: Compute) -> TeacherOutput:
         """Tokens of a batch, from the stores or, for pictures never met, from ``compute``.

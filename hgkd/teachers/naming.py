@@ -46,9 +46,11 @@ _HF_ATTENTION = (
 
 # an entry that a family alone has -> what it is; looked at in this order
 _FAMILIES = (
-    (r"rope_embed\.periods|storage_tokens|(^|\.)layer\.\d+\.(attention\.o_proj|layer_scale1)\.", "DINOv3 (rotary positions)"),
+    (r"rope_embed\.periods|storage_tokens|(^|\.)layer\.\d+\.attention\.o_proj\.", "DINOv3 (rotary positions)"),
     (r"(^|\.)blocks\.\d+\.attn\.rope|(^|\.)rope\.freqs", "EVA or another ViT with rotary positions"),
-    (r"rel_pos_h$|rel_pos_w$", "the ViT of SAM or ViTDet (relative positions in windows)"),
+    (r"rel_pos_[hw]$", "the ViT of SAM, ViTDet or MViT (relative positions in windows)"),
+    (r"patch_embed\.backbone\.", "a hybrid ViT (its patches come out of a CNN)"),
+    (r"(^|\.)pixel_pos$", "TNT (a transformer in a transformer)"),
     (r"layers\.\d+\.blocks\.\d+\.|encoder\.layers\.\d+\.blocks\.", "a Swin Transformer"),
     (r"(^|\.)blocks\.\d+\.attn\.rel_pos\.", "a ViT with relative positions (vit_relpos_*)"),
     (r"(^|\.)blocks\.\d+\.proj\.(weight|bias)$|mask_unit|pos_embed_win", "Hiera (a hierarchical network)"),
@@ -56,7 +58,10 @@ _FAMILIES = (
         r"downsample_layers\.\d+\.|stages\.\d+\.(layers|blocks|\d+)\.?\d*\.(dwconv|conv_dw|depthwise_conv)\.",
         "a ConvNeXt (a CNN: it can be a student, encoder_checkpoint)",
     ),
-    (r"(^|\.)layer[1-4]\.\d+\.conv\d\.|(^|\.)res[2-5]\.\d+\.conv\d\.", "a ResNet (a CNN: it can be a student, encoder_checkpoint)"),
+    (
+        r"(^|\.)layer[1-4]\.\d+\.conv\d\.|(^|\.)res[2-5]\.\d+\.conv\d\.",
+        "a ResNet (a CNN: it can be a student, encoder_checkpoint)",
+    ),
 )
 KNOWN_FILES = "known are plain ViTs with absolute positions (DINO, DINOv2, MAE, CLIP, SigLIP, DeiT, AugReg) and BEiT"
 

@@ -178,7 +178,9 @@ def _beit(weights: Mapping[str, Tensor], tables: Sequence[str], sizes: dict[str,
 
 def _vit(weights: Mapping[str, Tensor], sizes: dict[str, Any], source: str) -> VisionTransformer:
     if "pos_embed" not in weights:
-        raise WeightsError(f"{source} has no absolute positions (pos_embed), so it is of no plain ViT; {_SERVE}")
+        raise WeightsError(
+            f"{source} has no absolute positions (pos_embed): DINOv3, EVA and others have rotary or relative ones; {_SERVE}"
+        )
     width, patch = sizes["embed_dim"], sizes["patch_size"]
     class_token, registers = "cls_token" in weights, weights["reg_token"].shape[1] if "reg_token" in weights else 0
     distilled = "dist_token" in weights
@@ -283,6 +285,11 @@ class TimmTeacher(Teacher):
         super().check(needs)
         if self._is_beit and needs.visible_only:
             raise ValueError(BEIT_SEES_WHOLE_IMAGES)
+
+    def check_attention(self, block: int = -1) -> None:
+        if self._is_beit:
+            raise ValueError("the attention of a BEiT teacher cannot guide masks (its biases are inside timm's layer)")
+        super().check_attention(block)
 
     def _set_grid(self, grid: tuple[int, int]) -> None:
         current = next(self.network.blocks.parameters())

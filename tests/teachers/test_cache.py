@@ -49,7 +49,7 @@ def test_another_identity_is_another_store(tmp_path) -> None:
 
 def test_features_beyond_fp16_are_refused(tmp_path) -> None:
     store = FeatureStore(tmp_path, {}, 1, (1, 1, 1))
-    with pytest.raises(ValueError, match="do not fit fp16"):
+    with pytest.raises(ValueError, match="do not fit the store's fp16"):
         store.write(torch.tensor([0]), torch.full((1, 1, 1, 1), 1e6))
     assert store.missing(torch.tensor([0])).all()
 
