@@ -1,8 +1,8 @@
 """Generators of visible cells. One polarity: True = visible.
 
 Number of visible cells an image: ``round(h * w * (1 - mask_ratio))`` as SparK (arXiv 2301.03580) keeps them; the MAE family
-truncates instead (``rounding='floor'``): 20 against 19 of 49 at ratio 0.6. Halves go up here; in SparK's code they go to the even
-number, as Python's ``round`` does: of 49 cells at ratio 0.5 it keeps 24, here 25 stay visible.
+truncates instead (``rounding='floor'``): 20 against 19 of 49 at ratio 0.6. Halves go up here; in SparK's code they go to the
+even number, as Python's ``round`` does: of 49 cells at ratio 0.5 it keeps 24, here 25 stay visible.
 """
 
 from __future__ import annotations

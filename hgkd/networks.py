@@ -75,7 +75,7 @@ def patch_attention(block: nn.Module, tokens: Tensor, prefix: int, has_class_tok
 
 @contextmanager
 def watch_nonfinite(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
-    """Context that lists (name, 'NaN' or 'inf') of the modules whose output is not finite, in the order in which they return."""
+    """Context that lists (name, 'NaN' or 'inf') of the modules whose output is not finite, in the order of their returns."""
     seen: list[tuple[str, str]] = []
 
     def watch(name: str) -> Any:

@@ -331,7 +331,8 @@ class MaskedDistiller(BaseModel):
         blocks = sorted({b for needs in self._passes if not needs.visible_only for b in needs.blocks})
         if not blocks:
             raise ValueError(
-                "no objective uses the teacher's tokens of whole images, so there is nothing to store; set teacher_features=None"
+                "no objective uses the teacher's tokens of whole images, so there is nothing to store; "
+                "set teacher_features=None"
             )
         return blocks
 

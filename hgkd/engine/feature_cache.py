@@ -23,8 +23,8 @@ class TeacherCacheHook(Hook):
     """Teacher features are computed once a picture and read from disk afterwards, also by later runs.
 
     The pictures must be the same in every epoch: set ``transform=dict(kind='eval')`` for the training data, and
-    ``model.flip`` for mirroring, which the cache knows of. The files take pictures * 2 * tokens * width * 2 bytes a block: 0.3 MB
-    an image for a ViT-S/14 at 224 px. Their size is logged, compared with the free disk space, and taken from the disk at once.
+    ``model.flip`` for mirroring, which the cache knows of. The files take 4 * tokens * width bytes an image and block, 0.3 MB
+    for a ViT-S/14 at 224 px. Their size is logged, compared with the free disk space, and taken from the disk at once.
 
     Args:
         folder: where the files lie; runs with the same teacher, data and size share them. None: nothing is stored.

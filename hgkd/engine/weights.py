@@ -137,7 +137,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 
 def _is_plain_pickle(path: Path) -> bool:
-    """Whether a file is one pickle, as detectron2 writes its models, rather than one of torch.save (a zip, or after a number)."""
+    """Whether a file is one pickle, as detectron2 writes its models, not one of torch.save (a zip, or after a number)."""
     with open(path, "rb") as file:
         if file.read(1) != b"\x80":
             return False
@@ -385,8 +385,8 @@ def load_strict(
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise WeightsError(
-            f"{source}: {len(broken)} of its entries hold NaN or inf: {', '.join(broken[:5])}{more}. The training that wrote it "
-            "had diverged, or the file is damaged; take an earlier checkpoint, or get the file again"
+            f"{source}: {len(broken)} of its entries hold NaN or inf: {', '.join(broken[:5])}{more}. The training that wrote "
+            "it had diverged, or the file is damaged; take an earlier checkpoint, or get the file again"
         )
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     print_log(str(report), "current")

@@ -132,9 +132,8 @@ class PixelReconstruction(ComparingObjective):
         """See the class; ``teacher_out`` is not used. Raises ValueError when not one cell is supervised."""
         prediction = cell_maps(self.predict(student_out), layout.cell)
         images = _images(student_out)
-        target = (
-            standardised_cells(images, layout.cell) if self.standardise else cell_maps(self._normalised(images), layout.cell)
-        )
+        make = standardised_cells if self.standardise else self._normalised_cells
+        target = make(images, layout.cell)
         places = supervised_places(layout.visible, self.supervise)
         count = supervised_cells(layout, self.supervise)
         return {"reconstruction": Comparison(prediction, target, places, count, squared_error_by_place)}
@@ -156,8 +155,8 @@ class PixelReconstruction(ComparingObjective):
         shown = visible_on(layout.visible, (images.shape[-2], images.shape[-1])).unsqueeze(1)
         return torch.where(shown, images, predicted.clamp(0.0, 1.0))
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.deviation
+    def _normalised_cells(self, images: Tensor, cell: int) -> Tensor:
+        return cell_maps((images - self.mean) / self.deviation, cell)
 
     def extra_repr(self) -> str:
         return f"supervise={self.supervise!r}, standardise={self.standardise}"

@@ -216,8 +216,8 @@ class SparseUNet(nn.Module):
         layout = CellLayout(visible, self.cell)
         if self.training and layout.num_cells * (self.cell // self.feature_strides[-1]) ** 2 == 1:
             raise ValueError(
-                f"one visible cell in the whole batch ({images.shape[0]} image of {grid[0]} x {grid[1]} cells): BatchNorm needs "
-                "two values to have a variance; raise batch_size, lower mask_ratio or enlarge image_size"
+                f"one visible cell in the whole batch ({images.shape[0]} image of {grid[0]} x {grid[1]} cells): BatchNorm "
+                "needs two values to have a variance; raise batch_size, lower mask_ratio or enlarge image_size"
             )
         packed = cast(Any, self.encoder).pack(self.normalise(images), layout)
         features = cast("list[SparseTensor]", encoder_features(self.encoder, packed, self._levels))
