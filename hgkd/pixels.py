@@ -67,8 +67,8 @@ def check_channels(channels: Any, where: str) -> None:
 
 def pixels_text(mean: Any, deviation: Any) -> str:
     """Statistics, given as numbers or tensors, for the log."""
-    means, deviations = check_pixels(*(torch.as_tensor(values).flatten().tolist() for values in (mean, deviation)), "pixels")
-    return f"pixels normalised by mean {_text(means)}, std {_text(deviations)}"
+    means, deviations = (_text(torch.as_tensor(values).flatten().tolist()) for values in (mean, deviation))
+    return f"pixels normalised by mean {means}, std {deviations}"
 
 
 def _triple(name: str, given: Any, where: str) -> Triple:

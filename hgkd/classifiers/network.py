@@ -188,9 +188,8 @@ class ImageClassifier(nn.Module):
             nn.init.zeros_(class_head.bias)
         pixels = None if backbone is None else self._start_from(checkpoint_file(backbone), stem)
         if normalize is not None:
-            mean, deviation = check_normalize(normalize, f"normalize of {name!r}")
-        else:
-            mean, deviation = pixels or pixel_statistics(network)
+            pixels = check_normalize(normalize, f"normalize of {name!r}")
+        mean, deviation = pixels or pixel_statistics(network)
         self.spec = ClassifierSpec(name, num_classes, size, stem, two_heads, kwargs)
         self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.empty(1, 3, 1, 1), persistent=False)

@@ -477,8 +477,8 @@ class MAETeacher(Teacher):
         print_log(f"{checkpoint}: {self.kind}", "current")
         network = MaskedAutoencoder(arch)
         # fine-tuned files bring a classifier, and fc_norm instead of norm; no feature comes from there
-        tuned = {"ignore_missing": ("norm.",), "ignore_unexpected": ("head.", "fc_norm.")} if not arch.decoder_depth else {}
-        load_strict(network, weights, source=str(checkpoint), **tuned)
+        missing, left_over = ((), ()) if arch.decoder_depth else (("norm.",), ("head.", "fc_norm."))
+        load_strict(network, weights, source=str(checkpoint), ignore_missing=missing, ignore_unexpected=left_over)
         self.source, self.allow_random = str(checkpoint), allow_random
         self.network = network
         self.info = TeacherInfo(

@@ -21,7 +21,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hgkd.engine.weights import LoadReport, load_strict, match, read_weights
+from hgkd.engine.weights import LoadReport, load_strict, match, part_of_several, read_weights
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.pixels import check_channels, check_normalize
 from hgkd.registry import MODELS
@@ -145,7 +145,10 @@ def vit_of(weights: Mapping[str, Tensor], source: str) -> Any:
     if patches.ndim != 4 or patches.shape[-2] != patch or fc1 is None or fc2 is None:
         shapes = f"patches {tuple(patches.shape)}" + ("" if fc1 is not None else ", blocks without mlp.fc1")
         raise WeightsError(f"{source} is of no plain ViT: {shapes}; {_SERVE}")
-    check_channels(patches.shape[1], f"the number of channels of {source}")
+    try:
+        check_channels(patches.shape[1], f"the number of channels of {source}")
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
     sizes: dict[str, Any] = {
         "patch_size": patch,
         "embed_dim": width,
