@@ -5,10 +5,10 @@
     python tools/doctor.py teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
     python tools/doctor.py extract run.pth state_dict_ema averaged.safetensors
 
-What a teacher file can teach is found by building its network without weights and matching every entry: that of ``--name``,
-else the one that the file's own shapes describe. The score of the weights needs the file alone. With a folder of images its features
-are compared with those of a random network of the same shape; with one sub-folder a class, by k-NN too. Files other than MAE's
-need timm's name for that. ``extract`` writes one of several sets of weights in a file to a file of its own.
+What a teacher file can teach is found by building its network without weights and matching every entry: the network of
+``--name``, else the one that the file's own shapes describe. The score of the weights needs the file alone. With a folder of
+images its features are compared with those of a random network of the same shape; with one sub-folder a class, by k-NN too.
+Files other than MAE's need timm's name for that. ``extract`` writes one of several sets of weights to a file of its own.
 """
 
 from __future__ import annotations

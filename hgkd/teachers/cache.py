@@ -115,6 +115,8 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     """Map a file, made when absent, all of whose space is its own: a disk that is full later cannot end the process."""
     new = not path.exists()
     try:
+        if not new:  # refuses a file whose end is missing, to which opening for writing would add zeros
+            np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-untyped-call]
         mapped: np.memmap = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
             path, mode="w+" if new else "r+", dtype=dtype, shape=shape if new else None
         )
@@ -122,7 +124,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     except (OSError, ValueError) as error:
         if new:
             path.unlink(missing_ok=True)
-        if not isinstance(error, OSError):  # numpy on a file whose end is missing
+        if not isinstance(error, OSError):
             raise ValueError(f"{path} is damaged ({error}); delete it") from error
         raise StoppedError(
             f"the teacher's feature store cannot be made: {path}: {error.strerror or error}; free some space, choose another "

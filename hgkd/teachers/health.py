@@ -65,6 +65,8 @@ def weight_health(weights: Mapping[str, Tensor]) -> WeightHealth:
         for name, value in weights.items()
         if name.startswith("blocks.") and name.endswith((".qkv.weight", ".fc1.weight", ".fc2.weight", ".attn.proj.weight"))
     ]
+    if not names:  # blocks that fuse these products with others (timm's parallel ones)
+        names = [name for name, value in weights.items() if name.startswith("blocks.") and value.ndim == 2]
     if not names:
         raise ValueError("there are no transformer blocks among these weights, so their health cannot be judged")
     chosen = names[:: max(1, len(names) // _MATRICES)]

@@ -100,3 +100,8 @@ def test_knn_by_hand() -> None:
     features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
     assert _knn(features, torch.tensor([0, 0, 1, 1]), neighbours=1) == 100.0
     assert _knn(features, torch.tensor([0, 1, 0, 1]), neighbours=1) == 0.0
+
+
+def test_blocks_that_fuse_their_matrices_are_judged_too() -> None:
+    network = timm.create_model("vit_pwee_patch16_reg1_gap_256", num_classes=0)
+    assert weight_health(network.state_dict()).looks_random
