@@ -15,6 +15,7 @@ _base_ = [
     "../_base_/data/image_folder.py",
 ]
 
+data_root = "data/photos"
 image_size = 224
 batch_size = 64
 epochs = 100

@@ -42,9 +42,10 @@ class TeacherCacheHook(Hook):
         """
         if self.folder is None:
             return
+        transform = _fixed_transform(runner)
         if not is_main_process():
             barrier()
-        self._open(runner, self.folder)
+        _open(runner, self.folder, transform)
         if is_main_process():
             barrier()
 
@@ -52,6 +53,7 @@ class TeacherCacheHook(Hook):
         """For a dry run: what the store will take, without making it."""
         if self.folder is None:
             return "not stored"
+        _fixed_transform(runner)
         model: Any = plain_model(runner)
         images = len(runner.train_loop.dataloader.dataset)
         free = shutil.disk_usage(next(p for p in (self.folder.absolute(), *self.folder.absolute().parents) if p.exists())).free
@@ -59,19 +61,25 @@ class TeacherCacheHook(Hook):
         enough = "" if free > planned else "  NOT ENOUGH (less is needed where the features are there already)"
         return f"{gigabytes(planned)} for {images} images in {self.folder}; {gigabytes(free)} free{enough}"
 
-    def _open(self, runner: Runner, folder: Path) -> None:
-        dataset: Any = runner.train_loop.dataloader.dataset
-        transform = repr(dataset.transform)
-        if any(word in transform for word in _RANDOM):
-            raise ValueError(
-                "TeacherCacheHook needs pictures that are the same in every epoch, but the training transform is random "
-                f"({transform.split()[0]} ...); set train_dataloader.dataset.transform=dict(kind='eval') and model.flip=0.5, "
-                "or store nothing (teacher_features=None)"
-            )
-        root = Path(dataset.data_root)
-        paths = [Path(dataset.path(i)) for i in range(len(dataset))]
-        names = [str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in paths]
-        sizes = [dataset.size(i) for i in range(len(dataset))]
-        identity = {"files": files_digest(zip(names, sizes, strict=True)), "transform": transform}
-        model: Any = plain_model(runner)
-        model.store_features(folder, len(dataset), identity)
+
+def _fixed_transform(runner: Runner) -> str:
+    """The training images' transform as text; raises ValueError when its crops differ from epoch to epoch."""
+    transform = repr(runner.train_loop.dataloader.dataset.transform)
+    if any(word in transform for word in _RANDOM):
+        raise ValueError(
+            "TeacherCacheHook needs pictures that are the same in every epoch, but the training transform is random "
+            f"({transform.split()[0]} ...); set train_dataloader.dataset.transform=dict(kind='eval') and model.flip=0.5, "
+            "or store nothing (teacher_features=None)"
+        )
+    return transform
+
+
+def _open(runner: Runner, folder: Path, transform: str) -> None:
+    dataset: Any = runner.train_loop.dataloader.dataset
+    root = Path(dataset.data_root)
+    paths = [Path(dataset.path(i)) for i in range(len(dataset))]
+    names = [str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in paths]
+    sizes = [dataset.size(i) for i in range(len(dataset))]
+    identity = {"files": files_digest(zip(names, sizes, strict=True)), "transform": transform}
+    model: Any = plain_model(runner)
+    model.store_features(folder, len(dataset), identity)
