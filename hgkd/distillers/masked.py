@@ -165,17 +165,17 @@ class MaskedDistiller(BaseModel):
             raise ValueError("model.teacher is set, but no objective learns from it; remove it or add such an objective")
         self._passes, owner = merge_needs(list(asking.values()))
         self._pass_of = dict(zip(asking, owner, strict=True))
-        print_log(
-            f"student: {pixels_text(self.student.mean, self.student.deviation)}; "
-            f"mask grid {self.mask_grid[0]} x {self.mask_grid[1]}{self._shown()}",
-            "current",
-        )
+        print_log(f"student: {self._seen()}", "current")
 
-    def _shown(self) -> str:
-        """How many cells the student sees, where the mask generator shows a fixed number of them."""
-        if not isinstance(self.mask, CountedMask):
-            return ""
-        return f", {self.mask.count(self.mask_grid)} of {self.mask_grid[0] * self.mask_grid[1]} cells visible"
+    def _seen(self) -> str:
+        """What the student sees, for the log."""
+        height, width = self.mask_grid
+        text = f"mask grid {height} x {width}"
+        if isinstance(self.mask, CountedMask):
+            text += f", {self.mask.count(self.mask_grid)} of {height * width} cells visible"
+        if hasattr(self.student, "mean"):
+            text += f"; {pixels_text(self.student.mean, self.student.deviation)}"
+        return text
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDistiller:
         """A copy that shares the teacher and its stored features, which no training changes.

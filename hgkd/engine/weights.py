@@ -32,7 +32,8 @@ _WRAPPERS = ("state_dict", "model", "module", "network", "teacher")
 _FOREIGN_TYPE = re.compile(
     r"(?:GLOBAL|class|recognized function|instantiate|for) ([\w.<>' ]*[\w.>])(?: whose| which| was|,|$|\()"
 )
-_NO_WEIGHTS = re.compile(r"optim|sched|scaler|message_hub|rng|random|loss|queue|center", re.IGNORECASE)
+_NO_WEIGHTS = re.compile(r"optim|sched|scaler|message_hub|(^|_)rng|loss", re.IGNORECASE)
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _HOW_TO_CHOOSE = (
     "for one of these set model.teacher.entry={entry} (a teacher), or write it to a file of its own: "
     "python tools/doctor.py extract {source} {entry} OUT.safetensors"
@@ -162,7 +163,7 @@ def _plain_pickle_message(path: Path) -> str:
 def _inside(folder: Path) -> str:
     """Which file of a folder to give instead of the folder, for a message."""
     indices = sorted(folder.glob("*.index.json"))
-    files = indices or sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+    files = indices or sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
     if not files:
         return "; there is none in it"
     which = "in several parts, all named by this index" if indices else "in it"
@@ -177,8 +178,10 @@ def _read_parts(index: Path) -> dict[str, Any]:
         raise WeightsError(f"{index} is no index of a model in several files ({type(error).__name__}: {error})") from error
     content: dict[str, Any] = {}
     for name in names:
-        # nothing outside the index's folder is read
-        content.update(read_checkpoint(index.parent / Path(name).name))
+        part = index.parent / Path(name).name  # nothing outside the index's folder is read
+        if part.suffix not in _SUFFIXES:
+            raise WeightsError(f"{index} names {name!r}, which is no weight file ({', '.join(_SUFFIXES)})")
+        content.update(read_checkpoint(part))
     return content
 
 

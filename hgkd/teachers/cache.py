@@ -74,6 +74,8 @@ class FeatureStore:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = _path(folder, identity, rows, shape)
+        if not self.path.exists():  # deleted, say: nothing of it is filled
+            self.path.with_suffix(".filled.npy").unlink(missing_ok=True)
         self._values = _open(self.path, (rows, *shape), np.float16)
         self._filled = _open(self.path.with_suffix(".filled.npy"), (rows,), np.uint8)
         self.path.with_suffix(".json").write_text(_text(identity, rows, shape), encoding="utf-8")

@@ -125,7 +125,11 @@ def test_a_disk_that_is_full_at_opening_is_an_error_with_a_remedy(tmp_path, monk
 
 
 def test_a_damaged_file_is_named(tmp_path) -> None:
-    path = FeatureStore(tmp_path, {}, 4, (1, 1, 1)).path
+    store = FeatureStore(tmp_path, {}, 4, (1, 1, 1))
+    store.write(torch.arange(4), torch.ones(4, 1, 1, 1))
+    path = store.path
     path.write_bytes(path.read_bytes()[:130])
     with pytest.raises(ValueError, match=r"tokens-.*\.npy is damaged .*; delete it"):
         FeatureStore(tmp_path, {}, 4, (1, 1, 1))
+    path.unlink()  # as the message says
+    assert FeatureStore(tmp_path, {}, 4, (1, 1, 1)).missing(torch.arange(4)).all()
