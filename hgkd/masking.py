@@ -1,7 +1,8 @@
 """Generators of visible cells. One polarity: True = visible.
 
 Number of visible cells an image: ``round(h * w * (1 - mask_ratio))`` as SparK (arXiv 2301.03580) keeps them; the MAE family
-truncates instead (``rounding='floor'``): 20 against 19 of 49 at ratio 0.6.
+truncates instead (``rounding='floor'``): 20 against 19 of 49 at ratio 0.6. Halves go up here; in SparK's code they go to the
+even number, as Python's ``round`` does: of 49 cells at ratio 0.5 it keeps 24, here 25 stay visible.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def visible_count(h: int, w: int, mask_ratio: float, rounding: str = "round") ->
         raise ValueError(f"mask_ratio is the share of hidden cells, a number in [0, 1), got {mask_ratio!r}; write e.g. 0.6")
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(
-            f"mask_ratio must be in [0, 1), got {mask_ratio}; it is the share of hidden cells, "
+            f"mask_ratio must be in [0, 1), got {mask_ratio!r}; it is the share of hidden cells, "
             "0 hides nothing (the dense-distillation control), 0.6 hides 60 %"
         )
     if rounding not in ("round", "floor"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import timm
 import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 
@@ -26,6 +30,22 @@ def classifier_heads(network: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
+def check_attention_is_read(block: nn.Module) -> None:
+    """Refuse a ViT's block whose attention :func:`patch_attention` would compute wrongly.
+
+    Raises:
+        ValueError: another kind of block, or of attention in it; it is named.
+    """
+    attn = getattr(block, "attn", None)
+    known_block = type(block).forward in (Block.forward, ResPostBlock.forward)
+    if not known_block or type(attn).forward is not Attention.forward:  # type: ignore[union-attr]
+        kind = " with ".join(f"{type(part).__module__}.{type(part).__name__}" for part in (block, attn) if part is not None)
+        raise ValueError(
+            f"the attention of blocks of the kind {kind} is not read, so it can neither guide a mask nor be shown; "
+            "use RandomMask or BlockMask, or a ViT of timm's ordinary blocks"
+        )
+
+
 def patch_attention(block: nn.Module, tokens: Tensor, prefix: int, has_class_token: bool) -> Tensor:
     """How much the class token attends to each patch in a ViT's block, mean over heads; without one, how much all tokens do.
 
@@ -37,10 +57,43 @@ def patch_attention(block: nn.Module, tokens: Tensor, prefix: int, has_class_tok
 
     Returns:
         (B, N), fp32.
+
+    Raises:
+        ValueError: see :func:`check_attention_is_read`.
     """
-    attn: Any = block.attn
-    qkv = attn.qkv(cast(Any, block).norm1(tokens)).unflatten(2, (3, attn.num_heads, -1))
+    check_attention_is_read(block)
+    layer: Any = block
+    attn: Any = layer.attn
+    # a post-norm block normalises what its attention gives, not what it gets
+    inputs = tokens if type(block).forward is ResPostBlock.forward else layer.norm1(tokens)
+    qkv = attn.qkv(inputs).unflatten(2, (3, attn.num_heads, -1))
     query, key, _ = qkv.permute(2, 0, 3, 1, 4)
     query = attn.q_norm(query[:, :, :1] if has_class_token else query)
     weights: Tensor = (query @ attn.k_norm(key).transpose(-2, -1) * attn.scale).float().softmax(-1)
     return weights[..., prefix:].mean((1, 2))
+
+
+@contextmanager
+def watch_nonfinite(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
+    """Context that lists (name, 'NaN' or 'inf') of the modules whose output is not finite, in the order of their returns."""
+    seen: list[tuple[str, str]] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not is_finite(output):
+                seen.append((name, "NaN" if bool(output.detach().as_subclass(Tensor).isnan().any()) else "inf"))
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor inf."""
+    # sparse tensors refuse operations that mix places; finiteness is asked of the numbers alone
+    return bool(torch.isfinite(values.detach().as_subclass(Tensor)).all())

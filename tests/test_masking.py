@@ -237,3 +237,18 @@ def test_a_guided_mask_without_attention_is_refused() -> None:
 def test_dmaes_extreme_ratios(kind: type[CountedMask], ratio: float, rounding: str, count: int) -> None:
     visible = kind(ratio, rounding=rounding)(3, (14, 14), device="cpu")
     assert visible.flatten(1).sum(1).tolist() == [count] * 3
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (7, 7), (2, 2), (14, 14), (3, 5)])
+@pytest.mark.parametrize("rounding", ["round", "floor"])
+def test_the_largest_ratio_that_a_message_names_is_allowed(grid: tuple[int, int], rounding: str) -> None:
+    with pytest.raises(ValueError, match="use at most") as caught:
+        visible_count(*grid, 0.9999, rounding)
+    named = re.search(r"use at most ([\d.]+\d)", str(caught.value))
+    assert named is not None
+    assert visible_count(*grid, float(named[1]), rounding) >= 1
+
+
+def test_a_ratio_that_is_a_text_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"in \[0, 1\), got '60%'.*0\.6 hides 60 %"):
+        RandomMask(mask_ratio="60%")

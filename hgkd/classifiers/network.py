@@ -29,6 +29,7 @@ from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.engine.weights import load_strict, read_checkpoint, tensors_of
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.networks import classifier_heads, is_vit
+from hgkd.pixels import check_channels, check_normalize, check_pixels
 from hgkd.students.encoder import STEMS, evaluating, pixel_statistics, use_cifar_stem
 from hgkd.teachers.mae import IMAGENET_DEVIATION, IMAGENET_MEAN, read_mae, sincos_positions
 from hgkd.teachers.naming import to_timm_names
@@ -153,6 +154,7 @@ class ImageClassifier(nn.Module):
             raise ValueError(unknown_name_message("classifier", name, timm.list_models()))
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
+        check_channels(kwargs.get("in_chans", 3), f"in_chans of {name!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be 1 or more, got {num_classes}; set it to the number of class folders")
         if not 0.0 <= drop_path < 1.0:
@@ -185,7 +187,9 @@ class ImageClassifier(nn.Module):
             nn.init.trunc_normal_(class_head.weight, std=head_std)
             nn.init.zeros_(class_head.bias)
         pixels = None if backbone is None else self._start_from(checkpoint_file(backbone), stem)
-        mean, deviation = normalize or pixels or pixel_statistics(network)
+        if normalize is not None:
+            pixels = check_normalize(normalize, f"normalize of {name!r}")
+        mean, deviation = pixels or pixel_statistics(network)
         self.spec = ClassifierSpec(name, num_classes, size, stem, two_heads, kwargs)
         self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.empty(1, 3, 1, 1), persistent=False)
@@ -206,7 +210,8 @@ class ImageClassifier(nn.Module):
 
     def set_pixels(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
         """Normalise with these statistics of the pixels in [0, 1], RGB, from now on."""
-        self.spec = replace(self.spec, mean=tuple(map(float, mean)), deviation=tuple(map(float, deviation)))
+        mean, deviation = check_pixels(mean, deviation, f"the pixels of {self.spec.name!r}")
+        self.spec = replace(self.spec, mean=mean, deviation=deviation)
         self.mean.copy_(torch.tensor(self.spec.mean).view(1, -1, 1, 1))
         self.deviation.copy_(torch.tensor(self.spec.deviation).view(1, -1, 1, 1))
 

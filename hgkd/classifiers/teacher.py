@@ -20,7 +20,7 @@ from hgkd.engine.weights import load_strict, read_checkpoint, tensors_of
 from hgkd.errors import WeightsError
 from hgkd.registry import MODELS
 from hgkd.teachers.base import DTYPES
-from hgkd.teachers.health import weight_health
+from hgkd.teachers.health import check_outputs, weight_health
 
 
 @MODELS.register_module()
@@ -76,6 +76,7 @@ class ClassifierTeacher(nn.Module):
         self.image_size = None if image_size is None else as_size(image_size)
         self.dtype = DTYPES[dtype]
         self.allow_random = allow_random
+        self._proved = False
         self.backbone_only = backbone_only
         self._build(self.image_size)
 
@@ -93,8 +94,13 @@ class ClassifierTeacher(nn.Module):
         if self.image_size is not None and tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images.float(), self.image_size, mode="bicubic", align_corners=False, antialias=True)
         with torch.autocast(images.device.type, enabled=False):
-            out = self.classifier(self.classifier.normalise(images).to(self.dtype))
+            inputs = self.classifier.normalise(images).to(self.dtype)
+            out = self.classifier(inputs)
             logits = out.answer.float()
+            if not self._proved:
+                source = str(self._options[0] or self.classifier.spec.name)
+                check_outputs(self.classifier, (logits, out.feature), lambda: self.classifier(inputs), source, self.dtype)
+                self._proved = bool(images.any())  # the images of zeros that size the feature prove nothing
         return ClassifierOutput(logits, logits, out.feature.float())
 
     def train(self, mode: bool = True) -> ClassifierTeacher:

@@ -82,6 +82,12 @@ class ClassifierTraining(BaseModel):
         """Let every part check that it fits the others."""
         feature = self.classifier.feature_shape(self.image_size)
         teacher: ClassifierTeacher | None = self.teacher  # type: ignore[assignment]
+        for name, part in self.objectives.items():
+            if not hasattr(part, "needs_classes"):
+                raise ValueError(
+                    f"objective {name!r} is a {type(part).__name__}, which cannot teach a classifier that is fine-tuned; use "
+                    "HardLabel, SoftLabel, NKD or LastMapMGD, or derive yours from hgkd.objectives.logits.LogitObjective"
+                )
         if (teacher is None) != (not self.objectives):
             which = f"objectives={list(self.objectives)} but no teacher" if teacher is None else "a teacher but no objectives"
             raise ValueError(f"the model has {which}; set model.teacher and model.objectives, or neither")

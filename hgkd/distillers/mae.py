@@ -19,6 +19,7 @@ from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import feature_samples, to_unit_range
 from hgkd.evaluation.samples import FeatureSample
 from hgkd.masking import RandomMask, grid_of
+from hgkd.pixels import check_channels, check_pixels
 from hgkd.registry import MODELS
 from hgkd.teachers.mae import (
     IMAGENET_DEVIATION,
@@ -68,16 +69,18 @@ class MAEPretraining(BaseModel):
         self.cell = patch_size if mask_cell is None else mask_cell
         if self.cell < patch_size or self.cell % patch_size:
             raise ValueError(f"mask_cell {mask_cell} is no multiple of patch_size {patch_size}")
-        if mask_ratio <= 0.0:
+        self.mask = RandomMask(mask_ratio, rounding="floor")
+        if mask_ratio == 0.0:
             raise ValueError(f"mask_ratio {mask_ratio} hides nothing, so MAE has nothing to predict; MAE's own is 0.75")
         self.image_size = as_size(image_size)
         self.mask_grid = grid_of(self.image_size, self.cell)
-        self.mask = RandomMask(mask_ratio, rounding="floor")
         self.mask.check(self.mask_grid)
         self.norm_pix = norm_pix
         sizes = make_arch(arch, patch_size=patch_size, image_size=self.image_size)
         if sizes.decoder_depth < 1:
             raise ValueError("MAE pretraining needs a decoder, but decoder_depth is 0; set it to at least 1")
+        check_channels(sizes.in_chans, "model.arch.in_chans")
+        mean, deviation = check_pixels(mean, deviation, "model.mean and deviation")
         self.network = MaskedAutoencoder(sizes)
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
 from hgkd.evaluation.samples import FeatureSample
-from hgkd.masking import MaskGenerator
+from hgkd.masking import CountedMask, MaskGenerator
 from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.pixels import pixels_text
 from hgkd.registry import MODELS
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
-from hgkd.teachers.cache import FeatureCache, weights_digest
+from hgkd.teachers.cache import FeatureCache, store_bytes, weights_digest
 
 CHECKPOINT_FORMAT = 1
 
@@ -156,11 +158,24 @@ class MaskedDistiller(BaseModel):
                 f"{type(self.mask).__name__} is guided by a teacher's attention, but the model has "
                 f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask"
             )
+        if self.mask.guided and isinstance(teacher, Teacher):
+            teacher.check_attention()
         asking: dict[str, TeacherNeeds] = {name: part.needs for name, part in parts.items() if part.needs is not None}
         if teacher is not None and not asking and not self.mask.guided:
             raise ValueError("model.teacher is set, but no objective learns from it; remove it or add such an objective")
         self._passes, owner = merge_needs(list(asking.values()))
         self._pass_of = dict(zip(asking, owner, strict=True))
+        print_log(f"student: {self._seen()}", "current")
+
+    def _seen(self) -> str:
+        """What the student sees, for the log."""
+        height, width = self.mask_grid
+        text = f"mask grid {height} x {width}"
+        if isinstance(self.mask, CountedMask):
+            text += f", {self.mask.count(self.mask_grid)} of {height * width} cells visible"
+        if hasattr(self.student, "mean"):
+            text += f"; {pixels_text(self.student.mean, self.student.deviation)}"
+        return text
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDistiller:
         """A copy that shares the teacher and its stored features, which no training changes.
@@ -303,11 +318,23 @@ class MaskedDistiller(BaseModel):
             ValueError: no objective uses tokens of whole images, so there is nothing to store.
         """
         teacher: Any = self.teacher
-        blocks = sorted({b for needs in self._passes if not needs.visible_only for b in needs.blocks})
-        if not blocks:
-            raise ValueError("no objective uses the teacher's tokens of whole images; remove the feature cache")
+        blocks = self._stored_blocks()
         identity = {"teacher": weights_digest(teacher), "input_size": list(teacher.input_size), **data_identity}
         self.feature_cache = FeatureCache(folder, identity, pictures, blocks, teacher.info.width, teacher.grid)
+
+    def stored_bytes(self, pictures: int) -> int:
+        """Disk space that :meth:`store_features` takes, in bytes."""
+        teacher: Any = self.teacher
+        return store_bytes(pictures, len(self._stored_blocks()), teacher.info.width, teacher.grid)
+
+    def _stored_blocks(self) -> list[int]:
+        blocks = sorted({b for needs in self._passes if not needs.visible_only for b in needs.blocks})
+        if not blocks:
+            raise ValueError(
+                "no objective uses the teacher's tokens of whole images, so there is nothing to store; "
+                "set teacher_features=None"
+            )
+        return blocks
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside, under ``meta['hgkd']``."""

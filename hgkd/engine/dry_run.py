@@ -15,10 +15,11 @@ from torch.utils.data import default_collate
 
 from hgkd.data.sampler import SeededIndex, epoch_seed
 from hgkd.engine.class_report import ClassReportHook
+from hgkd.engine.feature_cache import TeacherCacheHook
 from hgkd.engine.hooks import DivergedError, peak_memory_mb, plain_model
 from hgkd.engine.in_force import in_force, lines_of
 from hgkd.engine.loop import StepGuard, seed_step
-from hgkd.engine.replay import first_nonfinite
+from hgkd.networks import watch_nonfinite
 from hgkd.registry import RUNNERS
 
 _CPU_IMAGES = 8  # of a step on a CPU, whose time grows with the number of images
@@ -101,6 +102,9 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
     report["trained"] = f"{_count(model, trained=True)} of {_count(model)}"
     teacher = getattr(model, "teacher", None)
     report["teacher"] = "none" if teacher is None else f"{_count(teacher)}, {teacher.info}"
+    for hook in runner.hooks:
+        if isinstance(hook, TeacherCacheHook):
+            report["teacher's features"] = hook.planned(runner)
     report["losses"] = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
     report["finite"] = "yes"
     report["a step"] = (
@@ -133,7 +137,7 @@ def _diverged(model: Any, batch: Any, losses: dict[str, float], step: int) -> Di
     teacher = getattr(model, "teacher", None)
     data = model.data_preprocessor(batch, True)
     told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    with first_nonfinite(model) as own, first_nonfinite(teacher or nn.Module()) as taught, torch.no_grad():
+    with watch_nonfinite(model) as own, watch_nonfinite(teacher or nn.Module()) as taught, torch.no_grad():
         model(**data, mode="loss")
     if taught:
         dtype = str(getattr(teacher, "dtype", "float32")).removeprefix("torch.")
@@ -142,9 +146,11 @@ def _diverged(model: Any, batch: Any, losses: dict[str, float], step: int) -> Di
             if dtype == "float16"
             else "look at its weights with tools/doctor.py teacher"
         )
-        why = f"the teacher's module {taught[0]} gives values that are not finite in {dtype}; {remedy}"
+        why = f"the teacher's module {taught[0][0]} gives values that are not finite in {dtype}; {remedy}"
     elif own:
-        why = f"module {own[0]} is the first whose output is not finite; look at the weights that it starts from, and at --amp"
+        why = (
+            f"module {own[0][0]} is the first whose output is not finite; look at the weights that it starts from, and at --amp"
+        )
     elif all(map(math.isfinite, losses.values())):
         why = "the losses are finite, a gradient is not; set a smaller lr, or train without --amp"
     else:

@@ -489,10 +489,11 @@ def distillation_columns(model: Any, inputs: Tensor, seed: int = 0) -> dict[str,
         teacher_outs = model.teach(images, visible)
         columns = {"image": images, "seen": hide_cells(images, visible)}
         for name, objective in model.objectives.items():
-            if hasattr(objective, "target_map"):
+            if objective.terms:
                 columns.update(_feature_columns(name, objective, student_out, teacher_outs[name]))
-            elif hasattr(objective, "reconstruct"):
-                columns[name] = objective.reconstruct(student_out, student_out.layout)
+            reconstruction = objective.reconstruct(student_out, student_out.layout)
+            if reconstruction is not None:
+                columns[name] = reconstruction
     finally:
         model.train(training)
         model.mask.progress = progress

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
-from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from hgkd.data.sampler import SeededIndex, epoch_seed
@@ -25,6 +23,7 @@ from hgkd.engine.checkpoints import read_run_checkpoint
 from hgkd.engine.config import check_plain_data
 from hgkd.engine.loop import seed_step
 from hgkd.engine.weights import load_strict
+from hgkd.networks import is_finite, watch_nonfinite
 from hgkd.registry import DATASETS, MODELS
 
 
@@ -90,7 +89,7 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
     model: Any = MODELS.build({"_scope_": "hgkd", **cfg.model}).to(device)
     found = []
     for entry in steps:
-        load_strict(model, state, source=str(weights))
+        load_strict(model, state, source=str(weights), finite=False)  # it may be what is looked for
         mask = getattr(model, "mask", None)
         if mask is not None:
             mask.progress = entry["step"] / last_step
@@ -104,41 +103,16 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
 def _replay_step(model: Any, batch: Mapping[str, Any], entry: Mapping[str, Any]) -> ReplayedStep:
     model.train()
     model.zero_grad(set_to_none=True)
-    with first_nonfinite(model) as seen:
+    with watch_nonfinite(model) as seen:
         data = model.data_preprocessor(batch, True)
         losses = model(**data, mode="loss")
     total, values = model.parse_losses(losses)
     total.backward()
-    broken = tuple(n for n, p in model.named_parameters() if p.grad is not None and not _finite(p.grad))
+    broken = tuple(n for n, p in model.named_parameters() if p.grad is not None and not is_finite(p.grad))
     return ReplayedStep(
         step=entry["step"],
         losses={name: float(value.detach()) for name, value in values.items()},
         recorded=dict(entry["losses"]),
-        first_module=seen[0] if seen else None,
+        first_module=seen[0][0] if seen else None,
         parameters=broken,
     )
-
-
-@contextmanager
-def first_nonfinite(model: nn.Module) -> Iterator[list[str]]:
-    """Context that lists the modules whose output is not finite, in the order in which they return."""
-    seen: list[str] = []
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not _finite(output):
-                seen.append(name)
-
-        return hook
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _finite(values: Tensor) -> bool:
-    # sparse tensors refuse operations that mix places; finiteness is asked of the numbers alone
-    return bool(torch.isfinite(values.detach().as_subclass(Tensor)).all())

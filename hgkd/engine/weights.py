@@ -7,8 +7,11 @@ checkpoints need; anything else in a file is refused by name. Nothing is ever lo
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import pickle
+import pickletools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +31,12 @@ from hgkd.errors import WeightsError
 _WRAPPERS = ("state_dict", "model", "module", "network", "teacher")
 _FOREIGN_TYPE = re.compile(
     r"(?:GLOBAL|class|recognized function|instantiate|for) ([\w.<>' ]*[\w.>])(?: whose| which| was|,|$|\()"
+)
+_NO_WEIGHTS = re.compile(r"optim|sched|scaler|message_hub|(^|_)rng|loss", re.IGNORECASE)
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+_HOW_TO_CHOOSE = (
+    "for one of these set model.teacher.entry={entry} (a teacher), or write it to a file of its own: "
+    "python tools/doctor.py extract {source} {entry} OUT.safetensors"
 )
 _PREFIXES = ("module.", "network.", "backbone.", "encoder.")
 
@@ -93,11 +102,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        raise WeightsError(f"{path} is a folder; expected a weight file (.safetensors, .pth, .pt or .bin)")
+        raise WeightsError(f"{path} is a folder; expected a weight file (.safetensors, .pth, .pt or .bin){_inside(path)}")
     if not path.is_file():
         raise FileNotFoundError(f"weight file {path} does not exist; give a local .safetensors, .pth, .pt or .bin file")
     if path.stat().st_size == 0:
         raise WeightsError(f"{path} is empty (0 bytes); copy or download it again")
+    if path.name.endswith(".index.json"):
+        return _read_parts(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -107,6 +118,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         with safe_globals_for_mmengine():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if _is_plain_pickle(path):
+            raise WeightsError(_plain_pickle_message(path)) from None
         foreign = _FOREIGN_TYPE.search(str(error))
         if foreign is not None:
             raise WeightsError(
@@ -116,45 +129,109 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise WeightsError(f"{path} is damaged or no weight file: its content is not what torch.save writes") from None
     except Exception as error:
         # torch raises RuntimeError, EOFError, KeyError and others on damaged files
+        if _is_plain_pickle(path):
+            raise WeightsError(_plain_pickle_message(path)) from None
         if "TorchScript" in str(error):
             raise WeightsError(f"{path} is a TorchScript program; save the state_dict of its module instead") from None
         first = (str(error).splitlines() or [""])[0]
         raise WeightsError(f"{path} is damaged or no weight file ({type(error).__name__}: {first})") from error
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def _is_plain_pickle(path: Path) -> bool:
+    """Whether a file is one pickle, as detectron2 writes its models, not one of torch.save (a zip, or after a number)."""
+    with open(path, "rb") as file:
+        if file.read(1) != b"\x80":
+            return False
+        file.seek(0)
+        try:
+            names = [opcode.name for opcode, _, _ in itertools.islice(pickletools.genops(file), 3)]
+        except ValueError:
+            return False
+    return not {"LONG1", "LONG4"} & set(names)
+
+
+def _plain_pickle_message(path: Path) -> str:
+    to = path.with_suffix(".pth")
+    return (
+        f"{path} is a plain pickle, as detectron2 writes, not what torch.save writes. It is not read because that could run "
+        'foreign code; where you trust the file, convert it: python -c "import pickle, torch; '
+        f"d = pickle.load(open('{path}', 'rb'), encoding='latin1'); "
+        f"torch.save({{k: torch.as_tensor(v) for k, v in d.get('model', d).items()}}, '{to}')\""
+    )
+
+
+def _inside(folder: Path) -> str:
+    """Which file of a folder to give instead of the folder, for a message."""
+    indices = sorted(folder.glob("*.index.json"))
+    files = indices or sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    if not files:
+        return "; there is none in it"
+    which = "in several parts, all named by this index" if indices else "in it"
+    return f"; {which}: give {files[0]}" + (f", or one of {len(files) - 1} others" if len(files) > 1 else "")
+
+
+def _read_parts(index: Path) -> dict[str, Any]:
+    """A model that was saved in several files, from the index that Hugging Face's libraries write beside them."""
+    try:
+        names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} is no index of a model in several files ({type(error).__name__}: {error})") from error
+    content: dict[str, Any] = {}
+    for name in names:
+        part = index.parent / Path(name).name  # nothing outside the index's folder is read
+        if part.suffix not in _SUFFIXES:
+            raise WeightsError(f"{index} names {name!r}, which is no weight file ({', '.join(_SUFFIXES)})")
+        content.update(read_checkpoint(part))
+    return content
+
+
+def read_weights(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, Tensor]:
     """The tensors of a weight file by name, unwrapped from the usual containers and from a prefix common to all names.
+
+    Args:
+        entry: see :func:`tensors_of`.
 
     Raises:
         FileNotFoundError: there is no such file.
         WeightsError: see :func:`read_checkpoint`, or there are no tensors in it.
     """
-    return tensors_of(read_checkpoint(path), source=str(path))
+    return tensors_of(read_checkpoint(path), source=str(path), entry=entry)
 
 
-def tensors_of(content: Any, *, source: str) -> dict[str, Tensor]:
+def tensors_of(content: Any, *, source: str, entry: str | None = None) -> dict[str, Tensor]:
     """What :func:`read_weights` makes of a file's content.
 
     Args:
         content: see :func:`read_checkpoint`.
         source: name of the file, for messages.
+        entry: the entry to take, inner ones behind a dot ('state_dict_ema'). None: the usual one ('state_dict', 'model', ...),
+            else the only one that holds named tensors, wherever it is. The others are named in the log.
 
     Raises:
-        WeightsError: there are no tensors in it.
+        WeightsError: there are no tensors in it, there is no such entry, or several that could be meant.
     """
-    found = content
-    notes = []
-    for _ in range(3):
-        inner = next((k for k in _WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(k), Mapping)), None)
-        if inner is None:
-            break
-        found = found[inner]
-        notes.append(f"taken from its entry {inner!r}")
-    if not isinstance(found, Mapping):
-        raise WeightsError(f"{source} holds a {type(found).__name__}, expected named tensors (a state_dict)")
-    weights = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise WeightsError(f"{source} holds no tensors; its entries are {', '.join(map(str, list(found)[:5])) or 'none'}")
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{source} holds a {type(content).__name__}, expected named tensors (a state_dict)")
+    places = _sets_of_tensors(content)
+    place = _usual_place(content) if entry is None else entry
+    if entry is not None and entry not in places:
+        known = ", ".join(map(repr, filter(None, places))) or "none"
+        raise WeightsError(f"{source} has no entry {entry!r} with named tensors; those that it has: {known}")
+    if place not in places and len(places) > 1:
+        raise WeightsError(
+            f"{source} holds {len(places)} sets of weights, {', '.join(map(repr, places))}, none of them under a usual name; "
+            + _HOW_TO_CHOOSE.format(source=source, entry=next(iter(places)))
+        )
+    if place not in places and places:
+        place = next(iter(places))
+    if place not in places:
+        raise WeightsError(f"{source} holds no tensors; its entries are {', '.join(map(str, list(content)[:5])) or 'none'}")
+    weights = {str(key): value for key, value in places[place].items() if isinstance(value, Tensor)}
+    notes = [f"taken from its entry {place!r}"] if place else []
+    others = [name for name in places if name and name != place]
+    if others and place and entry is None:
+        how = _HOW_TO_CHOOSE.format(source=source, entry=others[0])
+        notes.append(f"it also holds {', '.join(map(repr, others))}, not taken by default; {how}")
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in weights):
             weights = {key.removeprefix(prefix): value for key, value in weights.items()}
@@ -162,6 +239,37 @@ def tensors_of(content: Any, *, source: str) -> dict[str, Tensor]:
     if notes:
         print_log(f"{source}: {'; '.join(notes)}", "current")
     return weights
+
+
+def _usual_place(content: Mapping[Any, Any]) -> str:
+    """Where a training script usually keeps its weights: names joined by dots, '' for the file itself."""
+    place: list[str] = []
+    found: Any = content
+    for _ in range(3):
+        inner = next((k for k in _WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(k), Mapping)), None)
+        if inner is None:
+            break
+        found = found[inner]
+        place.append(inner)
+    return ".".join(place)
+
+
+def _sets_of_tensors(content: Mapping[Any, Any], depth: int = 4) -> dict[str, Mapping[Any, Any]]:
+    """Every mapping of named tensors in a file, by its place; what optimisers and schedules keep is none."""
+    found: dict[str, Mapping[Any, Any]] = {}
+    if any(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        found[""] = content
+    for key, value in content.items() if depth else ():
+        if isinstance(value, Mapping) and isinstance(key, str) and not _NO_WEIGHTS.search(key):
+            inside = _sets_of_tensors(value, depth - 1)
+            found.update({f"{key}.{place}" if place else key: inner for place, inner in inside.items()})
+    return found
+
+
+def part_of_several(source: str) -> str | None:
+    """What the name of a file says when it is one part of a model in several files; None otherwise."""
+    part = re.search(r"-0*(\d+)-of-0*(\d+)", Path(source).name)
+    return part and f"this is part {part[1]} of {part[2]}; give the index file (*.index.json) beside it, which names all parts"
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -203,7 +311,11 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        parts = [f"{self.source}: {self.matched} of {self.total} entries loaded"]
+        return self.summary("loaded")
+
+    def summary(self, done: str) -> str:
+        """One line; ``done`` says what was done with the entries that matched."""
+        parts = [f"{self.source}: {self.matched} of {self.total} entries {done}"]
         for what, names in (
             ("missing", self.missing),
             ("unexpected", self.unexpected),
@@ -246,7 +358,7 @@ def match(
         ignored=tuple(ignored),
     )
     if not report.complete:
-        raise WeightsError(f"the weights do not fit {type(module).__name__}: {report}")
+        raise WeightsError(f"the weights do not fit {type(module).__name__}: {report.summary('would fit')}")
     return report
 
 
@@ -257,6 +369,7 @@ def load_strict(
     source: str,
     ignore_missing: Sequence[str] = (),
     ignore_unexpected: Sequence[str] = (),
+    finite: bool = True,
 ) -> LoadReport:
     """Load weights into a network, all or nothing, and log the report.
 
@@ -264,12 +377,20 @@ def load_strict(
         module: its floating-point precision is kept; fp16 files are converted.
         source: name of the file, for the report.
         ignore_missing, ignore_unexpected: beginnings of names that may be absent, or left over.
+        finite: refuse NaN and inf in what is loaded.
 
     Raises:
-        WeightsError: anything missing, left over or of another shape; the network is unchanged then.
+        WeightsError: anything missing, left over, of another shape or not finite; the network is unchanged then.
     """
     report = match(module, state, source=source, ignore_missing=ignore_missing, ignore_unexpected=ignore_unexpected)
     own = module.state_dict()
+    broken = [key for key in own if finite and key in state and not bool(torch.isfinite(state[key]).all())]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise WeightsError(
+            f"{source}: {len(broken)} of its entries hold NaN or inf: {', '.join(broken[:5])}{more}. The training that wrote "
+            "it had diverged, or the file is damaged; take an earlier checkpoint, or get the file again"
+        )
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     print_log(str(report), "current")
     return report

@@ -79,6 +79,13 @@ class FeatureExtractor(nn.Module):
         """Where the network looks, (B, h, w), 0 or more; ``attention_name`` says what it is. See :meth:`maps`."""
         raise ValueError(f"{self.settings.get('name')} gives no map of attention; take a CNN or a plain ViT")
 
+    def _set_pixels(self, model: nn.Module) -> None:
+        from hgkd.students.encoder import pixel_statistics
+
+        mean, std = pixel_statistics(model)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
     def _level(self, level: int, count: int, what: str) -> int:
         if not -count <= level < count:
             raise ValueError(f"{what} {level} does not exist: {self.settings['name']} has {what}s 0 .. {count - 1}")
@@ -95,9 +102,7 @@ class CNNExtractor(FeatureExtractor):
     def __init__(self, model: nn.Module, kind: str, settings: dict[str, Any]) -> None:
         super().__init__(kind, settings)
         self.model = model.eval().requires_grad_(False)
-        cfg: Any = model.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, -1, 1, 1), persistent=False)
+        self._set_pixels(model)
 
     def maps(self, images: Tensor, level: int | None = None) -> Tensor:
         images = (images - self.mean) / self.std
@@ -192,8 +197,7 @@ class PooledExtractor(FeatureExtractor):
         self.input_size = tuple(cfg["input_size"][1:])
         super().__init__(kind, {**settings, "input_size": list(self.input_size)})
         self.model = model.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, -1, 1, 1), persistent=False)
+        self._set_pixels(model)
 
     def forward(self, images: Tensor) -> Tensor:
         pooled: Tensor = self.model((_resized(images, self.input_size) - self.mean) / self.std)

@@ -89,8 +89,9 @@ def import_weights(
         loaded = load_strict(network, state, source=str(path), ignore_missing=allow, ignore_unexpected=allow)
     except WeightsError as error:
         raise WeightsError(
-            f"{error} (key style {style.name}, prefix {prefix!r}); nothing was loaded. Where this is meant, "
-            "allow=(...) or --allow takes the beginnings of the names that may be missing or left over"
+            f"{error} (key style {style.name}, prefix {prefix!r}); nothing was loaded. Where this is meant, allow=(...) of "
+            "load_backbone, or --allow of tools/export.py, takes the beginnings of the names that may be missing or left over; "
+            "for a training, write the network's own entries to a file of their own"
         ) from error
     others = [key for key in weights if not key.startswith(prefix)] + [key for key in inside if key.startswith(classifier)]
     heads = [key.partition(".")[0] for key in others]

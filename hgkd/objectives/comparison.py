@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hgkd.objectives.places import mean_over
-from hgkd.structures import StudentOutput, TeacherOutput
+from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
@@ -53,7 +53,58 @@ class Comparison:
 
 
 class ComparingObjective(nn.Module):
-    """An objective whose terms are comparisons; subclasses give :meth:`comparisons`."""
+    """An objective of masked distillation, whose terms are comparisons; subclasses give :meth:`comparisons`.
+
+    Everything else that the model and the hooks ask of an objective has a default here. One with ``terms`` gives
+    :meth:`predict` and :meth:`target_map` as well, of which pictures are made during the training.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.terms is not ComparingObjective.terms:
+            absent = [name for name in ("predict", "target_map") if getattr(cls, name) is getattr(ComparingObjective, name)]
+            if absent:
+                raise TypeError(
+                    f"{cls.__name__} has terms, of which pictures are made, but gives no {' and no '.join(absent)}; define "
+                    "them, or leave terms out"
+                )
+
+    @property
+    def needs(self) -> TeacherNeeds | None:
+        """What the teacher must compute; None: the objective learns from no teacher."""
+        return None
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that compare features place by place and can be shown as pictures; none by default."""
+        return ()
+
+    def prepare(
+        self,
+        student: Any,
+        teacher_info: TeacherInfo | None,
+        teacher_grid: tuple[int, int] | None,
+        mask_grid: tuple[int, int],
+    ) -> None:
+        """Build what depends on student and teacher; called once, before the optimiser is made.
+
+        Args:
+            student: the student, see :class:`hgkd.objectives.alignment.DecodingStudent`.
+            teacher_info, teacher_grid: of the teacher, None without one.
+            mask_grid: (h, w) cells.
+        """
+
+    def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
+        """The student's prediction (B, D, h, w) of one of ``terms``."""
+        raise NotImplementedError(f"{type(self).__name__} gives no predict")
+
+    def target_map(self, teacher_out: TeacherOutput, term: str | None = None) -> Tensor:
+        """What the teacher gives (B, D, h, w) for one of ``terms``."""
+        raise NotImplementedError(f"{type(self).__name__} gives no target_map")
+
+    def reconstruct(self, student_out: StudentOutput, layout: CellLayout) -> Tensor | None:
+        """A picture (B, 3, H, W) in [0, 1] of what the student generates; None: there is none."""
+        return None
 
     def comparisons(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout

@@ -85,15 +85,19 @@ class PixelReconstruction(ComparingObjective):
 
     Args:
         supervise: 'masked' (SparK), 'visible' or 'all' cells.
+        standardise: predict each cell's pixels without its own mean and deviation; False: the pixels as the student gets them,
+            normalised for the whole data set, as in DMAE's released script and MAE without norm-pix.
 
     Term: ``reconstruction``.
     """
 
-    needs: None = None
+    mean: Tensor  # of the student's pixels, without standardise
+    deviation: Tensor
 
-    def __init__(self, supervise: str = "masked") -> None:
+    def __init__(self, supervise: str = "masked", standardise: bool = True) -> None:
         super().__init__()
         self.supervise = check_supervise(supervise)
+        self.standardise = standardise
         self.head: nn.Conv2d | None = None  # None with a student that gives pixels
 
     def prepare(
@@ -104,14 +108,17 @@ class PixelReconstruction(ComparingObjective):
         mask_grid: tuple[int, int],
     ) -> None:
         """Build the head; called once, before the optimiser is made. The teacher arguments are not used."""
+        if not self.standardise:
+            for name in ("mean", "deviation"):
+                self.register_buffer(name, getattr(student, name).detach().clone(), persistent=False)
         give_pixels = getattr(student, "give_pixels", None)
         if give_pixels is not None:
             give_pixels()
         else:
             self.head = nn.Conv2d(student.decoded_channels, 3 * student.out_stride**2, 1)
 
-    def predict(self, student_out: StudentOutput) -> Tensor:
-        """The predicted standardised pixels, (B, 3, H, W)."""
+    def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
+        """The predicted pixels, standardised or normalised as the target is, (B, 3, H, W)."""
         if student_out.pixels is not None:
             return student_out.pixels
         if self.head is None:
@@ -124,7 +131,9 @@ class PixelReconstruction(ComparingObjective):
     ) -> dict[str, Comparison]:
         """See the class; ``teacher_out`` is not used. Raises ValueError when not one cell is supervised."""
         prediction = cell_maps(self.predict(student_out), layout.cell)
-        target = standardised_cells(_images(student_out), layout.cell)
+        images = _images(student_out)
+        make = standardised_cells if self.standardise else self._normalised_cells
+        target = make(images, layout.cell)
         places = supervised_places(layout.visible, self.supervise)
         count = supervised_cells(layout, self.supervise)
         return {"reconstruction": Comparison(prediction, target, places, count, squared_error_by_place)}
@@ -133,17 +142,24 @@ class PixelReconstruction(ComparingObjective):
     def reconstruct(self, student_out: StudentOutput, layout: CellLayout) -> Tensor:
         """A picture (B, 3, H, W) in [0, 1]: the image where visible, the prediction where hidden.
 
-        The prediction is brought back to pixels with the true mean and deviation of each cell, which the student never
-        sees: colours and contrast are thus given, only the structure inside a cell is the student's.
+        A standardised prediction is brought back to pixels with the true mean and deviation of each cell, which the student
+        never sees: colours and contrast are thus given, only the structure inside a cell is the student's.
         """
         images = _images(student_out).float()
-        mean, deviation = cell_statistics(split_cells(images, layout.cell))
-        predicted = split_cells(self.predict(student_out).float(), layout.cell) * deviation + mean
+        predicted = self.predict(student_out).float()
+        if self.standardise:
+            mean, deviation = cell_statistics(split_cells(images, layout.cell))
+            predicted = join_cells(split_cells(predicted, layout.cell) * deviation + mean, layout.cell)
+        else:
+            predicted = predicted * self.deviation + self.mean
         shown = visible_on(layout.visible, (images.shape[-2], images.shape[-1])).unsqueeze(1)
-        return torch.where(shown, images, join_cells(predicted, layout.cell).clamp(0.0, 1.0))
+        return torch.where(shown, images, predicted.clamp(0.0, 1.0))
+
+    def _normalised_cells(self, images: Tensor, cell: int) -> Tensor:
+        return cell_maps((images - self.mean) / self.deviation, cell)
 
     def extra_repr(self) -> str:
-        return f"supervise={self.supervise!r}"
+        return f"supervise={self.supervise!r}, standardise={self.standardise}"
 
 
 def _images(student_out: StudentOutput) -> Tensor:

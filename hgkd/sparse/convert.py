@@ -109,20 +109,41 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
     Raises:
         ValueError: unknown backend, or ``cell`` < 1.
         ImportError: the backend's library is not installed.
-        NoSparseRuleError: a layer is known to mix places without a rule; it is named.
+        NoSparseRuleError: a layer is known to mix places without a rule, or cannot be copied; it is named.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown sparse backend {backend!r}; known: {', '.join(BACKENDS)}")
     BACKENDS[backend].require()
     if cell < 1:
         raise ValueError(f"cell must be a positive number of pixels, got {cell}")
-    module = copy.deepcopy(module)
+    module = _copy(module)
     _give_rules(module)
     if backend == "gather":
         _lay_out_weights(module)
     module.__class__ = _root_type(type(module))  # type: ignore[arg-type]
     module.sparse_cell, module.sparse_backend = cell, backend  # type: ignore[assignment]
     return module
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except RuntimeError as error:  # torch copies no tensor that another was computed from
+        for path, layer in module.named_modules():
+            kept = [name for name, value in vars(layer).items() if _computed(value)]
+            if kept:
+                raise NoSparseRuleError(
+                    f"layer {path!r} ({type(layer).__name__}) keeps computed tensors ({kept[0]}) from one forward to the next, "
+                    "so the network cannot be copied; convert it before its first forward, or choose another network"
+                ) from error
+        raise
+
+
+def _computed(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_leaf
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(isinstance(item, Tensor) and not item.is_leaf for item in inner)
 
 
 def _give_rules(module: nn.Module) -> None:

@@ -96,6 +96,7 @@ REFUSED = {
     "fastvit_sa12": ("Attention", "attention between places in the last stage; the members t8 and t12 have none"),
     "mobilenetv4_hybrid_medium": ("MultiQueryAttention2d", "attention between places; the 'conv' members have none"),
     "mobilevit_xxs": ("MobileVitBlock", "attention between places"),
+    "tiny_vit_5m_224": ("TinyVitBlock", "attention between places in windows"),
     "efficientformer_l1": ("Flat", "attention between places in the last stage"),
     "ghostnetv2_100": ("GhostModuleV2", "its gates are halved and resized to the size of a whole image"),
 }

@@ -19,6 +19,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from hgkd.errors import unknown_name_message
+from hgkd.pixels import PixelStatistics, check_channels, check_pixels
 
 STEMS = ("default", "cifar")
 _OWN_ARGUMENTS = ("num_classes", "global_pool", "features_only", "pretrained", "checkpoint_path")
@@ -64,6 +65,7 @@ def build_encoder(
     taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]
     if taken:
         raise ValueError(f"{', '.join(taken)} cannot be passed on to timm for an encoder: hgkd sets it itself")
+    check_channels(timm_kwargs.get("in_chans", 3), f"in_chans of encoder {name!r}")
     if pretrained and checkpoint is not None:
         raise ValueError("give either pretrained=True or a checkpoint, not both: the second would overwrite the first")
     if pretrained and stem != "default":
@@ -78,7 +80,8 @@ def build_encoder(
     if checkpoint is not None:
         from hgkd.export.importing import import_weights
 
-        import_weights(model, checkpoint, allow=("head.norm.",))  # a norm after pooling, which no level of a student sees
+        # a norm after pooling, which no level of a student sees; DINOv3's and EUPE's ConvNeXt files hold it twice
+        import_weights(model, checkpoint, allow=("head.norm.", "norms."))
     return model
 
 
@@ -141,12 +144,16 @@ def freeze_unused(model: nn.Module, levels: Iterable[Level]) -> list[str]:
     return [name for name, _ in unused]
 
 
-def pixel_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the pixels in [0, 1] that timm says the network expects."""
+def pixel_statistics(model: nn.Module) -> PixelStatistics:
+    """Mean and deviation of the pixels in [0, 1] that timm, or the file that the network is from, says it expects.
+
+    Raises:
+        ValueError: see :func:`hgkd.pixels.check_pixels`; an export's config or ``pretrained_cfg`` may say anything.
+    """
     config = getattr(model, "pretrained_cfg", None) or {}
     mean = config.get("mean") or timm.data.IMAGENET_DEFAULT_MEAN
     deviation = config.get("std") or timm.data.IMAGENET_DEFAULT_STD
-    return tuple(mean), tuple(deviation)
+    return check_pixels(mean, deviation, f"the pixels of {config.get('architecture') or type(model).__name__}")
 
 
 @contextmanager

@@ -7,7 +7,10 @@ reach visible cells through the 3x3 projection on purpose; decoder widths that h
 What differs: the encoder computes visible cells only (``hgkd.sparse``); the decoder is of any depth (``out_stride``),
 adds a level after up-sampling to its scale rather than before, and begins with a convolution block at the coarsest
 scale, so that hidden places learn of visible ones even when nothing is up-sampled; the coarsest projection is there
-also when the widths agree; mask tokens and widths have no dependence on the image size.
+also when the widths agree; mask tokens and widths have no dependence on the image size. The norm before the mask token
+is BatchNorm for every encoder, where SparK takes LayerNorm for ConvNeXt; the decoder's activation is ReLU for ReLU6, and
+each stage ends with one, where SparK's ends with its norm; widths are halved by the up-sampling convolution, where SparK
+keeps them there and halves them in the stage's second convolution.
 """
 
 from __future__ import annotations
@@ -157,12 +160,12 @@ class SparseUNet(nn.Module):
         self.feature_channels = tuple(level.channels for level in self._levels)
         self.feature_strides = tuple(level.stride for level in self._levels)
         used = [level for level in self._levels if level.stride >= out_stride] if skips == "all" else self._levels[-1:]
-        self.frozen = freeze_unused(network, used)
         mean, deviation = pixel_statistics(network)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(deviation).view(1, -1, 1, 1), persistent=False)
         self.encoder = sparsify(network, self.cell, backend)
         self._check_sparse()
+        self.frozen = freeze_unused(self.encoder, used)
 
         strides = [total >> stage for stage in range(total.bit_length()) if total >> stage >= out_stride]
         widths = [max(min_decoder_width, decoder_width >> stage) for stage in range(len(strides))]
@@ -211,6 +214,12 @@ class SparseUNet(nn.Module):
                 f"cells need {(images.shape[0], *grid)}"
             )
         layout = CellLayout(visible, self.cell)
+        alone = layout.num_cells * (self.cell // self.feature_strides[-1]) ** 2 == 1
+        if self.training and alone and any(type(level.norm) is nn.BatchNorm2d for level in self.densify.values()):
+            raise ValueError(
+                f"one visible cell in the whole batch ({images.shape[0]} image of {grid[0]} x {grid[1]} cells): BatchNorm "
+                "needs two values to have a variance; raise batch_size, lower mask_ratio or enlarge image_size"
+            )
         packed = cast(Any, self.encoder).pack(self.normalise(images), layout)
         features = cast("list[SparseTensor]", encoder_features(self.encoder, packed, self._levels))
         pyramid = self.decode(features)

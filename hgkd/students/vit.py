@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hgkd.engine.weights import load_strict
 from hgkd.masking import grid_of
+from hgkd.pixels import check_channels, check_pixels
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import StudentOutput
@@ -73,6 +74,8 @@ class MaskedViT(nn.Module):
         sizes = make_arch(arch, **({} if patch_size is None else {"patch_size": patch_size}))
         if sizes.decoder_depth < 1:
             raise ValueError("a masked ViT needs a decoder, but decoder_depth is 0; set it to at least 1")
+        check_channels(sizes.in_chans, "model.student.arch.in_chans")
+        mean, deviation = check_pixels(mean, deviation, "model.student.mean and deviation")
         patch = sizes.patch_size
         self.cell = patch if cell is None else cell
         if self.cell < patch or self.cell % patch:

@@ -11,9 +11,10 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
-from hgkd.networks import patch_attention
+from hgkd.networks import check_attention_is_read, patch_attention
+from hgkd.pixels import check_pixels, pixels_text
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
-from hgkd.teachers.health import weight_health
+from hgkd.teachers.health import check_outputs, weight_health
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -48,11 +49,13 @@ class Teacher(nn.Module):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype = DTYPES[dtype]
+        mean, deviation = check_pixels(mean, deviation, "the teacher's normalize (model.teacher.normalize)")
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)
         self.grid: tuple[int, int] | None = None
         self.input_size = (0, 0)
         self.ratio = 1
+        self._proved = False  # its outputs on the first images were looked at
 
     # --- what a subclass gives --------------------------------------------------------------------------------------
 
@@ -109,6 +112,10 @@ class Teacher(nn.Module):
                 f"{self.info.decoder_depth} blocks, indices 0 to {self.info.decoder_depth - 1}"
             )
 
+    def check_attention(self, block: int = -1) -> None:
+        """Raise ValueError when :meth:`attention` of a block cannot be had."""
+        check_attention_is_read(self.network.blocks[block])
+
     def require_decoder(self) -> None:
         """Raise ValueError, naming the file and the one to use instead, when there is no decoder."""
         if self.info.decoder_depth == 0:
@@ -120,7 +127,7 @@ class Teacher(nn.Module):
         if health is not None and health.looks_random:
             raise WeightsError(
                 f"{self.source}: this teacher {health}. A student would learn noise from it. Look at the file with "
-                "tools/doctor.py teacher; when it is meant to be so, set teacher.allow_random=True"
+                "tools/doctor.py teacher; when it is meant to be so, set model.teacher.allow_random=True"
             )
 
     def _no_decoder(self) -> str:
@@ -148,7 +155,8 @@ class Teacher(nn.Module):
         self._set_grid(self.grid)
         print_log(
             f"teacher ({self.info.kind}, {self.info.depth} blocks, width {self.info.width}): {self.grid[0]} x {self.grid[1]} "
-            f"tokens of {patch} px, {self.ratio} a cell side, input {self.input_size[0]} x {self.input_size[1]}",
+            f"tokens of {patch} px, {self.ratio} a cell side, input {self.input_size[0]} x {self.input_size[1]}; "
+            f"{pixels_text(self.mean, self.deviation)}",
             "current",
         )
         return self.grid
@@ -165,13 +173,19 @@ class Teacher(nn.Module):
         Raises:
             RuntimeError: :meth:`prepare` was not called.
             ValueError: see :meth:`check`; ``visible_only`` without ``visible``.
+            WeightsError: what it gives on the first images is not finite; the block is named.
         """
         if self.grid is None:
             raise RuntimeError("call teacher.prepare(mask_grid, cell) before the first forward")
         needs = needs or TeacherNeeds(blocks=(self.info.depth - 1,))
         self.check(needs)
         with torch.autocast(images.device.type, enabled=False):  # the teacher's own precision, whatever the student's is
-            return self._see(images, visible, needs)
+            out = self._see(images, visible, needs)
+            if not self._proved:  # the first images of a run, so that a wrong teacher ends it before its first step
+                given = (*out.tokens.values(), out.cls, out.decoded)
+                check_outputs(self.network, given, lambda: self._see(images, visible, needs), self.source, self.dtype)
+                self._proved = True
+            return out
 
     def _see(self, images: Tensor, visible: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
         inputs = self._inputs(images)
@@ -201,6 +215,7 @@ class Teacher(nn.Module):
             block: whose attention; negative counts from the end.
         """
         assert self.grid is not None
+        self.check_attention(block)
         with torch.autocast(images.device.type, enabled=False):
             tokens, layer, prefix = self._before_block(self._inputs(images), block % self.info.depth)
             patches = patch_attention(layer, tokens, prefix, self.has_class_token)

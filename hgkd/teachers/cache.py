@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from hgkd.errors import StoppedError
 from hgkd.structures import TeacherOutput
+
+_PIECE = 1 << 24
+WITHOUT_STORE = "train without a store (teacher_features=None), which costs a pass of the teacher in every step"
 
 Compute = Callable[[Tensor], TeacherOutput]
 
@@ -32,6 +39,27 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def store_bytes(pictures: int, blocks: int, width: int, grid: tuple[int, int]) -> int:
+    """Disk space of a :class:`FeatureCache` in bytes: two rows an image (plain and mirrored) and block, fp16."""
+    return 2 * pictures * blocks * (width * grid[0] * grid[1] * 2 + 1)
+
+
+def gigabytes(size: float) -> str:
+    """A size in bytes for people, in decimal units."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} bytes"
+
+
+def _text(identity: Mapping[str, Any], rows: int, shape: tuple[int, int, int]) -> str:
+    return json.dumps({**identity, "rows": rows, "shape": list(shape)}, sort_keys=True)
+
+
+def _path(folder: Path, identity: Mapping[str, Any], rows: int, shape: tuple[int, int, int]) -> Path:
+    return folder / f"tokens-{hashlib.sha256(_text(identity, rows, shape).encode()).hexdigest()[:20]}.npy"
+
+
 class FeatureStore:
     """One block's tokens of every picture, (rows, D, gh, gw) fp16 on disk, filled as they are met.
 
@@ -43,25 +71,39 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], rows: int, shape: tuple[int, int, int]) -> None:
-        text = json.dumps({**identity, "rows": rows, "shape": list(shape)}, sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:20]
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"tokens-{name}.npy"
+        self.path = _path(folder, identity, rows, shape)
+        if not self.path.exists():  # deleted, say: nothing of it is filled
+            self.path.with_suffix(".filled.npy").unlink(missing_ok=True)
         self._values = _open(self.path, (rows, *shape), np.float16)
-        self._filled = _open(folder / f"tokens-{name}.filled.npy", (rows,), np.uint8)
-        (folder / f"tokens-{name}.json").write_text(text)
+        self._filled = _open(self.path.with_suffix(".filled.npy"), (rows,), np.uint8)
+        self.path.with_suffix(".json").write_text(_text(identity, rows, shape), encoding="utf-8")
 
     def missing(self, rows: Tensor) -> Tensor:
         """Which of the rows (N,) are not stored yet, bool (N,)."""
         return torch.from_numpy(self._filled[rows.numpy()] == 0)
 
     def write(self, rows: Tensor, values: Tensor) -> None:
-        """Store values (N, D, gh, gw); a value beyond fp16's range is an error, not an infinity."""
-        half = values.detach().to("cpu", torch.float16)
+        """Store values (N, D, gh, gw).
+
+        Raises:
+            ValueError: NaN or inf among them, or a value beyond fp16's range; nothing is stored then.
+        """
+        values = values.detach().cpu()
+        broken = (~torch.isfinite(values)).flatten(1).any(1)
+        if bool(broken.any()):
+            row = int(rows[broken][0])
+            raise ValueError(
+                f"the teacher gives NaN or inf for image {row // 2}{' mirrored' if row % 2 else ''}, which no student can "
+                "learn; the fault is the teacher's, not the store's: set model.teacher.dtype=float32, and look at its file "
+                "with tools/doctor.py teacher"
+            )
+        half = values.to(torch.float16)
         if not bool(torch.isfinite(half).all()):
             raise ValueError(
-                f"teacher features up to {values.abs().max().item():.3g} do not fit fp16; train without the feature cache"
+                f"teacher features up to {values.abs().max().item():.3g} do not fit the store's fp16, which ends at 65504; "
+                f"{WITHOUT_STORE}"
             )
         self._values[rows.numpy()] = half.numpy()
         self._filled[rows.numpy()] = 1  # after the values: a run that dies between the two computes them again
@@ -72,11 +114,58 @@ class FeatureStore:
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
-    mode = "r+" if path.exists() else "w+"
-    mapped: np.memmap = np.lib.format.open_memmap(path, mode=mode, dtype=dtype, shape=None if mode == "r+" else shape)  # type: ignore[no-untyped-call]
+    """Map a file, made when absent, all of whose space is its own: a disk that is full later cannot end the process."""
+    new = not path.exists()
+    try:
+        if not new:  # refuses a file whose end is missing, to which opening for writing would add zeros
+            np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-untyped-call]
+        mapped: np.memmap = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            path, mode="w+" if new else "r+", dtype=dtype, shape=shape if new else None
+        )
+        _allocate(path)
+    except (OSError, ValueError) as error:
+        if new:
+            path.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise ValueError(f"{path} is damaged ({error}); delete it") from error
+        raise StoppedError(
+            f"the teacher's feature store cannot be made: {path}: {error.strerror or error}; free some space, choose another "
+            f"folder (teacher_features=FOLDER), or {WITHOUT_STORE}"
+        ) from error
     if mapped.shape != shape or mapped.dtype != dtype:
         raise ValueError(f"{path} holds {mapped.shape} {mapped.dtype}, expected {shape} {dtype}; delete it")
     return mapped
+
+
+def _allocate(path: Path) -> None:
+    """Give a file, which may have holes, the disk space of its whole length; what it holds stays.
+
+    Raises:
+        OSError: there is no room.
+    """
+    size = path.stat().st_size
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    elif _on_disk(path) < size:  # macOS, Windows: by writing what is read, holes included
+        with open(path, "r+b") as file:
+            for start in range(0, size, _PIECE):
+                file.seek(start)
+                piece = file.read(_PIECE)
+                file.seek(start)
+                file.write(piece)
+            os.fsync(file.fileno())
+
+
+def _on_disk(path: Path) -> int:
+    """Bytes of disk space that a file has; 0 when it is absent, or where the system does not tell."""
+    return getattr(path.stat(), "st_blocks", 0) * 512 if path.exists() else 0
+
+
+def _room(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
 
 
 class FeatureCache:
@@ -87,6 +176,9 @@ class FeatureCache:
         blocks: block indices that are stored.
         width: channels D.
         grid: (gh, gw).
+
+    Raises:
+        StoppedError: the disk has no room for all of it; the message says how much it takes.
     """
 
     def __init__(
@@ -99,9 +191,23 @@ class FeatureCache:
         grid: tuple[int, int],
     ) -> None:
         self.grid = grid
-        self.stores = {
-            block: FeatureStore(folder, {**identity, "block": block}, 2 * pictures, (width, *grid)) for block in blocks
-        }
+        blocks = tuple(blocks)
+        shape = (width, *grid)
+        identities = {block: {**identity, "block": block} for block in blocks}
+        planned = store_bytes(pictures, len(blocks), width, grid)
+        there = sum(_on_disk(_path(Path(folder), identities[block], 2 * pictures, shape)) for block in blocks)
+        free = _room(Path(folder))
+        size = (
+            f"the teacher's features of {pictures} images take {gigabytes(planned)} in {folder} ({gigabytes(there)} of it are "
+            f"there already; {gigabytes(planned / max(pictures, 1))} an image, plain and mirrored, {len(blocks)} block(s))"
+        )
+        if planned - there > free:
+            raise StoppedError(
+                f"{size}, but {gigabytes(free)} are free on that disk; choose another folder (teacher_features=FOLDER), or "
+                f"{WITHOUT_STORE}"
+            )
+        print_log(f"{size}; {gigabytes(free)} are free on that disk", "current")
+        self.stores = {block: FeatureStore(folder, identities[block], 2 * pictures, shape) for block in blocks}
 
     def tokens(self, index: Tensor, flipped: Tensor, blocks: Iterable[int], compute: Compute) -> TeacherOutput:
         """Tokens of a batch, from the stores or, for pictures never met, from ``compute``.

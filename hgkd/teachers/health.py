@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hgkd.errors import WeightsError
 from hgkd.evaluation.knn import effective_rank
+from hgkd.networks import is_finite, watch_nonfinite
 from hgkd.structures import TeacherNeeds
 
 RANDOM_BELOW = 1.02
@@ -62,6 +65,8 @@ def weight_health(weights: Mapping[str, Tensor]) -> WeightHealth:
         for name, value in weights.items()
         if name.startswith("blocks.") and name.endswith((".qkv.weight", ".fc1.weight", ".fc2.weight", ".attn.proj.weight"))
     ]
+    if not names:  # blocks that fuse these products with others (timm's parallel ones)
+        names = [name for name, value in weights.items() if name.startswith("blocks.") and value.ndim == 2]
     if not names:
         raise ValueError("there are no transformer blocks among these weights, so their health cannot be judged")
     chosen = names[:: max(1, len(names) // _MATRICES)]
@@ -143,3 +148,35 @@ def _knn(features: Tensor, labels: Tensor, neighbours: int = 5) -> float:
     similar.fill_diagonal_(-2.0)
     nearest = labels[similar.topk(min(neighbours, len(labels) - 1)).indices]
     return 100.0 * float((nearest.mode(1).values == labels).float().mean())
+
+
+_REMEDIES = {
+    torch.float16: "float16 ends at 65504; set model.teacher.dtype=bfloat16, or float32",
+    torch.bfloat16: "set model.teacher.dtype=float32",
+}
+
+
+def check_outputs(
+    network: nn.Module, given: Iterable[Tensor | None], again: Callable[[], object], source: str, dtype: torch.dtype
+) -> None:
+    """Refuse a teacher whose outputs on real images are not finite, naming the place where that begins.
+
+    Args:
+        network: with its blocks named ``blocks.0`` and so on.
+        given: its outputs.
+        again: computes them once more.
+        source, dtype: the file and the precision, for the message.
+
+    Raises:
+        WeightsError: NaN or inf among the outputs.
+    """
+    if all(value is None or is_finite(value) for value in given):
+        return
+    with watch_nonfinite(network) as seen:
+        again()
+    name, kind = seen[0] if seen else ("its output", "NaN or inf")
+    block = re.search(r"(?:^|\.)(decoder_)?blocks\.(\d+)", name)
+    place = name if block is None else f"{'decoder ' if block[1] else ''}block {block[2]} ({name})"
+    precision = str(dtype).removeprefix("torch.")
+    remedy = _REMEDIES.get(dtype, "the file is not what this network was trained with; take another one")
+    raise WeightsError(f"{source}: the teacher's {place} gives {kind} in {precision} on the first images; {remedy}")

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from hgkd.engine.weights import load_strict, read_checkpoint, read_metadata, tensors_of
 from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.pixels import check_channels, check_normalize
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
-from hgkd.teachers.naming import to_timm_names
+from hgkd.teachers.naming import count_blocks, looks_like, to_timm_names
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 _METADATA_KEY = "hgkd_mae"
@@ -319,10 +320,12 @@ def arch_of(weights: Mapping[str, Tensor], source: str, num_heads: int | None, d
         WeightsError: the names are not a MAE's.
         ValueError: the number of heads must be told.
     """
-    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
+    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"):
         if key not in weights:
             some = ", ".join(list(weights)[:4])
             raise WeightsError(f"{source} is no MAE file: it lacks {key!r} (its first entries: {some})")
+    if weights["patch_embed.proj.weight"].ndim != 4:
+        raise WeightsError(f"{source} is of {looks_like(weights)}, no MAE of images")
     width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     patches = weights["pos_embed"].shape[1] - 1
     side = round(patches**0.5)
@@ -333,11 +336,11 @@ def arch_of(weights: Mapping[str, Tensor], source: str, num_heads: int | None, d
         decoder_width = weights["decoder_embed.weight"].shape[0]
         heads = decoder_num_heads or (16 if decoder_width == 512 else _heads("decoder_num_heads", decoder_width, source))
         sizes = {
-            "decoder_depth": _count(weights, "decoder_blocks."),
+            "decoder_depth": count_blocks(weights, "decoder_blocks."),
             "decoder_embed_dim": decoder_width,
             "decoder_num_heads": heads,
         }
-    depth = _count(weights, "blocks.")
+    depth = count_blocks(weights)
     known = next((a["num_heads"] for a in ARCHS.values() if (a["embed_dim"], a["depth"]) == (width, depth)), None)
     return MAEArch(
         embed_dim=width,
@@ -355,10 +358,6 @@ def _heads(option: str, width: int, source: str) -> int:
     if width % 64:
         raise ValueError(f"{source} does not say how many attention heads its {width} channels have; set {option}")
     return width // 64
-
-
-def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix))
 
 
 def save_mae(
@@ -390,7 +389,7 @@ def save_mae(
 
 
 def read_mae(
-    path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None
+    path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None, entry: str | None = None
 ) -> tuple[MAEArch, dict[str, Tensor], Mapping[str, Any]]:
     """Sizes, weights and training pixels (see :func:`save_mae`; may be empty) of a MAE file.
 
@@ -398,12 +397,13 @@ def read_mae(
 
     Args:
         num_heads, decoder_num_heads: where the file does not say and :func:`arch_of` would guess wrongly.
+        entry: see :func:`hgkd.engine.weights.tensors_of`.
 
     Raises:
         FileNotFoundError, WeightsError: the file is absent, damaged, or no MAE.
     """
     content = read_checkpoint(path)
-    weights = tensors_of(content, source=str(path))
+    weights = tensors_of(content, source=str(path), entry=entry)
     if any(key.startswith(_STUDENT_PREFIX) for key in weights):
         weights = {k.removeprefix(_STUDENT_PREFIX): v for k, v in weights.items() if k.startswith(_STUDENT_PREFIX)}
     metadata = read_metadata(path)
@@ -447,6 +447,7 @@ class MAETeacher(Teacher):
         normalize: (mean, deviation) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what the file tells, else ImageNet's, as in the official files.
         allow_random: distil from weights that look random (tests and baselines).
+        entry: which entry of a file that holds several sets of weights; see :class:`TimmTeacher`.
 
     Attributes:
         kind: one line about the file.
@@ -463,21 +464,21 @@ class MAETeacher(Teacher):
         dtype: str = "float32",
         normalize: Sequence[Sequence[float]] | None = None,
         allow_random: bool = False,
+        entry: str | None = None,
     ) -> None:
         if checkpoint is None:
             raise ValueError("MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file")
-        arch, weights, pixels = read_mae(checkpoint, num_heads, decoder_num_heads)
-        mean, deviation = normalize or (
-            pixels.get("mean", IMAGENET_MEAN),
-            pixels.get("deviation", IMAGENET_DEVIATION),
-        )
+        arch, weights, pixels = read_mae(checkpoint, num_heads, decoder_num_heads, entry)
+        check_channels(arch.in_chans, f"the number of channels of {checkpoint}")
+        of_file = (pixels.get("mean", IMAGENET_MEAN), pixels.get("deviation", IMAGENET_DEVIATION))
+        mean, deviation = of_file if normalize is None else check_normalize(normalize, "model.teacher.normalize")
         super().__init__(dtype, mean, deviation)
         self.kind = _kind(arch, weights, pixels)
         print_log(f"{checkpoint}: {self.kind}", "current")
         network = MaskedAutoencoder(arch)
         # fine-tuned files bring a classifier, and fc_norm instead of norm; no feature comes from there
-        tuned = {"ignore_missing": ("norm.",), "ignore_unexpected": ("head.", "fc_norm.")} if not arch.decoder_depth else {}
-        load_strict(network, weights, source=str(checkpoint), **tuned)
+        missing, left_over = ((), ()) if arch.decoder_depth else (("norm.",), ("head.", "fc_norm."))
+        load_strict(network, weights, source=str(checkpoint), ignore_missing=missing, ignore_unexpected=left_over)
         self.source, self.allow_random = str(checkpoint), allow_random
         self.network = network
         self.info = TeacherInfo(

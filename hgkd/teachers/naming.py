@@ -44,6 +44,27 @@ _HF_ATTENTION = (
     (_HF_BLOCK + r"mlp\.weights_out\.", r"blocks.\1.mlp.fc2."),
 )
 
+# an entry that a family alone has -> what it is; looked at in this order
+_FAMILIES = (
+    (r"rope_embed\.periods|storage_tokens|(^|\.)layer\.\d+\.attention\.o_proj\.", "DINOv3 (rotary positions)"),
+    (r"(^|\.)blocks\.\d+\.attn\.rope|(^|\.)rope\.freqs", "EVA or another ViT with rotary positions"),
+    (r"rel_pos_[hw]$", "the ViT of SAM, ViTDet or MViT (relative positions in windows)"),
+    (r"patch_embed\.backbone\.", "a hybrid ViT (its patches come out of a CNN)"),
+    (r"(^|\.)pixel_pos$", "TNT (a transformer in a transformer)"),
+    (r"layers\.\d+\.blocks\.\d+\.|encoder\.layers\.\d+\.blocks\.", "a Swin Transformer"),
+    (r"(^|\.)blocks\.\d+\.attn\.rel_pos\.", "a ViT with relative positions (vit_relpos_*)"),
+    (r"(^|\.)blocks\.\d+\.proj\.(weight|bias)$|mask_unit|pos_embed_win", "Hiera (a hierarchical network)"),
+    (
+        r"downsample_layers\.\d+\.|stages\.\d+\.(layers|blocks|\d+)\.?\d*\.(dwconv|conv_dw|depthwise_conv)\.",
+        "a ConvNeXt (a CNN: it can be a student, encoder_checkpoint)",
+    ),
+    (
+        r"(^|\.)layer[1-4]\.\d+\.conv\d\.|(^|\.)res[2-5]\.\d+\.conv\d\.",
+        "a ResNet (a CNN: it can be a student, encoder_checkpoint)",
+    ),
+)
+KNOWN_FILES = "known are plain ViTs with absolute positions (DINO, DINOv2, MAE, CLIP, SigLIP, DeiT, AugReg) and BEiT"
+
 
 @dataclass(frozen=True)
 class Naming:
@@ -147,7 +168,7 @@ def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict
         source: name of the file, for messages.
 
     Raises:
-        WeightsError: no ViT in a naming that is known.
+        WeightsError: no ViT in a naming that is known, or one of another build; the message says what it looks like.
     """
     naming, place = _recognise(weights, source)
     inside = {key.removeprefix(place): value for key, value in weights.items() if key.startswith(place)}
@@ -157,7 +178,16 @@ def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict
         aside = f"; {len(weights) - len(inside)} entries are left aside" if len(inside) < len(weights) else ""
         print_log(f"{source}: {naming.kind} naming" + (f", network at {place!r}" if place else "") + aside, "current")
     renamed = {_rename(naming, key): value for key, value in inside.items()}
-    return naming.kind, _reshape(_fuse(renamed), naming.positions_of_class)
+    family = looks_like(weights)
+    if family is not None:
+        raise WeightsError(f"{source} looks like {family}, which cannot be a teacher here; {KNOWN_FILES}")
+    found = _reshape(_fuse(renamed), naming.positions_of_class)
+    if "patch_embed.proj.weight" not in found or count_blocks(found) == 0:
+        raise WeightsError(
+            f"{source} has names of {naming.kind}, but no row of blocks (blocks.0, blocks.1, ...) behind its patches; its "
+            f"entries: {_some(weights)}; {KNOWN_FILES}"
+        )
+    return naming.kind, found
 
 
 def _unused(naming: Naming) -> tuple[str, ...]:
@@ -173,9 +203,31 @@ def _recognise(weights: Mapping[str, Tensor], source: str) -> tuple[Naming, str]
             return naming, "visual."
         if places:
             return naming, min(places, key=len)
-    some = ", ".join(list(weights)[:4])
+    family = looks_like(weights)
+    looks = "" if family is None else f"; it looks like {family}"
     known = ", ".join(naming.kind for naming in NAMINGS)
-    raise WeightsError(f"{source} is no ViT in a known naming ({known}); its first entries: {some}")
+    raise WeightsError(f"{source} is no ViT in a known naming ({known}){looks}; its first entries: {_some(weights)}")
+
+
+def _some(weights: Mapping[str, Tensor]) -> str:
+    return ", ".join(list(weights)[:4])
+
+
+def looks_like(weights: Mapping[str, Tensor]) -> str | None:
+    """What a file is that no teacher can be made of, by its entries; None where nothing tells."""
+    for pattern, family in _FAMILIES:
+        if any(re.search(pattern, key) for key in weights):
+            return family
+    patches = next((value for key, value in weights.items() if key.endswith("patch_embed.proj.weight")), None)
+    if patches is not None and patches.ndim == 5:
+        return "a video or volume ViT (patches of three dimensions)"
+    return None
+
+
+def count_blocks(weights: Mapping[str, Tensor], prefix: str = "blocks.") -> int:
+    """How many blocks a file has under timm's names; 0 without any."""
+    numbers = [key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)]
+    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
 
 
 def _fits(patterns: Iterable[str], key: str) -> bool:
@@ -212,7 +264,7 @@ def _reshape(weights: dict[str, Tensor], positions_of_class: bool) -> dict[str, 
         if name in weights:
             value = weights[name]
             weights[name] = value.reshape((1,) * (3 - value.ndim) + tuple(value.shape))
-    if positions_of_class and "reg_token" in weights:
+    if positions_of_class and {"reg_token", "pos_embed", "cls_token"} <= set(weights):
         positions = weights["pos_embed"]
         weights["cls_token"] = weights["cls_token"] + positions[:, :1]
         weights["pos_embed"] = positions[:, 1:]

@@ -142,3 +142,20 @@ def test_what_does_not_fit_together_is_refused(options, message):
 
 def test_mgd_takes_a_teacher_of_other_classes():
     model(num_classes=4, teacher=TEACHER, objectives=dict(mgd=dict(type="LastMapMGD")))
+
+
+@pytest.mark.parametrize("kind", ["HGKD", "PixelReconstruction", "MGD"])
+def test_an_objective_of_masked_distillation_is_refused_by_name(kind):
+    with pytest.raises(ValueError, match=rf"objective 'own' is a {kind}, which cannot teach a classifier.*LastMapMGD"):
+        model(teacher=TEACHER, objectives=dict(own=dict(type=kind)))
+
+
+def test_a_teacher_that_overflows_is_named_before_the_first_step():
+    teacher = dict(TEACHER, name="vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, dtype="float16")
+    built = model(teacher=teacher, objectives=HARD)
+    layer = built.teacher.classifier.network.blocks[1].mlp.fc2
+    layer.weight.data.fill_(3e4)
+    layer.bias.data.fill_(3e4)
+    inputs, labels = batch()
+    with pytest.raises(ValueError, match=r"the teacher's block 1 .* gives inf in float16 .*dtype=bfloat16"):
+        built(inputs, mode="loss", label=labels)

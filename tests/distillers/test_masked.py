@@ -315,3 +315,13 @@ def test_a_copy_without_a_teacher_trains_by_itself():
     sum(copied(batch(), mode="loss").values()).backward()
     assert copied.teacher is None
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_the_student_sees_is_logged(monkeypatch):
+    logged = []
+    monkeypatch.setattr("hgkd.distillers.masked.print_log", lambda text, *_: logged.append(text))
+    make(image_size=96, mask_ratio=0.6)
+    assert logged == [
+        "student: mask grid 3 x 3, 4 of 9 cells visible; pixels normalised by mean (0.485, 0.456, 0.406), "
+        "std (0.229, 0.224, 0.225)"
+    ]

@@ -1,7 +1,12 @@
 """Weight files: what is read, what is refused and why, and that nothing loads partly in silence."""
 
 import argparse
+import json
 import os
+import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,14 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from safetensors.torch import save_file
 from torch import nn
 
-from hgkd.engine.weights import load_strict, read_checkpoint, read_metadata, read_weights, safe_globals_for_mmengine
+from hgkd.engine.weights import (
+    load_strict,
+    part_of_several,
+    read_checkpoint,
+    read_metadata,
+    read_weights,
+    safe_globals_for_mmengine,
+)
 from hgkd.errors import WeightsError
 
 
@@ -171,3 +183,108 @@ def test_only_names_declared_irrelevant_are_passed_over_and_they_are_listed() ->
     assert report.ignored == ("1.weight", "head.bias")
     assert "2 ignored: 1.weight, head.bias" in str(report)
     assert report.matched == 6
+
+
+def save(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def test_of_two_sets_of_weights_the_usual_one_is_taken_and_the_other_named(tmp_path: Path, monkeypatch: Any) -> None:
+    """As training scripts with a moving average write them, timm's among others."""
+    optimiser = {"state": {0: {"exp_avg": torch.ones(2)}}}
+    file = save(
+        tmp_path / "w.pth",
+        {"state_dict": {"a": torch.zeros(1)}, "state_dict_ema": {"a": torch.ones(1)}, "optimizer": optimiser},
+    )
+    logged: list[str] = []
+    monkeypatch.setattr("hgkd.engine.weights.print_log", lambda text, *_: logged.append(text))
+    assert read_weights(file)["a"] == 0
+    said = "".join(logged)
+    assert "taken from its entry 'state_dict'; it also holds 'state_dict_ema', not taken by default" in said
+    assert f"python tools/doctor.py extract {file} state_dict_ema OUT.safetensors" in said
+    assert "optimizer" not in said
+    assert read_weights(file, "state_dict_ema")["a"] == 1
+    with pytest.raises(WeightsError, match=r"no entry 'ema' .* 'state_dict', 'state_dict_ema'"):
+        read_weights(file, "ema")
+
+
+def test_the_only_set_of_weights_is_taken_wherever_it_is(tmp_path: Path) -> None:
+    content = {"epoch": 3, "averaged": {"weights": {"a": torch.ones(1)}}, "optimizer": {"state": {0: {"m": torch.ones(1)}}}}
+    assert set(read_weights(save(tmp_path / "w.pth", content))) == {"a"}
+    content["second"] = {"b": torch.ones(1)}
+    with pytest.raises(WeightsError, match=r"2 sets of weights, 'averaged\.weights', 'second', none of them under"):
+        read_weights(save(tmp_path / "w.pth", content))
+    assert set(read_weights(tmp_path / "w.pth", "second")) == {"b"}
+
+
+def test_entries_that_are_not_finite_are_named_when_they_are_loaded() -> None:
+    net, state = _net(), {key: value.clone() for key, value in _net().state_dict().items()}
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    state["0.weight"][0, 0] = float("nan")
+    state["1.running_var"][1] = float("inf")
+    with pytest.raises(WeightsError, match=r"w\.pth: 2 of its entries hold NaN or inf: 0\.weight, 1\.running_var"):
+        load_strict(net, state, source="w.pth")
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    load_strict(net, state, source="w.pth", finite=False)
+    assert net[0].weight.isnan().any()
+
+
+def test_what_is_left_out_may_hold_nan() -> None:
+    """DINOv3's files have NaN in a mask that is no weight."""
+    net = _net()
+    load_strict(net, {**_net().state_dict(), "mask": torch.tensor(float("nan"))}, source="w", ignore_unexpected=("mask",))
+
+
+def test_a_model_in_several_files_is_read_from_its_index(tmp_path: Path) -> None:
+    state = _net().state_dict()
+    names = list(state)
+    parts = {"m-00001-of-00002.safetensors": names[:3], "m-00002-of-00002.safetensors": names[3:]}
+    for part, keys in parts.items():
+        save_file({key: state[key] for key in keys}, tmp_path / part)
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: part for part, keys in parts.items() for key in keys}}))
+    found = read_weights(index)
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    with pytest.raises(WeightsError, match=rf"is a folder; .* give {index}"):
+        read_weights(tmp_path)
+    assert part_of_several(str(tmp_path / "m-00001-of-00002.safetensors")).startswith(
+        "this is part 1 of 2; give the index file"
+    )
+    assert part_of_several(str(index)) is None
+    (tmp_path / "m-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="m-00002-of-00002"):
+        read_weights(index)
+    index.write_text("{}")
+    with pytest.raises(WeightsError, match="is no index of a model in several files"):
+        read_weights(index)
+
+
+def test_a_folder_s_only_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="there is none in it"):
+        read_weights(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"give {tmp_path}/model\.safetensors"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_plain_pickle_is_refused_with_a_command_that_converts_it(tmp_path: Path, protocol: int) -> None:
+    """As the models of detectron2 are."""
+    file = tmp_path / "model.pkl"
+    file.write_bytes(pickle.dumps({"model": {"a.b": np.arange(3.0, dtype=np.float32)}, "__author__": "x"}, protocol))
+    with pytest.raises(WeightsError, match="is a plain pickle, as detectron2 writes") as caught:
+        read_weights(file)
+    command = re.search(r'python -c "(.*)"$', str(caught.value))
+    assert command is not None
+    subprocess.run([sys.executable, "-c", command[1]], check=True)
+    assert read_weights(tmp_path / "model.pth")["a.b"].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_an_old_file_of_torch_save_is_no_plain_pickle(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert set(read_weights(tmp_path / "w.pth")) == {"a"}
+    whole = (tmp_path / "w.pth").read_bytes()
+    (tmp_path / "w.pth").write_bytes(whole[:-2])
+    with pytest.raises(WeightsError, match="is damaged or no weight file"):
+        read_weights(tmp_path / "w.pth")

@@ -142,3 +142,25 @@ def test_is_registered_and_needs_no_teacher() -> None:
     assert isinstance(objective, PixelReconstruction)
     assert isinstance(objective, nn.Module)
     assert objective.needs is None
+
+
+def test_without_standardisation_the_target_is_what_the_student_gets() -> None:
+    """DMAE's released script, and MAE without norm-pix: the loss against naive loops."""
+    objective = PixelReconstruction(standardise=False)
+    mean, deviation = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.5, 0.25, 1.0]).view(1, 3, 1, 1)
+    student = SimpleNamespace(decoded_channels=3, out_stride=1, cell=4, mean=mean, deviation=deviation)
+    objective.prepare(student, None, None, (2, 3))
+    images, decoded = torch.rand(1, 3, 8, 12), torch.rand(1, 3, 8, 12)
+    layout = CellLayout(VISIBLE, 4)
+    loss = identity(objective)(StudentOutput(decoded, images=images), None, layout)["reconstruction"]
+    errors = []
+    for y in range(8):
+        for x in range(12):
+            if not VISIBLE[0, y // 4, x // 4]:
+                for c in range(3):
+                    target = (images[0, c, y, x] - mean[0, c, 0, 0]) / deviation[0, c, 0, 0]
+                    errors.append(float(decoded[0, c, y, x] - target) ** 2)
+    torch.testing.assert_close(loss, torch.tensor(sum(errors) / len(errors)))
+    perfect = objective.reconstruct(StudentOutput((images - mean) / deviation, images=images), layout)
+    torch.testing.assert_close(perfect, images)
+    assert not objective.state_dict().keys() - {"head.weight", "head.bias"}, "checkpoints are as they were"

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hgkd.errors import NoSparseRuleError
 from hgkd.registry import MODELS
-from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, SparseTensor
+from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, SparseTensor, sparsify
 from hgkd.students import SparseUNet, build_encoder, encoder_levels
 from hgkd.students.encoder import encoder_features
 from hgkd.students.unet import DecoderStage, Densify
@@ -293,3 +293,46 @@ def test_mask_of_another_grid_is_refused() -> None:
 def test_wrong_number_of_sides_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one side or \(height, width\)"):
         make().prepare((32, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "tiny_vit_11m_224"])
+def test_attention_between_places_is_refused_by_the_layer_s_name(name: str) -> None:
+    """It keeps a computed bias from its first forward, which torch does not copy, https://github.com/NVlabs/FasterViT/issues/24."""
+    with pytest.raises(NoSparseRuleError, match=r"stages\.\d\.blocks\.\d"):
+        make(name)
+
+
+def test_a_network_that_keeps_computed_tensors_is_named_when_it_cannot_be_copied() -> None:
+    class Keeps(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache = {"scaled": self.weight * 2}
+            return super().forward(x)
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), Keeps(4, 4, 1))
+    sparsify(network, 8)
+    network(torch.rand(1, 3, 8, 8))
+    with pytest.raises(NoSparseRuleError, match=r"layer '1' \(Keeps\) keeps computed tensors \(cache\)"):
+        sparsify(network, 8)
+
+
+def test_one_visible_cell_in_the_whole_batch_is_refused_with_what_to_do() -> None:
+    """torch's own message: https://github.com/open-mmlab/mmsegmentation/issues/272."""
+    student = make()
+    one = torch.zeros(1, 2, 3, dtype=torch.bool)
+    one[0, 1, 2] = True
+    x = images(student, batch=1)
+    with pytest.raises(ValueError, match=r"one visible cell in the whole batch .*raise batch_size, lower mask_ratio"):
+        student(x, one)
+    student(torch.cat([x, x]), torch.cat([one, one]))  # two cells have a variance
+    make(cell=2 * student.cell)(images(student, 1, 2, 4), torch.tensor([[[True, False]]]))  # so have four places of one
+    student.eval()(x, one)
+
+
+def test_the_second_norm_of_a_convnext_file_is_left_aside(tmp_path: Any) -> None:
+    """The official files of DINOv3's ConvNeXt hold their last norm twice, as ``norm`` and as ``norms.3``."""
+    source = timm.create_model("test_convnext", num_classes=0, global_pool="")
+    norm = {f"norms.3.{kind}": torch.ones(4) for kind in ("weight", "bias")}
+    torch.save({**source.state_dict(), **norm}, tmp_path / "convnext.pth")
+    student = make("test_convnext", encoder_checkpoint=tmp_path / "convnext.pth")
+    state = student.encoder.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in source.state_dict().items())

@@ -1,11 +1,15 @@
 """The feature cache: right values, one teacher pass a picture, and no stale content."""
 
+import errno
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hgkd.errors import StoppedError
 from hgkd.structures import TeacherOutput
-from hgkd.teachers.cache import FeatureCache, FeatureStore, weights_digest
+from hgkd.teachers.cache import FeatureCache, FeatureStore, store_bytes, weights_digest
 
 
 def features(rows: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ def test_another_identity_is_another_store(tmp_path) -> None:
 
 def test_features_beyond_fp16_are_refused(tmp_path) -> None:
     store = FeatureStore(tmp_path, {}, 1, (1, 1, 1))
-    with pytest.raises(ValueError, match="do not fit fp16"):
+    with pytest.raises(ValueError, match="do not fit the store's fp16"):
         store.write(torch.tensor([0]), torch.full((1, 1, 1, 1), 1e6))
     assert store.missing(torch.tensor([0])).all()
 
@@ -68,3 +72,64 @@ def test_digests_do_not_see_how_weights_lie_in_memory() -> None:
     before = weights_digest(layers)
     assert weights_digest(layers.to(memory_format=torch.channels_last)) == before
     assert not layers[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_the_teachers_fault_and_never_stored(tmp_path, value) -> None:
+    store = FeatureStore(tmp_path, {}, 4, (1, 1, 1))
+    with pytest.raises(ValueError, match=r"NaN or inf for image 1 mirrored.* the fault is the teacher's") as caught:
+        store.write(torch.tensor([0, 3]), torch.tensor([1.0, value]).view(2, 1, 1, 1))
+    assert "without" not in str(caught.value)
+    assert store.missing(torch.arange(4)).all()
+    assert not store.read(torch.arange(4)).any()
+
+
+def test_the_size_is_what_the_files_take_and_is_said_before(tmp_path, monkeypatch) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr("hgkd.teachers.cache.print_log", lambda text, *_: logged.append(text))
+    FeatureCache(tmp_path, {"teacher": "a"}, 5, [3, 7], 4, (2, 2))
+    planned = store_bytes(5, 2, 4, (2, 2))
+    assert planned == 2 * 2 * 5 * (4 * 2 * 2 * 2 + 1)
+    headers = 128 * 4  # of numpy's files
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.npy")) == planned + headers
+    assert "features of 5 images take 660 bytes" in logged[0]
+
+
+def test_a_store_that_does_not_fit_the_disk_is_refused_before_anything_is_written(tmp_path) -> None:
+    with pytest.raises(StoppedError, match=r"take [\d.e+]+ GB in .* are free on that disk; .*teacher_features=None"):
+        FeatureCache(tmp_path / "new", {}, 10**12, [3], 384, (14, 14))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_store_has_all_its_disk_space_from_the_beginning(tmp_path) -> None:
+    """A file with holes ends the process by a bus error on a full disk, https://github.com/numpy/numpy/issues/21964."""
+    store = FeatureStore(tmp_path, {}, 64, (16, 8, 8))
+    assert store.path.stat().st_blocks * 512 >= store.path.stat().st_size
+    rows = torch.arange(3)
+    store.write(rows, torch.ones(3, 16, 8, 8))
+    assert torch.equal(FeatureStore(tmp_path, {}, 64, (16, 8, 8)).read(rows), torch.ones(3, 16, 8, 8)), "reopening kept them"
+
+
+def test_a_disk_that_is_full_at_opening_is_an_error_with_a_remedy(tmp_path, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StoppedError, match=r"No space left on device; free some space.*teacher_features=None"):
+        FeatureStore(tmp_path, {}, 4, (1, 1, 1))
+    assert not list(tmp_path.glob("*.npy"))
+    monkeypatch.delattr(os, "posix_fallocate")  # other systems: space by writing
+    store = FeatureStore(tmp_path, {}, 4, (64, 8, 8))
+    assert store.path.stat().st_blocks * 512 >= store.path.stat().st_size
+    assert not store.read(torch.arange(4)).any()
+
+
+def test_a_damaged_file_is_named(tmp_path) -> None:
+    store = FeatureStore(tmp_path, {}, 4, (1, 1, 1))
+    store.write(torch.arange(4), torch.ones(4, 1, 1, 1))
+    path = store.path
+    path.write_bytes(path.read_bytes()[:130])
+    with pytest.raises(ValueError, match=r"tokens-.*\.npy is damaged .*; delete it"):
+        FeatureStore(tmp_path, {}, 4, (1, 1, 1))
+    path.unlink()  # as the message says
+    assert FeatureStore(tmp_path, {}, 4, (1, 1, 1)).missing(torch.arange(4)).all()

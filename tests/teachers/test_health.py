@@ -65,7 +65,7 @@ def distiller(file: Path, **teacher: bool) -> MaskedDistiller:
 def test_a_run_does_not_start_with_a_random_teacher_unless_told(tmp_path: Path) -> None:
     pretraining = MAEPretraining(ARCH, 64)
     file = pretraining.save_teacher(tmp_path / "mae.safetensors")
-    with pytest.raises(WeightsError, match=r"mae.safetensors: this teacher looks random: .* set teacher.allow_random=True"):
+    with pytest.raises(WeightsError, match=r"mae.safetensors: this teacher looks random: .* model.teacher.allow_random=True"):
         distiller(file)
     assert distiller(file, allow_random=True).teacher is not None
     pretraining.network.load_state_dict(with_directions(pretraining.network.state_dict(), 1.5))
@@ -100,3 +100,8 @@ def test_knn_by_hand() -> None:
     features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
     assert _knn(features, torch.tensor([0, 0, 1, 1]), neighbours=1) == 100.0
     assert _knn(features, torch.tensor([0, 1, 0, 1]), neighbours=1) == 0.0
+
+
+def test_blocks_that_fuse_their_matrices_are_judged_too() -> None:
+    network = timm.create_model("vit_pwee_patch16_reg1_gap_256", num_classes=0)
+    assert weight_health(network.state_dict()).looks_random

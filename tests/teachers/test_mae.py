@@ -262,7 +262,7 @@ def test_heads_come_from_the_file_or_the_paper_or_must_be_told(tmp_path: Path) -
 
 
 def test_a_file_of_ours_tells_its_pixels_and_grid(tmp_path: Path) -> None:
-    pixels = {"mean": [0.1, 0.2, 0.3], "deviation": [1.0, 1.0, 2.0], "norm_pix": False}
+    pixels = {"mean": [0.1, 0.2, 0.3], "deviation": [0.5, 0.5, 1.0], "norm_pix": False}
     path = save_mae(_network(image_size=(8, 16)), tmp_path / "mae.safetensors", pixels)
     teacher = MAETeacher(path)
     assert "trained on pixels plain" in teacher.kind

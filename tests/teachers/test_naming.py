@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hgkd.errors import WeightsError
@@ -294,3 +296,101 @@ def test_a_clip_file_does_not_load_into_another_vit(tmp_path: Path) -> None:
     torch.save(openai_clip(network("vit_base_patch16_clip_224")), tmp_path / "clip.pth")
     with pytest.raises(WeightsError, match=r"norm_pre\.weight"):
         TimmTeacher("vit_tiny_patch16_224", checkpoint=tmp_path / "clip.pth", **SIZES)
+
+
+def hf_dinov3() -> Weights:
+    """Names as transformers' DINOv3ViTModel has them, https://github.com/Intellindust-AI-Lab/DEIMv2/issues/68."""
+    block = {
+        f"layer.0.{name}": torch.zeros(4, 4)
+        for name in ("norm1.weight", "attention.q_proj.weight", "attention.o_proj.weight", "mlp.up_proj.weight")
+    }
+    tokens = {f"embeddings.{name}": torch.zeros(1, 1, 4) for name in ("cls_token", "register_tokens", "mask_token")}
+    return {**tokens, "embeddings.patch_embeddings.weight": torch.zeros(4, 3, 16, 16), **block}
+
+
+def official_dinov3() -> Weights:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZES)
+    weights = {key: value for key, value in model.state_dict().items() if key != "pos_embed"}
+    return {**weights, "storage_tokens": torch.zeros(1, 4, 16), "rope_embed.periods": torch.ones(4)}
+
+
+def of_timm(name: str, **kwargs: Any) -> Weights:
+    with torch.device("meta"):
+        return dict(timm.create_model(name, num_classes=0, **kwargs).state_dict())
+
+
+FOREIGN: dict[str, tuple[Callable[[], Weights], str]] = {
+    "DINOv3, transformers": (hf_dinov3, "looks like DINOv3"),
+    "DINOv3": (official_dinov3, "looks like DINOv3"),
+    "Swin": (lambda: of_timm("swin_tiny_patch4_window7_224"), "looks like a Swin Transformer"),
+    "SAM": (lambda: of_timm("samvit_base_patch16_224", depth=2), "looks like the ViT of SAM"),
+    "relative positions": (
+        lambda: of_timm("vit_relpos_small_patch16_224", depth=2),
+        "looks like a ViT with relative positions",
+    ),
+    "Hiera": (lambda: of_timm("hiera_tiny_224"), "looks like Hiera"),
+    "PVT": (lambda: of_timm("pvt_v2_b0"), "no row of blocks"),
+    "ConvNeXt": (lambda: of_timm("convnext_atto"), "looks like a ConvNeXt"),
+    "ResNet": (lambda: of_timm("resnet18"), "looks like a ResNet"),
+    "video": (lambda: {"patch_embed.proj.weight": torch.zeros(4, 3, 2, 16, 16)}, "looks like a video or volume ViT"),
+    "register tokens alone": (lambda: {"register_tokens": torch.zeros(1, 4, 8)}, "no row of blocks"),
+}
+
+
+@pytest.mark.parametrize("family", FOREIGN)
+def test_a_file_that_no_teacher_can_hold_ends_in_what_it_looks_like(family: str) -> None:
+    make, looks = FOREIGN[family]
+    with pytest.raises(WeightsError, match=rf"^file\.pth .*{looks}"):
+        to_timm_names(make(), "file.pth")
+
+
+ANCHORS = ("patch_embed.proj.weight", "register_tokens", "embeddings.patch_embeddings.projection.weight", "pos_embed")
+
+
+@given(
+    st.sets(
+        st.sampled_from([*ANCHORS, "embeddings.patch_embedding.weight", "cls_token", "blocks.0.norm1.weight", "blocks.x"]),
+        min_size=1,
+    ),
+    st.sampled_from(["", "model.", "visual."]),
+)
+def test_any_half_of_a_naming_ends_in_names_or_a_weights_error(keys: set[str], place: str) -> None:
+    weights = {place + key: torch.zeros(1, 2, 4) for key in keys}
+    try:
+        _, found = to_timm_names(weights, "file.pth")
+    except WeightsError:
+        return
+    assert "patch_embed.proj.weight" in found
+    assert "blocks.0.norm1.weight" in found
+
+
+def test_siglip_of_transformers_and_its_pooling_head() -> None:
+    model = network("vit_base_patch16_siglip_gap_224")
+    weights = split_qkv(dict(model.state_dict()), lambda part, kind: f"{part[0]}_proj.{kind}")
+    weights = renamed(
+        weights,
+        {
+            r"^patch_embed\.proj": "embeddings.patch_embedding",
+            r"^pos_embed$": "embeddings.position_embedding.weight",
+            r"^norm\.": "post_layernorm.",
+            r"^blocks\.(\d+)\.attn\.proj": r"encoder.layers.\1.self_attn.out_proj",
+            r"^blocks\.(\d+)\.attn": r"encoder.layers.\1.self_attn",
+            r"^blocks\.(\d+)\.norm": r"encoder.layers.\1.layer_norm",
+            r"^blocks\.(\d+)\.mlp": r"encoder.layers.\1.mlp",
+        },
+    )
+    weights["embeddings.position_embedding.weight"] = weights["embeddings.position_embedding.weight"][0]
+    weights["head.probe"] = torch.zeros(1, 1, 16)
+    with_text = {f"vision_model.{key}": value for key, value in weights.items()} | {"logit_scale": torch.zeros(1)}
+    found = to_timm_names(with_text, "siglip")[1]
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224"])
+@pytest.mark.parametrize("in_file", ["vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224"])
+def test_siglips_attention_pooling_is_left_aside(name: str, in_file: str, tmp_path: Path) -> None:
+    """timm has names with and without it (siglip, siglip_gap) for the same tower; no feature comes from it."""
+    source = network(in_file)
+    torch.save(source.state_dict(), tmp_path / "siglip.pth")
+    teacher = TimmTeacher(name, checkpoint=tmp_path / "siglip.pth", allow_random=True, **SIZES)
+    assert torch.equal(teacher.network.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)

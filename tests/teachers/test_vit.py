@@ -1,5 +1,7 @@
 """timm's ViTs as teachers, and what the base of all teachers promises."""
 
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,17 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from teaching import ARCH
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor
 
+from hgkd.distillers import MaskedDistiller
 from hgkd.errors import WeightsError
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherNeeds
-from hgkd.teachers.vit import TimmTeacher
+from hgkd.teachers import MAETeacher, Teacher
+from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.teachers.vit import TimmTeacher, build_vit, load_vit, vit_of
 
 SMALL: dict[str, Any] = {"depth": 3, "embed_dim": 32, "num_heads": 2, "img_size": 64}
 PATCH = 16
@@ -195,9 +202,9 @@ def test_autocast_of_the_student_leaves_the_teacher_alone() -> None:
 
 def test_normalisation_is_timm_s_unless_told() -> None:
     assert _teacher().mean.flatten().tolist() == [0.5, 0.5, 0.5]
-    told = _teacher(normalize=((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)))
+    told = _teacher(normalize=((0.1, 0.2, 0.3), (0.2, 0.3, 1.0)))
     torch.testing.assert_close(told.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
-    torch.testing.assert_close(told.deviation.flatten(), torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(told.deviation.flatten(), torch.tensor([0.2, 0.3, 1.0]))
 
 
 def test_fp16_file_with_a_classifier_loads_strictly(tmp_path: Path) -> None:
@@ -216,7 +223,7 @@ def test_refusals_say_what_to_do() -> None:
         TimmTeacher("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="give one of them"):
         TimmTeacher("vit_tiny_patch16_224", checkpoint="a.pth", pretrained=True)
-    with pytest.raises(ValueError, match="not a plain ViT but a ResNet"):
+    with pytest.raises(ValueError, match="is timm's ResNet, which cannot be a teacher here"):
         TimmTeacher("resnet18", allow_random=True)
     with pytest.raises(FileNotFoundError, match=r"absent\.pth does not exist"):
         TimmTeacher("vit_tiny_patch16_224", checkpoint="absent.pth", **SMALL)
@@ -256,3 +263,177 @@ def test_attention_is_that_of_the_block(kwargs: dict[str, Any]) -> None:
     weights = seen["weights"][:, :, :1, 1:] if classes else seen["weights"][..., 2:]
     cells = weights.mean((1, 2)).view(2, 2, 2, 2, 2).mean((2, 4))
     torch.testing.assert_close(teacher.attention(images, block=1), cells)
+
+
+def test_attention_of_post_norm_blocks_is_theirs() -> None:
+    teacher = _with_positions(_teacher("vit_base_patch16_rpn_224"))
+    assert type(teacher.network.blocks[1]) is ResPostBlock
+    teacher.prepare((4, 4), PATCH)
+    images = torch.rand(2, 3, 64, 64)
+    seen = {}
+    attn = teacher.network.blocks[1].attn
+    attn.fused_attn = False
+    attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.update(weights=inputs[0]))
+    teacher(images, None, TeacherNeeds(blocks=(1,)))
+    expected = seen["weights"].mean((1, 2)).view(2, 4, 4)  # it has no class token
+    torch.testing.assert_close(teacher.attention(images, block=1), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
+        ("vit_pwee_patch16_reg1_gap_256", "ParallelScalingBlock"),
+        ("vit_dlittle_patch16_reg1_gap_256", "Block with timm.*DiffAttention"),
+    ],
+)
+def test_attention_of_other_blocks_is_refused_by_name_when_the_model_is_built(name: str, kind: str) -> None:
+    teacher = _teacher(name)
+    teacher.prepare((2, 2), 2 * PATCH)
+    with pytest.raises(ValueError, match=rf"attention of blocks of the kind timm.*{kind} is not read.*RandomMask"):
+        teacher.attention(torch.rand(1, 3, 64, 64))
+    size = {key: value for key, value in SMALL.items() if key != "img_size"}
+    model = dict(
+        student=dict(type="SparseUNet", encoder="test_resnet", decoder_width=16, min_decoder_width=8),
+        objectives=dict(hgkd=dict(type="HGKD", block=1)),
+        image_size=64,
+        teacher=dict(type="TimmTeacher", name=name, allow_random=True, **size),
+    )
+    with pytest.raises(ValueError, match=rf"{kind} is not read"):
+        MaskedDistiller(mask=dict(type="AttentionMask"), **model)
+    MaskedDistiller(mask=dict(type="RandomMask"), **model)
+
+
+def _overflowing(kind: str, dtype: str) -> Teacher:
+    """Finite weights whose second block leaves float16's range."""
+    teacher: Teacher
+    if kind == "timm":
+        teacher = _teacher(dtype=dtype)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = save_mae(MaskedAutoencoder(make_arch(ARCH)), Path(folder) / "mae.safetensors")
+            teacher = MAETeacher(path, dtype=dtype, allow_random=True)
+    for name in ("weight", "bias"):
+        getattr(teacher.network.blocks[1].mlp.fc2, name).data.fill_(3e4)
+    teacher.prepare((4, 4), PATCH)
+    return teacher
+
+
+@pytest.mark.parametrize("kind", ["timm", "mae"])
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_a_teacher_that_overflows_is_named_with_its_block_before_the_first_step(kind: str, visible_only: bool) -> None:
+    """Half precision of DINOv2: https://github.com/facebookresearch/dinov2/issues/380."""
+    images, visible = torch.rand(2, 3, 64, 64), torch.rand(2, 4, 4) < 0.5
+    visible[:, 0, 0] = True
+    needs = TeacherNeeds(blocks=(2,), visible_only=visible_only)
+    overflows = r"the teacher's block 1 \(blocks\.1\.mlp\.fc2\) gives inf in float16 on the first images; .*dtype=bfloat16"
+    with pytest.raises(WeightsError, match=overflows):
+        _overflowing(kind, "float16")(images, visible, needs)
+    assert _overflowing(kind, "bfloat16")(images, visible, needs).tokens[2].isfinite().all()
+
+
+def test_a_teacher_that_is_wrong_in_any_precision_is_not_told_to_change_it() -> None:
+    teacher = _teacher()
+    teacher.network.blocks[0].mlp.fc1.weight.data.fill_(float("nan"))
+    teacher.prepare((4, 4), PATCH)
+    with pytest.raises(WeightsError, match=r"block 0 \(blocks\.0\.mlp\.fc1\) gives NaN in float32 .*take another") as caught:
+        teacher(torch.rand(1, 3, 64, 64))
+    assert "dtype" not in str(caught.value)
+
+
+def test_after_the_first_images_nothing_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("hgkd.teachers.base.check_outputs", lambda *_: calls.append(1))
+    teacher = _teacher()
+    teacher.prepare((4, 4), PATCH)
+    for _ in range(3):
+        teacher(torch.rand(1, 3, 64, 64))
+    assert calls == [1]
+
+
+def _file(folder: Path, name: str = "vit_tiny_patch16_224", **kwargs: Any) -> Path:
+    path = folder / "vit.pth"
+    torch.save(timm.create_model(name, num_classes=0, **{**SMALL, **kwargs}).state_dict(), path)
+    return path
+
+
+def test_a_file_with_nan_is_refused_with_the_entry(tmp_path: Path) -> None:
+    path = _file(tmp_path)
+    weights = torch.load(path)
+    weights["blocks.1.norm1.bias"][3] = float("nan")
+    torch.save(weights, path)
+    with pytest.raises(WeightsError, match=r"1 of its entries hold NaN or inf: blocks\.1\.norm1\.bias"):
+        _teacher(checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_network", "remedy"),
+    [
+        ({"init_values": 1e-5}, {}, {"init_values": 1e-5}),
+        ({}, {"init_values": 1e-5}, {"init_values": None}),
+        ({"img_size": 96}, {}, {"img_size": 96}),
+        ({"img_size": 96, "init_values": 1e-5}, {}, {"img_size": 96, "init_values": 1e-5}),
+    ],
+)
+def test_what_a_difference_means_is_said_and_the_remedy_works(
+    of_file: dict[str, Any], of_network: dict[str, Any], remedy: dict[str, Any], tmp_path: Path
+) -> None:
+    path = _file(tmp_path, **of_file)
+    with pytest.raises(WeightsError) as caught:
+        _teacher(checkpoint=path, **of_network)
+    found = dict(re.findall(r"set model\.teacher\.(\w+)=([\w.-]+)", str(caught.value)))
+    assert {key: None if value == "None" else float(value) for key, value in found.items()} == remedy
+    _teacher(checkpoint=path, **{**of_network, **remedy})
+
+
+def test_another_size_and_half_a_model_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"3 blocks of width 64 .* has 3 of width 32 .*model\.teacher\.name"):
+        _teacher(checkpoint=_file(tmp_path, embed_dim=64))
+    weights = torch.load(_file(tmp_path))
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({key: value for key, value in weights.items() if not key.startswith("blocks.2.")}, part)
+    with pytest.raises(WeightsError, match=r"holds 2 of the network's 3 blocks: this is part 1 of 2; give the index file"):
+        _teacher(checkpoint=part)
+
+
+def test_the_other_set_of_weights_in_a_file_can_be_taken(tmp_path: Path) -> None:
+    first, second = (timm.create_model("vit_tiny_patch16_224", num_classes=0, **SMALL).state_dict() for _ in range(2))
+    torch.save({"state_dict": first, "state_dict_ema": second}, tmp_path / "vit.pth")
+    for entry, expected in ((None, first), ("state_dict_ema", second)):
+        teacher = _teacher(checkpoint=tmp_path / "vit.pth", entry=entry)
+        assert torch.equal(teacher.network.blocks[0].mlp.fc1.weight, expected["blocks.0.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("vit_small_patch16_dinov3", "timm's Eva.*rotary positions"),
+        ("vit_relpos_small_patch16_224", "relative ones"),
+        ("vit_small_r26_s32_224", "patches come out of a CNN"),
+        ("swin_tiny_patch4_window7_224", "shifted windows"),
+    ],
+)
+def test_why_a_network_cannot_be_a_teacher_is_said(name: str, why: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=rf"{why}.*vit_small_patch14_dinov2"):
+        build_vit(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("deit3_small_patch16_224", {}),
+        ("vit_small_patch14_reg4_dinov2", {}),
+        ("vit_base_patch16_clip_224", {}),
+        ("vit_tiny_patch16_224", {"qk_norm": True, "qkv_bias": False}),
+        ("vit_tiny_patch16_224", {"img_size": (32, 96)}),
+        ("vit_giant_patch14_dinov2", {}),
+        ("beit_base_patch16_224", {}),
+        ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+    ],
+)
+def test_a_file_s_own_shapes_describe_its_network(name: str, kwargs: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        state = dict(timm.create_model(name, num_classes=0, **{**SMALL, **kwargs}).state_dict())
+    load_vit(vit_of(state, "file"), state, "file", dry=True)

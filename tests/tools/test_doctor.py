@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from teaching import ARCH
 
 from hgkd.distillers import MAEPretraining, MaskedDistiller
+from hgkd.teachers import TimmTeacher
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import doctor
@@ -105,3 +107,89 @@ def test_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     assert "failure" in printed
     assert "fix:" in printed
+
+
+def answers(found: doctor.Finding) -> set[str]:
+    return {answer.partition(":")[0] for answer in found.targets.values()}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_rpn_224"])
+def test_a_file_that_a_teacher_takes_is_told_so_and_is_taken(tmp_path: Path, name: str) -> None:
+    file = saved(tmp_path, name, img_size=64)
+    found = doctor.examine_teacher(file)
+    assert [found.targets[target] for target in ("HGKD target='full'", "MGD", "DMAE", "AttentionMask")] == ["yes"] * 4
+    sizes = {key: value for key, value in SIZES.items() if key != "num_classes"}
+    TimmTeacher(name, checkpoint=file, allow_random=True, img_size=64, **sizes)
+
+
+def test_a_file_that_no_teacher_takes_is_told_so_for_every_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {"relative": ("vit_relpos_small_patch16_224", {}), "six": ("vit_tiny_patch16_224", {"in_chans": 6})}
+    file = saved(tmp_path, kinds["six"][0], **kinds["six"][1])
+    found = doctor.examine_teacher(file)
+    assert answers(found) == {"no"}
+    assert found.health is None
+    assert "channels of" in found.targets["MGD"]
+    assert doctor.main(["teacher", file]) == 1
+    assert "not judged" in capsys.readouterr().out
+    assert doctor.main(["teacher", saved(tmp_path, kinds["relative"][0])]) == 2
+    assert "looks like a ViT with relative positions" in capsys.readouterr().err
+
+
+def test_half_a_model_in_several_files_serves_nothing(tmp_path: Path) -> None:
+    weights = timm.create_model("vit_tiny_patch16_224", **SIZES).state_dict()
+    part = {key: value for key, value in weights.items() if "blocks.0.mlp" not in key}
+    save_file(part, tmp_path / "model-00002-of-00002.safetensors")
+    found = doctor.examine_teacher(str(tmp_path / "model-00002-of-00002.safetensors"))
+    assert answers(found) == {"no"}
+
+
+@pytest.mark.parametrize("kind", ["hiera_tiny_224", "swin_tiny_patch4_window7_224"])
+def test_other_families_end_in_their_name(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model(kind, num_classes=0).state_dict(), tmp_path / "vit.pth")
+    assert doctor.main(["teacher", str(tmp_path / "vit.pth")]) == 2
+    assert "looks like " + {"h": "Hiera", "s": "a Swin"}[kind[0]] in capsys.readouterr().err
+
+
+def test_the_name_counts_without_images_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "vit.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_384", num_classes=0).state_dict(), path)
+    assert answers(doctor.examine_teacher(str(path), "vit_tiny_patch16_384")) == {"yes", "no"}  # no decoder
+    found = doctor.examine_teacher(str(path), "vit_tiny_patch16_224")
+    assert answers(found) == {"no"}
+    assert "model.teacher.img_size=384" in found.targets["MGD"]
+    assert doctor.main(["teacher", str(path), "--name", "vit_tiny_patch16_24"]) == 2
+    assert "did you mean 'vit_tiny_patch16_224'" in capsys.readouterr().err
+    assert doctor.main(["teacher", str(path), "--name", "vit_small_patch16_dinov3"]) == 2
+    assert "rotary positions" in capsys.readouterr().err
+
+
+def test_parallel_blocks_are_named_where_attention_is_asked_for(tmp_path: Path) -> None:
+    file = saved(tmp_path, "vit_small_patch16_18x2_224")
+    unnamed = doctor.examine_teacher(file)
+    assert "give its name with --name" in unnamed.targets["MGD"]
+    torch.save(timm.create_model("vit_pwee_patch16_reg1_gap_256", num_classes=0).state_dict(), file)
+    found = doctor.examine_teacher(file, "vit_pwee_patch16_reg1_gap_256")
+    assert found.targets["MGD"] == found.targets["DMAE"] == "yes"
+    assert "ParallelScalingBlock is not read" in found.targets["AttentionMask"]
+
+
+def test_one_of_two_sets_of_weights_is_examined_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (timm.create_model("vit_tiny_patch16_224", **SIZES).state_dict() for _ in range(2))
+    second["blocks.0.mlp.fc1.weight"] *= torch.linspace(0, 9, 32)
+    torch.save({"state_dict": first, "state_dict_ema": second}, tmp_path / "both.pth")
+    file, out = str(tmp_path / "both.pth"), str(tmp_path / "ema.safetensors")
+    assert doctor.main(["extract", file, "state_dict_ema", out]) == 0
+    assert f"tensors of 'state_dict_ema' written to {out}" in capsys.readouterr().out
+    written = load_file(out)
+    assert set(written) == set(second)
+    assert all(torch.equal(value, second[key]) for key, value in written.items())
+    scores = [doctor.examine_teacher(file, entry=entry).health for entry in (None, "state_dict_ema")]
+    assert scores[1] == doctor.examine_teacher(out).health != scores[0]
+    for wrong, message in (
+        ((file, "ema", out), "exists already"),
+        ((file, "ema", str(tmp_path / "a.safetensors")), "no entry"),
+    ):
+        assert doctor.main(["extract", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert doctor.main(["extract", file, "state_dict", str(tmp_path / "a.pth")]) == 2
+    assert "must end in .safetensors" in capsys.readouterr().err

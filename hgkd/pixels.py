@@ -1,0 +1,90 @@
+"""Pixel statistics and channels: the one check of every place where a user gives them.
+
+Everywhere in hgkd images are RGB in [0, 1] before they are normalised, and so are a network's mean and standard deviation.
+OpenMMLab's configs and Caffe's models write both for pixels in 0..255.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+Triple = tuple[float, float, float]
+PixelStatistics = tuple[Triple, Triple]
+CHANNELS = 3
+
+
+def check_pixels(mean: Any, deviation: Any, where: str) -> PixelStatistics:
+    """Mean and standard deviation as two triples of floats.
+
+    Args:
+        mean, deviation: three numbers each, RGB; 0 <= mean <= 1 and 0 < deviation <= 1.
+        where: the option that they come from, for the message.
+
+    Raises:
+        ValueError: not three numbers each, not finite, or out of range; says so when they are of pixels in 0..255.
+    """
+    means, deviations = (_triple(name, given, where) for name, given in (("mean", mean), ("std", deviation)))
+    inside = all(0.0 <= value <= 1.0 for value in means) and all(0.0 < value <= 1.0 for value in deviations)
+    if inside:
+        return means, deviations
+    found = f"{where}: mean {_text(means)} and std {_text(deviations)}"
+    if min(means) >= 0.0 and min(deviations) > 0.0 and max(*means, *deviations) <= 255.0:
+        by_255 = [_text(value / 255 for value in values) for values in (means, deviations)]
+        raise ValueError(
+            f"{found} are of pixels in 0..255, expected those of pixels in [0, 1]; divide by 255: mean {by_255[0]}, "
+            f"std {by_255[1]}"
+        )
+    raise ValueError(f"{found} cannot be of RGB pixels in [0, 1], of which 0 <= mean <= 1 and 0 < std <= 1")
+
+
+def check_normalize(normalize: Any, where: str) -> PixelStatistics:
+    """What a user gives as ``normalize=(mean, deviation)``; see :func:`check_pixels`.
+
+    Raises:
+        ValueError: it is not a pair of triples, or they are wrong.
+    """
+    pair = _numbers_or_lists(normalize)
+    if pair is None or len(pair) != 2:
+        raise ValueError(
+            f"{where} must be a mean and a standard deviation of three numbers each, RGB in [0, 1], e.g. "
+            f"((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)); got {normalize!r}"
+        )
+    return check_pixels(pair[0], pair[1], where)
+
+
+def check_channels(channels: Any, where: str) -> None:
+    """Raise ValueError when a network is for other images than RGB ones, which is what every data set here gives."""
+    if channels != CHANNELS:
+        raise ValueError(
+            f"{where} is {channels!r}, but images are RGB, {CHANNELS} channels (a grey image is read as three equal ones); "
+            f"use a network for {CHANNELS} channels and leave in_chans out"
+        )
+
+
+def pixels_text(mean: Any, deviation: Any) -> str:
+    """Statistics, given as numbers or tensors, for the log."""
+    means, deviations = (_text(torch.as_tensor(values).flatten().tolist()) for values in (mean, deviation))
+    return f"pixels normalised by mean {means}, std {deviations}"
+
+
+def _triple(name: str, given: Any, where: str) -> Triple:
+    values = _numbers_or_lists(given)
+    try:
+        numbers = [] if values is None else [float(value) for value in values]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != CHANNELS or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{where}: {name} must be three finite numbers, one each for red, green and blue, got {given!r}")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _numbers_or_lists(given: Any) -> list[Any] | None:
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes, dict)) else None
+
+
+def _text(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"

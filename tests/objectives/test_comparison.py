@@ -1,0 +1,52 @@
+"""What every objective of masked distillation has, for the model and the hooks that ask it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hgkd.distillers import MaskedDistiller
+from hgkd.engine.hooks import distillation_columns
+from hgkd.objectives import ComparingObjective, Comparison
+from hgkd.registry import MODELS
+
+
+def comparison(student_out: Any) -> dict[str, Comparison]:
+    found = student_out.decoded
+    places = torch.ones(found.shape[0], *found.shape[2:], dtype=torch.bool)
+    distance = lambda a, b: (a - b).square().mean(1)  # noqa: E731
+    return {"small": Comparison(found, torch.zeros_like(found), places, int(places.sum()), distance)}
+
+
+@MODELS.register_module(force=True)
+class SmallestObjective(ComparingObjective):
+    """No more than the documentation asks for."""
+
+    def comparisons(self, student_out: Any, teacher_out: Any, layout: Any) -> dict[str, Comparison]:
+        return comparison(student_out)
+
+
+@MODELS.register_module(force=True)
+class WithATargetMap(SmallestObjective):
+    def target_map(self, teacher_out: Any, term: str | None = None) -> torch.Tensor:
+        raise AssertionError("nobody asks for it without terms")
+
+
+@pytest.mark.parametrize("kind", ["SmallestObjective", "WithATargetMap"])
+def test_an_objective_of_its_comparisons_alone_trains_and_is_pictured(kind: str) -> None:
+    model = MaskedDistiller(
+        dict(type="SparseUNet", encoder="test_resnet", decoder_width=16, min_decoder_width=8),
+        dict(own=dict(type=kind)),
+        dict(type="RandomMask"),
+        64,
+    )
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert model(images, mode="loss")["own_small_loss"] > 0
+    assert set(distillation_columns(model, images)) == {"image", "seen"}
+
+
+def test_terms_without_what_pictures_are_made_of_are_refused_when_the_class_is_made() -> None:
+    with pytest.raises(TypeError, match=r"Half has terms, .*gives no predict; define them, or leave terms out"):
+
+        class Half(WithATargetMap):
+            terms = ("small",)

@@ -1,0 +1,113 @@
+"""Pixel statistics and channels are checked alike wherever a user gives them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from teaching import ARCH
+
+from hgkd.classifiers import ClassifierTeacher, ImageClassifier
+from hgkd.distillers import MAEPretraining
+from hgkd.evaluation.extract import load_extractor
+from hgkd.pixels import check_channels, check_normalize, check_pixels, pixels_text
+from hgkd.students import MaskedViT, SparseUNet
+from hgkd.teachers import MAETeacher, TimmTeacher
+from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+
+IMAGENET_255 = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # as OpenMMLab's configs write them
+VIT: dict[str, Any] = {"allow_random": True, "depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64}
+
+
+def overlaid(mean: Any, std: Any) -> dict[str, Any]:
+    return {"pretrained_cfg_overlay": {"mean": mean, "std": std}}
+
+
+def mae_teacher(folder: Path, mean: Any, std: Any) -> None:
+    file = folder / "mae.safetensors"
+    MAEPretraining(ARCH, 64).save_teacher(file, overwrite=True)
+    MAETeacher(file, allow_random=True, normalize=(mean, std))
+
+
+PLACES: dict[str, Callable[[Path, Any, Any], object]] = {
+    "timm teacher": lambda folder, mean, std: TimmTeacher("vit_tiny_patch16_224", normalize=(mean, std), **VIT),
+    "MAE teacher": mae_teacher,
+    "classifier": lambda folder, mean, std: ImageClassifier("test_resnet", 2, normalize=(mean, std)),
+    "teacher of a classifier": lambda folder, mean, std: ClassifierTeacher(
+        name="test_resnet", normalize=(mean, std), allow_random=True
+    ),
+    "CNN student": lambda folder, mean, std: SparseUNet("test_resnet", encoder_kwargs=overlaid(mean, std)),
+    "ViT student": lambda folder, mean, std: MaskedViT(ARCH, mean=mean, deviation=std),
+    "MAE": lambda folder, mean, std: MAEPretraining(ARCH, 64, mean=mean, deviation=std),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_statistics_of_pixels_up_to_255_are_refused_everywhere(place: str, tmp_path: Path) -> None:
+    """OpenMMLab's own convention."""
+    with pytest.raises(ValueError, match=r"divide by 255: mean \(0\.485, 0\.456, 0\.406\), std \(0\.229, 0\.224, 0\.225\)"):
+        PLACES[place](tmp_path, *IMAGENET_255)
+    with pytest.raises(ValueError, match="0 < std <= 1"):
+        PLACES[place](tmp_path, (0.5, 0.5, 0.5), (0.2, 0.0, 0.2))
+    PLACES[place](tmp_path, (0.0, 0.5, 1.0), (0.2, 0.3, 1.0))
+
+
+def test_an_export_s_config_is_checked(tmp_path: Path) -> None:
+    spec = {"name": "test_resnet", "stem": "default", "kwargs": {}, "pixels": IMAGENET_255}
+    (tmp_path / "config.json").write_text(json.dumps({"hgkd": {"format": 1, "encoder": spec}}))
+    model = timm.create_model("test_resnet", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="divide by 255"):
+        load_extractor(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [0.5, "imagenet", (0.5, 0.5), ((0.5, 0.5, 0.5),), ((0.5,), (0.5,)), (("a", "b", "c"), (1, 1, 1)), {"mean": 1}]
+)
+def test_what_is_no_pair_of_triples_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"^model\.teacher\.normalize.* three (finite )?numbers.* got "):
+        check_normalize(wrong, "model.teacher.normalize")
+
+
+unit = st.floats(0.0, 1.0)
+
+
+@given(st.lists(unit, min_size=3, max_size=3), st.lists(st.floats(1e-6, 1.0), min_size=3, max_size=3))
+def test_what_is_right_comes_back(mean: list[float], std: list[float]) -> None:
+    for given_as in (list, tuple, torch.tensor):
+        found = check_pixels(given_as(mean), given_as(std), "here")
+        torch.testing.assert_close(torch.tensor(found), torch.tensor([mean, std]))
+    assert pixels_text(mean, std).startswith("pixels normalised by mean (")
+
+
+def test_nan_is_refused() -> None:
+    with pytest.raises(ValueError, match="three finite numbers"):
+        check_pixels((0.5, float("nan"), 0.5), (0.2, 0.2, 0.2), "here")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TimmTeacher("vit_tiny_patch16_224", in_chans=1, **VIT),
+        lambda: SparseUNet("test_resnet", encoder_kwargs={"in_chans": 1}),
+        lambda: MaskedViT({**ARCH, "in_chans": 1}),
+        lambda: MAEPretraining({**ARCH, "in_chans": 1}, 64),
+        lambda: ImageClassifier("test_resnet", 2, in_chans=1),
+    ],
+)
+def test_networks_for_other_than_rgb_images_are_refused_when_built(make: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"in_chans.* is 1, but images are RGB"):
+        make()
+
+
+def test_a_file_for_other_channels_is_refused(tmp_path: Path) -> None:
+    file = save_mae(MaskedAutoencoder(make_arch({**ARCH, "in_chans": 6})), tmp_path / "six.safetensors")
+    with pytest.raises(ValueError, match=r"channels of .*six\.safetensors is 6"):
+        MAETeacher(file, allow_random=True)
+    check_channels(3, "here")
