@@ -67,7 +67,11 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
     "teacher_checkpoint": ShortOption(("model.teacher.checkpoint",), "weight file of the teacher"),
     "teacher_features": ShortOption(("custom_hooks.TeacherCacheHook.folder",), "folder that keeps the teacher's features"),
     "mask_ratio": ShortOption(("model.mask.mask_ratio",), "share of hidden cells, in [0, 1)", ("model.mask_ratio",)),
-    "epochs": ShortOption(("train_cfg.max_epochs", "param_scheduler.1.end"), "passes over the training images"),
+    "epochs": ShortOption(
+        ("train_cfg.max_epochs", "param_scheduler.1.end"),
+        "passes over the training images",
+        existing=("param_scheduler.2.end",),  # of the weight decay
+    ),
     "warmup_epochs": ShortOption(
         ("param_scheduler.0.end", "param_scheduler.1.begin"), "epochs of rising learning rate; 0 = none"
     ),
@@ -231,11 +235,11 @@ def _drop_validation(cfg: Config) -> None:
 
 def _check_warmup(cfg: Config) -> None:
     schedule = cfg.get("param_scheduler")
-    if not isinstance(schedule, list) or len(schedule) != 2 or cfg.get("warmup_epochs") is None:
+    if not isinstance(schedule, list) or len(schedule) < 2 or cfg.get("warmup_epochs") is None:
         return
-    warm, main = schedule
+    warm, main, *others = schedule
     if warm.get("end") == 0:
-        cfg.param_scheduler = [main]
+        cfg.param_scheduler = [main, *others]
     elif main.get("begin", 0) >= main.get("end", float("inf")):
         raise ValueError(
             f"warmup_epochs={warm.get('end')} is not shorter than epochs={main.get('end')}; "

@@ -92,11 +92,7 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
     report: dict[str, Any] = {"plan": loop.plan(), "batch": ", ".join(f"{k} {_shape(v)}" for k, v in batch.items())}
     student = getattr(model, "student", None)
     if student is not None:
-        strides = zip(student.feature_channels, student.feature_strides, strict=True)
-        report["student"] = (
-            f"{student.encoder_spec['name']}: {_count(student.encoder)} in the encoder, mask grid "
-            f"{model.mask_grid[0]} x {model.mask_grid[1]}, features {', '.join(f'{c} at stride {s}' for c, s in strides)}"
-        )
+        report["student"] = f"{_about(student)}, mask grid {model.mask_grid[0]} x {model.mask_grid[1]}"
     report["trained"] = f"{_count(model, trained=True)} of {_count(model)}"
     teacher = getattr(model, "teacher", None)
     report["teacher"] = "none" if teacher is None else f"{_count(teacher)}, {teacher.info}"
@@ -109,6 +105,16 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
     report["whole run"] = f"about {_duration(remaining)} for {loop.max_iters} steps, validations not counted"
     report["checkpoint bytes"] = _bytes(model.state_dict()) + _bytes(runner.optim_wrapper.state_dict())
     return report
+
+
+def _about(student: Any) -> str:
+    """What a student is: a CNN with its features, or a ViT."""
+    if hasattr(student, "encoder_spec"):
+        levels = zip(student.feature_channels, student.feature_strides, strict=True)
+        features = ", ".join(f"{channels} at stride {stride}" for channels, stride in levels)
+        return f"{student.encoder_spec['name']}: {_count(student.encoder)} in the encoder, features {features}"
+    arch = student.network.arch
+    return f"a ViT of {arch.depth} blocks, width {arch.embed_dim}, patches of {arch.patch_size} px: {_count(student.network)}"
 
 
 def _wait(on_gpu: bool) -> None:

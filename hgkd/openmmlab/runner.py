@@ -199,7 +199,8 @@ def _check_steps(loop: Any, processes: int) -> None:
 
 
 def rehearse(cfg: Config) -> str:
-    """Build what a downstream config describes, load its weights and do one step; nothing is left in the work folder.
+    """Build what a downstream config describes, as a training does, load its weights and do one step; the work folder stays as
+    it is.
 
     Returns:
         A report of some lines.
@@ -214,20 +215,30 @@ def rehearse(cfg: Config) -> str:
         runner: Any = DownstreamRunner.from_cfg(cfg)
         runner._train_loop = loop = runner.build_train_loop(runner._train_loop)
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+        if runner.param_schedulers is not None:
+            runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+        _ = runner.val_loop  # built when it is asked for
+        runner.call_hook("before_run")
         runner._init_model_weights()
+        # some models ask in their step what hooks have noted, e.g. YOLOX for the number of the step
+        for moment in ("before_train", "before_train_epoch"):
+            runner.call_hook(moment)
         runner.model.train()
+        batch = next(iter(loop.dataloader))
+        runner.call_hook("before_train_iter", batch_idx=0, data_batch=batch)
         guard = StepGuard(runner.optim_wrapper, runner.model)
-        outputs = guarded_step(runner.model, next(iter(loop.dataloader)), guard)
-    losses = {name: float(value) for name, value in outputs.items() if "loss" in name}
+        outputs = guarded_step(runner.model, batch, guard)
+    losses = {name: value.item() for name, value in outputs.items() if "loss" in name}
     if guard.skipped or not all(map(math.isfinite, losses.values())):
         raise DivergedError(
             f"loss or gradient of the first step is not finite: {', '.join(f'{k} {v:.4g}' for k, v in losses.items())}. Look "
             "at the weights that it starts from (backbone, teacher_checkpoint), the annotations, lr and --amp"
         )
     parameters = [p for p in runner.model.parameters() if p.requires_grad]
-    batch = cfg.train_dataloader.get("batch_size")  # of a loader with a batch sampler torch says None
+    size = cfg.train_dataloader.get("batch_size")  # of a loader with a batch sampler torch says None
     report = {
-        "plan": f"{loop.max_iters} steps of {batch} images out of {len(loop.dataloader.dataset)}",
+        "plan": f"{loop.max_iters} steps of {size} images out of {len(loop.dataloader.dataset)}",
         "backbone": cfg.get("backbone") or "random weights",
         "trained": f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters",
         "losses": ", ".join(f"{name} {value:.4g}" for name, value in losses.items()),
