@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import timm
-import torch
 from safetensors.torch import save_file
 from tiny_runs import ROOT, load_tool, train_tool, write_images
 

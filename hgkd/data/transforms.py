@@ -160,7 +160,7 @@ class _TimmAugmentation:
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's operation, for 0 bits too, which its strongest levels ask for: Pillow gave a black image until 12, and refuses now."""
+    """timm's operation, for 0 bits too, which its strongest levels ask for: older Pillow gave a black image, 13 refuses."""
     return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 

@@ -9,7 +9,6 @@ import gc
 import pytest
 import torch
 from downstream_runs import RECIPES, measure_tool, need, scope, train_tool
-from mmengine.config import Config
 from mmengine.registry import MODELS
 from small_models import LAYOUTS, shrink
 from tiny_runs import ROOT
@@ -88,8 +87,8 @@ def test_a_recipe_starts(recipe, data, tmp_path):
     assert start(ROOT / recipe, data, tmp_path)
 
 
-# One of each kind of model that docs/downstream.md names, and others; values: what shrinks defaults that their config leaves out,
-# and lets a detector that has learnt nothing find something.
+# One of each kind of model that docs/downstream.md names, and others; values: what shrinks defaults that their config leaves
+# out, and lets a detector that has learnt nothing find something.
 STOCK = {
     "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": {},
     "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py": {},
