@@ -1,7 +1,7 @@
 """What the README prints runs as it stands: its Python examples, and every ``python tools/...`` in its order.
 
-Commands keep their words; options are appended that make networks thin and runs short. The names in them (``DIR``, ``~/photos``)
-are folders of the test.
+Commands keep their words; options are appended that make networks thin and runs short. The names in them (``DIR``,
+``~/photos``) are folders of the test.
 """
 
 import re
