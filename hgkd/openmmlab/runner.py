@@ -29,10 +29,10 @@ from hgkd.engine.runner import DistillRunner
 from hgkd.engine.weights import load_strict, read_checkpoint
 from hgkd.errors import WeightsError
 from hgkd.openmmlab.checks import check_data
-from hgkd.openmmlab.config import drop_downloads, model_config, read_with_care, whole_number, without_scope
+from hgkd.openmmlab.config import datasets_of, drop_downloads, model_config, read_with_care, whole_number, without_scope
 from hgkd.openmmlab.loops import DownstreamFiniteLossHook, StoppableEpochLoop, StoppableIterLoop, guarded_step
 from hgkd.openmmlab.ops.finder import ops_notice, register_ops
-from hgkd.openmmlab.weights import check_start, load_backbone_file, student_weights
+from hgkd.openmmlab.weights import check_pixels, check_start, load_backbone_file, prepared_pixels, student_weights
 from hgkd.registry import RUNNERS
 
 STUDENT_FILE = "student.pth"
@@ -126,8 +126,21 @@ class DownstreamRunner(DistillRunner):
         model = getattr(model, "student", model)
         if file is not None:
             load_backbone_file(model.backbone, file)
+            self._check_pixels(model.backbone, file)
         elif self._load_from is None and not (self._resume and find_last_checkpoint(self.work_dir)):
             check_start(getattr(model, "backbone", model))
+
+    def _check_pixels(self, backbone: nn.Module, file: str) -> None:
+        """Compare the images of this config with those of the backbone's weights; a training that goes on is not refused."""
+        if self._train_loop is None:
+            return
+        where = "model.student" if "student" in self.cfg.model else "model"
+        described = self.cfg.model.get("student", self.cfg.model)
+        preprocessor = described.get("data_preprocessor") or self.cfg.get("data_preprocessor") or {}
+        reading = next(iter(datasets_of(self.cfg, ["train_dataloader"])), {})
+        given = prepared_pixels(preprocessor, reading.get("pipeline") or ())
+        goes_on = bool(self._resume and find_last_checkpoint(self.work_dir))
+        check_pixels(backbone, file, given, where, refuse=not goes_on)
 
     def train(self) -> nn.Module:
         """As mmengine's; a distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config.
