@@ -197,3 +197,12 @@ def test_weight_decay_rises_where_there_is_any():
     # half a cosine over 10 steps from 0.04 to 0.2; nothing at biases
     expected = [[0.12 - 0.08 * math.cos(math.pi * step / 10), 0.0] for step in range(10)]
     assert values == [pytest.approx(pair) for pair in expected]
+
+
+def test_the_weight_decay_rises_over_the_epochs_that_are_given():
+    cfg = Config.fromfile(CONFIGS / "spark/spark_resnet50_1600e_imagenet.py")
+    cfg.merge_from_dict({"epochs": 50, "warmup_epochs": 0})
+    apply_short_options(cfg)
+    main, decay = cfg.param_scheduler  # without the warm-up, as recipes with two schedules
+    assert (main.type, main.begin, main.end) == ("CosineAnnealingLR", 0, 50)
+    assert (decay.param_name, decay.begin, decay.end) == ("weight_decay", 0, 50)

@@ -1,12 +1,42 @@
-"""The Python examples of the README run as they stand."""
+"""What the README prints runs as it stands: its Python examples, and every ``python tools/...`` in its order.
+
+Commands keep their words; options are appended that make networks thin and runs short. The names in them (``DIR``,
+``~/photos``) are folders of the test.
+"""
 
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from downstream_runs import need
+from safetensors.torch import save_file
+from small_models import shrink, write_ade20k, write_coco_2017
+from tiny_runs import ROOT, load_tool, write_images
 
-README = Path(__file__).parents[1] / "README.md"
+from hgkd.engine.config import read_config
+
+README = ROOT / "README.md"
+WIDTHS = (8, 16, 32, 64)
+TEACHER = dict(embed_dim=32, num_heads=2)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every ``python tools/...`` of a page, in a block or within a sentence, as words: the script first."""
+    text = re.sub(r" *\\\n\s*", " ", page.read_text())  # a command goes on after a backslash
+    blocks = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    spans = [span.replace("\n", " ") for span in re.findall(r"`(python tools/[^`]*)`", text)]
+    return [shlex.split(line, comments=True)[1:] for line in (*blocks, *spans) if line.startswith("python tools/")]
+
+
+def indented_examples(page: Path) -> list[str]:
+    """The indented blocks of a page that are Python."""
+    blocks = re.findall(r"(?:^ {4}.*\n)+", page.read_text(), flags=re.MULTILINE)
+    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in blocks if block.startswith(("    import", "    from"))]
 
 
 def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +51,75 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = ~names["visible"][:, None].expand_as(names["dense"])
     assert not names["dense"][hidden].any()
     assert type(names["again_features"]) is type(names["features"])
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder like the reader's: photographs, labelled images, data sets, the teacher's file, and the repository's parts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **options: (text, True))  # slow, and of no account
+    for part in ("configs", "downstream"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    write_images(tmp_path / "home/photos", each=2)
+    for split in ("train", "val", "test"):
+        write_images(tmp_path / "DIR" / split, classes=[f"class{number}" for number in range(7)], each=3)
+    teacher = timm.create_model("vit_small_patch14_dinov2", num_classes=0, **TEACHER)
+    save_file(teacher.state_dict(), tmp_path / "home/vit_small_patch14_dinov2.safetensors")
+    return tmp_path
+
+
+def appended(words):
+    """What is appended to a command of tools/train.py."""
+    if words[0] != "tools/train.py":
+        return []
+    small = ["workers=0", "batch_size=2"]
+    resnet = f"channels={','.join(map(str, WIDTHS))}"
+    if words[1].startswith("configs/"):
+        encoder = str(dict(channels=list(WIDTHS))).replace(" ", "")
+        teacher = [f"model.teacher.{key}={value}" for key, value in {**TEACHER, "allow_random": True}.items()]
+        thin = [f"model.student.encoder_kwargs={encoder}", "model.student.decoder_width=32"]
+        return [*small, "image_size=64", "default_hooks.checkpoint.interval=50", *teacher, *thin]
+    if "/classification/" in words[1]:
+        return [*small, "image_size=64", "epochs=1", "warmup_epochs=0", f"model.classifier.{resnet}"]
+    length = "iterations=1" if "/segmentation/" in words[1] else "epochs=1"
+    return [*small, length, "model.backbone.stem_channels=64"]  # timm's ResNet has that stem at any width
+
+
+def run(words):
+    """A tool's command, in this process; networks of mmdet and mmseg are an eighth of their size."""
+    tool = load_tool(Path(words[0]).stem)
+    if "/detection/" in words[1] or "/segmentation/" in words[1]:
+        tool.read_config = lambda file: shrink(read_config(file))
+    return tool.main([*words[1:], *appended(words)])
+
+
+@pytest.mark.slow
+def test_commands_run(place, capsys):
+    need("mmdet", "mmseg")
+    write_coco_2017(place / "home/coco")
+    write_ade20k(place / "home/ade20k")
+    found = commands(README)
+    assert len(found) >= 7
+    assert {words[0] for words in found} >= {f"tools/{name}.py" for name in ("train", "export", "evaluate", "compare")}
+    for words in found:
+        if "--help" in words:
+            with pytest.raises(SystemExit) as end:
+                run(words)
+            assert end.value.code == 0
+        else:
+            assert run(words) == 0, f"{' '.join(words)}\n{capsys.readouterr().err[-3000:]}"
+        if words[0] == "tools/export.py":
+            examples = indented_examples(README)
+            assert len(examples) == 1
+            for example in examples:  # of what has just been written
+                exec(compile(example, "README.md", "exec"), {})
+
+
+def test_targets_of_make():
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    targets = re.findall(r"^    make (\w+)", README.read_text(), flags=re.MULTILINE)
+    assert targets == ["demo", "test"]
+    done = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

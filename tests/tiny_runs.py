@@ -20,6 +20,7 @@ def load_tool(name):
     """A script of tools/ as a module."""
     spec = importlib.util.spec_from_file_location(f"hgkd_tools_{name}", ROOT / f"tools/{name}.py")
     tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool  # dataclasses look for it
     spec.loader.exec_module(tool)
     return tool
 
@@ -44,7 +45,7 @@ def write_images(root, classes=("a", "b"), each=8, size=64):
     for c, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for i in range(each):
-            pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8) + np.uint8(100 * c)
+            pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8) + np.uint8(100 * c % 256)
             Image.fromarray(pixels).save(root / name / f"{i}.png")
     return root
 

@@ -249,34 +249,49 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
 def _log(job: Job) -> dict[str, Any]:
     """Medians over the logged steps (images a second, teacher's share), and what the validations found as ``curves``.
 
-    A curve is name -> [[step or epoch, value], ...].
+    A curve is name -> [[step or epoch, value], ...]. A validation in which a detector found nothing logs no score (mmdet
+    measures nothing then): it counts as 0, and its step is in ``found_nothing``.
 
     Raises:
-        StoppedError: one of the plan's scores was never logged.
+        StoppedError: one of the plan's scores was never logged, or not by the last validation.
     """
     steps: dict[str, list[float]] = {"images_per_s": [], "teacher_share": []}
     given = job.scores or {"knn": "knn/top1"}
     keys = {name: (key, 1) if isinstance(key, str) else tuple(key) for name, key in given.items()}
     curves: dict[str, dict[int, float]] = {name: {} for name in keys}
     logged: set[str] = set()
+    validations: dict[int, set[str]] = {}  # what each logged
     for file in sorted(job.folder.glob("*/vis_data/scalars.json")):
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             if "lr" not in entry:  # of a validation
-                logged |= set(entry) - {"step", "time", "data_time"}
+                names = set(entry) - {"step", "time", "data_time"}
+                logged |= names
+                if "step" in entry:  # of a resumed run the later one counts
+                    validations[entry["step"]] = names
             for key, values in steps.items():
                 if key in entry:
                     values.append(entry[key])
             for name, (key, factor) in keys.items():
                 if key in entry:
-                    curves[name][entry["step"]] = factor * entry[key]  # of a resumed run the later one counts
+                    curves[name][entry["step"]] = factor * entry[key]
     missing = [keys[name][0] for name in job.scores if not curves[name]]
     if missing:
         raise StoppedError(
             f"no validation in {job.folder} logged {missing[0]!r}, which the plan's scores name; it logged "
-            f"{', '.join(sorted(logged)) or 'nothing'}"
+            f"{', '.join(sorted(logged)) or 'nothing, as of a detector that finds nothing; train for longer'}"
         )
-    found: dict[str, Any] = {"curves": {name: [list(pair) for pair in curve.items()] for name, curve in curves.items()}}
+    empty = [step for step, names in validations.items() if not names]
+    found: dict[str, Any] = {"found_nothing": empty} if job.scores and empty else {}
+    last = max(validations, default=0)
+    for name in job.scores:
+        curves[name].update(dict.fromkeys(empty, 0.0))
+        if max(curves[name]) < last:
+            raise StoppedError(
+                f"the last validation in {job.folder}, at {last}, did not log {keys[name][0]!r}, which the plan's scores name; "
+                f"it logged {', '.join(sorted(validations[last]))}"
+            )
+    found["curves"] = {name: [list(pair) for pair in sorted(curve.items())] for name, curve in curves.items()}
     return found | {key: statistics.median(values) for key, values in steps.items() if values}
 
 
@@ -319,6 +334,12 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
         for name, runs in rows.items():
             values = zip(*([value for _, value in run["curves"][methods[0]]] for run in runs), strict=False)
             lines.append(f"- {name}: {', '.join(f'{statistics.mean(at):.1f}' for at in values)}")
+        for run in results:
+            if run.get("found_nothing"):
+                steps = ", ".join(map(str, run["found_nothing"]))
+                lines.append(
+                    f"- {run['row']}, seed {run['seed']}: nothing was found in the validation at {steps}, which counts as 0"
+                )
     commands = [f"    {runs[0].get('command') or runs[0]['evaluate_command']}" for runs in rows.values()]
     return "\n".join([*lines, "", "Commands (first seed of each row):", "", *commands, ""])
 

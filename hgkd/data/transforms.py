@@ -10,12 +10,14 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -157,6 +159,11 @@ class _TimmAugmentation:
             return self.steps(image)
 
 
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's operation, for 0 bits too, which its strongest levels ask for: older Pillow gave a black image, 13 refuses."""
+    return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+
+
 def augment_transform(
     image_size: int | Sequence[int],
     scale: Sequence[float] = (0.08, 1.0),
@@ -200,6 +207,10 @@ def augment_transform(
         raise ValueError(f"timm has no augmentation policy {auto_augment!r} ({error}); e.g. 'rand-m9-mstd0.5-inc1'") from error
     if trivial:
         policy = v2.TrivialAugmentWide(interpolation=_BICUBIC)
+    for step in getattr(policy, "transforms", ()):
+        for operation in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
     return _TimmAugmentation(v2.Compose([crop, policy, final]))
 
 

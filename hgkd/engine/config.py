@@ -87,7 +87,7 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
     "epochs": ShortOption(
         ("train_cfg.max_epochs", "param_scheduler.main.end"),
         "passes over the training images; a warm-up that is not shorter becomes a tenth of them",
-        existing=("param_scheduler.only.end",),
+        existing=("param_scheduler.only.end", "param_scheduler.decay.end"),
         kind="whole",
         linked=True,
     ),
@@ -351,6 +351,8 @@ def _index(entries: Sequence[Any], step: str) -> int | None:
     """The entry of a list that a step means: by its number, by its part in a schedule, or by its ``type``."""
     if step.isdigit():
         return int(step) if int(step) < len(entries) else None
+    if step == "decay":
+        return next((i for i, entry in enumerate(entries) if entry.get("param_name") == "weight_decay"), None)
     warmup, main = rate_entries(entries)
     if step in ("warmup", "main", "only"):
         return {"warmup": warmup, "main": None if warmup is None else main, "only": main if warmup is None else None}[step]

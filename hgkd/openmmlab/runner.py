@@ -31,10 +31,10 @@ from hgkd.engine.runner import DistillRunner
 from hgkd.engine.weights import load_strict, read_checkpoint
 from hgkd.errors import WeightsError
 from hgkd.openmmlab.checks import check_data
-from hgkd.openmmlab.config import drop_downloads, model_config, read_with_care, whole_number, without_scope
+from hgkd.openmmlab.config import datasets_of, drop_downloads, model_config, read_with_care, whole_number, without_scope
 from hgkd.openmmlab.loops import DownstreamFiniteLossHook, StoppableEpochLoop, StoppableIterLoop, guarded_step
 from hgkd.openmmlab.ops.finder import ops_notice, register_ops
-from hgkd.openmmlab.weights import check_start, load_backbone_file, student_weights
+from hgkd.openmmlab.weights import check_pixels, check_start, load_backbone_file, prepared_pixels, student_weights
 from hgkd.registry import RUNNERS
 
 STUDENT_FILE = "student.pth"
@@ -126,8 +126,21 @@ class DownstreamRunner(DistillRunner):
         model = getattr(model, "student", model)
         if file is not None:
             load_backbone_file(model.backbone, file)
+            self._check_pixels(model.backbone, file)
         elif self._load_from is None and not (self._resume and find_last_checkpoint(self.work_dir)):
             check_start(getattr(model, "backbone", model))
+
+    def _check_pixels(self, backbone: nn.Module, file: str) -> None:
+        """Compare the images of this config with those of the backbone's weights; a training that goes on is not refused."""
+        if self._train_loop is None:
+            return
+        where = "model.student" if "student" in self.cfg.model else "model"
+        described = self.cfg.model.get("student", self.cfg.model)
+        preprocessor = described.get("data_preprocessor") or self.cfg.get("data_preprocessor") or {}
+        reading = next(iter(datasets_of(self.cfg, ["train_dataloader"])), {})
+        given = prepared_pixels(preprocessor, reading.get("pipeline") or ())
+        goes_on = bool(self._resume and find_last_checkpoint(self.work_dir))
+        check_pixels(backbone, file, given, where, refuse=not goes_on)
 
     def _after_training(self) -> None:
         """A distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config.
@@ -227,7 +240,8 @@ def _try_last_batch(model: Any, loop: Any, batch: Mapping[str, Any]) -> None:
 
 
 def rehearse(cfg: Config) -> str:
-    """Build what a downstream config describes, load its weights and do one step; nothing is left in the work folder.
+    """Build what a downstream config describes, as a training does, load its weights and do one step; the work folder stays as
+    it is.
 
     Returns:
         A report of some lines.
@@ -246,11 +260,17 @@ def rehearse(cfg: Config) -> str:
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
         if runner.param_schedulers is not None:
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+        _ = runner.val_loop  # built when it is asked for
+        runner.call_hook("before_run")
         runner._init_model_weights()
         facts = in_force(runner, loop, target)
+        # some models ask in their step what hooks have noted, e.g. YOLOX for the number of the step
+        for moment in ("before_train", "before_train_epoch"):
+            runner.call_hook(moment)
         runner.model.train()
-        guard = StepGuard(runner.optim_wrapper, runner.model)
         batch = next(iter(loop.dataloader))
+        runner.call_hook("before_train_iter", batch_idx=0, data_batch=batch)
+        guard = StepGuard(runner.optim_wrapper, runner.model)
         outputs = guarded_step(runner.model, batch, guard)
         _try_last_batch(runner.model, loop, batch)
     losses = {name: float(value) for name, value in outputs.items() if "loss" in name}
@@ -260,9 +280,9 @@ def rehearse(cfg: Config) -> str:
             "at the weights that it starts from (backbone, teacher_checkpoint), the annotations, lr and --amp"
         )
     parameters = [p for p in runner.model.parameters() if p.requires_grad]
-    batch = cfg.train_dataloader.get("batch_size")  # of a loader with a batch sampler torch says None
+    size = cfg.train_dataloader.get("batch_size")  # of a loader with a batch sampler torch says None
     report = {
-        "plan": f"{loop.max_iters} steps of {batch} images out of {len(loop.dataloader.dataset)}",
+        "plan": f"{loop.max_iters} steps of {size} images out of {len(loop.dataloader.dataset)}",
         "backbone": cfg.get("backbone") or "random weights",
         "trained": f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters",
         **facts,

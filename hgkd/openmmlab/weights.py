@@ -10,11 +10,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,6 +26,7 @@ from hgkd.errors import WeightsError
 from hgkd.export.importing import ImportReport, import_weights
 from hgkd.export.model import check_finite
 from hgkd.openmmlab.backbone import TimmBackbone
+from hgkd.students.encoder import pixel_statistics
 
 _EXPORTED = ("backbone.pth", "model.safetensors")  # as tools/export.py --to mmdet, mmseg, timm, torchvision name them
 _CLASSIFIER = ("fc.", "head.norm.")
@@ -176,11 +180,129 @@ def _plain_weights(file: Path, network: nn.Module) -> dict[str, Tensor]:
 
 def _exported_name(file: Path) -> str:
     """What the card beside an export says of its network."""
+    name = _card(file).get("name")
+    return f"an exported {name}" if name else ""
+
+
+def _card(file: Path) -> dict[str, Any]:
+    """What the card beside an export says of its encoder (``name``, ``pixels`` and more); empty for other files."""
     for name in ("config.json", "run_card.json"):
         card = file.parent / name
-        if card.is_file() and file.name in _EXPORTED:
-            content = json.loads(card.read_text(encoding="utf-8"))
-            encoder = (content.get("hgkd") or content).get("encoder") if isinstance(content, dict) else None
-            if isinstance(encoder, dict) and "name" in encoder:
-                return f"an exported {encoder['name']}"
-    return ""
+        if not card.is_file() or file.name not in _EXPORTED:
+            continue
+        content = json.loads(card.read_text(encoding="utf-8"))
+        content = content if isinstance(content, dict) else {}
+        encoder = (content.get("hgkd") or content).get("encoder") or content.get("network")
+        if isinstance(encoder, dict) and "name" in encoder:
+            timm_cfg = content.get("pretrained_cfg") or {}
+            pixels = {"pixels": [timm_cfg["mean"], timm_cfg["std"]]} if {"mean", "std"} <= timm_cfg.keys() else {}
+            return {**encoder, **pixels}
+    return {}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How images reach a network.
+
+    Attributes:
+        mean, std: of pixels in 0 .. 255, in the order of the channels; None: not normalised.
+        order: 'RGB' or 'BGR'.
+    """
+
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    order: str
+
+    def agrees(self, other: Pixels) -> bool:
+        """Whether a network takes the one for the other: a unit of the mean, 3 % of the deviation."""
+        if self.order != other.order or self.mean is None or other.mean is None or self.std is None or other.std is None:
+            return self == other
+        if not len(self.mean) == len(other.mean) == len(self.std) == len(other.std):
+            return False
+        means = zip(self.mean, other.mean, strict=True)
+        deviations = zip(self.std, other.std, strict=True)
+        return all(abs(a - b) <= 1 for a, b in means) and all(abs(a - b) <= 0.03 * b for a, b in deviations)
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return f"{self.order}, pixels from 0 to 255 as they are"
+        return f"{self.order}, mean {_listed(self.mean)}, deviation {_listed(self.std or ())}"
+
+
+def prepared_pixels(preprocessor: Mapping[str, Any], pipeline: Sequence[Mapping[str, Any]] = ()) -> Pixels | None:
+    """How a config of mmdet or mmseg prepares images; None: by a step of its own, ``Normalize``.
+
+    Args:
+        preprocessor: its model's ``data_preprocessor``.
+        pipeline: of its training images.
+    """
+    kinds = {str(step.get("type")).rpartition(".")[2]: step for step in pipeline}
+    if "Normalize" in kinds:
+        return None
+    reading = next((step for kind, step in kinds.items() if kind in ("LoadImageFromFile", "LoadReadableImage")), {})
+    order = str(reading.get("channel_order", "bgr")).upper()
+    inside = preprocessor.get("data_preprocessor")  # of MultiBranchDataPreprocessor
+    preprocessor = inside if isinstance(inside, Mapping) else preprocessor
+    turned = bool(preprocessor.get("bgr_to_rgb") or preprocessor.get("rgb_to_bgr"))
+    mean, std = preprocessor.get("mean"), preprocessor.get("std")
+    if turned:
+        order = "RGB" if order == "BGR" else "BGR"
+    return Pixels(None if mean is None else tuple(mean), None if std is None else tuple(std), order)
+
+
+def check_pixels(
+    backbone: nn.Module, path: str | os.PathLike[str], given: Pixels | None, where: str = "model", refuse: bool = True
+) -> None:
+    """Compare how a config prepares its images with what the backbone's weights were trained on.
+
+    Of an export its card says it. Of other files ImageNet's usual numbers are taken (timm's for the network of a
+    ``TimmBackbone``), and a difference is a line of the log: weights of caffe's ResNets, for one, want BGR and no deviation.
+
+    Args:
+        backbone: see :func:`load_backbone_file`.
+        path: the file or folder of the weights.
+        given: how this config prepares images; None is not compared.
+        where: the place of the detector or segmentor in the config, for the message.
+        refuse: False: the log has a line of exports, too.
+
+    Raises:
+        ValueError: an export, and other images.
+    """
+    card = _card(_weight_file(Path(path).expanduser()))
+    wanted = _trained_on(card, backbone)
+    set_to, differs = [], []
+    if given is not None and not given.agrees(wanted):
+        differs.append(f"images prepared as {wanted}; this config prepares them as {given}")
+        place = f"{where}.data_preprocessor"
+        set_to += [f"{place}.mean={_listed(wanted.mean or ())}", f"{place}.std={_listed(wanted.std or ())}"]
+        set_to += [f"{place}.bgr_to_rgb=True"] if given.order == "BGR" else []
+    if getattr(backbone, "style", None) == "caffe" and "layer1.0.conv3.weight" in backbone.state_dict():
+        differs.append("blocks whose second convolution has the stride; with style='caffe' the first has it")
+        set_to.append(f"{where}.backbone.style=pytorch")
+    if not differs:
+        return
+    known = "was trained with" if card else "is taken to want what ImageNet's usual weights do:"
+    told = f"backbone={path} {known} {', and '.join(differs)}. Features of other images are far worse, and nothing fails. "
+    told += f"Set --cfg-options {' '.join(set_to)}"
+    if where != "model":
+        told += ", and the same for model.teacher (a distillation whose student or teacher is a file: in that file)"
+    if card and refuse:
+        raise ValueError(told)
+    told += "" if card else "; leave it where the weights are of that kind, e.g. caffe's (BGR, deviation 1, style='caffe')"
+    print_log(told, "current", logging.WARNING)
+
+
+def _trained_on(card: Mapping[str, Any], backbone: nn.Module) -> Pixels:
+    if card.get("pixels"):
+        mean, std = card["pixels"]
+    elif isinstance(backbone, TimmBackbone):
+        mean, std = pixel_statistics(backbone.network)
+    else:
+        known = get_pretrained_cfg(str(card["name"]), allow_unregistered=True) if card else None
+        mean, std = (known.mean, known.std) if known is not None else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, std = (tuple(round(255 * value, 3) for value in values) for values in (mean, std))
+    return Pixels(mean, std, "RGB")
+
+
+def _listed(values: Sequence[float]) -> str:
+    return f"[{','.join(f'{value:g}' for value in values)}]"

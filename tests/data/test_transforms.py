@@ -1,5 +1,6 @@
 """Options, sizes and randomness of the image transforms."""
 
+import itertools
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from hgkd.data.transforms import as_size, build_transform, eval_transform, train_transform
+from hgkd.data.transforms import as_size, augment_transform, build_transform, eval_transform, train_transform
 
 
 def noise_image(width: int = 80, height: int = 60) -> Image.Image:
@@ -144,3 +145,19 @@ def test_augmentation_that_is_unknown_or_contradictory_is_refused():
         build_transform(32, dict(kind="augment", auto_augment="randd-m9"))
     with pytest.raises(ValueError, match=r"color_jitter=0\.4 has no effect with auto_augment='trivial'"):
         build_transform(32, dict(kind="augment", auto_augment="trivial", color_jitter=0.4))
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n9-inc1", "rand-m9-mstd0.5-inc1", "originalr", "augmix-m10-w9"])
+def test_the_strongest_levels_of_posterize(policy):
+    """timm asks Pillow for 0 bits, a black image, which Pillow 13 refuses."""
+    transform = augment_transform(16, auto_augment=policy)
+    (steps,) = transform.steps.transforms[1].transforms
+    operations = [*getattr(steps, "ops", []), *itertools.chain.from_iterable(getattr(steps, "policy", []))]
+    found = [operation for operation in operations if "Posterize" in operation.name]
+    assert found
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    for operation in found:
+        operation.prob, operation.magnitude = 1.0, 10
+        assert operation(image).size == (16, 16)
+        assert np.asarray(operation.aug_fn(image, 0)).max() == 0
+        assert np.asarray(operation.aug_fn(image, 1))[0, 0].tolist() == [128, 0, 0]

@@ -170,6 +170,28 @@ def test_a_score_may_have_a_factor(tmp_path):
     assert found["curves"] == {"box AP": [[3, 12.5], [6, 25.0]]}
 
 
+def test_a_validation_that_finds_nothing_counts_as_nothing(tmp_path):
+    """Of a detector without a single detection mmdet logs no score; an earlier epoch's is not its."""
+    job = tool.Job("a", 0, tmp_path, "x.py", {}, {}, {"box AP": ["coco/bbox_mAP", 100]})
+    log = tmp_path / "x/vis_data/scalars.json"
+    log.parent.mkdir(parents=True)
+    first, nothing = '{"coco/bbox_mAP": 0.125, "step": 3}\n', '{"data_time": 0.1, "time": 0.2, "step": 6}\n'
+    log.write_text(first + '{"lr": 0.1, "loss": 1.0, "step": 5}\n' + nothing)
+    found = tool._log(job)
+    assert found["curves"] == {"box AP": [[3, 12.5], [6, 0.0]]}
+    assert found["found_nothing"] == [6]
+    result = {"row": "a", "seed": 0, "command": "c", "scores": {"box AP": {"value": 0.0}}, **found}
+    assert "- a, seed 0: nothing was found in the validation at 6, which counts as 0" in tool.table_of([result])
+    log.write_text(first + nothing + nothing.replace("}", ', "coco/bbox_mAP": 0.5}'))  # resumed, and then it found something
+    assert tool._log(job)["curves"] == {"box AP": [[3, 12.5], [6, 50.0]]}
+    log.write_text(nothing)
+    with pytest.raises(StoppedError, match="it logged nothing, as of a detector that finds nothing; train for longer"):
+        tool._log(job)
+    log.write_text(first + '{"mIoU": 0.5, "step": 6}\n')
+    with pytest.raises(StoppedError, match=r"the last validation in .*, at 6, did not log 'coco/bbox_mAP', .* it logged mIoU"):
+        tool._log(job)
+
+
 def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_imagefolder("shapes", train=24, test=8, image_size=64)
