@@ -21,6 +21,11 @@ from hgkd.openmmlab.label_maps import IGNORED, check_label_maps
 from hgkd.openmmlab.listed_images import few
 
 _HEADS = {"bbox_head", "mask_head", "decode_head", "auxiliary_head"}  # whose classes are the data set's
+_METRIC_ITEMS = {"mAP", *(f"mAP_{part}" for part in ("50", "75", "s", "m", "l"))} | {
+    *(f"AR@{number}" for number in (100, 300, 1000)),
+    *(f"AR_{part}@1000" for part in "sml"),
+}  # of CocoMetric
+_MEASURES = {"mIoU", "mDice", "mFscore"}  # of IoUMetric
 # but for those that match texts, and STDC's boundaries
 _OTHER_HEADS = {"ATSSVLFusionHead", "GroundingDINOHead", "SideAdapterCLIPHead", "STDCHead"}
 # data sets whose classes are not their heads': panoptic ones divide them into things and stuff, trackers detect some of them
@@ -50,7 +55,9 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
             datasets = list(datasets_of(cfg, [name]))
             for dataset in datasets:
                 cls = dataset_class(dataset, cfg.default_scope)
-                classes = _classes(dataset, cls)
+                classes = class_names(dataset, cls, f"{name}.dataset")
+                # mmdet counts the colours when it draws
+                _check_palette(dataset, len(classes) if cfg.default_scope == "mmseg" else 0, f"{name}.dataset")
                 if not _is_a(cls, *_OTHER_CLASSES):
                     _check_heads(heads, classes, name)
                 _check_order(orders, classes, name)
@@ -74,16 +81,22 @@ def _check_detection(cfg: Config, model: Mapping[str, Any], datasets: Sequence[M
         file = _annotation_file(dataset, name)
         if len(datasets) == 1:
             _check_evaluated_file(evaluators, file, name)
-        if coco and not _is_a(cls, "CocoPanopticDataset") and file.suffix == ".json":
+        stock = all(getattr(cls, part, 0) is getattr(CocoDataset, part) for part in ("load_data_list", "parse_data_info"))
+        if coco and not _is_a(cls, "CocoPanopticDataset") and (stock or file.suffix == ".json"):
+            steps = [step for step in dataset.get("pipeline") or [] if step.get("with_mask")]
             use = Use(
-                stock=all(getattr(cls, part) is getattr(CocoDataset, part) for part in ("load_data_list", "parse_data_info")),
-                masks=any(step.get("with_mask") for step in dataset.get("pipeline") or []),
+                stock=stock,
+                # without a file of its own a metric measures by what the data set hands on
+                masks=bool(steps) or any("segm" in _metrics(part) for part in measured if not part.get("ann_file")),
+                polygons=any(step.get("poly2mask") is False for step in steps),
                 metrics=frozenset(metric for part in measured if part.get("ann_file") for metric in _metrics(part)),
             )
-            said, boxes = check_annotation_file(file, dataset, _classes(dataset, cls), use, name)
+            said, boxes = check_annotation_file(file, dataset, class_names(dataset, cls, name), use, name)
             remarks += said
             if use.stock:
                 read.append((file, boxes))
+    for part in measured:
+        _check_measure(part, model, _evaluator_of(name))
     # one of several data sets may be without objects: unlabelled images
     if len(read) == len(datasets) and not any(boxes.usable for _, boxes in read) and (name == "train_dataloader" or measured):
         raise DataError(
@@ -108,6 +121,26 @@ def _check_evaluated_file(evaluators: Sequence[Mapping[str, Any]], file: Path, n
             )
 
 
+def _check_measure(evaluator: Mapping[str, Any], model: Mapping[str, Any], name: str) -> None:
+    """Refuse what CocoMetric would refuse after the first epoch."""
+    items = evaluator.get("metric_items")
+    if items is not None and (isinstance(items, str) or not set(items) <= _METRIC_ITEMS):
+        raise DataError(f"{name}.metric_items={items!r}, needed is a list of some of {', '.join(sorted(_METRIC_ITEMS))}")
+    if "segm" in _metrics(evaluator) and not _mentions_masks(model):
+        raise DataError(
+            f"{name}.metric={evaluator['metric']!r} measures masks, but the model predicts none; set {name}.metric='bbox', or "
+            "take a model with masks"
+        )
+
+
+def _mentions_masks(part: Any) -> bool:
+    """Whether a key of a model's config, but for the padding of images, has to do with masks."""
+    if isinstance(part, Mapping):
+        inner = {str(key): value for key, value in part.items() if key != "data_preprocessor" and value}
+        return any("mask" in key for key in inner) or any(map(_mentions_masks, inner.values()))
+    return isinstance(part, (list, tuple)) and any(map(_mentions_masks, part))
+
+
 def _differ(one: Path, other: Path) -> bool:
     """Whether two annotation files are of different data; False where it cannot be told."""
     try:
@@ -126,12 +159,17 @@ def _check_segmentation(cfg: Config, model: Mapping[str, Any], datasets: Sequenc
     measure = next((part for part in evaluators if _type(part) == "IoUMetric" and not part.get("format_only")), None)
     heads = ignored
     if measure is not None:
+        asked = measure.get("iou_metrics", ())
+        if not {asked} <= _MEASURES if isinstance(asked, str) else not set(asked) <= _MEASURES:
+            raise DataError(
+                f"{_evaluator_of(name)}.iou_metrics={asked!r}, needed is a list of some of {', '.join(sorted(_MEASURES))}"
+            )
         key, value = f"{_evaluator_of(name)}.ignore_index", int(measure.get("ignore_index", IGNORED))
         ignored = {key: value}
         remarks += [f"{key}={value}, but {path}={index}" for path, index in heads.items() if index != value]
     for dataset in datasets:
         cls = dataset_class(dataset, cfg.default_scope)
-        classes = _classes(dataset, cls)
+        classes = class_names(dataset, cls, name)
         if not classes or not _is_a(cls, "BaseSegDataset", "BaseCDDataset"):
             continue
         said, any_label = check_label_maps(dataset, len(classes), ignored, name)
@@ -201,11 +239,61 @@ def _is_other_head(head: Mapping[str, Any]) -> bool:
     return _type(head) in _OTHER_HEADS or "boundary_threshold" in head
 
 
-def _classes(dataset: Mapping[str, Any], cls: Any) -> tuple[str, ...]:
-    given = (dataset.get("metainfo") or {}).get("classes") or getattr(cls, "METAINFO", {}).get("classes") or ()
+def class_names(dataset: Mapping[str, Any], cls: Any, name: str) -> tuple[str, ...]:
+    """The names of a data set's classes, or none where only its files have them.
+
+    Args:
+        dataset: its config.
+        cls: its class.
+        name: of the config, for the message.
+
+    Raises:
+        DataError: they are no tuple of names, as ``('cell')`` is none.
+    """
+    metainfo = dataset.get("metainfo")
+    if not isinstance(metainfo, (Mapping, type(None))):
+        raise DataError(f"{name}.metainfo={metainfo!r}, needed is a dict: metainfo=dict(classes=('first', 'second'))")
+    for key in ("CLASSES", "PALETTE"):
+        if key in (metainfo or {}):
+            raise DataError(f"{name}.metainfo.{key} is read by nobody; call it {key.lower()}")
+    if metainfo and "classes" in metainfo:
+        return _names(metainfo["classes"], f"{name}.metainfo.classes")
+    own = getattr(cls, "METAINFO", {}).get("classes")
+    return () if own is None else _names(own, f"{cls.__name__}.METAINFO['classes']")
+
+
+def _names(given: Any, place: str) -> tuple[str, ...]:
     if isinstance(given, str):
-        return tuple(Path(given).read_text().splitlines()) if Path(given).is_file() else (given,)
+        if not os.path.isfile(given):  # mmengine takes a text for a file of names, or as it is: letters
+            raise DataError(
+                f"{place}={given!r} is a text, needed is a tuple of names, or a file of one name a line; for one class write "
+                f"({given!r},), with the comma"
+            )
+        place = f"{place}={given!r}"
+        given = Path(given).read_text(encoding="utf-8").splitlines()
+    texts = isinstance(given, (list, tuple)) and all(isinstance(label, str) and label.strip() for label in given)
+    if not texts or not given:
+        raise DataError(f"{place}: {given!r} is no tuple of names like ('first', 'second'), none of them empty")
+    twice = next((label for label in given if given.count(label) > 1), None)
+    if twice is not None:
+        raise DataError(f"{place} names {twice!r} more than once; give every class a name of its own")
     return tuple(given)
+
+
+def _check_palette(dataset: Mapping[str, Any], count: int, name: str) -> None:
+    """Refuse what is no list of colours, or of fewer than ``count``."""
+    palette = (dataset.get("metainfo") or {}).get("palette")
+    if palette is None or (isinstance(palette, (list, tuple)) and not palette):
+        return
+    triples = isinstance(palette, (list, tuple)) and all(
+        isinstance(colour, (list, tuple)) and len(colour) == 3 and all(isinstance(part, int) for part in colour)
+        for colour in palette
+    )
+    if not triples or len(palette) < count:
+        raise DataError(
+            f"{name}.metainfo.palette={palette!r}, needed is a list of colours, one a class, like [(255, 0, 0)] for one class; "
+            "set it to [] for random colours"
+        )
 
 
 def _class_counts(part: Any, path: str) -> Iterator[tuple[str, int]]:

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from hgkd.data.images import find_images
 from hgkd.engine.config import read_config
 from hgkd.engine.weights import load_strict, read_checkpoint
+from hgkd.openmmlab.checks import class_names
 from hgkd.openmmlab.config import (
     dataset_class,
     drop_downloads,
@@ -135,7 +136,10 @@ def _names(dataset: Mapping[str, Any], scope: str) -> dict[str, Any]:
     """Class names and colours of a data set, without reading its files."""
     cls: Any = dataset_class(dataset, scope)
     names = {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
-    if len(names.get("palette") or ()) != len(names["classes"]):
+    names["classes"] = class_names(dataset, cls, "test_dataloader.dataset")
+    palette = names.get("palette") or ()
+    names["palette"] = [] if isinstance(palette, str) else list(palette)  # mmdet takes a tuple for one colour
+    if len(names["palette"]) != len(names["classes"]):
         colours = np.random.default_rng(0).integers(0, 256, (len(names["classes"]), 3))
         names["palette"] = [tuple(int(value) for value in colour) for colour in colours]
     return names

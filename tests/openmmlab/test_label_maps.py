@@ -105,6 +105,39 @@ def test_a_list_of_images(root):
         check_data(segmentor(root, **options), BOTH)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("000000.jpg\n", "names are listed without suffix, which the data set adds, and .*train.txt has '000000.jpg'"),
+        ("000000.png\n", "'000000.png' is there, without its last suffix, which the data set adds"),
+        ("000000.jpg,000000.png\n", "'000000.jpg' is there, without what follows its first comma or blank"),
+        ("images/000000\n", "'000000.png' is there, without its folders"),
+        ("000000\n\n", "train.txt has an empty line; take it out"),
+        ("\ufeff000000\n", "begins with a byte order mark"),
+    ],
+)
+def test_a_list_that_is_none_of_names(root, lines, message):
+    file = root / "train.txt"
+    file.write_text(lines, encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=f"train_dataloader: label map .* does not exist.*{message}"):
+        check_data(segmentor(root, **{"train_dataloader.dataset.ann_file": str(file)}), BOTH)
+
+
+def test_what_is_no_image(root):
+    (root / "images/validation/000000.jpg").write_text("text")
+    with pytest.raises(DataError, match=r"val_dataloader: 1 of 2 images cannot be opened: cut off, or no images .*000000.jpg"):
+        check_data(segmentor(root), BOTH)
+
+
+@pytest.mark.parametrize("asked", ["mIOU", ["mIoU", "dice"]])
+def test_a_measure_that_mmseg_lacks(root, asked):
+    """https://github.com/open-mmlab/mmsegmentation/issues/180: an error after the first validation."""
+    told = r"val_evaluator.iou_metrics=.*, needed is a list of some of mDice, mFscore, mIoU"
+    with pytest.raises(DataError, match=told):
+        check_data(segmentor(root, **{"val_evaluator.iou_metrics": asked}), BOTH)
+    assert check_data(segmentor(root, **{"val_evaluator.iou_metrics": "mDice"}), BOTH) == []
+
+
 def test_a_test_set_without_maps(root):
     cfg = segmentor(root)
     cfg.val_dataloader.dataset.data_prefix.pop("seg_map_path")
