@@ -7,6 +7,7 @@ asking, some of them only after the training: in the evaluation.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -128,7 +129,14 @@ def check_annotation_file(
         listed &= boxes.images
     folder = Path(dataset.get("data_root") or "") / ((dataset.get("data_prefix") or {}).get("img") or "")
     entries = [entry for key, entry in images.items() if key in listed and entry.get("file_name")]
-    remarks += check_images(file, folder, [str(entry["file_name"]) for entry in entries], name)
+    names = [str(entry["file_name"]) for entry in entries]
+    remarks += check_images(file, folder, names, name)
+    twice = [listed_name for listed_name, count in Counter(names).items() if count > 1]
+    if twice:
+        remarks.append(
+            f"{where} lists {len(twice)} images under several ids, each with a part of their objects ({few(twice, 3)}); what "
+            "an entry lacks is background to it"
+        )
     if use.stock:
         remarks += _check_sizes(entries, folder, dataset.get("pipeline") or [], file, name)
         problem = boxes.places.problem()

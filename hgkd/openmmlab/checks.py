@@ -19,13 +19,19 @@ from hgkd.openmmlab.annotation_files import Boxes, Use, check_annotation_file, l
 from hgkd.openmmlab.config import dataset_class, datasets_of
 from hgkd.openmmlab.label_maps import IGNORED, check_label_maps
 from hgkd.openmmlab.listed_images import few
+from hgkd.openmmlab.measures import (
+    check_best,
+    check_coco_metric,
+    check_iou_metric,
+    check_pixel_heads,
+    coco_metrics,
+    evaluator_of,
+    evaluators_of,
+    type_name,
+)
+from hgkd.openmmlab.xml_files import check_xml_files
 
 _HEADS = {"bbox_head", "mask_head", "decode_head", "auxiliary_head"}  # whose classes are the data set's
-_METRIC_ITEMS = {"mAP", *(f"mAP_{part}" for part in ("50", "75", "s", "m", "l"))} | {
-    *(f"AR@{number}" for number in (100, 300, 1000)),
-    *(f"AR_{part}@1000" for part in "sml"),
-}  # of CocoMetric
-_MEASURES = {"mIoU", "mDice", "mFscore"}  # of IoUMetric
 # but for those that match texts, and STDC's boundaries
 _OTHER_HEADS = {"ATSSVLFusionHead", "GroundingDINOHead", "SideAdapterCLIPHead", "STDCHead"}
 # data sets whose classes are not their heads': panoptic ones divide them into things and stuff, trackers detect some of them
@@ -52,6 +58,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
         for name in loaders:
             if not cfg.get(name):
                 continue
+            _check_readers(cfg[name], name)
             datasets = list(datasets_of(cfg, [name]))
             for dataset in datasets:
                 cls = dataset_class(dataset, cfg.default_scope)
@@ -63,6 +70,8 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
                 _check_order(orders, classes, name)
                 _check_folders(dataset, name)
             remarks += check(cfg, model, datasets, name)
+        if "train_dataloader" in loaders:
+            check_best(cfg)
     return remarks
 
 
@@ -71,8 +80,8 @@ def _check_detection(cfg: Config, model: Mapping[str, Any], datasets: Sequence[M
 
     remarks: list[str] = []
     read: list[tuple[Path, Boxes]] = []
-    evaluators = list(_evaluators(cfg, name))
-    measured = [part for part in evaluators if _type(part) == "CocoMetric" and not part.get("format_only")]
+    evaluators = list(evaluators_of(cfg, name))
+    measured = [part for part in evaluators if type_name(part) == "CocoMetric" and not part.get("format_only")]
     for dataset in datasets:
         cls = dataset_class(dataset, cfg.default_scope)
         coco = _is_a(cls, "CocoDataset")
@@ -87,16 +96,18 @@ def _check_detection(cfg: Config, model: Mapping[str, Any], datasets: Sequence[M
             use = Use(
                 stock=stock,
                 # without a file of its own a metric measures by what the data set hands on
-                masks=bool(steps) or any("segm" in _metrics(part) for part in measured if not part.get("ann_file")),
+                masks=bool(steps) or any("segm" in coco_metrics(part) for part in measured if not part.get("ann_file")),
                 polygons=any(step.get("poly2mask") is False for step in steps),
-                metrics=frozenset(metric for part in measured if part.get("ann_file") for metric in _metrics(part)),
+                metrics=frozenset(metric for part in measured if part.get("ann_file") for metric in coco_metrics(part)),
             )
             said, boxes = check_annotation_file(file, dataset, class_names(dataset, cls, name), use, name)
             remarks += said
             if use.stock:
                 read.append((file, boxes))
+        elif _is_a(cls, "XMLDataset"):
+            remarks += check_xml_files(dataset, file, class_names(dataset, cls, name), name)
     for part in measured:
-        _check_measure(part, model, _evaluator_of(name))
+        check_coco_metric(part, model, evaluator_of(name))
     # one of several data sets may be without objects: unlabelled images
     if len(read) == len(datasets) and not any(boxes.usable for _, boxes in read) and (name == "train_dataloader" or measured):
         raise DataError(
@@ -111,7 +122,7 @@ def _check_evaluated_file(evaluators: Sequence[Mapping[str, Any]], file: Path, n
     for evaluator in evaluators:
         if not evaluator.get("ann_file"):
             continue
-        other, key = Path(evaluator["ann_file"]), f"{_evaluator_of(name)}.ann_file"
+        other, key = Path(evaluator["ann_file"]), f"{evaluator_of(name)}.ann_file"
         if not other.is_file():
             raise FileNotFoundError(f"{key}: {other} does not exist; set it to the file of {name}, {file}")
         if os.path.realpath(other) != os.path.realpath(file) and _differ(other, file):
@@ -119,26 +130,6 @@ def _check_evaluated_file(evaluators: Sequence[Mapping[str, Any]], file: Path, n
                 f"{key}={str(other)!r} lists other images or categories than {name} reads from {str(file)!r}, so the measure "
                 "would be wrong; set both to the same file"
             )
-
-
-def _check_measure(evaluator: Mapping[str, Any], model: Mapping[str, Any], name: str) -> None:
-    """Refuse what CocoMetric would refuse after the first epoch."""
-    items = evaluator.get("metric_items")
-    if items is not None and (isinstance(items, str) or not set(items) <= _METRIC_ITEMS):
-        raise DataError(f"{name}.metric_items={items!r}, needed is a list of some of {', '.join(sorted(_METRIC_ITEMS))}")
-    if "segm" in _metrics(evaluator) and not _mentions_masks(model):
-        raise DataError(
-            f"{name}.metric={evaluator['metric']!r} measures masks, but the model predicts none; set {name}.metric='bbox', or "
-            "take a model with masks"
-        )
-
-
-def _mentions_masks(part: Any) -> bool:
-    """Whether a key of a model's config, but for the padding of images, has to do with masks."""
-    if isinstance(part, Mapping):
-        inner = {str(key): value for key, value in part.items() if key != "data_preprocessor" and value}
-        return any("mask" in key for key in inner) or any(map(_mentions_masks, inner.values()))
-    return isinstance(part, (list, tuple)) and any(map(_mentions_masks, part))
 
 
 def _differ(one: Path, other: Path) -> bool:
@@ -152,19 +143,17 @@ def _differ(one: Path, other: Path) -> bool:
 def _check_segmentation(cfg: Config, model: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     remarks: list[str] = []
     labelled: list[bool] = []
-    ignored = dict(_ignored_in_training(model))
-    evaluators = list(_evaluators(cfg, name))
+    pixel_heads = dict(_pixel_heads(model))
+    check_pixel_heads(pixel_heads)
+    ignored = {f"{path}.ignore_index": int(head.get("ignore_index", IGNORED)) for path, head in pixel_heads.items()}
+    evaluators = list(evaluators_of(cfg, name))
     if evaluators and all(part.get("format_only") for part in evaluators):
         return []  # a test set whose labels are not public
-    measure = next((part for part in evaluators if _type(part) == "IoUMetric" and not part.get("format_only")), None)
+    measure = next((part for part in evaluators if type_name(part) == "IoUMetric" and not part.get("format_only")), None)
     heads = ignored
     if measure is not None:
-        asked = measure.get("iou_metrics", ())
-        if not {asked} <= _MEASURES if isinstance(asked, str) else not set(asked) <= _MEASURES:
-            raise DataError(
-                f"{_evaluator_of(name)}.iou_metrics={asked!r}, needed is a list of some of {', '.join(sorted(_MEASURES))}"
-            )
-        key, value = f"{_evaluator_of(name)}.ignore_index", int(measure.get("ignore_index", IGNORED))
+        check_iou_metric(measure, evaluator_of(name))
+        key, value = f"{evaluator_of(name)}.ignore_index", int(measure.get("ignore_index", IGNORED))
         ignored = {key: value}
         remarks += [f"{key}={value}, but {path}={index}" for path, index in heads.items() if index != value]
     for dataset in datasets:
@@ -185,14 +174,14 @@ def _check_segmentation(cfg: Config, model: Mapping[str, Any], datasets: Sequenc
     return remarks
 
 
-def _ignored_in_training(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _pixel_heads(model: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The heads of a segmentor that classify places, by their paths."""
     for name in ("decode_head", "auxiliary_head"):
         heads = model.get(name) or {}
         several = isinstance(heads, (list, tuple))
         for index, head in enumerate(heads if several else [heads]):
             if head and not _is_other_head(head):
-                place = f"model.{name}.{index}" if several else f"model.{name}"
-                yield f"{place}.ignore_index", int(head.get("ignore_index", IGNORED))
+                yield (f"model.{name}.{index}" if several else f"model.{name}"), head
 
 
 def _check_padding(preprocessor: Mapping[str, Any], heads: Mapping[str, int], count: int) -> None:
@@ -208,35 +197,12 @@ def _check_padding(preprocessor: Mapping[str, Any], heads: Mapping[str, int], co
             )
 
 
-def _evaluator_of(name: str) -> str:
-    return name.replace("_dataloader", "_evaluator")
-
-
-def _evaluators(cfg: Config, name: str) -> Iterator[Mapping[str, Any]]:
-    """The metrics that measure on a dataloader, inside an evaluator of several too."""
-    given = cfg.get(_evaluator_of(name)) or []
-    for part in [given] if isinstance(given, Mapping) else given:
-        inner = part.get("metrics")
-        yield from [inner] if isinstance(inner, Mapping) else inner or [part]
-
-
-def _metrics(evaluator: Mapping[str, Any]) -> list[str]:
-    given = evaluator.get("metric", "bbox")
-    return [given] if isinstance(given, str) else list(given)
-
-
-def _type(part: Mapping[str, Any]) -> str:
-    """The name of what a config's part builds, without its scope."""
-    given = part.get("type", "")
-    return str(getattr(given, "__name__", given)).rpartition(".")[2]
-
-
 def _is_a(cls: Any, *names: str) -> bool:
     return any(base.__name__ in names for base in cls.__mro__)
 
 
 def _is_other_head(head: Mapping[str, Any]) -> bool:
-    return _type(head) in _OTHER_HEADS or "boundary_threshold" in head
+    return type_name(head) in _OTHER_HEADS or "boundary_threshold" in head
 
 
 def class_names(dataset: Mapping[str, Any], cls: Any, name: str) -> tuple[str, ...]:
@@ -317,6 +283,14 @@ def _check_heads(heads: Mapping[str, int], classes: Sequence[str], name: str) ->
                 f"{path}.num_classes={count}, but the data set of {name} has {len(classes)} classes ({few(classes)}); set "
                 f"{path}.num_classes={len(classes)}, or the data set's metainfo.classes"
             )
+
+
+def _check_readers(loader: Mapping[str, Any], name: str) -> None:
+    if loader.get("persistent_workers") and not loader.get("num_workers"):
+        raise DataError(
+            f"{name}.persistent_workers=True, but num_workers=0: there is nobody to stay; the option workers=0 sets both "
+            f"right, or set {name}.persistent_workers=False"
+        )
 
 
 def _check_order(orders: dict[frozenset[str], tuple[str, ...]], classes: tuple[str, ...], name: str) -> None:

@@ -15,7 +15,6 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
-from PIL import Image, ImageOps
 
 from hgkd.data.images import find_images
 from hgkd.engine.config import read_config
@@ -30,6 +29,7 @@ from hgkd.openmmlab.config import (
     merge_options,
     model_config,
 )
+from hgkd.openmmlab.images import LoadReadableImage
 from hgkd.openmmlab.ops.finder import register_ops
 from hgkd.openmmlab.weights import student_weights
 
@@ -80,12 +80,12 @@ def draw_predictions(
         visualizer: Any = roots.VISUALIZERS.build({**cfg.visualizer, "name": f"drawing_{id(model)}", "vis_backends": None})
         visualizer.dataset_meta = _names(dataset, cfg.default_scope)
         pictures = []
+        load: Any = LoadReadableImage(required=True)
         for file, name in zip(files, picture_names(files), strict=True):
             data = pipeline({"img_path": str(file), "img_id": 0})
             result = model.test_step({"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]})[0]
-            with Image.open(file) as picture:
-                # turned as the model has seen it: mmcv heeds the camera's note of which side is up
-                pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            # turned as the model has seen it: mmcv heeds the camera's note of which side is up
+            pixels = np.ascontiguousarray(load({"img_path": str(file)})["img"][..., ::-1])
             target = Path(out) / f"{name}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             threshold: dict[str, Any] = {"pred_score_thr": score} if cfg.default_scope == "mmdet" else {}

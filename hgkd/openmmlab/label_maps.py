@@ -71,11 +71,12 @@ def check_label_maps(dataset: Mapping[str, Any], count: int, ignored: Mapping[st
         raise FileNotFoundError(
             f"{name}: label map {lost} does not exist{_why_lost(built, lost)}; every image needs one of its name"
         )
-    remarks = _check_partners(built, pairs, name)
     pipeline = dataset.get("pipeline") or []
+    remarks = _check_zero_label(built, pipeline, name) + _check_partners(built, pairs, name)
     upright = is_turned_upright(pipeline)
+    by_cv2 = any(step.get("type") == "LoadAnnotations" and step.get("imdecode_backend") == "cv2" for step in pipeline)
     labelled, scaled, unreadable = False, [], []
-    for (file, image), found in look_at(pairs, lambda pair: _read(pair[0], pair[1], upright)):
+    for (file, image), found in look_at(pairs, lambda pair: _read(pair[0], pair[1], upright, by_cv2)):
         labels = {value: _label(value, bool(built.reduce_zero_label), built.label_map) for value in found.values}
         for value, label in labels.items():
             if not 0 <= label < count:
@@ -94,6 +95,28 @@ def check_label_maps(dataset: Mapping[str, Any], count: int, ignored: Mapping[st
             "resizes both to one scale can train on them"
         )
     return remarks, labelled
+
+
+def _check_zero_label(built: Any, pipeline: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """Look at what becomes of the value 0; what should be said, without being an error.
+
+    Raises:
+        DataError: the data set and its pipeline differ.
+    """
+    from_one = bool(built.reduce_zero_label)
+    steps = [step["reduce_zero_label"] for step in pipeline if step.get("reduce_zero_label") is not None]
+    if any(bool(step) != from_one for step in steps):
+        raise DataError(
+            f"{name}: the data set has reduce_zero_label={from_one}, its pipeline's LoadAnnotations {steps[0]}; take it out of "
+            "LoadAnnotations, and set the data set's"
+        )
+    first = built.metainfo["classes"][0]
+    if from_one and first.strip("_").lower() in ("background", "bg"):
+        return [
+            f"{name}: with reduce_zero_label=True the value 0 is ignored, and 1 is {first!r}; where 0 is the background in the "
+            "label maps, set it to False"
+        ]
+    return []
 
 
 def _check_partners(built: Any, pairs: Sequence[tuple[Path, Path]], name: str) -> list[str]:
@@ -126,10 +149,10 @@ def _why_lost(built: Any, file: str) -> str:
     return why
 
 
-def _read(file: Path, image: Path, upright: bool) -> LabelMap:
+def _read(file: Path, image: Path, upright: bool, by_cv2: bool) -> LabelMap:
     try:
         with Image.open(file) as opened:
-            size, bands = opened.size, opened.getbands()
+            size, bands, mode = opened.size, opened.getbands(), opened.mode
             if len(bands) == 1 and opened.mode in ("L", "P"):
                 values = [value for value, places in enumerate(opened.histogram()) if places]  # half the time of sorting
             elif len(bands) == 1:
@@ -142,6 +165,11 @@ def _read(file: Path, image: Path, upright: bool) -> LabelMap:
         raise DataError(
             f"label map {file} has the channels {''.join(bands)}, needed is one channel that holds the classes' numbers; "
             "translate its colours, or save it as one channel of 8 bits or with a palette"
+        )
+    if by_cv2 and mode in ("P", "1"):
+        raise DataError(
+            f"label map {file} has a palette or one bit a place, of which OpenCV reads the colours, not the numbers; take "
+            "imdecode_backend='cv2' out of LoadAnnotations"
         )
     return LabelMap(values, size, image_size(image, upright))
 

@@ -314,6 +314,17 @@ def test_sizes_before_the_turn_of_exif(changed, coco, tmp_path):
     assert image.shape == (48, 64, 3)
 
 
+def test_an_image_that_is_listed_twice(changed):
+    """As merged files have it: each entry has its own objects alone, and what it lacks is background to it."""
+
+    def twice(content):
+        content["images"].append({**content["images"][0], "id": 999})
+        content["annotations"][0]["image_id"] = 999
+
+    (remark,) = check_data(changed(twice, ("train",)), BOTH)
+    assert "train.json lists 1 images under several ids, each with a part of their objects (" in remark
+
+
 def test_what_is_no_image(changed, coco, tmp_path):
     (tmp_path / "a.txt").write_text("no image")
     change = first("images", file_name=str(tmp_path / "a.txt"))

@@ -475,6 +475,30 @@ def test_loading_keeps_a_pipelines_other_arguments(tmp_path):
     assert (image.shape, image.dtype) == ((3, 4), np.float32)
 
 
+def test_deep_grey_images_are_scaled(tmp_path):
+    """https://github.com/open-mmlab/mmdetection/issues/9188 loads grey images; Pillow alone cuts those of 16 bits at 255."""
+    values = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    for options, shape in (({}, (48, 64, 3)), ({"color_type": "grayscale"}, (48, 64))):
+        image = LoadReadableImage(**options)({"img_path": str(tmp_path / "a.png")})["img"]
+        assert (image.shape, image.dtype) == (shape, np.uint8)
+        grey = image[..., 0] if image.ndim == 3 else image
+        assert np.abs(grey.astype(int) - values.astype(int) // 257).max() <= 1
+    as_float = LoadReadableImage(to_float32=True)({"img_path": str(tmp_path / "a.png")})["img"]
+    assert (as_float.dtype, as_float.max()) == (np.float32, 255)
+    unchanged = LoadReadableImage(color_type="unchanged")({"img_path": str(tmp_path / "a.png")})["img"]
+    assert (unchanged == values).all()
+
+
+def test_readers_that_cannot_stay(coco):
+    """https://github.com/open-mmlab/mmsegmentation/issues/2514."""
+    options = {"train_dataloader.persistent_workers": True, "train_dataloader.num_workers": 0}
+    told = r"train_dataloader.persistent_workers=True, but num_workers=0.*the option workers=0 sets both"
+    with pytest.raises(DataError, match=told):
+        check_data(detector(coco, **options), BOTH)
+    assert check_data(detector(coco, **options, workers=0), BOTH) == []
+
+
 def test_a_home_folder_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     cfg = train_tool.load_config(DETECTOR, options={"data_root": "~/bccd"})
