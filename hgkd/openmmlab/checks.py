@@ -20,6 +20,7 @@ from hgkd.openmmlab.config import dataset_class, datasets_of
 from hgkd.openmmlab.label_maps import IGNORED, check_label_maps
 from hgkd.openmmlab.listed_images import few
 from hgkd.openmmlab.measures import (
+    check_all_measured,
     check_best,
     check_coco_metric,
     check_iou_metric,
@@ -90,6 +91,8 @@ def _check_detection(cfg: Config, model: Mapping[str, Any], datasets: Sequence[M
         file = _annotation_file(dataset, name)
         if len(datasets) == 1:
             _check_evaluated_file(evaluators, file, name)
+        for part in measured:
+            check_all_measured(dataset, part, name)
         stock = all(getattr(cls, part, 0) is getattr(CocoDataset, part) for part in ("load_data_list", "parse_data_info"))
         if coco and not _is_a(cls, "CocoPanopticDataset") and (stock or file.suffix == ".json"):
             steps = [step for step in dataset.get("pipeline") or [] if step.get("with_mask")]
@@ -286,6 +289,8 @@ def _check_heads(heads: Mapping[str, int], classes: Sequence[str], name: str) ->
 
 
 def _check_readers(loader: Mapping[str, Any], name: str) -> None:
+    if loader.get("drop_last") and name != "train_dataloader":
+        raise DataError(f"{name}.drop_last=True leaves images out of the measure; set it to False")
     if loader.get("persistent_workers") and not loader.get("num_workers"):
         raise DataError(
             f"{name}.persistent_workers=True, but num_workers=0: there is nobody to stay; the option workers=0 sets both "

@@ -49,12 +49,33 @@ def check_coco_metric(evaluator: Mapping[str, Any], model: Mapping[str, Any], na
     if items is not None and (isinstance(items, str) or not set(items) <= known):
         raise DataError(f"{name}.metric_items={items!r}, needed is a list of some of {', '.join(sorted(known))}")
     numbers = evaluator.get("proposal_nums", (100, 300, 1000))
-    if not isinstance(numbers, Sequence) or len(numbers) < 3:
+    # its own evaluation in several processes sums up otherwise
+    if not evaluator.get("use_mp_eval") and (not isinstance(numbers, Sequence) or len(numbers) < 3):
         raise DataError(f"{name}.proposal_nums={numbers!r}, needed are three numbers of boxes an image, like (1, 10, 100)")
     if "segm" in coco_metrics(evaluator) and not _mentions_masks(model):
         raise DataError(
             f"{name}.metric={evaluator['metric']!r} measures masks, but the model predicts none; set {name}.metric='bbox', or "
             "take a model with masks"
+        )
+
+
+def check_all_measured(dataset: Mapping[str, Any], evaluator: Mapping[str, Any], loader: str) -> None:
+    """Refuse a data set that leaves out images whose objects its evaluator's own file holds: all of them would be missed.
+
+    Raises:
+        DataError: ``indices``, or a filter without ``test_mode``.
+    """
+    if not evaluator.get("ann_file"):
+        return
+    if dataset.get("indices") is not None:
+        raise DataError(
+            f"{loader}: indices={dataset['indices']!r} leaves out images whose objects {evaluator_of(loader)}.ann_file counts "
+            "as missed; write an annotation file of the images that are meant, and set it for both"
+        )
+    if any((dataset.get("filter_cfg") or {}).values()) and not dataset.get("test_mode"):
+        raise DataError(
+            f"{loader}: filter_cfg={dict(dataset['filter_cfg'])} leaves out images that {evaluator_of(loader)}.ann_file "
+            "counts; set test_mode=True in the data set"
         )
 
 

@@ -499,6 +499,13 @@ def test_readers_that_cannot_stay(coco):
     assert check_data(detector(coco, **options, workers=0), BOTH) == []
 
 
+def test_a_measure_of_all_images(coco):
+    with pytest.raises(DataError, match=r"val_dataloader.drop_last=True leaves images out of the measure; set it to False"):
+        check_data(detector(coco, **{"val_dataloader.drop_last": True}), BOTH)
+    with pytest.raises(DataError, match=r"val_dataloader: indices=1 leaves out images"):
+        check_data(detector(coco, **{"val_dataloader.dataset.indices": 1}), BOTH)
+
+
 def test_a_home_folder_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     cfg = train_tool.load_config(DETECTOR, options={"data_root": "~/bccd"})

@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 
 from hgkd.errors import DataError
-from hgkd.openmmlab.measures import check_best, check_coco_metric, check_pixel_heads
+from hgkd.openmmlab.measures import check_all_measured, check_best, check_coco_metric, check_pixel_heads
 
 COCO = {"type": "CocoMetric", "metric": ["bbox", "segm"]}
 IOU = {"type": "IoUMetric", "iou_metrics": ["mIoU", "mFscore"]}
@@ -56,6 +56,34 @@ def test_three_numbers_of_proposals():
     with pytest.raises(DataError, match=r"val_evaluator.proposal_nums=\(100,\), needed are three numbers .* \(1, 10, 100\)"):
         check_coco_metric({"metric": "bbox", "proposal_nums": (100,)}, {}, "val_evaluator")
     check_coco_metric({"metric": "bbox", "proposal_nums": (1, 10, 100)}, {}, "val_evaluator")
+    check_coco_metric({"metric": "bbox", "proposal_nums": [300], "use_mp_eval": True}, {}, "val_evaluator")  # as of V3Det
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (
+            {"indices": 10},
+            r"indices=10 leaves out images whose objects val_evaluator.ann_file counts as missed; write",
+        ),
+        (
+            {"filter_cfg": {"min_size": 32}},
+            r"filter_cfg={'min_size': 32} leaves out images .*set test_mode=True",
+        ),
+    ],
+)
+def test_a_part_of_the_images_that_are_counted(dataset, message):
+    """https://github.com/see--/keras-centernet/issues/19: AP 0.075 for 0.364."""
+    measure = {**COCO, "ann_file": "val.json"}
+    with pytest.raises(DataError, match=f"val_dataloader: {message}"):
+        check_all_measured(dataset, measure, "val_dataloader")
+    check_all_measured(dataset, COCO, "val_dataloader")  # then it measures by what the data set hands on
+
+
+def test_all_images_that_are_counted():
+    measure = {**COCO, "ann_file": "val.json"}
+    check_all_measured({"filter_cfg": {"min_size": 32}, "test_mode": True}, measure, "val_dataloader")
+    check_all_measured({"filter_cfg": {"filter_empty_gt": False}}, measure, "val_dataloader")
 
 
 def head(**options):
