@@ -19,6 +19,18 @@ from hgkd.openmmlab.annotation_files import Boxes, Use, check_annotation_file, l
 from hgkd.openmmlab.config import dataset_class, datasets_of
 from hgkd.openmmlab.label_maps import IGNORED, check_label_maps
 from hgkd.openmmlab.listed_images import few
+from hgkd.openmmlab.measures import (
+    check_all_measured,
+    check_best,
+    check_coco_metric,
+    check_iou_metric,
+    check_pixel_heads,
+    coco_metrics,
+    evaluator_of,
+    evaluators_of,
+    type_name,
+)
+from hgkd.openmmlab.xml_files import check_xml_files
 
 _HEADS = {"bbox_head", "mask_head", "decode_head", "auxiliary_head"}  # whose classes are the data set's
 # but for those that match texts, and STDC's boundaries
@@ -47,15 +59,20 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
         for name in loaders:
             if not cfg.get(name):
                 continue
+            _check_readers(cfg[name], name)
             datasets = list(datasets_of(cfg, [name]))
             for dataset in datasets:
                 cls = dataset_class(dataset, cfg.default_scope)
-                classes = _classes(dataset, cls)
+                classes = class_names(dataset, cls, f"{name}.dataset")
+                # mmdet counts the colours when it draws
+                _check_palette(dataset, len(classes) if cfg.default_scope == "mmseg" else 0, f"{name}.dataset")
                 if not _is_a(cls, *_OTHER_CLASSES):
                     _check_heads(heads, classes, name)
                 _check_order(orders, classes, name)
                 _check_folders(dataset, name)
             remarks += check(cfg, model, datasets, name)
+        if "train_dataloader" in loaders:
+            check_best(cfg)
     return remarks
 
 
@@ -64,8 +81,8 @@ def _check_detection(cfg: Config, model: Mapping[str, Any], datasets: Sequence[M
 
     remarks: list[str] = []
     read: list[tuple[Path, Boxes]] = []
-    evaluators = list(_evaluators(cfg, name))
-    measured = [part for part in evaluators if _type(part) == "CocoMetric" and not part.get("format_only")]
+    evaluators = list(evaluators_of(cfg, name))
+    measured = [part for part in evaluators if type_name(part) == "CocoMetric" and not part.get("format_only")]
     for dataset in datasets:
         cls = dataset_class(dataset, cfg.default_scope)
         coco = _is_a(cls, "CocoDataset")
@@ -74,16 +91,26 @@ def _check_detection(cfg: Config, model: Mapping[str, Any], datasets: Sequence[M
         file = _annotation_file(dataset, name)
         if len(datasets) == 1:
             _check_evaluated_file(evaluators, file, name)
-        if coco and not _is_a(cls, "CocoPanopticDataset") and file.suffix == ".json":
+        for part in measured:
+            check_all_measured(dataset, part, name)
+        stock = all(getattr(cls, part, 0) is getattr(CocoDataset, part) for part in ("load_data_list", "parse_data_info"))
+        if coco and not _is_a(cls, "CocoPanopticDataset") and (stock or file.suffix == ".json"):
+            steps = [step for step in dataset.get("pipeline") or [] if step.get("with_mask")]
             use = Use(
-                stock=all(getattr(cls, part) is getattr(CocoDataset, part) for part in ("load_data_list", "parse_data_info")),
-                masks=any(step.get("with_mask") for step in dataset.get("pipeline") or []),
-                metrics=frozenset(metric for part in measured if part.get("ann_file") for metric in _metrics(part)),
+                stock=stock,
+                # without a file of its own a metric measures by what the data set hands on
+                masks=bool(steps) or any("segm" in coco_metrics(part) for part in measured if not part.get("ann_file")),
+                polygons=any(step.get("poly2mask") is False for step in steps),
+                metrics=frozenset(metric for part in measured if part.get("ann_file") for metric in coco_metrics(part)),
             )
-            said, boxes = check_annotation_file(file, dataset, _classes(dataset, cls), use, name)
+            said, boxes = check_annotation_file(file, dataset, class_names(dataset, cls, name), use, name)
             remarks += said
             if use.stock:
                 read.append((file, boxes))
+        elif _is_a(cls, "XMLDataset"):
+            remarks += check_xml_files(dataset, file, class_names(dataset, cls, name), name)
+    for part in measured:
+        check_coco_metric(part, model, evaluator_of(name))
     # one of several data sets may be without objects: unlabelled images
     if len(read) == len(datasets) and not any(boxes.usable for _, boxes in read) and (name == "train_dataloader" or measured):
         raise DataError(
@@ -98,7 +125,7 @@ def _check_evaluated_file(evaluators: Sequence[Mapping[str, Any]], file: Path, n
     for evaluator in evaluators:
         if not evaluator.get("ann_file"):
             continue
-        other, key = Path(evaluator["ann_file"]), f"{_evaluator_of(name)}.ann_file"
+        other, key = Path(evaluator["ann_file"]), f"{evaluator_of(name)}.ann_file"
         if not other.is_file():
             raise FileNotFoundError(f"{key}: {other} does not exist; set it to the file of {name}, {file}")
         if os.path.realpath(other) != os.path.realpath(file) and _differ(other, file):
@@ -119,19 +146,22 @@ def _differ(one: Path, other: Path) -> bool:
 def _check_segmentation(cfg: Config, model: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     remarks: list[str] = []
     labelled: list[bool] = []
-    ignored = dict(_ignored_in_training(model))
-    evaluators = list(_evaluators(cfg, name))
+    pixel_heads = dict(_pixel_heads(model))
+    check_pixel_heads(pixel_heads)
+    ignored = {f"{path}.ignore_index": int(head.get("ignore_index", IGNORED)) for path, head in pixel_heads.items()}
+    evaluators = list(evaluators_of(cfg, name))
     if evaluators and all(part.get("format_only") for part in evaluators):
         return []  # a test set whose labels are not public
-    measure = next((part for part in evaluators if _type(part) == "IoUMetric" and not part.get("format_only")), None)
+    measure = next((part for part in evaluators if type_name(part) == "IoUMetric" and not part.get("format_only")), None)
     heads = ignored
     if measure is not None:
-        key, value = f"{_evaluator_of(name)}.ignore_index", int(measure.get("ignore_index", IGNORED))
+        check_iou_metric(measure, evaluator_of(name))
+        key, value = f"{evaluator_of(name)}.ignore_index", int(measure.get("ignore_index", IGNORED))
         ignored = {key: value}
         remarks += [f"{key}={value}, but {path}={index}" for path, index in heads.items() if index != value]
     for dataset in datasets:
         cls = dataset_class(dataset, cfg.default_scope)
-        classes = _classes(dataset, cls)
+        classes = class_names(dataset, cls, name)
         if not classes or not _is_a(cls, "BaseSegDataset", "BaseCDDataset"):
             continue
         said, any_label = check_label_maps(dataset, len(classes), ignored, name)
@@ -147,14 +177,14 @@ def _check_segmentation(cfg: Config, model: Mapping[str, Any], datasets: Sequenc
     return remarks
 
 
-def _ignored_in_training(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _pixel_heads(model: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The heads of a segmentor that classify places, by their paths."""
     for name in ("decode_head", "auxiliary_head"):
         heads = model.get(name) or {}
         several = isinstance(heads, (list, tuple))
         for index, head in enumerate(heads if several else [heads]):
             if head and not _is_other_head(head):
-                place = f"model.{name}.{index}" if several else f"model.{name}"
-                yield f"{place}.ignore_index", int(head.get("ignore_index", IGNORED))
+                yield (f"model.{name}.{index}" if several else f"model.{name}"), head
 
 
 def _check_padding(preprocessor: Mapping[str, Any], heads: Mapping[str, int], count: int) -> None:
@@ -170,42 +200,69 @@ def _check_padding(preprocessor: Mapping[str, Any], heads: Mapping[str, int], co
             )
 
 
-def _evaluator_of(name: str) -> str:
-    return name.replace("_dataloader", "_evaluator")
-
-
-def _evaluators(cfg: Config, name: str) -> Iterator[Mapping[str, Any]]:
-    """The metrics that measure on a dataloader, inside an evaluator of several too."""
-    given = cfg.get(_evaluator_of(name)) or []
-    for part in [given] if isinstance(given, Mapping) else given:
-        inner = part.get("metrics")
-        yield from [inner] if isinstance(inner, Mapping) else inner or [part]
-
-
-def _metrics(evaluator: Mapping[str, Any]) -> list[str]:
-    given = evaluator.get("metric", "bbox")
-    return [given] if isinstance(given, str) else list(given)
-
-
-def _type(part: Mapping[str, Any]) -> str:
-    """The name of what a config's part builds, without its scope."""
-    given = part.get("type", "")
-    return str(getattr(given, "__name__", given)).rpartition(".")[2]
-
-
 def _is_a(cls: Any, *names: str) -> bool:
     return any(base.__name__ in names for base in cls.__mro__)
 
 
 def _is_other_head(head: Mapping[str, Any]) -> bool:
-    return _type(head) in _OTHER_HEADS or "boundary_threshold" in head
+    return type_name(head) in _OTHER_HEADS or "boundary_threshold" in head
 
 
-def _classes(dataset: Mapping[str, Any], cls: Any) -> tuple[str, ...]:
-    given = (dataset.get("metainfo") or {}).get("classes") or getattr(cls, "METAINFO", {}).get("classes") or ()
+def class_names(dataset: Mapping[str, Any], cls: Any, name: str) -> tuple[str, ...]:
+    """The names of a data set's classes, or none where only its files have them.
+
+    Args:
+        dataset: its config.
+        cls: its class.
+        name: of the config, for the message.
+
+    Raises:
+        DataError: they are no tuple of names, as ``('cell')`` is none.
+    """
+    metainfo = dataset.get("metainfo")
+    if not isinstance(metainfo, (Mapping, type(None))):
+        raise DataError(f"{name}.metainfo={metainfo!r}, needed is a dict: metainfo=dict(classes=('first', 'second'))")
+    for key in ("CLASSES", "PALETTE"):
+        if key in (metainfo or {}):
+            raise DataError(f"{name}.metainfo.{key} is read by nobody; call it {key.lower()}")
+    if metainfo and "classes" in metainfo:
+        return _names(metainfo["classes"], f"{name}.metainfo.classes")
+    own = getattr(cls, "METAINFO", {}).get("classes")
+    return () if own is None else _names(own, f"{cls.__name__}.METAINFO['classes']")
+
+
+def _names(given: Any, place: str) -> tuple[str, ...]:
     if isinstance(given, str):
-        return tuple(Path(given).read_text().splitlines()) if Path(given).is_file() else (given,)
+        if not os.path.isfile(given):  # mmengine takes a text for a file of names, or as it is: letters
+            raise DataError(
+                f"{place}={given!r} is a text, needed is a tuple of names, or a file of one name a line; for one class write "
+                f"({given!r},), with the comma"
+            )
+        place = f"{place}={given!r}"
+        given = Path(given).read_text(encoding="utf-8").splitlines()
+    texts = isinstance(given, (list, tuple)) and all(isinstance(label, str) and label.strip() for label in given)
+    if not texts or not given:
+        raise DataError(f"{place}: {given!r} is no tuple of names like ('first', 'second'), none of them empty")
+    twice = next((label for label in given if given.count(label) > 1), None)
+    if twice is not None:
+        raise DataError(f"{place} names {twice!r} more than once; give every class a name of its own")
     return tuple(given)
+
+
+def _check_palette(dataset: Mapping[str, Any], count: int, name: str) -> None:
+    """Refuse what is no list of colours, or of fewer than ``count``."""
+    palette = (dataset.get("metainfo") or {}).get("palette")
+    if palette is None or (isinstance(palette, (list, tuple)) and not palette):
+        return
+    triples = isinstance(palette, (list, tuple)) and all(
+        isinstance(colour, (list, tuple)) and len(colour) == 3 and all(isinstance(part, int) for part in colour)
+        for colour in palette
+    )
+    if not triples or len(palette) < count:
+        raise DataError(
+            f"{name}.metainfo.palette={palette!r}, needed is a list of colours, one a class, like [(255, 0, 0)] for one class; "
+            "set it to [] for random colours"
+        )
 
 
 def _class_counts(part: Any, path: str) -> Iterator[tuple[str, int]]:
@@ -229,6 +286,16 @@ def _check_heads(heads: Mapping[str, int], classes: Sequence[str], name: str) ->
                 f"{path}.num_classes={count}, but the data set of {name} has {len(classes)} classes ({few(classes)}); set "
                 f"{path}.num_classes={len(classes)}, or the data set's metainfo.classes"
             )
+
+
+def _check_readers(loader: Mapping[str, Any], name: str) -> None:
+    if loader.get("drop_last") and name != "train_dataloader":
+        raise DataError(f"{name}.drop_last=True leaves images out of the measure; set it to False")
+    if loader.get("persistent_workers") and not loader.get("num_workers"):
+        raise DataError(
+            f"{name}.persistent_workers=True, but num_workers=0: there is nobody to stay; the option workers=0 sets both "
+            f"right, or set {name}.persistent_workers=False"
+        )
 
 
 def _check_order(orders: dict[frozenset[str], tuple[str, ...]], classes: tuple[str, ...], name: str) -> None:

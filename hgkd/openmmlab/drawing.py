@@ -15,11 +15,11 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
-from PIL import Image, ImageOps
 
 from hgkd.data.images import find_images
 from hgkd.engine.config import read_config
 from hgkd.engine.weights import load_strict, read_checkpoint
+from hgkd.openmmlab.checks import class_names
 from hgkd.openmmlab.config import (
     dataset_class,
     drop_downloads,
@@ -30,6 +30,7 @@ from hgkd.openmmlab.config import (
     model_config,
     without_scope,
 )
+from hgkd.openmmlab.images import LoadReadableImage
 from hgkd.openmmlab.ops.finder import register_ops
 from hgkd.openmmlab.weights import student_weights
 
@@ -80,12 +81,12 @@ def draw_predictions(
         visualizer: Any = roots.VISUALIZERS.build({**cfg.visualizer, "name": f"drawing_{id(model)}", "vis_backends": None})
         visualizer.dataset_meta = _names(dataset, cfg.default_scope)
         pictures = []
+        load: Any = LoadReadableImage(required=True)
         for file, name in zip(files, picture_names(files), strict=True):
             data = pipeline({"img_path": str(file), "img_id": 0})
             result = model.test_step({"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]})[0]
-            with Image.open(file) as picture:
-                # turned as the model has seen it: mmcv heeds the camera's note of which side is up
-                pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            # turned as the model has seen it: mmcv heeds the camera's note of which side is up
+            pixels = np.ascontiguousarray(load({"img_path": str(file)})["img"][..., ::-1])
             target = Path(out) / f"{name}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             threshold: dict[str, Any] = {"pred_score_thr": score} if cfg.default_scope == "mmdet" else {}
@@ -136,7 +137,10 @@ def _names(dataset: Mapping[str, Any], scope: str) -> dict[str, Any]:
     """Class names and colours of a data set, without reading its files."""
     cls: Any = dataset_class(dataset, scope)
     names = {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
-    if len(names.get("palette") or ()) != len(names["classes"]):
+    names["classes"] = class_names(dataset, cls, "test_dataloader.dataset")
+    palette = names.get("palette") or ()
+    names["palette"] = [] if isinstance(palette, str) else list(palette)  # mmdet takes a tuple for one colour
+    if len(names["palette"]) != len(names["classes"]):
         colours = np.random.default_rng(0).integers(0, 256, (len(names["classes"]), 3))
         names["palette"] = [tuple(int(value) for value in colour) for colour in colours]
     return names

@@ -1,7 +1,8 @@
 """Images that cannot be decoded: left out of a training, and counted; refused in validation and test.
 
 OpenCV decodes the intact part of a truncated file in silence; Pillow refuses it. So images are read with Pillow. For a training
-image that it refuses mmengine's data set takes another; a test without one of its images would be another measure.
+image that it refuses mmengine's data set takes another; a test without one of its images would be another measure. Grey images
+of more than 8 bits, which Pillow would cut at 255, are scaled as in hgkd's own data sets.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from numpy.typing import NDArray
+from PIL import Image
 
+from hgkd.data.images import read_rgb
 from hgkd.engine.hooks import UNREADABLE, report_unreadable
 from hgkd.engine.registries import TRANSFORMS
 from hgkd.errors import DataError
@@ -43,6 +48,8 @@ class LoadReadableImage:
     def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """The entry with its image, or None when the file is missing or damaged."""
         loaded: dict[str, Any] | None = self._load(results)
+        if loaded is not None and self._load.color_type != "unchanged" and is_deep(results["img_path"]):
+            loaded["img"] = self._scaled(results["img_path"])
         if loaded is None and self.required:
             raise DataError(
                 f"image {results['img_path']} cannot be read: missing, cut off, or no image. Replace it, or take it out of the "
@@ -55,8 +62,23 @@ class LoadReadableImage:
             os.close(descriptor)
         return loaded
 
+    def _scaled(self, file: str) -> NDArray[Any]:
+        """A grey image of more than 8 bits, in 8 bits and the kind that is asked for."""
+        image = np.asarray(read_rgb(file))
+        image = image[..., 0] if "grayscale" in self._load.color_type else image[..., ::-1]
+        return image.astype(np.float32) if self._load.to_float32 else np.ascontiguousarray(image)
+
     def __repr__(self) -> str:
         return f"LoadReadableImage({self._load})"
+
+
+def is_deep(file: str | os.PathLike[str]) -> bool:
+    """Whether a file is a grey image of more than 8 bits."""
+    try:
+        with Image.open(file) as image:
+            return image.mode in ("I", "F") or image.mode.startswith("I;16")
+    except (OSError, ValueError):  # of another storage, or no image to Pillow
+        return False
 
 
 @HOOKS.register_module()

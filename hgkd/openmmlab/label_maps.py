@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,20 @@ from mmengine import registry as roots
 from PIL import Image
 
 from hgkd.errors import DataError
-from hgkd.openmmlab.listed_images import absent, check_images, few
+from hgkd.openmmlab.listed_images import (
+    absent,
+    check_images,
+    check_readable,
+    few,
+    image_size,
+    is_opened_by_pillow,
+    is_turned_upright,
+    look_at,
+    why_absent,
+)
 
-MAX_LABEL_MAPS = 30_000
-"""So many of a data set are read, evenly spaced; one of 480 x 360 pixels takes 1 ms, one of 1920 x 1024 9 ms."""
 IGNORED = 255
 """What mmsegmentation ignores where nothing else is said, and makes of labels that are left out."""
-_ORIENTATION = 274  # EXIF
-_TURNED = (5, 6, 7, 8)  # a quarter: width and height change places
 
 
 @dataclass(frozen=True)
@@ -63,30 +68,55 @@ def check_label_maps(dataset: Mapping[str, Any], count: int, ignored: Mapping[st
         return [], True  # its ground truth is of another kind: depth, for example
     lost = next(absent(Path(), [str(file) for file, _ in pairs]), None)
     if lost is not None:
-        raise FileNotFoundError(f"{name}: label map {lost} does not exist; every image needs one of its name")
-    remarks = _check_partners(built, pairs, name)
-    count_read = min(len(pairs), MAX_LABEL_MAPS)
-    chosen = [pairs[i * len(pairs) // count_read] for i in range(count_read)]
-    upright = _is_turned_upright(dataset.get("pipeline") or [])
-    labelled, scaled = False, []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:  # Pillow decodes without holding Python's lock
-        for (file, image), found in zip(
-            chosen, readers.map(lambda pair: _read(pair[0], pair[1], upright), chosen), strict=True
-        ):
-            labels = {value: _label(value, bool(built.reduce_zero_label), built.label_map) for value in found.values}
-            for value, label in labels.items():
-                if not 0 <= label < count:
-                    _check_ignored(value, label, file, built, count, ignored, name)
-            labelled |= any(0 <= label < count for label in labels.values())
-            if found.image_size not in (None, found.size):
-                _check_size(found, file, image, name)
-                scaled.append(file)
+        raise FileNotFoundError(
+            f"{name}: label map {lost} does not exist{_why_lost(built, lost)}; every image needs one of its name"
+        )
+    pipeline = dataset.get("pipeline") or []
+    remarks = _check_zero_label(built, pipeline, name) + _check_partners(built, pairs, name)
+    upright = is_turned_upright(pipeline)
+    by_cv2 = any(step.get("type") == "LoadAnnotations" and step.get("imdecode_backend") == "cv2" for step in pipeline)
+    labelled, scaled, unreadable = False, [], []
+    for (file, image), found in look_at(pairs, lambda pair: _read(pair[0], pair[1], upright, by_cv2)):
+        labels = {value: _label(value, bool(built.reduce_zero_label), built.label_map) for value in found.values}
+        for value, label in labels.items():
+            if not 0 <= label < count:
+                _check_ignored(value, label, file, built, count, ignored, name)
+        labelled |= any(0 <= label < count for label in labels.values())
+        if found.image_size is None and image.exists():
+            unreadable.append(str(image))
+        elif found.image_size not in (None, found.size):
+            _check_size(found, file, image, name)
+            scaled.append(file)
+    if is_opened_by_pillow(pipeline):
+        remarks += check_readable(unreadable, len(pairs), name)
     if scaled:
         remarks.append(
             f"{name}: {len(scaled)} label maps are of another scale than their images ({few(scaled, 3)}); only a pipeline that "
             "resizes both to one scale can train on them"
         )
     return remarks, labelled
+
+
+def _check_zero_label(built: Any, pipeline: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """Look at what becomes of the value 0; what should be said, without being an error.
+
+    Raises:
+        DataError: the data set and its pipeline differ.
+    """
+    from_one = bool(built.reduce_zero_label)
+    steps = [step["reduce_zero_label"] for step in pipeline if step.get("reduce_zero_label") is not None]
+    if any(bool(step) != from_one for step in steps):
+        raise DataError(
+            f"{name}: the data set has reduce_zero_label={from_one}, its pipeline's LoadAnnotations {steps[0]}; take it out of "
+            "LoadAnnotations, and set the data set's"
+        )
+    first = built.metainfo["classes"][0]
+    if from_one and first.strip("_").lower() in ("background", "bg"):
+        return [
+            f"{name}: with reduce_zero_label=True the value 0 is ignored, and 1 is {first!r}; where 0 is the background in the "
+            "label maps, set it to False"
+        ]
+    return []
 
 
 def _check_partners(built: Any, pairs: Sequence[tuple[Path, Path]], name: str) -> list[str]:
@@ -105,16 +135,24 @@ def _check_partners(built: Any, pairs: Sequence[tuple[Path, Path]], name: str) -
     ]
 
 
-def _is_turned_upright(pipeline: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the images' EXIF orientation is applied, as it never is to label maps."""
-    load = next((step for step in pipeline if "color_type" in step), {})
-    return load.get("color_type", "color") in ("color", "grayscale")
+def _why_lost(built: Any, file: str) -> str:
+    """What a list of names has instead of the name of a label map, as a part of a sentence, or nothing."""
+    folder = Path(built.data_prefix["seg_map_path"])
+    line = os.path.relpath(file, folder).removesuffix(built.seg_map_suffix)
+    if not built.ann_file or os.path.isdir(built.ann_file):
+        return ""
+    if line in ("", "."):
+        return f", since {built.ann_file} has an empty line; take it out"
+    why = why_absent(folder, line + built.seg_map_suffix) or why_absent(Path(built.data_prefix["img_path"]), line)
+    if not why and line.endswith((built.img_suffix, built.seg_map_suffix)):
+        why = f", since names are listed without suffix, which the data set adds, and {built.ann_file} has {line!r}"
+    return why
 
 
-def _read(file: Path, image: Path, upright: bool) -> LabelMap:
+def _read(file: Path, image: Path, upright: bool, by_cv2: bool) -> LabelMap:
     try:
         with Image.open(file) as opened:
-            size, bands = opened.size, opened.getbands()
+            size, bands, mode = opened.size, opened.getbands(), opened.mode
             if len(bands) == 1 and opened.mode in ("L", "P"):
                 values = [value for value, places in enumerate(opened.histogram()) if places]  # half the time of sorting
             elif len(bands) == 1:
@@ -128,17 +166,12 @@ def _read(file: Path, image: Path, upright: bool) -> LabelMap:
             f"label map {file} has the channels {''.join(bands)}, needed is one channel that holds the classes' numbers; "
             "translate its colours, or save it as one channel of 8 bits or with a palette"
         )
-    return LabelMap(values, size, _image_size(image, upright))
-
-
-def _image_size(file: Path, upright: bool) -> tuple[int, int] | None:
-    try:
-        with Image.open(file) as image:
-            # getexif would decode a PNG that has none
-            turned = upright and "exif" in image.info and image.getexif().get(_ORIENTATION) in _TURNED
-            return (image.height, image.width) if turned else image.size
-    except Exception:  # as above; reading it in its turn passes over it or ends the run
-        return None
+    if by_cv2 and mode in ("P", "1"):
+        raise DataError(
+            f"label map {file} has a palette or one bit a place, of which OpenCV reads the colours, not the numbers; take "
+            "imdecode_backend='cv2' out of LoadAnnotations"
+        )
+    return LabelMap(values, size, image_size(image, upright))
 
 
 def _label(value: int, from_one: bool, label_map: Mapping[int, int] | None) -> int:

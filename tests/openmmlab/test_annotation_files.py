@@ -1,16 +1,22 @@
 """Annotation files that mmdet would misread, pass over or trip on are refused; what it copes with passes, with a remark."""
 
 import json
+import shutil
 
 import pytest
 from downstream_runs import DETECTOR, FASTER_HEAD, need, shapes_coco, tiny_detector, train_tool
+from PIL import Image
 
 from hgkd.data.shapes import CLASSES
 from hgkd.errors import DataError
+from hgkd.openmmlab import annotation_files
 from hgkd.openmmlab.checks import check_data
+from hgkd.openmmlab.config import read_with_care
+from hgkd.openmmlab.images import LoadReadableImage
 
 need("mmdet")
 BOTH = ("train_dataloader", "val_dataloader")
+MASK_HEAD = {"model.roi_head.mask_head.type": "FCNMaskHead"}
 MASKS = {f"{name}.dataset.pipeline.{step}.with_mask": True for name, step in (("train_dataloader", 1), ("val_dataloader", 2))}
 
 
@@ -115,7 +121,7 @@ def test_data_sets_of_another_order(changed):
         (each("bbox", [100, 100, 20, 20]), r"of (\d+) boxes \1 are smaller than a pixel, without area or outside"),
         (each("area", 0), r"of (\d+) boxes \1 are smaller than a pixel"),
         (each("iscrowd", 1), r"of (\d+) boxes 0 are smaller .* and \1 are crowds"),
-        (each("image_id", lambda a: str(a["image_id"])), r"[1-9]\d* belong to no listed image"),
+        (each("image_id", lambda a: a["image_id"] + 1000), r"[1-9]\d* belong to no listed image"),
         (lambda content: content.pop("annotations"), "of 0 boxes"),
     ],
 )
@@ -219,7 +225,198 @@ def test_masks_where_they_are_read(changed):
         check_data(changed(other_size, **MASKS), BOTH)
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, float("nan"), 1, 4, 4]], "has nan in a polygon"),
+        ([[1, 1, 9, 9]], "has a polygon of 4 numbers"),
+        ({"size": [64, 64], "counts": "nonsense"}, r"has a mask \(RLE\) "),
+    ],
+)
+def test_masks_that_cannot_be_drawn(changed, mask, message):
+    """Refused before training where masks are used; https://github.com/facebookresearch/detectron2/issues/5027 is one such."""
+    change = first("annotations", segmentation=mask)
+    assert check_data(changed(change), BOTH) == []
+    with pytest.raises(DataError, match=rf"train_dataloader: .*train.json: annotation 1 {message}"):
+        check_data(changed(change, **MASKS), BOTH)
+    cfg = changed(change, ("val",), **MASK_HEAD, **{"val_evaluator.metric": "segm"})
+    cfg.val_evaluator.ann_file = None  # the masks of the data set's own instances are measured
+    with pytest.raises(DataError, match=rf"val_dataloader: .*val.json: annotation 1 {message}"):
+        check_data(cfg, BOTH)
+
+
+def test_the_number_of_faulty_annotations(changed):
+    with pytest.raises(
+        DataError, match=r"annotation 1 has bbox=\[\].* or take it out \(this is the first of \d+ faulty annota"
+    ):
+        check_data(changed(each("bbox", [])), BOTH)
+
+
+def test_rle_where_the_pipeline_takes_polygons_alone(changed):
+    """mmdet ignores such objects: a training on nothing."""
+    runs = each("segmentation", {"size": [64, 64], "counts": [4096]})
+    options = {**MASKS, "train_dataloader.dataset.pipeline.1.poly2mask": False}
+    with pytest.raises(
+        DataError, match=r"no object that mmdet can use: .* \d+ have RLE masks, which poly2mask=False leaves out"
+    ):
+        check_data(changed(runs, ("train",), **options), BOTH)
+
+    def some(content):
+        each("segmentation", [[1, 1, 9, 1, 9, 9]])(content)
+        content["annotations"][0]["segmentation"] = {"size": [64, 64], "counts": [4096]}
+
+    (remark,) = check_data(changed(some, ("train",), **options), BOTH)
+    assert "1 objects have RLE masks, which poly2mask=False leaves out; set poly2mask=True" in remark
+    assert check_data(changed(some, ("train",), **MASKS), BOTH) == []
+
+
+@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
+def test_flags_that_are_texts(changed, key):
+    """``"0"`` would be a crowd, and every object left out."""
+    with pytest.raises(DataError, match=rf"annotation 1 has {key}='0', needed is 0 or 1"):
+        check_data(changed(each(key, "0")), BOTH)
+
+
+# images
+
+
+def resized(content):
+    content["images"][0].update(width=32, height=48)
+
+
+def test_sizes_that_are_not_the_images(changed):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 4 images are not of the width and height that .*train.json notes \(.*: 64 x 64, in the file 32 x 48",
+    ):
+        check_data(changed(resized, ("train",)), BOTH)
+
+
+def test_sizes_before_the_turn_of_exif(changed, coco, tmp_path):
+    folder = tmp_path / "turned"
+    shutil.copytree(coco / "images/train", folder)
+    content = json.loads((coco / "annotations/train.json").read_text())
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (64, 48)).save(folder / content["images"][0]["file_name"], exif=exif)
+    change = first("images", width=64, height=48)
+    place = "train_dataloader.dataset"
+    options = {f"{place}.data_root": "", f"{place}.data_prefix.img": str(folder)}
+    with pytest.raises(DataError, match=r"48 x 64, in the file 64 x 48\).*EXIF.* set color_type='color_ignore_orientation'"):
+        check_data(changed(change, ("train",), **options), BOTH)
+    options[f"{place}.pipeline.0.color_type"] = "color_ignore_orientation"
+    cfg = changed(change, ("train",), **options)
+    check_data(cfg, BOTH)
+    # the advice works: the image is read as it lies
+    read_with_care(cfg, str(tmp_path))
+    load = {key: value for key, value in cfg.train_dataloader.dataset.pipeline[0].items() if key != "type"}
+    image = LoadReadableImage(**load)({"img_path": str(folder / content["images"][0]["file_name"])})["img"]
+    assert image.shape == (48, 64, 3)
+
+
+def test_an_image_that_is_listed_twice(changed):
+    """As merged files have it: each entry has its own objects alone, and what it lacks is background to it."""
+
+    def twice(content):
+        content["images"].append({**content["images"][0], "id": 999})
+        content["annotations"][0]["image_id"] = 999
+
+    (remark,) = check_data(changed(twice, ("train",)), BOTH)
+    assert "train.json lists 1 images under several ids, each with a part of their objects (" in remark
+
+
+def test_what_is_no_image(changed, coco, tmp_path):
+    (tmp_path / "a.txt").write_text("no image")
+    change = first("images", file_name=str(tmp_path / "a.txt"))
+    for split in ("train", "val"):
+        with pytest.raises(
+            DataError, match=rf"{split}_dataloader: 1 of \d images cannot be opened: cut off, or no images \(.*a.txt"
+        ):
+            check_data(changed(change, (split,)), BOTH)
+
+
+def test_boxes_of_another_order(changed):
+    def order(annotation):
+        x, y, width, height = annotation["bbox"]
+        return [x, y, x + width, y + height]
+
+    with pytest.raises(DataError, match=r"train.json: .* boxes .*x1, y1, x2, y2.* Write x, y, width, height"):
+        check_data(changed(each("bbox", order), ("train",)), BOTH)
+
+
+# the file
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xef\xbb\xbf{}", r"it begins with a byte order mark \(BOM\); save it as UTF-8 without one"),
+        ('{"a": 1}'.encode("utf-16"), "it begins with a byte order mark"),
+        (b'{"a": "\xe4"}', "it is not UTF-8"),
+        (b"image,x,y\n", r"which is JSON: .*; it begins with b'image,x,y"),
+        (b"", "which is JSON: "),
+        (
+            b'[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]',
+            "it holds a list, needed is an object with images, annotations",
+        ),
+        (b'{"images": [], "annotations": []}', "it has no 'categories'; its keys are annotations, images"),
+        (b'{"images": {"1": {}}, "categories": []}', "'images' is a dict, needed is a list of objects"),
+        (b'{"images": ["a.jpg"], "categories": []}', "number 0 of 'images' is 'a.jpg', needed is an object"),
+        (b'{"images": [], "categories": ["disc"]}', "number 0 of 'categories' is 'disc', needed is an object"),
+        (b'{"images": [], "categories": [{"id": 1, "name": 2}]}', "has no 'id', or no text as its 'name'"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_what_is_no_coco_file(changed, tmp_path, content, message, suffix):
+    cfg = changed(lambda content: None, ("val",))
+    file = tmp_path / f"other.{suffix}"
+    file.write_bytes(content)
+    cfg.train_dataloader.dataset.ann_file = str(file)
+    with pytest.raises(DataError, match=rf"train_dataloader: .*other.{suffix} is no COCO annotation file.*{message}"):
+        check_data(cfg, BOTH)
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_ids_that_are_texts(changed, key):
+    with pytest.raises(DataError, match=rf"{key}='\d', but the {key[:-3]} has the id \d: a text and a number are not the same"):
+        check_data(changed(each(key, lambda a: str(a[key]))), BOTH)
+
+
+def test_a_category_that_differs_by_a_blank(changed):
+    change = first("categories", name=f"{CLASSES[0].title()} ")
+    with pytest.raises(DataError, match=rf"the file lacks {CLASSES[0]}. '{CLASSES[0]}' in the config and .* differ by blanks"):
+        check_data(changed(change), BOTH)
+
+
+def test_pycocotools_that_need_info(changed, monkeypatch):
+    """https://github.com/pytorch/vision/issues/9092: 2.0.9 and 2.0.10 end an evaluation with ``KeyError: 'info'``."""
+    monkeypatch.setattr(annotation_files, "_pycocotools", lambda: "2.0.10")
+    with pytest.raises(
+        DataError, match=r"val.json has no 'info', .*pycocotools 2.0.10 fails; add \"info\": \{\} to the file, or"
+    ):
+        check_data(changed(lambda content: content.pop("info", None)), BOTH)
+    assert check_data(changed(lambda content: content.update(info={})), BOTH) == []
+
+
 # evaluators
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_evaluator.metric_items": "mAP"}, r"val_evaluator.metric_items='mAP', needed is a list of some of .*mAP_50"),
+        ({"val_evaluator.metric_items": ["AP50"]}, r"metric_items=\['AP50'\], needed is a list of some of"),
+        (
+            {"val_evaluator.metric": ["bbox", "segm"]},
+            r"measures masks, but the model predicts none; set val_evaluator.metric='bbox'",
+        ),
+    ],
+)
+def test_measures_that_end_a_run_after_its_first_epoch(changed, options, message):
+    """https://github.com/open-mmlab/mmdetection/issues/5650: ``KeyError: 'segm is not in results'``."""
+    with pytest.raises(DataError, match=message):
+        check_data(changed(lambda content: None, **options), BOTH)
+    assert check_data(changed(lambda content: None, **{"val_evaluator.metric_items": ["mAP", "mAP_50", "AR@100"]}), BOTH) == []
 
 
 def test_an_evaluator_of_another_file(changed, coco):

@@ -66,6 +66,74 @@ def test_categories_that_the_file_calls_otherwise(coco):
         check_data(cfg, BOTH)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("classes", "cell", r"metainfo.classes='cell' is a text, needed is .* for one class write \('cell',\), with the comma"),
+        ("classes", {"disc": 1}, r"metainfo.classes: \{'disc': 1\} is no tuple of names like"),
+        ("classes", (), r"metainfo.classes: \(\) is no tuple of names"),
+        ("classes", (1, 2), r"metainfo.classes: [(\[]1, 2[)\]] is no tuple of names"),
+        ("classes", ("disc", " "), "metainfo.classes: .* is no tuple of names like .*, none of them empty"),
+        ("classes", ("disc", "disc"), "metainfo.classes names 'disc' more than once; give every class a name of its own"),
+        ("CLASSES", ("disc",), "metainfo.CLASSES is read by nobody; call it classes"),
+        ("PALETTE", [(1, 2, 3)], "metainfo.PALETTE is read by nobody; call it palette"),
+        (
+            "palette",
+            (255, 0, 0),
+            r"metainfo.palette=.*255, 0, 0.*, needed is a list of colours, one a class, like",
+        ),
+        ("palette", "red", r"metainfo.palette='red', needed is a list of colours"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["detection", "segmentation"])
+def test_what_is_no_tuple_of_names(coco, tmp_path, kind, key, value, message):
+    """https://github.com/open-mmlab/mmdetection/issues/4971 and many others: ``('cell')`` is a text."""
+    cfg = detector(coco) if kind == "detection" else segmentor(shapes_ade20k(tmp_path))
+    cfg.val_dataloader.dataset.metainfo[key] = value
+    with pytest.raises(DataError, match=f"val_dataloader.dataset.{message}"):
+        check_data(cfg, BOTH)
+
+
+def test_one_class_of_a_data_set_class(coco):
+    from mmdet.datasets import CocoDataset
+    from mmdet.registry import DATASETS
+
+    @DATASETS.register_module(force=True)
+    class OneCell(CocoDataset):
+        METAINFO = {"classes": ("cell")}  # noqa: RUF012
+
+    cfg = detector(coco, **{"train_dataloader.dataset.type": "OneCell"})
+    cfg.train_dataloader.dataset.pop("metainfo")
+    with pytest.raises(DataError, match=r"OneCell.METAINFO\['classes'\]='cell' is a text, .* write \('cell',\)"):
+        check_data(cfg, BOTH)
+
+
+def test_a_palette_of_too_few_colours(tmp_path):
+    cfg = segmentor(shapes_ade20k(tmp_path))
+    cfg.val_dataloader.dataset.metainfo.palette = [(255, 0, 0)]
+    with pytest.raises(DataError, match=r"metainfo.palette=\[\(255, 0, 0\)\], needed is .* set it to \[\] for random"):
+        check_data(cfg, BOTH)
+    cfg.val_dataloader.dataset.metainfo.palette = []
+    assert check_data(cfg, BOTH) == []
+
+
+def test_classes_of_a_file(coco, tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_text("\n".join(CLASSES))
+    place = {f"{loader}.dataset.metainfo.classes": str(file) for loader in BOTH}
+    assert check_data(detector(coco, **place), BOTH) == []
+    file.write_text("\n".join(CLASSES) + "\n\n")
+    with pytest.raises(DataError, match=r"classes.txt': \[.*\] is no tuple of names like .*, none of them empty"):
+        check_data(detector(coco, **place), BOTH)
+
+
+def test_metainfo_that_is_no_dict(coco):
+    cfg = detector(coco)
+    cfg.train_dataloader.dataset.metainfo = ("cell",)
+    with pytest.raises(DataError, match=r"train_dataloader.dataset.metainfo=.*cell.*, needed is a dict: metainfo=dict"):
+        check_data(cfg, BOTH)
+
+
 def test_head_with_another_number_of_classes(coco):
     cfg = detector(coco, **{"model.roi_head.bbox_head.num_classes": 80})
     with pytest.raises(DataError, match=r"model.roi_head.bbox_head.num_classes=80, but the data set of train_dataloader has 8"):
@@ -235,7 +303,7 @@ def test_stock_configs_with_other_heads(name, tmp_path):
         dataset = cfg[loader].dataset
         for folder in dataset.data_prefix.values():
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-            (tmp_path / folder / "a.jpg").touch()
+            Image.new("RGB", (64, 48)).save(tmp_path / folder / "a.jpg")
         (tmp_path / dataset.ann_file).parent.mkdir(exist_ok=True)
         (tmp_path / dataset.ann_file).write_text(json.dumps(content))
     assert check_data(cfg, BOTH) == []
@@ -405,6 +473,37 @@ def test_loading_keeps_a_pipelines_other_arguments(tmp_path):
     load = LoadReadableImage(imdecode_backend="cv2", ignore_empty=False, color_type="grayscale", to_float32=True)
     image = load({"img_path": str(tmp_path / "a.png")})["img"]
     assert (image.shape, image.dtype) == ((3, 4), np.float32)
+
+
+def test_deep_grey_images_are_scaled(tmp_path):
+    """https://github.com/open-mmlab/mmdetection/issues/9188 loads grey images; Pillow alone cuts those of 16 bits at 255."""
+    values = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    for options, shape in (({}, (48, 64, 3)), ({"color_type": "grayscale"}, (48, 64))):
+        image = LoadReadableImage(**options)({"img_path": str(tmp_path / "a.png")})["img"]
+        assert (image.shape, image.dtype) == (shape, np.uint8)
+        grey = image[..., 0] if image.ndim == 3 else image
+        assert np.abs(grey.astype(int) - values.astype(int) // 257).max() <= 1
+    as_float = LoadReadableImage(to_float32=True)({"img_path": str(tmp_path / "a.png")})["img"]
+    assert (as_float.dtype, as_float.max()) == (np.float32, 255)
+    unchanged = LoadReadableImage(color_type="unchanged")({"img_path": str(tmp_path / "a.png")})["img"]
+    assert (unchanged == values).all()
+
+
+def test_readers_that_cannot_stay(coco):
+    """https://github.com/open-mmlab/mmsegmentation/issues/2514."""
+    options = {"train_dataloader.persistent_workers": True, "train_dataloader.num_workers": 0}
+    told = r"train_dataloader.persistent_workers=True, but num_workers=0.*the option workers=0 sets both"
+    with pytest.raises(DataError, match=told):
+        check_data(detector(coco, **options), BOTH)
+    assert check_data(detector(coco, **options, workers=0), BOTH) == []
+
+
+def test_a_measure_of_all_images(coco):
+    with pytest.raises(DataError, match=r"val_dataloader.drop_last=True leaves images out of the measure; set it to False"):
+        check_data(detector(coco, **{"val_dataloader.drop_last": True}), BOTH)
+    with pytest.raises(DataError, match=r"val_dataloader: indices=1 leaves out images"):
+        check_data(detector(coco, **{"val_dataloader.dataset.indices": 1}), BOTH)
 
 
 def test_a_home_folder_is_found(monkeypatch):

@@ -6,6 +6,7 @@ from downstream_runs import SEGMENTOR, need, shapes_ade20k, tiny_segmentor, trai
 from mmengine.config import Config
 from PIL import Image
 
+from hgkd.data.shapes import CLASSES
 from hgkd.errors import DataError
 from hgkd.openmmlab.checks import check_data
 from hgkd.openmmlab.config import merge_options
@@ -103,6 +104,69 @@ def test_a_list_of_images(root):
     (root / "images/training/000001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of the 2 images of .*train.txt are not in .*000001.jpg"):
         check_data(segmentor(root, **options), BOTH)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("000000.jpg\n", "names are listed without suffix, which the data set adds, and .*train.txt has '000000.jpg'"),
+        ("000000.png\n", "'000000.png' is there, without its last suffix, which the data set adds"),
+        ("000000.jpg,000000.png\n", "'000000.jpg' is there, without what follows its first comma or blank"),
+        ("images/000000\n", "'000000.png' is there, without its folders"),
+        ("000000\n\n", "train.txt has an empty line; take it out"),
+        ("\ufeff000000\n", "begins with a byte order mark"),
+    ],
+)
+def test_a_list_that_is_none_of_names(root, lines, message):
+    file = root / "train.txt"
+    file.write_text(lines, encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=f"train_dataloader: label map .* does not exist.*{message}"):
+        check_data(segmentor(root, **{"train_dataloader.dataset.ann_file": str(file)}), BOTH)
+
+
+def test_what_is_no_image(root):
+    (root / "images/validation/000000.jpg").write_text("text")
+    with pytest.raises(DataError, match=r"val_dataloader: 1 of 2 images cannot be opened: cut off, or no images .*000000.jpg"):
+        check_data(segmentor(root), BOTH)
+
+
+@pytest.mark.parametrize("asked", ["mIOU", ["mIoU", "dice"]])
+def test_a_measure_that_mmseg_lacks(root, asked):
+    """https://github.com/open-mmlab/mmsegmentation/issues/180: an error after the first validation."""
+    told = r"val_evaluator.iou_metrics=.*, needed is a list of some of mDice, mFscore, mIoU"
+    with pytest.raises(DataError, match=told):
+        check_data(segmentor(root, **{"val_evaluator.iou_metrics": asked}), BOTH)
+    assert check_data(segmentor(root, **{"val_evaluator.iou_metrics": "mDice"}), BOTH) == []
+
+
+def test_palettes_that_opencv_would_read_as_colours(root):
+    """https://github.com/open-mmlab/mmsegmentation/issues/2486 asks how palettes are read: as numbers, by Pillow."""
+    Image.open(root / VAL).convert("P").save(root / VAL)
+    options = {"val_dataloader.dataset.pipeline.2.imdecode_backend": "cv2"}
+    with pytest.raises(DataError, match=r"000000.png has a palette or .* take imdecode_backend='cv2' out of LoadAnnotations"):
+        check_data(segmentor(root, **options), BOTH)
+    options["val_dataloader.dataset.pipeline.2.imdecode_backend"] = "pillow"
+    assert check_data(segmentor(root, **options), BOTH) == []
+
+
+def test_a_zero_label_that_the_pipeline_does_not_reduce(root):
+    """https://github.com/open-mmlab/mmsegmentation/issues/932: mmseg fails on it in the first step."""
+    options = {"train_dataloader.dataset.pipeline.1.reduce_zero_label": False}
+    told = r"train_dataloader: the data set has reduce_zero_label=True, its pipeline's LoadAnnotations False; take it out"
+    with pytest.raises(DataError, match=told):
+        check_data(segmentor(root, **options), BOTH)
+    options["train_dataloader.dataset.pipeline.1.reduce_zero_label"] = True
+    assert check_data(segmentor(root, **options), BOTH) == []
+
+
+def test_a_background_that_is_not_0(root):
+    """https://github.com/open-mmlab/mmsegmentation/issues/1714: the background is ignored, and the classes are shifted."""
+    cfg = segmentor(root)
+    for loader in BOTH:
+        cfg[loader].dataset.metainfo.classes = ("background", *CLASSES[1:])
+    remarks = check_data(cfg, BOTH)
+    assert len(remarks) == 2
+    assert "with reduce_zero_label=True the value 0 is ignored, and 1 is 'background'; where 0 is the background" in remarks[0]
 
 
 def test_a_test_set_without_maps(root):
