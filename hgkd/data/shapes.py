@@ -11,9 +11,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -325,10 +326,10 @@ def write_coco(
                 }
             )
     for split, content in contents.items():
-        path = Path(root, "annotations", f"{split}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
         info = {"description": "hgkd generated shapes", "seed": seed}
-        path.write_text(json.dumps({"info": info, "licenses": [], **content, "categories": categories}))
+        text = json.dumps({"info": info, "licenses": [], **content, "categories": categories})
+        with _whole(Path(root, "annotations", f"{split}.json")) as file:
+            file.write(text.encode())
     return train + test
 
 
@@ -347,9 +348,8 @@ def write_ade20k(
     """
     for split, number, scene in _scenes({"training": train, "validation": test}, image_size, seed, clutter):
         _save_jpeg(scene, Path(root, "images", split, f"{number:06d}.jpg"))
-        path = Path(root, "annotations", split, f"{number:06d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(scene.label_map).save(path)
+        with _whole(Path(root, "annotations", split, f"{number:06d}.png")) as file:
+            Image.fromarray(scene.label_map).save(file, format="PNG")
     return train + test
 
 
@@ -365,8 +365,21 @@ def _scenes(
 
 
 def _save_jpeg(scene: Scene, path: Path) -> None:
+    with _whole(path) as file:
+        Image.fromarray(scene.image).save(file, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Context with a file to write, which gets its name when it is complete and vanishes when that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(scene.image).save(path, quality=_JPEG_QUALITY, subsampling=0)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with beside.open("wb") as file:
+            yield file
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:

@@ -46,6 +46,7 @@ class TeacherCacheHook(Hook):
         names = [str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in paths]
         sizes = [dataset.size(i) for i in range(len(dataset))]
         identity = {"files": files_digest(zip(names, sizes, strict=True)), "transform": transform}
+        identity |= {"reading": dataset.reading} if hasattr(dataset, "reading") else {}
         model: Any = plain_model(runner)
         model.store_features(self.folder, len(dataset), identity)
         runner.logger.info(f"teacher features are kept in {self.folder}")

@@ -39,6 +39,7 @@ CSV_COLUMNS = (
     "checkpoint",
     "block",
     "image_size",
+    "reading",
     "train",
     "test",
     "train_images",
@@ -101,7 +102,7 @@ def make_result(
         **extra,
         "scores": scores,
         "test_list": list_digest((os.path.relpath(path, images.data_root), name) for path, name in files),
-        "settings": dict(settings),
+        "settings": {**settings, "reading": images.reading},
     }
 
 

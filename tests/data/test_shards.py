@@ -143,10 +143,15 @@ def test_shards_that_cannot_be_read_are_named_at_the_start(tmp_path: Path) -> No
     refused(r"no images below .* and for members of its 1 \.tar shards named like key\.jpg")
 
 
-def test_files_go_before_a_tar_that_lies_among_them(tmp_path: Path) -> None:
+def test_pictures_and_shards_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """One stray picture used to hide all shards."""
     two_shards(tmp_path)
     (tmp_path / "photo.png").write_bytes(picture(5))
-    assert len(UnlabelledImages(tmp_path, image_size=16)) == 1
+    with pytest.raises(DataError, match=r"1 image files \(e\.g\. photo\.png\) and 2 shards \(e\.g\. a/one\.tar\).*list_file"):
+        UnlabelledImages(tmp_path, image_size=16)
+    (tmp_path / "list.txt").write_text("photo.png\n")
+    assert len(UnlabelledImages(tmp_path, tmp_path / "list.txt", image_size=16)) == 1
+    assert len(UnlabelledImages(tmp_path / "a", image_size=16)) == 2
 
 
 @pytest.mark.parametrize(

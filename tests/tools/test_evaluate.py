@@ -113,7 +113,7 @@ def test_lists_give_what_their_folders_give(squares: Path) -> None:
     by_folder = evaluate.evaluate(["knn"], train=f"{squares}/train", test=f"{squares}/test", **options)["knn"]
     # the list of the test images lies among them, that of the training images elsewhere
     (lists / "test.csv").rename(squares / "test/test.csv")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="were looked for do not exist"):
         evaluate.evaluate(["knn"], train=f"{lists}/train.csv", test=f"{squares}/test/test.csv", **options)
     (lists / "train.csv").rename(squares / "train/train.csv")
     by_list = evaluate.evaluate(["knn"], train=f"{squares}/train/train.csv", test=f"{squares}/test/test.csv", **options)["knn"]
