@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from train import train as launch
 
 from hgkd.data import LabelledImages
+from hgkd.data.images import shared_images
 from hgkd.engine.options import OptionsAction, device_name
 from hgkd.errors import USER_ERRORS, DataError
 from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, linear_probe, load_extractor
@@ -99,6 +100,11 @@ def evaluate(
         raise DataError(f"{train} and {test} must have the same classes; {only[:5]} are in one of them only")
     if "knn" in methods and not 1 <= min(ks) <= max(ks) <= len(bank):
         raise ValueError(f"k must lie in 1 .. {len(bank)}, the number of training images, got {list(ks)}")
+
+    both = shared_images(bank, queries)
+    if both:
+        told = f"{both} of the {len(queries)} test images are training images, too, so the results are too good"
+        print(f"evaluate: warning: {told}", file=sys.stderr)
 
     if "fewshot" in methods:
         check_shots(shots, bank.labels)

@@ -15,9 +15,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -76,11 +77,20 @@ def make_shards(
     pattern = str(out.absolute()).replace("%", "%%") + f"/images-%06d{UNFINISHED_EXTENSION}"
     writer = ShardWriter(pattern, max_images, max_mb * 1e6, post=complete, verbose=0, compress=False, encoder=False, mtime=0)
     skipped: list[str] = []
-    for index in range(len(images)):
-        sample = _sample(images, index, skipped)
-        if sample is not None:
-            _write(writer.write, sample, out, index, len(images))
-    _write(writer.close, None, out, len(images), len(images))  # not in a `with`, which would complete a shard cut short
+    index = 0
+    try:
+        for index in range(len(images)):
+            sample = _sample(images, index, skipped)
+            if sample is not None:
+                writer.write(sample)
+        writer.close()  # not in a `with`, which would complete a shard that an error has cut short
+    except OSError as error:
+        _abandon(writer, out)
+        free = shutil.disk_usage(out).free / 1e6
+        raise StoppedError(
+            f"packing stopped at image {index + 1} of {len(images)} ({error}; {free:.0f} MB free in {out}); what lies there is "
+            "a part, and is refused as data: make room, remove the folder and pack again"
+        ) from error
     mark.unlink()
     if skipped:
         print(f"{len(skipped)} files cannot be read and are left out, e.g. {skipped[0]}", file=sys.stderr)
@@ -118,18 +128,12 @@ def _suffix(file: BinaryIO) -> str:
     return {"jpeg2000": ".jp2", "mpo": ".jpg"}.get(kind, f".{kind}")
 
 
-def _write(write: Callable[..., object], sample: object, out: Path, done: int, total: int) -> None:
-    """Raises StoppedError, after removing the shard that was begun."""
-    try:
-        write() if sample is None else write(sample)
-    except OSError as error:
-        for begun in out.glob(f"images-*{UNFINISHED_EXTENSION}"):
-            begun.unlink()
-        free = shutil.disk_usage(out).free / 1e6
-        raise StoppedError(
-            f"packing stopped at image {done} of {total} ({error}; {free:.0f} MB free in {out}); what lies there is a part, "
-            "and is refused as data: make room, remove the folder and pack again"
-        ) from error
+def _abandon(writer: Any, out: Path) -> None:
+    """Remove the shard that was begun, whose stream would otherwise write its rest when it is collected."""
+    with suppress(AttributeError):
+        writer.tarstream.tarstream.fileobj.closed = True
+    for begun in out.glob(f"images-*{UNFINISHED_EXTENSION}"):
+        begun.unlink()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

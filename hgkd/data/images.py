@@ -14,7 +14,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -150,6 +150,10 @@ class _ImageFiles(Dataset[dict[str, Any]]):
     def path(self, index: int) -> str:
         """Absolute path of an image; of one in a shard, the shard's with the member's name after it."""
         return os.path.join(self.data_root, self._paths[index])
+
+    def names(self) -> Iterator[str]:
+        """The paths as they are kept: below ``data_root``, or absolute."""
+        return (self._paths[index] for index in range(len(self)))
 
     def size(self, index: int) -> int:
         """Bytes of an image file or member; -1 when the file is not there."""
@@ -380,6 +384,7 @@ class LabelledImages(_ImageFiles):
         built = eval_transform(image_size, resize_ratio) if transform is None else build_transform(image_size, transform)
         root = _existing_folder(data_root)
         found = _class_folders(root) if list_file is None else read_labels(os.path.expanduser(os.fspath(list_file)), root)
+        found = {printable(name): paths for name, paths in found.items()}  # names go into logs, tables and files
         self.classes = sorted(found)
         self.split = split
         self.metainfo: dict[str, Any] = {"classes": tuple(self.classes)}
@@ -404,6 +409,14 @@ class LabelledImages(_ImageFiles):
     def __getitem__(self, index: int) -> dict[str, Any]:
         place, inputs = self._load(int(index), getattr(index, "epoch_seed", None))
         return {"inputs": inputs, "label": int(self.labels[place]), "index": place, "split": self.split}
+
+
+def shared_images(first: Dataset[Any], second: Dataset[Any]) -> int:
+    """How many images of two data sets are the same, by their paths; 0 where a data set is of another kind."""
+    if not isinstance(first, _ImageFiles) or not isinstance(second, _ImageFiles):
+        return 0
+    paths = [{os.path.join(os.path.realpath(part.data_root), path) for path in part.names()} for part in (first, second)]
+    return len(paths[0] & paths[1])
 
 
 def _existing_folder(data_root: str | os.PathLike[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from hgkd.data.folders import HAS_AVIF, HAS_HEIF, printable
@@ -31,6 +31,9 @@ FORMATS = [
     *(("AVIF",) if HAS_AVIF else ()),
     *(("HEIF",) if HAS_HEIF else ()),
 ]
+# Pillow refuses a PNG for a colour profile or note above 1 MB, which Photoshop and renderers write; 64 MB in all stay the limit
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**25)
+
 if HAS_HEIF:
     import pillow_heif
 
@@ -107,6 +110,8 @@ def decode(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = T
         if values is None:
             raise
         return _as_rgb(values, value_range, use_alpha)
+    except Image.DecompressionBombError as error:
+        raise Image.DecompressionBombError(f"{error} If it is an image of yours, cut it into tiles") from error
     with image:
         _check_bands(_bands(image))
         packed = _is_packed_deep(image)  # before the orientation, for which a PNG is loaded
@@ -116,6 +121,8 @@ def decode(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = T
         image.load()
         deep = _is_deep(image)
         rgb = _as_rgb(_pillow_values(image), value_range, use_alpha) if deep else _flattened(image, use_alpha)
+        if deep and _is_white_zero(image):  # Pillow inverts 8 bits only
+            rgb = ImageOps.invert(rgb)
         return rgb if image.format == "TIFF" else _turned(rgb, turn)  # Pillow turns TIFFs itself
 
 
@@ -209,6 +216,12 @@ def _sample_format(tags: Any) -> int:
     return int(found[0] if isinstance(found, tuple) else found)
 
 
+def _is_white_zero(image: Image.Image) -> bool:
+    """Whether a TIFF's values grow from white to black."""
+    tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    return tiff and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
 def _bands(image: Image.Image) -> int:
     """Bands in the file, of which Pillow may give fewer."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -279,6 +292,7 @@ class Measured:
         black, white: how the lowest and the highest are read without ``value_range``, in 0..255, before they are cut.
         hidden: share of the pixels that a band of transparency hides at least in part, where colours differ beneath.
         bands, passed_over: in the file, and how many of them are not read.
+        frames: whether there are several (pages, an animation).
     """
 
     kind: str = ""
@@ -290,6 +304,7 @@ class Measured:
     hidden: float = 0.0
     bands: int = 3
     passed_over: int = 0
+    frames: bool = False
 
 
 def measure(file: BinaryIO) -> Measured:
@@ -319,6 +334,7 @@ def measure(file: BinaryIO) -> Measured:
         if image.mode == "RGBA":
             found.hidden = _hidden(np.asarray(image.reduce(max(1, max(image.size) // 256))))
         found.bands, found.passed_over = bands, bands - len(image.getbands())
+        found.frames = image.format in ("TIFF", "GIF", "WEBP", "PNG", "AVIF") and bool(getattr(image, "is_animated", False))
         return found
 
 
@@ -371,6 +387,9 @@ def warnings_of(images: Sequence[Measured], value_range: Range | None, use_alpha
             f"{len(partly)} of {count} have {partly[0].bands} bands and no transparency; the last "
             f"{partly[0].passed_over} of them are left out"
         )
+    frames = sum(image.frames for image in images)
+    if frames:
+        told.append(f"{frames} of {count} have several frames or pages, of which the first is read")
     hidden = [image.hidden for image in images if image.hidden]
     if use_alpha and hidden and np.mean(hidden) >= _MUCH:
         told.append(

@@ -7,6 +7,7 @@ tells the class. A scene depends on its seed and size only (``PCG64``, integers 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -371,12 +372,16 @@ def _save_jpeg(scene: Scene, path: Path) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """Context with a file to write, which gets its name when it is complete and vanishes when that fails."""
+    """Context with a stream to fill, which becomes a file of that name when it is complete, and nothing when that fails.
+
+    Pillow itself does not notice on a full disk that it has written a part only.
+    """
+    content = io.BytesIO()
+    yield content
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
     try:
-        with beside.open("wb") as file:
-            yield file
+        beside.write_bytes(content.getvalue())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

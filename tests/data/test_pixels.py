@@ -17,16 +17,17 @@ RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
 COLOURS = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=-1)
 
 
-def write_tiff(path, values, alpha=0, orientation=1):
+def write_tiff(path, values, alpha=0, orientation=1, photometric=None):
     """A plain TIFF of any type and number of bands; ``alpha=2`` tags the bands after the third as transparency."""
     values = values[..., None] if values.ndim == 2 else values
     height, width, bands = values.shape
     colours = 3 if bands >= 3 else 1
+    photometric = {3: 2, 1: 1}[colours] if photometric is None else photometric
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     data, beyond, entries = values.tobytes(), b"", []
     for tag, code, numbers in (
         *((256, "I", [width]), (257, "I", [height]), (258, "H", [8 * values.dtype.itemsize] * bands), (259, "H", [1])),
-        *((262, "H", [2 if colours == 3 else 1]), (273, "I", [8]), (274, "H", [orientation]), (277, "H", [bands])),
+        *((262, "H", [photometric]), (273, "I", [8]), (274, "H", [orientation]), (277, "H", [bands])),
         *((278, "I", [height]), (279, "I", [len(data)]), (284, "H", [1])),
         *([(338, "H", [alpha] * (bands - colours))] if bands > colours else []),
         (339, "H", [kind] * bands),
@@ -89,6 +90,24 @@ def test_deep_png(colours, tmp_path):
     found = pixels(tmp_path / "a.png", (0.0, 1023.0))
     assert np.abs(found - (COLOURS if colours else RAMP[..., None]) * 255).max() <= 1.01
     assert pixels(tmp_path / "a.png").max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+def test_white_is_zero(kind, tmp_path):
+    """Pillow heeds it in 8 bits only; scanners and X-ray devices write it (Pillow issue 4804 for what it means)."""
+    write_tiff(tmp_path / "a.tif", (RAMP * np.iinfo(kind).max).astype(kind), photometric=0)
+    for options in ((), ((0.0, 65535.0),)):
+        assert np.abs(pixels(tmp_path / "a.tif", *options) - (1 - RAMP[..., None]) * 255).max() <= 1
+
+
+def test_pages_beyond_the_first_are_told(tmp_path, log):
+    """Stacks of microscopes (https://github.com/ray-project/ray/issues/42643)."""
+    pages = [Image.new("L", (8, 8), 60 * i) for i in range(4)]
+    pages[1].save(tmp_path / "a.tif", save_all=True, append_images=pages)
+    pages[1].save(tmp_path / "b.tif")
+    UnlabelledImages(tmp_path, image_size=8)
+    assert log.told("1 of 2 images looked at have several frames or pages, of which the first is read")
+    assert read_rgb(tmp_path / "a.tif").getpixel((0, 0)) == (60, 60, 60)
 
 
 def test_usual_images_are_told_nothing_and_have_no_range(tmp_path, log):
