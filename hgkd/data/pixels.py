@@ -218,8 +218,9 @@ def _sample_format(tags: Any) -> int:
 
 def _is_white_zero(image: Image.Image) -> bool:
     """Whether a TIFF's values grow from white to black."""
-    tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
-    return tiff and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return False
+    return image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def _bands(image: Image.Image) -> int:
