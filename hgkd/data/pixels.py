@@ -13,7 +13,7 @@ import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +109,8 @@ def decode(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = T
         values = _foreign_values(file)
         if values is None:
             raise
-        return _as_rgb(values, value_range, use_alpha)
+        tags = _tiff_tags(file) or {}
+        return _turned(_as_rgb(values, value_range, use_alpha), int(tags.get(Base.Orientation, 1)))
     except Image.DecompressionBombError as error:
         raise Image.DecompressionBombError(f"{error} If it is an image of yours, cut it into tiles") from error
     with image:
@@ -170,11 +171,13 @@ def _pillow_values(image: Image.Image) -> Values:
 
 
 def _cv2_values(file: BinaryIO) -> Values:
-    """All bits of an image of one to four bands, (H, W) or (H, W, bands) in the order RGBA."""
+    """All bits of an image of one to four bands as stored, (H, W) or (H, W, bands) in the order RGBA."""
     import cv2
 
     file.seek(0)
-    values = cv2.imdecode(np.frombuffer(file.read(), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    content = bytearray(file.read())
+    _lay_down(content)
+    values = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
         raise OSError("OpenCV, which reads more than 8 bits a band, cannot decode this file")
     return values if values.ndim == 2 else values[..., [2, 1, 0, 3][: values.shape[2]]]
@@ -263,6 +266,18 @@ def _foreign_values(file: BinaryIO) -> Values | None:
     except OSError as error:
         raise OSError(f"a TIFF with {bands} band(s){what} that neither Pillow nor OpenCV reads") from error
     return values
+
+
+def _lay_down(content: bytearray) -> None:
+    """Set a TIFF's orientation to 'as stored', in place: OpenCV 5.0 turns some orientations, and by other angles."""
+    if not content.startswith((b"II*\0", b"MM\0*")):
+        return
+    order: Literal["little", "big"] = "little" if content[:1] == b"I" else "big"
+    start = int.from_bytes(content[4:8], order)
+    count = int.from_bytes(content[start : start + 2], order)
+    for entry in range(start + 2, start + 2 + 12 * count, 12):
+        if int.from_bytes(content[entry : entry + 2], order) == Base.Orientation:
+            content[entry + 8 : entry + 10] = (1).to_bytes(2, order)
 
 
 def _tiff_tags(file: BinaryIO) -> Any:

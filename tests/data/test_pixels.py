@@ -270,6 +270,16 @@ def test_deep_images_are_upright(orientation, tmp_path):
             assert (shown.shape, tuple(np.argwhere(shown)[0])) == UPRIGHT[orientation]
 
 
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("kind", ["u2", "f4"])
+def test_deep_colours_are_upright(kind, orientation, tmp_path):
+    image = np.zeros((4, 6, 3), dtype=kind)
+    image[0, 0] = 1000
+    write_tiff(tmp_path / "a.tif", image, orientation=orientation)
+    shown = pixels(tmp_path / "a.tif", (0.0, 1000.0))[..., 0]
+    assert (shown.shape, tuple(np.argwhere(shown)[0])) == UPRIGHT[orientation]
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"garbage", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12"]
