@@ -49,6 +49,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _MAX_BANDS = 4
+_ROWS = 256  # converted at once
+_MEASURED_ROWS = 2048  # of an image, at most
 _SAMPLE_FORMATS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
 Values = NDArray[Any]
 Range = tuple[float, float]
@@ -198,17 +200,19 @@ def _to_bytes(values: Values, value_range: Range | None) -> NDArray[np.uint8]:
     if values.dtype == np.uint8:
         return values
     low, high = _range(values) if value_range is None else value_range
-    wide = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
-    scaled = (np.nan_to_num(wide, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    result = np.empty(values.shape, dtype=np.uint8)
+    for row in range(0, len(values), _ROWS):  # a satellite's image is large, and would be so several times over
+        part = values[row : row + _ROWS].astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+        scaled = (np.nan_to_num(part, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low))
+        result[row : row + _ROWS] = np.clip(np.rint(scaled), 0, 255)
+    return result
 
 
 def _range(values: Values) -> Range:
     """The values of black and white where nobody has said them."""
     if values.dtype.kind != "f":
         return 0.0, 65535.0
-    finite = values[np.isfinite(values)]
-    return 0.0, 1.0 if finite.size == 0 or finite.max() <= 1 else 255.0
+    return 0.0, 1.0 if np.max(values, where=np.isfinite(values), initial=0) <= 1 else 255.0
 
 
 # --- TIFF: what Pillow does not tell ---------------------------------------------------------------------------------------
@@ -356,6 +360,7 @@ def measure(file: BinaryIO) -> Measured:
 
 def _measured(values: Values) -> Measured:
     colours = values[..., :3] if values.ndim == 3 else values
+    colours = colours[:: -(-len(colours) // _MEASURED_ROWS)]
     finite = colours[np.isfinite(colours)] if colours.dtype.kind == "f" else colours
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     black, white = _range(colours)

@@ -6,11 +6,14 @@ import struct
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.data.images import read_rgb
-from hgkd.data.pixels import as_value_range, decode, measure
+from hgkd.data.pixels import _to_bytes, as_value_range, decode, measure
 from hgkd.errors import DataError
 
 RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
@@ -294,3 +297,16 @@ def test_a_shards_images_are_upright(tmp_path):
     corner(8, tmp_path / "a.png")
     content.write((tmp_path / "a.png").read_bytes())
     assert decode(content).size == (4, 6)
+
+
+@given(
+    values=arrays(np.int32, st.tuples(st.integers(1, 600), st.integers(1, 3)), elements=st.integers(-(2**31), 2**31 - 1)),
+    ends=st.tuples(st.integers(-(2**31), 2**31 - 2), st.integers(1, 2**31)),
+)
+def test_brightness_grows_with_the_value_and_ends_where_it_is_said(values, ends):
+    low, high = float(ends[0]), float(ends[0] + ends[1])
+    found = _to_bytes(values, (low, high)).ravel()
+    order = np.argsort(values, axis=None)
+    assert (np.diff(found[order].astype(int)) >= 0).all()
+    assert (found[values.ravel() <= low] == 0).all()
+    assert (found[values.ravel() >= high] == 255).all()
