@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 
 from hgkd.digests import file_digest, files_digest, stream_digest
 
@@ -25,3 +26,7 @@ def test_a_list_of_files_is_told_by_names_sizes_and_order():
     first = files_digest([("a", 1), ("b", 2)])
     assert first == hashlib.sha256(b"a\x001\0b\x002\0").hexdigest()
     assert len({first, files_digest([("b", 2), ("a", 1)]), files_digest([("a", 1), ("b", 3)])}) == 3
+
+
+def test_names_of_files_are_bytes():
+    assert files_digest([(os.fsdecode(b"\xe9"), 1)]) == hashlib.sha256(b"\xe9\x001\0").hexdigest()

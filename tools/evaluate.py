@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from train import train as launch
 
 from hgkd.data import LabelledImages
+from hgkd.data.images import shared_images
 from hgkd.engine.options import OptionsAction, device_name
 from hgkd.errors import USER_ERRORS, DataError
 from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, linear_probe, load_extractor
@@ -66,6 +67,7 @@ def evaluate(
     draws: int = 10,
     finetune_options: Mapping[str, Any] | None = None,
     data_root: str | None = None,
+    value_range: Sequence[float] | None = None,
     batch_size: int = 64,
     workers: int = 2,
     device: str = "auto",
@@ -81,6 +83,7 @@ def evaluate(
         shots, draws: see ``hgkd.evaluation.few_shot``; ``top1`` is that of the first number.
         finetune_options: config options of the recipe, e.g. epochs, lr, batch_size; student where a MAE file is fine-tuned.
         data_root: folder below which the paths of lists are; None: each list's own.
+        value_range: (low, high), the values of black and white in images of more than 8 bits.
         seed: of random weights, the held-out images, the draws and the bootstrap.
 
     Returns:
@@ -90,13 +93,18 @@ def evaluate(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    bank = _labelled(train, data_root, image_size, limit_per_class)
-    queries = _labelled(test, data_root, image_size, test_limit_per_class)
+    bank = _labelled(train, data_root, image_size, limit_per_class, value_range)
+    queries = _labelled(test, data_root, image_size, test_limit_per_class, value_range)
     if list(bank.classes) != list(queries.classes):
         only = sorted(set(bank.classes) ^ set(queries.classes))
         raise DataError(f"{train} and {test} must have the same classes; {only[:5]} are in one of them only")
     if "knn" in methods and not 1 <= min(ks) <= max(ks) <= len(bank):
         raise ValueError(f"k must lie in 1 .. {len(bank)}, the number of training images, got {list(ks)}")
+
+    both = shared_images(bank, queries)
+    if both:
+        told = f"{both} of the {len(queries)} test images are training images, too, so the results are too good"
+        print(f"evaluate: warning: {told}", file=sys.stderr)
 
     if "fewshot" in methods:
         check_shots(shots, bank.labels)
@@ -126,6 +134,7 @@ def evaluate(
             source = {"list_file": train} if Path(train).expanduser().is_file() else {}
             data = {"limit_per_class": limit_per_class, **source}
             options = {"data_root": bank.data_root, "image_size": image_size, "workers": workers, "seed": seed}
+            options["value_range"] = bank.value_range
             options |= {f"train_dataloader.dataset.{key}": value for key, value in data.items()}
             model = fine_tune(extractor, len(bank.classes), {**options, **(finetune_options or {})})
             answers = extract(model, queries, batch_size, workers, device)
@@ -182,12 +191,14 @@ def fine_tune(extractor: FeatureExtractor, num_classes: int, options: Mapping[st
         return FineTuned(runner.model.classifier, runner.max_epochs)
 
 
-def _labelled(source: str, data_root: str | None, image_size: int, limit_per_class: int | None) -> LabelledImages:
+def _labelled(
+    source: str, data_root: str | None, image_size: int, limit_per_class: int | None, value_range: Sequence[float] | None
+) -> LabelledImages:
     path = Path(source).expanduser()
+    root, list_file = path, None
     if path.is_file():
-        root = path.parent if data_root is None else data_root
-        return LabelledImages(root, image_size=image_size, limit_per_class=limit_per_class, list_file=path)
-    return LabelledImages(path, image_size=image_size, limit_per_class=limit_per_class)
+        root, list_file = Path(path.parent if data_root is None else data_root), path
+    return LabelledImages(root, image_size, limit_per_class=limit_per_class, list_file=list_file, value_range=value_range)
 
 
 _Found = tuple[dict[str, NDArray[np.bool_]], dict[str, Any], dict[str, Any]]
@@ -294,6 +305,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--finetune-options", nargs="+", action=OptionsAction, metavar="KEY=VALUE", help=f"of {RECIPE.name}: epochs, lr, ..."
     )
     parser.add_argument("--data-root", help="folder below which the paths of lists are; default: each list's own")
+    parser.add_argument(
+        "--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="black and white in images of more than 8 bits"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")

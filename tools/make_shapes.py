@@ -71,8 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         written = make_shapes(**vars(args))
-    except (*USER_ERRORS, OSError) as error:
+    except USER_ERRORS as error:
         print(f"make_shapes: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"make_shapes: {error}; {args.out} is not complete: make room, remove it and write it again", file=sys.stderr)
         return 2
     print(f"{written} images in {args.out} ({args.layout})")
     return 0

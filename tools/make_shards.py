@@ -4,7 +4,8 @@
     python tools/train.py CONFIG --cfg-options data_root=shards
 
 The files' bytes are copied as they are, so the images are the same; the webdataset library writes them in its layout, and reads
-them. Shards appear complete, one after the other. pip install 'hgkd[shards]'.
+them. Shards appear complete, one after the other; a folder whose packing did not come to its end is refused as data. A source
+of shards is packed anew. pip install 'hgkd[shards]'.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
 
 from hgkd.data import UnlabelledImages
-from hgkd.errors import USER_ERRORS
+from hgkd.data.folders import UNFINISHED_EXTENSION, is_image_name, printable
+from hgkd.data.pixels import FORMATS
+from hgkd.errors import USER_ERRORS, DataError, StoppedError
 
-_PARTIAL = ".partial"
+_MARK = f"packing{UNFINISHED_EXTENSION}"  # lies in the folder until all is packed
 
 
 def make_shards(
@@ -32,7 +40,7 @@ def make_shards(
     """Write ``out/images-000000.tar`` and so on.
 
     Args:
-        source: folder of images, at any depth; with ``list_file`` the root of its paths.
+        source: folder of images or shards, at any depth; with ``list_file`` the root of its paths.
         out: folder to make; must be empty.
         max_mb, max_images: a shard is closed when it holds more than the first (in MB, 10**6 bytes) or as many as the second.
         list_file: text file naming the images, one a line.
@@ -42,7 +50,9 @@ def make_shards(
 
     Raises:
         ValueError: webdataset is not installed, or a limit is not positive.
-        FileNotFoundError, FileExistsError, DataError: no source, ``out`` is in use, or there are no images.
+        FileNotFoundError, FileExistsError, DataError: no source, ``out`` is in use, there are no images, or more than a tenth
+            of them are no files that can be read.
+        StoppedError: the shards could not be written.
     """
     if max_mb <= 0 or max_images < 1:
         raise ValueError(f"max_mb and max_images must be positive, got {max_mb} and {max_images}")
@@ -55,22 +65,75 @@ def make_shards(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is in use; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
+    mark = out / _MARK
+    mark.touch()
     shards: list[Path] = []
 
     def complete(name: str) -> None:
-        shards.append(Path(name.removesuffix(_PARTIAL)))
+        shards.append(Path(name.removesuffix(UNFINISHED_EXTENSION) + ".tar"))
         os.replace(name, shards[-1])
 
     # absolute, or webdataset might take it for an address; with another ending, or it might compress
-    pattern = str(out.absolute()).replace("%", "%%") + f"/images-%06d.tar{_PARTIAL}"
+    pattern = str(out.absolute()).replace("%", "%%") + f"/images-%06d{UNFINISHED_EXTENSION}"
     writer = ShardWriter(pattern, max_images, max_mb * 1e6, post=complete, verbose=0, compress=False, encoder=False, mtime=0)
-    for index in range(len(images)):
-        path = Path(images.path(index))
-        # a dot would end the key; the number keeps two files of one name apart
-        key = f"{index:09d}_{re.sub(r'[^A-Za-z0-9_-]', '_', path.stem)[:60]}"
-        writer.write({"__key__": key, path.suffix[1:].lower(): path.read_bytes()})
-    writer.close()  # not in a `with`, which would complete a shard that an error has cut short
-    return len(images), shards
+    skipped: list[str] = []
+    index = 0
+    try:
+        for index in range(len(images)):
+            sample = _sample(images, index, skipped)
+            if sample is not None:
+                writer.write(sample)
+        writer.close()  # not in a `with`, which would complete a shard that an error has cut short
+    except OSError as error:
+        _abandon(writer, out)
+        free = shutil.disk_usage(out).free / 1e6
+        raise StoppedError(
+            f"packing stopped at image {index + 1} of {len(images)} ({error}; {free:.0f} MB free in {out}); what lies there is "
+            "a part, and is refused as data: make room, remove the folder and pack again"
+        ) from error
+    mark.unlink()
+    if skipped:
+        print(f"{len(skipped)} files cannot be read and are left out, e.g. {skipped[0]}", file=sys.stderr)
+    return len(images) - len(skipped), shards
+
+
+def _sample(images: UnlabelledImages, index: int, skipped: list[str]) -> dict[str, str | bytes] | None:
+    """An image as webdataset writes it; None and one more in ``skipped`` when it cannot be read.
+
+    Raises:
+        DataError: too many of them.
+    """
+    path = Path(images.path(index))
+    try:
+        with images.open(index) as file:
+            suffix = path.suffix if is_image_name(path.name) else _suffix(file)
+            content = path.read_bytes() if path.is_file() else file.read()
+    except Exception as error:  # no file, or one named otherwise that is no image
+        skipped.append(f"{printable(str(path))} ({type(error).__name__}: {error})")
+        if len(skipped) > images.max_bad_share * len(images):
+            raise DataError(
+                f"{len(skipped)} of {len(images)} images cannot be read: {skipped[0]}; repair or remove these files"
+            ) from error
+        return None
+    # a dot would end the key; the number keeps two files of one name apart
+    key = f"{index:09d}_{re.sub(r'[^A-Za-z0-9_-]', '_', path.stem)[:60]}"
+    return {"__key__": key, suffix[1:].lower(): content}
+
+
+def _suffix(file: BinaryIO) -> str:
+    """Extension of an image that is not named like one."""
+    with Image.open(file, formats=FORMATS) as image:
+        kind = str(image.format).lower()
+    file.seek(0)
+    return {"jpeg2000": ".jp2", "mpo": ".jpg"}.get(kind, f".{kind}")
+
+
+def _abandon(writer: Any, out: Path) -> None:
+    """Remove the shard that was begun, whose stream would otherwise write its rest when it is collected."""
+    with suppress(AttributeError):
+        writer.tarstream.tarstream.fileobj.closed = True
+    for begun in out.glob(f"images-*{UNFINISHED_EXTENSION}"):
+        begun.unlink()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -44,21 +44,21 @@ from hgkd.evaluation.visualization import (
 
 def pca(args: argparse.Namespace) -> Path:
     files = find_files(args.images, args.limit)
-    columns = pca_columns(_extractor(args), _images(files, args.image_size, args.device), args.level)
+    columns = pca_columns(_extractor(args), _images(files, args.image_size, args), args.level)
     caption = f"{_who(args)}: main directions of the features as colours; {_which(files)}"
     return save_picture(columns, args.out, args.name, caption)
 
 
 def attention(args: argparse.Namespace) -> Path:
     files, extractor = find_files(args.images, args.limit), _extractor(args)
-    columns = attention_columns(extractor, _images(files, args.image_size, args.device), args.level)
+    columns = attention_columns(extractor, _images(files, args.image_size, args), args.level)
     return save_picture(columns, args.out, args.name, f"{_who(args)}: {extractor.attention_name}; {_which(files)}")
 
 
 def cam(args: argparse.Namespace) -> Path:
     files, classifier = find_files(args.images, args.limit), load_classifier(args.checkpoint).to(args.device)
     size = args.image_size or classifier.spec.image_size
-    columns, names = class_columns(classifier, _images(files, size, args.device), args.class_name)
+    columns, names = class_columns(classifier, _images(files, size, args), args.class_name)
     caption = f"{args.checkpoint}: Grad-CAM of {', '.join(dict.fromkeys(names))}; {_which(files)}"
     for file, name in zip(files, names, strict=True):
         print(f"{file}: {name}")
@@ -68,10 +68,10 @@ def cam(args: argparse.Namespace) -> Path:
 def neighbours(args: argparse.Namespace) -> Path:
     files, bank, extractor = find_files(args.images, args.limit), find_files([args.bank]), _extractor(args)
     known, asked = (
-        extract(extractor, ImageFiles(part, args.image_size), args.batch_size, args.workers, args.device)
+        extract(extractor, ImageFiles(part, args.image_size, args.value_range), args.batch_size, args.workers, args.device)
         for part in (bank, files)
     )
-    columns, found = neighbour_columns(asked, files, known, bank, args.image_size, args.k)
+    columns, found = neighbour_columns(asked, files, known, bank, args.image_size, args.k, value_range=args.value_range)
     for file, row in zip(files, found, strict=True):
         print(f"{file}: " + ", ".join(f"{path} ({cosine:.2f})" for path, cosine in row))
     caption = f"{_who(args)}: nearest of {len(bank)} images in {args.bank}, nearest first; {_which(files)}"
@@ -80,7 +80,7 @@ def neighbours(args: argparse.Namespace) -> Path:
 
 def reconstruction(args: argparse.Namespace) -> Path:
     files, model = find_files(args.images, args.limit), load_reconstructor(args.checkpoint)
-    inputs = read_images(files, args.image_size or model.image_size)
+    inputs = read_images(files, args.image_size or model.image_size, args.value_range)
     columns, ratio = reconstruction_columns(model, inputs, args.mask_ratio, args.seed)
     caption = (
         f"{args.checkpoint}: {ratio:.0%} hidden; colours and contrast of hidden places are given where the model was trained "
@@ -105,8 +105,8 @@ def _extractor(args: argparse.Namespace) -> FeatureExtractor:
     return load_extractor(args.backbone, args.checkpoint, pretrained=args.pretrained).to(args.device)
 
 
-def _images(files: Sequence[Path], image_size: int | Sequence[int], device: str) -> Tensor:
-    return read_images(files, image_size).to(device) / 255
+def _images(files: Sequence[Path], image_size: int | Sequence[int], args: argparse.Namespace) -> Tensor:
+    return read_images(files, image_size, args.value_range).to(args.device) / 255
 
 
 def _who(args: argparse.Namespace) -> str:
@@ -130,6 +130,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sub.add_argument("--out", required=True, metavar="DIR", help=f"folder of the picture and of {PAGE}")
         if name != "predictions":
             sub.add_argument("--name", default=name, help=f"the picture's name ({name})")
+            sub.add_argument(
+                "--value-range",
+                type=float,
+                nargs=2,
+                metavar=("LOW", "HIGH"),
+                help="black and white in images of more than 8 bits",
+            )
         if backbone:
             sub.add_argument("--backbone", required=True, help="checkpoint .pth, export folder, timm name or mae:FILE")
             sub.add_argument("--checkpoint", help="weight file for a timm name, loaded strictly")

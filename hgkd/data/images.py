@@ -1,21 +1,20 @@
 """Folders, lists and tar shards of images as data sets that outlive damaged files.
 
 A file that cannot be read is skipped: the next readable one takes its place, it is logged once and counted, over all
-worker processes of a loader. Files are opened when their turn comes, never at the start. In a run of several GPUs each
-process counts what its own loader met.
+worker processes of a loader. Files are opened when their turn comes; at the start some are looked at, for what a whole
+folder has in common (:mod:`hgkd.data.pixels`). In a run of several GPUs each process counts what its own loader met.
 
-As in torchvision's ``ImageFolder`` the orientation tag (EXIF) is not applied.
+Images are turned upright by their EXIF orientation, as viewers and OpenMMLab do, and torchvision's ``ImageFolder`` does not.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import os
 import random
-import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -25,72 +24,55 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hgkd.data.folders import (
+    EXTENSION_LIST,
+    IMAGE_EXTENSIONS,
+    SHARD_EXTENSION,
+    Content,
+    folder_identity,
+    is_system,
+    kind_name,
+    printable,
+    search,
+)
+from hgkd.data.lists import read_labels, read_list
+from hgkd.data.pixels import READING, BandsError, Range, as_value_range, decode, measure, open_image, warnings_of
 from hgkd.data.sampler import image_seed, seeded
 from hgkd.data.shards import ShardIndex, index_shards
 from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
 from hgkd.errors import DataError
 from hgkd.registry import DATASETS
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-
-# What Pillow may decode, whatever the file is called: no formats that start other programs (EPS) or nest files
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 _Item = TypeVar("_Item")
-_EXTENSION_LIST = "jpg, jpeg, png, bmp, webp, tif, tiff"
+_LOOKED_AT = 16
 
 
-def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file as 8-bit RGB.
-
-    Transparent places become white; 16-bit grey is divided by 257; float grey counts as [0, 1] when nothing exceeds 1,
-    else as [0, 255]; of several frames the first is taken.
+def read_rgb(path: str | os.PathLike[str], value_range: Range | None = None, use_alpha: bool = True) -> Image.Image:
+    """Decode an image file as 8-bit RGB, upright; the rules are :func:`hgkd.data.pixels.decode`'s.
 
     Raises:
         OSError: missing, not a regular file, not an image, truncated.
         Exception: whatever else Pillow's decoders raise on damaged content.
     """
-    # a named pipe would block for ever
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"not a regular file: {os.fspath(path)}")
-    with open(path, "rb") as file:
-        return decode_rgb(file)
+    with open_image(path) as file:
+        return decode_rgb(file, value_range, use_alpha)
 
 
-def decode_rgb(file: BinaryIO) -> Image.Image:
+def decode_rgb(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = True) -> Image.Image:
     """As :func:`read_rgb`, of an open file."""
-    with Image.open(file, formats=_FORMATS) as image:
-        image.load()
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-            return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-        if image.mode == "F":
-            values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            values = values * 255 if values.max() <= 1 else values
-            return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
-        if image.has_transparency_data:
-            layer = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-        return image.convert("RGB")
+    return decode(file, value_range, use_alpha)
 
 
 def find_images(folder: str) -> list[str]:
     """Paths of all image files below ``folder``, relative to it, sorted; links are followed, cycles are not.
 
-    Whether a name belongs to an image is told by its extension, upper or lower case.
+    Whether a name belongs to an image is told by its extension, upper or lower case. Hidden names and those of a system
+    (``._x.jpg``, ``.ipynb_checkpoints``, ``__MACOSX``, ``@eaDir``, ``#recycle``) are passed over.
+
+    Raises:
+        DataError: a folder that cannot be listed.
     """
-    found: list[str] = []
-    seen: set[str] = set()
-    for here, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()  # which of two links to one folder is walked must not depend on the disk
-        found.extend(
-            os.path.relpath(os.path.join(here, name), folder) for name in names if name.lower().endswith(IMAGE_EXTENSIONS)
-        )
-    return sorted(found)
+    return search(folder).images
 
 
 class _PathTable:
@@ -136,6 +118,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         paths: relative or absolute.
         transform: PIL RGB image -> uint8 tensor (3, H, W).
         max_bad_share: share of the files, in [0, 1], that may turn out unreadable.
+        value_range, use_alpha: see :func:`hgkd.data.pixels.decode`.
         shards: where the images lie when they are no files of their own; ``paths`` are then names for messages.
     """
 
@@ -145,16 +128,21 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         paths: Sequence[str],
         transform: ImageTransform,
         max_bad_share: float,
+        value_range: Sequence[float] | None = None,
+        use_alpha: bool = True,
         shards: ShardIndex | None = None,
     ) -> None:
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share is a share of the images in [0, 1], got {max_bad_share}")
+        self.value_range = as_value_range(value_range)
+        self.use_alpha = use_alpha
         self.data_root = root
         self.transform = transform
         self.max_bad_share = max_bad_share
         self._paths = _PathTable(paths)
         self._shards = shards
         self._bad = _BadMarks(len(paths))
+        self._look()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -163,17 +151,29 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         """Absolute path of an image; of one in a shard, the shard's with the member's name after it."""
         return os.path.join(self.data_root, self._paths[index])
 
+    def names(self) -> Iterator[str]:
+        """The paths as they are kept: below ``data_root``, or absolute."""
+        return (self._paths[index] for index in range(len(self)))
+
     def size(self, index: int) -> int:
         """Bytes of an image file or member; -1 when the file is not there."""
         if self._shards is not None:
             return self._shards.size(index)
         return os.path.getsize(self.path(index)) if os.path.exists(self.path(index)) else -1
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How files become pixels, as plain values: what is stored of pixels belongs to it."""
+        return {"rules": READING, "value_range": self.value_range, "use_alpha": self.use_alpha}
+
+    def open(self, index: int) -> BinaryIO:
+        """The file of an image, from wherever it lies."""
+        return open_image(self.path(index)) if self._shards is None else io.BytesIO(self._shards.read(index))
+
     def image(self, index: int) -> Image.Image:
         """An image, decoded as 8-bit RGB and no more; errors as :func:`read_rgb`."""
-        if self._shards is None:
-            return read_rgb(self.path(index))
-        return decode_rgb(io.BytesIO(self._shards.read(index)))
+        with self.open(index) as file:
+            return decode_rgb(file, self.value_range, self.use_alpha)
 
     def bad_files(self) -> list[str]:
         """Absolute paths of the files found unreadable so far, by any worker process, in the order of the data set."""
@@ -209,12 +209,34 @@ class _ImageFiles(Dataset[dict[str, Any]]):
             self._check_share()
         raise DataError(self._report("none is left"))
 
+    def _look(self) -> None:
+        """Measure some images, spread over all, and warn of what they have in common.
+
+        Raises:
+            DataError: more of them than ``max_bad_share`` have too many bands.
+        """
+        count = min(_LOOKED_AT, len(self))
+        measured, refused = [], []
+        for place in range(count):
+            index = place * len(self) // count
+            try:
+                with self.open(index) as file:
+                    measured.append(measure(file))
+            except BandsError as error:
+                refused.append(f"{printable(self.path(index))}: {error}")
+            except Exception:  # damaged: replaced and counted in its turn
+                continue
+        if len(refused) > self.max_bad_share * count:
+            raise DataError(f"{len(refused)} of {count} images looked at have too many bands, e.g. {refused[0]}")
+        for warning in warnings_of(measured, self.value_range, self.use_alpha):
+            print_log(f"{printable(self.data_root)}: {warning}", logger="current", level=logging.WARNING)
+
     def _mark(self, index: int, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
         if not self._bad.flags[index]:
             self._bad.flags[index] = 1
             print_log(
-                f"skipping unreadable image {self.path(index)} ({reason}); the next readable one takes its place",
+                f"skipping unreadable image {printable(self.path(index))} ({reason}); the next readable one takes its place",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -226,11 +248,20 @@ class _ImageFiles(Dataset[dict[str, Any]]):
 
     def _report(self, verdict: str) -> str:
         bad = self._bad.indices()
-        files = ", ".join(self.path(i) for i in bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        files = ", ".join(printable(self.path(i)) for i in bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         return (
-            f"{len(bad)} of {len(self)} images ({len(bad) / len(self):.2%}) in {self.data_root} cannot be read, "
-            f"{verdict}: {files}. Repair or remove these files (the log gives the reasons), or raise max_bad_share"
+            f"{len(bad)} of {len(self)} images ({len(bad) / len(self):.2%}) in {printable(self.data_root)} cannot be read, "
+            f"{verdict}: {files}. The first: {self._reason(bad[0])}. Repair or remove these files (the log gives all reasons), "
+            "or raise max_bad_share"
         )
+
+    def _reason(self, index: int) -> str:
+        """Why an image that was found unreadable, perhaps by another process, cannot be read."""
+        try:
+            self.image(index)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "it can be read by now"
 
 
 @DATASETS.register_module()
@@ -244,18 +275,23 @@ class UnlabelledImages(_ImageFiles):
     unreadable: with the default of 10 % a single one ends a run on 9 images, and is tolerated among 10.
 
     Args:
-        data_root: folder of the images, any depth and any file names (jpg, jpeg, png, bmp, webp, tif, tiff). When it holds
-            none of them, but .tar files at any depth, the images in these (:mod:`hgkd.data.shards`).
-        list_file: text file (UTF-8) used instead of searching: one path a line, relative to ``data_root`` or absolute, but
-            below ``data_root``: a list from elsewhere reaches no other file.
+        data_root: folder of the images (``IMAGE_EXTENSIONS``), any depth and any file names; or of .tar files, at any depth,
+            whose images are read (:mod:`hgkd.data.shards`). What is a system's (hidden, ``__MACOSX``) is passed over; what is
+            left out is told by kind.
+        list_file: text file (UTF-8, or UTF-16 with its mark) used instead of searching: one path a line, relative to
+            ``data_root`` or absolute, but below ``data_root``: a list from elsewhere reaches no other file.
         image_size: result side in pixels, or (H, W).
         transform: options of :func:`hgkd.data.train_transform`, or with ``kind='eval'`` of ``eval_transform``.
         max_bad_share: share of unreadable files above which the run stops; 0 tolerates none.
         limit: keep only so many images: the first of a shuffle that is always the same.
+        value_range: (low, high), the values of black and white in images of more than 8 bits; see
+            :func:`hgkd.data.pixels.decode`.
+        use_alpha: False leaves out a band that is tagged as transparency.
 
     Raises:
         FileNotFoundError: the folder or the list does not exist.
-        DataError: no images; a damaged shard; a listed path leaves ``data_root``; later, too many unreadable files.
+        DataError: no images, or images and shards; a folder that cannot be listed; a damaged shard; a list that names what is
+            no image, or leaves ``data_root``; images of too many bands; later, too many unreadable files.
         TypeError, ValueError: an option out of range or unknown.
     """
 
@@ -267,28 +303,22 @@ class UnlabelledImages(_ImageFiles):
         transform: Mapping[str, Any] | None = None,
         max_bad_share: float = 0.1,
         limit: int | None = None,
+        value_range: Sequence[float] | None = None,
+        use_alpha: bool = True,
     ) -> None:
         _check_limit("limit", limit)
         built = build_transform(image_size, transform)
         root = _existing_folder(data_root)
         index: ShardIndex | None = None
         if list_file is not None:
-            paths = _first_shuffled(_read_list(os.path.expanduser(os.fspath(list_file)), root), limit)
+            paths = _first_shuffled(read_list(os.path.expanduser(os.fspath(list_file)), root), limit)
         else:
-            paths = _first_shuffled(find_images(root), limit)
-            if not paths:
-                shards, names, places = index_shards(root, IMAGE_EXTENSIONS)
-                kept = _first_shuffled(list(zip(names, places, strict=True)), limit)
-                paths = [name for name, _ in kept]
-                index = ShardIndex(root, shards, (place for _, place in kept))
-                if not paths:
-                    inside = f" and for members of its {len(shards)} .tar shards named like key.jpg" if shards else ""
-                    raise DataError(
-                        f"no images below {root}; looked for files ending in {_EXTENSION_LIST}{inside}. "
-                        "Set data_root to the folder that holds them"
-                    )
-                print_log(f"{len(names)} images in {len(shards)} shards below {root}", logger="current")
-        super().__init__(root, paths, built, max_bad_share, index)
+            found = search(root)
+            if found.shards or found.unfinished:
+                paths, index = _from_shards(root, found, limit)
+            else:
+                paths = _first_shuffled(_images_of(root, found), limit)
+        super().__init__(root, paths, built, max_bad_share, value_range, use_alpha, index)
         self.metainfo: dict[str, Any] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -304,10 +334,10 @@ class LabelledImages(_ImageFiles):
     file, label and index are those of the image which took its place (a repeated index is a replaced image).
 
     Args:
-        data_root: folder of the class folders; those whose names start with a dot are passed over.
-        list_file: text file (UTF-8) used instead of class folders: one image a line, its path and its class, separated by
-            spaces in a .txt (the class is the last word), by a comma in a .csv, by a tab in a .tsv. A first line
-            ``path,label`` is passed over. Paths are relative to ``data_root`` or absolute, but below it.
+        data_root: folder of the class folders; hidden ones and those of a system (``__MACOSX``) are passed over.
+        list_file: text file (UTF-8, or UTF-16 with its mark) used instead of class folders: one image a line, its path and
+            its class, separated by spaces in a .txt (the class is the last word), by a comma in a .csv, by a tab in a .tsv.
+            A first line ``path,label`` is passed over. Paths are relative to ``data_root`` or absolute, but below it.
         image_size: result side in pixels, or (H, W).
         resize_ratio: shorter side before the crop, in units of ``image_size``; at least 1.
         limit_per_class: keep only so many images of a class: the first of a shuffle that is always the same.
@@ -323,8 +353,9 @@ class LabelledImages(_ImageFiles):
 
     Raises:
         FileNotFoundError: the folder or the list does not exist.
-        DataError: no class folders, or one without images; a list of an unknown format, or without images, or with a path
-            that leaves ``data_root``; later, too many unreadable files.
+        DataError: no class folders, or one without images, or none but 'train' and 'test'; a list of an unknown format, without
+            images, with an image of two classes, or with a path that is no image's or leaves ``data_root``; images of too many
+            bands; later, too many unreadable files.
         TypeError, ValueError: an option out of range.
     """
 
@@ -340,6 +371,8 @@ class LabelledImages(_ImageFiles):
         transform: Mapping[str, Any] | None = None,
         label_fraction: float = 1.0,
         label_seed: int = 0,
+        value_range: Sequence[float] | None = None,
+        use_alpha: bool = True,
     ) -> None:
         _check_limit("limit_per_class", limit_per_class)
         if not 0 < label_fraction <= 1:
@@ -350,7 +383,8 @@ class LabelledImages(_ImageFiles):
             )
         built = eval_transform(image_size, resize_ratio) if transform is None else build_transform(image_size, transform)
         root = _existing_folder(data_root)
-        found = _class_folders(root) if list_file is None else _read_labels(os.path.expanduser(os.fspath(list_file)), root)
+        found = _class_folders(root) if list_file is None else read_labels(os.path.expanduser(os.fspath(list_file)), root)
+        found = {printable(name): paths for name, paths in found.items()}  # names go into logs, tables and files
         self.classes = sorted(found)
         self.split = split
         self.metainfo: dict[str, Any] = {"classes": tuple(self.classes)}
@@ -363,7 +397,7 @@ class LabelledImages(_ImageFiles):
             paths += kept
             labels += [label] * len(kept)
         self.labels = np.array(labels, dtype=np.int64)
-        super().__init__(root, paths, built, max_bad_share)
+        super().__init__(root, paths, built, max_bad_share, value_range, use_alpha)
         if label_fraction < 1:
             counts = np.bincount(self.labels)
             print_log(
@@ -377,108 +411,118 @@ class LabelledImages(_ImageFiles):
         return {"inputs": inputs, "label": int(self.labels[place]), "index": place, "split": self.split}
 
 
+def shared_images(first: Dataset[Any], second: Dataset[Any]) -> int:
+    """How many images of two data sets are the same, by their paths; 0 where a data set is of another kind."""
+    if not isinstance(first, _ImageFiles) or not isinstance(second, _ImageFiles):
+        return 0
+    paths = [{os.path.join(os.path.realpath(part.data_root), path) for path in part.names()} for part in (first, second)]
+    return len(paths[0] & paths[1])
+
+
 def _existing_folder(data_root: str | os.PathLike[str]) -> str:
     root = os.path.abspath(os.path.expanduser(os.fspath(data_root)))
     if not os.path.isdir(root):
         why = "is not a folder" if os.path.exists(root) else "does not exist"
-        raise FileNotFoundError(f"data_root {root} {why}; set it to the folder that holds the images")
+        raise FileNotFoundError(f"data_root {printable(root)} {why}; set it to the folder that holds the images")
     return root
+
+
+def _images_of(root: str, found: Content) -> list[str]:
+    if not found.images:
+        told = found.told()
+        raise DataError(
+            f"no images below {printable(root)}; looked for files ending in {EXTENSION_LIST}"
+            + (f"; there are {told}" if told else "")
+            + ". Set data_root to the folder that holds them"
+        )
+    _tell(root, len(found.images), found)
+    return found.images
+
+
+def _from_shards(root: str, found: Content, limit: int | None) -> tuple[list[str], ShardIndex]:
+    """Names of the images in the shards, and where they lie."""
+    where = printable(root)
+    if found.unfinished:
+        raise DataError(
+            f"packing the shards in {where} did not come to its end ({printable(found.unfinished[0])} is left), so images "
+            "would be missing; remove the folder and pack again"
+        )
+    if found.images:
+        raise DataError(
+            f"{where} holds {len(found.images)} image files (e.g. {printable(found.images[0])}) and {len(found.shards)} shards "
+            f"(e.g. {printable(found.shards[0])}); which are meant? Set data_root to a folder of one kind, move the others "
+            "away, or name the images in a list_file"
+        )
+    left_out = Content(left_out=found.left_out.copy(), system=found.system)
+    shards, names, places = index_shards(root, IMAGE_EXTENSIONS, left_out)
+    if not names:
+        raise DataError(
+            f"no images below {where}; looked for files ending in {EXTENSION_LIST} and for members of its {len(shards)} .tar "
+            f"shards named like key.jpg; there are {left_out.told() or 'none of other kinds'}. Set data_root to the folder "
+            "that holds them, or pack them again (tools/make_shards.py)"
+        )
+    print_log(f"{len(names)} images in {len(shards)} shards below {where}", logger="current")
+    _tell(root, len(names), left_out)
+    kept = _first_shuffled(list(zip(names, places, strict=True)), limit)
+    return [name for name, _ in kept], ShardIndex(root, shards, (place for _, place in kept))
+
+
+def _tell(root: str, count: int, found: Content) -> None:
+    """Say what was left out: a warning when there are pictures among it."""
+    told = found.told()
+    if told:
+        level = logging.WARNING if found.misses_pictures else logging.INFO
+        print_log(f"{count} images below {printable(root)}; left out: {told}", logger="current", level=level)
+
+
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
 
 
 def _class_folders(root: str) -> dict[str, list[str]]:
     """Class name -> its images, relative to ``root``."""
+    where = printable(root)
     with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        inside = [entry for entry in entries if not is_system(entry.name)]
+        names = sorted(entry.name for entry in inside if entry.is_dir())
     if not names:
-        raise DataError(f"no class folders in {root}; expected {os.path.join(root, '<class>', '<image>')}, one folder a class")
-    classes = {name: [os.path.join(name, path) for path in find_images(os.path.join(root, name))] for name in names}
-    for name, paths in classes.items():
-        if not paths:
+        raise DataError(f"no class folders in {where}; expected {where}/<class>/<image>, one folder a class")
+    if _SPLITS.issuperset(map(str.lower, names)):
+        raise DataError(
+            f"the folders in {where} are called {', '.join(names)}, which are no classes; set data_root to one of them, e.g. "
+            f"{os.path.join(where, names[-1])}"
+        )
+    identities = {name: folder_identity(os.path.join(root, name)) for name in names}
+    beside = Content(left_out=Counter(kind_name(entry.name) for entry in inside if not entry.is_dir()))
+    classes: dict[str, list[str]] = {}
+    taken: dict[object, str] = {folder_identity(root): "data_root itself"}
+    for name in names:
+        folder = os.path.join(root, name)
+        if identities[name] in taken:
             raise DataError(
-                f"class folder {os.path.join(root, name)} holds no images (files ending in {_EXTENSION_LIST}); "
+                f"class folder {printable(folder)} is the same folder as {printable(taken[identities[name]])}, so its images "
+                "would have two classes; remove the link"
+            )
+        taken[identities[name]] = name
+        # a link from one class into another would give images two classes
+        found = search(folder, {folder_identity(root), *identities.values()} - {identities[name]})
+        if not found.images:
+            told = f"; there are {found.told()}" if found.told() else ""
+            raise DataError(
+                f"class folder {printable(folder)} holds no images (files ending in {EXTENSION_LIST}){told}; "
                 "fill it or remove it"
             )
+        classes[name] = [os.path.join(name, path) for path in found.images]
+        beside.left_out += found.left_out + Counter({SHARD_EXTENSION: len(found.shards)})
+        beside.system += found.system
+    _tell(root, sum(map(len, classes.values())), beside)
+    if len(classes) == 1:
+        print_log(
+            f"{where} holds one class folder only ({printable(names[0])}), so there is nothing to tell apart; is data_root the "
+            "folder of the class folders?",
+            logger="current",
+            level=logging.WARNING,
+        )
     return classes
-
-
-def _list_lines(list_file: str) -> list[str]:
-    if not os.path.isfile(list_file):
-        raise FileNotFoundError(
-            f"list_file {os.path.abspath(list_file)} does not exist; give a text file with one image path a line, or "
-            "leave list_file out to search data_root"
-        )
-    with open(list_file, encoding="utf-8-sig", errors="surrogateescape", newline=None) as lines:
-        return [line.strip() for line in lines]
-
-
-def _listed_path(entry: str, list_file: str, number: int, root: str) -> str:
-    """A path of a list, as written but without '.' and '..' parts."""
-    if "\0" in entry:
-        raise DataError(f"{list_file} line {number} is not text; give a text file with one image path a line")
-    path = os.path.normpath(entry)
-    if not _is_below(os.path.join(root, path), root):
-        raise DataError(
-            f"{list_file} line {number}: {entry!r} leaves data_root {root}; set data_root to a folder above all "
-            "images (data_root=/ allows every path)"
-        )
-    return path
-
-
-def _read_list(list_file: str, root: str) -> list[str]:
-    """Paths of a list file."""
-    lines = enumerate(_list_lines(list_file), start=1)
-    paths = [_listed_path(entry, list_file, number, root) for number, entry in lines if entry]
-    if not paths:
-        raise DataError(f"list_file {list_file} names no images; write one path a line, relative to {root} or absolute")
-    return paths
-
-
-def _read_labels(list_file: str, root: str) -> dict[str, list[str]]:
-    """Class name -> its images, as a list with labels has them."""
-    suffix = os.path.splitext(list_file)[1].lower()
-    if suffix not in _LABEL_COLUMNS:
-        raise DataError(
-            f"list of labels {list_file} is of an unknown format; expected a .txt with 'PATH CLASS' a line, a .csv with "
-            "'PATH,CLASS' or a .tsv with the two separated by a tab"
-        )
-    split, example = _LABEL_COLUMNS[suffix]
-    classes: dict[str, list[str]] = {}
-    for number, line in enumerate(_list_lines(list_file), start=1):
-        columns = split(line)
-        if not line or (number == 1 and columns == ["path", "label"]):
-            continue
-        if len(columns) != 2 or not all(columns):
-            raise DataError(
-                f"{list_file} line {number}: {line[:80]!r} is not a path and a class; a {suffix} has lines like {example!r}"
-            )
-        classes.setdefault(columns[1], []).append(_listed_path(columns[0], list_file, number, root))
-    if not classes:
-        raise DataError(f"list of labels {list_file} names no images; write a path and a class a line")
-    return classes
-
-
-def _csv_columns(line: str) -> list[str]:
-    return [column.strip() for row in csv.reader([line]) for column in row]
-
-
-def _tab_columns(line: str) -> list[str]:
-    return [column.strip() for column in line.split("\t")]
-
-
-def _word_columns(line: str) -> list[str]:
-    return line.rsplit(maxsplit=1)
-
-
-# how a line is split, and an example
-_LABEL_COLUMNS = {
-    ".txt": (_word_columns, "a/1.jpg cat"),
-    ".csv": (_csv_columns, "a/1.jpg,cat"),
-    ".tsv": (_tab_columns, "a/1.jpg\tcat"),
-}
-
-
-def _is_below(path: str, root: str) -> bool:
-    return os.path.commonpath([os.path.normpath(path), root]) == root
 
 
 def _check_limit(name: str, limit: int | None) -> None:

@@ -7,13 +7,15 @@ tells the class. A scene depends on its seed and size only (``PCG64``, integers 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -325,10 +327,10 @@ def write_coco(
                 }
             )
     for split, content in contents.items():
-        path = Path(root, "annotations", f"{split}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
         info = {"description": "hgkd generated shapes", "seed": seed}
-        path.write_text(json.dumps({"info": info, "licenses": [], **content, "categories": categories}))
+        text = json.dumps({"info": info, "licenses": [], **content, "categories": categories})
+        with _whole(Path(root, "annotations", f"{split}.json")) as file:
+            file.write(text.encode())
     return train + test
 
 
@@ -347,9 +349,8 @@ def write_ade20k(
     """
     for split, number, scene in _scenes({"training": train, "validation": test}, image_size, seed, clutter):
         _save_jpeg(scene, Path(root, "images", split, f"{number:06d}.jpg"))
-        path = Path(root, "annotations", split, f"{number:06d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(scene.label_map).save(path)
+        with _whole(Path(root, "annotations", split, f"{number:06d}.png")) as file:
+            Image.fromarray(scene.label_map).save(file, format="PNG")
     return train + test
 
 
@@ -365,8 +366,25 @@ def _scenes(
 
 
 def _save_jpeg(scene: Scene, path: Path) -> None:
+    with _whole(path) as file:
+        Image.fromarray(scene.image).save(file, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Context with a stream to fill, which becomes a file of that name when it is complete, and nothing when that fails.
+
+    Pillow itself does not notice on a full disk that it has written a part only.
+    """
+    content = io.BytesIO()
+    yield content
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(scene.image).save(path, quality=_JPEG_QUALITY, subsampling=0)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_bytes(content.getvalue())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:

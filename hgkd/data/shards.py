@@ -22,20 +22,17 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from hgkd.data.folders import DOTTED, SHARD_EXTENSION, Content, is_system, kind_name, printable, search
 from hgkd.errors import DataError
 
-SHARD_EXTENSION = ".tar"
+__all__ = ["SHARD_EXTENSION", "Place", "ShardIndex", "find_shards", "index_shards", "kind_of", "shard_members"]
+
 Place = tuple[int, int, int]  # number of the shard, offset of the first byte, size in bytes
 
 
 def find_shards(folder: str) -> list[str]:
-    """Paths of all .tar files below ``folder``, relative to it, sorted."""
-    return sorted(
-        os.path.relpath(os.path.join(here, name), folder)
-        for here, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(SHARD_EXTENSION)
-    )
+    """Paths of all .tar files below ``folder``, relative to it, sorted; links are followed, cycles are not."""
+    return search(folder).shards
 
 
 def kind_of(member: str) -> str:
@@ -44,27 +41,47 @@ def kind_of(member: str) -> str:
     return dot + kind.lower() if key else ""
 
 
-def shard_members(path: str | os.PathLike[str], kinds: Sequence[str]) -> list[tuple[str, int, int]]:
+def shard_members(
+    path: str | os.PathLike[str], kinds: Sequence[str], left_out: Content | None = None
+) -> list[tuple[str, int, int]]:
     """Members of a shard whose kind is one of ``kinds``: (name, offset of the first byte, size in bytes), in their order.
+
+    Args:
+        left_out: counts the others, by kind.
 
     Raises:
         DataError: no uncompressed tar file, or one that ends too early.
     """
     found = []
+    left_out = Content() if left_out is None else left_out
     count = 0
     try:
-        with tarfile.open(path, "r:") as shard:
+        with tarfile.open(path, "r:", errors="surrogateescape") as shard:
             for count, member in enumerate(shard, start=1):  # noqa: B007 (told when it fails)
-                if member.isreg() and not member.issparse() and kind_of(member.name) in kinds:
+                if member.isdir():
+                    continue
+                if any(map(is_system, PurePosixPath(member.name).parts)):
+                    left_out.system += 1
+                elif member.isreg() and not member.issparse() and kind_of(member.name) in kinds:
                     found.append((member.name, member.offset_data, member.size))
+                else:
+                    left_out.left_out[_left_out_kind(member, kinds)] += 1
         if any(offset + size > os.path.getsize(path) for _, offset, size in found[-1:]):
             raise tarfile.ReadError("unexpected end of data")
     except tarfile.TarError as error:
         raise DataError(
-            f"shard {os.fspath(path)} is damaged or no uncompressed tar file, after {count} members ({error}); pack it again "
-            "(without compression: images are compressed already), or remove it"
+            f"shard {printable(os.fspath(path))} is damaged or no uncompressed tar file, after {count} members ({error}); pack "
+            "it again (without compression: images are compressed already), or remove it"
         ) from error
     return found
+
+
+def _left_out_kind(member: tarfile.TarInfo, kinds: Sequence[str]) -> str:
+    if not member.isreg():
+        return "links and devices"
+    if member.name.lower().endswith(tuple(kinds)):
+        return DOTTED
+    return kind_name(member.name)
 
 
 class ShardIndex:
@@ -101,8 +118,11 @@ class ShardIndex:
         return content
 
 
-def index_shards(root: str, kinds: Sequence[str]) -> tuple[list[str], list[str], list[Place]]:
+def index_shards(root: str, kinds: Sequence[str], left_out: Content | None = None) -> tuple[list[str], list[str], list[Place]]:
     """All shards below ``root``, and of every image in them 'shard/member' and its place.
+
+    Args:
+        left_out: counts the members that are no images, by kind.
 
     Raises:
         DataError: a shard is damaged.
@@ -111,7 +131,7 @@ def index_shards(root: str, kinds: Sequence[str]) -> tuple[list[str], list[str],
     names: list[str] = []
     places: list[Place] = []
     for number, shard in enumerate(shards):
-        for name, offset, size in shard_members(os.path.join(root, shard), kinds):
+        for name, offset, size in shard_members(os.path.join(root, shard), kinds, left_out):
             names.append(f"{shard}/{name}")
             places.append((number, offset, size))
     return shards, names, places

@@ -75,6 +75,11 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
     "label_fraction": ShortOption((f"{_TRAIN}.label_fraction",), "share of the labels that is used, in (0, 1]", kind="number"),
     "num_classes": ShortOption(("model.num_classes",), "number of classes of a classifier", kind="whole"),
     "backbone": ShortOption(("model.classifier.backbone",), "file, export or work folder that a classifier starts from"),
+    "value_range": ShortOption(
+        (f"{_TRAIN}.value_range", f"{_BANK}.value_range", f"{_QUERY}.value_range"),
+        "[low,high], the values of black and white in images of more than 8 bits",
+        existing=(f"{_VAL}.value_range",),
+    ),
     "student": ShortOption(("model.student.encoder", "model.classifier.name"), "timm name of the student"),
     "teacher": ShortOption(("model.teacher.name",), "timm name of the teacher"),
     "teacher_checkpoint": ShortOption(("model.teacher.checkpoint",), "weight file of the teacher"),

@@ -81,5 +81,6 @@ def _open(runner: Runner, folder: Path, transform: str) -> None:
     names = [str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in paths]
     sizes = [dataset.size(i) for i in range(len(dataset))]
     identity = {"files": files_digest(zip(names, sizes, strict=True)), "transform": transform}
+    identity |= {"reading": dataset.reading} if hasattr(dataset, "reading") else {}
     model: Any = plain_model(runner)
     model.store_features(folder, len(dataset), identity)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.logging import print_log
 from torch.utils.data import ConcatDataset
 
+from hgkd.data.images import shared_images
 from hgkd.registry import DATASETS
 
 
@@ -34,6 +37,14 @@ class BankAndQuery(ConcatDataset[Any]):
             raise ValueError(
                 f"the class folders of {parts[0].data_root} ({len(known)}) and {parts[1].data_root} ({len(asked)}) differ, "
                 f"e.g. {', '.join(differ)}; the k-NN needs the same classes in both"
+            )
+        shared = shared_images(*parts)
+        if shared:
+            print_log(
+                f"{shared} of the {len(parts[1])} images that the k-NN must classify are in its memory, too, so its results "
+                "are too good",
+                logger="current",
+                level=logging.WARNING,
             )
         super().__init__(parts)
         self.metainfo: dict[str, Any] = {"classes": tuple(known)}

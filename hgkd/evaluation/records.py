@@ -39,6 +39,7 @@ CSV_COLUMNS = (
     "checkpoint",
     "block",
     "image_size",
+    "reading",
     "train",
     "test",
     "train_images",
@@ -101,7 +102,7 @@ def make_result(
         **extra,
         "scores": scores,
         "test_list": list_digest((os.path.relpath(path, images.data_root), name) for path, name in files),
-        "settings": dict(settings),
+        "settings": {**settings, "reading": images.reading},
     }
 
 
@@ -209,7 +210,7 @@ def check_outputs(json_file: str | os.PathLike[str] | None, csv_file: str | os.P
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"results cannot be written to {path}: no permission; name another place")
     if csv_file is not None and Path(csv_file).exists():
-        with Path(csv_file).open(newline="", encoding="utf-8") as handle:
+        with Path(csv_file).open(newline="", encoding="utf-8", errors="surrogateescape") as handle:
             _check_open_csv(handle, Path(csv_file))
 
 
@@ -223,7 +224,7 @@ def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
     """
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="", encoding="utf-8") as handle, _locked(handle):
+    with path.open("a+", newline="", encoding="utf-8", errors="surrogateescape") as handle, _locked(handle):
         handle.seek(0)
         is_new = _check_open_csv(handle, path)
         text = io.StringIO(newline="")

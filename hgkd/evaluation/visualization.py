@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from hgkd.classifiers import ImageClassifier
 from hgkd.data.images import IMAGE_EXTENSIONS, find_images, read_rgb
+from hgkd.data.pixels import as_value_range
 from hgkd.data.transforms import eval_transform
 from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.engine.config import check_plain_data
@@ -68,17 +69,17 @@ def find_files(sources: Sequence[str | os.PathLike[str]], limit: int | None = No
     return found[:limit]
 
 
-def read_images(files: Sequence[Path], image_size: int | Sequence[int]) -> Tensor:
-    """Centre crops of images, uint8 (B, 3, H, W).
+def read_images(files: Sequence[Path], image_size: int | Sequence[int], value_range: Sequence[float] | None = None) -> Tensor:
+    """Centre crops of images, uint8 (B, 3, H, W); ``value_range`` as for :class:`hgkd.data.UnlabelledImages`.
 
     Raises:
         DataError: a file cannot be read.
     """
-    crop = eval_transform(image_size)
+    crop, value_range = eval_transform(image_size), as_value_range(value_range)
     images = []
     for file in files:
         try:
-            images.append(crop(read_rgb(file)))
+            images.append(crop(read_rgb(file, value_range)))
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
             raise DataError(f"image {file} cannot be read ({type(error).__name__}: {error}); leave it out") from error
     return torch.stack(images)
@@ -182,6 +183,7 @@ def neighbour_columns(
     image_size: int | Sequence[int],
     k: int = 5,
     standardise: bool = True,
+    value_range: Sequence[float] | None = None,
 ) -> tuple[Columns, list[list[tuple[Path, float]]]]:
     """The images of a bank that are nearest to each query, by cosine, as in the k-NN.
 
@@ -190,6 +192,7 @@ def neighbour_columns(
         image_size: of the crops that are shown.
         k: neighbours; a query that is in the bank itself is left out.
         standardise: see ``hgkd.evaluation.knn_scores``.
+        value_range: see :func:`read_images`.
 
     Returns:
         The columns 'query', '1' (nearest), '2', ..., and for every query its neighbours with their cosines.
@@ -207,24 +210,27 @@ def neighbour_columns(
     for query, row, values in zip(own, places.tolist(), cosines.tolist(), strict=True):
         others = [(known[i], value) for i, value in zip(row, values, strict=True) if real[i] != query]
         found.append(others[:k])
-    columns = {"query": read_images([query_files[i] for i in queries.indices.tolist()], image_size) / 255}
+    columns = {"query": read_images([query_files[i] for i in queries.indices.tolist()], image_size, value_range) / 255}
     for rank in range(k):
-        columns[str(rank + 1)] = read_images([row[rank][0] for row in found], image_size) / 255
+        columns[str(rank + 1)] = read_images([row[rank][0] for row in found], image_size, value_range) / 255
     return columns, found
 
 
 class ImageFiles(Dataset[dict[str, Any]]):
     """Given files as a data set for ``hgkd.evaluation.extract``; an unreadable one raises DataError."""
 
-    def __init__(self, files: Sequence[Path], image_size: int | Sequence[int]) -> None:
+    def __init__(
+        self, files: Sequence[Path], image_size: int | Sequence[int], value_range: Sequence[float] | None = None
+    ) -> None:
         self.files = list(files)
         self.image_size = image_size
+        self.value_range = value_range
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"inputs": read_images([self.files[index]], self.image_size)[0], "label": -1, "index": index}
+        return {"inputs": read_images([self.files[index]], self.image_size, self.value_range)[0], "label": -1, "index": index}
 
 
 # --- reconstruction --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hgkd.data import LabelledImages, UnlabelledImages
-from hgkd.data.images import read_rgb
+from hgkd.data.images import read_rgb, shared_images
 from hgkd.errors import DataError
 from hgkd.registry import DATASETS
 
@@ -125,6 +125,13 @@ def test_cmyk_jpeg(tmp_path):
     r, g, b = read_rgb(tmp_path / "x.jpg").getpixel((8, 8))
     assert r > 240
     assert max(g, b) < 15
+
+
+def test_a_png_with_a_large_colour_profile(tmp_path):
+    """Pillow refuses such files by default (https://github.com/python-pillow/Pillow/issues/2445)."""
+    noise = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "x.png", icc_profile=noise)
+    assert read_rgb(tmp_path / "x.png").getpixel((0, 0)) == (9, 8, 7)
 
 
 def test_transparent_places_become_white(tmp_path):
@@ -277,6 +284,32 @@ def test_file_that_vanished(tmp_path):
     (tmp_path / "b.png").unlink()
     assert dataset[1]["index"] == 0  # counting goes round
     assert dataset.bad_files() == [str(tmp_path / "b.png")]
+
+
+def test_an_image_that_changes_while_the_run_goes_on(tmp_path):
+    save(tmp_path / "a.png", 1)
+    dataset = UnlabelledImages(tmp_path, image_size=8, transform=EVAL)
+    assert dataset[0]["inputs"].unique().tolist() == [1]
+    save(tmp_path / "a.png", 7, size=(400, 30))
+    assert dataset[0]["inputs"].unique().tolist() == [7]
+    assert dataset.bad_files() == []
+
+
+def test_a_data_folder_is_only_read(tmp_path):
+    save(tmp_path / "ant/a.png")
+    os.chmod(tmp_path / "ant", 0o555)
+    before = sorted((path, path.stat().st_mtime_ns) for path in [tmp_path, *tmp_path.rglob("*")])
+    list(UnlabelledImages(tmp_path, image_size=8))
+    list(LabelledImages(tmp_path, 8))
+    assert sorted((path, path.stat().st_mtime_ns) for path in [tmp_path, *tmp_path.rglob("*")]) == before
+
+
+def test_a_path_of_the_longest_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["d" * 250] * ((4090 - len(str(tmp_path)) - 251) // 251)
+    path = tmp_path.joinpath(*names, "e" * 246 + ".png")
+    save(path, 3)
+    assert UnlabelledImages(tmp_path, image_size=8, max_bad_share=0)[0]["inputs"].unique().tolist() == [3]
 
 
 def test_failing_transform_is_not_taken_for_a_bad_file(tmp_path):
@@ -437,6 +470,30 @@ def test_limit_per_class(tmp_path):
     assert few.labels.tolist() == [0, 0, 0, 1, 1]
     assert set(names(few)) <= set(names(all_of_them))
     assert names(few) == names(LabelledImages(tmp_path, 8, limit_per_class=3))
+
+
+def test_classes_are_numbered_by_their_sorted_names(tmp_path):
+    """'10' comes before '2' (https://github.com/modestyachts/ImageNetV2/issues/10); the names are kept."""
+    class_folders(tmp_path, {"0": 1, "2": 1, "10": 1})
+    assert LabelledImages(tmp_path, 8).classes == ["0", "10", "2"]
+
+
+def test_class_names_can_be_shown(tmp_path):
+    class_folders(tmp_path, {"ant": 1, os.fsdecode(b"b\xe9e"): 1})
+    dataset = LabelledImages(tmp_path, 8)
+    assert dataset.classes == ["ant", r"b\xe9e"]
+    assert len(list(dataset)) == 2
+
+
+def test_images_that_two_data_sets_share(tmp_path):
+    class_folders(tmp_path / "data", {"ant": 3, "bee": 2})
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    (tmp_path / "data/few.csv").write_text("ant/sub/00.png,ant\nbee/sub/01.png,bee\n")
+    every = LabelledImages(tmp_path / "data", 8)
+    few = LabelledImages(tmp_path / "link", 8, list_file=tmp_path / "data/few.csv")
+    assert shared_images(every, few) == 2
+    class_folders(tmp_path / "other", {"ant": 3, "bee": 2})
+    assert shared_images(every, LabelledImages(tmp_path / "other", 8)) == 0
 
 
 def test_a_replacement_brings_its_own_label(tmp_path):

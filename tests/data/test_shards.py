@@ -143,10 +143,15 @@ def test_shards_that_cannot_be_read_are_named_at_the_start(tmp_path: Path) -> No
     refused(r"no images below .* and for members of its 1 \.tar shards named like key\.jpg")
 
 
-def test_files_go_before_a_tar_that_lies_among_them(tmp_path: Path) -> None:
+def test_pictures_and_shards_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """One stray picture used to hide all shards."""
     two_shards(tmp_path)
     (tmp_path / "photo.png").write_bytes(picture(5))
-    assert len(UnlabelledImages(tmp_path, image_size=16)) == 1
+    with pytest.raises(DataError, match=r"1 image files \(e\.g\. photo\.png\) and 2 shards \(e\.g\. a/one\.tar\).*list_file"):
+        UnlabelledImages(tmp_path, image_size=16)
+    (tmp_path / "list.txt").write_text("photo.png\n")
+    assert len(UnlabelledImages(tmp_path, tmp_path / "list.txt", image_size=16)) == 1
+    assert len(UnlabelledImages(tmp_path / "a", image_size=16)) == 2
 
 
 @pytest.mark.parametrize(
@@ -155,3 +160,30 @@ def test_files_go_before_a_tar_that_lies_among_them(tmp_path: Path) -> None:
 )
 def test_kinds(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+def test_fewer_shards_than_reading_processes(tmp_path: Path) -> None:
+    """Streams leave processes without data then, and the run hangs (https://github.com/webdataset/webdataset/issues/188)."""
+    write_shard(tmp_path / "a.tar", {f"{i}.png": picture(i) for i in range(5)})
+    dataset = UnlabelledImages(tmp_path, image_size=16)
+    shares = []
+    for rank in range(2):
+        sampler = EpochSampler(dataset, seed=0)
+        sampler.rank, sampler.world_size = rank, 2
+        loader = torch.utils.data.DataLoader(dataset, 1, sampler=sampler, num_workers=2)
+        shares.append([int(batch["index"]) for batch in loader])
+    assert [len(share) for share in shares] == [3, 3]  # as many steps in both; one image is shown again
+    assert set(shares[0]) | set(shares[1]) == set(range(5))
+
+
+def test_keys_may_occur_twice(tmp_path: Path) -> None:
+    """The webdataset library gives up on these (https://github.com/webdataset/webdataset/issues/157)."""
+    path = write_shard(tmp_path / "a.tar", {"0.png": picture(0)})
+    with tarfile.open(path, "a") as shard:
+        info = tarfile.TarInfo("0.png")
+        info.size = len(picture(1))
+        shard.addfile(info, io.BytesIO(picture(1)))
+    write_shard(tmp_path / "b.tar", {"0.png": picture(2)})
+    dataset = UnlabelledImages(tmp_path, image_size=(20, 24), transform={"kind": "eval"})
+    expected = [np.asarray(Image.open(io.BytesIO(picture(i)))) for i in range(3)]
+    assert [np.array_equal(item["inputs"].permute(1, 2, 0), expected[i]) for i, item in enumerate(dataset)] == [True] * 3

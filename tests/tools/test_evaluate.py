@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_lists_give_what_their_folders_give(squares: Path) -> None:
     by_folder = evaluate.evaluate(["knn"], train=f"{squares}/train", test=f"{squares}/test", **options)["knn"]
     # the list of the test images lies among them, that of the training images elsewhere
     (lists / "test.csv").rename(squares / "test/test.csv")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="were looked for do not exist"):
         evaluate.evaluate(["knn"], train=f"{lists}/train.csv", test=f"{squares}/test/test.csv", **options)
     (lists / "train.csv").rename(squares / "train/train.csv")
     by_list = evaluate.evaluate(["knn"], train=f"{squares}/train/train.csv", test=f"{squares}/test/test.csv", **options)["knn"]
@@ -213,3 +214,40 @@ def test_fine_tuning_a_mae_file_needs_the_networks_name() -> None:
     extractor = FeatureExtractor("mae", {"name": "mae", "weights": "mae.pth"})
     with pytest.raises(ValueError, match=r"give it, e\.g\. --finetune-options student="):
         evaluate.fine_tune(extractor, 3, {})
+
+
+def test_test_images_that_are_training_images_are_told(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--backbone", "test_resnet", "--image-size", "32", "--workers", "0", "--device", "cpu", "--k", "1"]
+    assert evaluate.main(["knn", *common, "--train", f"{squares}/test", "--test", f"{squares}/test"]) == 0
+    assert "12 of the 12 test images are training images, too, so the results are too good" in capsys.readouterr().err
+    assert evaluate.main(["knn", *common, "--train", f"{squares}/train", "--test", f"{squares}/test"]) == 0
+    assert "training images, too" not in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_and_deep_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Terminals and files cannot hold such names as they are."""
+    root = tmp_path / os.fsdecode(b"d\xe9ep")
+    for part in ("train", "test"):
+        for name, level in ((b"b\xe9e", 1000), (b"ant", 3000)):
+            folder = root / part / os.fsdecode(name)
+            folder.mkdir(parents=True)
+            for i in range(3):
+                pixels = np.random.default_rng(i).integers(level, level + 500, (40, 40), dtype=np.uint16)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    common = ["--backbone", "test_resnet", "--image-size", "32", "--workers", "0", "--device", "cpu", "--k", "1"]
+    common += [
+        "--train",
+        f"{root}/train",
+        "--test",
+        f"{root}/test",
+        "--json",
+        f"{tmp_path}/a.json",
+        "--csv",
+        f"{tmp_path}/a.csv",
+    ]
+    assert evaluate.main(["knn", *common, "--value-range", "0", "4095"]) == 0
+    assert evaluate.main(["knn", *common, "--value-range", "0", "4095"]) == 0  # appends to the same file
+    capsys.readouterr().out.encode()
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert set(result["per_class"]) == {"ant", r"b\xe9e"}
+    assert result["settings"]["reading"] == {"rules": 2, "value_range": [0.0, 4095.0], "use_alpha": True}

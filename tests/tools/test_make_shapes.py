@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,32 @@ def test_command_line_and_function_share_their_defaults(tmp_path):
         zip(list(tool.make_shapes.__annotations__)[1:-1], tool.make_shapes.__defaults__, strict=True),
     )
     assert args == defaults
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write more into a file, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("layout", ["imagefolder", "coco", "ade20k"])
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_a_full_disk_leaves_no_half_written_file(share, layout, tmp_path, capsys):
+    whole = files_of(tmp_path / "whole", layout)
+    with largest_file(int(share * max(map(len, whole.values()))) - 1):
+        assert tool.main([str(tmp_path / "out"), "--layout", layout, "--train", "2", "--test", "2", "--image-size", "32"]) == 2
+    assert "is not complete: make room, remove it" in capsys.readouterr().err
+    written = files(tmp_path / "out")
+    assert len(written) < len(whole)
+    assert all(content == whole[name] for name, content in written.items())
+
+
+def files_of(out: Path, layout: str) -> dict[str, bytes]:
+    assert tool.main([str(out), "--layout", layout, "--train", "2", "--test", "2", "--image-size", "32"]) == 0
+    return files(out)

@@ -1,5 +1,6 @@
 """Shards as the webdataset library writes and reads them, and what they become here."""
 
+import os
 import tarfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from tiny_runs import load_tool, write_images
 
 from hgkd.data import UnlabelledImages
+from hgkd.errors import DataError
 
 tool = load_tool("make_shards")
 
@@ -44,6 +46,53 @@ def test_a_shard_that_is_cut_short_by_an_error_never_appears(tmp_path: Path, mon
     monkeypatch.setattr(Path, "read_bytes", full)
     assert tool.main([str(source), str(tmp_path / "out"), "--max-images", "4"]) == 2
     assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".tar"] == ["images-000000.tar"]
+
+
+def test_a_full_disk_leaves_a_part_that_is_refused_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("webdataset")
+    resource = pytest.importorskip("resource")
+    source = write_images(tmp_path / "images", each=3, size=16)
+    (source / "b/2.png").write_bytes((source / "b/2.png").read_bytes() + bytes(60_000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the system refuses to write more into a file
+    try:
+        assert tool.main([str(source), str(tmp_path / "out"), "--max-images", "4"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "make room, remove the folder and pack again" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images-000000.tar", "packing.tar.partial"]
+    with pytest.raises(DataError, match=r"did not come to its end \(packing\.tar\.partial is left\).*pack again"):
+        UnlabelledImages(tmp_path / "out", image_size=16)
+
+
+def test_what_cannot_be_read_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("webdataset")
+    source = write_images(tmp_path / "images", each=9, size=16)
+    (source / "a/link.png").symlink_to("nowhere.png")
+    assert tool.main([str(source), str(tmp_path / "out")]) == 0
+    out = capsys.readouterr()
+    assert "18 images in 1 shards" in out.out
+    assert "1 files cannot be read and are left out, e.g." in out.err
+    assert "a/link.png" in out.err
+    os.mkfifo(source / "a/pipe.png")  # would block for ever
+    assert tool.main([str(source), str(tmp_path / "more")]) == 0
+    (source / "a/link2.png").symlink_to("nowhere.png")
+    assert tool.main([str(source), str(tmp_path / "too many")]) == 2
+    assert "3 of 21 images cannot be read" in capsys.readouterr().err
+
+
+def test_a_list_may_name_images_anything(tmp_path: Path) -> None:
+    """The kind of a member follows from the content, or it could not be read again."""
+    pytest.importorskip("webdataset")
+    source = write_images(tmp_path / "images", each=2, size=16)
+    (source / "a/0.png").rename(source / "a/0f3c")
+    (tmp_path / "list.txt").write_text("a/0f3c\na/1.png\n")
+    count, _ = tool.make_shards(source, tmp_path / "out", list_file=tmp_path / "list.txt")
+    assert count == 2
+    assert len(list(UnlabelledImages(tmp_path / "out", image_size=16, max_bad_share=0))) == 2
+    again, _ = tool.make_shards(tmp_path / "out", tmp_path / "again", max_images=1)  # shards are packed anew
+    assert again == 2
+    assert len(list(UnlabelledImages(tmp_path / "again", image_size=16, max_bad_share=0))) == 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=64,
-    dataset=dict(type="LabelledImages", data_root=None, image_size=224),
+    dataset=dict(type="LabelledImages", data_root=None, image_size=224, value_range=None),
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
 )

@@ -1,0 +1,166 @@
+"""What lies in a folder of images: pictures, tar shards, and what is neither, by name alone.
+
+Nothing is dropped without being counted: what belongs to a system (macOS, Windows, a NAS, Jupyter) is passed over, and what
+is no picture is told by its kind.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from PIL import features
+
+from hgkd.errors import DataError
+
+SHARD_EXTENSION = ".tar"
+UNFINISHED_EXTENSION = ".tar.partial"
+"""Of a shard that is being written: beside others it says that their packing did not come to its end."""
+
+HAS_AVIF = "avif" in features.modules and features.check_module("avif")
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # reads what iPhones write
+
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
+    *((".avif",) if HAS_AVIF else ()),
+    *((".heic", ".heif") if HAS_HEIF else ()),
+)
+EXTENSION_LIST = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
+
+# pictures and what is often taken for them; leaving these out is worth a warning
+_OTHER_PICTURES = frozenset(
+    f".{kind}"
+    for kind in (
+        *("arw", "avif", "bpg", "cr2", "cr3", "dcm", "dng", "exr", "hdr", "heic", "heif", "jxl", "jxr", "nef", "npy", "nii"),
+        *("orf", "psd", "raf", "raw", "rw2", "tga"),
+    )
+)
+_SYSTEM_NAMES = frozenset(
+    {
+        *("__macosx", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot"),
+        *("$recycle.bin", "system volume information", "recycler", "lost+found", "thumbs.db", "desktop.ini"),
+    }
+)
+DOTTED = "images with a further dot in their names, as in key.seg.png (to read them, rename them)"
+"""A kind of what shards leave out: to the webdataset library all after the first dot is the kind."""
+
+_KINDS_TOLD = 6
+Identity = tuple[int, int]
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder of this name is a system's and not the user's: hidden ('.x', macOS's '._x.jpg'), or known."""
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEM_NAMES
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a name has the extension of an image, upper or lower case."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def printable(path: str) -> str:
+    """A path for messages: bytes that are not UTF-8 as ``\\xff``, which every log and terminal can show."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
+@dataclass
+class Content:
+    """What was found below a folder; names are relative to it and sorted.
+
+    Attributes:
+        images: files named like images.
+        shards: tar files.
+        unfinished: shards whose writing did not end.
+        left_out: kind (extension in lower case) -> number of files that are none of these.
+        system: number of files and folders that belong to a system, the folders not searched.
+    """
+
+    images: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    system: int = 0
+
+    @property
+    def misses_pictures(self) -> bool:
+        """Whether something left out looks like a picture."""
+        return not _OTHER_PICTURES.isdisjoint(self.left_out) or DOTTED in self.left_out
+
+    def told(self) -> str:
+        """What was left out in words, '' when nothing was."""
+        parts = [f"{count} {kind}" for kind, count in self.left_out.most_common(_KINDS_TOLD)]
+        rest = self.left_out.total() - sum(count for _, count in self.left_out.most_common(_KINDS_TOLD))
+        parts += [f"{rest} of other kinds"] if rest else []
+        parts += [f"{self.system} of a system (hidden, __MACOSX, #recycle and the like)"] if self.system else []
+        heif = self.left_out[".heic"] + self.left_out[".heif"]
+        return ", ".join(parts) + ("; to read .heic: pip install pillow-heif" if heif else "")
+
+
+def search(folder: str, passed_over: Iterable[Identity | None] = ()) -> Content:
+    """Everything below ``folder``; links are followed, each folder is entered once, so that cycles end.
+
+    Args:
+        passed_over: :func:`folder_identity` of folders that are not entered, nor through links to them.
+
+    Raises:
+        DataError: a folder that cannot be listed, as of its images nothing would be known.
+    """
+    found = Content()
+    seen = set(passed_over)
+    for here, subfolders, names in os.walk(folder, followlinks=True, onerror=_cannot_list):
+        identity = folder_identity(here)
+        if identity is None or identity in seen:
+            subfolders.clear()
+            continue
+        seen.add(identity)
+        found.system += sum(map(is_system, [*subfolders, *names]))
+        # sorted: which of two links to one folder is entered must not depend on the disk
+        subfolders[:] = sorted(name for name in subfolders if not is_system(name))
+        for name in names:
+            if not is_system(name):
+                _sort_in(found, os.path.relpath(os.path.join(here, name), folder), name.lower())
+    found.images.sort()
+    found.shards.sort()
+    return found
+
+
+def kind_name(name: str) -> str:
+    """The kind of a file that is no image, for messages: its extension in lower case."""
+    stem, extension = os.path.splitext(name.lower())
+    if stem.endswith(SHARD_EXTENSION):
+        extension = SHARD_EXTENSION + extension
+    return printable(extension) if extension else "without an extension"
+
+
+def _sort_in(found: Content, path: str, name: str) -> None:
+    if name.endswith(IMAGE_EXTENSIONS):
+        found.images.append(path)
+    elif name.endswith(SHARD_EXTENSION):
+        found.shards.append(path)
+    elif name.endswith(UNFINISHED_EXTENSION):
+        found.unfinished.append(path)
+    else:
+        found.left_out[kind_name(name)] += 1
+
+
+def folder_identity(folder: str) -> Identity | None:
+    """Device and number of a folder, the same for all links to it; None when it is not there (any more)."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _cannot_list(error: OSError) -> None:
+    if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):  # went away meanwhile, or a link in a circle
+        return
+    raise DataError(
+        f"folder {printable(str(error.filename))[:200]} cannot be listed ({error.strerror}), so its images would be missing; "
+        "give yourself the right to read it (chmod u+rx), move it away, or name the images in a list_file"
+    ) from error
