@@ -43,8 +43,17 @@ class ClassificationMetric(BaseMetric):
         self.answers: dict[int, int] = {}
 
     def process(self, data_batch: Any, data_samples: Sequence[ClassSample]) -> None:
-        """Keep each image's five best classes."""
+        """Keep each image's five best classes.
+
+        Raises:
+            ValueError: a score is NaN or infinite, so no class is the best.
+        """
         for sample in data_samples:
+            if not sample.scores.isfinite().all():
+                raise ValueError(
+                    f"the scores of image {sample.index} are NaN or infinite, so it has no answer; the network has diverged or "
+                    "its weights are damaged: use an earlier checkpoint"
+                )
             best = sample.scores.topk(min(5, len(sample.scores))).indices.tolist()
             self.results.append((sample.index, sample.label, best, len(sample.scores)))
 

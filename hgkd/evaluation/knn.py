@@ -198,7 +198,11 @@ def feature_spread(features: Tensor) -> float:
     """How far features (N, C) of length 1 differ from one another: 0 = all the same, 1 = every direction alike.
 
     It is sqrt(C) times the mean over channels of the deviation over images, so it does not depend on scale or width.
+
+    Raises:
+        ValueError: a feature is NaN or infinite.
     """
+    _check_finite("image", features)
     unit = F.normalize(features.double(), dim=1)
     return unit.std(dim=0, unbiased=False).mean().item() * features.shape[1] ** 0.5
 
@@ -207,7 +211,11 @@ def effective_rank(matrix: Tensor) -> float:
     """exp(entropy of the singular values divided by their sum) of a matrix (N, C): 1 .. min(N, C); 0 for a zero matrix.
 
     Nothing is subtracted: centre features first when their mean should not count as a direction.
+
+    Raises:
+        ValueError: a feature is NaN or infinite: its rank would be counted as 0.
     """
+    _check_finite("image", matrix)
     small = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
     squared = torch.linalg.eigvalsh(small.T @ small).clamp_min(0)
     # eigenvalues carry an error of about machine precision of the largest: below that they are zero
@@ -307,7 +315,7 @@ class FeatureHealthMetric(_FeatureMetric):
         if not results:
             raise ValueError("FeatureHealthMetric got no samples; the validation data is empty")
         features, _ = _stack(results)
-        _check_finite("image", features)
+        _check_finite("image", features)  # before they are centred, after which one NaN is in all of them
         centred = features.double() - features.double().mean(dim=0)
         # what rounding leaves of identical features is no direction
         if centred.abs().max() <= 1e-6 * features.abs().max():

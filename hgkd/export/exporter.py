@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hgkd.data.images import find_images, read_rgb
 from hgkd.data.transforms import eval_transform
+from hgkd.differences import largest_difference
 from hgkd.errors import DataError, WeightsError, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
 from hgkd.export.classifier import read_classifier
@@ -157,7 +158,7 @@ def _prove_equal(job: Job, written: Written) -> float:
     """Largest relative difference of outputs over random images of two shapes, and the real ones.
 
     Raises:
-        ExportError: outputs differ in shape, or by more than ``TOLERANCE``, or are not finite.
+        ExportError: outputs differ in shape, or by more than the tolerance, or are not finite.
     """
     height, width = job.image_size
     batches = [torch.rand(2, 3, height, width), torch.rand(1, 3, 2 * height, width)]
@@ -167,15 +168,23 @@ def _prove_equal(job: Job, written: Written) -> float:
     difference = 0.0
     for images in batches:
         expected, found = expect(images), written.again(images)
-        if expected.shape != found.shape or not expected.isfinite().all():
+        if expected.shape != found.shape:
             raise ExportError(
                 f"{job.what} gives {tuple(found.shape)} after reading back with {written.proven_with}, "
-                f"{tuple(expected.shape)} before" + ("" if expected.isfinite().all() else "; the source's are NaN or infinite")
+                f"{tuple(expected.shape)} before"
             )
-        difference = max(difference, ((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12)).item())
-    if not difference <= TOLERANCE:
+        if not expected.isfinite().all():
+            raise ExportError(
+                f"the {job.what} of {job.source.path} gives NaN or infinite values before any export; "
+                "export an earlier checkpoint"
+            )
+        if not found.isfinite().all():
+            raise ExportError(f"{job.what} gives NaN or infinite values after reading back with {written.proven_with}")
+        difference = max(difference, largest_difference(found, expected))
+    tolerance = TOLERANCE if written.tolerance is None else written.tolerance
+    if not difference <= tolerance:
         raise ExportError(
-            f"outputs differ by {difference:.2e} after reading back with {written.proven_with}; at most {TOLERANCE} is due"
+            f"outputs differ by {difference:.2e} after reading back with {written.proven_with}; at most {tolerance} is due"
         )
     return difference
 
