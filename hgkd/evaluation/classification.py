@@ -16,6 +16,7 @@ from sklearn.metrics import confusion_matrix
 from hgkd.evaluation.accuracy import bootstrap_interval
 from hgkd.evaluation.samples import ClassSample
 from hgkd.registry import METRICS
+from hgkd.writing import written_beside
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
@@ -91,8 +92,10 @@ def write_class_report(folder: str | Path, confusion: NDArray[np.int64], classes
         name: {"accuracy": None if np.isnan(value) else round(float(value), 3), "images": int(total)}
         for name, value, total in zip(classes, accuracy, confusion.sum(1), strict=True)
     }
-    (folder / "per_class.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    confusion_picture(confusion, classes).savefig(folder / "confusion.png", dpi=110)
+    with written_beside(folder / "per_class.json") as beside:
+        beside.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    with written_beside(folder / "confusion.png") as beside:
+        confusion_picture(confusion, classes).savefig(beside, dpi=110)
 
 
 def confusion_picture(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:

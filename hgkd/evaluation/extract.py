@@ -257,7 +257,7 @@ def _refuse(spec: str, why: str, **options: object) -> None:
 def _student(path: Path) -> FeatureExtractor:
     from hgkd.export import read_student
 
-    student = read_student(path)
+    student = read_student(path, otherwise=f"give a file of others as --checkpoint {path} --backbone NAME, timm's name for it")
     return CNNExtractor(student.build(), "student", {**student.spec.to_dict(), "weights": str(path)})
 
 

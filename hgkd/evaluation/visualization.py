@@ -37,6 +37,7 @@ from hgkd.evaluation.report import Picture, Section, write_report
 from hgkd.export.source import literal_config
 from hgkd.masking import RandomMask, grid_of
 from hgkd.registry import MODELS
+from hgkd.writing import written_beside
 
 Columns = dict[str, Tensor]
 PAGE = "pictures.html"  # not report.html, which a demo or comparison may have written into the folder
@@ -88,13 +89,17 @@ def save_picture(columns: Columns, folder: str | os.PathLike[str], name: str, ca
     """Write ``folder/<name>.png``, and the folder's page anew with all pictures that such calls have put there.
 
     A caption stands inside its picture's file. Returns the picture's path.
+
+    Raises:
+        WriteError: the disk does not take it; a picture that was there is untouched.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     notes = PngImagePlugin.PngInfo()
     notes.add_itxt(_CAPTION, caption)
     path = folder / f"{name}.png"
-    Image.fromarray(picture_grid(columns)).save(path, pnginfo=notes)
+    picture = Image.fromarray(picture_grid(columns))
+    with written_beside(path) as beside:
+        picture.save(beside, pnginfo=notes)
     write_page(folder)
     return path
 

@@ -193,22 +193,23 @@ def _describe(
     job: Job, target: Target, written: Written, difference: float, options: Mapping[str, Any], licences: Mapping[str, str]
 ) -> ExportReport:
     """Write the cards into the export and report it."""
+    usage = written.load_with.replace(str(job.out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
     images = 0 if job.images is None else len(job.images)
     facts = {
         "target": target.name,
         "what": job.what,
         "options": {key: str(value) if isinstance(value, os.PathLike) else value for key, value in options.items()},
-        "load_with": written.load_with,
+        "load_with": usage,
         "proven_with": written.proven_with,
         "max_difference": difference,
         "real_images": images,
         "table": written.table,
     }
-    notes = [*([job.source.read_as] if job.source.read_as else []), *written.notes]
+    read_as = job.source.read_as.replace(str(job.source.path), job.source.path.name)
+    notes = [*([read_as] if read_as else []), *written.notes]
     card = run_card(job.source, facts, job.folder, licences, notes)
     write_cards(card, job.folder)
     if target.hub_library is not None:
-        usage = written.load_with.replace(str(job.out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
         (job.folder / PAGE).write_text(model_card(card, target.hub_library, usage), encoding="utf-8")
     return ExportReport(
         out=job.out,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
 from hgkd.export import EncoderSpec, export, import_weights, load_backbone
-from hgkd.students import build_encoder
+from hgkd.students import SparseUNet, build_encoder
 
 DEPTHS, DIMS = (1, 2, 1, 1), (8, 16, 24, 32)
 TINY = {"depths": DEPTHS, "dims": DIMS}
@@ -216,6 +216,20 @@ def test_our_own_files_need_no_name_and_take_one(tmp_path: Path) -> None:
     source = write_student(tmp_path / "a.pth")
     same_features(source.forward_features(IMAGES), load_backbone(tmp_path / "a.pth"))
     same_features(source.forward_features(IMAGES), load_backbone(tmp_path / "a.pth", "test_resnet"))
+
+
+@pytest.mark.parametrize("to", ["timm", "sparse"])
+def test_a_student_starts_from_the_folder_of_an_export(tmp_path: Path, to: str) -> None:
+    source = write_student(tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out", to)
+    student = SparseUNet("test_resnet", encoder_checkpoint=tmp_path / "out", decoder_width=16, min_decoder_width=8)
+    found = student.encoder.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in source.state_dict().items())
+    with pytest.raises(WeightsError, match=r"model.safetensors holds no ConvNeXt in a known key style"):
+        build_encoder("test_convnext", checkpoint=tmp_path / "out")
+    export(tmp_path / "a.pth", tmp_path / "script", "torchscript")
+    with pytest.raises(WeightsError, match=r"script is an export to torchscript, which hgkd does not read back"):
+        build_encoder("test_resnet", checkpoint=tmp_path / "script")
 
 
 def test_a_file_of_others_leaves_as_an_export(tmp_path: Path) -> None:

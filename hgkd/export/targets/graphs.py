@@ -15,6 +15,7 @@ nodes and hides overflow, so every value inside is compared with fp16's largest 
 from __future__ import annotations
 
 import ast
+import io
 import logging
 import math
 import os
@@ -162,7 +163,9 @@ def write_program(job: Job, *, output: str | None = None, classifier: str | os.P
     trained = _graph(job, output, classifier)
     graph, notes = _for_inference(trained)
     file = job.folder / "model.pt2"
-    torch.export.save(_program(job, graph), str(file))
+    memory = io.BytesIO()  # torch's own writer aborts the process when the disk is full
+    torch.export.save(_program(job, graph), memory)
+    file.write_bytes(memory.getbuffer())
     again = torch.export.load(str(file)).module()
     least = 2 * encoder_levels(job.network)[-1].stride  # torch takes for granted that no axis shrinks to 1 within
     return Written(
@@ -184,7 +187,9 @@ def write_torchscript(job: Job, *, output: str | None = None, classifier: str | 
     file = job.folder / "model.ts"
     with _quiet():
         traced = torch.jit.trace(graph, torch.rand(2, 3, *job.image_size))
-        traced.save(str(file))
+        memory = io.BytesIO()  # see above
+        torch.jit.save(traced, memory)
+        file.write_bytes(memory.getbuffer())
         again = torch.jit.load(str(file)).eval()
     return Written(
         load_with=f"torch.jit.load('{job.out / file.name}')  # images in [0, 1]",
