@@ -14,6 +14,7 @@ order of the classes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -150,8 +151,8 @@ def _vote(
         )
     if len(queries) == 0:
         raise ValueError("no query to classify: the k-NN needs at least one test image")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}; DINO uses 0.07")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}; DINO uses 0.07")
     if not ks or min(ks) < 1 or max(ks) > len(bank):
         raise ValueError(
             f"k must lie in 1 .. {len(bank)}, the number of images in the bank, got {list(ks)}; "
@@ -262,8 +263,8 @@ class KNNMetric(_FeatureMetric):
         self.ks = (k,) if isinstance(k, int) else tuple(k)
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"k must be 1 or more, got {k!r}; DINO uses 20")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}; DINO uses 0.07")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature}; DINO uses 0.07")
         self.temperature = temperature
         self.standardise = standardise
         self._warned = False

@@ -129,7 +129,10 @@ def model_card(card: Mapping[str, Any], library: str, usage: str) -> str:
     """
     licence = card["licences"]["weights"]
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", "- hgkd"]
-    lines += [] if licence.startswith("unknown") else [f"license: {licence.lower()}"]
+    if not licence.startswith("unknown"):
+        # the hub knows identifiers; any other text is a name, quoted as YAML takes it
+        named = re.fullmatch(r"[A-Za-z0-9.+-]+", licence)
+        lines += [f"license: {licence.lower()}"] if named else ["license: other", f"license_name: {json.dumps(licence)}"]
     lines += ["---", f"# {card['network']['name']}, pretrained with hgkd", "", "## Use", "", "```python", usage, "```", ""]
     for section in ("network", "metrics", "versions", "licences", "notes"):
         lines += [f"## {section}", ""]

@@ -146,10 +146,15 @@ def _read_images(folder: str | os.PathLike[str], limit: int, source: Source, lab
     names = [names[i * len(names) // count] for i in range(count)]  # spread over the list, so that every class folder is met
     _, height, width = source.network.pretrained_cfg["input_size"]  # type: ignore[index]
     transform = eval_transform((height, width))
-    try:
-        images = torch.stack([transform(read_rgb(root / name)) for name in names]).float() / 255
-    except OSError as error:
-        raise DataError(f"an image in {root} cannot be read ({error}); remove it or give another folder") from error
+    decoded = []
+    for name in names:
+        try:
+            decoded.append(transform(read_rgb(root / name)))
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            raise DataError(
+                f"an image in {root} cannot be read: {name} ({type(error).__name__}: {error}); remove it or give another folder"
+            ) from error
+    images = torch.stack(decoded).float() / 255
     return images, torch.tensor([classes.index(name.split(os.sep)[0]) for name in names]) if labelled else None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.engine.weights import LoadReport, load_strict, read_checkpoint, tensors_of
+from hgkd.engine.weights import LoadReport, NoPlainNumbersError, load_strict, read_checkpoint, tensors_of
 from hgkd.errors import WeightsError
 from hgkd.export.card import CARD_FILE
 from hgkd.export.naming import KeyStyle, fitted, styles_for
@@ -92,6 +92,8 @@ def import_weights(
     state.update({key: own[key] * 0 for key in filled})
     try:
         loaded = load_strict(network, state, source=str(path), ignore_missing=allow, ignore_unexpected=allow)
+    except NoPlainNumbersError:
+        raise
     except WeightsError as error:
         raise WeightsError(
             f"{error} (key style {style.name}, prefix {prefix!r}); nothing was loaded. Where this is meant, "

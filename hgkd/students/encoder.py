@@ -18,7 +18,7 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from hgkd.errors import unknown_name_message
+from hgkd.networks import check_timm_name
 
 STEMS = ("default", "cifar")
 _OWN_ARGUMENTS = ("num_classes", "global_pool", "features_only", "pretrained", "checkpoint_path")
@@ -57,8 +57,7 @@ def build_encoder(
         ValueError: unknown name or stem, a network that is no hierarchical CNN, or options that exclude each other.
         WeightsError: the checkpoint does not fit.
     """
-    if not timm.is_model(name):
-        raise ValueError(unknown_name_message("encoder", name, timm.list_models()))
+    check_timm_name("encoder", name)
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
     taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from student_checkpoints import write_student
 
@@ -159,6 +160,15 @@ def test_metrics_that_json_cannot_hold(tmp_path: Path) -> None:
     export(tmp_path / "a.pth", tmp_path / "out")
     text = (tmp_path / "out/run_card.json").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["source"]["seed"] == "nan"
+
+
+@pytest.mark.parametrize("text", ["CC-BY 4.0: see page", 'my "own" # licence\nsecond: line', "- a", "{}"])
+def test_any_licence_gives_a_readable_front_matter(tmp_path: Path, text: str) -> None:
+    """The hub refuses invalid metadata after the upload: github.com/huggingface/huggingface_hub/issues/1927."""
+    card_of(tmp_path, licences={"weights": text})
+    front = (tmp_path / "out/README.md").read_text().split("---\n")[1]
+    found = yaml.safe_load(front)
+    assert (found["license"], found["license_name"], found["library_name"]) == ("other", text, "timm")
 
 
 def test_what_is_unknown_is_said_to_be(tmp_path: Path) -> None:

@@ -259,7 +259,12 @@ def test_request_refusals(tmp_path: Path) -> None:
     refused("holds no images to compare outputs on", error=DataError, images=tmp_path / "nowhere")
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.png").write_bytes(b"no picture")
-    refused("an image in .*pictures cannot be read", error=DataError, images=tmp_path / "pictures")
+    refused("an image in .*pictures cannot be read: a.png", error=DataError, images=tmp_path / "pictures")
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/a.png")
+    content = (tmp_path / "pictures/a.png").read_bytes()
+    # Pillow raises SyntaxError and ValueError on such files: github.com/python-pillow/Pillow/issues/4472
+    (tmp_path / "pictures/a.png").write_bytes(content[:8] + bytes(4) + b"IHDR" + content[40:])
+    refused(r"an image in .*pictures cannot be read: a.png \(\w+: ", error=DataError, images=tmp_path / "pictures")
 
 
 def test_real_images_take_part_in_the_proof(tmp_path: Path) -> None:

@@ -176,6 +176,8 @@ def test_sparse_backbone_is_the_training_encoder(tmp_path: Path, name: str) -> N
 def test_sparse_cell(tmp_path: Path) -> None:
     _, out = written(tmp_path, "convnext_atto", "sparse", cell=64)
     assert load_sparse(out).sparse_cell == 64
+    with pytest.raises(ValueError, match="cell 0 is no multiple of the encoder's total stride 32"):
+        export(tmp_path / "a.pth", tmp_path / "new", "sparse", cell=0)
     with pytest.raises(ValueError, match="cell 48 is no multiple of the encoder's total stride 32; nearest that are: 32 or 64"):
         export(tmp_path / "a.pth", tmp_path / "new", "sparse", cell=48)
 

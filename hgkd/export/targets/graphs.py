@@ -30,6 +30,7 @@ from unittest import mock
 import numpy as np
 import timm
 import torch
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional
@@ -254,7 +255,7 @@ def _linear(file: Path, network: nn.Module) -> nn.Linear:
 
 def _for_inference(graph: Graph) -> tuple[Graph, list[str]]:
     """The graph with branches that only training needs fused, in a copy, and what was fused; itself where there are none."""
-    network = timm.utils.reparameterize_model(graph.network)
+    network = reparameterize_model(graph.network)
     if len(list(network.modules())) == len(list(graph.network.modules())):
         return graph, []
     before, after = (sum(isinstance(m, nn.Conv2d) for m in net.modules()) for net in (graph.network, network))
