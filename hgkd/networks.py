@@ -12,6 +12,28 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
+from hgkd.errors import unknown_name_message
+
+
+def check_timm_name(what: str, name: str) -> None:
+    """Raise ValueError unless timm has a model of that name, and of that tag where the name has one ('resnet18.a1_in1k').
+
+    Args:
+        what: the model is to be, for the message.
+    """
+    plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")  # as the hub writes timm's names
+    architecture, dot, tag = plain.partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(unknown_name_message(what, plain, timm.list_models()))
+    if plain != name:
+        raise ValueError(f"unknown {what} {name!r}; did you mean {plain!r}? Nothing is fetched from a hub by its address")
+    tags = timm.models.get_arch_pretrained_cfgs(architecture) if dot else {}
+    if dot and name not in tags:
+        known = ", ".join(repr(tag) for tag in tags) or "none"
+        raise ValueError(
+            f"timm's {architecture!r} has no weights tagged {tag!r}; leave the tag out, or name one that it has: {known}"
+        )
+
 
 def is_plain_vit(network: nn.Module) -> bool:
     """Whether a timm network is a plain ViT: patches, then a row of blocks of equal tokens."""

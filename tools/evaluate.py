@@ -227,6 +227,12 @@ def _few_shot(known: FeatureSet, asked: FeatureSet, shots: Sequence[int], draws:
 
 
 def _fine_tuned(logits: FeatureSet, epochs: int, options: Mapping[str, Any]) -> _Found:
+    broken = int((~logits.features.isfinite()).any(dim=1).sum())
+    if broken:
+        raise ValueError(
+            f"the fine-tuned network gives NaN or infinite logits for {broken} of {len(logits.features)} test images: it has "
+            "diverged; lower the rate, e.g. --finetune-options lr=1e-4"
+        )
     predicted = logits.features.argmax(1)
     correct = {CLASSIFIER: (predicted == logits.labels).numpy()[None]}
     return correct, {"predicted": predicted.tolist()}, {"epochs": epochs, "finetune_options": dict(options)}

@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if side is not None and args["to"] != "onnx":
             raise ValueError(f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}")
+        if side is not None and side < 1:
+            raise ValueError(f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
         report = export(**args, licences=dict(_pair(text) for text in licences), **options)
     except USER_ERRORS as error:
         print(f"export: {error}", file=sys.stderr)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from hgkd.data.transforms import as_size
 from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.engine.weights import load_strict, read_checkpoint, tensors_of
-from hgkd.errors import WeightsError, unknown_name_message
-from hgkd.networks import classifier_heads, is_vit
+from hgkd.errors import WeightsError
+from hgkd.networks import check_timm_name, classifier_heads, is_vit
 from hgkd.pixels import check_channels, check_normalize, check_pixels
 from hgkd.students.encoder import STEMS, evaluating, pixel_statistics, use_cifar_stem
 from hgkd.teachers.mae import IMAGENET_DEVIATION, IMAGENET_MEAN, read_mae, sincos_positions
@@ -150,8 +150,7 @@ class ImageClassifier(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if not timm.is_model(name.partition(".")[0]):
-            raise ValueError(unknown_name_message("classifier", name, timm.list_models()))
+        check_timm_name("classifier", name)
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
         check_channels(kwargs.get("in_chans", 3), f"in_chans of {name!r}")

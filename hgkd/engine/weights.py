@@ -28,6 +28,11 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
 
+
+class NoPlainNumbersError(WeightsError):
+    """A weight is quantised, sparse, complex, an integer or without data, where a network has floating-point numbers."""
+
+
 _WRAPPERS = ("state_dict", "model", "module", "network", "teacher")
 _FOREIGN_TYPE = re.compile(
     r"(?:GLOBAL|class|recognized function|instantiate|for) ([\w.<>' ]*[\w.>])(?: whose| which| was|,|$|\()"
@@ -38,6 +43,7 @@ _HOW_TO_CHOOSE = (
     "for one of these set model.teacher.entry={entry} (a teacher), or write it to a file of its own: "
     "python tools/doctor.py extract {source} {entry} OUT.safetensors"
 )
+_LFS_POINTER = b"version https://git-lfs"
 _PREFIXES = ("module.", "network.", "backbone.", "encoder.")
 
 
@@ -109,6 +115,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise WeightsError(f"{path} is empty (0 bytes); copy or download it again")
     if path.name.endswith(".index.json"):
         return _read_parts(path)
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise WeightsError(
+                f"{path} is a pointer of Git LFS and not the file itself; run 'git lfs pull' where it was cloned"
+            )
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -338,6 +349,12 @@ def match(
 ) -> LoadReport:
     """How weights would meet a network; nothing is loaded. Arguments and errors: see :func:`load_strict`."""
     own = module.state_dict()
+    unfit = [f"{key} ({kind})" for key in own if key in state and (kind := _no_plain_numbers(state[key], own[key]))]
+    if unfit:
+        raise NoPlainNumbersError(
+            f"{source} holds {len(unfit)} weights that are no plain floating-point numbers, e.g. {unfit[0]}; it is a quantised "
+            "or incomplete file: save the state_dict of the ordinary network"
+        )
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     ignored = [key for key in missing if key.startswith(tuple(ignore_missing))] if ignore_missing else []
@@ -360,6 +377,15 @@ def match(
     if not report.complete:
         raise WeightsError(f"the weights do not fit {type(module).__name__}: {report.summary('would fit')}")
     return report
+
+
+def _no_plain_numbers(value: Tensor, place: Tensor) -> str | None:
+    """What kind of tensor a file has where a network has plain numbers; None when it has the same."""
+    if value.device.type == "meta":
+        return "without data: the meta device"
+    if value.layout != torch.strided or value.is_quantized:
+        return str(value.dtype if value.is_quantized else value.layout)
+    return str(value.dtype) if place.is_floating_point() and not value.is_floating_point() else None
 
 
 def load_strict(

@@ -16,6 +16,7 @@ from sklearn.metrics import confusion_matrix
 from hgkd.evaluation.accuracy import bootstrap_interval
 from hgkd.evaluation.samples import ClassSample
 from hgkd.registry import METRICS
+from hgkd.writing import written_beside
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
@@ -43,8 +44,17 @@ class ClassificationMetric(BaseMetric):
         self.answers: dict[int, int] = {}
 
     def process(self, data_batch: Any, data_samples: Sequence[ClassSample]) -> None:
-        """Keep each image's five best classes."""
+        """Keep each image's five best classes.
+
+        Raises:
+            ValueError: a score is NaN or infinite, so no class is the best.
+        """
         for sample in data_samples:
+            if not sample.scores.isfinite().all():
+                raise ValueError(
+                    f"the scores of image {sample.index} are NaN or infinite, so it has no answer; the network has diverged or "
+                    "its weights are damaged: use an earlier checkpoint"
+                )
             best = sample.scores.topk(min(5, len(sample.scores))).indices.tolist()
             self.results.append((sample.index, sample.label, best, len(sample.scores)))
 
@@ -82,8 +92,10 @@ def write_class_report(folder: str | Path, confusion: NDArray[np.int64], classes
         name: {"accuracy": None if np.isnan(value) else round(float(value), 3), "images": int(total)}
         for name, value, total in zip(classes, accuracy, confusion.sum(1), strict=True)
     }
-    (folder / "per_class.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    confusion_picture(confusion, classes).savefig(folder / "confusion.png", dpi=110)
+    with written_beside(folder / "per_class.json") as beside:
+        beside.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    with written_beside(folder / "confusion.png") as beside:
+        confusion_picture(confusion, classes).savefig(beside, dpi=110)
 
 
 def confusion_picture(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:

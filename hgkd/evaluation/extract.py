@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.errors import DataError, unknown_name_message
-from hgkd.networks import is_vit, patch_attention
+from hgkd.networks import check_timm_name, is_vit, patch_attention
 from hgkd.structures import TeacherNeeds
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
@@ -261,7 +261,7 @@ def _refuse(spec: str, why: str, **options: object) -> None:
 def _student(path: Path) -> FeatureExtractor:
     from hgkd.export import read_student
 
-    student = read_student(path)
+    student = read_student(path, otherwise=f"give a file of others as --checkpoint {path} --backbone NAME, timm's name for it")
     return CNNExtractor(student.build(), "student", {**student.spec.to_dict(), "weights": str(path)})
 
 
@@ -296,6 +296,7 @@ def _timm(
     if not timm.is_model(name.partition(".")[0]):
         message = unknown_name_message("backbone", name, timm.list_models())
         raise ValueError(f"{message} (nor is it a file or a folder)")
+    check_timm_name("backbone", name)
     if checkpoint is not None and pretrained:
         raise ValueError("checkpoint and pretrained both name weights; give one of them")
     file = None if checkpoint is None else _existing(checkpoint)

@@ -14,6 +14,7 @@ order of the classes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -150,8 +151,8 @@ def _vote(
         )
     if len(queries) == 0:
         raise ValueError("no query to classify: the k-NN needs at least one test image")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}; DINO uses 0.07")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}; DINO uses 0.07")
     if not ks or min(ks) < 1 or max(ks) > len(bank):
         raise ValueError(
             f"k must lie in 1 .. {len(bank)}, the number of images in the bank, got {list(ks)}; "
@@ -198,7 +199,11 @@ def feature_spread(features: Tensor) -> float:
     """How far features (N, C) of length 1 differ from one another: 0 = all the same, 1 = every direction alike.
 
     It is sqrt(C) times the mean over channels of the deviation over images, so it does not depend on scale or width.
+
+    Raises:
+        ValueError: a feature is NaN or infinite.
     """
+    _check_finite("image", features)
     unit = F.normalize(features.double(), dim=1)
     return unit.std(dim=0, unbiased=False).mean().item() * features.shape[1] ** 0.5
 
@@ -207,7 +212,11 @@ def effective_rank(matrix: Tensor) -> float:
     """exp(entropy of the singular values divided by their sum) of a matrix (N, C): 1 .. min(N, C); 0 for a zero matrix.
 
     Nothing is subtracted: centre features first when their mean should not count as a direction.
+
+    Raises:
+        ValueError: a feature is NaN or infinite: its rank would be counted as 0.
     """
+    _check_finite("image", matrix)
     small = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
     squared = torch.linalg.eigvalsh(small.T @ small).clamp_min(0)
     # eigenvalues carry an error of about machine precision of the largest: below that they are zero
@@ -254,8 +263,8 @@ class KNNMetric(_FeatureMetric):
         self.ks = (k,) if isinstance(k, int) else tuple(k)
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"k must be 1 or more, got {k!r}; DINO uses 20")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}; DINO uses 0.07")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature}; DINO uses 0.07")
         self.temperature = temperature
         self.standardise = standardise
         self._warned = False
@@ -307,7 +316,7 @@ class FeatureHealthMetric(_FeatureMetric):
         if not results:
             raise ValueError("FeatureHealthMetric got no samples; the validation data is empty")
         features, _ = _stack(results)
-        _check_finite("image", features)
+        _check_finite("image", features)  # before they are centred, after which one NaN is in all of them
         centred = features.double() - features.double().mean(dim=0)
         # what rounding leaves of identical features is no direction
         if centred.abs().max() <= 1e-6 * features.abs().max():

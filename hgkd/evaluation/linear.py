@@ -7,6 +7,7 @@ pools of torch, BLAS and scikit-learn wait for one another (measured: 28 s inste
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -117,7 +118,7 @@ def _check(
         )
     if not (x.isfinite().all() and x_test.isfinite().all()):
         raise ValueError("some features are NaN or infinite; the network has diverged or its weights are damaged")
-    if not grid or min(grid) <= 0:
+    if not grid or not all(0 < c < math.inf for c in grid):
         raise ValueError(f"the candidates of C must be above 0, got {list(grid)}; the default is {DEFAULT_GRID}")
     if not 0 < holdout < 1:
         raise ValueError(f"holdout is the share of training images that chooses C, in (0, 1), got {holdout}")

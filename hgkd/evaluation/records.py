@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from hgkd.data import LabelledImages
 from hgkd.evaluation.accuracy import PairedTest, bootstrap_interval, paired_test, per_class_accuracy, percent
+from hgkd.writing import writing, written_beside
 
 if sys.platform != "win32":
     import fcntl
@@ -123,12 +124,15 @@ def list_digest(images: Iterable[tuple[str, str]]) -> str:
 
 
 def write_json(results: Results, file: str | os.PathLike[str]) -> None:
-    """One result as it is; several under their methods' names. Lists of numbers take one line."""
+    """One result as it is; several under their methods' names. Lists of numbers take one line.
+
+    Raises:
+        WriteError: the disk does not take it; a file that was there is untouched.
+    """
     content = next(iter(results.values())) if len(results) == 1 else results
     text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(content, indent=2))
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    with written_beside(file) as beside:
+        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(file: str | os.PathLike[str]) -> Results:
@@ -204,7 +208,8 @@ def check_outputs(json_file: str | os.PathLike[str] | None, csv_file: str | os.P
         for folder in path.parents:
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"results cannot be written to {path}: {folder} is no folder; name another place")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise ValueError(f"results cannot be written to {path}: it is a folder; name a file in it")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -221,10 +226,10 @@ def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: see :func:`check_outputs`; nothing is written then.
+        WriteError: the disk does not take them; the file keeps its earlier lines, none of them cut off.
     """
     path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="", encoding="utf-8", errors="surrogateescape") as handle, _locked(handle):
+    with writing(path), _opened(path) as handle, _locked(handle):
         handle.seek(0)
         is_new = _check_open_csv(handle, path)
         text = io.StringIO(newline="")
@@ -233,7 +238,25 @@ def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
             writer.writeheader()
         for result in results.values():
             writer.writerows(_csv_rows(result))
-        handle.write(text.getvalue())
+        end = path.stat().st_size
+        try:
+            handle.write(text.getvalue())
+            handle.flush()
+        except OSError:
+            os.truncate(path, end)
+            raise
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    """The CSV to read and append to, made with its folder when it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = path.open("a+", newline="", encoding="utf-8")
+    try:
+        yield handle
+    finally:
+        with suppress(OSError):  # what could not be flushed was reported then
+            handle.close()
 
 
 def _check_open_csv(handle: IO[str], path: Path) -> bool:

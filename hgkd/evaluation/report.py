@@ -16,6 +16,8 @@ from pathlib import Path
 
 import matplotlib
 
+from hgkd.writing import written_beside
+
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
@@ -108,18 +110,20 @@ def _embedded(png: bytes, caption: str) -> str:
 
 
 def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Section]) -> Path:
-    """Write the page, beside first and then renamed; returns its path."""
+    """Write the page, beside first and then renamed; returns its path.
+
+    Raises:
+        WriteError: the disk does not take it; a page that was there is untouched.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     heading = html.escape(title)
     body = "".join(section.html() for section in sections)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{heading}</title><style>{_STYLE}</style></head>'
         f"<body><h1>{heading}</h1>{body}</body></html>\n"
     )
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    with written_beside(path) as beside:
+        beside.write_text(page, encoding="utf-8")
     return path
 
 

@@ -38,6 +38,7 @@ from hgkd.evaluation.report import Picture, Section, write_report
 from hgkd.export.source import literal_config
 from hgkd.masking import RandomMask, grid_of
 from hgkd.registry import MODELS
+from hgkd.writing import written_beside
 
 Columns = dict[str, Tensor]
 PAGE = "pictures.html"  # not report.html, which a demo or comparison may have written into the folder
@@ -89,13 +90,17 @@ def save_picture(columns: Columns, folder: str | os.PathLike[str], name: str, ca
     """Write ``folder/<name>.png``, and the folder's page anew with all pictures that such calls have put there.
 
     A caption stands inside its picture's file. Returns the picture's path.
+
+    Raises:
+        WriteError: the disk does not take it; a picture that was there is untouched.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     notes = PngImagePlugin.PngInfo()
     notes.add_itxt(_CAPTION, caption)
     path = folder / f"{name}.png"
-    Image.fromarray(picture_grid(columns)).save(path, pnginfo=notes)
+    picture = Image.fromarray(picture_grid(columns))
+    with written_beside(path) as beside:
+        picture.save(beside, pnginfo=notes)
     write_page(folder)
     return path
 
@@ -123,7 +128,7 @@ def pca_columns(extractor: FeatureExtractor, images: Tensor, levels: Sequence[in
     """
     columns = {"image": images}
     for level in levels:
-        maps = extractor.maps(images, level).float()
+        maps = _finite(extractor.maps(images, level).float(), "features")
         columns[_title(level)] = token_colours(maps, colour_basis(maps))
     return columns
 
@@ -163,12 +168,23 @@ def class_columns(classifier: ImageClassifier, images: Tensor, name: str | None 
 
 
 def heat_colours(maps: Tensor) -> Tensor:
-    """Maps (B, h, w) -> RGB (B, 3, h, w) in [0, 1], each from its own lowest to its own highest; constant ones are dark."""
-    maps = maps.float().cpu()
+    """Maps (B, h, w) -> RGB (B, 3, h, w) in [0, 1], each from its own lowest to its own highest; constant ones are dark.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    maps = _finite(maps.float().cpu(), "maps")
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     scaled = (maps - low) / (high - low).clamp_min(1e-12)
     colours = matplotlib.colormaps["inferno"](scaled.numpy())[..., :3]
     return torch.from_numpy(np.ascontiguousarray(colours)).float().permute(0, 3, 1, 2)
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    """The values themselves; of NaN or infinity there is no picture, and it would look like one."""
+    if not values.isfinite().all():
+        raise ValueError(f"some {what} are NaN or infinite; the network has diverged or its weights are damaged")
+    return values
 
 
 def _title(level: int | None) -> str:
@@ -365,9 +381,11 @@ def reconstruction_columns(
         seed: of the mask.
 
     Raises:
-        ValueError: a ratio that hides nothing or everything, or a size that the model cannot take.
+        ValueError: a ratio that hides nothing or everything, a size that the model cannot take, or a prediction of NaN.
     """
     ratio = model.mask_ratio if mask_ratio is None else mask_ratio
     if not 0.0 < ratio < 1.0:
         raise ValueError(f"mask_ratio is the share of hidden cells, in (0, 1), got {ratio}")
-    return model.columns(inputs, ratio, seed), ratio
+    columns = model.columns(inputs, ratio, seed)
+    _finite(columns["reconstruction"], "predicted pixels")
+    return columns, ratio

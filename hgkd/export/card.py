@@ -1,16 +1,20 @@
 """The run card: where exported weights come from, for machines (JSON) and people (Markdown).
 
 What a checkpoint does not say is said to be unknown. Facts that are looked up while exporting, rather than recorded while
-training, say so: files may have changed in between.
+training, say so: files may have changed in between. Whatever cannot be looked up is unknown, too: a card never stops an export.
+
+A card leaves with the weights, so home folders are written as ``~`` and the user's name with them left out.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
+import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +23,15 @@ import torch
 import torchvision
 
 import hgkd
-from hgkd.data.images import find_images
-from hgkd.data.shards import find_shards
+from hgkd.data.images import LabelledImages, UnlabelledImages, find_images
 from hgkd.digests import file_digest, files_digest
 from hgkd.errors import WeightsError
 from hgkd.export.source import Origin, literal_config
 
 CARD_FILE, CARD_PAGE = "run_card.json", "run_card.md"
 LICENCE_FIELDS = ("weights", "teacher", "data")
+_DATASETS: dict[str, Any] = {"UnlabelledImages": UnlabelledImages, "LabelledImages": LabelledImages}
+_HOMES = re.compile(r"(?<![\w.-])(?:(?:/home|/Users|[A-Za-z]:[\\/]+Users)[\\/]+[^\\/\s'\"]+|/root(?![\w.-]))")
 
 
 def run_card(
@@ -44,7 +49,7 @@ def run_card(
     meta, cfg = source.meta, literal_config(source.meta.get("cfg"))
     from_run = bool(meta)
     absent = "unknown: the checkpoint does not say" if from_run else "unknown: the file was read as one of another project"
-    return {
+    card = {
         "source": {
             "checkpoint": str(source.path.absolute()),
             "sha256": file_digest(source.path),
@@ -58,8 +63,8 @@ def run_card(
             for file in sorted(files.rglob("*"))
             if file.is_file()
         },
-        "data": _data(cfg, absent),
-        "teacher": _teacher(cfg, absent),
+        "data": _looked_up(_data, cfg, absent),
+        "teacher": _looked_up(_teacher, cfg, absent),
         "metrics": dict(source.metrics) or absent,
         "versions": {
             "hgkd": hgkd.__version__,
@@ -75,6 +80,25 @@ def run_card(
         "notes": notes,
         "config": meta.get("cfg", absent),
     }
+    plain: dict[str, Any] = _plain(card)
+    return plain
+
+
+def without_homes(text: str) -> str:
+    """A text with the folders of users, this machine's and others', as ``~``."""
+    own = re.compile(rf"(?<![\w.-]){re.escape(str(Path.home()))}(?![\w.-])")
+    return _HOMES.sub("~", own.sub("~", text) if len(Path.home().parts) > 1 else text)
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON can hold, without home folders; whatever is none, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return without_homes(str(value)).encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
 
 
 def write_cards(card: Mapping[str, Any], folder: Path) -> None:
@@ -105,7 +129,10 @@ def model_card(card: Mapping[str, Any], library: str, usage: str) -> str:
     """
     licence = card["licences"]["weights"]
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", "- hgkd"]
-    lines += [] if licence.startswith("unknown") else [f"license: {licence.lower()}"]
+    if not licence.startswith("unknown"):
+        # the hub knows identifiers; any other text is a name, quoted as YAML takes it
+        named = re.fullmatch(r"[A-Za-z0-9.+-]+", licence)
+        lines += [f"license: {licence.lower()}"] if named else ["license: other", f"license_name: {json.dumps(licence)}"]
     lines += ["---", f"# {card['network']['name']}, pretrained with hgkd", "", "## Use", "", "```python", usage, "```", ""]
     for section in ("network", "metrics", "versions", "licences", "notes"):
         lines += [f"## {section}", ""]
@@ -121,8 +148,8 @@ def write_json(content: Mapping[str, Any], file: Path) -> None:
         WeightsError: the encoder's arguments are no plain values.
     """
     try:
-        text = json.dumps(content, indent=2)
-    except TypeError as error:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"cannot write {file.name}: {error}; encoder arguments must be plain values") from error
     file.write_text(text + "\n", encoding="utf-8")
 
@@ -133,6 +160,15 @@ def _commit(meta: Mapping[str, Any]) -> str | None:
     return f"{found[1]} (of the folder in which training was started)" if found else None
 
 
+def _looked_up(look: Callable[..., dict[str, Any]], cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
+    """What can be looked up on this machine; when that fails, why it is unknown."""
+    try:
+        return look(cfg, absent)
+    except Exception as error:
+        # a folder without permission, a file that vanishes, a config of another version: no reason to keep a student
+        return {"unknown": f"could not be looked up while exporting: {type(error).__name__}: {error}"}
+
+
 def _data(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
     root = dataset.get("data_root") or cfg.get("data_root")
@@ -141,15 +177,28 @@ def _data(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     folder = Path(str(root)).expanduser()
     if not folder.is_dir():
         return {"root": str(root), "fingerprint": "unknown: no such folder on this machine any more"}
-    images = find_images(str(folder))
-    files = images or find_shards(str(folder))
-    what = "image files" if images else "tar shards"
+    kind = _DATASETS.get(str(dataset.get("type", "UnlabelledImages")).rpartition(".")[2])
+    files, of = _files_of_run(kind, {**dataset, "data_root": str(folder)}) if kind else _files_below(folder)
     return {
         "root": str(root),
-        what.replace("image files", "images"): len(files),
-        "fingerprint": files_digest((name, (folder / name).stat().st_size) for name in files),
-        "fingerprint_of": f"names and sizes of the {what}, sorted, looked up while exporting",
+        of: len(files),
+        "fingerprint": files_digest(sorted(files)),
+        "fingerprint_of": f"names and sizes of the {of.replace('_', ' ')}, sorted, looked up while exporting",
+        **({"not_readable": missing} if (missing := sum(size < 0 for _, size in files)) else {}),
     }
+
+
+def _files_of_run(kind: Any, dataset: Mapping[str, Any]) -> tuple[list[tuple[str, int]], str]:
+    """Names and sizes of the images that the run's own data set holds: its list, its limit, its shards."""
+    found = kind(**{key: value for key, value in dataset.items() if key not in ("type", "_scope_")})
+    paths = [os.path.relpath(found.path(i), found.data_root) for i in range(len(found))]
+    return [(path, found.size(i)) for i, path in enumerate(paths)], "images"
+
+
+def _files_below(folder: Path) -> tuple[list[tuple[str, int]], str]:
+    """The same of all images below a folder, where a data set of another library chose among them."""
+    paths = [(name, folder / name) for name in find_images(str(folder))]
+    return [(name, path.stat().st_size if path.exists() else -1) for name, path in paths], "images_in_the_folder"
 
 
 def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hgkd.data.images import find_images, read_rgb
 from hgkd.data.transforms import eval_transform
+from hgkd.differences import largest_difference
 from hgkd.errors import DataError, WeightsError, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
 from hgkd.export.classifier import read_classifier
@@ -145,10 +146,15 @@ def _read_images(folder: str | os.PathLike[str], limit: int, source: Source, lab
     names = [names[i * len(names) // count] for i in range(count)]  # spread over the list, so that every class folder is met
     _, height, width = source.network.pretrained_cfg["input_size"]  # type: ignore[index]
     transform = eval_transform((height, width))
-    try:
-        images = torch.stack([transform(read_rgb(root / name)) for name in names]).float() / 255
-    except OSError as error:
-        raise DataError(f"an image in {root} cannot be read ({error}); remove it or give another folder") from error
+    decoded = []
+    for name in names:
+        try:
+            decoded.append(transform(read_rgb(root / name)))
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            raise DataError(
+                f"an image in {root} cannot be read: {name} ({type(error).__name__}: {error}); remove it or give another folder"
+            ) from error
+    images = torch.stack(decoded).float() / 255
     return images, torch.tensor([classes.index(name.split(os.sep)[0]) for name in names]) if labelled else None
 
 
@@ -157,7 +163,7 @@ def _prove_equal(job: Job, written: Written) -> float:
     """Largest relative difference of outputs over random images of two shapes, and the real ones.
 
     Raises:
-        ExportError: outputs differ in shape, or by more than ``TOLERANCE``, or are not finite.
+        ExportError: outputs differ in shape, or by more than the tolerance, or are not finite.
     """
     height, width = job.image_size
     batches = [torch.rand(2, 3, height, width), torch.rand(1, 3, 2 * height, width)]
@@ -167,15 +173,23 @@ def _prove_equal(job: Job, written: Written) -> float:
     difference = 0.0
     for images in batches:
         expected, found = expect(images), written.again(images)
-        if expected.shape != found.shape or not expected.isfinite().all():
+        if expected.shape != found.shape:
             raise ExportError(
                 f"{job.what} gives {tuple(found.shape)} after reading back with {written.proven_with}, "
-                f"{tuple(expected.shape)} before" + ("" if expected.isfinite().all() else "; the source's are NaN or infinite")
+                f"{tuple(expected.shape)} before"
             )
-        difference = max(difference, ((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12)).item())
-    if not difference <= TOLERANCE:
+        if not expected.isfinite().all():
+            raise ExportError(
+                f"the {job.what} of {job.source.path} gives NaN or infinite values before any export; "
+                "export an earlier checkpoint"
+            )
+        if not found.isfinite().all():
+            raise ExportError(f"{job.what} gives NaN or infinite values after reading back with {written.proven_with}")
+        difference = max(difference, largest_difference(found, expected))
+    tolerance = TOLERANCE if written.tolerance is None else written.tolerance
+    if not difference <= tolerance:
         raise ExportError(
-            f"outputs differ by {difference:.2e} after reading back with {written.proven_with}; at most {TOLERANCE} is due"
+            f"outputs differ by {difference:.2e} after reading back with {written.proven_with}; at most {tolerance} is due"
         )
     return difference
 
@@ -184,22 +198,23 @@ def _describe(
     job: Job, target: Target, written: Written, difference: float, options: Mapping[str, Any], licences: Mapping[str, str]
 ) -> ExportReport:
     """Write the cards into the export and report it."""
+    usage = written.load_with.replace(str(job.out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
     images = 0 if job.images is None else len(job.images)
     facts = {
         "target": target.name,
         "what": job.what,
         "options": {key: str(value) if isinstance(value, os.PathLike) else value for key, value in options.items()},
-        "load_with": written.load_with,
+        "load_with": usage,
         "proven_with": written.proven_with,
         "max_difference": difference,
         "real_images": images,
         "table": written.table,
     }
-    notes = [*([job.source.read_as] if job.source.read_as else []), *written.notes]
+    read_as = job.source.read_as.replace(str(job.source.path), job.source.path.name)
+    notes = [*([read_as] if read_as else []), *written.notes]
     card = run_card(job.source, facts, job.folder, licences, notes)
     write_cards(card, job.folder)
     if target.hub_library is not None:
-        usage = written.load_with.replace(str(job.out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
         (job.folder / PAGE).write_text(model_card(card, target.hub_library, usage), encoding="utf-8")
     return ExportReport(
         out=job.out,

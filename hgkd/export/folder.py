@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hgkd.export.card import CARD_FILE, CARD_PAGE
+from hgkd.writing import writing
 
 PAGE = "README.md"
 _CARDS = {CARD_FILE, CARD_PAGE, PAGE}
@@ -18,15 +19,20 @@ _CARDS = {CARD_FILE, CARD_PAGE, PAGE}
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Context with a folder to write into, which takes the place of ``out`` at its end, and vanishes when it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield work
-        os.chmod(work, 0o777 & ~_umask())  # mkdtemp gives the owner alone access
-        _move(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    """Context with a folder to write into, which takes the place of ``out`` at its end, and vanishes when it fails.
+
+    Raises:
+        WriteError: the disk is full or read-only; ``out`` is as it was.
+    """
+    with writing(out, "nothing was left there; free some space or choose another --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            yield work
+            os.chmod(work, 0o777 & ~_umask())  # mkdtemp gives the owner alone access
+            _move(work, out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def check_free(out: Path, force: bool) -> None:

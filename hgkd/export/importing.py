@@ -17,12 +17,14 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.engine.weights import LoadReport, load_strict, read_checkpoint, tensors_of
+from hgkd.engine.weights import LoadReport, NoPlainNumbersError, load_strict, read_checkpoint, tensors_of
 from hgkd.errors import WeightsError
+from hgkd.export.card import CARD_FILE
 from hgkd.export.naming import KeyStyle, fitted, styles_for
 from hgkd.export.source import EncoderSpec, Source, read_student
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+READABLE = ("timm", "sparse")  # targets whose folders are read back
 _LEAST_SHARE = 0.5
 _COUNTER = "num_batches_tracked"  # files of before 2018 lack it; no output depends on it
 
@@ -66,7 +68,7 @@ def import_weights(
 
     Args:
         network: timm's, without classifier.
-        path: .pth, .pt, .bin or .safetensors file.
+        path: .pth, .pt, .bin or .safetensors file, or a folder of ``tools/export.py`` that :func:`load_backbone` reads.
         prefix: what stands before the encoder's names; None finds it.
         allow: beginnings of names that may be missing (timm's names) or left over (the file's, without the prefix).
 
@@ -74,6 +76,9 @@ def import_weights(
         FileNotFoundError: there is no such file.
         WeightsError: damaged, of no known style, ambiguous, or not fitting; the network is unchanged then.
     """
+    if Path(path).expanduser().is_dir():
+        read_spec(path)  # refuses what is no such folder
+        path = Path(path).expanduser() / WEIGHTS_FILE
     weights = tensors_of(read_checkpoint(path), source=str(path))
     style, prefix = find_style(network, weights, source=str(path), prefix=prefix)
     own = network.state_dict()
@@ -87,6 +92,8 @@ def import_weights(
     state.update({key: own[key] * 0 for key in filled})
     try:
         loaded = load_strict(network, state, source=str(path), ignore_missing=allow, ignore_unexpected=allow)
+    except NoPlainNumbersError:
+        raise
     except WeightsError as error:
         raise WeightsError(
             f"{error} (key style {style.name}, prefix {prefix!r}); nothing was loaded. Where this is meant, allow=(...) of "
@@ -179,7 +186,22 @@ def read_source(
 def read_spec(path: str | os.PathLike[str]) -> EncoderSpec:
     """The description of the encoder in an exported folder; raises as :func:`load_backbone` does."""
     path = Path(path).expanduser()
+    _refuse_other_target(path)
     return EncoderSpec.parse(read_config(path).get("hgkd"), str(path / CONFIG_FILE))
+
+
+def _refuse_other_target(path: Path) -> None:
+    """Raise WeightsError for an export that was written for another library, and name the way to one that is read."""
+    try:
+        card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
+        target, what = str(card["export"]["target"]), str(card["export"]["what"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if target not in READABLE or what == "decoder":
+        part = "" if what == "backbone" else f" --what {what}"
+        raise WeightsError(
+            f"{path} is an export to {target}{part}, which hgkd does not read back; export the checkpoint again with --to timm"
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:

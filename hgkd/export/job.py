@@ -88,6 +88,7 @@ class Written:
         tensors, parameters: how many were written; parameters are trainable values.
         notes: what a user should know.
         table: rows about the files, e.g. sizes and agreement of quantised graphs.
+        tolerance: largest relative difference that the proof may find; None: the exporter's own.
     """
 
     load_with: str
@@ -98,6 +99,7 @@ class Written:
     expected: Callable[[Tensor], Tensor] | None = None
     notes: list[str] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)

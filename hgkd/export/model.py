@@ -33,6 +33,7 @@ from hgkd.export.job import ExportError, ExportReport, optional
 from hgkd.export.source import literal_config, run_metrics
 
 MODEL_FILE, MODEL_CONFIG = "model.pth", "model_config.py"
+LIBRARIES = ("mmdet", "mmseg", "mmpretrain")
 _STUDENT = "student."
 # parts of a model that only its training needs, by the first part of the name
 _TRAINING_ONLY = ("teacher", "objectives", "generators", "second_head", "losses", "loss", "connectors")
@@ -67,7 +68,8 @@ def read_model(path: str | os.PathLike[str]) -> ModelSource:
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: damaged, no checkpoint of a runner, or nothing but parts of a training.
+        WeightsError: damaged, no checkpoint of a runner, of hgkd's own pretraining or classification, or nothing but parts of
+            a training.
     """
     path = Path(path).expanduser()
     checkpoint = read_checkpoint(path)
@@ -75,6 +77,7 @@ def read_model(path: str | os.PathLike[str]) -> ModelSource:
     meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
     if not isinstance(weights, Mapping) or not isinstance(meta, Mapping):
         raise WeightsError(f"{path} is no checkpoint of mmengine's runner: it lacks 'state_dict' or 'meta'")
+    _refuse_own(path, meta.get("hgkd"))
     config = dict(literal_config(meta.get("cfg")).get("model") or {})
     state = {key.removeprefix(_STUDENT): value for key, value in weights.items() if key.startswith(_STUDENT)}
     if state:
@@ -92,6 +95,26 @@ def read_model(path: str | os.PathLike[str]) -> ModelSource:
     return ModelSource(path, state, config, aside, dict(meta), run_metrics(checkpoint))
 
 
+def _refuse_own(path: Path, described: object) -> None:
+    """Raise WeightsError for networks that hgkd describes in ``meta['hgkd']``: no model of another library."""
+    if not isinstance(described, Mapping):
+        return
+    if "encoder" in described:
+        way = "a student of pretraining; --what backbone exports its encoder for mmdet, mmseg or mmpretrain"
+    elif "classifier" in described:
+        way = "a classifier of hgkd; --what classifier exports it with its head, --what backbone without"
+    else:
+        way = f"a masked autoencoder of hgkd, which is a teacher: model.teacher.checkpoint={path}"
+    raise WeightsError(f"{path} holds no model of mmdet, mmseg or mmpretrain but {way}")
+
+
+def _refuse_other_library(path: Path, cfg: Mapping[str, Any], library: str) -> None:
+    """Raise ValueError when a run's config says that its model is another library's."""
+    scope = cfg.get("default_scope")
+    if scope in LIBRARIES and scope != library:
+        raise ValueError(f"{path} was trained with {scope}, not {library}; use --to {scope}")
+
+
 def export_model(checkpoint: str | os.PathLike[str], out: Path, library: str, licences: Mapping[str, str]) -> ExportReport:
     """Write a whole model, read it back, and only then let the folder appear.
 
@@ -103,9 +126,11 @@ def export_model(checkpoint: str | os.PathLike[str], out: Path, library: str, li
 
     Raises:
         FileNotFoundError, WeightsError: see :func:`read_model`; or the weights are not finite.
+        ValueError: the model is another library's.
         ExportError: what was read back differs, or the library's own model does not take it.
     """
     source = read_model(checkpoint)
+    _refuse_other_library(source.path, literal_config(source.meta.get("cfg")), library)
     check_finite(source.path, source.state)
     state = {key: value.detach().cpu().contiguous().clone() for key, value in source.state.items()}
     left = ", ".join(f"{count} of {name}" for name, count in source.aside.items())
@@ -125,7 +150,8 @@ def export_model(checkpoint: str | os.PathLike[str], out: Path, library: str, li
         load_with += f"  # model = {library}.registry.MODELS.build(Config.fromfile('{out / MODEL_CONFIG}').model)" * bool(
             source.config
         )
-        facts = {"target": library, "what": "model", "load_with": load_with, "proven_with": proven_with, "max_difference": 0.0}
+        usage = load_with.replace(str(out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
+        facts = {"target": library, "what": "model", "load_with": usage, "proven_with": proven_with, "max_difference": 0.0}
         card = run_card(source, facts, work, licences, notes)
         write_cards(card, work)
         return ExportReport(

@@ -18,6 +18,7 @@ FORMAT = 1
 STUDENT_PREFIX, ENCODER_PREFIX = "student.", "student.encoder."
 _TIMINGS = ("val/time", "val/data_time")  # mmengine's, of no interest after the run
 _EXPECTED = "expected a .pth file that tools/train.py wrote while distilling a student"
+_OTHERWISE = "name the network of a file of others, e.g. encoder='resnet50' (--encoder)"
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,11 @@ class Source:
         return self.spec.to_dict()
 
 
-def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
+def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -> StudentCheckpoint:
     """Read a checkpoint of hgkd's runner, without running code that the file may hold.
+
+    Args:
+        otherwise: how the caller's user reads a file of others, for the message.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -172,8 +176,7 @@ def read_student(path: str | os.PathLike[str]) -> StudentCheckpoint:
     meta, weights = checkpoint.get("meta"), checkpoint.get("state_dict")
     if not isinstance(meta, Mapping) or "hgkd" not in meta or not isinstance(weights, Mapping):
         raise WeightsError(
-            f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {_EXPECTED}, "
-            "or name the network of a file of others, e.g. encoder='resnet50' (--encoder)"
+            f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {_EXPECTED}, or {otherwise}"
         )
     if isinstance(meta["hgkd"], Mapping) and "mae" in meta["hgkd"]:
         raise WeightsError(f"{path} holds a masked autoencoder and no student; tools/evaluate.py takes it as mae:{path}")

@@ -14,6 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from hgkd.differences import largest_difference
 from hgkd.sparse.convert import BACKENDS, sparsify
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.tensor import SparseTensor
@@ -24,7 +25,7 @@ _FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest differences, each relative to the largest magnitude of the tensor that differs.
+    """Largest differences, each relative to the largest magnitude of the tensor that differs; infinite for NaN.
 
     Attributes:
         outputs, gradients, statistics: backend against ``masked``, with some cells hidden; gradients are those of the
@@ -106,14 +107,8 @@ def _tensors(made: Any) -> list[Tensor]:
 
 
 def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative difference; infinite when a tensor is there on one side only."""
+    """The largest relative difference; infinite when a tensor is there on one side only, or holds NaN or infinity."""
     if found.keys() != expected.keys():
         return float("inf")
-    sizes = {name: _largest(tensor) for name, tensor in expected.items()}
-    floor = _FLOOR * max(sizes.values(), default=0.0)
-    errors = [_largest(found[name] - expected[name]) / max(sizes[name], floor, 1e-30) for name in expected]
-    return max(errors, default=0.0)
-
-
-def _largest(tensor: Tensor) -> float:
-    return tensor.detach().abs().max().item() if tensor.numel() else 0.0
+    floor = _FLOOR * max((tensor.detach().abs().max().item() for tensor in expected.values() if tensor.numel()), default=0.0)
+    return max((largest_difference(found[name], expected[name], max(floor, 1e-30)) for name in expected), default=0.0)

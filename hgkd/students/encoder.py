@@ -18,7 +18,7 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from hgkd.errors import unknown_name_message
+from hgkd.networks import check_timm_name
 from hgkd.pixels import PixelStatistics, check_channels, check_pixels
 
 STEMS = ("default", "cifar")
@@ -49,8 +49,8 @@ def build_encoder(
         name: timm's name, e.g. 'resnet50', 'convnext_tiny', 'resnet50.a1_in1k'.
         stem: 'cifar' replaces a ResNet's stem by a 3x3 stride-1 convolution without pooling: total stride 8.
         checkpoint: local weight file to start from, in timm's naming or another of :mod:`hgkd.export.naming` (SparK,
-            ConvNeXt, mmpretrain, torchvision, transformers), loaded strictly; only what an encoder has no place for, a
-            classifier say, is left out.
+            ConvNeXt, mmpretrain, torchvision, transformers), or a folder of ``tools/export.py --to timm``; loaded strictly;
+            only what an encoder has no place for, a classifier say, is left out.
         pretrained: ask timm for its pretrained weights (a download, unless timm has them already).
         timm_kwargs: passed to ``timm.create_model``, e.g. ``drop_path_rate=0.1``.
 
@@ -58,8 +58,7 @@ def build_encoder(
         ValueError: unknown name or stem, a network that is no hierarchical CNN, or options that exclude each other.
         WeightsError: the checkpoint does not fit.
     """
-    if not timm.is_model(name):
-        raise ValueError(unknown_name_message("encoder", name, timm.list_models()))
+    check_timm_name("encoder", name)
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
     taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]

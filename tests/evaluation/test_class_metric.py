@@ -63,3 +63,11 @@ def test_the_report_is_a_table_and_a_picture(classes, tmp_path):
     assert table["class 1"] == {"accuracy": 100.0, "images": 2}
     with Image.open(tmp_path / "confusion.png") as picture:
         assert min(picture.size) > 100
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_no_answer(broken):
+    """The largest of NaN is NaN: the image would count as its class."""
+    metric = ClassificationMetric()
+    with pytest.raises(ValueError, match="the scores of image 7 are NaN or infinite, so it has no answer"):
+        metric.process(None, [ClassSample(torch.tensor([0.1, broken, 0.2]), 1, 7)])

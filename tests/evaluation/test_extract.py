@@ -165,6 +165,23 @@ def test_unfitting_weights_are_refused(tmp_path: Path) -> None:
         load_extractor(tmp_path / "junk.pth")
 
 
+def test_a_file_of_others_is_named_with_its_network(tmp_path: Path) -> None:
+    """The remedy is followed literally: timm's name as the backbone, the file as its checkpoint."""
+    source = randomised(timm.create_model("test_resnet", num_classes=10))
+    torch.save(source.state_dict(), tmp_path / "b.pth")
+    with pytest.raises(WeightsError, match=r"or give a file of others as --checkpoint .*b.pth --backbone NAME, timm's name"):
+        load_extractor(tmp_path / "b.pth")
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(load_extractor("test_resnet", checkpoint=tmp_path / "b.pth")(images), pooled(source, images))
+
+
+def test_an_export_for_another_library_says_so(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out", "torchscript")
+    with pytest.raises(WeightsError, match=r"out is an export to torchscript, .*; export the checkpoint again with --to timm"):
+        load_extractor(tmp_path / "out")
+
+
 def test_levels_of_a_cnn() -> None:
     extractor = load_extractor("resnet18")
     images = torch.rand(2, 3, 64, 96)

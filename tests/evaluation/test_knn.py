@@ -93,6 +93,7 @@ def test_tiny_temperature_stays_finite() -> None:
         ({"k": 11}, r"k must lie in 1 \.\. 10, the number of images in the bank, got \[11\]"),
         ({"k": 0}, r"k must lie in 1 \.\. 10"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be above 0 and finite, got nan"),
         ({"bank_labels": torch.full((10,), -1)}, "label of -1 means"),
         ({"num_classes": 2}, r"must lie in 0 \.\. 1, found 0 \.\. 2"),
         ({"queries": torch.randn(4, 5)}, "expected bank"),

@@ -69,6 +69,7 @@ def test_short_fit_is_reported_as_not_converged() -> None:
         ([1, 1, 1, 1], {}, "two classes or more, got 1"),
         ([0, 1, 2, 3], {}, "none can be held out"),
         ([0, 0, 1, 1], {"grid": [0.0, 1.0]}, "must be above 0"),
+        ([0, 0, 1, 1], {"grid": [1.0, float("nan")]}, "must be above 0"),
         ([0, 0, 1, 1], {"holdout": 1.0}, "in \\(0, 1\\), got 1.0"),
         ([0, 0, 1], {}, "expected features"),
     ],

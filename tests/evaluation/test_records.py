@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import full_disk
 
 from hgkd.evaluation.records import CSV_COLUMNS, append_csv, check_outputs, compare_results, list_digest, read_json, write_json
+from hgkd.writing import WriteError
 
 
 def result(correct: list[float], method: str = "knn", setting: str = "k=20", **changes: Any) -> dict[str, Any]:
@@ -112,6 +114,23 @@ def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("os.access", lambda path, mode: False)  # a test run as root may write anywhere
     with pytest.raises(ValueError, match=r"cannot be written to .*r\.json: no permission"):
         check_outputs(tmp_path / "r.json", None)
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
+    file, table = tmp_path / "result.json", tmp_path / "results.csv"
+    write_json({"knn": result([1, 0])}, file)
+    append_csv({"knn": result([1, 0])}, table)
+    before = file.read_bytes(), table.read_bytes()
+    many = {f"m{i}": result([1, 0], f"m{i}") for i in range(200)}
+    with full_disk(4096):
+        with pytest.raises(WriteError, match=r"cannot write .*result.json: File too large, .* MB are free on its disk"):
+            write_json(many, file)
+        with pytest.raises(WriteError, match=r"cannot write .*results.csv"):
+            append_csv(many, table)
+    assert (file.read_bytes(), table.read_bytes()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "results.csv"]
+    append_csv({"knn": result([1, 0])}, table)  # no line was cut off
+    assert len(table.read_text().splitlines()) == 3
 
 
 def test_compare_matches_methods_and_settings() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from full_disk import full_disk
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from hgkd.evaluation.visualization import (
     save_picture,
 )
 from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.writing import WriteError
 
 ARCH = {
     "embed_dim": 16,
@@ -130,6 +132,34 @@ def test_picture_and_page_grow(tmp_path: Path) -> None:
     assert re.findall("<h2>(.*?)</h2>", page) == ["first", "second"]
     assert "<figcaption>second &amp; &lt;caption&gt; über</figcaption>" in page
     assert page.count("data:image/png;base64,") == 2
+
+
+def test_of_nan_there_is_no_picture(tmp_path: Path) -> None:
+    class Diverged:
+        def maps(self, images: torch.Tensor, level: object) -> torch.Tensor:
+            return images.mean(1, keepdim=True) * float("nan")
+
+        attention = maps
+
+        def columns(self, inputs: torch.Tensor, ratio: float, seed: int) -> dict:
+            return {"image": inputs, "reconstruction": inputs * float("nan")}
+
+    images = torch.rand(2, 3, 4, 4)
+    for draw, what in ((pca_columns, "features"), (attention_columns, "maps")):
+        with pytest.raises(ValueError, match=f"some {what} are NaN or infinite; the network has diverged"):
+            draw(Diverged(), images)
+    with pytest.raises(ValueError, match="some predicted pixels are NaN or infinite"):
+        reconstruction_columns(Diverged(), images, 0.5)
+
+
+def test_a_full_disk_keeps_the_picture(tmp_path: Path) -> None:
+    columns = {"image": torch.rand(2, 3, 64, 64)}
+    path = save_picture(columns, tmp_path, "a", "first")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with full_disk(1000), pytest.raises(WriteError, match=r"cannot write .*a.png"):
+        save_picture(columns, tmp_path, "a", "second")
+    assert path.name == "a.png"
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_files_that_are_not_there_or_not_readable(tmp_path: Path) -> None:

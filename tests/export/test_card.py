@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from student_checkpoints import write_student
 
+from hgkd.export import card as card_module
 from hgkd.export import export
 from hgkd.export.source import literal_config
 
@@ -65,6 +68,107 @@ def test_what_is_known(tmp_path: Path) -> None:
     assert readme.startswith("---\nlibrary_name: timm\n")
     assert "license: apache-2.0\n" in readme
     assert str(tmp_path) not in readme
+
+
+def photographs(folder: Path, count: int) -> str:
+    """A config that trains on so many pictures."""
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (4 + i, 4)).save(folder / f"{i}.png")
+    return f"train_dataloader = dict(dataset=dict(type='UnlabelledImages', data_root='{folder}', %s), batch_size=2)\n"
+
+
+def test_what_training_tolerates_does_not_stop_an_export(tmp_path: Path) -> None:
+    """A dead link, a name that is no UTF-8: both are skipped or read in training."""
+    cfg = photographs(tmp_path / "data", 3) % ""
+    (tmp_path / "data/gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.rename(os.fsencode(tmp_path / "data/2.png"), os.fsencode(tmp_path / "data") + b"/caf\xe9.png")
+    card = card_of(tmp_path, cfg)
+    assert (card["data"]["images"], card["data"]["not_readable"]) == (4, 1)
+    assert re.fullmatch("[0-9a-f]{64}", card["data"]["fingerprint"])
+
+
+def test_paths_that_are_no_utf8_reach_the_card(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(folder)
+    write_student(Path(folder) / "a.pth")
+    export(Path(folder) / "a.pth", tmp_path / "out", "sparse")
+    assert "caf" in json.loads((tmp_path / "out/run_card.json").read_text())["source"]["checkpoint"]
+    assert (tmp_path / "out/run_card.md").read_text(encoding="utf-8")
+
+
+def test_the_run_is_counted_and_not_its_folder(tmp_path: Path) -> None:
+    cfg = photographs(tmp_path / "data", 5)
+    (tmp_path / "list.txt").write_text("0.png\n3.png\n")
+    assert card_of(tmp_path, cfg % "limit=2")["data"]["images"] == 2
+    (tmp_path / "listed").mkdir()
+    listed = card_of(tmp_path / "listed", cfg % f"list_file='{tmp_path}/list.txt'")["data"]
+    sizes = [(tmp_path / f"data/{i}.png").stat().st_size for i in (0, 3)]
+    assert listed["fingerprint"] == hashlib.sha256(f"0.png\0{sizes[0]}\x003.png\0{sizes[1]}\0".encode()).hexdigest()
+    (tmp_path / "other").mkdir()
+    other = card_of(tmp_path / "other", (cfg % "ann_file='a.json'").replace("UnlabelledImages", "CocoDataset"))["data"]
+    assert other["images_in_the_folder"] == 5
+
+
+def test_what_cannot_be_looked_up_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = photographs(tmp_path / "data", 2)
+    assert "TypeError: " in card_of(tmp_path, cfg % "option_of_tomorrow=1")["data"]["unknown"]
+    (tmp_path / "teacher.pth").write_bytes(b"weights")
+    (tmp_path / "b").mkdir()
+    digest = card_module.file_digest
+
+    def denied(path: Path) -> str:
+        if Path(path).name == "teacher.pth":
+            raise PermissionError(13, "Permission denied")
+        return digest(path)
+
+    monkeypatch.setattr(card_module, "file_digest", denied)
+    card = card_of(tmp_path / "b", f"model = dict(teacher=dict(checkpoint='{tmp_path}/teacher.pth'))\n")
+    assert "Permission denied" in card["teacher"]["unknown"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("data_root='/home/ada/photos'", "data_root='~/photos'"),
+        ("/Users/Ada L/x C:\\Users\\ada\\x", "~ L/x ~\\x"),
+        ("/root/x /root", "~/x ~"),
+        ("/data/home/ada/x /data/root/x /rootfs/x", "/data/home/ada/x /data/root/x /rootfs/x"),
+    ],
+)
+def test_home_folders_are_left_out(text: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/srv/people/ada"))
+    assert card_module.without_homes(text) == kept
+    assert card_module.without_homes("a /srv/people/ada/x /srv/people/adamant") == "a ~/x /srv/people/adamant"
+
+
+def test_no_home_leaves_with_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out", encoder="test_resnet")
+    write_student(tmp_path / "b.pth")
+    export(tmp_path / "b.pth", tmp_path / "onnx", "torchscript")
+    for file in (*(tmp_path / "out").iterdir(), *(tmp_path / "onnx").iterdir()):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+
+
+def test_metrics_that_json_cannot_hold(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    checkpoint = torch.load(tmp_path / "a.pth", weights_only=False)
+    checkpoint["meta"]["seed"] = float("nan")
+    torch.save(checkpoint, tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out")
+    text = (tmp_path / "out/run_card.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["source"]["seed"] == "nan"
+
+
+@pytest.mark.parametrize("text", ["CC-BY 4.0: see page", 'my "own" # licence\nsecond: line', "- a", "{}"])
+def test_any_licence_gives_a_readable_front_matter(tmp_path: Path, text: str) -> None:
+    """The hub refuses invalid metadata after the upload: github.com/huggingface/huggingface_hub/issues/1927."""
+    card_of(tmp_path, licences={"weights": text})
+    front = (tmp_path / "out/README.md").read_text().split("---\n")[1]
+    found = yaml.safe_load(front)
+    assert (found["license"], found["license_name"], found["library_name"]) == ("other", text, "timm")
 
 
 def test_what_is_unknown_is_said_to_be(tmp_path: Path) -> None:

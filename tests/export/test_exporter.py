@@ -2,20 +2,24 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from full_disk import full_disk
 from PIL import Image
 from student_checkpoints import randomised, write_student
 from torch import nn
 
 from hgkd.errors import DataError, WeightsError
-from hgkd.export import PARTS, TARGETS, ExportError, export, load_backbone, read_student
+from hgkd.export import PARTS, TARGETS, ExportError, export, exporter, load_backbone, read_student
+from hgkd.export.job import Written
 from hgkd.export.targets import timm as timm_target
 from hgkd.students import SparseUNet, build_encoder
+from hgkd.writing import WriteError
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -122,6 +126,38 @@ def test_failed_proof_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypat
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "b.pth", "out"]
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_no_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: float) -> None:
+    """``max(0.0, nan)`` is 0.0: an export whose outputs are all NaN once "differed by 0.0"."""
+    write_student(tmp_path / "a.pth")
+    write = lambda job: Written("load", "a library", lambda images: job.features(images) * broken, 1, 1)  # noqa: E731
+    monkeypatch.setitem(exporter.TARGETS, "timm", replace(exporter.TARGETS["timm"], write=write))
+    with pytest.raises(ExportError, match="backbone gives NaN or infinite values after reading back with a library"):
+        export(tmp_path / "a.pth", tmp_path / "out")
+    write_student(tmp_path / "b.pth")
+    checkpoint = torch.load(tmp_path / "b.pth", weights_only=False)
+    checkpoint["state_dict"]["student.encoder.layer1.0.bn1.running_var"].fill_(-1)  # finite
+    torch.save(checkpoint, tmp_path / "b.pth")
+    with pytest.raises(ExportError, match=r"the backbone of .*b.pth gives NaN or infinite values before any export"):
+        export(tmp_path / "b.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["timm", "torchvision", "mmseg", "transformers", "sparse", "spconv", "torchscript"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_export(tmp_path: Path, to: str) -> None:
+    write_student(tmp_path / "a.pth", "resnet18")
+    out = tmp_path / "out"
+    with full_disk(100_000), pytest.raises(WriteError, match=r"cannot write .*out: .* MB are free .*; nothing was left there"):
+        export(tmp_path / "a.pth", out, to)
+    assert os.listdir(tmp_path) == ["a.pth"]
+    if to == "timm":
+        export(tmp_path / "a.pth", out)
+        before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+        with full_disk(100_000), pytest.raises(WriteError):
+            export(tmp_path / "a.pth", out, force=True)
+        assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+
+
 def test_proof_sees_changed_missing_and_added_weights() -> None:
     source, other = (timm.create_model("test_resnet", num_classes=0).eval() for _ in range(2))
     with pytest.raises(ExportError, match="tensors changed on the way"):
@@ -223,7 +259,12 @@ def test_request_refusals(tmp_path: Path) -> None:
     refused("holds no images to compare outputs on", error=DataError, images=tmp_path / "nowhere")
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.png").write_bytes(b"no picture")
-    refused("an image in .*pictures cannot be read", error=DataError, images=tmp_path / "pictures")
+    refused("an image in .*pictures cannot be read: a.png", error=DataError, images=tmp_path / "pictures")
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/a.png")
+    content = (tmp_path / "pictures/a.png").read_bytes()
+    # Pillow raises SyntaxError and ValueError on such files: github.com/python-pillow/Pillow/issues/4472
+    (tmp_path / "pictures/a.png").write_bytes(content[:8] + bytes(4) + b"IHDR" + content[40:])
+    refused(r"an image in .*pictures cannot be read: a.png \(\w+: ", error=DataError, images=tmp_path / "pictures")
 
 
 def test_real_images_take_part_in_the_proof(tmp_path: Path) -> None:

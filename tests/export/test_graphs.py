@@ -7,19 +7,25 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import timm
 import torch
+from full_disk import full_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from student_checkpoints import write_student
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
-from hgkd.export import ExportError, export
+from hgkd.export import ExportError, ExportReport, export
 from hgkd.export.job import MissingLibraryError
 from hgkd.export.targets import graphs
+from hgkd.writing import WriteError
 
 MEMBERS = [
     ("resnet50", {"layers": (1, 1, 1, 1)}),
@@ -143,6 +149,160 @@ def test_labels_must_be_there_and_be_the_classifiers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the images are of 2 classes, the classifier knows 1"):
         export(tmp_path / "a.pth", tmp_path / "out", "onnx", labels=True, images=images, output="logits",
                classifier=tmp_path / "head.safetensors")  # fmt: skip
+
+
+def test_a_graph_of_nan_has_no_agreement() -> None:
+    job = SimpleNamespace(images=torch.rand(4, 3, 8, 8), labels=None)
+    good, bad = torch.rand(2, 3), torch.full((2, 3), float("nan"))
+    for pair in ((good, bad), (bad, good), (bad, bad)):
+        with pytest.raises(ExportError, match="NaN or infinite"):
+            graphs._agreement(job, "pooled", lambda x, out=pair[0]: out, lambda x, out=pair[1]: out)
+
+
+def test_fp16_graphs_are_valid(tmp_path: Path) -> None:
+    """The converter puts its casts at the end, out of order: github.com/microsoft/onnxconverter-common/issues/208."""
+    pytest.importorskip("onnxscript")
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    write_student(tmp_path / "a.pth")
+    report = export(tmp_path / "a.pth", tmp_path / "out", "onnx", precision=["fp16"])
+    for name in ("model.onnx", "model_fp16.onnx"):
+        onnx.checker.check_model(str(tmp_path / "out" / name), full_check=True)
+    assert re.search(r"fp16: the largest value inside is [\d.]+, in \w+.* \(fp16 ends at 65504\)", report.notes[-1])
+
+
+def test_fp16_that_would_overflow_is_refused(tmp_path: Path) -> None:
+    """onnxruntime's CPU computes in fp32 between nodes, so only the values tell: features are small again after layer 2."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    write_student(tmp_path / "a.pth")
+    checkpoint = torch.load(tmp_path / "a.pth", weights_only=False)
+    checkpoint["state_dict"]["student.encoder.layer2.0.bn1.weight"] *= 1e5
+    checkpoint["state_dict"]["student.encoder.layer2.0.conv2.weight"] /= 1e5
+    torch.save(checkpoint, tmp_path / "a.pth")
+    with pytest.raises(ExportError, match=r"numbers up to 65504, and this network reaches \S+e\+\d\d in layer2.0.\w+ \(\w+\):"):
+        export(tmp_path / "a.pth", tmp_path / "out", "onnx", precision=["fp16"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_largest_by_hand() -> None:
+    inf = float("inf")
+    assert graphs._largest(np.array([1.0, -3.0, -inf])) == 3.0  # padding of a maximum
+    assert graphs._largest(np.array([1.0, float("nan")])) == inf
+    assert graphs._largest(np.array([10**6])) == 0.0
+    assert graphs._largest(np.array([], dtype=np.float32)) == 0.0
+
+
+def test_opsets_that_cannot_be_written(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    newest = onnx.defs.onnx_opset_version()
+    write_student(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"opset 99 does not exist in onnx {onnx.__version__}; give one of 18 .. {newest}"):
+        export(tmp_path / "a.pth", tmp_path / "out", "onnx", opset=99)
+    try:  # torch may know the newest or not; what it wrote is what the report says
+        report = export(tmp_path / "a.pth", tmp_path / "out", "onnx", opset=newest)
+    except ValueError as error:
+        assert re.search(rf"cannot write opset {newest} of this network, only 18; give 18", str(error))  # noqa: PT017
+    else:
+        written = onnx.load(tmp_path / "out/model.onnx").opset_import
+        assert report.notes[0].startswith(f"opset {next(entry.version for entry in written if entry.domain == '')};")
+
+
+@given(
+    side=st.tuples(st.integers(1, 23), st.integers(1, 23)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    dilation=st.integers(1, 2),
+)
+@settings(deadline=None)
+def test_same_padding_is_timms(side: tuple, kernel: tuple, stride: tuple, dilation: int) -> None:
+    images, weight = torch.rand(1, 1, *side, dtype=torch.float64), torch.rand(1, 1, *kernel, dtype=torch.float64)
+    found, expected = (
+        nn.functional.conv2d(pad(images, kernel, stride, (dilation, dilation)), weight, stride=stride, dilation=dilation)
+        for pad in (graphs._pad_same, timm.layers.pad_same)
+    )
+    assert torch.equal(found, expected)
+
+
+class SamePadded(nn.Sequential):
+    """Five strided layers that pad as TensorFlow does."""
+
+    num_features = 8
+    pretrained_cfg: ClassVar = {"input_size": (3, 64, 64), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}
+
+    def __init__(self) -> None:
+        super().__init__(
+            timm.layers.create_conv2d(3, 8, 7, stride=2, padding="same"),
+            timm.layers.create_pool2d("max", 3, 2, padding="same"),
+            timm.layers.StdConv2dSame(8, 8, 3, stride=2, eps=1e-6),
+            timm.layers.create_conv2d(8, 8, [3, 5], stride=2, padding="same"),
+            timm.layers.create_pool2d("avg", 2, 2, padding="same"),
+        )
+
+    forward_features = nn.Sequential.forward
+
+
+@torch.no_grad()
+def test_same_padded_networks_end_and_are_exact() -> None:
+    """With timm's own padding the time of torch.export triples with each strided layer."""
+    network = SamePadded().eval()
+    theirs = timm.layers.pad_same
+    graph = graphs.Graph(network, "features", None).eval()
+    program = graphs._program(SimpleNamespace(image_size=(64, 64)), graph).module()
+    assert sys.modules["timm.layers.conv2d_same"].pad_same is theirs
+    for size in [(1, 3, 97, 130), (3, 3, 64, 64), (1, 3, 111, 95)]:
+        images = torch.rand(size)
+        close(program(images), features_of(network, images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tf_efficientnet_b0", "tf_mixnet_s"])
+@torch.no_grad()
+def test_real_same_padded_networks(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    source = write_student(tmp_path / "a.pth", name)
+    export(tmp_path / "a.pth", tmp_path / "out", "onnx", output="features")
+    session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx", providers=["CPUExecutionProvider"])
+    images = torch.rand(1, 3, 97, 131)
+    close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), features_of(source, images))
+
+
+@torch.no_grad()
+def test_branches_for_training_are_fused(tmp_path: Path) -> None:
+    source = write_student(tmp_path / "a.pth", "repvgg_a0")
+    report = export(tmp_path / "a.pth", tmp_path / "out", "torchscript")
+    assert "fused for inference, as timm does it: 22 convolutions of the 44 that were trained" in report.notes
+    assert 0 < report.max_difference <= 1e-4
+    assert report.parameters < sum(p.numel() for p in source.parameters())
+    script = torch.jit.load(str(tmp_path / "out/model.ts"))
+    images = torch.rand(2, 3, 64, 96)
+    expected = features_of(source, images).mean((2, 3))
+    assert (script(images) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert "fused" not in " ".join(export_plain(tmp_path).notes)
+
+
+def export_plain(folder: Path) -> ExportReport:
+    write_student(folder / "plain.pth")
+    return export(folder / "plain.pth", folder / "plain", "torchscript")
+
+
+def test_a_damaged_classifier_file(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    (tmp_path / "head.safetensors").write_bytes(b"no weights")
+    with pytest.raises(WeightsError, match=r"head.safetensors is no intact safetensors file"):
+        export(tmp_path / "a.pth", tmp_path / "out", "program", output="logits", classifier=tmp_path / "head.safetensors")
+
+
+@pytest.mark.parametrize("to", ["program", "onnx"])
+def test_a_full_disk_is_one_sentence(tmp_path: Path, to: str) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    write_student(tmp_path / "a.pth")
+    with full_disk(50_000), pytest.raises(WriteError, match=r"cannot write .*out: .* MB are free .*; nothing was left there"):
+        export(tmp_path / "a.pth", tmp_path / "out", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_nearest_by_hand() -> None:

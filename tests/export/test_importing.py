@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
 from hgkd.export import EncoderSpec, export, import_weights, load_backbone
-from hgkd.students import build_encoder
+from hgkd.students import SparseUNet, build_encoder
 
 DEPTHS, DIMS = (1, 2, 1, 1), (8, 16, 24, 32)
 TINY = {"depths": DEPTHS, "dims": DIMS}
@@ -216,6 +216,81 @@ def test_our_own_files_need_no_name_and_take_one(tmp_path: Path) -> None:
     source = write_student(tmp_path / "a.pth")
     same_features(source.forward_features(IMAGES), load_backbone(tmp_path / "a.pth"))
     same_features(source.forward_features(IMAGES), load_backbone(tmp_path / "a.pth", "test_resnet"))
+
+
+@pytest.mark.parametrize("to", ["timm", "sparse"])
+def test_a_student_starts_from_the_folder_of_an_export(tmp_path: Path, to: str) -> None:
+    source = write_student(tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out", to)
+    student = SparseUNet("test_resnet", encoder_checkpoint=tmp_path / "out", decoder_width=16, min_decoder_width=8)
+    found = student.encoder.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in source.state_dict().items())
+    with pytest.raises(WeightsError, match=r"model.safetensors holds no ConvNeXt in a known key style"):
+        build_encoder("test_convnext", checkpoint=tmp_path / "out")
+    export(tmp_path / "a.pth", tmp_path / "script", "torchscript")
+    with pytest.raises(WeightsError, match=r"script is an export to torchscript, which hgkd does not read back"):
+        build_encoder("test_resnet", checkpoint=tmp_path / "script")
+
+
+WEIGHT = "layer1.0.conv1.weight"
+KINDS = {
+    "torch.int8": lambda w: (100 * w).to(torch.int8),
+    "torch.complex64": lambda w: w.to(torch.complex64),
+    "torch.sparse_coo": lambda w: w.to_sparse(),
+    "torch.qint8": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+    "without data: the meta device": lambda w: w.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_no_plain_numbers(tmp_path: Path, kind: str) -> None:
+    """Integers and complex numbers would be copied as numbers, silently; the others end in torch's own words.
+
+    github.com/pytorch/pytorch/issues/32691, github.com/pytorch/pytorch/issues/105963
+    """
+    state = timm.create_model("test_resnet").state_dict()
+    state[WEIGHT] = KINDS[kind](state[WEIGHT])
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=rf"holds 1 weights that are no .* e.g. {WEIGHT} \({kind}\); .* ordinary network$"):
+        load_backbone(tmp_path / "a.pth", "test_resnet")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_and_layouts_in_memory_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Views, expanded tensors and channels_last leave as plain weights: github.com/safetensors/safetensors/issues/202."""
+    source = randomised(timm.create_model("test_resnet", num_classes=0)).to(memory_format=torch.channels_last)
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in source.state_dict().items()}
+    state["bn1.bias"] = torch.zeros(1, dtype=dtype).expand_as(state["bn1.bias"])
+    state["extra.weight"] = state[WEIGHT].transpose(0, 1)
+    torch.save(state, tmp_path / "a.pth")
+    export(tmp_path / "a.pth", tmp_path / "out", encoder="test_resnet", allow=("extra.",))
+    found = load_backbone(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[key], value.to(found[key].dtype)) for key, value in state.items() if key != "extra.weight")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_pointer_of_git_lfs_is_no_weight_file(tmp_path: Path, suffix: str) -> None:
+    """github.com/microsoft/OmniParser/issues/34"""
+    file = tmp_path / f"a{suffix}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 102530333\n")
+    with pytest.raises(WeightsError, match=rf"a{suffix} is a pointer of Git LFS and not the file itself; run 'git lfs pull'"):
+        load_backbone(file, "test_resnet")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18.nosuchtag", r"timm's 'resnet18' has no weights tagged 'nosuchtag'; .*one that it has: 'resnet18.a1_in1k'"),
+        ("hf-hub:timm/resnet18.a1_in1k", r"unknown encoder 'hf-hub:timm/resnet18.a1_in1k'; did you mean 'resnet18.a1_in1k'\?"),
+        ("hf_hub:timm/resnet18", r"unknown encoder 'hf_hub:timm/resnet18'; did you mean 'resnet18'\?"),
+        ("timm/resnet81", r"unknown encoder 'resnet81'; did you mean 'resnet18'"),
+    ],
+)
+def test_names_with_tags_and_of_the_hub(name: str, message: str) -> None:
+    """github.com/huggingface/pytorch-image-models/issues/2093, .../2171"""
+    with pytest.raises(ValueError, match=message):
+        build_encoder(name)
+    assert build_encoder("test_resnet.r160_in1k") is not None
 
 
 def test_a_file_of_others_leaves_as_an_export(tmp_path: Path) -> None:

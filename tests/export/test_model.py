@@ -107,6 +107,29 @@ def test_what_could_not_be_proven_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert "mmdet cannot (KeyError: 'MyHead')" in export(tmp_path / "a.pth", tmp_path / "c", "mmdet", what="model").proven_with
 
 
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"encoder": {"name": "resnet18"}, "format": 1}, "but a student of pretraining; --what backbone exports its encoder"),
+        ({"classifier": {"name": "resnet18"}, "format": 1}, "but a classifier of hgkd; --what classifier exports it"),
+        ({"mae": {}, "format": 1}, r"but a masked autoencoder of hgkd, which is a teacher: model.teacher.checkpoint=.*a.pth"),
+    ],
+)
+def test_a_network_of_hgkd_is_no_model_of_another_library(tmp_path: Path, described: dict, message: str) -> None:
+    write(tmp_path / "a.pth", {"student.encoder.conv.weight": torch.ones(2)})
+    checkpoint = torch.load(tmp_path / "a.pth")
+    checkpoint["meta"]["hgkd"] = described
+    torch.save(checkpoint, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=f"holds no model of mmdet, mmseg or mmpretrain {message}"):
+        export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model")
+
+
+def test_a_model_of_another_library(tmp_path: Path) -> None:
+    write(tmp_path / "a.pth", Detector().state_dict(), PLAIN + "default_scope = 'mmseg'\n")
+    with pytest.raises(ValueError, match="was trained with mmseg, not mmdet; use --to mmseg"):
+        export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model")
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(message: str, error: type[Exception] = WeightsError) -> None:
         with pytest.raises(error, match=message):

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from mmengine.config import Config
 from student_checkpoints import write_student
 from torch import Tensor, nn
 
@@ -84,10 +85,12 @@ def test_openmmlab_resnet(tmp_path: Path, library: str, owner: str) -> None:
     reference = torchvision.models.resnet18()
     reference.fc = nn.Identity()
     reference.load_state_dict(content["state_dict"], strict=True)
-    scope = runpy.run_path(str(tmp_path / "out" / CONFIG_PAGE))
-    backbone = scope["model"]["backbone"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").rename(tmp_path / "elsewhere/moved")  # the path in the config follows the folder
+    backbone = Config.fromfile(tmp_path / "elsewhere/moved" / CONFIG_PAGE).model.backbone
     assert (backbone["type"], backbone["depth"], backbone["style"]) == (f"{library}.ResNet", 18, "pytorch")
-    assert backbone["init_cfg"] == {"type": "Pretrained", "checkpoint": str(tmp_path / "out/backbone.pth")}
+    assert backbone["init_cfg"] == {"type": "Pretrained", "checkpoint": str(tmp_path / "elsewhere/moved/backbone.pth")}
+    assert str(tmp_path) not in (tmp_path / "elsewhere/moved" / CONFIG_PAGE).read_text()
 
     if not report.proven_with.startswith(owner):
         assert f"so {library} itself has not read this export" in report.notes[-1]
@@ -173,6 +176,8 @@ def test_sparse_backbone_is_the_training_encoder(tmp_path: Path, name: str) -> N
 def test_sparse_cell(tmp_path: Path) -> None:
     _, out = written(tmp_path, "convnext_atto", "sparse", cell=64)
     assert load_sparse(out).sparse_cell == 64
+    with pytest.raises(ValueError, match="cell 0 is no multiple of the encoder's total stride 32"):
+        export(tmp_path / "a.pth", tmp_path / "new", "sparse", cell=0)
     with pytest.raises(ValueError, match="cell 48 is no multiple of the encoder's total stride 32; nearest that are: 32 or 64"):
         export(tmp_path / "a.pth", tmp_path / "new", "sparse", cell=48)
 

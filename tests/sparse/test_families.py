@@ -46,6 +46,18 @@ def test_parity_finds_what_is_wrong() -> None:
     assert found.statistics < 1e-9  # the norm comes before the error
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_parity_takes_no_nan_for_equal(broken: float) -> None:
+    """Both sides NaN at the same places differ by NaN, which ``max`` and comparisons pass over."""
+
+    class Diverged(nn.Module):
+        def forward(self, x):
+            return x * broken
+
+    parity = measure_parity(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Diverged()), 4)
+    assert parity.outputs == parity.gradients == parity.dense == parity.worst == float("inf")
+
+
 def test_parity_leaves_the_network_alone() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).eval()
     before = {key: value.clone() for key, value in net.state_dict().items()}

@@ -3,26 +3,40 @@
 Both take images in [0, 1], RGB, (B, 3, H, W) as float32, of any batch and size: the normalisation is inside. Both come from one
 ``torch.export`` (torch 2.4 and later); ONNX by torch's translator of such programs (onnxscript).
 
+Networks with branches that only training needs (MobileOne, RepVGG, RepViT, FastViT) leave as timm fuses them
+(``timm.utils.reparameterize_model``); the fused graph must agree with the network as trained to 1e-4, every other one to 1e-5.
+
 fp16 and int8 ONNX are for edge devices: fp16 by onnxruntime's converter with float32 inputs and outputs; int8 by its static
 quantisation (QDQ, weights per channel), calibrated on every second one of the given images. Their outputs differ from fp32 on
-purpose: how much is measured, on the others, and stands in the report; only the fp32 graph must agree to 1e-5.
+purpose: how much is measured, on the others, and stands in the report. onnxruntime's CPU computes fp16 graphs in fp32 between
+nodes and hides overflow, so every value inside is compared with fp16's largest number.
 """
 
 from __future__ import annotations
 
+import ast
+import io
 import logging
+import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
+import numpy as np
+import timm
 import torch
-from safetensors.torch import load_file
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn import functional
 
+from hgkd.differences import largest_difference
+from hgkd.engine.weights import read_weights
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.students.encoder import encoder_levels, pixel_statistics
@@ -31,6 +45,8 @@ OUTPUTS = ("features", "pooled", "logits")
 PRECISIONS = ("fp32", "fp16", "int8")
 _LEAST_IMAGES = 8
 _INPUT = "images"
+_FUSED_TOLERANCE = 1e-4
+FP16_LARGEST = 65504.0
 
 
 class Graph(nn.Module):
@@ -78,11 +94,11 @@ def write_onnx(
     Args:
         output: 'features', 'pooled' or 'logits'; None: logits of a classifier, else pooled.
         classifier: for 'logits', a safetensors file with ``weight`` (K, C) and ``bias`` (K).
-        opset: version of ONNX's operators, 18 or later.
+        opset: version of ONNX's operators, 18 or later; ValueError where torch cannot write it.
         precision: further precisions, of 'fp16' and 'int8'; int8 needs real images.
     """
-    graph = _graph(job, output, classifier)
-    output = graph.output
+    trained = _graph(job, output, classifier)
+    output = trained.output
     for name in precision:
         if name not in PRECISIONS:
             raise ValueError(unknown_name_message("precision", name, PRECISIONS))
@@ -91,7 +107,7 @@ def write_onnx(
     extra = [name for name in PRECISIONS[1:] if name in precision]
     if "int8" in extra and (job.images is None or len(job.images) < _LEAST_IMAGES):
         raise ValueError(f"int8 is calibrated and measured on images: give a folder of {_LEAST_IMAGES} or more with images=")
-    known = cast(int, job.network.num_classes) if graph.whole else getattr(graph.classifier, "out_features", None)
+    known = cast(int, job.network.num_classes) if trained.whole else getattr(trained.classifier, "out_features", None)
     if known is not None and job.labels is not None and job.labels.max() >= known:
         raise ValueError(
             f"the images are of {int(job.labels.max()) + 1} classes, the classifier knows {known}; "
@@ -101,19 +117,30 @@ def write_onnx(
     if extra:
         need("onnx", "onnxruntime.quantization")
 
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise ValueError(f"opset {opset} does not exist in onnx {onnx.__version__}; give one of 18 .. {newest}")
+
+    graph, notes = _for_inference(trained)
     file = job.folder / "model.onnx"
     with _quiet():
         program: Any = torch.onnx.export(
             _program(job, graph), dynamo=True, opset_version=opset, input_names=[_INPUT], output_names=[output], verbose=False
         )
         program.save(str(file))
+    written = {entry.domain: entry.version for entry in onnx.load(str(file), load_external_data=False).opset_import}[""]
+    if written != opset:
+        raise ValueError(
+            f"torch {torch.__version__} cannot write opset {opset} of this network, only {written}; give {written}"
+        )
     onnx.checker.check_model(str(file))
     run = onnx_runner(file)
     table: list[dict[str, Any]] = [{"file": file.name, "precision": "fp32", "bytes": file.stat().st_size}]
     for name in extra:
         lower = job.folder / f"model_{name}.onnx"
         with _quiet():
-            _LOWER[name](job, file, lower)
+            notes += _LOWER[name](job, file, lower)
+        onnx.checker.check_model(str(lower))
         table.append({"file": lower.name, "precision": name, "bytes": lower.stat().st_size})
     if job.images is not None:
         table = [{**row, **_agreement(job, output, run, onnx_runner(job.folder / row["file"]))} for row in table]
@@ -123,63 +150,78 @@ def write_onnx(
         f"session.run(None, {{'{_INPUT}': images}})  # float32 in [0, 1]",
         proven_with=f"onnxruntime {onnxruntime.__version__}",
         again=run,
-        expected=graph,
+        expected=trained,
         tensors=tensors,
         parameters=count_parameters(graph),
-        notes=[f"opset {opset}; input images in [0, 1], any batch and size; output {output}"],
+        notes=[f"opset {opset}; input images in [0, 1], any batch and size; output {output}", *notes],
         table=table,
+        tolerance=_tolerance(trained, graph),
     )
 
 
 def write_program(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
     """``model.pt2``; arguments as :func:`write_onnx`."""
-    graph = _graph(job, output, classifier)
+    trained = _graph(job, output, classifier)
+    graph, notes = _for_inference(trained)
     file = job.folder / "model.pt2"
-    torch.export.save(_program(job, graph), str(file))
+    memory = io.BytesIO()  # torch's own writer aborts the process when the disk is full
+    torch.export.save(_program(job, graph), memory)
+    file.write_bytes(memory.getbuffer())
     again = torch.export.load(str(file)).module()
     least = 2 * encoder_levels(job.network)[-1].stride  # torch takes for granted that no axis shrinks to 1 within
     return Written(
         load_with=f"torch.export.load('{job.out / file.name}').module()  # images in [0, 1]",
         proven_with=f"torch {torch.__version__}",
         again=again,
-        expected=graph,
+        expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {graph.output}"],
+        notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {graph.output}", *notes],
+        tolerance=_tolerance(trained, graph),
     )
 
 
 def write_torchscript(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
     """``model.ts``, traced; arguments as :func:`write_onnx`. For users of it only: torch has declared TorchScript ended."""
-    graph = _graph(job, output, classifier)
+    trained = _graph(job, output, classifier)
+    graph, notes = _for_inference(trained)
     file = job.folder / "model.ts"
     with _quiet():
         traced = torch.jit.trace(graph, torch.rand(2, 3, *job.image_size))
-        traced.save(str(file))
+        memory = io.BytesIO()  # see above
+        torch.jit.save(traced, memory)
+        file.write_bytes(memory.getbuffer())
         again = torch.jit.load(str(file)).eval()
     return Written(
         load_with=f"torch.jit.load('{job.out / file.name}')  # images in [0, 1]",
         proven_with=f"torch {torch.__version__}",
         again=again,
-        expected=graph,
+        expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=["TorchScript is deprecated in torch; prefer --to program or onnx"],
+        notes=["TorchScript is deprecated in torch; prefer --to program or onnx", *notes],
+        tolerance=_tolerance(trained, graph),
     )
 
 
 def onnx_runner(file: Path) -> Callable[[Tensor], Tensor]:
     """A graph on the CPU, one thread: images in [0, 1] (B, 3, H, W) -> its output."""
     (onnxruntime,) = need("onnx", "onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(file), _one_thread(), providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {_INPUT: images.numpy()})[0])
 
     return run
+
+
+def _one_thread() -> Any:
+    """onnxruntime's options: one thread, errors alone."""
+    (onnxruntime,) = need("onnx", "onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
 
 
 def _graph(job: Job, output: str | None, classifier: str | os.PathLike[str] | None) -> Graph:
@@ -200,7 +242,7 @@ def _graph(job: Job, output: str | None, classifier: str | os.PathLike[str] | No
 def _linear(file: Path, network: nn.Module) -> nn.Linear:
     if not file.is_file():
         raise FileNotFoundError(f"classifier {file} does not exist; expected safetensors with weight (K, C) and bias (K)")
-    state = load_file(file)
+    state = read_weights(file)
     channels = int(cast(int, network.num_features))
     weight = state.get("weight")
     if set(state) != {"weight", "bias"} or weight is None or weight.dim() != 2 or weight.shape[1] != channels:
@@ -211,21 +253,127 @@ def _linear(file: Path, network: nn.Module) -> nn.Linear:
     return layer
 
 
+def _for_inference(graph: Graph) -> tuple[Graph, list[str]]:
+    """The graph with branches that only training needs fused, in a copy, and what was fused; itself where there are none."""
+    network = reparameterize_model(graph.network)
+    if len(list(network.modules())) == len(list(graph.network.modules())):
+        return graph, []
+    before, after = (sum(isinstance(m, nn.Conv2d) for m in net.modules()) for net in (graph.network, network))
+    fused = Graph(network, graph.output, graph.classifier, graph.whole).eval()
+    return fused, [f"fused for inference, as timm does it: {after} convolutions of the {before} that were trained"]
+
+
+def _tolerance(trained: Graph, graph: Graph) -> float | None:
+    """Of the proof; fusing rounds anew."""
+    return None if graph is trained else _FUSED_TOLERANCE
+
+
+def _pad_same(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int] = (1, 1), value: float = 0.0
+) -> Tensor:
+    """timm's ``pad_same`` for a convolution or pooling that follows, in a form that ``torch.export`` can follow at free sides.
+
+    timm's amounts depend on the side by maxima and roundings that nest from layer to layer, and the time of ``torch.export``
+    triples with each. Here the amounts are constants, and the rows that this side needs are gathered: the resulting side is
+    a plain quotient, and what depends on the side's remainder is a value in the graph, not a shape.
+
+    Args:
+        x: (B, C, H, W).
+    """
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]  # places that a window spans
+    top, left = ((r - 1) // 2 for r in reach)
+    sides = x.shape[-2:]
+    x = functional.pad(x, (left, reach[1] - 1 - left, top, reach[0] - 1 - top), value=value)
+    for axis, (side, r, s) in enumerate(zip(sides, reach, stride, strict=True)):
+        if s > 1:
+            length = (side + s - 1) // s * s - s + r  # of ceil(side / s) windows
+            needed = r - s + (-side) % s
+            before = (needed if r >= s else torch.sym_max(needed, 0)) // 2
+            x = x.index_select(axis + 2, torch.arange(length, device=x.device) + ((r - 1) // 2 - before))
+    return x
+
+
+@contextmanager
+def _exportable_padding() -> Iterator[None]:
+    """timm's 'same' layers with :func:`_pad_same`, wherever a module of timm has imported theirs."""
+    theirs = timm.layers.pad_same
+    users = [
+        m for name, m in list(sys.modules.items()) if name.startswith("timm.layers.") and vars(m).get("pad_same") is theirs
+    ]
+    with ExitStack() as stack:
+        for module in users:
+            stack.enter_context(mock.patch.object(module, "pad_same", _pad_same))
+        yield
+
+
 def _program(job: Job, graph: Graph) -> ExportedProgram:
     """The graph for any batch and image size."""
     height, width = job.image_size
     # sides that differ from each other and from those of the proof, so that neither is taken for a constant
     example = torch.rand(2, 3, height, 2 * width)
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    return torch.export.export(graph, (example,), dynamic_shapes={"images": free})
+    with _exportable_padding():
+        return torch.export.export(graph, (example,), dynamic_shapes={"images": free})
 
 
-def _write_fp16(job: Job, file: Path, lower: Path) -> None:
-    onnx, float16 = need("onnx", "onnx", "onnxruntime.transformers.float16")
-    onnx.save(float16.convert_float_to_float16(onnx.load(str(file)), keep_io_types=True), str(lower))
+def _write_fp16(job: Job, file: Path, lower: Path) -> list[str]:
+    """Write the graph in fp16; a note on how far its values reach.
+
+    Raises:
+        ExportError: a weight, or a value on the images of the proof, is beyond fp16's largest number.
+    """
+    onnx, float16, models = need("onnx", "onnx", "onnxruntime.transformers.float16", "onnxruntime.transformers.onnx_model")
+    images = (
+        torch.rand(2, 3, *job.image_size) if job.images is None else torch.cat([job.images, torch.rand_like(job.images[:1])])
+    )
+    largest, where = _reach(file, images)
+    if not largest <= FP16_LARGEST:
+        raise ExportError(
+            f"fp16 holds numbers up to {FP16_LARGEST:.0f}, and this network reaches {largest:.3g} in {where}: on a device that "
+            "computes in fp16 it overflows; leave fp16 out of precision (the fp32 and int8 graphs have no such limit)"
+        )
+    model = float16.convert_float_to_float16(onnx.load(str(file)), keep_io_types=True)
+    models.OnnxModel.graph_topological_sort(model.graph)  # the converter puts its casts at the end
+    onnx.save(model, str(lower))
+    return [f"fp16: the largest value inside is {largest:.3g}, in {where} (fp16 ends at {FP16_LARGEST:.0f})"]
 
 
-def _write_int8(job: Job, file: Path, lower: Path) -> None:
+def _reach(file: Path, images: Tensor) -> tuple[float, str]:
+    """The largest finite magnitude among a graph's weights and all values between its nodes, and where it is.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1], run one by one: all values of one image are held at once.
+    """
+    onnx, onnxruntime = need("onnx", "onnx", "onnxruntime")
+    model = onnx.load(str(file))
+    found = [(_largest(onnx.numpy_helper.to_array(w)), f"the weight {w.name}") for w in model.graph.initializer]
+    outputs = {output.name for output in model.graph.output}
+    nodes = {name: node for node in model.graph.node for name in node.output if name}
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in nodes if name not in outputs)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), _one_thread(), providers=["CPUExecutionProvider"])
+    for image in images:
+        values = zip(session.get_outputs(), session.run(None, {_INPUT: image[None].numpy()}), strict=True)
+        found.append(max((_largest(value), _layer(nodes[output.name])) for output, value in values))
+    return max(found)
+
+
+def _largest(values: np.ndarray) -> float:
+    """0 for integers; infinity is left out, it is meant (the padding of a maximum) and the same in fp16; NaN counts as it."""
+    if values.dtype.kind != "f":
+        return 0.0
+    if np.isnan(values).any():
+        return math.inf
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+
+
+def _layer(node: Any) -> str:
+    """Where a node comes from: the path of its layer in the network, where torch has noted it."""
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    path = next((scope for scope in reversed(ast.literal_eval(scopes)[:-1]) if scope), "")
+    return f"{path.removeprefix('network.')} ({node.op_type})" if path else f"{node.name} ({node.op_type})"
+
+
+def _write_int8(job: Job, file: Path, lower: Path) -> list[str]:
     (quantization,) = need("onnx", "onnxruntime.quantization")
     images = cast(Tensor, job.images)
 
@@ -246,9 +394,10 @@ def _write_int8(job: Job, file: Path, lower: Path) -> None:
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
     )
+    return []
 
 
-_LOWER: dict[str, Callable[[Job, Path, Path], None]] = {"fp16": _write_fp16, "int8": _write_int8}
+_LOWER: dict[str, Callable[[Job, Path, Path], list[str]]] = {"fp16": _write_fp16, "int8": _write_int8}
 
 
 def _agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -262,13 +411,13 @@ def _agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: C
     images = cast(Tensor, job.images)
     held_out = images[1::2]
     a, b = (torch.cat([run(batch) for batch in held_out.split(8)]).flatten(1) for run in (full, lower))
-    if not b.isfinite().all():
-        raise ExportError("a lower precision gives NaN or infinite outputs; leave it out of precision")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ExportError("a graph gives NaN or infinite outputs on the images; leave its precision out")
     near_a, near_b = _nearest(a), _nearest(b)
     found: dict[str, Any] = {
         "images": len(held_out),
         "cosine": torch.cosine_similarity(a, b).mean().item(),
-        "difference": ((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item(),
+        "difference": largest_difference(b, a),
         "same_nearest": (near_a == near_b).float().mean().item(),
     }
     if job.labels is not None:

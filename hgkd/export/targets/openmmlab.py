@@ -147,9 +147,13 @@ def _config_page(library: str, job: Job, backbone: dict[str, Any]) -> str:
     mean, deviation = ([round(255 * value, 3) for value in values] for values in pixel_statistics(job.network))
     to_rgb = "to_rgb" if library == "mmpretrain" else "bgr_to_rgb"
     preprocessor = f"dict(mean={mean}, std={deviation}, {to_rgb}=True)"
-    pretrained = {"type": "Pretrained", "checkpoint": str(job.out / WEIGHTS_FILE)}
+    # mmengine writes the place of the config file in here, so that the folder may be moved
+    pretrained = {"type": "Pretrained", "checkpoint": f"{{{{ fileDirname }}}}/{WEIGHTS_FILE}"}
     foreign = not backbone["type"].startswith(f"{library}.")
-    lines = [f"# lines for a config of {library}; with a _base_ of another backbone, add _delete_=True to this one"]
+    lines = [
+        f"# lines for a config of {library}; with a _base_ of another backbone, add _delete_=True to this one. The path in",
+        "# init_cfg is right where this file lies; copied to another config, it must name the folder of this export",
+    ]
     lines += ["custom_imports = dict(imports=['mmpretrain.models'], allow_failed_imports=False)"] if foreign else []
     lines.append(f"backbone = {pformat({**backbone, 'init_cfg': pretrained}, sort_dicts=False)}")
     lines.append(

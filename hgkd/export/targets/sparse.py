@@ -46,7 +46,7 @@ def write(job: Job, *, cell: int | None = None) -> Written:
     """
     trained = _student_arguments(job.source).get("cell")
     stride = encoder_levels(job.network)[-1].stride
-    side = cell or trained or stride
+    side = (trained or stride) if cell is None else cell
     check_cell(side, stride)
     return _write_backbone(job, side) if job.what == "backbone" else _write_student(job, side)
 

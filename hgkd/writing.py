@@ -1,0 +1,81 @@
+"""Writing files whole or not at all, with one sentence when the disk does not take them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hgkd.errors import StoppedError
+
+# how libraries that write by themselves report what the disk said: safetensors (Rust), torch (C++), protobuf
+_FOREIGN = re.compile(
+    r"No space left|File too large|Read-only file system|Disk quota|Permission denied|Input/output error|IoError"
+    r"|PytorchStreamWriter|file write failed|unexpected pos|Failed to serialize",
+    re.IGNORECASE,
+)
+
+
+class WriteError(StoppedError):
+    """A file cannot be written; what was there before is untouched."""
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], remedy: str = "free some space or name another place") -> Iterator[None]:
+    """Context in which ``path`` is written: what the disk refuses becomes one sentence.
+
+    Args:
+        path: file or folder, for the message.
+
+    Raises:
+        WriteError: the disk is full or read-only, or the place is not ours to write to.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise WriteError(f"cannot write {path}: {reason}{_free(Path(path))}; {remedy}") from error
+
+
+@contextmanager
+def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Context with a file to write, which takes the place of ``path`` at its end and vanishes when it fails.
+
+    Raises:
+        WriteError: see :func:`writing`; what was at ``path`` is untouched.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        beside = Path(name)
+        try:
+            yield beside
+            mask = os.umask(0)
+            os.umask(mask)
+            beside.chmod(0o666 & ~mask)  # mkstemp gives the owner alone access
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str | None:
+    """What the disk said; None when the error is about something else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror or str(error)
+    if isinstance(error, (ValueError, TypeError, StoppedError)):
+        return None
+    first = (str(error).splitlines() or [""])[0]
+    return first if _FOREIGN.search(str(error)) else None
+
+
+def _free(path: Path) -> str:
+    place = next((folder for folder in path.absolute().parents if folder.is_dir()), None)
+    return "" if place is None else f", {shutil.disk_usage(place).free / 2**20:.0f} MB are free on its disk"

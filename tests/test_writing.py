@@ -1,0 +1,61 @@
+"""What the disk refuses is one sentence, and nothing half-written stays."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from full_disk import full_disk
+from safetensors.torch import save_file
+
+from hgkd.errors import WeightsError
+from hgkd.writing import WriteError, writing, written_beside
+
+
+def test_beside_then_renamed(tmp_path: Path) -> None:
+    file = tmp_path / "deep/result.json"
+    with written_beside(file) as beside:
+        assert beside.parent == file.parent
+        assert beside.suffix == ".json"
+        beside.write_text("new")
+        assert not file.exists()
+    assert (file.read_text(), os.listdir(file.parent)) == ("new", ["result.json"])
+    mask = os.umask(0)
+    os.umask(mask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.write_bytes(bytes(200_000)),
+        lambda file: torch.save(torch.zeros(50_000), file),
+        lambda file: save_file({"a": torch.zeros(50_000)}, file),
+    ],
+    ids=["python", "torch", "safetensors"],
+)
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, write: object) -> None:
+    file = tmp_path / "a.bin"
+    file.write_text("old")
+    with full_disk(50_000), pytest.raises(WriteError, match=r"cannot write .*a.bin: .* MB are free on its disk; free some"), \
+            written_beside(file) as beside:  # fmt: skip
+        write(beside)
+    assert (file.read_text(), os.listdir(tmp_path)) == ("old", ["a.bin"])
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=r"cannot write .*(Not a directory|File exists)"), \
+            written_beside(tmp_path / "file/below.json"):  # fmt: skip
+        pass
+    with pytest.raises(WriteError, match="Read-only file system"), writing(tmp_path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize(
+    "error", [WeightsError("a weight is missing"), FileNotFoundError("head does not exist"), KeyError("a")]
+)
+def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error.args[0])), writing(tmp_path):
+        raise error
