@@ -4,6 +4,7 @@ Commands keep their words; options are appended that make networks thin and runs
 ``~/photos``) are folders of the test.
 """
 
+import argparse
 import re
 import shlex
 import shutil
@@ -114,6 +115,32 @@ def test_commands_run(place, capsys):
             assert len(examples) == 1
             for example in examples:  # of what has just been written
                 exec(compile(example, "README.md", "exec"), {})
+
+
+PAGES = sorted(page for folder in ("docs", "configs", "downstream") for page in (ROOT / folder).rglob("*.md"))
+COMMANDS = [(page, words) for page in (README, *PAGES) for words in commands(page) if "--help" not in words]
+
+
+class Understood(Exception):
+    """Raised in place of the work, with the parsed arguments."""
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{page.stem}-{words[0]}" for page, words in COMMANDS])
+def test_commands_of_all_pages_are_understood(page, words, monkeypatch):
+    """Their options exist, and so do the config files and their keys; the files are the reader's."""
+
+    def parse(parser, *args, parse=argparse.ArgumentParser.parse_args, **options):
+        raise Understood(parse(parser, *args, **options))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    # a variable of the shell holds options, a single letter stands for a number
+    words = ["epochs=8" if word.startswith("$") else re.sub(r"^[A-Z]$", "1", word) for word in words]
+    with pytest.raises(Understood) as found:
+        load_tool(Path(words[0]).stem).main(words[1:])
+    (args,) = found.value.args
+    config = getattr(args, "config", None)
+    if config and config.endswith(".py"):
+        load_tool("train").load_config(ROOT / config, options=args.cfg_options)
 
 
 def test_targets_of_make():
