@@ -203,10 +203,6 @@ class DistillRunner(Runner):
         with configured():
             return super().build_optim_wrapper(optim_wrapper)
 
-    def build_param_scheduler(self, scheduler: Any) -> Any:
-        with configured():
-            return super().build_param_scheduler(scheduler)
-
     def build_val_loop(self, loop: Any) -> Any:
         with configured():
             return super().build_val_loop(loop)
@@ -249,7 +245,8 @@ class DistillRunner(Runner):
         kept = without_empty_warmup(scheduler, len(self.train_dataloader))
         if len(kept) < len(scheduler):
             self.logger.warning("the warm-up is left out: it is shorter than one step")
-        return super().build_param_scheduler(kept)
+        with configured():
+            return super().build_param_scheduler(kept)
 
     def load_or_resume(self) -> None:
         if not self._has_loaded and self._resume and self._load_from is None:

@@ -251,7 +251,7 @@ def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
 def _opened(path: Path) -> Iterator[IO[str]]:
     """The CSV to read and append to, made with its folder when it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = path.open("a+", newline="", encoding="utf-8")
+    handle = path.open("a+", newline="", encoding="utf-8", errors="surrogateescape")
     try:
         yield handle
     finally:

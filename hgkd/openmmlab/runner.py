@@ -20,6 +20,7 @@ from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import is_main_process
 from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
 from torch.utils.data import DataLoader
 
 from hgkd.engine.checkpoints import find_last_checkpoint, is_damaged, write_bytes
