@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "hgkd/__init__.py").read_text()).group(1)
@@ -55,6 +57,26 @@ EXTRAS = {
     "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],
 }
 
+
+
+class BuildWithRecipes(build_py):
+    """Copies the recipes to where the installed package finds them: ``hgkd/.mim/configs`` (see hgkd/recipes.py)."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return  # the checkout has links there
+        mim = Path(self.build_lib) / "hgkd" / ".mim"
+        shutil.rmtree(mim, ignore_errors=True)  # an earlier build's
+        skip = shutil.ignore_patterns("__pycache__", "*.md")
+        shutil.copytree(ROOT / "configs", mim / "configs", ignore=skip)
+        shutil.copytree(ROOT / "downstream", mim / "configs" / "downstream", ignore=skip)
+        shutil.copy(ROOT / "hgkd/.mim/model-index.yml", mim)
+        for file in (mim / "configs" / "downstream").rglob("*.py"):
+            # the folder lies a level deeper here, within configs
+            file.write_text(file.read_text(encoding="utf-8").replace("../configs/_base_/", "../_base_/"), encoding="utf-8")
+
+
 setup(
     name="hgkd",
     version=VERSION,
@@ -64,6 +86,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["hgkd", "hgkd.*"]),
+    cmdclass={"build_py": BuildWithRecipes},
+    entry_points={"console_scripts": ["hgkd = hgkd.cli.main:main"]},
     package_data={"hgkd": ["py.typed"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,

@@ -1,6 +1,37 @@
 """hgkd: distil a large Vision Transformer into a small convolutional backbone with masked images.
 
-Importing this package stays light: torch only when a submodule asks for it, and never mmdet, mmsegmentation or spconv.
+    import hgkd
+
+    hgkd.train("hgkd/hgkd_vit-s14_resnet18_10e_cifar128", "work_dirs/mine", options={"data_root": "photos"})
+    hgkd.export("work_dirs/mine", "exported/mine", to="timm")
+    hgkd.evaluate(["knn", "linear"], "exported/mine", "DIR/train", "DIR/test")
+
+Importing this package stays light: torch only when a submodule or one of these functions is asked for, and never mmdet,
+mmsegmentation or spconv.
 """
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from hgkd.api.evaluate import evaluate
+    from hgkd.api.train import train
+
+__all__ = ["__version__", "evaluate", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":  # a package that can be called
+        from importlib import import_module
+
+        return import_module("hgkd.export")
+    if name == "train":
+        from hgkd.api.train import train
+
+        return train
+    if name == "evaluate":
+        from hgkd.api.evaluate import evaluate
+
+        return evaluate
+    raise AttributeError(f"module 'hgkd' has no attribute {name!r}")

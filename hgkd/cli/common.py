@@ -1,0 +1,59 @@
+"""What the commands share: their parser, their launch options, and the one form in which they tell a user's mistake."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from hgkd.engine.options import OptionsAction
+from hgkd.errors import USER_ERRORS
+
+Main = Callable[[Sequence[str]], int]
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows the description as it is written, with ``--debug``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")  # read by `command`
+    return parser
+
+
+def add_config_options(parser: argparse.ArgumentParser, text: str = "override keys of the config") -> None:
+    """Add ``--cfg-options``."""
+    parser.add_argument("--cfg-options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE", help=text)
+
+
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """Add ``--launcher`` and what launchers pass on."""
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")
+    parser.add_argument("--local_rank", "--local-rank", type=_set_local_rank, help=argparse.SUPPRESS)
+
+
+def _set_local_rank(text: str) -> int:
+    os.environ.setdefault("LOCAL_RANK", str(int(text)))
+    return int(text)
+
+
+def command(main: Main) -> Callable[[Sequence[str] | None], int]:
+    """Make the body of a command its entry point: arguments of this process by default, a user's mistake in one sentence.
+
+    Exit code 2 for a user's mistake. ``--debug`` may stand anywhere and shows the traceback instead. Other exceptions are faults
+    of hgkd and always show theirs.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        given = list(sys.argv[1:] if argv is None else argv)
+        arguments = [argument for argument in given if argument != "--debug"]
+        try:
+            return main(arguments)
+        except USER_ERRORS as error:
+            if len(arguments) < len(given):
+                raise
+            print(f"error: {error}\n(--debug shows where it comes from)", file=sys.stderr)
+            return 2
+
+    return run
