@@ -1,0 +1,339 @@
+"""Step time and memory of the sparse engine, and the rate of reading images, as ratios in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from hgkd.api.train import load_config
+from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
+from hgkd.distillers import MaskedDistiller
+from hgkd.errors import unknown_name_message
+from hgkd.masking import RandomMask, grid_of, visible_count
+from hgkd.registry import MODELS
+from hgkd.sparse import CellLayout, sparsify
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Step = Callable[[], None]
+
+
+class _LiveMemory(TorchDispatchMode):
+    """Peak bytes of storages made inside the context and still alive (works on the CPU, where torch counts nothing).
+
+    Not counted: what existed before, views of it included (a weight's ``view`` is no new memory), and what a library
+    allocates without torch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            self._watch((args, kwargs or {}), new=False)
+            out = func(*args, **(kwargs or {}))
+            self._watch(out, new=True)
+        return out
+
+    def _watch(self, values: Any, new: bool) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                self._watch_storage(tensor.untyped_storage(), new)
+
+    def _watch_storage(self, storage: Any, new: bool) -> None:
+        key, size = storage._cdata, storage.nbytes() if new else 0
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def gone() -> None:
+            self._seen.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, gone)
+
+
+class _IndexClock:
+    """Seconds that layouts spend in building indices inside the context: their construction, and what they keep."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self.seconds = 0.0
+        self._depth = 0
+
+    def _timed(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1  # one index may be built from another
+            start = self._now()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.seconds += self._now() - start
+
+        return outer
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        methods = {name: getattr(CellLayout, name) for name in ("__init__", "keep")}
+        try:
+            for name, method in methods.items():
+                setattr(CellLayout, name, self._timed(method))
+            yield
+        finally:
+            for name, method in methods.items():
+                setattr(CellLayout, name, method)
+
+
+def measure(
+    steps: Mapping[str, Step], batch_size: int, device: str = "cpu", repeats: int = 7, clock: str = "wall"
+) -> list[dict[str, Any]]:
+    """Run steps in turn; one row a step: name, step_ms, images_per_s, peak_mb, index_share, speedup_over the others."""
+    times, building = measure_times(steps, device, repeats, clock)
+    median = {name: statistics.median(times[name]) for name in steps}
+    return [
+        {
+            "backend": name,
+            "step_ms": 1e3 * median[name],
+            "images_per_s": batch_size / median[name],
+            "peak_mb": _peak_mb(step, torch.device(device).type == "cuda"),
+            "index_share": statistics.median(building[name]) / median[name],
+            "speedup_over": {other: median[other] / median[name] for other in steps if other != name},
+        }
+        for name, step in steps.items()
+    ]
+
+
+def measure_times(
+    steps: Mapping[str, Step], device: str = "cpu", repeats: int = 7, clock: str = "wall"
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Run steps in turn, once to warm up and then ``repeats`` times: seconds of each step, and of its index building."""
+    now = CLOCKS[clock]
+    cuda = torch.device(device).type == "cuda"
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    building: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            indices = _IndexClock(now)
+            if cuda:
+                torch.cuda.synchronize()
+            start = now()
+            with indices.running():
+                step()
+            if cuda:
+                torch.cuda.synchronize()
+            if repeat:  # the first round warms up
+                times[name].append(now() - start)
+                building[name].append(indices.seconds)
+    return times, building
+
+
+def _peak_mb(step: Step, cuda: bool) -> float:
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with _LiveMemory() as memory:
+        step()
+    return memory.peak / 2**20
+
+
+def _train_step(network: nn.Module, loss: Callable[[], Tensor], device: str, dtype: str) -> Step:
+    """Forward and backward; the gradients are dropped."""
+
+    def step() -> None:
+        kind = torch.device(device).type
+        with torch.autocast(kind, DTYPES[dtype]) if dtype != "fp32" else contextlib.nullcontext():
+            value = loss()
+        value.backward()
+        for parameter in network.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def encoder_step(network: Any, images: Tensor, visible: Callable[[], Tensor] | None, device: str, dtype: str) -> Step:
+    def loss() -> Tensor:
+        if visible is None:
+            return network.forward_features(images).float().square().mean()
+        return network.forward_features(network.pack(images, visible())).plain.float().square().mean()
+
+    return _train_step(network, loss, device, dtype)
+
+
+def benchmark_sparse(
+    student: str = "resnet50",
+    image_size: int = 224,
+    mask_ratio: float = 0.755,
+    cell: int = 32,
+    batch_size: int = 8,
+    backends: Sequence[str] = ("gather", "masked", "dense"),
+    device: str = "cpu",
+    dtype: str = "fp32",
+    repeats: int = 7,
+    clock: str = "wall",
+) -> dict[str, Any]:
+    """Measure an encoder; returns ``{"limit", "settings", "results": [{"backend", "step_ms", ...}]}``."""
+    if not timm.is_model(student):
+        raise ValueError(unknown_name_message("student", student, timm.list_models()))
+    grid = grid_of((image_size, image_size), cell)
+    torch.manual_seed(0)
+    model = timm.create_model(student, num_classes=0, global_pool="").to(device, memory_format=torch.channels_last).train()
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
+    mask = RandomMask(mask_ratio)
+    steps = {}
+    for backend in backends:
+        if backend == "dense":
+            steps[backend] = encoder_step(model, images, None, device, dtype)
+        else:
+            network = sparsify(model, cell, backend)
+            steps[backend] = encoder_step(network, images, lambda: mask(batch_size, grid, device=device), device, dtype)
+    keep = visible_count(*grid, mask_ratio)
+    settings = {"student": student, "image_size": image_size, "cell": cell, "visible_cells": [keep, grid[0] * grid[1]]}
+    results = measure(steps, batch_size, device, repeats, clock)
+    return {
+        "limit": grid[0] * grid[1] / keep,
+        "settings": settings | _run(batch_size, device, dtype, repeats, clock),
+        "results": results,
+    }
+
+
+def benchmark_distill(
+    config: str | Path,
+    options: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+    backends: Sequence[str] = ("gather", "masked", "dense"),
+    device: str = "cpu",
+    dtype: str = "fp32",
+    repeats: int = 7,
+    clock: str = "wall",
+) -> dict[str, Any]:
+    """Measure the whole model of a config on random images.
+
+    Args:
+        config: file of a ``MaskedDistiller`` recipe.
+        options: overrides as in ``tools/train.py``.
+
+    Returns:
+        As :func:`benchmark_sparse`; the row 'dense' is the encoder alone, in channels_last. Teacher features are computed, not
+        read from a cache; the optimiser's update is left out.
+    """
+    cfg = load_config(config, options=options)
+    if cfg.model.get("type") != "MaskedDistiller":
+        raise ValueError(
+            f"benchmark distill measures recipes of a MaskedDistiller, {config} builds a {cfg.model.get('type')!r}"
+        )
+    steps = {}
+    for backend in backends:
+        torch.manual_seed(0)
+        student = {**cfg.model.student, **({} if backend == "dense" else {"backend": backend})}
+        model = MODELS.build({"_scope_": "hgkd", **cfg.model, "student": student}).to(device).train()
+        pixels = torch.randint(0, 256, (batch_size, 3, *model.image_size), dtype=torch.uint8, device=device)
+        if backend == "dense":
+            images = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
+            encoder = model.student.encoder.to(memory_format=torch.channels_last)
+            steps[backend] = encoder_step(encoder, images, None, device, dtype)
+        else:
+            steps[backend] = _train_step(model, _distill_loss(model, pixels), device, dtype)
+    h, w = model.mask_grid
+    keep = int(model.mask(1, (h, w), device=torch.device(device)).sum())
+    settings = {
+        "student": f"{cfg.model.student.get('encoder')} of {Path(config).stem}",
+        "image_size": model.image_size[0],
+        "cell": model.student.cell,
+        "visible_cells": [keep, h * w],
+    }
+    results = measure(steps, batch_size, device, repeats, clock)
+    return {"limit": h * w / keep, "settings": settings | _run(batch_size, device, dtype, repeats, clock), "results": results}
+
+
+def benchmark_data(
+    data_root: str | Path,
+    image_size: int = 224,
+    images: int = 256,
+    workers: int = 2,
+    batch_size: int = 32,
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """Measure reading; returns ``{"settings", "results": [{"what", "images_per_s", "of_decoding"}]}``.
+
+    Each round does all of it one after the other, so that a busy machine slows all alike; rates are medians over the rounds.
+    """
+    if workers < 1 or images < 1 or batch_size < 1 or repeats < 1:
+        raise ValueError(
+            f"workers, images, batch_size and repeats must be 1 or more, got {workers}, {images}, {batch_size}, {repeats}"
+        )
+    dataset = UnlabelledImages(data_root, image_size=image_size, max_bad_share=0.0, limit=images)
+    count = len(dataset)
+    loader = DataLoader(
+        dataset, batch_size, sampler=EpochSampler(dataset, seed=0), num_workers=workers, persistent_workers=True
+    )
+
+    def all_of(read: Callable[[int], Any]) -> Step:
+        def step() -> None:
+            for index in range(count):
+                read(index)
+
+        return step
+
+    def load() -> None:
+        for _ in loader:
+            pass
+
+    steps = {
+        "decoding": all_of(dataset.image),
+        "data set": all_of(lambda index: dataset[SeededIndex(index, 0)]),
+        f"loader, {workers} processes": load,
+    }
+    times, _ = measure_times(steps, repeats=repeats)
+    rates = {name: count / statistics.median(times[name]) for name in steps}
+    return {
+        "settings": {
+            "data_root": str(data_root),
+            "images": count,
+            "mean_kb": sum(map(dataset.size, range(count))) / count / 1e3,
+            "image_size": image_size,
+            "batch_size": batch_size,
+            "workers": workers,
+            "cpus": os.cpu_count(),
+            "repeats": repeats,
+        },
+        "results": [
+            {"what": name, "images_per_s": rate, "of_decoding": rate / rates["decoding"]} for name, rate in rates.items()
+        ],
+    }
+
+
+def _distill_loss(model: MaskedDistiller, pixels: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.stack(list(model(pixels, mode="loss").values())).sum()
+
+
+def _run(batch_size: int, device: str, dtype: str, repeats: int, clock: str) -> dict[str, Any]:
+    return {
+        "batch_size": batch_size,
+        "device": device if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "clock": clock,
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,375 @@
+"""Train and evaluate the rows and seeds of a plan, and tabulate them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from hgkd.engine.options import option_text
+from hgkd.engine.work_folder import results_in
+from hgkd.errors import StoppedError
+from hgkd.evaluation.comparison import trained, write_csv, write_picture
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
+PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a row of the plan with one seed.
+
+    Attributes:
+        row: the row's name.
+        folder: of the run, in the work directory.
+        config: of the training; None: nothing is trained.
+        options: config options.
+        evaluate: arguments of ``evaluate``; empty: the run measures itself.
+        scores: name -> key of the validations' log, or (key, factor).
+    """
+
+    row: str
+    seed: int
+    folder: Path
+    config: str | None
+    options: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    scores: Mapping[str, str | Sequence[Any]]
+
+    @property
+    def train_command(self) -> list[str]:
+        """What a user would type, without the interpreter."""
+        pairs = [f"{key}={option_text(key, value)}" for key, value in self.options.items()]
+        return ["tools/train.py", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *pairs]
+
+
+def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
+    """A checked plan with ``values`` filled in.
+
+    Raises:
+        FileNotFoundError: no such file, or no such config of a row.
+        ValueError: an unknown key, rows without or with equal names, a row that is neither trained nor a backbone, not exactly
+            one of ``evaluate`` and ``scores``, or a ``{name}`` without a value.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"plan does not exist: {file}")
+    content = Config.fromfile(str(file)).to_dict()
+    plan: dict[str, Any] = _fill(
+        {key: value for key, value in content.items() if not key.startswith("_")}, {**values, "seed": "{seed}"}
+    )
+    unknown = sorted(set(plan) - PLAN_KEYS)
+    if unknown:
+        raise ValueError(f"{file}: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(PLAN_KEYS))}")
+    if ("evaluate" in plan) == ("scores" in plan):
+        raise ValueError(f"{file}: a plan has either evaluate (features are evaluated) or scores (runs measure themselves)")
+    names = [row.get("name") for row in plan.get("rows", [])]
+    if not names or None in names or len(set(names)) < len(names):
+        raise ValueError(f"{file}: rows need a name each, all different, got {names}")
+    for row in plan["rows"]:
+        if set(row) - ROW_KEYS:
+            raise ValueError(f"{file}: row {row['name']!r} has the unknown key {sorted(set(row) - ROW_KEYS)[0]!r}")
+        if ("config" in row) == ("backbone" in row):
+            raise ValueError(f"{file}: row {row['name']!r} needs either config (to train) or backbone (to evaluate)")
+        if "scores" in plan and "config" not in row:
+            raise ValueError(
+                f"{file}: row {row['name']!r} has no config, but with scores every row is a run that measures itself"
+            )
+        if "config" in row:
+            row["config"] = _config(row["config"], f"{file}: row {row['name']!r}")
+    return plan
+
+
+def _config(name: str, where: str) -> str:
+    """A row's config as it is from here, else as one of this project's.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    if "::" in name:  # of an installed package
+        return name
+    if not Path(name).is_file() and not (ROOT / name).is_file():
+        raise FileNotFoundError(f"{where}: config {name} does not exist, neither in {Path.cwd()} nor in {ROOT}")
+    return name if Path(name).is_file() else str(ROOT / name)
+
+
+def _fill(value: Any, values: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        try:
+            return value.format_map(values)
+        except KeyError as error:
+            raise ValueError(f"the plan needs a value for {error}: --set {error.args[0]}=...") from None
+    if isinstance(value, Mapping):
+        return {key: _fill(item, values) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_fill(item, values) for item in value]
+    return value
+
+
+def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -> list[Job]:
+    """The runs of a plan, seed by seed, so that an interrupted comparison holds whole rows of its first seeds.
+
+    Raises:
+        ValueError: ``only`` names a row that the plan lacks, or two rows would share a folder.
+    """
+    names = [row["name"] for row in plan["rows"]]
+    missing = [name for name in only if name not in names]
+    if missing:
+        raise ValueError(f"the plan has no row {missing[0]!r}; it has {', '.join(names)}")
+    found = []
+    for row in plan["rows"]:
+        if only and row["name"] not in only:
+            continue
+        for order, seed in enumerate(row.get("seeds", [0])):
+            folder = work_dir / f"{re.sub(r'[^0-9A-Za-z-]+', '_', row['name'])}_seed{seed}"
+            evaluation = {**plan["evaluate"], "seed": seed} if "evaluate" in plan else {}
+            options: dict[str, Any] = {}
+            if "config" in row:
+                options = {**_fill({**plan.get("options", {}), **row.get("options", {})}, {"seed": str(seed)}), "seed": seed}
+            else:
+                evaluation |= {key: row[key] for key in ("backbone", "checkpoint", "block") if key in row}
+            found.append(
+                (order, Job(row["name"], seed, folder, row.get("config"), options, evaluation, plan.get("scores", {})))
+            )
+    rows: dict[Path, str] = {}
+    for _, job in found:
+        if rows.setdefault(job.folder, job.row) != job.row:
+            raise ValueError(
+                f"rows {rows[job.folder]!r} and {job.row!r} would share the folder {job.folder}; rename one of them"
+            )
+    return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+
+
+def run(job: Job, threads: int) -> dict[str, Any]:
+    """Train (or find trained), evaluate, and write ``result.json`` into the run's folder.
+
+    Raises:
+        StoppedError: a process failed; the message names its log.
+    """
+    result_file = job.folder / "result.json"
+    kept = {
+        "options": job.options,
+        "evaluate": job.evaluate,
+        "config": job.config,
+        **({"scores": job.scores} if job.scores else {}),
+    }
+    setting = json.loads(json.dumps(kept))
+    if result_file.is_file():
+        result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
+        if result["setting"] == setting:
+            return result
+        raise StoppedError(f"{job.folder} holds a run with another setting; give another --work-dir or delete it")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    result = {"row": job.row, "seed": job.seed, "setting": setting, "threads": threads}
+    arguments = dict(job.evaluate)
+    if job.config is not None:
+        result["command"] = shlex.join(["python", *job.train_command])
+        resume = ["--resume"] if results_in(job.folder) else []
+        if resume:
+            result["resumed"] = True  # its seconds are those of the last piece only
+        seconds = _process([*job.train_command[:4], *resume, *job.train_command[4:]], job.folder / "train.log", threads)
+        result |= {"train_seconds": seconds[0], "train_cpu_seconds": seconds[1], **_log(job)}
+        if not job.scores:
+            checkpoint = (job.folder / "last_checkpoint").read_text(encoding="utf-8").strip()
+            result["images"], arguments["backbone"] = trained(checkpoint)
+    if job.scores:
+        result["scores"] = {name: {"value": curve[-1][1]} for name, curve in result["curves"].items()}
+        result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        return result
+    command = _evaluate_command(arguments, job.folder / "evaluation.json")
+    result["evaluate_command"] = shlex.join(["python", *command])
+    _process(command, job.folder / "evaluate.log", threads)
+    found = json.loads((job.folder / "evaluation.json").read_text(encoding="utf-8"))
+    if "method" in found:  # one method only
+        found = {found["method"]: found}
+    result["scores"] = {method: {key: found[method][key] for key in ("top1", "ci95")} for method in found}
+    result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _evaluate_command(arguments: Mapping[str, Any], out: Path) -> list[str]:
+    command = ["tools/evaluate.py", *arguments["methods"], "--json", str(out)]
+    for key, value in arguments.items():
+        if key != "methods":
+            command += [f"--{key.replace('_', '-')}", str(value)]
+    return command
+
+
+def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, float]:
+    """Run one of our tools; wall and CPU seconds."""
+    # fewer where the caller says so: threads that wait for a core that others hold spin, and slow everything many times
+    environment = {**os.environ, "OMP_NUM_THREADS": str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))}
+    start = time.perf_counter()
+    with log.open("a", encoding="utf-8") as handle:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / command[0]), *command[1:]], stdout=handle, stderr=subprocess.STDOUT, env=environment
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        told = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith(("error: ", "evaluate: "))]
+        raise StoppedError(f"{command[0]} ended with {process.returncode}; see {log}" + (f": {told[-1]}" if told else ""))
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+
+
+def _log(job: Job) -> dict[str, Any]:
+    """Medians over the logged steps (images a second, teacher's share), and what the validations found as ``curves``.
+
+    A curve is name -> [[step or epoch, value], ...]. A validation in which a detector found nothing logs no score (mmdet
+    measures nothing then): it counts as 0, and its step is in ``found_nothing``.
+
+    Raises:
+        StoppedError: one of the plan's scores was never logged, or not by the last validation.
+    """
+    steps: dict[str, list[float]] = {"images_per_s": [], "teacher_share": []}
+    given = job.scores or {"knn": "knn/top1"}
+    keys = {name: (key, 1) if isinstance(key, str) else tuple(key) for name, key in given.items()}
+    curves: dict[str, dict[int, float]] = {name: {} for name in keys}
+    logged: set[str] = set()
+    validations: dict[int, set[str]] = {}  # what each logged
+    for file in sorted(job.folder.glob("*/vis_data/scalars.json")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if "lr" not in entry:  # of a validation
+                names = set(entry) - {"step", "time", "data_time"}
+                logged |= names
+                if "step" in entry:  # of a resumed run the later one counts
+                    validations[entry["step"]] = names
+            for key, values in steps.items():
+                if key in entry:
+                    values.append(entry[key])
+            for name, (key, factor) in keys.items():
+                if key in entry:
+                    curves[name][entry["step"]] = factor * entry[key]
+    missing = [keys[name][0] for name in job.scores if not curves[name]]
+    if missing:
+        raise StoppedError(
+            f"no validation in {job.folder} logged {missing[0]!r}, which the plan's scores name; it logged "
+            f"{', '.join(sorted(logged)) or 'nothing, as of a detector that finds nothing; train for longer'}"
+        )
+    empty = [step for step, names in validations.items() if not names]
+    found: dict[str, Any] = {"found_nothing": empty} if job.scores and empty else {}
+    last = max(validations, default=0)
+    for name in job.scores:
+        curves[name].update(dict.fromkeys(empty, 0.0))
+        if max(curves[name]) < last:
+            raise StoppedError(
+                f"the last validation in {job.folder}, at {last}, did not log {keys[name][0]!r}, which the plan's scores name; "
+                f"it logged {', '.join(sorted(validations[last]))}"
+            )
+    found["curves"] = {name: [list(pair) for pair in sorted(curve.items())] for name, curve in curves.items()}
+    return found | {key: statistics.median(values) for key, values in steps.items() if values}
+
+
+def _value(score: Mapping[str, Any]) -> float:
+    """What a run is compared by: top-1 of an evaluation, or the value that it logged."""
+    return float(score["top1"] if "top1" in score else score["value"])
+
+
+def table_of(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line a row of the plan, mean +- deviation over seeds (one seed: its bootstrap interval), then commands.
+
+    Of runs that measured themselves there is no interval, but the curve of their first score, mean over seeds.
+    """
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        rows.setdefault(result["row"], []).append(result)
+    methods = list(results[0]["scores"])
+    own = "value" in results[0]["scores"][methods[0]]
+    head = ["row", *(method if own else f"{method} top-1 %" for method in methods), "seeds", "training s", "CPU s", "images/s"]
+    head += ["teacher % of step"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, runs in rows.items():
+        cells = [name]
+        for method in methods:
+            scores = [_value(run["scores"][method]) for run in runs]
+            if len(scores) > 1:
+                cells.append(f"{statistics.mean(scores):.1f} +- {statistics.stdev(scores):.1f}")
+            elif own:
+                cells.append(f"{scores[0]:.1f}")
+            else:
+                low, high = runs[0]["scores"][method]["ci95"]
+                cells.append(f"{scores[0]:.1f} ({low:.1f} .. {high:.1f})")
+        cells.append(str(len(runs)))
+        for key, factor in (("train_seconds", 1), ("train_cpu_seconds", 1), ("images_per_s", 1), ("teacher_share", 100)):
+            known = [run[key] for run in runs if key in run and not run.get("resumed")]
+            cells.append(f"{factor * statistics.mean(known):.0f}" if known else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    if own:
+        lines += ["", f"{methods[0]} after each validation, mean over seeds:", ""]
+        for name, runs in rows.items():
+            values = zip(*([value for _, value in run["curves"][methods[0]]] for run in runs), strict=False)
+            lines.append(f"- {name}: {', '.join(f'{statistics.mean(at):.1f}' for at in values)}")
+        for run in results:
+            if run.get("found_nothing"):
+                steps = ", ".join(map(str, run["found_nothing"]))
+                lines.append(
+                    f"- {run['row']}, seed {run['seed']}: nothing was found in the validation at {steps}, which counts as 0"
+                )
+    commands = [f"    {runs[0].get('command') or runs[0]['evaluate_command']}" for runs in rows.values()]
+    return "\n".join([*lines, "", "Commands (first seed of each row):", "", *commands, ""])
+
+
+def compare(
+    plan: str | Path,
+    work_dir: str | Path,
+    only: Sequence[str] = (),
+    jobs: int = 1,
+    values: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Everything that the module's header says; returns the results of the runs.
+
+    Raises:
+        StoppedError: runs failed; the others were finished and their results written.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs is the number of runs at a time, 1 or more, got {jobs}")
+    work_dir = Path(work_dir)
+    content = read_plan(plan, values or {})
+    content["options"] = {**content.get("options", {}), **(options or {})}
+    todo = jobs_of(content, work_dir, only)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    results: list[dict[str, Any]] = []
+    work_dir.mkdir(parents=True, exist_ok=True)
+    failed: list[StoppedError] = []
+
+    def attempt(job: Job) -> dict[str, Any] | StoppedError:
+        try:
+            return run(job, threads)
+        except StoppedError as error:  # hours of the other runs do not depend on it
+            return error
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for job, result in zip(todo, pool.map(attempt, todo), strict=True):
+            if isinstance(result, StoppedError):
+                print(f"{job.row} seed {job.seed}: FAILED, {result}", flush=True)
+                failed.append(result)
+                continue
+            scores = "  ".join(f"{method} {_value(score):.1f}" for method, score in result["scores"].items())
+            print(f"{job.row} seed {job.seed}: {scores}", flush=True)
+            results.append(result)
+    if failed and not results:
+        raise failed[0]
+    (work_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (work_dir / "table.md").write_text(table_of(results), encoding="utf-8")
+    write_csv(results, work_dir / "table.csv")
+    write_picture(results, work_dir / "picture.png")
+    if failed:
+        raise StoppedError(
+            f"{len(failed)} of {len(todo)} runs failed: {'; '.join(map(str, failed))}. {work_dir / 'table.md'} has the others; "
+            "the same command tries again what failed"
+        )
+    return results

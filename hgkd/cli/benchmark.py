@@ -1,0 +1,124 @@
+"""Step time and memory of the sparse engine, and the rate of reading images, as ratios measured in one process.
+
+    python tools/benchmark.py sparse --student resnet50 --image-size 224 --mask-ratio 0.755 --batch-size 8 \
+        --backends gather masked dense [--device cuda --dtype bf16] [--json OUT]
+    python tools/benchmark.py distill configs/hgkd/FILE.py --batch-size 8 --backends gather masked dense \
+        [--cfg-options teacher_checkpoint=FILE]
+    python tools/benchmark.py data --data-root photos --image-size 224 --workers 2
+
+``sparse``: a step is forward and backward of the encoder. ``distill``: forward and backward of the whole model of a config,
+teacher, decoder and losses included; its row 'dense' is the ordinary dense step of the encoder alone, the yardstick that two
+machines can be compared by. The backends take turns, so that a busy machine slows all of them alike; the median over the
+repeats is printed. Where others compute as well, ``--clock cpu`` with one thread is steadier than the wall clock. Peak memory
+is that of live tensors during one step beyond what was there before it. On a GPU the share of index building is the time to
+launch it.
+
+``data``: images a second by bare decoding in this process, by the data set (decoding, crop, resize, flip), and by a loader with
+reading processes, as a training has it. The files are read once before, so the disk does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hgkd.api.benchmark import (
+    CLOCKS,
+    DTYPES,
+    benchmark_data,
+    benchmark_distill,
+    benchmark_sparse,
+)
+from hgkd.engine.options import OptionsAction, device_name
+from hgkd.errors import USER_ERRORS
+from hgkd.sparse import BACKENDS
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--batch-size", type=int, default=8)
+    shared.add_argument("--backends", nargs="+", default=["gather", "masked", "dense"], choices=[*BACKENDS, "dense"])
+    shared.add_argument("--device", type=device_name, default="cpu")
+    shared.add_argument("--dtype", default="fp32", choices=list(DTYPES))
+    shared.add_argument("--repeats", type=int, default=7)
+    shared.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: processor time, on a busy machine, with OMP_NUM_THREADS=1"
+    )
+    shared.add_argument("--json", type=Path, help="write the result here")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sparse = commands.add_parser("sparse", parents=[shared], help="encoder step of the backends and of the dense network")
+    sparse.add_argument("--student", default="resnet50", help="timm name")
+    sparse.add_argument("--image-size", type=int, default=224)
+    sparse.add_argument("--mask-ratio", type=float, default=0.755, help="share of hidden cells (0.755: 12 of 49 visible)")
+    sparse.add_argument("--cell", type=int, default=32, help="side of a mask cell, pixels")
+    distill = commands.add_parser("distill", parents=[shared], help="whole step of a config, teacher included")
+    distill.add_argument("config", help="config file")
+    distill.add_argument(
+        "--cfg-options", dest="options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE", help="override keys"
+    )
+    data = commands.add_parser("data", help="images a second: decoding alone, the data set, a loader")
+    data.add_argument("--data-root", required=True, help="folder of images or of tar shards")
+    data.add_argument("--image-size", type=int, default=224)
+    data.add_argument("--images", type=int, default=256, help="so many of them at most")
+    data.add_argument("--workers", type=int, default=2, help="reading processes of the loader")
+    data.add_argument("--batch-size", type=int, default=32)
+    data.add_argument("--repeats", type=int, default=5)
+    data.add_argument("--json", type=Path, help="write the result here")
+    return parser.parse_args(argv)
+
+
+def print_data_table(result: dict[str, Any]) -> None:
+    """The result of :func:`benchmark_data` as a table."""
+    settings = result["settings"]
+    table = Table(
+        title=f"{settings['images']} images of {settings['mean_kb']:.0f} kB to {settings['image_size']} px, "
+        f"{settings['cpus']} CPUs"
+    )
+    for column in ("", "images/s", "of decoding"):
+        table.add_column(column, justify="right")
+    for row in result["results"]:
+        table.add_row(row["what"], f"{row['images_per_s']:.0f}", f"{row['of_decoding']:.2f}")
+    Console().print(table)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The result as a table."""
+    settings = result["settings"]
+    keep, total = settings["visible_cells"]
+    table = Table(
+        title=f"{settings['student']} {settings['image_size']} px, {keep}/{total} visible (FLOP limit {result['limit']:.2f}x), "
+        f"batch {settings['batch_size']}, {settings['dtype']}, {settings['device']}"
+    )
+    others = [r["backend"] for r in result["results"]]
+    for column in ["backend", "step ms", "images/s", "peak MB", "index %", *[f"over {b}" for b in others]]:
+        table.add_column(column, justify="right")
+    for row in result["results"]:
+        ratios = [f"{row['speedup_over'][b]:.2f}x" if b in row["speedup_over"] else "" for b in others]
+        numbers = [f"{row['step_ms']:.0f}", f"{row['images_per_s']:.1f}", f"{row['peak_mb']:.0f}"]
+        table.add_row(row["backend"], *numbers, f"{100 * row['index_share']:.1f}", *ratios)
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = vars(parse_args(argv))
+    command = args.pop("command")
+    run = {"sparse": benchmark_sparse, "distill": benchmark_distill, "data": benchmark_data}[command]
+    out = args.pop("json")
+    try:
+        result = run(**args)
+    except (*USER_ERRORS, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (print_data_table if command == "data" else print_table)(result)
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1))
+        print(f"written to {out}")
+    return 0

@@ -1,0 +1,129 @@
+"""Write a student in the form that its users load, read it back, compare outputs.
+
+python tools/export.py work_dirs/run/epoch_100.pth --to timm --out exported/resnet18
+python tools/export.py work_dirs/run/epoch_100.pth --to onnx --precision fp16 int8 --images photos --out exported/edge
+python tools/export.py spark_resnet50.pth --encoder resnet50 --to mmdet --out exported/spark
+
+A weight file of another project (SparK, ConvNeXt, mmpretrain, torchvision, transformers, timm) is read with --encoder NAME.
+docs/export.md describes the targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hgkd.errors import USER_ERRORS
+from hgkd.export import PARTS, TARGETS, ExportReport, export
+from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS, onnx_runner
+
+_OPTIONS = ("cell", "output", "classifier", "opset", "precision")
+
+
+def table_of(report: ExportReport) -> Table:
+    table = Table(title=f"exported to {report.out}", show_header=False)
+    compared = "random images" + (f" and {report.images} real ones" if report.images else "")
+    outputs = "" if report.what == "model" else f"; outputs on {compared} differ by {report.max_difference:.1e}"
+    rows = {
+        "network": ", ".join(str(value) for value in report.network.values() if value),
+        "weights": f"{report.tensors} tensors, {report.parameters:,} parameters",
+        "proof": f"read back with {report.proven_with}{outputs}",
+        "read with": report.loaded_with,
+        "source sha256": report.source_sha256,
+        "files": ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in report.files.items()),
+        **{f"note {i}": note for i, note in enumerate(report.notes, start=1)},
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    return table
+
+
+def graphs_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Sizes, agreement with fp32 and latency of graphs."""
+    table = Table(title="graphs; agreement with fp32 is measured on real images that calibrated nothing")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        values = [row.get(column, "") for column in columns]
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+    return table
+
+
+def with_latency(report: ExportReport, side: int, repeats: int = 20) -> list[dict[str, Any]]:
+    """The report's table with the median time of one image (1, 3, side, side) on one CPU thread, in milliseconds."""
+    images = torch.rand(1, 3, side, side)
+    rows = []
+    for row in report.table:
+        run = onnx_runner(report.out / row["file"])
+        times = []
+        for _ in range(repeats + 3):
+            start = time.perf_counter()
+            run(images)
+            times.append(1000 * (time.perf_counter() - start))
+        rows.append({**row, "ms": statistics.median(times[3:])})  # the first runs allocate
+    return rows
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help=".pth file that tools/train.py wrote; with --encoder, a weight file of others")
+    parser.add_argument("--to", default="timm", help="; ".join(f"{name}: {t.summary}" for name, t in TARGETS.items()))
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--what", default="backbone", help=f"what of the checkpoint: {', '.join(PARTS)}")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    parser.add_argument("--images", metavar="DIR", help="images for the proof, and for int8's calibration")
+    parser.add_argument("--max-images", type=int, default=64, metavar="N", help="so many of them at most (default 64)")
+    parser.add_argument("--labels", action="store_true", help="they lie in one folder a class: fp16 and int8 get an accuracy")
+    parser.add_argument(
+        "--licence", nargs="+", default=[], metavar="FIELD=TEXT", help="for the cards: weights=, teacher=, data="
+    )
+    parser.add_argument("--encoder", help="timm's name of the network in a weight file of others")
+    parser.add_argument("--prefix", help="what stands before its names there, when it cannot be found")
+    parser.add_argument(
+        "--allow", nargs="+", default=[], metavar="NAME", help="beginnings of names that may be missing or left over"
+    )
+    options = parser.add_argument_group("options of single targets")
+    options.add_argument("--cell", type=int, help="sparse: side of a mask cell in pixels")
+    options.add_argument("--output", help=f"graphs: {', '.join(OUTPUTS)} (default pooled)")
+    options.add_argument("--classifier", metavar="FILE", help="graphs: safetensors with weight and bias, for --output logits")
+    options.add_argument("--opset", type=int, help="onnx: version of the operators (default 18)")
+    options.add_argument("--precision", nargs="+", help=f"onnx: further ones, of {', '.join(PRECISIONS[1:])}")
+    options.add_argument("--latency", type=int, metavar="SIDE", help="onnx: time one image of this side on one CPU thread")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = vars(parse_args(argv))
+    side, licences = args.pop("latency"), args.pop("licence")
+    options = {name: value for name in _OPTIONS if (value := args.pop(name)) is not None}
+    try:
+        if side is not None and args["to"] != "onnx":
+            raise ValueError(f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}")
+        if side is not None and side < 1:
+            raise ValueError(f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
+        report = export(**args, licences=dict(_pair(text) for text in licences), **options)
+    except USER_ERRORS as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    console.print(table_of(report))
+    if report.table:
+        console.print(graphs_table(report.table if side is None else with_latency(report, side)))
+    return 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--licence takes FIELD=TEXT, e.g. weights=apache-2.0, got {text!r}")
+    return name, value

@@ -1,0 +1,191 @@
+"""Pictures of what a backbone has learnt, as PNG and on one HTML page.
+
+    python tools/visualize.py pca            --backbone B --images PATH ... --out DIR [--level -2 -1]
+    python tools/visualize.py attention      --backbone B --images PATH ... --out DIR [--level -1]
+    python tools/visualize.py cam            --checkpoint FILE --images PATH ... --out DIR [--class NAME]
+    python tools/visualize.py neighbours     --backbone B --images PATH ... --out DIR --bank FOLDER [--k 5]
+    python tools/visualize.py reconstruction --checkpoint FILE --images PATH ... --out DIR [--mask-ratio 0.6]
+    python tools/visualize.py predictions    --config FILE --checkpoint FILE --images PATH ... --out DIR
+
+A backbone is what tools/evaluate.py takes: a checkpoint, an export, a timm name, mae:FILE; cam takes a fine-tuned classifier.
+Images are files or folders. DIR/<name>.png is written, and DIR/pictures.html shows all pictures of DIR, so several calls fill
+one page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmengine.device import get_device
+from torch import Tensor
+
+from hgkd.classifiers import load_classifier
+from hgkd.engine.options import OptionsAction, device_name
+from hgkd.errors import USER_ERRORS
+from hgkd.evaluation import FeatureExtractor, extract, load_extractor
+from hgkd.evaluation.visualization import (
+    PAGE,
+    ImageFiles,
+    attention_columns,
+    class_columns,
+    find_files,
+    load_reconstructor,
+    neighbour_columns,
+    pca_columns,
+    read_images,
+    reconstruction_columns,
+    save_picture,
+    write_page,
+)
+
+
+def pca(args: argparse.Namespace) -> Path:
+    files = find_files(args.images, args.limit)
+    columns = pca_columns(_extractor(args), _images(files, args.image_size, args), args.level)
+    caption = f"{_who(args)}: main directions of the features as colours; {_which(files)}"
+    return save_picture(columns, args.out, args.name, caption)
+
+
+def attention(args: argparse.Namespace) -> Path:
+    files, extractor = find_files(args.images, args.limit), _extractor(args)
+    columns = attention_columns(extractor, _images(files, args.image_size, args), args.level)
+    return save_picture(columns, args.out, args.name, f"{_who(args)}: {extractor.attention_name}; {_which(files)}")
+
+
+def cam(args: argparse.Namespace) -> Path:
+    files, classifier = find_files(args.images, args.limit), load_classifier(args.checkpoint).to(args.device)
+    size = args.image_size or classifier.spec.image_size
+    columns, names = class_columns(classifier, _images(files, size, args), args.class_name)
+    caption = f"{args.checkpoint}: Grad-CAM of {', '.join(dict.fromkeys(names))}; {_which(files)}"
+    for file, name in zip(files, names, strict=True):
+        print(f"{file}: {name}")
+    return save_picture(columns, args.out, args.name, caption)
+
+
+def neighbours(args: argparse.Namespace) -> Path:
+    files, bank, extractor = find_files(args.images, args.limit), find_files([args.bank]), _extractor(args)
+    known, asked = (
+        extract(extractor, ImageFiles(part, args.image_size, args.value_range), args.batch_size, args.workers, args.device)
+        for part in (bank, files)
+    )
+    columns, found = neighbour_columns(asked, files, known, bank, args.image_size, args.k, value_range=args.value_range)
+    for file, row in zip(files, found, strict=True):
+        print(f"{file}: " + ", ".join(f"{path} ({cosine:.2f})" for path, cosine in row))
+    caption = f"{_who(args)}: nearest of {len(bank)} images in {args.bank}, nearest first; {_which(files)}"
+    return save_picture(columns, args.out, args.name, caption)
+
+
+def reconstruction(args: argparse.Namespace) -> Path:
+    files, model = find_files(args.images, args.limit), load_reconstructor(args.checkpoint)
+    inputs = read_images(files, args.image_size or model.image_size, args.value_range)
+    columns, ratio = reconstruction_columns(model, inputs, args.mask_ratio, args.seed)
+    caption = (
+        f"{args.checkpoint}: {ratio:.0%} hidden; colours and contrast of hidden places are given where the model was trained "
+        f"on standardised pixels; {_which(files)}"
+    )
+    return save_picture(columns, args.out, args.name, caption)
+
+
+def predictions(args: argparse.Namespace) -> Path:
+    try:
+        from hgkd.openmmlab import draw_predictions
+    except ImportError as error:
+        raise ValueError(
+            f"predictions of detectors and segmentors need the extra 'downstream' ({error}): pip install -e '.[downstream]'"
+        ) from error
+    files = find_files(args.images, args.limit)
+    draw_predictions(args.config, args.checkpoint, files, args.out, options=args.cfg_options, device=args.device)
+    return write_page(args.out)
+
+
+def _extractor(args: argparse.Namespace) -> FeatureExtractor:
+    return load_extractor(args.backbone, args.checkpoint, pretrained=args.pretrained).to(args.device)
+
+
+def _images(files: Sequence[Path], image_size: int | Sequence[int], args: argparse.Namespace) -> Tensor:
+    return read_images(files, image_size, args.value_range).to(args.device) / 255
+
+
+def _who(args: argparse.Namespace) -> str:
+    return f"{args.backbone} ({args.checkpoint})" if args.checkpoint else str(args.backbone)
+
+
+def _which(files: Sequence[Path]) -> str:
+    return "rows: " + ", ".join(file.name for file in files)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(draw: Callable[[argparse.Namespace], Path], text: str, backbone: bool = True) -> argparse.ArgumentParser:
+        name = draw.__name__
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(draw=draw)
+        sub.add_argument("--images", nargs="+", required=True, metavar="PATH", help="files, or folders searched at any depth")
+        sub.add_argument("--limit", type=int, default=8, help="only so many images")
+        sub.add_argument("--out", required=True, metavar="DIR", help=f"folder of the picture and of {PAGE}")
+        if name != "predictions":
+            sub.add_argument("--name", default=name, help=f"the picture's name ({name})")
+            sub.add_argument(
+                "--value-range",
+                type=float,
+                nargs=2,
+                metavar=("LOW", "HIGH"),
+                help="black and white in images of more than 8 bits",
+            )
+        if backbone:
+            sub.add_argument("--backbone", required=True, help="checkpoint .pth, export folder, timm name or mae:FILE")
+            sub.add_argument("--checkpoint", help="weight file for a timm name, loaded strictly")
+            sub.add_argument("--pretrained", action="store_true", help="let timm download its weights")
+            sub.add_argument("--image-size", type=int, default=224, help="pixels of the centre crop")
+        if draw is not reconstruction:
+            sub.add_argument("--device", type=device_name, default=get_device(), help="cpu, cuda, cuda:1, ...")
+        return sub
+
+    for draw, text in ((pca, "features as colours"), (attention, "where the network looks")):
+        sub = command(draw, text)
+        sub.add_argument(
+            "--level",
+            type=int,
+            nargs="+",
+            default=[None],
+            help="CNN: 0 = the finest level; ViT: the block, 0 = the first; negative ones count from the end (the last)",
+        )
+    sub = command(cam, "what speaks for a classifier's answer (Grad-CAM)", backbone=False)
+    sub.add_argument("--checkpoint", required=True, help="of a fine-tuned classifier, or its work folder")
+    sub.add_argument("--class", dest="class_name", metavar="NAME", help="a class (each image's own answer)")
+    sub.add_argument("--image-size", type=int, help="pixels of the centre crop (that of the training)")
+    sub = command(neighbours, "which images are alike")
+    sub.add_argument("--bank", required=True, metavar="FOLDER", help="images among which neighbours are sought")
+    sub.add_argument("--k", type=int, default=5, help="neighbours of each image")
+    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--workers", type=int, default=2, help="processes that read images")
+    sub = command(reconstruction, "what a masked model makes of hidden places", backbone=False)
+    sub.add_argument("--checkpoint", required=True, help="of a run with PixelReconstruction or MAEPretraining, or a MAE file")
+    sub.add_argument("--mask-ratio", type=float, help="share of hidden cells (that of the training)")
+    sub.add_argument("--image-size", type=int, help="pixels of the centre crop (that of the training)")
+    sub.add_argument("--seed", type=int, default=0, help="of the mask")
+    sub = command(predictions, "what a detector or segmentor of downstream/ predicts", backbone=False)
+    sub.add_argument("--config", required=True, help="the config that trained it")
+    sub.add_argument("--checkpoint", required=True, help="its checkpoint")
+    sub.add_argument(
+        "--cfg-options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE", help="as in its training"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        if args.limit < 1:
+            raise ValueError(f"--limit must be 1 or more, got {args.limit}")
+        path = args.draw(args)
+    except USER_ERRORS as error:
+        print(f"visualize: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}, page {Path(args.out) / PAGE}")
+    return 0
