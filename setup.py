@@ -58,7 +58,6 @@ EXTRAS = {
 }
 
 
-
 class BuildWithRecipes(build_py):
     """Copies the recipes to where the installed package finds them: ``hgkd/.mim/configs`` (see hgkd/recipes.py)."""
 
@@ -72,9 +71,8 @@ class BuildWithRecipes(build_py):
         shutil.copytree(ROOT / "configs", mim / "configs", ignore=skip)
         shutil.copytree(ROOT / "downstream", mim / "configs" / "downstream", ignore=skip)
         shutil.copy(ROOT / "hgkd/.mim/model-index.yml", mim)
-        for file in (mim / "configs" / "downstream").rglob("*.py"):
-            # the folder lies a level deeper here, within configs
-            file.write_text(file.read_text(encoding="utf-8").replace("../configs/_base_/", "../_base_/"), encoding="utf-8")
+        # downstream lies within configs here, and its recipes name ../../configs/_base_
+        shutil.copytree(ROOT / "configs/_base_", mim / "configs" / "configs" / "_base_", ignore=skip)
 
 
 setup(

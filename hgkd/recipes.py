@@ -1,7 +1,7 @@
 """Recipes that hgkd ships: found by a short name, from any folder, also where hgkd was installed from a wheel.
 
-They lie in ``hgkd/.mim/configs``, where mmengine looks for ``_base_ = "hgkd::hgkd/NAME.py"``: in a checkout as links to the folders
-``configs`` and ``downstream``, in a wheel as copies, which ``setup.py`` makes.
+They lie in ``hgkd/.mim/configs``, where mmengine looks for ``_base_ = "hgkd::hgkd/NAME.py"``: in a checkout as links to the
+folders ``configs`` and ``downstream``, in a wheel as copies, which ``setup.py`` makes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PLANS = "comparisons"  # what `hgkd compare` takes; not trained by themselves
 
 
 def recipe_names() -> list[str]:
-    """Names of all recipes, e.g. ``hgkd/hgkd_vit-s14_resnet18_10e_cifar128`` and ``downstream/detection/retinanet_r18_1x_coco``."""
+    """Names of all recipes, e.g. ``hgkd/hgkd_mae-tiny_resnet18_shapes``, ``downstream/detection/retinanet_r18_1x_coco``."""
     return sorted(name for name in _names() if not name.startswith(f"{PLANS}/"))
 
 
@@ -29,9 +29,9 @@ def plan_names() -> list[str]:
 
 
 def _names() -> Iterator[str]:
-    # not Path.rglob, which passes links over
+    # not Path.rglob, which passes links over; `configs` is there for the relative paths of downstream recipes
     for folder, folders, files in os.walk(SHIPPED, followlinks=True):
-        folders[:] = [name for name in folders if name not in ("_base_", "__pycache__")]
+        folders[:] = [name for name in folders if name not in ("_base_", "configs", "__pycache__")]
         for file in files:
             if file.endswith(".py"):
                 yield (Path(folder, file).relative_to(SHIPPED)).with_suffix("").as_posix()
@@ -41,14 +41,15 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
     """The file of a recipe or plan.
 
     Args:
-        name: a path; or a shipped recipe as ``hgkd::hgkd/NAME.py``, as ``hgkd/NAME``, as ``configs/hgkd/NAME.py``, or as ``NAME``
-            alone.
+        name: a path; or a shipped recipe as ``hgkd::hgkd/NAME.py``, ``hgkd/NAME``, ``configs/hgkd/NAME.py``, or ``NAME`` alone.
 
     Raises:
         FileNotFoundError: neither a file nor a recipe; the message has the nearest names.
     """
     if Path(name).expanduser().is_file():
         return Path(name).expanduser()
+    if "::" in os.fspath(name) and not os.fspath(name).startswith(PREFIX):
+        return Path(name)  # of another package, which mmengine finds
     short = os.fspath(name).removeprefix(PREFIX).removeprefix("configs/").removesuffix(".py")
     known = list(_names())
     found = [full for full in known if short in (full, full.rpartition("/")[2])]

@@ -1,6 +1,6 @@
 """Shipped recipes made so small that they train in seconds, for tests of whole runs."""
 
-import importlib.util
+import importlib
 import os
 import socket
 import subprocess
@@ -17,15 +17,8 @@ HGKD = ROOT / "configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py"
 
 
 def load_tool(name):
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"hgkd_tools_{name}", ROOT / f"tools/{name}.py")
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool  # dataclasses look for it
-    spec.loader.exec_module(tool)
-    return tool
-
-
-train_tool = load_tool("train")
+    """The module of a command."""
+    return importlib.import_module(f"hgkd.cli.{name}")
 
 
 def torchrun(command, folder):

@@ -197,7 +197,8 @@ def benchmark_sparse(
         raise ValueError(unknown_name_message("student", student, timm.list_models()))
     grid = grid_of((image_size, image_size), cell)
     torch.manual_seed(0)
-    model = timm.create_model(student, num_classes=0, global_pool="").to(device, memory_format=torch.channels_last).train()
+    model: Any = timm.create_model(student, num_classes=0, global_pool="")
+    model.to(device, memory_format=torch.channels_last).train()
     images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     mask = RandomMask(mask_ratio)
     steps = {}

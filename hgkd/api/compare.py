@@ -22,8 +22,8 @@ from hgkd.engine.options import option_text
 from hgkd.engine.work_folder import results_in
 from hgkd.errors import StoppedError
 from hgkd.evaluation.comparison import trained, write_csv, write_picture
+from hgkd.recipes import find_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
 PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
 
@@ -53,7 +53,7 @@ class Job:
     def train_command(self) -> list[str]:
         """What a user would type, without the interpreter."""
         pairs = [f"{key}={option_text(key, value)}" for key, value in self.options.items()]
-        return ["tools/train.py", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *pairs]
+        return ["train", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *pairs]
 
 
 def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
@@ -64,8 +64,7 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
         ValueError: an unknown key, rows without or with equal names, a row that is neither trained nor a backbone, not exactly
             one of ``evaluate`` and ``scores``, or a ``{name}`` without a value.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"plan does not exist: {file}")
+    file = find_recipe(file)
     content = Config.fromfile(str(file)).to_dict()
     plan: dict[str, Any] = _fill(
         {key: value for key, value in content.items() if not key.startswith("_")}, {**values, "seed": "{seed}"}
@@ -88,21 +87,11 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
                 f"{file}: row {row['name']!r} has no config, but with scores every row is a run that measures itself"
             )
         if "config" in row:
-            row["config"] = _config(row["config"], f"{file}: row {row['name']!r}")
+            try:
+                row["config"] = str(find_recipe(row["config"]))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{file}: row {row['name']!r}: {error}") from error
     return plan
-
-
-def _config(name: str, where: str) -> str:
-    """A row's config as it is from here, else as one of this project's.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    if "::" in name:  # of an installed package
-        return name
-    if not Path(name).is_file() and not (ROOT / name).is_file():
-        raise FileNotFoundError(f"{where}: config {name} does not exist, neither in {Path.cwd()} nor in {ROOT}")
-    return name if Path(name).is_file() else str(ROOT / name)
 
 
 def _fill(value: Any, values: Mapping[str, str]) -> Any:
@@ -175,7 +164,7 @@ def run(job: Job, threads: int) -> dict[str, Any]:
     result = {"row": job.row, "seed": job.seed, "setting": setting, "threads": threads}
     arguments = dict(job.evaluate)
     if job.config is not None:
-        result["command"] = shlex.join(["python", *job.train_command])
+        result["command"] = shlex.join(["hgkd", *job.train_command])
         resume = ["--resume"] if results_in(job.folder) else []
         if resume:
             result["resumed"] = True  # its seconds are those of the last piece only
@@ -189,7 +178,7 @@ def run(job: Job, threads: int) -> dict[str, Any]:
         result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         return result
     command = _evaluate_command(arguments, job.folder / "evaluation.json")
-    result["evaluate_command"] = shlex.join(["python", *command])
+    result["evaluate_command"] = shlex.join(["hgkd", *command])
     _process(command, job.folder / "evaluate.log", threads)
     found = json.loads((job.folder / "evaluation.json").read_text(encoding="utf-8"))
     if "method" in found:  # one method only
@@ -200,7 +189,7 @@ def run(job: Job, threads: int) -> dict[str, Any]:
 
 
 def _evaluate_command(arguments: Mapping[str, Any], out: Path) -> list[str]:
-    command = ["tools/evaluate.py", *arguments["methods"], "--json", str(out)]
+    command = ["evaluate", *arguments["methods"], "--json", str(out)]
     for key, value in arguments.items():
         if key != "methods":
             command += [f"--{key.replace('_', '-')}", str(value)]
@@ -208,18 +197,18 @@ def _evaluate_command(arguments: Mapping[str, Any], out: Path) -> list[str]:
 
 
 def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, float]:
-    """Run one of our tools; wall and CPU seconds."""
+    """Run one of our commands; wall and CPU seconds."""
     # fewer where the caller says so: threads that wait for a core that others hold spin, and slow everything many times
     environment = {**os.environ, "OMP_NUM_THREADS": str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))}
     start = time.perf_counter()
     with log.open("a", encoding="utf-8") as handle:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / command[0]), *command[1:]], stdout=handle, stderr=subprocess.STDOUT, env=environment
+            [sys.executable, "-m", "hgkd", *command], stdout=handle, stderr=subprocess.STDOUT, env=environment
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        told = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith(("error: ", "evaluate: "))]
+        told = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
         raise StoppedError(f"{command[0]} ended with {process.returncode}; see {log}" + (f": {told[-1]}" if told else ""))
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 

@@ -21,11 +21,9 @@ from hgkd.evaluation.report import Curves, Picture, ResultTable, Section, Text, 
 from hgkd.export import export
 from hgkd.registry import RUNNERS
 
-ROOT = Path(__file__).resolve().parents[1]
-
-TEACHER = "configs/mae/mae_tiny_shapes.py"
-DISTIL = "configs/hgkd/hgkd_mae-tiny_resnet18_shapes.py"
-CONTROL = "configs/spark/spark_resnet18_shapes.py"
+TEACHER = "mae/mae_tiny_shapes"
+DISTIL = "hgkd/hgkd_mae-tiny_resnet18_shapes"
+CONTROL = "spark/spark_resnet18_shapes"
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def _epochs(number: int | None) -> dict[str, Any]:
 
 
 def _train(config: str, work_dir: Path, options: dict[str, Any]) -> Runner:
-    cfg = load_config(ROOT / config, work_dir, options=options)
+    cfg = load_config(config, work_dir, options=options)
     runner: Runner = RUNNERS.build(cfg)
     runner.register_hook(_Progress())
     runner.train()

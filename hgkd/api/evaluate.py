@@ -24,7 +24,7 @@ from hgkd.evaluation.linear import DEFAULT_GRID
 from hgkd.evaluation.records import CLASSIFIER, make_result
 
 METHODS = ("knn", "linear", "fewshot", "finetune")
-RECIPE = Path(__file__).resolve().parents[1] / "downstream/classification/resnet18_10e_cifar128.py"  # for any network
+RECIPE = "downstream/classification/resnet18_10e_cifar128"  # for any network
 
 
 def evaluate(

@@ -107,7 +107,8 @@ def classifier_result(runner: Any, checkpoint: str | os.PathLike[str], metrics: 
     images = runner.test_dataloader.dataset
     indices, predicted = list(metric.answers), list(metric.answers.values())
     correct = np.asarray(predicted) == np.asarray(images.labels)[indices]
-    spec = plain_model(runner).classifier.spec
+    model: Any = plain_model(runner)
+    spec = model.classifier.spec
     settings = {
         "image_size": spec.image_size,
         "train": None,  # the checkpoint does not say
@@ -116,6 +117,6 @@ def classifier_result(runner: Any, checkpoint: str | os.PathLike[str], metrics: 
         "epochs": read_run_checkpoint(checkpoint)["meta"]["epoch"],
         "extractor": {"kind": "classifier", "name": spec.name, "weights": os.fspath(checkpoint)},
     }
-    extra = {"predicted": predicted, "metrics": dict(metrics)}
+    extra: dict[str, Any] = {"predicted": predicted, "metrics": dict(metrics)}
     by_setting = {CLASSIFIER: correct[None]}
     return make_result("finetune", os.fspath(checkpoint), by_setting, images, indices, None, settings, **extra)

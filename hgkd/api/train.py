@@ -16,7 +16,10 @@ from mmengine.runner import Runner
 from hgkd.engine import apply_short_options, check_config, read_config, use_mixed_precision
 from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.openmmlab import is_downstream, merge_options
+from hgkd.recipes import find_recipe, register_recipes
 from hgkd.registry import RUNNERS
+
+register_recipes()
 
 
 def load_config(
@@ -28,7 +31,7 @@ def load_config(
     launcher: str = "none",
 ) -> Config:
     """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
-    cfg = copy.deepcopy(config) if isinstance(config, Config) else read_config(config)
+    cfg = copy.deepcopy(config) if isinstance(config, Config) else read_config(find_recipe(config))
     downstream = is_downstream(cfg)
     if downstream:  # mmdet and mmseg: their own keys, their own short options
         cfg.runner_type = "hgkd.DownstreamRunner"

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,13 @@ from hgkd.api.benchmark import (
     benchmark_distill,
     benchmark_sparse,
 )
+from hgkd.cli.common import command, command_parser
 from hgkd.engine.options import OptionsAction, device_name
-from hgkd.errors import USER_ERRORS
 from hgkd.sparse import BACKENDS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--batch-size", type=int, default=8)
     shared.add_argument("--backends", nargs="+", default=["gather", "masked", "dense"], choices=[*BACKENDS, "dense"])
@@ -107,17 +106,17 @@ def print_table(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
-    command = args.pop("command")
-    run = {"sparse": benchmark_sparse, "distill": benchmark_distill, "data": benchmark_data}[command]
-    out = args.pop("json")
-    try:
-        result = run(**args)
-    except (*USER_ERRORS, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    (print_data_table if command == "data" else print_table)(result)
+    name, out, _ = args.pop("command"), args.pop("json"), args.pop("debug")
+    measures: dict[str, Callable[..., dict[str, Any]]] = {
+        "sparse": benchmark_sparse,
+        "distill": benchmark_distill,
+        "data": benchmark_data,
+    }
+    result = measures[name](**args)
+    (print_data_table if name == "data" else print_table)(result)
     if out is not None:
         out.write_text(json.dumps(result, indent=1))
         print(f"written to {out}")

@@ -40,8 +40,8 @@ def _set_local_rank(text: str) -> int:
 def command(main: Main) -> Callable[[Sequence[str] | None], int]:
     """Make the body of a command its entry point: arguments of this process by default, a user's mistake in one sentence.
 
-    Exit code 2 for a user's mistake. ``--debug`` may stand anywhere and shows the traceback instead. Other exceptions are faults
-    of hgkd and always show theirs.
+    Exit code 2 for a user's mistake; ``--debug``, anywhere, shows its traceback instead. Other exceptions are faults of hgkd
+    and always show theirs.
     """
 
     @functools.wraps(main)

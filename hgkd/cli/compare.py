@@ -23,21 +23,20 @@ the others are finished. Results:
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 
 from hgkd.api.compare import (
     compare,
     table_of,
 )
+from hgkd.cli.common import command, command_parser
 from hgkd.engine.options import OptionsAction
-from hgkd.errors import USER_ERRORS
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan")
+@command
+def main(argv: Sequence[str]) -> int:
+    parser = command_parser(__doc__)
+    parser.add_argument("plan", help="name of a shipped plan ('hgkd recipes --plans'), or a file")
     parser.add_argument("--work-dir", required=True)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these rows of the plan")
     parser.add_argument(
@@ -55,13 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="over the plan's shared options",
     )
     args = parser.parse_args(argv)
-    try:
-        pairs = [value.split("=", 1) for value in args.values]
-        if any(len(pair) < 2 for pair in pairs):
-            raise ValueError(f"--set takes NAME=VALUE, got {args.values}")
-        results = compare(args.plan, args.work_dir, args.only, args.jobs, dict(pairs), args.options)
-    except USER_ERRORS as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
-    print(table_of(results))
+    pairs = [value.split("=", 1) for value in args.values]
+    if any(len(pair) < 2 for pair in pairs):
+        raise ValueError(f"--set takes NAME=VALUE, got {args.values}")
+    print(table_of(compare(args.plan, args.work_dir, args.only, args.jobs, dict(pairs), args.options)))
     return 0

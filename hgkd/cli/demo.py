@@ -10,27 +10,24 @@ by k-NN and linear probe; the student is exported; everything is put on one page
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from hgkd.api.demo import (
     demo,
 )
+from hgkd.cli.common import command, command_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--out", default="demo_out", help="folder for the results, new or empty")
     parser.add_argument("--quick", action="store_true", help="a short run that shows that everything works")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
-    try:
-        demo(args.out, args.quick, args.seed)
-    except ValueError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
+    demo(args.out, args.quick, args.seed)
     return 0

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +28,11 @@ from safetensors.torch import save_file
 from timm.models.beit import Beit
 from torch import Tensor
 
+from hgkd.cli.common import command, command_parser
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.engine.doctor import check_environment, exit_code
 from hgkd.engine.weights import match, read_weights
-from hgkd.errors import USER_ERRORS, DataError, WeightsError
+from hgkd.errors import DataError, WeightsError
 from hgkd.networks import check_attention_is_read
 from hgkd.pixels import check_channels
 from hgkd.teachers import MAETeacher, Teacher, TimmTeacher
@@ -178,6 +178,7 @@ def _build(file: str, name: str | None, weights: Mapping[str, Tensor], entry: st
 
 def _features(teacher: Teacher, folder: str, limit: int, image_size: int) -> FeatureHealth:
     labelled = any(entry.is_dir() for entry in Path(folder).iterdir()) if Path(folder).is_dir() else False
+    data: LabelledImages | UnlabelledImages
     if labelled:
         data = LabelledImages(folder, image_size=image_size)
     else:
@@ -232,7 +233,7 @@ def table_of(file: str, found: Finding) -> Table:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     environment = commands.add_parser("environment", help="examine this machine: versions, devices, disk, images")
     environment.add_argument("--work-dir", default="work_dirs", help="where checkpoints will lie (default: %(default)s)")
@@ -252,20 +253,17 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0: fit, or looks trained; 1: a check failed, looks random, or can teach nothing; 2: the file or an option is wrong."""
-    args = parse_args(arguments)
+@command
+def main(argv: Sequence[str]) -> int:
+    """0: fit, or looks trained; 1: a check failed, looks random, or can teach nothing."""
+    args = parse_args(argv)
     if args.command == "environment":
         checks = check_environment(args.work_dir, args.images, args.planned_mb)
         print(*checks, sep="\n")
         return exit_code(checks)
-    try:
-        if args.command == "extract":
-            print(f"{extract_entry(args.file, args.entry, args.out)} tensors of {args.entry!r} written to {args.out}")
-            return 0
-        found = examine_teacher(args.file, args.name, args.images, args.limit, args.image_size, args.entry)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.command == "extract":
+        print(f"{extract_entry(args.file, args.entry, args.out)} tensors of {args.entry!r} written to {args.out}")
+        return 0
+    found = examine_teacher(args.file, args.name, args.images, args.limit, args.image_size, args.entry)
     Console().print(table_of(args.file, found))
     return int(found.health is None or found.health.looks_random)

@@ -15,7 +15,6 @@ images' chance; docs/evaluation.md describes everything.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +27,8 @@ from hgkd.api.evaluate import (
     RECIPE,
     evaluate,
 )
+from hgkd.cli.common import command, command_parser
 from hgkd.engine.options import OptionsAction, device_name
-from hgkd.errors import USER_ERRORS
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS
 from hgkd.evaluation.linear import DEFAULT_GRID
 from hgkd.evaluation.records import append_csv, check_outputs, compare_results, read_json, write_json
@@ -87,7 +86,7 @@ def compare(first: str, second: str, seed: int = 0) -> Table:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("methods", nargs="+", choices=METHODS, help="features are extracted once")
     parser.add_argument("--backbone", required=True, help="checkpoint .pth, export folder, timm name or mae:FILE")
     parser.add_argument("--train", required=True, help="training images: a folder with one sub-folder a class, or a list")
@@ -105,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shots", type=int, nargs="+", default=list(DEFAULT_SHOTS), help="few-shot: labelled images a class")
     parser.add_argument("--draws", type=int, default=10, help="few-shot: how often they are drawn")
     parser.add_argument(
-        "--finetune-options", nargs="+", action=OptionsAction, metavar="KEY=VALUE", help=f"of {RECIPE.name}: epochs, lr, ..."
+        "--finetune-options", nargs="+", action=OptionsAction, metavar="KEY=VALUE", help=f"of {RECIPE}: epochs, lr, ..."
     )
     parser.add_argument("--data-root", help="folder below which the paths of lists are; default: each list's own")
     parser.add_argument(
@@ -123,31 +122,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_compare(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate.py compare", description="Whether two results differ, image by image.")
+    parser = command_parser("Whether two results differ, image by image.")
     parser.add_argument("first", help="file of --json")
     parser.add_argument("second", help="file of --json, of the same test images")
     parser.add_argument("--seed", type=int, default=0, help="bootstrap")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@command
+def main(argv: Sequence[str]) -> int:
     console = Console()
-    try:
-        if argv[:1] == ["compare"]:
-            console.print(compare(**vars(parse_compare(argv[1:]))))
-            return 0
-        args = vars(parse_args(argv))
-        json_file, csv_file = args.pop("json"), args.pop("csv")
-        check_outputs(json_file, csv_file)
-        results = evaluate(**args)
-        if json_file:
-            write_json(results, json_file)
-        if csv_file:
-            append_csv(results, csv_file)
-    except USER_ERRORS as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
+    if argv[:1] == ["compare"]:
+        files = parse_compare(argv[1:])
+        console.print(compare(files.first, files.second, files.seed))
+        return 0
+    args = vars(parse_args(argv))
+    json_file, csv_file, _ = args.pop("json"), args.pop("csv"), args.pop("debug")
+    check_outputs(json_file, csv_file)
+    results = evaluate(**args)
+    if json_file:
+        write_json(results, json_file)
+    if csv_file:
+        append_csv(results, csv_file)
     console.print(table_of(results))
     if results.get("linear", {}).get("sweep"):
         console.print(escape(sweep_line(results["linear"])))

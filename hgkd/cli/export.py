@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hgkd.errors import USER_ERRORS
+from hgkd.cli.common import command, command_parser
 from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS, onnx_runner
 
@@ -75,7 +74,7 @@ def with_latency(report: ExportReport, side: int, repeats: int = 20) -> list[dic
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", help=".pth file that tools/train.py wrote; with --encoder, a weight file of others")
     parser.add_argument("--to", default="timm", help="; ".join(f"{name}: {t.summary}" for name, t in TARGETS.items()))
     parser.add_argument("--out", required=True, help="folder to make")
@@ -102,19 +101,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
-    side, licences = args.pop("latency"), args.pop("licence")
+    side, licences, _ = args.pop("latency"), args.pop("licence"), args.pop("debug")
     options = {name: value for name in _OPTIONS if (value := args.pop(name)) is not None}
-    try:
-        if side is not None and args["to"] != "onnx":
-            raise ValueError(f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}")
-        if side is not None and side < 1:
-            raise ValueError(f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
-        report = export(**args, licences=dict(_pair(text) for text in licences), **options)
-    except USER_ERRORS as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
+    if side is not None and args["to"] != "onnx":
+        raise ValueError(f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}")
+    if side is not None and side < 1:
+        raise ValueError(f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
+    report = export(**args, licences=dict(_pair(text) for text in licences), **options)
     console = Console()
     console.print(table_of(report))
     if report.table:

@@ -7,20 +7,18 @@ Example:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hgkd.cli.common import command, command_parser
 from hgkd.data.shapes import CLASSES, write_ade20k, write_coco, write_imagefolder
-from hgkd.errors import USER_ERRORS, unknown_name_message
+from hgkd.errors import USER_ERRORS, StoppedError, unknown_name_message
 
 WRITERS = {"imagefolder": write_imagefolder, "coco": write_coco, "ade20k": write_ade20k}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=f"Write a data set of generated shapes ({len(CLASSES)} classes: {', '.join(CLASSES)})."
-    )
+    parser = command_parser(f"{__doc__}\nThe {len(CLASSES)} classes: {', '.join(CLASSES)}.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     parser.add_argument("--layout", choices=sorted(WRITERS), default="imagefolder", help="default: %(default)s")
     parser.add_argument("--train", type=int, default=800, help="number of training images (default: %(default)s)")
@@ -67,15 +65,14 @@ def make_shapes(
     return WRITERS[layout](out, train=train, test=test, image_size=image_size, seed=seed, clutter=clutter)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     try:
         written = make_shapes(**vars(args))
-    except USER_ERRORS as error:
-        print(f"make_shapes: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"make_shapes: {error}; {args.out} is not complete: make room, remove it and write it again", file=sys.stderr)
-        return 2
+        if isinstance(error, USER_ERRORS):
+            raise
+        raise StoppedError(f"{error}; {args.out} is not complete: make room, remove it and write it again") from error
     print(f"{written} images in {args.out} ({args.layout})")
     return 0

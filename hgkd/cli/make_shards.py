@@ -22,10 +22,11 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from hgkd.cli.common import command, command_parser
 from hgkd.data import UnlabelledImages
 from hgkd.data.folders import UNFINISHED_EXTENSION, is_image_name, printable
 from hgkd.data.pixels import FORMATS
-from hgkd.errors import USER_ERRORS, DataError, StoppedError
+from hgkd.errors import DataError, StoppedError
 
 _MARK = f"packing{UNFINISHED_EXTENSION}"  # lies in the folder until all is packed
 
@@ -137,7 +138,7 @@ def _abandon(writer: Any, out: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("source", help="folder of images, at any depth")
     parser.add_argument("out", help="folder to make")
     parser.add_argument("--max-mb", type=float, default=500, help="a shard's size, about (default 500)")
@@ -146,12 +147,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        count, shards = make_shards(**vars(parse_args(argv)))
-    except (*USER_ERRORS, OSError) as error:
-        print(f"make_shards: {error}", file=sys.stderr)
-        return 2
+@command
+def main(argv: Sequence[str]) -> int:
+    args = vars(parse_args(argv))
+    args.pop("debug")
+    count, shards = make_shards(**args)
     size = sum(shard.stat().st_size for shard in shards)
     print(f"{count} images in {len(shards)} shards, {size / 1e6:.1f} MB: {shards[0].parent}")
     return 0

@@ -9,11 +9,10 @@ again in full precision, which tells whether precision was the cause.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+from hgkd.cli.common import command, command_parser
 from hgkd.engine.replay import ReplayedStep, replay
-from hgkd.errors import USER_ERRORS
 
 
 def describe(step: ReplayedStep) -> str:
@@ -31,21 +30,18 @@ def describe(step: ReplayedStep) -> str:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Do the last steps of a diverged training again.")
+    parser = command_parser(__doc__)
     parser.add_argument("dump", help="nonfinite_step_<n>_rank_<r>.json of the run's work folder")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--trust", action="store_true", help="the dump is mine: its config may import my own modules")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0: every step went wrong again; 1: some did not; 2: an error."""
-    args = parse_args(arguments)
-    try:
-        steps = replay(args.dump, args.device, args.trust)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command
+def main(argv: Sequence[str]) -> int:
+    """0: every step went wrong again; 1: some did not."""
+    args = parse_args(argv)
+    steps = replay(args.dump, args.device, args.trust)
     for step in steps:
         print(describe(step))
     return int(any(step.finite for step in steps))

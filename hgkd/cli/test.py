@@ -12,15 +12,12 @@ compare' takes it; of a detector or segmentor, the metrics.
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
 
 from hgkd.api.test import run_test
 from hgkd.api.train import leave_group
-from hgkd.engine.options import OptionsAction
-from hgkd.errors import USER_ERRORS
+from hgkd.cli.common import add_config_options, add_launcher, command, command_parser
+from hgkd.cli.option_help import help_text
 
 EXAMPLES = """\
   python tools/test.py downstream/classification/resnet18_10e_cifar128.py work_dirs/a --json a.json \\
@@ -34,35 +31,20 @@ CODES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Measure a trained classifier, detector or segmentor by the evaluator of its config.",
-        epilog=help_text(EXAMPLES, CODES),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+@command
+def main(argv: Sequence[str]) -> int:
+    parser = command_parser("Measure a trained classifier, detector or segmentor by the evaluator of its config.")
+    parser.epilog = help_text(EXAMPLES, CODES)
     parser.add_argument("config", help="the config that trained it, or the one that lies in its work folder")
     parser.add_argument("checkpoint", help="its checkpoint, or its work folder: the last one there")
     parser.add_argument("--work-dir", help="folder for log and reports (a temporary one)")
     parser.add_argument("--json", metavar="FILE", help="write the result to this file")
-    parser.add_argument("--csv", metavar="FILE", help="append a classifier's line to this file, as tools/evaluate.py does")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=OptionsAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="options of the training that change data or model, given again: short options, or dotted paths",
-    )
-    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes were started")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    try:
-        metrics = run_test(args.config, args.checkpoint, args.work_dir, args.cfg_options, args.launcher, args.json, args.csv)
-        leave_group()
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--csv", metavar="FILE", help="append a classifier's line to this file, as 'hgkd evaluate' does")
+    add_config_options(parser, "options of the training that change data or model, given again: short options, or dotted paths")
+    add_launcher(parser)
+    args = parser.parse_args(argv)
+    metrics = run_test(args.config, args.checkpoint, args.work_dir, args.cfg_options, args.launcher, args.json, args.csv)
+    leave_group()
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4g}")
     return 0

@@ -15,7 +15,6 @@ one page.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,8 +22,8 @@ from mmengine.device import get_device
 from torch import Tensor
 
 from hgkd.classifiers import load_classifier
+from hgkd.cli.common import command, command_parser
 from hgkd.engine.options import OptionsAction, device_name
-from hgkd.errors import USER_ERRORS
 from hgkd.evaluation import FeatureExtractor, extract, load_extractor
 from hgkd.evaluation.visualization import (
     PAGE,
@@ -118,7 +117,7 @@ def _which(files: Sequence[Path]) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(draw: Callable[[argparse.Namespace], Path], text: str, backbone: bool = True) -> argparse.ArgumentParser:
@@ -178,14 +177,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
-    try:
-        if args.limit < 1:
-            raise ValueError(f"--limit must be 1 or more, got {args.limit}")
-        path = args.draw(args)
-    except USER_ERRORS as error:
-        print(f"visualize: {error}", file=sys.stderr)
-        return 2
+    if args.limit < 1:
+        raise ValueError(f"--limit must be 1 or more, got {args.limit}")
+    path = args.draw(args)
     print(f"{path}, page {Path(args.out) / PAGE}")
     return 0

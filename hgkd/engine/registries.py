@@ -11,4 +11,5 @@ TRANSFORMS = Registry("transform", parent=root.TRANSFORMS, scope="hgkd", locatio
 
 for _root in [entry for entry in vars(root).values() if isinstance(entry, Registry)]:
     if "hgkd" not in _root.children:
-        Registry(_root.name, parent=_root, scope="hgkd")
+        # a place to import from, or mmengine warns that hgkd is not installed
+        Registry(_root.name, parent=_root, scope="hgkd", locations=["hgkd.registry"])

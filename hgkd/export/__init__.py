@@ -1,5 +1,9 @@
 """Students leave as what the user's stack already loads, each with the proof that it is the same network; and the way in."""
 
+import sys
+import types
+from typing import Any
+
 from hgkd.export.exporter import PARTS, export
 from hgkd.export.importing import ImportReport, import_weights, load_backbone, read_source, read_spec
 from hgkd.export.job import ExportError, ExportReport, MissingLibraryError
@@ -28,3 +32,13 @@ __all__ = [
     "read_spec",
     "read_student",
 ]
+
+
+class _Callable(types.ModuleType):
+    """Lets the package be called: ``hgkd.export(checkpoint, out, to="timm")`` is :func:`hgkd.export.export`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ExportReport:
+        return export(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

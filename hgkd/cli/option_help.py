@@ -1,0 +1,27 @@
+"""What the help of ``hgkd train`` and ``hgkd test`` says of options: generated from their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hgkd.engine import SHORT_OPTIONS
+from hgkd.openmmlab.config import SHORT_OPTIONS as DOWNSTREAM_OPTIONS
+
+
+def help_text(examples: str, codes: Mapping[int, str]) -> str:
+    """What --help says after the arguments: the short options, how options win, examples and exit codes."""
+    lines = ["short options of pretraining and fine-tuning (for --cfg-options):"]
+    lines += [f"  {name:<18} {option.help}" for name, option in SHORT_OPTIONS.items()]
+    lines += ["", "short options of detectors and segmentors:"]
+    lines += [f"  {name:<18} {text}" for name, text in DOWNSTREAM_OPTIONS.items()]
+    lines += [
+        "",
+        "The command line wins over the config, and a config over those in its _base_. A short option and the dotted path that",
+        "it stands for are one setting: two different values on the command line are refused. None: not given.",
+        "",
+        "examples:",
+        examples,
+        "",
+        "exit codes:",
+    ]
+    return "\n".join([*lines, *(f"  {code}  {text}" for code, text in codes.items())])
