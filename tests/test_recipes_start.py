@@ -8,12 +8,14 @@ import copy
 import pytest
 import timm
 from safetensors.torch import save_file
-from tiny_runs import ROOT, load_tool, train_tool, write_images
+from tiny_runs import ROOT, write_images
 
+from hgkd.api import test as test_api
+from hgkd.api import train as train_tool
+from hgkd.cli import train as train_command
 from hgkd.distillers import MAEPretraining
 from hgkd.engine.checkpoints import read_run_checkpoint
 
-test_tool = load_tool("test")
 PRETRAINING = sorted(path for path in (ROOT / "configs").glob("*/*.py") if path.parent.name not in ("_base_", "comparisons"))
 CLASSIFICATION = sorted((ROOT / "downstream/classification").glob("*.py"))
 VIT = dict(embed_dim=32, num_heads=2)
@@ -90,7 +92,7 @@ def teacher_options(cfg, folder):
 def start(recipe, options, folder):
     """Dry run at full length and training of one step; the runner, and the options of its epoch."""
     cfg = train_tool.load_config(recipe, folder / "run", options=options)
-    assert "finite yes" in " ".join(train_tool.dry_run(copy.deepcopy(cfg)).split())
+    assert "finite yes" in " ".join(train_command.dry_run(copy.deepcopy(cfg)).split())
     options = {**options, "epochs": 1, "default_hooks.logger.interval": 1}
     if any(part.type == "LinearLR" for part in cfg.param_scheduler):
         options["warmup_epochs"] = 0
@@ -117,5 +119,5 @@ def test_a_classifier_starts(recipe, images, tmp_path, monkeypatch):
     cfg = train_tool.Config.fromfile(recipe)
     options = small(images, val_root=images, num_classes=2, **shrink(cfg), **teacher_options(cfg, tmp_path))
     _, options = start(recipe, options, tmp_path)
-    metrics = test_tool.run_test(recipe, tmp_path / "run/epoch_1.pth", options=options)
+    metrics = test_api.run_test(recipe, tmp_path / "run/epoch_1.pth", options=options)
     assert 0 <= metrics["accuracy/top1"] <= 100

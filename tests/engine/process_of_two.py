@@ -12,9 +12,10 @@ import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from tiny_runs import SPARK, tiny, train_tool
+from tiny_runs import SPARK, tiny
 from torch.distributed.device_mesh import init_device_mesh
 
+from hgkd.api import train as train_tool
 from hgkd.distillers import MaskedDistiller
 from hgkd.engine.hooks import plain_model
 from hgkd.engine.loop import StepGuard

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from tiny_runs import HGKD, ROOT, SPARK, tiny, tiny_hgkd, train_tool, write_images
+from tiny_runs import HGKD, ROOT, SPARK, tiny, tiny_hgkd, write_images
 
+from hgkd.api import train as train_tool
+from hgkd.cli import train as train_command
 from hgkd.engine import read_config
 from hgkd.engine.dry_run import dry_run
 from hgkd.engine.hooks import DivergedError
@@ -79,7 +81,7 @@ def test_a_teacher_that_overflows_is_named_and_the_exit_code_is_2(images, capsys
     monkeypatch.setattr(module.TimmTeacher, "freeze", overflowing)
     options = tiny_hgkd(images, **{"model.teacher.dtype": "float16"})
     arguments = [f"{key}={value}" for key, value in options.items()]
-    assert train_tool.main([str(HGKD), "--dry-run", "--work-dir", "run", "--cfg-options", *arguments]) == 2
+    assert train_command.main([str(HGKD), "--dry-run", "--work-dir", "run", "--cfg-options", *arguments]) == 2
     error = capsys.readouterr().err
     assert "the teacher's module" in error
     assert "not finite in float16; set model.teacher.dtype='bfloat16', or 'float32'" in error

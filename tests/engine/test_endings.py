@@ -13,8 +13,10 @@ import timm
 import torch
 from mmengine.hooks import Hook
 from tiny_runs import HGKD as HGKD_RECIPE
-from tiny_runs import SPARK, tiny, tiny_hgkd, train_tool, write_images
+from tiny_runs import SPARK, tiny, tiny_hgkd, write_images
 
+from hgkd.api import train as train_tool
+from hgkd.cli import train as train_command
 from hgkd.engine import find_last_checkpoint
 from hgkd.engine.checkpoints import CheckpointWriteError, RunCheckpointHook, tell_system_errors, write_bytes
 from hgkd.engine.hooks import SteadyTimerHook, plain_model
@@ -123,7 +125,7 @@ def test_errors_of_other_kinds_go_on_as_they_are(tmp_path):
 def test_a_work_folder_that_cannot_be_made(images, tmp_path, capsys):
     (tmp_path / "file").touch()
     options = [f"{key}={value}" for key, value in tiny(images).items()]
-    assert train_tool.main([str(SPARK), "--work-dir", str(tmp_path / "file/below"), "--cfg-options", *options]) == 2
+    assert train_command.main([str(SPARK), "--work-dir", str(tmp_path / "file/below"), "--cfg-options", *options]) == 2
     error = capsys.readouterr().err
     assert "the system refuses" in error
     assert "Not a directory" in error
@@ -257,7 +259,7 @@ def test_a_signal_while_the_run_is_built(monkeypatch, capsys, number):
     before = signal.getsignal(number)
     monkeypatch.setattr(train_tool, "train", lambda *arguments: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as caught:
-        train_tool.main(["x.py"])
+        train_command.main(["x.py"])
     assert caught.value.code == 128 + number
     error = capsys.readouterr().err
     assert error.startswith(f"stopped by {number.name} outside of the training steps")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from mmengine.hooks import Hook
 from PIL import Image
-from tiny_runs import SPARK, tiny, train_tool, write_images
+from tiny_runs import SPARK, tiny, write_images
 
+from hgkd.api import train as train_tool
 from hgkd.data import UnlabelledImages
 from hgkd.errors import DataError
 

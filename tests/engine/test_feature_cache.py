@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tiny_runs import HGKD, tiny_hgkd, train_tool, write_images
+from tiny_runs import HGKD, tiny_hgkd, write_images
 
+from hgkd.cli import train as train_command
 from hgkd.engine.feature_cache import TeacherCacheHook
 from hgkd.teachers.cache import store_bytes
 
@@ -45,14 +46,14 @@ def test_the_size_is_said_by_a_dry_run_and_in_the_log(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = arguments(images, tmp_path, teacher_features=tmp_path / "features", epochs=1, warmup_epochs=0)
-    assert train_tool.main([*given, "--dry-run"]) == 0
+    assert train_command.main([*given, "--dry-run"]) == 0
     said = re.search(r"teacher's features +(\S+ \S+) for 16 images in (\S+); .* free", capsys.readouterr().out)
     assert said is not None
     assert said[2] == str(tmp_path / "features")
     assert not (tmp_path / "features").exists()
     logged: list[str] = []
     monkeypatch.setattr("hgkd.teachers.cache.print_log", lambda text, *_: logged.append(text))
-    assert train_tool.main(given) == 0
+    assert train_command.main(given) == 0
     assert f"features of 16 images take {said[1]} in" in logged[0]
     files = sum(file.stat().st_size for file in (tmp_path / "features").glob("*.npy"))
     assert files == store_bytes(16, 1, 32, (4, 4)) + 2 * 128
@@ -68,7 +69,7 @@ def test_a_teacher_that_overflows_ends_a_run_before_its_first_step(
     if not stored:
         given[0] = str(HGKD.with_name("hgkd_vit-s14_resnet18_20e_imagenet-sample224.py"))
         given = [part for part in given if not part.startswith(("teacher_features", "model.objectives.pooled"))]
-    assert train_tool.main([*given, *more]) == 2
+    assert train_command.main([*given, *more]) == 2
     error = capsys.readouterr().err
     assert "block 1 (blocks.1.mlp.fc2) gives inf in float16 on the first images" in error
     assert "dtype=bfloat16" in error
@@ -82,5 +83,5 @@ def test_random_crops_are_refused_by_a_dry_run_too(images: Path, tmp_path: Path,
     transform = {"train_dataloader.dataset.transform.kind": "train"}
     given = arguments(images, tmp_path, teacher_features=tmp_path / "features", **transform)
     for more in ([], ["--dry-run"]):
-        assert train_tool.main([*given, *more]) == 2
+        assert train_command.main([*given, *more]) == 2
         assert "needs pictures that are the same in every epoch" in capsys.readouterr().err

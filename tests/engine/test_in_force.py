@@ -8,9 +8,10 @@ import pytest
 import torch
 from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, OptimWrapper
 from mmengine.registry import MODELS as ROOT_MODELS
-from tiny_runs import HGKD, ROOT, SPARK, tiny, tiny_hgkd, train_tool, write_images
+from tiny_runs import HGKD, ROOT, SPARK, tiny, tiny_hgkd, write_images
 from torch import nn
 
+from hgkd.api import train as train_tool
 from hgkd.engine.in_force import cells_text, images_text, kept_at_once, normalisation, rate_text, store_bytes, tensor_bytes
 from hgkd.engine.weights import read_checkpoint
 

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.config import Config
-from tiny_runs import HGKD, ROOT, SPARK, train_tool
+from tiny_runs import HGKD, ROOT, SPARK
 
+from hgkd.api import train as train_tool
+from hgkd.cli import train as train_command
 from hgkd.engine import apply_short_options, read_config
 
 FINETUNE = ROOT / "downstream/classification/resnet18_10e_cifar128.py"
@@ -105,7 +107,7 @@ def test_two_values_on_one_level_are_refused(typed, message, tmp_path, capsys):
     for key in typed:
         load(HGKD, {key: typed[key]})
     arguments = [f"{key}={value}" for key, value in typed.items()]
-    assert train_tool.main([str(HGKD), "--work-dir", str(tmp_path), "--cfg-options", *arguments]) == 2
+    assert train_command.main([str(HGKD), "--work-dir", str(tmp_path), "--cfg-options", *arguments]) == 2
     assert "take one of them out" in capsys.readouterr().err
 
 

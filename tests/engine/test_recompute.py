@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_runs import SPARK, tiny, train_tool, write_images
+from tiny_runs import SPARK, tiny, write_images
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hgkd.api import train as train_tool
 from hgkd.engine.loop import StepGuard, seed_step
 from hgkd.engine.recompute import recompute_activations
 

@@ -13,8 +13,9 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
-from tiny_runs import ROOT, SPARK, same, tiny, train_tool, write_images
+from tiny_runs import ROOT, SPARK, same, tiny, write_images
 
+from hgkd.api import train as train_tool
 from hgkd.data import images as reading
 from hgkd.engine import CheckpointWriteError, find_last_checkpoint
 from hgkd.engine.weights import read_checkpoint

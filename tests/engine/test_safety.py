@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_runs import SPARK, load_tool, tiny, train_tool, write_images
+from tiny_runs import SPARK, load_tool, tiny, write_images
 
+from hgkd.api import train as train_tool
+from hgkd.cli import train as train_command
 from hgkd.engine import read_config
 
 
@@ -57,7 +59,7 @@ def test_malicious_pickles_are_refused_and_do_nothing(images, tmp_path, use, cap
         if use == "teacher":
             arguments = [str(SPARK.parents[1] / "hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py")]
             options += ["teacher=vit_tiny_patch16_224", f"teacher_checkpoint={name}"]
-        assert train_tool.main([*arguments, "--work-dir", "run", "--cfg-options", *options]) == 2
+        assert train_command.main([*arguments, "--work-dir", "run", "--cfg-options", *options]) == 2
         assert re.search(f"error: {name} .*{reason}", capsys.readouterr().err)
         assert not marker.exists()
 

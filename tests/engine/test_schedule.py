@@ -1,8 +1,9 @@
 """The two halves of a schedule, and what becomes of a warm-up in a very short training."""
 
 import pytest
-from tiny_runs import SPARK, tiny, train_tool, write_images
+from tiny_runs import SPARK, tiny, write_images
 
+from hgkd.cli import train as train_command
 from hgkd.engine.schedule import rate_entries, shorter_warmup, without_empty_warmup
 
 LINEAR, COSINE = dict(type="LinearLR", begin=0), dict(type="CosineAnnealingLR")
@@ -46,7 +47,7 @@ def test_one_epoch_is_all_that_needs_to_be_said(count, tmp_path, capsys, monkeyp
     options = tiny(images, epochs=1, batch_size=2, val_train_root=None, val_test_root=None)
     options.pop("warmup_epochs")
     arguments = [f"{key}={value}" for key, value in options.items()]
-    assert train_tool.main([str(SPARK), "--work-dir", "run", "--cfg-options", *arguments]) == 0
+    assert train_command.main([str(SPARK), "--work-dir", "run", "--cfg-options", *arguments]) == 0
     note = "note: the warm-up of 1 epochs is not shorter than epochs=1: it takes 0.1 now (warmup_epochs=... sets it)"
     assert note in capsys.readouterr().err
     (log,) = (tmp_path / "run").glob("*/*.log")

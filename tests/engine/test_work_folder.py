@@ -6,8 +6,10 @@ import sys
 
 import pytest
 from mmengine.hooks import Hook
-from tiny_runs import SPARK, tiny, train_tool, write_images
+from tiny_runs import SPARK, tiny, write_images
 
+from hgkd.api import train as train_tool
+from hgkd.cli import train as train_command
 from hgkd.engine.work_folder import LOCK_NAME, FolderInUseError, check_unused, lock_folder, release_folder, results_in
 
 pytest.importorskip("fcntl")
@@ -104,7 +106,7 @@ def test_trainings(tmp_path, monkeypatch, capsys):
     arguments = [str(SPARK), "--work-dir", str(run), "--cfg-options", *(f"{k}={v}" for k, v in options.items())]
     # 1. while another one runs there: nothing is touched
     with Other(run):
-        assert train_tool.main(arguments) == 2
+        assert train_command.main(arguments) == 2
     assert [path.name for path in run.iterdir()] == [LOCK_NAME]
     assert "is in use by a training: process 4711 on other" in capsys.readouterr().err
     # 2. it was killed: the lock is taken over, held to the end, and left to nobody
@@ -117,11 +119,11 @@ def test_trainings(tmp_path, monkeypatch, capsys):
     assert "is taken over: process 4711 on other" in next(run.glob("*/*.log")).read_text()
     # 3. a new training in the same folder
     before = sorted(run.rglob("*"))
-    assert train_tool.main(arguments) == 2
+    assert train_command.main(arguments) == 2
     assert sorted(run.rglob("*")) == before
     error = capsys.readouterr().err
     assert "holds the results of a training (epoch_1.pth), which a new training would overwrite" in error
     assert "Traceback" not in error
     # 4. both ways out, and a look ahead that writes nothing there
-    assert train_tool.main([*arguments, "--resume"]) == 0
-    assert train_tool.main([*arguments, "--dry-run"]) == 0
+    assert train_command.main([*arguments, "--resume"]) == 0
+    assert train_command.main([*arguments, "--dry-run"]) == 0

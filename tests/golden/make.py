@@ -16,8 +16,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from downstream_runs import shapes_coco, tiny_detector  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_golden import CLASSIFIER, ENCODER, HGKD_OPTIONS, LOADERS, detector, outputs_of  # noqa: E402
-from tiny_runs import HGKD, ROOT, tiny, train_tool, write_images  # noqa: E402
+from tiny_runs import HGKD, ROOT, tiny, write_images
 
+from hgkd.api import train as train_tool  # noqa: E402
 from hgkd.engine.checkpoints import seal  # noqa: E402
 from hgkd.export import export, load_backbone  # noqa: E402
 from hgkd.sparse import save_sparse, sparsify  # noqa: E402

@@ -9,9 +9,10 @@ import timm
 import torch
 from downstream_runs import RETINANET, need, scope
 from safetensors.torch import load_file
-from tiny_runs import HGKD, tiny, train_tool, write_images
+from tiny_runs import HGKD, tiny, write_images
 from torch import Tensor
 
+from hgkd.api import train as train_tool
 from hgkd.classifiers import ClassifierTeacher, ImageClassifier, load_classifier
 from hgkd.engine.weights import load_strict, read_weights
 from hgkd.evaluation import load_extractor

@@ -5,6 +5,7 @@ from downstream_runs import DETECTOR, FASTER_HEAD, RECIPES, SEGMENTOR, need, sha
 from mmengine.config import Config
 from tiny_runs import ROOT
 
+from hgkd.cli import train as train_command
 from hgkd.engine import read_config
 from hgkd.openmmlab import rehearse
 from hgkd.openmmlab.config import file_options
@@ -104,7 +105,7 @@ def test_configs_of_the_installed_packages(tmp_path, capsys):
         ("mmdet::retinanet/retinanet_r18_fpn_1x_cocos.py", "did you mean mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"),
         ("mmfoo::a/b.py", "no package 'mmfoo' with configs is installed; installed are mmdet, mmseg"),
     ):
-        assert train_tool.main([name, "--work-dir", str(tmp_path)]) == 2
+        assert train_command.main([name, "--work-dir", str(tmp_path)]) == 2
         assert near in capsys.readouterr().err
 
 

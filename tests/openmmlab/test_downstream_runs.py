@@ -23,6 +23,7 @@ from mmengine.visualization import Visualizer
 from PIL import Image
 from tiny_runs import ROOT, load_tool, torchrun
 
+from hgkd.cli import train as train_command
 from hgkd.data.shapes import CLASSES
 from hgkd.errors import DataError, StoppedError, WeightsError
 from hgkd.openmmlab import DownstreamRunner, draw_predictions
@@ -118,7 +119,7 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = shapes_coco(tmp_path / "data")
     options = as_arguments({**tiny_detector(root), **FASTER_HEAD})
-    assert train_tool.main([str(DETECTOR), "--dry-run", *options]) == 0
+    assert train_command.main([str(DETECTOR), "--dry-run", *options]) == 0
     found = capsys.readouterr().out
     assert "2 steps of 2 images out of 4" in found
     assert "loss_rpn_cls" in found
@@ -129,7 +130,7 @@ def test_a_dry_run_with_batches_by_shape(tmp_path, capsys):
     options = {**tiny_detector(shapes_coco(tmp_path / "data")), **FASTER_HEAD}
     cfg = train_tool.load_config(DETECTOR, options=options)
     cfg.train_dataloader.batch_sampler = dict(type="AspectRatioBatchSampler")  # COCO's recipes
-    assert "2 steps of 2 images out of 4" in train_tool.rehearse(cfg)
+    assert "2 steps of 2 images out of 4" in train_command.rehearse(cfg)
 
 
 def test_a_wrong_backbone_ends_the_run_before_training(tmp_path, capsys):
@@ -137,7 +138,7 @@ def test_a_wrong_backbone_ends_the_run_before_training(tmp_path, capsys):
     weights = timm.create_model("resnet18", num_classes=0).state_dict()
     torch.save({f"backbone.{key}": value for key, value in weights.items()}, tmp_path / "backbone.pth")
     options = {**tiny_detector(root), **FASTER_HEAD, "backbone": str(tmp_path / "backbone.pth")}
-    assert train_tool.main([str(DETECTOR), "--work-dir", str(tmp_path / "run"), *as_arguments(options)]) == 2
+    assert train_command.main([str(DETECTOR), "--work-dir", str(tmp_path / "run"), *as_arguments(options)]) == 2
     assert "has the prefix 'backbone.'" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pth"))
 
@@ -201,7 +202,7 @@ def test_a_frozen_random_backbone_is_refused(tmp_path):
     frozen = {**options, "model.backbone.frozen_stages": 1}
     cfg = train_tool.load_config(DETECTOR, options=frozen)
     with pytest.raises(ValueError, match="the backbone starts from random weights, and its first layers are frozen"):
-        train_tool.rehearse(cfg)
+        train_command.rehearse(cfg)
     checkpoint = tmp_path / "start.pth"
     with scope("mmdet"):
         torch.save({"state_dict": MODELS.build(cfg.model).state_dict(), "meta": {}}, checkpoint)
@@ -219,7 +220,7 @@ def test_an_unreadable_test_image_is_named(tmp_path, split, capsys):
     file = root / "images/val/000001.jpg"
     file.write_bytes(file.read_bytes()[:600])  # cut off
     if split == "val":
-        called = train_tool.main([str(DETECTOR), "--work-dir", str(tmp_path / "run"), *as_arguments(options)])
+        called = train_command.main([str(DETECTOR), "--work-dir", str(tmp_path / "run"), *as_arguments(options)])
     else:
         called = measure_tool.main([str(DETECTOR), str(tmp_path / "model.pth"), *as_arguments(options)])
         with pytest.raises(DataError, match=r"image .*000001.jpg cannot be read"):

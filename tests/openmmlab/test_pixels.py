@@ -9,10 +9,11 @@ import re
 import pytest
 import timm
 import torch
-from downstream_runs import DETECTOR, FASTER_HEAD, need, shapes_coco, tiny_detector, train_tool
+from downstream_runs import DETECTOR, FASTER_HEAD, need, shapes_coco, tiny_detector
 from mmengine.config import Config
 from student_checkpoints import write_student
 
+from hgkd.cli import train as train_command
 from hgkd.export import export
 from hgkd.openmmlab.weights import Pixels, check_pixels, prepared_pixels
 
@@ -65,14 +66,14 @@ def test_an_export_on_other_images_is_refused_and_the_remedy_works(exported, tar
     wrong = {"mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0], "bgr_to_rgb": False}
     options |= {f"model.data_preprocessor.{key}": value for key, value in wrong.items()}
     words = [f"{key}={str(value).replace(' ', '')}" for key, value in options.items()]
-    assert train_tool.main([str(DETECTOR), "--dry-run", "--cfg-options", *words]) == 2
+    assert train_command.main([str(DETECTOR), "--dry-run", "--cfg-options", *words]) == 2
     told = capsys.readouterr().err
     assert "was trained with images prepared as RGB, mean [123.675,116.28,103.53], deviation [58.395,57.12,57.375]" in told
     assert "this config prepares them as BGR, mean [103.53,116.28,123.675], deviation [1,1,1]" in told
     remedy = re.search(r"Set --cfg-options (.*)", told)[1].split()
     assert len(remedy) == 3
     changed = [word for word in words if "data_preprocessor" not in word]
-    assert train_tool.main([str(DETECTOR), "--dry-run", "--cfg-options", *changed, *remedy]) == 0
+    assert train_command.main([str(DETECTOR), "--dry-run", "--cfg-options", *changed, *remedy]) == 0
 
 
 @pytest.fixture

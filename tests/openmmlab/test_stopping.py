@@ -11,6 +11,7 @@ from downstream_runs import FASTER_HEAD, need, shapes_ade20k, shapes_coco, tiny_
 from mmengine.hooks import Hook
 from tiny_runs import ROOT, torchrun
 
+from hgkd.cli import train as train_command
 from hgkd.engine.checkpoints import find_last_checkpoint
 from hgkd.engine.hooks import DivergedError
 from hgkd.openmmlab import DownstreamRunner
@@ -212,7 +213,7 @@ def test_a_dry_run_with_a_loss_that_is_not_finite(tmp_path):
     cfg = train_tool.load_config(SEGMENTOR, options=tiny_segmentor(shapes_ade20k(tmp_path / "data")))
     cfg.model.decode_head.loss_decode.loss_weight = float("inf")
     with pytest.raises(DivergedError, match=r"loss or gradient of the first step is not finite: .*decode.loss_ce inf.*Look at"):
-        train_tool.rehearse(cfg)
+        train_command.rehearse(cfg)
 
 
 # lengths
@@ -223,7 +224,7 @@ def test_a_training_without_a_step(tmp_path, capsys):
     options["train_dataloader.drop_last"] = True
     cfg = train_tool.load_config(DETECTOR, tmp_path / "run", options=options)
     message = r"no training step: train_dataloader has 4 images, which do not fill one batch of 8 on .*\(drop_last=True\)"
-    for start in (train_tool.train, train_tool.rehearse):
+    for start in (train_tool.train, train_command.rehearse):
         with pytest.raises(ValueError, match=message):
             start(cfg)
 
@@ -249,7 +250,7 @@ def test_a_length_that_is_no_whole_number(tmp_path):
 def test_one_value_a_channel(tmp_path):
     cfg = train_tool.load_config(SEGMENTOR, options={**tiny_segmentor(shapes_ade20k(tmp_path / "data")), "batch_size": 1})
     with pytest.raises(ValueError, match=r"a batch normalisation sees one value a channel.*Set batch_size=2 or more"):
-        train_tool.rehearse(cfg)
+        train_command.rehearse(cfg)
 
 
 def test_another_loop_is_said(tmp_path):

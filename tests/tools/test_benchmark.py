@@ -1,18 +1,17 @@
 """tools/benchmark.py: what it reports and refuses. How fast anything is, no test says."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import write_images
 
+from hgkd.api import benchmark as benchmark_api
+from hgkd.cli import benchmark
 from hgkd.sparse import CellLayout
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-from tools import benchmark  # noqa: E402
 
 SPARSE = ["sparse", "--student", "test_resnet", "--image-size", "64", "--mask-ratio", "0.75", "--batch-size", "2"]
 TINY = {
@@ -54,13 +53,13 @@ def test_peak_memory_counts_live_tensors_only() -> None:
         del kept
 
     there_before = torch.zeros(2**20)
-    assert benchmark._peak_mb(step, cuda=False) == 2.0
+    assert benchmark_api._peak_mb(step, cuda=False) == 2.0
 
 
 def test_index_clock_counts_nested_building_once() -> None:
     now = iter(range(100))
     layout = CellLayout(torch.ones(1, 2, 2, dtype=torch.bool), 4)
-    clock = benchmark._IndexClock(lambda: next(now))
+    clock = benchmark_api._IndexClock(lambda: next(now))
     with clock.running():
         layout.keep("outer", lambda: layout.keep("inner", lambda: 1))
     assert clock.seconds == 2  # readings 0 and 2; the start of the inner one, 1, lies within
@@ -73,7 +72,7 @@ def test_distill_measures_a_recipe(tmp_path, monkeypatch) -> None:
     (tmp_path / "images").mkdir()
     recipe = ROOT / "configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py"
     folders = {key: str(tmp_path / "images") for key in ("data_root", "val_train_root", "val_test_root")}
-    result = benchmark.benchmark_distill(recipe, {**TINY, **folders}, batch_size=2, backends=["gather", "dense"], repeats=1)
+    result = benchmark_api.benchmark_distill(recipe, {**TINY, **folders}, batch_size=2, backends=["gather", "dense"], repeats=1)
     assert [row["backend"] for row in result["results"]] == ["gather", "dense"]
     assert result["settings"]["visible_cells"] == [2, 4]
     assert result["limit"] == 2.0

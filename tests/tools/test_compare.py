@@ -1,26 +1,23 @@
 """tools/compare.py: plans, the order of runs, the table, and one small comparison from training to table."""
 
 import csv
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_runs import train_tool
 
+from hgkd.api import compare as api
+from hgkd.api import train as train_tool
+from hgkd.cli import compare as tool
+from hgkd.cli import train as train_command
 from hgkd.data.shapes import write_imagefolder
 from hgkd.errors import StoppedError
 
 ROOT = Path(__file__).parents[2]
 SPARK = "configs/spark/spark_resnet18_shapes.py"
 
-_spec = importlib.util.spec_from_file_location("hgkd_tools_compare", ROOT / "tools/compare.py")
-tool = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = tool  # dataclasses look their module up
-_spec.loader.exec_module(tool)
 
 EVALUATE = 'evaluate = dict(methods=["knn"], train="{data}/train", test="{data}/test", image_size=64, workers=0)\n'
 
@@ -33,7 +30,7 @@ def plan_file(tmp_path, rows, options="{}"):
 
 def test_values_are_filled_in_everywhere(tmp_path):
     file = plan_file(tmp_path, [{"name": "a", "config": SPARK}], {"data_root": "{data}/train", "limit": 3})
-    plan = tool.read_plan(file, {"data": "/x"})
+    plan = api.read_plan(file, {"data": "/x"})
     assert plan["options"] == {"data_root": "/x/train", "limit": 3}
     assert plan["evaluate"]["test"] == "/x/test"
 
@@ -41,7 +38,7 @@ def test_values_are_filled_in_everywhere(tmp_path):
 def test_a_plan_may_be_yaml(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text(f'rows: [{{name: a, config: {SPARK}, seeds: [0, 1]}}]\nscores: {{"top-1 %": accuracy/top1}}\n')
-    assert [job.seed for job in tool.jobs_of(tool.read_plan(file, {}), tmp_path)] == [0, 1]
+    assert [job.seed for job in api.jobs_of(api.read_plan(file, {}), tmp_path)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -57,19 +54,19 @@ def test_a_plan_may_be_yaml(tmp_path):
 )
 def test_a_plan_that_is_wrong_is_refused(tmp_path, rows, values, message):
     with pytest.raises(ValueError, match=message):
-        tool.read_plan(plan_file(tmp_path, rows), values)
+        api.read_plan(plan_file(tmp_path, rows), values)
 
 
 def test_slips_are_told_before_the_first_run(tmp_path, monkeypatch, capsys):
     rows = [{"name": "a+b", "config": SPARK}, {"name": "a b", "config": SPARK}]
     file = plan_file(tmp_path, rows)
     with pytest.raises(ValueError, match=r"rows 'a\+b' and 'a b' would share the folder .*a_b_seed0; rename one of them"):
-        tool.jobs_of(tool.read_plan(file, {"data": "/x"}), tmp_path)
+        api.jobs_of(api.read_plan(file, {"data": "/x"}), tmp_path)
     monkeypatch.chdir(tmp_path)  # a recipe of this project is found from everywhere
-    assert tool.read_plan(file, {"data": "/x"})["rows"][0]["config"] == str(ROOT / SPARK)
+    assert api.read_plan(file, {"data": "/x"})["rows"][0]["config"] == str(ROOT / SPARK)
     file = plan_file(tmp_path, [{"name": "a", "config": "configs/gone.py"}])
     with pytest.raises(FileNotFoundError, match=r"row 'a': config configs/gone\.py does not exist, neither in .* nor in "):
-        tool.read_plan(file, {"data": "/x"})
+        api.read_plan(file, {"data": "/x"})
     assert tool.main([str(file), "--work-dir", "out", "--jobs", "0", "--set", "data=/x"]) == 2
     assert "jobs is the number of runs at a time, 1 or more, got 0" in capsys.readouterr().err
 
@@ -83,8 +80,8 @@ def test_options_arrive_as_they_were_meant(tmp_path):
         "d": (1, [2]),
         "e": None,
     }
-    job = tool.Job("a", 0, tmp_path, SPARK, options, {}, {})
-    read = train_tool.parse_args(job.train_command[1:]).cfg_options
+    job = api.Job("a", 0, tmp_path, SPARK, options, {}, {})
+    read = train_command.parse_args(job.train_command[1:]).cfg_options
     assert read == {**options, "d": [1, [2]]}
 
 
@@ -92,9 +89,9 @@ def test_a_plan_with_an_unknown_key_or_without_a_file_is_refused(tmp_path):
     file = plan_file(tmp_path, [{"name": "a", "config": SPARK}])
     file.write_text(file.read_text() + "seeds = [0]\n")
     with pytest.raises(ValueError, match="unknown key 'seeds'; a plan has evaluate, options, rows"):
-        tool.read_plan(file, {"data": "/x"})
+        api.read_plan(file, {"data": "/x"})
     with pytest.raises(FileNotFoundError, match="plan does not exist"):
-        tool.read_plan(tmp_path / "no.py", {})
+        api.read_plan(tmp_path / "no.py", {})
 
 
 def test_runs_go_seed_by_seed_and_a_row_overrides_the_shared_options(tmp_path):
@@ -103,15 +100,15 @@ def test_runs_go_seed_by_seed_and_a_row_overrides_the_shared_options(tmp_path):
         {"name": "b", "config": SPARK, "seeds": [0, 1]},
         {"name": "random", "backbone": "resnet18"},
     ]
-    plan = tool.read_plan(plan_file(tmp_path, rows, {"epochs": 5}), {"data": "/x"})
-    jobs = tool.jobs_of(plan, tmp_path)
+    plan = api.read_plan(plan_file(tmp_path, rows, {"epochs": 5}), {"data": "/x"})
+    jobs = api.jobs_of(plan, tmp_path)
     assert [(job.row, job.seed) for job in jobs] == [("a", 0), ("b", 0), ("random", 0), ("a", 1), ("b", 1)]
     assert [job.options.get("epochs") for job in jobs] == [2, 5, None, 2, 5]
     assert jobs[3].train_command[-2:] == ["epochs=2", "seed=1"]
     assert jobs[2].evaluate["backbone"] == "resnet18"
-    assert [job.row for job in tool.jobs_of(plan, tmp_path, ["b"])] == ["b", "b"]
+    assert [job.row for job in api.jobs_of(plan, tmp_path, ["b"])] == ["b", "b"]
     with pytest.raises(ValueError, match="the plan has no row 'c'; it has a, b, random"):
-        tool.jobs_of(plan, tmp_path, ["c"])
+        api.jobs_of(plan, tmp_path, ["c"])
 
 
 def test_table_by_hand():
@@ -121,7 +118,7 @@ def test_table_by_hand():
     timed = {"train_seconds": 10.0, "train_cpu_seconds": 19.6, "images_per_s": 42.4, "teacher_share": 0.31}
     timed["command"] = "python tools/train.py x"
     resumed = {**timed, "train_seconds": 1.0, "resumed": True}
-    table = tool.table_of(
+    table = api.table_of(
         [
             result("random", 0, 20.0, evaluate_command="python tools/evaluate.py"),
             result("a", 0, 30.0, **timed),
@@ -138,10 +135,10 @@ def test_table_by_hand():
 def test_plans_of_detectors_and_segmentors(tmp_path):
     values = dict.fromkeys(("data", "pixels", "hgkd", "dense", "teacher"), "/x")
     for name in ("bccd", "camvid", "bccd_mgd", "camvid_mgd"):
-        jobs = tool.jobs_of(tool.read_plan(ROOT / f"configs/comparisons/{name}.py", values), tmp_path)
+        jobs = api.jobs_of(api.read_plan(ROOT / f"configs/comparisons/{name}.py", values), tmp_path)
         assert {job.seed for job in jobs} == {0, 1, 2}
         assert all((ROOT / job.config).is_file() for job in jobs)
-    job = tool.jobs_of(tool.read_plan(ROOT / "configs/comparisons/bccd.py", values), tmp_path, ["pixels"])[1]
+    job = api.jobs_of(api.read_plan(ROOT / "configs/comparisons/bccd.py", values), tmp_path, ["pixels"])[1]
     assert {"--cfg-options", "data_root=/x", "backbone=/x", "seed=1"} <= set(job.train_command)
 
 
@@ -152,13 +149,13 @@ def test_a_run_gets_no_more_threads_than_its_caller_allows(tmp_path, monkeypatch
         seen.update(env)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool.subprocess, "Popen", start)
+    monkeypatch.setattr(api.subprocess, "Popen", start)
     for allowed, given in ((None, "4"), ("1", "1"), ("9", "4")):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if allowed:
             monkeypatch.setenv("OMP_NUM_THREADS", allowed)
         with pytest.raises(KeyboardInterrupt):
-            tool._process(["tools/train.py"], tmp_path / "log", threads=4)
+            api._process(["tools/train.py"], tmp_path / "log", threads=4)
         assert seen["OMP_NUM_THREADS"] == given
 
 
@@ -166,30 +163,30 @@ def test_a_score_may_have_a_factor(tmp_path):
     log = tmp_path / "x/vis_data/scalars.json"
     log.parent.mkdir(parents=True)
     log.write_text('{"coco/bbox_mAP": 0.125, "step": 3}\n{"coco/bbox_mAP": 0.25, "step": 6}\n')
-    found = tool._log(tool.Job("a", 0, tmp_path, "x.py", {}, {}, {"box AP": ["coco/bbox_mAP", 100]}))
+    found = api._log(api.Job("a", 0, tmp_path, "x.py", {}, {}, {"box AP": ["coco/bbox_mAP", 100]}))
     assert found["curves"] == {"box AP": [[3, 12.5], [6, 25.0]]}
 
 
 def test_a_validation_that_finds_nothing_counts_as_nothing(tmp_path):
     """Of a detector without a single detection mmdet logs no score; an earlier epoch's is not its."""
-    job = tool.Job("a", 0, tmp_path, "x.py", {}, {}, {"box AP": ["coco/bbox_mAP", 100]})
+    job = api.Job("a", 0, tmp_path, "x.py", {}, {}, {"box AP": ["coco/bbox_mAP", 100]})
     log = tmp_path / "x/vis_data/scalars.json"
     log.parent.mkdir(parents=True)
     first, nothing = '{"coco/bbox_mAP": 0.125, "step": 3}\n', '{"data_time": 0.1, "time": 0.2, "step": 6}\n'
     log.write_text(first + '{"lr": 0.1, "loss": 1.0, "step": 5}\n' + nothing)
-    found = tool._log(job)
+    found = api._log(job)
     assert found["curves"] == {"box AP": [[3, 12.5], [6, 0.0]]}
     assert found["found_nothing"] == [6]
     result = {"row": "a", "seed": 0, "command": "c", "scores": {"box AP": {"value": 0.0}}, **found}
-    assert "- a, seed 0: nothing was found in the validation at 6, which counts as 0" in tool.table_of([result])
+    assert "- a, seed 0: nothing was found in the validation at 6, which counts as 0" in api.table_of([result])
     log.write_text(first + nothing + nothing.replace("}", ', "coco/bbox_mAP": 0.5}'))  # resumed, and then it found something
-    assert tool._log(job)["curves"] == {"box AP": [[3, 12.5], [6, 50.0]]}
+    assert api._log(job)["curves"] == {"box AP": [[3, 12.5], [6, 50.0]]}
     log.write_text(nothing)
     with pytest.raises(StoppedError, match="it logged nothing, as of a detector that finds nothing; train for longer"):
-        tool._log(job)
+        api._log(job)
     log.write_text(first + '{"mIoU": 0.5, "step": 6}\n')
     with pytest.raises(StoppedError, match=r"the last validation in .*, at 6, did not log 'coco/bbox_mAP', .* it logged mIoU"):
-        tool._log(job)
+        api._log(job)
 
 
 def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
@@ -270,24 +267,24 @@ def test_runs_that_measure_themselves_from_training_to_the_table(tmp_path, monke
     table = Path("out/table.md").read_text()
     assert f"| fine-tuned | {curve[-1][1]:.1f} | 1 |" in table
     assert f"- fine-tuned: {curve[0][1]:.1f}, {curve[1][1]:.1f}" in table
-    misspelt = tool.Job("fine-tuned", 1, Path("out/fine-tuned_seed1"), config, {}, {}, {"top-1 %": "accuracy/top_1"})
+    misspelt = api.Job("fine-tuned", 1, Path("out/fine-tuned_seed1"), config, {}, {}, {"top-1 %": "accuracy/top_1"})
     with pytest.raises(StoppedError, match=r"logged 'accuracy/top_1', which .* name; it logged .*accuracy/top1, accuracy/top5"):
-        tool._log(misspelt)
+        api._log(misspelt)
 
 
 def test_a_run_knows_its_seed_and_a_plan_measures_in_one_way(tmp_path):
     file = tmp_path / "plan.py"
     rows = [{"name": "a", "config": SPARK, "seeds": [0, 2], "options": {"backbone": "{runs}/H-GKD_seed{seed}"}}]
     file.write_text(f"rows = {rows}\n{SCORES}")
-    jobs = tool.jobs_of(tool.read_plan(file, {"runs": "/r"}), tmp_path)
+    jobs = api.jobs_of(api.read_plan(file, {"runs": "/r"}), tmp_path)
     assert [job.options["backbone"] for job in jobs] == ["/r/H-GKD_seed0", "/r/H-GKD_seed2"]
     assert [job.scores for job in jobs] == [{"top-1 %": "accuracy/top1"}] * 2
     file.write_text(f"rows = {rows}\n{SCORES}{EVALUATE}")
     with pytest.raises(ValueError, match=r"a plan has either evaluate .* or scores"):
-        tool.read_plan(file, {"runs": "/r", "data": "/x"})
+        api.read_plan(file, {"runs": "/r", "data": "/x"})
     file.write_text(f"rows = [dict(name='a', backbone='resnet18')]\n{SCORES}")
     with pytest.raises(ValueError, match="row 'a' has no config, but with scores every row is a run"):
-        tool.read_plan(file, {})
+        api.read_plan(file, {})
 
 
 def test_table_of_runs_that_measured_themselves_by_hand():
@@ -301,7 +298,7 @@ def test_table_of_runs_that_measured_themselves_by_hand():
             "curves": {"box AP": curve},
         }
 
-    lines = tool.table_of([result(0, 10.0, 20.0), result(1, 20.0, 24.0)]).splitlines()
+    lines = api.table_of([result(0, 10.0, 20.0), result(1, 20.0, 24.0)]).splitlines()
     assert lines[0].startswith("| row | box AP | seeds |")
     assert lines[2].startswith("| a | 22.0 +- 2.8 | 2 |")
     assert "- a: 15.0, 22.0" in lines
@@ -310,7 +307,7 @@ def test_table_of_runs_that_measured_themselves_by_hand():
 @pytest.mark.parametrize("plan", sorted((ROOT / "configs/comparisons").glob("*.py")), ids=lambda path: path.stem)
 def test_every_run_of_a_shipped_plan_has_a_config_that_takes_its_options(plan, tmp_path):
     names = set(re.findall(r"\{(\w+)\}", plan.read_text()))
-    for job in tool.jobs_of(tool.read_plan(plan, {name: f"/{name}" for name in names}), tmp_path):
+    for job in api.jobs_of(api.read_plan(plan, {name: f"/{name}" for name in names}), tmp_path):
         if job.config is not None:
             cfg = train_tool.load_config(ROOT / job.config, options=job.options)
             assert "epochs" not in job.options or cfg.train_cfg.max_epochs == job.options["epochs"]

@@ -1,22 +1,18 @@
 """tools/demo.py: the whole chain once at toy size, and what it refuses."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from hgkd.api import demo as demo_api
+from hgkd.cli import demo as demo_tool
 from hgkd.export import load_backbone
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from tools import demo as demo_tool
-
-TOY = demo_tool.Plan(train=64, test=32, teacher_epochs=2, student_epochs=2, probe=8)
+TOY = demo_api.Plan(train=64, test=32, teacher_epochs=2, student_epochs=2, probe=8)
 
 
 @pytest.mark.slow
 def test_chain_at_toy_size(tmp_path, capsys):
     out = tmp_path / "a <b> & c"
-    summary = demo_tool.demo(out, seed=3, plan=TOY)
+    summary = demo_api.demo(out, seed=3, plan=TOY)
 
     assert list(summary["results"]) == ["random ResNet-18", "pixels (SparK)", "H-GKD", "teacher (MAE)"]
     for found in summary["results"].values():
@@ -29,7 +25,7 @@ def test_chain_at_toy_size(tmp_path, capsys):
     assert page.count("data:image/png;base64,") == 5  # two pictures, three diagrams
     assert "<b>" not in page
     assert "a &lt;b&gt; &amp; c" in page
-    for row in demo_tool._rows(summary["results"], {}):
+    for row in demo_api._rows(summary["results"], {}):
         assert all(f"<td>{cell}</td>" in page for cell in row[:3]), row
 
     printed = capsys.readouterr().out

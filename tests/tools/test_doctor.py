@@ -1,6 +1,5 @@
 """tools/doctor.py on files made here."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from teaching import ARCH
 
+from hgkd.cli import doctor
 from hgkd.distillers import MAEPretraining, MaskedDistiller
 from hgkd.teachers import TimmTeacher
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import doctor
 
 SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,10 @@ import timm
 import torch
 from PIL import Image
 
+from hgkd.api import evaluate as evaluate_api
+from hgkd.cli import evaluate
 from hgkd.data import LabelledImages
 from hgkd.evaluation import FeatureExtractor, extract, knn_accuracy, load_extractor
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import evaluate
 
 COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 60), "red": (230, 30, 30)}
 
@@ -111,16 +109,18 @@ def test_lists_give_what_their_folders_give(squares: Path) -> None:
         files = sorted((squares / part).rglob("*.png"))
         (lists / f"{part}.csv").write_text("".join(f"{f.relative_to(squares / part)},{f.parent.name}\n" for f in files))
     options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,), "backbone": "test_resnet"}
-    by_folder = evaluate.evaluate(["knn"], train=f"{squares}/train", test=f"{squares}/test", **options)["knn"]
+    by_folder = evaluate_api.evaluate(["knn"], train=f"{squares}/train", test=f"{squares}/test", **options)["knn"]
     # the list of the test images lies among them, that of the training images elsewhere
     (lists / "test.csv").rename(squares / "test/test.csv")
     with pytest.raises(ValueError, match="were looked for do not exist"):
-        evaluate.evaluate(["knn"], train=f"{lists}/train.csv", test=f"{squares}/test/test.csv", **options)
+        evaluate_api.evaluate(["knn"], train=f"{lists}/train.csv", test=f"{squares}/test/test.csv", **options)
     (lists / "train.csv").rename(squares / "train/train.csv")
-    by_list = evaluate.evaluate(["knn"], train=f"{squares}/train/train.csv", test=f"{squares}/test/test.csv", **options)["knn"]
+    by_list = evaluate_api.evaluate(["knn"], train=f"{squares}/train/train.csv", test=f"{squares}/test/test.csv", **options)[
+        "knn"
+    ]
     assert by_list["predicted"] == by_folder["predicted"]
     assert by_list["test_list"] == by_folder["test_list"]
-    again = evaluate.evaluate(
+    again = evaluate_api.evaluate(
         ["knn"], train=f"{squares}/train/train.csv", test=f"{squares}/test", data_root=f"{squares}/train", **options
     )["knn"]
     assert again["scores"] == by_folder["scores"]
@@ -135,7 +135,7 @@ def test_csv_of_other_columns_is_refused_before_the_work(squares: Path, capsys: 
 def test_agrees_with_the_library(squares: Path) -> None:
     paint_noise(squares)
     options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,)}
-    found = evaluate.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options)["knn"]
+    found = evaluate_api.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options)["knn"]
     bank, queries = (
         extract(load_extractor("test_resnet"), LabelledImages(f"{squares}/{part}", image_size=32)) for part in ("train", "test")
     )
@@ -169,7 +169,7 @@ def test_function_and_command_line_share_defaults() -> None:
     import inspect
 
     args = vars(evaluate.parse_args(["knn", "--backbone", "a", "--train", "b", "--test", "c"]))
-    for name, parameter in inspect.signature(evaluate.evaluate).parameters.items():
+    for name, parameter in inspect.signature(evaluate_api.evaluate).parameters.items():
         if parameter.default is not inspect.Parameter.empty:
             found = args[name]
             assert (tuple(found) if isinstance(found, list) else found) == parameter.default, name
@@ -178,7 +178,7 @@ def test_function_and_command_line_share_defaults() -> None:
 def test_random_weights_follow_the_seed(squares: Path) -> None:
     torch.manual_seed(123)
     options = {"image_size": 32, "workers": 0, "device": "cpu", "ks": (3,)}
-    a, b = (evaluate.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options) for _ in range(2))
+    a, b = (evaluate_api.evaluate(["knn"], "test_resnet", f"{squares}/train", f"{squares}/test", **options) for _ in range(2))
     assert a == b
 
 
@@ -204,7 +204,7 @@ def test_fine_tuning_is_the_launchers_and_is_compared_like_the_others(
     assert (list(found["scores"]), found["settings"]["epochs"]) == (["classifier"], 12)
     assert found == json.loads((squares / "b.json").read_text())  # the seed is the training's, too
     config, given = launched[0]
-    assert (config, given["backbone"], given["num_classes"]) == (evaluate.RECIPE, str(weights), 3)
+    assert (config, given["backbone"], given["num_classes"]) == (evaluate_api.RECIPE, str(weights), 3)
     assert len((squares / "all.csv").read_text().splitlines()) == 3
     assert evaluate.main(["compare", f"{squares}/a.json", f"{squares}/b.json"]) == 0
     assert "classifier" in capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_fine_tuning_is_the_launchers_and_is_compared_like_the_others(
 def test_fine_tuning_a_mae_file_needs_the_networks_name() -> None:
     extractor = FeatureExtractor("mae", {"name": "mae", "weights": "mae.pth"})
     with pytest.raises(ValueError, match=r"give it, e\.g\. --finetune-options student="):
-        evaluate.fine_tune(extractor, 3, {})
+        evaluate_api.fine_tune(extractor, 3, {})
 
 
 def test_test_images_that_are_training_images_are_told(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """tools/export.py: what it prints, what it refuses."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +8,7 @@ import timm
 import torch
 from student_checkpoints import write_student
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import export
+from hgkd.cli import export
 
 
 def test_export_then_refuse_then_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

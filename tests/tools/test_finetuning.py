@@ -7,16 +7,19 @@ import shutil
 import pytest
 import torch
 from mmengine.hooks import Hook
-from tiny_runs import ROOT, SPARK, load_tool, same, tiny, train_tool, write_images
+from tiny_runs import ROOT, SPARK, load_tool, same, tiny, write_images
 
+from hgkd.api import test as test_api
+from hgkd.api import train as train_tool
 from hgkd.classifiers import load_classifier
+from hgkd.cli import test as test_tool
+from hgkd.cli import train as train_command
 from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
 from hgkd.evaluation import load_extractor
 from hgkd.export import load_backbone, read_student
 from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
 
-test_tool = load_tool("test")
 FOLDER = ROOT / "downstream/classification"
 BASELINE, AUGMENTED = FOLDER / "resnet18_10e_cifar128.py", FOLDER / "resnet18_30e_image-folder.py"
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -80,7 +83,7 @@ def test_a_run_leaves_scores_reports_and_a_checkpoint_that_describes_itself(fine
     assert (spec["name"], spec["num_classes"], tuple(spec["classes"])) == ("test_resnet", 2, ("a", "b"))
     # the same answers from the file alone, from tools/test.py, and a backbone for every other tool
     model = load_classifier(best)
-    metrics = test_tool.run_test(AUGMENTED, best, options=small(images))
+    metrics = test_api.run_test(AUGMENTED, best, options=small(images))
     assert metrics["accuracy/top1"] == pytest.approx(max(line["accuracy/top1"] for line in scores))
     encoder = load_backbone(best)
     inputs = torch.rand(2, 3, 64, 64)
@@ -121,10 +124,10 @@ def test_other_classes_than_the_checkpoints_are_refused(finetuned, images, tmp_p
     (other / "a").rename(other / "z")
     checkpoint = finetuned[1] / "epoch_2.pth"
     with pytest.raises(ValueError, match=r"classes of the test images \(2\) are not those of the checkpoint \(2\), e.g. a, z;"):
-        test_tool.run_test(AUGMENTED, checkpoint, options=small(images, val_root=str(other)))
+        test_api.run_test(AUGMENTED, checkpoint, options=small(images, val_root=str(other)))
     shutil.rmtree(other / "z")
     with pytest.raises(ValueError, match=r"classes of the test images \(1\) are not those of the checkpoint \(2\), e.g. a;"):
-        test_tool.run_test(AUGMENTED, checkpoint, options=small(images, val_root=str(other)))
+        test_api.run_test(AUGMENTED, checkpoint, options=small(images, val_root=str(other)))
 
 
 def test_a_distilled_classifier_is_tested_without_its_teacher(finetuned, images, tmp_path):
@@ -134,7 +137,7 @@ def test_a_distilled_classifier_is_tested_without_its_teacher(finetuned, images,
     runner = train_tool.train(BASELINE, tmp_path / "taught", options=taught)
     assert any(key.startswith("objectives.") for key in runner.model.state_dict())
     recipe = FOLDER / "resnet18_mgd_10e_cifar128.py"  # which has a teacher without weights
-    metrics = test_tool.run_test(recipe, tmp_path / "taught/epoch_1.pth", options=small(images))
+    metrics = test_api.run_test(recipe, tmp_path / "taught/epoch_1.pth", options=small(images))
     assert 0.0 <= metrics["accuracy/top1"] <= 100.0
 
 
@@ -147,7 +150,7 @@ def test_pixels_of_the_backbone_count_in_the_test_too(images, tmp_path):
     recipe = FOLDER / "vit-ti16_10e_cifar128.py"
     runner = train_tool.train(recipe, tmp_path / "run", options={**options, "backbone": str(mae)})
     file = tmp_path / "tested.json"
-    test_tool.run_test(recipe, tmp_path / "run", options=options, json_file=file)  # without the backbone
+    test_api.run_test(recipe, tmp_path / "run", options=options, json_file=file)  # without the backbone
     model = load_classifier(tmp_path / "run")
     assert model.spec.mean == runner.model.classifier.spec.mean == pytest.approx(pixels["mean"])
     dataset = runner.val_dataloader.dataset
@@ -180,7 +183,7 @@ def test_pixels_of_the_backbone_count_in_the_test_too(images, tmp_path):
 )
 def test_a_dry_run_refuses_what_a_training_would(changes, message, images, tmp_path, capsys):
     arguments = [f"{key}={value}" for key, value in small(images, **{"warmup_epochs": 0, **changes}).items()]
-    assert train_tool.main([str(BASELINE), "--dry-run", "--cfg-options", *arguments]) == 2
+    assert train_command.main([str(BASELINE), "--dry-run", "--cfg-options", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -290,7 +293,7 @@ def test_user_errors_are_one_message(config, changes, message, images, backbone,
     if "teacher_checkpoint" in options:
         options["model.teacher.allow_random"] = True
     arguments = [f"{key}={value}" for key, value in options.items()]
-    assert train_tool.main([str(config), "--work-dir", str(tmp_path / "run"), "--cfg-options", *arguments]) == 2
+    assert train_command.main([str(config), "--work-dir", str(tmp_path / "run"), "--cfg-options", *arguments]) == 2
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     assert re.search(message, printed), printed
@@ -300,7 +303,7 @@ def test_an_empty_class_folder_is_told(images, tmp_path, capsys):
     root = write_images(tmp_path / "images", each=2)
     (root / "empty").mkdir()
     arguments = [f"{key}={value}" for key, value in small(root, val_root=str(images)).items()]
-    assert train_tool.main([str(BASELINE), "--work-dir", str(tmp_path / "run"), "--cfg-options", *arguments]) == 2
+    assert train_command.main([str(BASELINE), "--work-dir", str(tmp_path / "run"), "--cfg-options", *arguments]) == 2
     assert re.search(r"class folder .*empty holds no images", capsys.readouterr().err)
 
 
@@ -309,10 +312,10 @@ def test_a_test_of_another_model_is_refused_and_says_what_the_file_is(finetuned,
     with pytest.raises(
         WeightsError, match=r"holds a classifier 'test_resnet' of 2 classes with one head, this run trains a .*'resnet10t'"
     ):
-        test_tool.run_test(BASELINE, best, options=small(images, student="resnet10t"))
+        test_api.run_test(BASELINE, best, options=small(images, student="resnet10t"))
     arguments = [f"{key}={value}" for key, value in small(images).items()]
     assert test_tool.main([str(BASELINE), str(best), "--json", "out.json", "--cfg-options", *arguments]) == 0
     with open("out.json") as file:
         assert json.load(file)["metrics"]["accuracy/top5"] == 100.0
     with pytest.raises(ValueError, match=r"set val_root|val_root=DIR"):
-        test_tool.run_test(BASELINE, best, options=small(images, val_root=None))
+        test_api.run_test(BASELINE, best, options=small(images, val_root=None))

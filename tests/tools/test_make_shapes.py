@@ -1,6 +1,5 @@
 """The writer of generated data sets: every layout reads back."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hgkd.cli import make_shapes as tool
 from hgkd.data import CLASSES, LabelledImages, UnlabelledImages, render_scene
-
-_SPEC = importlib.util.spec_from_file_location("make_shapes", Path(__file__).parents[2] / "tools" / "make_shapes.py")
-assert _SPEC is not None
-tool = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(tool)
 
 SIZE = 32
 

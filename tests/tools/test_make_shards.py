@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import load_tool, write_images
+from tiny_runs import write_images
 
+from hgkd.cli import make_shards as tool
 from hgkd.data import UnlabelledImages
 from hgkd.errors import DataError
-
-tool = load_tool("make_shards")
 
 
 def test_the_library_and_we_read_what_was_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """Recipes of every method train through the launcher, at toy size, and what they leave behind serves."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,13 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from hgkd.api import train as train_tool
 from hgkd.distillers import MAEPretraining
 from hgkd.evaluation import load_extractor
 
 ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("hgkd_tools_train", ROOT / "tools/train.py")
-train_tool = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train_tool)
 
 VIT = dict(embed_dim=32, depth=12, num_heads=2, decoder_embed_dim=16, decoder_depth=4, decoder_num_heads=2)
 

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from tiny_runs import SPARK, load_tool, tiny, train_tool, write_images
+from tiny_runs import SPARK, tiny, write_images
 
+from hgkd.api import train as train_tool
+from hgkd.cli import replay as replay_tool
 from hgkd.engine import DivergedError, find_last_checkpoint
 from hgkd.engine.replay import replay
 from hgkd.engine.weights import read_checkpoint
-
-replay_tool = load_tool("replay")
 
 
 @pytest.fixture(scope="module")

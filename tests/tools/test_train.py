@@ -8,8 +8,10 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import HGKD, ROOT, SPARK, load_tool, same, tiny, tiny_hgkd, train_tool, write_images
+from tiny_runs import HGKD, ROOT, SPARK, load_tool, same, tiny, tiny_hgkd, write_images
 
+from hgkd.api import train as train_tool
+from hgkd.cli import train as train_command
 from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
 
@@ -124,7 +126,7 @@ def test_user_errors_are_one_message_and_exit_code_2(arguments, message, images,
     arguments = [a.replace("IMAGES", str(images)) for a in arguments]
     if "--cfg-options" in arguments:
         arguments += ["val_train_root=None", "val_test_root=None", "workers=0"]
-    assert train_tool.main([*arguments, "--work-dir", str(tmp_path)]) == 2
+    assert train_command.main([*arguments, "--work-dir", str(tmp_path)]) == 2
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     assert re.search(message, printed), printed
@@ -132,7 +134,7 @@ def test_user_errors_are_one_message_and_exit_code_2(arguments, message, images,
 
 def test_dry_run_says_what_a_training_needs_and_writes_nothing(images, tmp_path, capsys):
     options = [f"{k}={v}" for k, v in tiny_hgkd(images).items()]
-    assert train_tool.main([str(HGKD), "--dry-run", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options]) == 0
+    assert train_command.main([str(HGKD), "--dry-run", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options]) == 0
     printed = capsys.readouterr().out
     for line in (
         r"plan +16 images; 8 a step and process x 1 processes x 1 accumulated = 8 an update; lr 0\.00025, scaled by 8/64;",
@@ -168,7 +170,7 @@ def test_help_tells_short_options_examples_and_exit_codes(tool, capsys):
 
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="data_root"):
-        train_tool.main([str(SPARK), "--debug", "--work-dir", str(tmp_path), "--cfg-options", "data_rot=x"])
+        train_command.main([str(SPARK), "--debug", "--work-dir", str(tmp_path), "--cfg-options", "data_rot=x"])
 
 
 @pytest.mark.slow

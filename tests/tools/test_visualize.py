@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import SPARK, load_tool, tiny, train_tool
+from tiny_runs import SPARK, tiny
 
+from hgkd.api import train as train_tool
+from hgkd.cli import visualize as tool
 from hgkd.data.shapes import write_imagefolder
 from hgkd.distillers import ClassifierTraining
-
-tool = load_tool("visualize")
 
 
 @pytest.fixture
