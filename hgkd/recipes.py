@@ -54,7 +54,7 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
     known = list(_names())
     found = [full for full in known if short in (full, full.rpartition("/")[2])]
     if len(found) == 1:
-        return SHIPPED / f"{found[0]}.py"
+        return (SHIPPED / f"{found[0]}.py").resolve()  # past the links of a checkout, to what a user would edit
     if found:
         raise FileNotFoundError(f"{name} stands for several recipes: {', '.join(sorted(found))}; give one of these names")
     message = unknown_name_message("recipe", short, [*known, *(full.rpartition("/")[2] for full in known)])

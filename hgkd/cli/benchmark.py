@@ -109,7 +109,7 @@ def print_table(result: dict[str, Any]) -> None:
 @command
 def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
-    name, out, _ = args.pop("command"), args.pop("json"), args.pop("debug")
+    name, out = args.pop("command"), args.pop("json")
     measures: dict[str, Callable[..., dict[str, Any]]] = {
         "sparse": benchmark_sparse,
         "distill": benchmark_distill,

@@ -17,7 +17,8 @@ Main = Callable[[Sequence[str]], int]
 def command_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help shows the description as it is written, with ``--debug``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")  # read by `command`
+    # for the help: `command` reads it and takes it away
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from")
     return parser
 
 
@@ -50,7 +51,7 @@ def command(main: Main) -> Callable[[Sequence[str] | None], int]:
         arguments = [argument for argument in given if argument != "--debug"]
         try:
             return main(arguments)
-        except USER_ERRORS as error:
+        except (*USER_ERRORS, OSError) as error:  # a full disk and a folder without permission are the user's to mend
             if len(arguments) < len(given):
                 raise
             print(f"error: {error}\n(--debug shows where it comes from)", file=sys.stderr)

@@ -137,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(compare(files.first, files.second, files.seed))
         return 0
     args = vars(parse_args(argv))
-    json_file, csv_file, _ = args.pop("json"), args.pop("csv"), args.pop("debug")
+    json_file, csv_file = args.pop("json"), args.pop("csv")
     check_outputs(json_file, csv_file)
     results = evaluate(**args)
     if json_file:

@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 @command
 def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
-    side, licences, _ = args.pop("latency"), args.pop("licence"), args.pop("debug")
+    side, licences = args.pop("latency"), args.pop("licence")
     options = {name: value for name in _OPTIONS if (value := args.pop(name)) is not None}
     if side is not None and args["to"] != "onnx":
         raise ValueError(f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}")

@@ -150,7 +150,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 @command
 def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
-    args.pop("debug")
     count, shards = make_shards(**args)
     size = sum(shard.stat().st_size for shard in shards)
     print(f"{count} images in {len(shards)} shards, {size / 1e6:.1f} MB: {shards[0].parent}")

@@ -191,8 +191,8 @@ def test_fine_tuning_is_the_launchers_and_is_compared_like_the_others(
         launched.append((config, options))
         return launcher(config, work_dir, options=options)
 
-    launcher = evaluate.launch
-    monkeypatch.setattr(evaluate, "launch", launch)
+    launcher = evaluate_api.launch
+    monkeypatch.setattr(evaluate_api, "launch", launch)
     weights = squares / "weights.pth"
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), weights)
     start = ["finetune", "--backbone", "test_resnet", "--checkpoint", str(weights)]

@@ -11,6 +11,7 @@ from tiny_runs import ROOT, SPARK, load_tool, same, tiny, write_images
 
 from hgkd.api import test as test_api
 from hgkd.api import train as train_tool
+from hgkd.api.evaluate import fine_tune
 from hgkd.classifiers import load_classifier
 from hgkd.cli import test as test_tool
 from hgkd.cli import train as train_command
@@ -163,7 +164,7 @@ def test_pixels_of_the_backbone_count_in_the_test_too(images, tmp_path):
     assert again.model.classifier.spec.mean == model.spec.mean
     extractor = load_extractor(tmp_path / "run")
     more = {"epochs": 1, "warmup_epochs": 0, "data_root": str(images), "image_size": 64, "batch_size": 4, "workers": 0}
-    tuned = load_tool("evaluate").fine_tune(extractor, 2, more)
+    tuned = fine_tune(extractor, 2, more)
     assert tuned.classifier.network.norm is not None
     inputs = torch.rand(2, 3, 64, 64)
     maps = extractor.attention(inputs)
