@@ -16,7 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from downstream_runs import shapes_coco, tiny_detector  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_golden import CLASSIFIER, ENCODER, HGKD_OPTIONS, LOADERS, detector, outputs_of  # noqa: E402
-from tiny_runs import HGKD, ROOT, tiny, write_images
+from tiny_runs import HGKD, ROOT, tiny, write_images  # noqa: E402
 
 from hgkd.api import train as train_tool  # noqa: E402
 from hgkd.engine.checkpoints import seal  # noqa: E402
