@@ -1,4 +1,4 @@
-"""What the README prints runs as it stands: its Python examples, and every ``python tools/...`` in its order.
+"""What the README prints runs as it stands: its Python examples, and every ``hgkd ...`` in its order.
 
 Commands keep their words; options are appended that make networks thin and runs short. The names in them (``DIR``,
 ``~/photos``) are folders of the test.
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from small_models import shrink, write_ade20k, write_coco_2017
 from tiny_runs import ROOT, load_tool, write_images
 
+from hgkd.api.train import load_config
 from hgkd.engine.config import read_config
 
 README = ROOT / "README.md"
@@ -27,11 +29,13 @@ TEACHER = dict(embed_dim=32, num_heads=2)
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Every ``python tools/...`` of a page, in a block or within a sentence, as words: the script first."""
+    """Every ``hgkd ...`` of a page, in a block or within a sentence, as words: the command first."""
     text = re.sub(r" *\\\n\s*", " ", page.read_text())  # a command goes on after a backslash
     blocks = [line.strip() for line in text.splitlines() if line.startswith("    ")]
-    spans = [span.replace("\n", " ") for span in re.findall(r"`(python tools/[^`]*)`", text)]
-    return [shlex.split(line, comments=True)[1:] for line in (*blocks, *spans) if line.startswith("python tools/")]
+    spans = [span.replace("\n", " ") for span in re.findall(r"`(hgkd [^`]*)`", text)]
+    # not those that are named without their arguments, or described
+    whole = re.compile(r"hgkd [a-z-]+ (?!--\w+ [a-z]+$)(?!\w+$(?<=[a-z]))[^\[]*")
+    return [shlex.split(line, comments=True)[1:] for line in (*blocks, *spans) if whole.fullmatch(line) and " ..." not in line]
 
 
 def indented_examples(page: Path) -> list[str]:
@@ -71,12 +75,12 @@ def place(tmp_path, monkeypatch):
 
 
 def appended(words):
-    """What is appended to a command of tools/train.py."""
-    if words[0] != "tools/train.py":
+    """What is appended to a command of hgkd train."""
+    if words[0] != "train":
         return []
     small = ["workers=0", "batch_size=2"]
     resnet = f"channels={','.join(map(str, WIDTHS))}"
-    if words[1].startswith("configs/"):
+    if not words[1].startswith("downstream/"):
         encoder = str(dict(channels=list(WIDTHS))).replace(" ", "")
         teacher = [f"model.teacher.{key}={value}" for key, value in {**TEACHER, "allow_random": True}.items()]
         thin = [f"model.student.encoder_kwargs={encoder}", "model.student.decoder_width=32"]
@@ -89,10 +93,9 @@ def appended(words):
 
 def run(words):
     """A tool's command, in this process; networks of mmdet and mmseg are an eighth of their size."""
-    tool = load_tool(Path(words[0]).stem)
-    if "/detection/" in words[1] or "/segmentation/" in words[1]:
-        tool.read_config = lambda file: shrink(read_config(file))
-    return tool.main([*words[1:], *appended(words)])
+    small = "/detection/" in words[1] or "/segmentation/" in words[1]
+    with mock.patch("hgkd.api.train.read_config", lambda file: shrink(read_config(file)) if small else read_config(file)):
+        return load_tool(words[0].replace("-", "_")).main([*words[1:], *appended(words)])
 
 
 @pytest.mark.slow
@@ -102,7 +105,7 @@ def test_commands_run(place, capsys):
     write_ade20k(place / "home/ade20k")
     found = commands(README)
     assert len(found) >= 7
-    assert {words[0] for words in found} >= {f"tools/{name}.py" for name in ("train", "export", "evaluate", "compare")}
+    assert {words[0] for words in found} >= {"train", "export", "evaluate", "compare"}
     for words in found:
         if "--help" in words:
             with pytest.raises(SystemExit) as end:
@@ -110,7 +113,7 @@ def test_commands_run(place, capsys):
             assert end.value.code == 0
         else:
             assert run(words) == 0, f"{' '.join(words)}\n{capsys.readouterr().err[-3000:]}"
-        if words[0] == "tools/export.py":
+        if words[0] == "export":
             examples = indented_examples(README)
             assert len(examples) == 1
             for example in examples:  # of what has just been written
@@ -136,11 +139,11 @@ def test_commands_of_all_pages_are_understood(page, words, monkeypatch):
     # a variable of the shell holds options, a single letter stands for a number
     words = ["epochs=8" if word.startswith("$") else re.sub(r"^[A-Z]$", "1", word) for word in words]
     with pytest.raises(Understood) as found:
-        load_tool(Path(words[0]).stem).main(words[1:])
+        load_tool(words[0].replace("-", "_")).main(words[1:])
     (args,) = found.value.args
     config = getattr(args, "config", None)
-    if config and config.endswith(".py"):
-        load_tool("train").load_config(ROOT / config, options=args.cfg_options)
+    if config and "/" in config:
+        load_config(config, options=args.cfg_options)
 
 
 def test_targets_of_make():

@@ -1,9 +1,9 @@
 """Transfer to detection: one Faster R-CNN on BCCD, four starts of its ResNet-18.
 
-    python tools/compare.py configs/comparisons/bccd.py --work-dir OUT --jobs 2 \\
+    hgkd compare configs/comparisons/bccd.py --work-dir OUT --jobs 2 \\
         --set data=DIR pixels=FOLDER hgkd=FOLDER dense=FOLDER
 
-data: BCCD (images/, annotations/{train,val,test}.json). The others: folders that 'tools/export.py CHECKPOINT --to timm' wrote,
+data: BCCD (images/, annotations/{train,val,test}.json). The others: folders that 'hgkd export CHECKPOINT --to timm' wrote,
 of students trained with the pixel objective, with H-GKD, and with H-GKD's objective on whole images. Box AP on the val split,
 by which nothing is chosen. ``{seed}`` in a FOLDER takes the student of the same seed.
 

@@ -1,7 +1,7 @@
 """MGD on top of H-GKD: a RetinaNet on BCCD with and without a ResNet-50 teacher; and MGD's loss without the teacher's head.
 
-    python tools/compare.py configs/comparisons/bccd_mgd.py --work-dir OUT --only teacher --set data=DIR hgkd=FOLDER teacher=-
-    python tools/compare.py configs/comparisons/bccd_mgd.py --work-dir OUT --jobs 2 \\
+    hgkd compare configs/comparisons/bccd_mgd.py --work-dir OUT --only teacher --set data=DIR hgkd=FOLDER teacher=-
+    hgkd compare configs/comparisons/bccd_mgd.py --work-dir OUT --jobs 2 \\
         --set data=DIR hgkd=FOLDER teacher=OUT/teacher_seed0/epoch_12.pth
 
 data, hgkd, sizes: see bccd.py. The teacher starts from random weights and has 12 epochs.

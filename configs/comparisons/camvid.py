@@ -1,6 +1,6 @@
 """Transfer to segmentation: one UPerNet on CamVid, four starts of its ResNet-18.
 
-    python tools/compare.py configs/comparisons/camvid.py --work-dir OUT --jobs 2 \\
+    hgkd compare configs/comparisons/camvid.py --work-dir OUT --jobs 2 \\
         --set data=DIR pixels=FOLDER hgkd=FOLDER dense=FOLDER
 
 data: CamVid (images/, annotations/, each with train, val, test). The others: see bccd.py. mIoU of 11 classes on the val split,

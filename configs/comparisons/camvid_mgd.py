@@ -1,7 +1,7 @@
 """MGD and G2SD on top of H-GKD: a UPerNet on CamVid with and without a ResNet-50 teacher.
 
-    python tools/compare.py configs/comparisons/camvid_mgd.py --work-dir OUT --only teacher --set data=DIR hgkd=FOLDER teacher=-
-    python tools/compare.py configs/comparisons/camvid_mgd.py --work-dir OUT --jobs 2 \\
+    hgkd compare configs/comparisons/camvid_mgd.py --work-dir OUT --only teacher --set data=DIR hgkd=FOLDER teacher=-
+    hgkd compare configs/comparisons/camvid_mgd.py --work-dir OUT --jobs 2 \\
         --set data=DIR hgkd=FOLDER teacher=OUT/teacher_seed0/iter_1000.pth
 
 data, hgkd, sizes: see camvid.py. The teacher starts from random weights and has 1,000 steps.

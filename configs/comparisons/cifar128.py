@@ -1,6 +1,6 @@
 """The main comparison of docs/results.md: random, pixels, dense distillation, H-GKD, teacher, on CIFAR-10 at 128 pixels.
 
-    python tools/compare.py configs/comparisons/cifar128.py --work-dir OUT --jobs 2 \\
+    hgkd compare configs/comparisons/cifar128.py --work-dir OUT --jobs 2 \\
         --set pretrain=DIR bank=DIR test=DIR teacher=FILE features=DIR
 
 pretrain: unlabelled images, 3,000 of them are used; bank, test: labelled images, one folder a class; teacher: weight file of

@@ -1,8 +1,8 @@
 """Fine-tuned top-1 on CIFAR-10 from several backbones, same schedule, at all labels and at a tenth of them.
 
-    python tools/compare.py configs/comparisons/cifar128_finetune.py --work-dir OUT \\
+    hgkd compare configs/comparisons/cifar128_finetune.py --work-dir OUT \\
         --only "judge, 10 % labels" "judge, all labels" --set train=DIR test=DIR runs=- mae=- dino=FILE judges=-
-    python tools/compare.py configs/comparisons/cifar128_finetune.py --work-dir OUT --jobs 2 \\
+    hgkd compare configs/comparisons/cifar128_finetune.py --work-dir OUT --jobs 2 \\
         --set train=DIR test=DIR runs=PRE mae=CHECKPOINT dino=FILE judges=OUT
 
 train, test: labelled images, one folder a class; 300 and 100 of each class are used. runs: work folder of cifar128_pretrain

@@ -1,8 +1,8 @@
 """All methods on equal budget, for a ResNet-18 and a ViT-Tiny, on CIFAR-10 at 128 pixels.
 
-    python tools/train.py configs/mae/mae_vit-ti16_100e_cifar128.py --work-dir MAE \\
+    hgkd train configs/mae/mae_vit-ti16_100e_cifar128.py --work-dir MAE \\
         --cfg-options data_root=DIR val_train_root=None val_test_root=None
-    python tools/compare.py configs/comparisons/cifar128_pretrain.py --work-dir PRE --jobs 2 \\
+    hgkd compare configs/comparisons/cifar128_pretrain.py --work-dir PRE --jobs 2 \\
         --set pretrain=DIR bank=DIR test=DIR teacher=FILE mae=MAE/epoch_100.pth features=DIR
 
 pretrain, bank, test, teacher, features: see cifar128.py, whose rows 'pixels', 'dense' and 'H-GKD' these are. mae: teacher of

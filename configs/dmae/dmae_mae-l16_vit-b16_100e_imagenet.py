@@ -6,7 +6,7 @@ block index 17, L1, one linear projector 768 -> 1024, both losses with weight 1.
 projector is an MLP, the script's a linear map; the script reconstructs the image's pixels as they are
 normalised for the network (no norm-pix, hence standardise=False). Published: 84.0 % after fine-tuning.
 
-    torchrun --nproc_per_node 8 tools/train.py FILE --launcher pytorch --amp --cfg-options data_root=... teacher_checkpoint=...
+    torchrun --nproc_per_node 8 -m hgkd train FILE --launcher pytorch --amp --cfg-options data_root=... teacher_checkpoint=...
 
 teacher_checkpoint: the script takes the official mae_visualize_vit_large.pth.
 """

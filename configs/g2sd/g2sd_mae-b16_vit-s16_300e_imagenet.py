@@ -5,7 +5,7 @@ Source of every number: pengzhiliang/G2SD, GD.sh and the defaults of main_distil
 mask ratio 0.75, smooth L1, target after decoder block 4 (index 3), student decoder 4 blocks x 256 with 8 heads. Paper and
 code differ: the paper supervises masked places, the released run all of them (supervise_all True), and so does this.
 
-    torchrun --nproc_per_node 8 tools/train.py FILE --launcher pytorch --amp --cfg-options data_root=... teacher_checkpoint=...
+    torchrun --nproc_per_node 8 -m hgkd train FILE --launcher pytorch --amp --cfg-options data_root=... teacher_checkpoint=...
 
 teacher_checkpoint: with its decoder, e.g. mae_pretrain_vit_base_full.pth; encoder-only files are refused.
 """

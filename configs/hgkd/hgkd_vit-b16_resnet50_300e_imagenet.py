@@ -5,7 +5,7 @@ from: 300 epochs, learning rate 1.5e-4 per 256 images, weight decay 0.05, smooth
 stage (arXiv 2302.14771); batch 4096, mask ratio 0.6, 40 epochs of warm-up, clipping at 5: SparK (arXiv 2301.03580); AdamW's
 betas: MAE (arXiv 2111.06377). The target block is a guess.
 
-    torchrun --nproc_per_node 8 tools/train.py FILE --launcher pytorch --amp --cfg-options data_root=... teacher_checkpoint=...
+    torchrun --nproc_per_node 8 -m hgkd train FILE --launcher pytorch --amp --cfg-options data_root=... teacher_checkpoint=...
 
 teacher_checkpoint: MAE's encoder, e.g. the official mae_pretrain_vit_base.pth.
 """

@@ -3,7 +3,7 @@
 Source of every number: facebookresearch/mae, PRETRAIN.md (800 epochs, the paper's table 1 setting; its main results train
 1600) and the paper's appendix, table 8. The released script reaches batch 4096 as 64 GPUs x 64.
 
-    torchrun --nproc_per_node 8 tools/train.py FILE --launcher pytorch --amp --cfg-options data_root=...
+    torchrun --nproc_per_node 8 -m hgkd train FILE --launcher pytorch --amp --cfg-options data_root=...
 
 model.arch=large or huge (with model.patch_size=14) trains the other sizes with the same numbers.
 """

@@ -5,7 +5,7 @@ utils/lr_control.py: LAMB with betas (0.9, 0.95), learning rate 2e-4 per 256 ima
 epochs of warm-up, down to a thousandth, clipping at 5, mask ratio 0.6, crops of 67 to 100 % of the area, decoder to single
 pixels. Published: ResNet-50 80.6 % after fine-tuning.
 
-    torchrun --nproc_per_node 8 tools/train.py FILE --launcher pytorch --amp --cfg-options data_root=...
+    torchrun --nproc_per_node 8 -m hgkd train FILE --launcher pytorch --amp --cfg-options data_root=...
 """
 
 _base_ = [

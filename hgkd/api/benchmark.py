@@ -232,7 +232,7 @@ def benchmark_distill(
 
     Args:
         config: file of a ``MaskedDistiller`` recipe.
-        options: overrides as in ``tools/train.py``.
+        options: overrides as in ``hgkd train``.
 
     Returns:
         As :func:`benchmark_sparse`; the row 'dense' is the encoder alone, in channels_last. Teacher features are computed, not

@@ -146,7 +146,7 @@ class FineTuned(FeatureExtractor):
 
 
 def fine_tune(extractor: FeatureExtractor, num_classes: int, options: Mapping[str, Any]) -> FineTuned:
-    """Let tools/train.py fine-tune the extractor's network from its weights by ``RECIPE``, in a temporary folder.
+    """Let hgkd train fine-tune the extractor's network from its weights by ``RECIPE``, in a temporary folder.
 
     Raises:
         ValueError: a MAE file without ``student``, the timm name of its network.

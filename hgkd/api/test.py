@@ -60,7 +60,7 @@ def run_test(
         if cfg.test_evaluator is None:
             raise ValueError(
                 f"{config} has no test_evaluator; a classifier's takes its images with val_root (--cfg-options val_root=DIR); "
-                "tools/evaluate.py measures a backbone by its features"
+                "hgkd evaluate measures a backbone by its features"
             )
         if is_downstream(cfg):
             drop_teacher(cfg)
@@ -79,7 +79,7 @@ def run_test(
     if not metrics:
         raise StoppedError(
             f"no metric: the model of {checkpoint} found nothing in any test image; look at some of them with "
-            "'tools/visualize.py predictions', and train for longer"
+            "'hgkd visualize predictions', and train for longer"
         )
     if not is_main_process():
         return metrics

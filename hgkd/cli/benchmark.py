@@ -1,10 +1,10 @@
 """Step time and memory of the sparse engine, and the rate of reading images, as ratios measured in one process.
 
-    python tools/benchmark.py sparse --student resnet50 --image-size 224 --mask-ratio 0.755 --batch-size 8 \
+    hgkd benchmark sparse --student resnet50 --image-size 224 --mask-ratio 0.755 --batch-size 8 \
         --backends gather masked dense [--device cuda --dtype bf16] [--json OUT]
-    python tools/benchmark.py distill configs/hgkd/FILE.py --batch-size 8 --backends gather masked dense \
+    hgkd benchmark distill configs/hgkd/FILE.py --batch-size 8 --backends gather masked dense \
         [--cfg-options teacher_checkpoint=FILE]
-    python tools/benchmark.py data --data-root photos --image-size 224 --workers 2
+    hgkd benchmark data --data-root photos --image-size 224 --workers 2
 
 ``sparse``: a step is forward and backward of the encoder. ``distill``: forward and backward of the whole model of a config,
 teacher, decoder and losses included; its row 'dense' is the ordinary dense step of the encoder alone, the yardstick that two

@@ -1,20 +1,20 @@
 """Train and evaluate what a plan lists, and write one table of it.
 
-    python tools/compare.py PLAN --work-dir DIR [--only NAME ...] [--jobs 2] [--set KEY=VALUE ...] [--cfg-options KEY=VALUE ...]
+    hgkd compare PLAN --work-dir DIR [--only NAME ...] [--jobs 2] [--set KEY=VALUE ...] [--cfg-options KEY=VALUE ...]
 
 A plan is a Python, YAML or JSON file with
 
     rows      list of dict(name=..., config=..., options={...}, seeds=[0, 1, 2]) for what is trained, or of
               dict(name=..., backbone=..., checkpoint=..., block=...) for what is evaluated as it is
     options   config options that all trained rows share
-    evaluate  arguments of ``tools/evaluate.py``'s ``evaluate``; methods, train, test, image_size, ...
+    evaluate  arguments of ``hgkd evaluate``'s ``evaluate``; methods, train, test, image_size, ...
     scores    instead of ``evaluate``, where a run measures itself (fine-tuning, detectors, segmentors): dict(name=key) with the
               key that its validation logs, e.g. {"top-1 %": "accuracy/top1"}, or [key, factor]; the last validation counts
 
 ``{name}`` in a string of the plan is replaced by the value of ``--set name=...``: data and teacher files stay out of the plan.
 ``{seed}`` is the run's own, so that a run can start from the pretraining of its seed.
 ``--cfg-options`` replaces shared options, e.g. ``limit=300 epochs=1`` for a trial; a row's own stay.
-Every run is a process of its own (``tools/train.py``), with ``--jobs`` of them at a time and the cores shared between them.
+Every run is a process of its own (``hgkd train``), with ``--jobs`` of them at a time and the cores shared between them.
 A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison. Where one fails,
 the others are finished. Results:
 ``DIR/results.json`` and ``DIR/table.csv`` (every run), ``DIR/table.md`` (mean and deviation over the seeds, commands below) and

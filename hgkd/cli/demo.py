@@ -1,6 +1,6 @@
 """The main job on generated images, from nothing to a report: what `make demo` runs.
 
-    python tools/demo.py --out demo_out [--quick] [--seed 0]
+    hgkd demo --out demo_out [--quick] [--seed 0]
 
 Images are drawn; a small MAE is pretrained on them and becomes the teacher; a sparse ResNet-18 learns from it with H-GKD;
 the pixel control (SparK's objective) gets the same images, steps and decoder; random / pixels / H-GKD / teacher are compared

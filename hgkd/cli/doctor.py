@@ -1,9 +1,9 @@
 """Whether this machine is fit for a training, and what a teacher file is, can be used for, and whether it looks trained.
 
-    python tools/doctor.py environment --work-dir work_dirs/mine --images ~/photos
-    python tools/doctor.py teacher mae_pretrain_vit_base_full.pth
-    python tools/doctor.py teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
-    python tools/doctor.py extract run.pth state_dict_ema averaged.safetensors
+    hgkd doctor environment --work-dir work_dirs/mine --images ~/photos
+    hgkd doctor teacher mae_pretrain_vit_base_full.pth
+    hgkd doctor teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
+    hgkd doctor extract run.pth state_dict_ema averaged.safetensors
 
 What a teacher file can teach is found by building its network without weights and matching every entry: the network of
 ``--name``, else the one that the file's own shapes describe. The score of the weights needs the file alone. With a folder of

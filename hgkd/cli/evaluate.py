@@ -1,12 +1,12 @@
 """How good a backbone is on labelled images: k-NN, linear probe and few-shot of its frozen features, and fine-tuning.
 
-    python tools/evaluate.py knn linear fewshot --backbone work_dirs/run/epoch_100.pth --train DIR/train --test DIR/test \\
+    hgkd evaluate knn linear fewshot --backbone work_dirs/run/epoch_100.pth --train DIR/train --test DIR/test \\
         --image-size 96 --json result.json --csv results.csv
-    python tools/evaluate.py finetune --backbone exported/resnet50 --train DIR/train --test DIR/test \\
+    hgkd evaluate finetune --backbone exported/resnet50 --train DIR/train --test DIR/test \\
         --finetune-options epochs=20
-    python tools/evaluate.py compare result.json other.json
+    hgkd evaluate compare result.json other.json
 
-A backbone is a checkpoint of tools/train.py, a folder of tools/export.py, a timm name (random weights unless
+A backbone is a checkpoint of hgkd train, a folder of hgkd export, a timm name (random weights unless
 --checkpoint or --pretrained), or mae:FILE. Labelled images are a folder with one sub-folder a class, or a list with a path and
 a class a line (.txt, .csv, .tsv); they are centre-cropped. 'compare' tests whether two results differ by more than the test
 images' chance; docs/evaluation.md describes everything.

@@ -1,8 +1,8 @@
 """Write a student in the form that its users load, read it back, compare outputs.
 
-python tools/export.py work_dirs/run/epoch_100.pth --to timm --out exported/resnet18
-python tools/export.py work_dirs/run/epoch_100.pth --to onnx --precision fp16 int8 --images photos --out exported/edge
-python tools/export.py spark_resnet50.pth --encoder resnet50 --to mmdet --out exported/spark
+hgkd export work_dirs/run/epoch_100.pth --to timm --out exported/resnet18
+hgkd export work_dirs/run/epoch_100.pth --to onnx --precision fp16 int8 --images photos --out exported/edge
+hgkd export spark_resnet50.pth --encoder resnet50 --to mmdet --out exported/spark
 
 A weight file of another project (SparK, ConvNeXt, mmpretrain, torchvision, transformers, timm) is read with --encoder NAME.
 docs/export.md describes the targets.
@@ -75,7 +75,7 @@ def with_latency(report: ExportReport, side: int, repeats: int = 20) -> list[dic
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("checkpoint", help=".pth file that tools/train.py wrote; with --encoder, a weight file of others")
+    parser.add_argument("checkpoint", help=".pth file that hgkd train wrote; with --encoder, a weight file of others")
     parser.add_argument("--to", default="timm", help="; ".join(f"{name}: {t.summary}" for name, t in TARGETS.items()))
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--what", default="backbone", help=f"what of the checkpoint: {', '.join(PARTS)}")

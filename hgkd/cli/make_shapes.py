@@ -1,7 +1,7 @@
 """Write a data set of generated shapes: class folders, COCO instances or ADE20K segmentation.
 
 Example:
-    python tools/make_shapes.py data/shapes --layout imagefolder --train 4000 --test 800 --image-size 96
+    hgkd make-shapes data/shapes --layout imagefolder --train 4000 --test 800 --image-size 96
 """
 
 from __future__ import annotations

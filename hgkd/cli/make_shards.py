@@ -1,7 +1,7 @@
 """Pack a folder or list of images into tar shards, for disks and networks that are slow with many small files.
 
-    python tools/make_shards.py photos shards --max-mb 500
-    python tools/train.py CONFIG --cfg-options data_root=shards
+    hgkd make-shards photos shards --max-mb 500
+    hgkd train CONFIG --cfg-options data_root=shards
 
 The files' bytes are copied as they are, so the images are the same; the webdataset library writes them in its layout, and reads
 them. Shards appear complete, one after the other; a folder whose packing did not come to its end is refused as data. A source

@@ -1,6 +1,6 @@
 """Do the steps again at which a training ended because its loss or gradient was not finite.
 
-    python tools/replay.py work_dirs/mine/nonfinite_step_1234_rank_0.json
+    hgkd replay work_dirs/mine/nonfinite_step_1234_rank_0.json
 
 Tells for each step whether it happens again, and where the first value that is not finite appears. A run under --amp is done
 again in full precision, which tells whether precision was the cause.

@@ -1,12 +1,12 @@
 """Measure a trained classifier, detector or segmentor: top-1, box and mask AP, mIoU, whatever its config's evaluator says.
 
-    python tools/test.py downstream/detection/faster-rcnn_r18_12e_bccd.py work_dirs/bccd/epoch_12.pth --json bccd.json \\
+    hgkd test downstream/detection/faster-rcnn_r18_12e_bccd.py work_dirs/bccd/epoch_12.pth --json bccd.json \\
         --cfg-options data_root=~/bccd
 
 The options of the training that change the data or the model are given again; a teacher is not needed. The checkpoint must
 fit the model entirely. A config without test images of its own is tested on those of its validation.
 
-``--json`` of a classifier is what tools/evaluate.py writes, the outcome of every image included, so that 'tools/evaluate.py
+``--json`` of a classifier is what hgkd evaluate writes, the outcome of every image included, so that 'hgkd evaluate
 compare' takes it; of a detector or segmentor, the metrics.
 """
 
@@ -20,9 +20,9 @@ from hgkd.cli.common import add_config_options, add_launcher, command, command_p
 from hgkd.cli.option_help import help_text
 
 EXAMPLES = """\
-  python tools/test.py downstream/classification/resnet18_10e_cifar128.py work_dirs/a --json a.json \\
+  hgkd test downstream/classification/resnet18_10e_cifar128.py work_dirs/a --json a.json \\
       --cfg-options val_root=data/test
-  python tools/test.py downstream/detection/faster-rcnn_r18_12e_bccd.py work_dirs/bccd/epoch_12.pth --json bccd.json \\
+  hgkd test downstream/detection/faster-rcnn_r18_12e_bccd.py work_dirs/bccd/epoch_12.pth --json bccd.json \\
       --cfg-options data_root=~/bccd"""
 CODES = {
     0: "measured",

@@ -1,6 +1,6 @@
 """Train what a config describes: teacher pretraining, distillation, their controls, detectors and segmentors.
 
-    python tools/train.py configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py --cfg-options data_root=photos epochs=5
+    hgkd train configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py --cfg-options data_root=photos epochs=5
 
 configs/README.md lists the short options, docs/downstream.md those of detectors and segmentors; any other key of a config can
 be set by its dotted path. ``--dry-run`` says what a training needs before it is started. SIGTERM and SIGINT save and end a run
@@ -20,13 +20,13 @@ from hgkd.engine.loop import told_signals
 from hgkd.openmmlab import is_downstream, rehearse
 
 TRAIN_EXAMPLES = """\
-  python tools/train.py configs/spark/spark_resnet18_10e_cifar128.py --dry-run --cfg-options \\
+  hgkd train configs/spark/spark_resnet18_10e_cifar128.py --dry-run --cfg-options \\
       data_root=photos val_train_root=None val_test_root=None
-  python tools/train.py configs/spark/spark_resnet18_10e_cifar128.py --work-dir work_dirs/a --cfg-options \\
+  hgkd train configs/spark/spark_resnet18_10e_cifar128.py --work-dir work_dirs/a --cfg-options \\
       data_root=photos val_train_root=None val_test_root=None epochs=5 model.student.stem=cifar
-  python tools/train.py configs/spark/spark_resnet18_10e_cifar128.py --work-dir work_dirs/a --resume --cfg-options \\
+  hgkd train configs/spark/spark_resnet18_10e_cifar128.py --work-dir work_dirs/a --resume --cfg-options \\
       data_root=photos val_train_root=None val_test_root=None epochs=5 model.student.stem=cifar
-  torchrun --nproc_per_node 8 tools/train.py CONFIG --launcher pytorch --amp --cfg-options data_root=photos"""
+  torchrun --nproc_per_node 8 -m hgkd train CONFIG --launcher pytorch --amp --cfg-options data_root=photos"""
 TRAIN_CODES = {
     0: "trained to the end, or stopped by SIGTERM or SIGINT with a checkpoint",
     1: "a fault of the program, with a traceback",

@@ -1,13 +1,13 @@
 """Pictures of what a backbone has learnt, as PNG and on one HTML page.
 
-    python tools/visualize.py pca            --backbone B --images PATH ... --out DIR [--level -2 -1]
-    python tools/visualize.py attention      --backbone B --images PATH ... --out DIR [--level -1]
-    python tools/visualize.py cam            --checkpoint FILE --images PATH ... --out DIR [--class NAME]
-    python tools/visualize.py neighbours     --backbone B --images PATH ... --out DIR --bank FOLDER [--k 5]
-    python tools/visualize.py reconstruction --checkpoint FILE --images PATH ... --out DIR [--mask-ratio 0.6]
-    python tools/visualize.py predictions    --config FILE --checkpoint FILE --images PATH ... --out DIR
+    hgkd visualize pca            --backbone B --images PATH ... --out DIR [--level -2 -1]
+    hgkd visualize attention      --backbone B --images PATH ... --out DIR [--level -1]
+    hgkd visualize cam            --checkpoint FILE --images PATH ... --out DIR [--class NAME]
+    hgkd visualize neighbours     --backbone B --images PATH ... --out DIR --bank FOLDER [--k 5]
+    hgkd visualize reconstruction --checkpoint FILE --images PATH ... --out DIR [--mask-ratio 0.6]
+    hgkd visualize predictions    --config FILE --checkpoint FILE --images PATH ... --out DIR
 
-A backbone is what tools/evaluate.py takes: a checkpoint, an export, a timm name, mae:FILE; cam takes a fine-tuned classifier.
+A backbone is what hgkd evaluate takes: a checkpoint, an export, a timm name, mae:FILE; cam takes a fine-tuned classifier.
 Images are files or folders. DIR/<name>.png is written, and DIR/pictures.html shows all pictures of DIR, so several calls fill
 one page.
 """

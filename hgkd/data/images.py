@@ -459,7 +459,7 @@ def _from_shards(root: str, found: Content, limit: int | None) -> tuple[list[str
         raise DataError(
             f"no images below {where}; looked for files ending in {EXTENSION_LIST} and for members of its {len(shards)} .tar "
             f"shards named like key.jpg; there are {left_out.told() or 'none of other kinds'}. Set data_root to the folder "
-            "that holds them, or pack them again (tools/make_shards.py)"
+            "that holds them, or pack them again (hgkd make-shards)"
         )
     print_log(f"{len(names)} images in {len(shards)} shards below {where}", logger="current")
     _tell(root, len(names), left_out)

@@ -5,7 +5,7 @@ A shard is an uncompressed .tar; what stands before the first dot of a member's 
 
 webdataset itself (1.0, which has dropped ``wids``) only streams: it neither says where a member lies nor goes to it. A stream
 shuffled in a buffer cannot be resumed at a step, and divides shards, not images, between processes. So the library *writes*
-shards (``tools/make_shards.py``), and they are read here through an index of (shard, offset, size) that Python's ``tarfile``
+shards (``hgkd make-shards``), and they are read here through an index of (shard, offset, size) that Python's ``tarfile``
 makes from the headers at the start. :class:`hgkd.data.EpochSampler` then draws from all images, resumes at a step without
 reading those before it, and gives every process its own, as with files. The price is a seek an image, and the headers at the
 start (docs/scaling.md).

@@ -144,7 +144,7 @@ def _diverged(model: Any, batch: Any, losses: dict[str, float], step: int) -> Di
         remedy = (
             "set model.teacher.dtype='bfloat16', or 'float32'"
             if dtype == "float16"
-            else "look at its weights with tools/doctor.py teacher"
+            else "look at its weights with hgkd doctor teacher"
         )
         why = f"the teacher's module {taught[0][0]} gives values that are not finite in {dtype}; {remedy}"
     elif own:

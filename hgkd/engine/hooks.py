@@ -54,7 +54,7 @@ class ThroughputHook(Hook):
     """Logs ``images_per_s`` of the whole run, over all processes; loading of the data included.
 
     On the CPU also ``teacher_share``, the share of that time that a distillation's teacher takes. (On a GPU the teacher's
-    time is not known without waiting for it in every step; ``tools/benchmark.py distill`` measures steps there.)
+    time is not known without waiting for it in every step; ``hgkd benchmark distill`` measures steps there.)
     """
 
     priority = "ABOVE_NORMAL"  # before the logger
@@ -111,7 +111,7 @@ class FiniteLossHook(Hook):
     """Counts the steps that were left out because loss or gradient was not finite, and ends the run after several in a row.
 
     It then leaves ``work_dir/nonfinite_step_<n>.pth``, the state before the first of them, and beside it for every process
-    ``nonfinite_step_<n>_rank_<r>.json``, from which ``tools/replay.py`` does these steps again.
+    ``nonfinite_step_<n>_rank_<r>.json``, from which ``hgkd replay`` does these steps again.
 
     Args:
         patience: so many updates in a row may be left out; the one after ends the run.
@@ -164,7 +164,7 @@ class FiniteLossHook(Hook):
     def _end(self, runner: Runner) -> str:
         """What is left of the run, said at the end of the message."""
         return (
-            f"the weights are those of before, and 'python tools/replay.py {self._dump(runner)}' does these steps again and "
+            f"the weights are those of before, and 'hgkd replay {self._dump(runner)}' does these steps again and "
             "tells where the first value that is not finite appears"
         )
 

@@ -41,7 +41,7 @@ _NO_WEIGHTS = re.compile(r"optim|sched|scaler|message_hub|(^|_)rng|loss", re.IGN
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _HOW_TO_CHOOSE = (
     "for one of these set model.teacher.entry={entry} (a teacher), or write it to a file of its own: "
-    "python tools/doctor.py extract {source} {entry} OUT.safetensors"
+    "hgkd doctor extract {source} {entry} OUT.safetensors"
 )
 _LFS_POINTER = b"version https://git-lfs"
 _PREFIXES = ("module.", "network.", "backbone.", "encoder.")

@@ -1,4 +1,4 @@
-"""The runs of a comparison (``tools/compare.py``) as a CSV and as a picture: final results and learning curves.
+"""The runs of a comparison (``hgkd compare``) as a CSV and as a picture: final results and learning curves.
 
 A run is a dict: ``row`` (runs of one row differ by ``seed``), ``scores`` (name -> ``top1`` and ``ci95``, or ``value``),
 ``curves`` (name -> [[step, value], ...] of its validations; older ones: ``curve``, of the k-NN), and of what was trained
@@ -25,7 +25,7 @@ def trained(checkpoint: str | os.PathLike[str]) -> tuple[int | None, str]:
 
     Returns:
         How many images (repeats counted) it had seen when it wrote the checkpoint (None: the file does not say), and the
-        checkpoint as ``tools/evaluate.py`` takes it: of a ViT student ``mae:FILE``.
+        checkpoint as ``hgkd evaluate`` takes it: of a ViT student ``mae:FILE``.
     """
     from hgkd.engine.weights import read_checkpoint
     from hgkd.export.source import literal_config

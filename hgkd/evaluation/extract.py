@@ -222,7 +222,7 @@ def load_extractor(
     """Make the extractor that a backbone specification asks for.
 
     Args:
-        spec: a checkpoint of hgkd's runner (.pth), or its work folder; a folder of ``tools/export.py``; a timm model name;
+        spec: a checkpoint of hgkd's runner (.pth), or its work folder; a folder of ``hgkd export``; a timm model name;
             or ``'mae:FILE'`` for a MAE checkpoint.
         checkpoint: weight file for a timm name, loaded strictly (a classifier in it is left aside).
         block: for ViTs, index of the block whose patch tokens are averaged (0 = first); None is the last.

@@ -144,7 +144,7 @@ def read_json(file: str | os.PathLike[str]) -> Results:
     """
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"result {path} does not exist; tools/evaluate.py writes one with --json {path}")
+        raise FileNotFoundError(f"result {path} does not exist; hgkd evaluate writes one with --json {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = {content["method"]: content} if "method" in content else content
@@ -154,8 +154,8 @@ def read_json(file: str | os.PathLike[str]) -> Results:
             _ = result["test_list"], result["settings"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{path} holds no results with an outcome for every test image; write it anew with tools/evaluate.py or "
-            "tools/test.py --json"
+            f"{path} holds no results with an outcome for every test image; write it anew with hgkd evaluate or "
+            "hgkd test --json"
         ) from None
     return dict(found)
 

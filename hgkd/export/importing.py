@@ -68,7 +68,7 @@ def import_weights(
 
     Args:
         network: timm's, without classifier.
-        path: .pth, .pt, .bin or .safetensors file, or a folder of ``tools/export.py`` that :func:`load_backbone` reads.
+        path: .pth, .pt, .bin or .safetensors file, or a folder of ``hgkd export`` that :func:`load_backbone` reads.
         prefix: what stands before the encoder's names; None finds it.
         allow: beginnings of names that may be missing (timm's names) or left over (the file's, without the prefix).
 
@@ -97,7 +97,7 @@ def import_weights(
     except WeightsError as error:
         raise WeightsError(
             f"{error} (key style {style.name}, prefix {prefix!r}); nothing was loaded. Where this is meant, allow=(...) of "
-            "load_backbone, or --allow of tools/export.py, takes the beginnings of the names that may be missing or left over; "
+            "load_backbone, or --allow of hgkd export, takes the beginnings of the names that may be missing or left over; "
             "for a training, write the network's own entries to a file of their own"
         ) from error
     others = [key for key in weights if not key.startswith(prefix)] + [key for key in inside if key.startswith(classifier)]
@@ -145,7 +145,7 @@ def load_backbone(
     prefix: str | None = None,
     allow: Sequence[str] = (),
 ) -> nn.Module:
-    """The dense timm encoder of a folder of ``tools/export.py`` or of a weight file, in eval mode, for ``forward_features``.
+    """The dense timm encoder of a folder of ``hgkd export`` or of a weight file, in eval mode, for ``forward_features``.
 
     Its input is normalised with ``model.pretrained_cfg['mean']`` and ``['std']``. Every weight must be there, with the right
     shape, and none may be left over.
@@ -207,10 +207,10 @@ def _refuse_other_target(path: Path) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """``config.json`` of an exported folder; raises as :func:`load_backbone` does."""
     if not path.is_dir():
-        raise FileNotFoundError(f"export folder {path} does not exist; expected one that tools/export.py wrote")
+        raise FileNotFoundError(f"export folder {path} does not exist; expected one that hgkd export wrote")
     file = path / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{path} has no {CONFIG_FILE}; expected a folder that tools/export.py wrote")
+        raise FileNotFoundError(f"{path} has no {CONFIG_FILE}; expected a folder that hgkd export wrote")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

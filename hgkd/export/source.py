@@ -17,7 +17,7 @@ from hgkd.errors import WeightsError
 FORMAT = 1
 STUDENT_PREFIX, ENCODER_PREFIX = "student.", "student.encoder."
 _TIMINGS = ("val/time", "val/data_time")  # mmengine's, of no interest after the run
-_EXPECTED = "expected a .pth file that tools/train.py wrote while distilling a student"
+_EXPECTED = "expected a .pth file that hgkd train wrote while distilling a student"
 _OTHERWISE = "name the network of a file of others, e.g. encoder='resnet50' (--encoder)"
 
 
@@ -46,7 +46,7 @@ class EncoderSpec:
         """
         encoder = hgkd.get("encoder") if isinstance(hgkd, Mapping) else None
         if not isinstance(hgkd, Mapping) or not isinstance(encoder, Mapping) or "name" not in encoder:
-            raise WeightsError(f"{source} does not say which encoder it holds; {_EXPECTED}, or a folder of tools/export.py")
+            raise WeightsError(f"{source} does not say which encoder it holds; {_EXPECTED}, or a folder of hgkd export")
         if hgkd.get("format") != FORMAT:
             raise WeightsError(
                 f"{source} has format {hgkd.get('format')!r}, this version of hgkd reads format {FORMAT}; "
@@ -179,7 +179,7 @@ def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -
             f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {_EXPECTED}, or {otherwise}"
         )
     if isinstance(meta["hgkd"], Mapping) and "mae" in meta["hgkd"]:
-        raise WeightsError(f"{path} holds a masked autoencoder and no student; tools/evaluate.py takes it as mae:{path}")
+        raise WeightsError(f"{path} holds a masked autoencoder and no student; hgkd evaluate takes it as mae:{path}")
     classifier = ClassifierSpec.parse(meta)
     if classifier is not None:  # fine-tuned: the network without its head
         model = ImageClassifier.from_spec(classifier)

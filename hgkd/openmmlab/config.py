@@ -24,7 +24,7 @@ PACKAGED = "/.mim/configs/"  # where an installed package keeps its configs
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SHORT_OPTIONS = {
     "data_root": "folder of the data set",
-    "backbone": "weights of the backbone: a folder of tools/export.py, or a file",
+    "backbone": "weights of the backbone: a folder of hgkd export, or a file",
     "teacher_checkpoint": "weights of the teacher (distillation of detectors and segmentors)",
     "epochs": "epochs of the config, which repeat the images three times each in 3x recipes; the schedule is stretched to them",
     "iterations": "training steps of a config that counts steps; the schedule is stretched to them",

@@ -28,7 +28,7 @@ from hgkd.export.model import check_finite
 from hgkd.openmmlab.backbone import TimmBackbone
 from hgkd.students.encoder import pixel_statistics
 
-_EXPORTED = ("backbone.pth", "model.safetensors")  # as tools/export.py --to mmdet, mmseg, timm, torchvision name them
+_EXPORTED = ("backbone.pth", "model.safetensors")  # as hgkd export --to mmdet, mmseg, timm, torchvision name them
 _CLASSIFIER = ("fc.", "head.norm.")
 _STUDENT = "student."  # of hgkd.FeatureDistiller
 _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
@@ -46,7 +46,7 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
 
     Args:
         backbone: ``TimmBackbone``, or mmdet's or mmseg's own ResNet or ResNeXt.
-        path: a folder that ``tools/export.py --to timm|mmdet|mmseg|torchvision`` wrote, or a weight file whose names are the
+        path: a folder that ``hgkd export --to timm|mmdet|mmseg|torchvision`` wrote, or a weight file whose names are the
             backbone's without any prefix, in one of the styles of :mod:`hgkd.export.naming`. A classifier is left aside.
 
     Raises:
@@ -131,12 +131,12 @@ def _weight_file(path: Path) -> Path:
         found = [path / name for name in _EXPORTED if (path / name).is_file()]
         if not found:
             raise FileNotFoundError(
-                f"backbone={path} is a folder without {' or '.join(_EXPORTED)}; give one that tools/export.py wrote, or a file"
+                f"backbone={path} is a folder without {' or '.join(_EXPORTED)}; give one that hgkd export wrote, or a file"
             )
         return found[0]
     if not path.is_file():
         raise FileNotFoundError(
-            f"backbone={path} does not exist; give a folder that 'tools/export.py CHECKPOINT --to timm --out FOLDER' wrote, or "
+            f"backbone={path} does not exist; give a folder that 'hgkd export CHECKPOINT --to timm --out FOLDER' wrote, or "
             "a weight file"
         )
     return path
@@ -148,7 +148,7 @@ def _plain_weights(file: Path, network: nn.Module) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("meta"), Mapping) and "hgkd" in content["meta"]:
         raise WeightsError(
             f"backbone={file} is a training checkpoint of hgkd (student, decoder and optimiser). Export the student first: "
-            f"python tools/export.py {file} --to timm --out FOLDER, then backbone=FOLDER"
+            f"hgkd export {file} --to timm --out FOLDER, then backbone=FOLDER"
         )
     inside = next(
         (
@@ -162,7 +162,7 @@ def _plain_weights(file: Path, network: nn.Module) -> dict[str, Tensor]:
     if any(_ASIDE.match(name) for name in names):
         raise WeightsError(
             f"backbone={file} is the checkpoint of a whole detector or segmentor, not of a backbone. To continue from it, use "
-            "load_from=FILE; for its backbone alone: python tools/export.py FILE --encoder NAME --to timm --out FOLDER"
+            "load_from=FILE; for its backbone alone: hgkd export FILE --encoder NAME --to timm --out FOLDER"
         )
     own = list(network.state_dict())
     there = set(names)
@@ -173,7 +173,7 @@ def _plain_weights(file: Path, network: nn.Module) -> dict[str, Tensor]:
         prefix = min(prefixes, key=len)
         raise WeightsError(
             f"backbone={file} has the prefix {prefix!r} before its names ({prefix + own[0]}), which could be another part of "
-            f"a model. Bring it to plain names: python tools/export.py {file} --encoder NAME --to timm --out FOLDER"
+            f"a model. Bring it to plain names: hgkd export {file} --encoder NAME --to timm --out FOLDER"
         )
     return tensors_of(content, source=str(file))
 

@@ -49,7 +49,7 @@ def build_encoder(
         name: timm's name, e.g. 'resnet50', 'convnext_tiny', 'resnet50.a1_in1k'.
         stem: 'cifar' replaces a ResNet's stem by a 3x3 stride-1 convolution without pooling: total stride 8.
         checkpoint: local weight file to start from, in timm's naming or another of :mod:`hgkd.export.naming` (SparK,
-            ConvNeXt, mmpretrain, torchvision, transformers), or a folder of ``tools/export.py --to timm``; loaded strictly;
+            ConvNeXt, mmpretrain, torchvision, transformers), or a folder of ``hgkd export --to timm``; loaded strictly;
             only what an encoder has no place for, a classifier say, is left out.
         pretrained: ask timm for its pretrained weights (a download, unless timm has them already).
         timm_kwargs: passed to ``timm.create_model``, e.g. ``drop_path_rate=0.1``.

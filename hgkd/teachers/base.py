@@ -127,7 +127,7 @@ class Teacher(nn.Module):
         if health is not None and health.looks_random:
             raise WeightsError(
                 f"{self.source}: this teacher {health}. A student would learn noise from it. Look at the file with "
-                "tools/doctor.py teacher; when it is meant to be so, set model.teacher.allow_random=True"
+                "hgkd doctor teacher; when it is meant to be so, set model.teacher.allow_random=True"
             )
 
     def _no_decoder(self) -> str:

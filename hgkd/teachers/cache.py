@@ -97,7 +97,7 @@ class FeatureStore:
             raise ValueError(
                 f"the teacher gives NaN or inf for image {row // 2}{' mirrored' if row % 2 else ''}, which no student can "
                 "learn; the fault is the teacher's, not the store's: set model.teacher.dtype=float32, and look at its file "
-                "with tools/doctor.py teacher"
+                "with hgkd doctor teacher"
             )
         half = values.to(torch.float16)
         if not bool(torch.isfinite(half).all()):

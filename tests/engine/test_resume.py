@@ -305,7 +305,7 @@ def test_full_disk_is_told_and_leaves_the_checkpoints_before(images, unbroken, t
 
 
 def start(images, work_dir, *extra, **options):
-    """tools/train.py as a process of its own, in its own process group, and the log of its steps."""
+    """hgkd train as a process of its own, in its own process group, and the log of its steps."""
     options = tiny(images, **{**OPTIONS, **options})
     command = [sys.executable, str(ROOT / "tools/train.py"), str(SPARK), "--work-dir", str(work_dir), *extra]
     command += ["--cfg-options", *[f"{k}={v}" for k, v in options.items()]]

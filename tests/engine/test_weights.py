@@ -202,7 +202,7 @@ def test_of_two_sets_of_weights_the_usual_one_is_taken_and_the_other_named(tmp_p
     assert read_weights(file)["a"] == 0
     said = "".join(logged)
     assert "taken from its entry 'state_dict'; it also holds 'state_dict_ema', not taken by default" in said
-    assert f"python tools/doctor.py extract {file} state_dict_ema OUT.safetensors" in said
+    assert f"hgkd doctor extract {file} state_dict_ema OUT.safetensors" in said
     assert "optimizer" not in said
     assert read_weights(file, "state_dict_ema")["a"] == 1
     with pytest.raises(WeightsError, match=r"no entry 'ema' .* 'state_dict', 'state_dict_ema'"):

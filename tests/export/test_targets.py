@@ -226,9 +226,9 @@ def _keywords(arguments: dict) -> str:
 
 def test_load_sparse_and_student_refuse_other_exports(tmp_path: Path) -> None:
     _, out = written(tmp_path, "mobilenetv3_small_050", "timm")
-    with pytest.raises(ValueError, match=r"no export that tools/export.py wrote with --to sparse$"):
+    with pytest.raises(ValueError, match=r"no export that hgkd export wrote with --to sparse$"):
         load_sparse(out)
-    with pytest.raises(ValueError, match=r"no export that tools/export.py wrote with --to sparse --what student"):
+    with pytest.raises(ValueError, match=r"no export that hgkd export wrote with --to sparse --what student"):
         load_student(out)
 
 

@@ -149,7 +149,7 @@ def test_a_prefix_is_named_with_the_remedy(tmp_path, prefix, wrap):
     refuse(
         TimmBackbone("test_resnet"),
         tmp_path / "net.pth",
-        rf"has the prefix '{prefix}'.*tools/export.py .*net.pth --encoder NAME",
+        rf"has the prefix '{prefix}'.*hgkd export .*net.pth --encoder NAME",
     )
 
 
@@ -186,7 +186,7 @@ def test_a_training_checkpoint_is_told_how_to_export(tmp_path):
     refuse(
         TimmBackbone("test_resnet"),
         tmp_path / "a.pth",
-        r"training checkpoint of hgkd.*tools/export.py .*a.pth --to timm --out FOLDER",
+        r"training checkpoint of hgkd.*hgkd export .*a.pth --to timm --out FOLDER",
     )
 
 

@@ -1,4 +1,4 @@
-"""tools/doctor.py on files made here."""
+"""hgkd doctor on files made here."""
 
 from pathlib import Path
 from typing import Any

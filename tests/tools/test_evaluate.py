@@ -1,4 +1,4 @@
-"""tools/evaluate.py from end to end on coloured squares that any network tells apart."""
+"""hgkd evaluate from end to end on coloured squares that any network tells apart."""
 
 import csv
 import json

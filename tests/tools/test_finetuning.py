@@ -82,7 +82,7 @@ def test_a_run_leaves_scores_reports_and_a_checkpoint_that_describes_itself(fine
     assert (work_dir / "confusion.png").read_bytes().startswith(b"\x89PNG")
     spec = read_checkpoint(best)["meta"]["hgkd"]["classifier"]
     assert (spec["name"], spec["num_classes"], tuple(spec["classes"])) == ("test_resnet", 2, ("a", "b"))
-    # the same answers from the file alone, from tools/test.py, and a backbone for every other tool
+    # the same answers from the file alone, from hgkd test, and a backbone for every other tool
     model = load_classifier(best)
     metrics = test_api.run_test(AUGMENTED, best, options=small(images))
     assert metrics["accuracy/top1"] == pytest.approx(max(line["accuracy/top1"] for line in scores))

@@ -1,4 +1,4 @@
-"""tools/replay.py on the dump of a training that diverged."""
+"""hgkd replay on the dump of a training that diverged."""
 
 import json
 
@@ -19,7 +19,7 @@ def diverged(tmp_path_factory):
     options = tiny(images, epochs=3, warmup_epochs=0, lr=1e18, val_train_root=None, val_test_root=None)
     cfg = train_tool.load_config(SPARK, work_dir, options=options)
     next(hook for hook in cfg.custom_hooks if hook["type"] == "FiniteLossHook")["patience"] = 2
-    with pytest.raises(DivergedError, match=r"3 updates in a row .*tools/replay\.py .*nonfinite_step_2_rank_0\.json"):
+    with pytest.raises(DivergedError, match=r"3 updates in a row .*hgkd replay .*nonfinite_step_2_rank_0\.json"):
         train_tool.RUNNERS.build(cfg).train()
     return work_dir
 

@@ -1,4 +1,4 @@
-"""tools/train.py from config to checkpoint, with tiny networks and generated images."""
+"""hgkd train from config to checkpoint, with tiny networks and generated images."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""tools/visualize.py from end to end on generated shapes."""
+"""hgkd visualize from end to end on generated shapes."""
 
 import re
 from pathlib import Path

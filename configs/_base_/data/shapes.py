@@ -1,4 +1,4 @@
-"""Generated shapes: tools/make_shapes.py data/shapes --plain --image-size 64 --train 2500 --test 800."""
+"""Generated shapes: hgkd make-shapes data/shapes --plain --image-size 64 --train 2500 --test 800."""
 
 _base_ = ["./image_folder.py"]
 

@@ -1,6 +1,6 @@
 """Labelled images, one folder a class: ``data_root`` for training, ``val_root`` for validation and test (None: neither).
 
-tools/test.py takes the validation's images too. ``label_fraction=0.1`` trains on a tenth of each class.
+hgkd test takes the validation's images too. ``label_fraction=0.1`` trains on a tenth of each class.
 """
 
 data_root = None

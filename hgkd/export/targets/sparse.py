@@ -182,7 +182,7 @@ def _section(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     section = read_config(Path(path).expanduser()).get("hgkd") or {}
     if not any(key in section for key in keys):
         what = "".join(f" --what {key}" for key in keys[:1] if key != "cell")
-        raise WeightsError(f"{path} is no export that tools/export.py wrote with --to sparse{what}")
+        raise WeightsError(f"{path} is no export that hgkd export wrote with --to sparse{what}")
     return dict(section)
 
 
