@@ -32,5 +32,5 @@ def files_digest(files: Iterable[tuple[str, int]]) -> str:
     """SHA-256 of a list of (name, size in bytes), in order: whether it is the same files, without reading them."""
     digest = hashlib.sha256()
     for name, size in files:
-        digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))  # names of files need not be UTF-8
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))  # names of files may be no UTF-8
     return digest.hexdigest()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -73,7 +74,7 @@ class Levels:
     """
 
     def __init__(self, cfg: Config, typed: Mapping[str, Any] | None = None) -> None:
-        file = vars(cfg).get(_ATTRIBUTE) or Level(cfg.filename or "the config", copy.deepcopy(cfg.to_dict()))
+        file = level_of(cfg) or Level(cfg.filename or "the config", copy.deepcopy(cfg.to_dict()))
         self._program = Level("the program", {}, (file,))
         self._typed = Level("the command line", nested(typed or {}), (self._program,))
         try:
@@ -118,8 +119,11 @@ def read_levels(path: str) -> Config:
 
 
 def level_of(cfg: Config) -> Level | None:
-    """The level of the file that a config was read from by :func:`read_levels`."""
+    """The level of the Python file that a config was read from, by :func:`read_levels` or by mmengine; None: of no file."""
     level: Level | None = vars(cfg).get(_ATTRIBUTE)
+    name = cfg.filename
+    if level is None and name is not None and str(name).endswith(".py") and Path(name).is_file():
+        level = vars(read_levels(str(name))).get(_ATTRIBUTE)  # who has changed it since is told by its values
     return level
 
 

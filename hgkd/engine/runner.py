@@ -111,8 +111,12 @@ class DistillRunner(Runner):
             ValueError: something in the config is wrong, the work folder is in use or holds the results of another training.
             StoppedError: the system refuses to write into the work folder.
         """
-        with tell_system_errors(cfg.work_dir), configured():
-            runner: DistillRunner = super().from_cfg(cfg)
+        try:
+            with tell_system_errors(cfg.work_dir), configured():
+                runner: DistillRunner = super().from_cfg(cfg)
+        except BaseException:
+            release_folder(cfg.work_dir)  # nothing was begun
+            raise
         return runner
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ checkpoints need; anything else in a file is refused by name. Nothing is ever lo
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import pickle
@@ -38,6 +37,15 @@ _FOREIGN_TYPE = re.compile(
     r"(?:GLOBAL|class|recognized function|instantiate|for) ([\w.<>' ]*[\w.>])(?: whose| which| was|,|$|\()"
 )
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|message_hub|(^|_)rng|loss", re.IGNORECASE)
+# what a pickle of numpy arrays names, as pickletools prints it
+_ARRAY_GLOBALS = {
+    *(f"numpy.{core}.multiarray {function}" for core in ("core", "_core") for function in ("_reconstruct", "scalar")),
+    *(f"numpy.{core}.numeric _frombuffer" for core in ("core", "_core")),
+    "numpy ndarray",
+    "numpy dtype",
+    "_codecs encode",
+    "collections OrderedDict",
+}
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _HOW_TO_CHOOSE = (
     "for one of these set model.teacher.entry={entry} (a teacher), or write it to a file of its own: "
@@ -129,14 +137,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         with safe_globals_for_mmengine():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if _is_plain_pickle(path):
-            raise WeightsError(_plain_pickle_message(path)) from None
         foreign = _FOREIGN_TYPE.search(str(error))
         if foreign is not None:
             raise WeightsError(
                 f"{path} holds more than tensors and plain data, namely {foreign.group(1)}, and is not read because that "
                 "could run foreign code; where you trust the file, save its state_dict alone, best as .safetensors"
             ) from None
+        if _is_plain_pickle(path):
+            raise WeightsError(_plain_pickle_message(path)) from None
         raise WeightsError(f"{path} is damaged or no weight file: its content is not what torch.save writes") from None
     except Exception as error:
         # torch raises RuntimeError, EOFError, KeyError and others on damaged files
@@ -149,16 +157,35 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 
 def _is_plain_pickle(path: Path) -> bool:
-    """Whether a file is one pickle, as detectron2 writes its models, not one of torch.save (a zip, or after a number)."""
+    """Whether a file is one pickle of arrays, as detectron2 writes its models, not one of torch.save, and runs no code.
+
+    Nothing is unpickled: the opcodes are looked at for what they name.
+    """
     with open(path, "rb") as file:
         if file.read(1) != b"\x80":
             return False
         file.seek(0)
+        pushed: list[Any] = []
+        memo: dict[int, Any] = {}
         try:
-            names = [opcode.name for opcode, _, _ in itertools.islice(pickletools.genops(file), 3)]
-        except ValueError:
+            for opcode, arg, _ in pickletools.genops(file):
+                name = opcode.name
+                if name in ("LONG1", "LONG4") and len(pushed) <= 2:  # torch.save's older format begins with a number
+                    return False
+                if name == "MEMOIZE":
+                    memo[len(memo)] = pushed[-1]
+                elif name in ("BINPUT", "LONG_BINPUT"):
+                    memo[int(str(arg))] = pushed[-1]
+                elif name in ("GLOBAL", "STACK_GLOBAL"):
+                    found = str(arg) if name == "GLOBAL" else f"{pushed[-2]} {pushed[-1]}"
+                    if found not in _ARRAY_GLOBALS:
+                        return False
+                    pushed.append(None)
+                else:
+                    pushed.append(memo.get(int(str(arg))) if name in ("BINGET", "LONG_BINGET") else arg)
+        except (ValueError, IndexError):
             return False
-    return not {"LONG1", "LONG4"} & set(names)
+    return True
 
 
 def _plain_pickle_message(path: Path) -> str:

@@ -14,7 +14,9 @@ from PIL import Image
 from hgkd.errors import DataError
 
 MISSING_SHARE = 0.1
-"""More of the training images may not be absent or unreadable."""
+"""More of the training images may not be absent."""
+UNREADABLE_SHARE = 0.5
+"""More of the training images may not be unreadable: those are left out one by one, and counted."""
 MAX_FILES = 30_000
 """So many files of a data set are opened, evenly spaced."""
 _ORIENTATION = 274  # EXIF
@@ -46,12 +48,12 @@ def check_readable(unreadable: Sequence[str], count: int, name: str) -> list[str
     """Judge the images that cannot be opened, of ``count``; what should be said, without being an error.
 
     Raises:
-        DataError: one of a validation or test is among them, or more than a tenth of a training's are.
+        DataError: one of a validation or test is among them, or more than half of a training's are.
     """
     if not unreadable:
         return []
     said = f"{name}: {len(unreadable)} of {count} images cannot be opened: cut off, or no images ({few(unreadable, 3)})"
-    if name != "train_dataloader" or len(unreadable) > MISSING_SHARE * count:
+    if name != "train_dataloader" or len(unreadable) > UNREADABLE_SHARE * count:
         raise DataError(f"{said}; replace them, or take them out of the data set")
     return [f"{said}; training goes on without them"]
 

@@ -317,3 +317,4 @@ def test_config_faults_that_others_find(images, tmp_path, change, message):
     cfg.update(change)
     with pytest.raises(ValueError, match=rf"the config cannot be built, says \w+: .*{message}"):
         train_tool.RUNNERS.build(cfg).train()
+    assert not (tmp_path / "run/run.lock").exists()

@@ -261,6 +261,11 @@ def test_a_config_that_a_program_has_changed():
     assert train_tool.load_config(cfg, "run", options={"batch_size": 6}).train_dataloader.batch_size == 6
 
 
+def test_a_config_that_mmengine_has_read(tmp_path):
+    path = child(tmp_path, "train_dataloader = dict(batch_size=16)")
+    assert train_tool.load_config(Config.fromfile(path), options={"teacher_checkpoint": "x"}).train_dataloader.batch_size == 16
+
+
 def test_other_readers_of_configs_are_left_alone(tmp_path):
     before = Config.__dict__["_file2dict"], Config.__dict__["_merge_a_into_b"]
     with pytest.raises(FileNotFoundError):
