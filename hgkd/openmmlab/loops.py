@@ -133,9 +133,9 @@ class StoppableEpochLoop(_Stoppable, EpochBasedTrainLoop):
         now, differ = len(self.dataloader), images_that_differ(meta, self.runner)
         if done and (differ or steps != now):
             raise ValueError(
-                f"{source} is from step {done} of an epoch of {steps} steps, and an epoch has {now} now"
-                f"{f' ({differ})' if differ else ''}. Resume with the images, batch_size and processes that it was written "
-                "with, or from the end of an epoch (--resume epoch_N.pth)"
+                f"{source} is from step {done} of an epoch of {steps} steps, and an epoch has {now} now. Resume with the "
+                f"images, batch_size and processes that it was written with{f' ({differ})' if differ else ''}, or from the end "
+                "of an epoch (--resume epoch_N.pth)"
             )
         if not done and (differ or meta.get("steps_per_epoch", now) != now):
             self._iter = self._epoch * now
