@@ -1,8 +1,4 @@
-"""Pixel statistics and channels: the one check of every place where a user gives them.
-
-Everywhere in hgkd images are RGB in [0, 1] before they are normalised, and so are a network's mean and standard deviation.
-OpenMMLab's configs and Caffe's models write both for pixels in 0..255.
-"""
+"""Pixels: the normalisation that networks expect, and images in [0, 1]."""
 
 from __future__ import annotations
 
@@ -10,7 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import timm
 import torch
+from torch import Tensor, nn
 
 Triple = tuple[float, float, float]
 PixelStatistics = tuple[Triple, Triple]
@@ -88,3 +86,31 @@ def _numbers_or_lists(given: Any) -> list[Any] | None:
 
 def _text(values: Iterable[float]) -> str:
     return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
+
+
+IMAGENET_MEAN, IMAGENET_DEVIATION = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+
+
+def pixel_statistics(model: nn.Module) -> PixelStatistics:
+    """Mean and deviation of the pixels in [0, 1] that timm, or the file that the network is from, says it expects.
+
+    Raises:
+        ValueError: see :func:`hgkd.pixels.check_pixels`; an export's config or ``pretrained_cfg`` may say anything.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean = config.get("mean") or timm.data.IMAGENET_DEFAULT_MEAN
+    deviation = config.get("std") or timm.data.IMAGENET_DEFAULT_STD
+    return check_pixels(mean, deviation, f"the pixels of {config.get('architecture') or type(model).__name__}")
+
+
+def to_unit_range(inputs: Tensor) -> Tensor:
+    """Images as float in [0, 1]: uint8 (B, 3, H, W) is divided by 255, float is taken as it is.
+
+    Raises:
+        TypeError: another type, whose range cannot be known.
+    """
+    if inputs.dtype == torch.uint8:
+        return inputs.float().div_(255.0)
+    if inputs.is_floating_point():
+        return inputs
+    raise TypeError(f"images must be uint8 in [0, 255] or float in [0, 1], got {inputs.dtype}")

@@ -8,17 +8,17 @@ Classes are registered under their own name; a second registration of a name is 
 from mmengine import registry as _roots
 from mmengine.registry import Registry
 
-_MODEL_LOCATIONS = ["hgkd.masking", "hgkd.students", "hgkd.teachers", "hgkd.classifiers", "hgkd.objectives", "hgkd.distillers"]
+_MODEL_LOCATIONS = ["hgkd.masking", "hgkd.students", "hgkd.teachers", "hgkd.objectives", "hgkd.distillers"]
 
 MODELS = Registry("model", parent=_roots.MODELS, scope="hgkd", locations=_MODEL_LOCATIONS)
 DATASETS = Registry("dataset", parent=_roots.DATASETS, scope="hgkd", locations=["hgkd.data"])
 DATA_SAMPLERS = Registry("data sampler", parent=_roots.DATA_SAMPLERS, scope="hgkd", locations=["hgkd.data"])
-HOOKS = Registry("hook", parent=_roots.HOOKS, scope="hgkd", locations=["hgkd.engine"])
+HOOKS = Registry("hook", parent=_roots.HOOKS, scope="hgkd", locations=["hgkd.training"])
 METRICS = Registry("metric", parent=_roots.METRICS, scope="hgkd", locations=["hgkd.evaluation"])
-RUNNERS = Registry("runner", parent=_roots.RUNNERS, scope="hgkd", locations=["hgkd.engine"])
+RUNNERS = Registry("runner", parent=_roots.RUNNERS, scope="hgkd", locations=["hgkd.training"])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optim wrapper constructor",
     parent=_roots.OPTIM_WRAPPER_CONSTRUCTORS,
     scope="hgkd",
-    locations=["hgkd.engine"],
+    locations=["hgkd.training"],
 )

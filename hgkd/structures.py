@@ -85,3 +85,35 @@ class StudentOutput:
     images: Tensor | None = None
     pyramid: dict[int, Tensor] = field(default_factory=dict)
     pixels: Tensor | None = None
+
+
+@dataclass
+class FeatureSample:
+    """The whole-image feature of one image.
+
+    Attributes:
+        features: pooled encoder feature (C,), any float dtype, any device.
+        label: class index of the image (-1: none known).
+        index: place of the image in its data set.
+        split: which part of an evaluation the image belongs to, 'bank' (neighbours are sought here) or 'query'.
+    """
+
+    features: Tensor
+    label: int
+    index: int
+    split: str
+
+
+@dataclass
+class ClassSample:
+    """What a classifier says about one image.
+
+    Attributes:
+        scores: one number a class (K,), the highest is its answer; any float dtype, any device.
+        label: index of the right class.
+        index: place of the image in its data set; twice the same index is an image in place of an unreadable one.
+    """
+
+    scores: Tensor
+    label: int
+    index: int

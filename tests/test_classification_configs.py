@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from hgkd.engine import apply_short_options, check_config
+from hgkd.config import apply_short_options, check_config
 from hgkd.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
 FOLDER = Path(__file__).parents[1] / "downstream/classification"

@@ -8,9 +8,10 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS
 
-from hgkd.engine import DecayGroupsConstructor, apply_short_options, check_config
+from hgkd.config import apply_short_options, check_config
+from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.registry import MODELS
-from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.training import DecayGroupsConstructor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(

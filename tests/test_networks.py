@@ -1,11 +1,11 @@
-"""What hgkd/networks.py says of modules' outputs and of blocks."""
+"""What hgkd/networks/vit.py says of modules' outputs and of blocks."""
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
-from hgkd.networks import check_attention_is_read, is_finite, watch_nonfinite
+from hgkd.networks.vit import check_attention_is_read, is_finite, watch_nonfinite
 
 
 class Divide(nn.Module):

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from teaching import ARCH
 
-from hgkd.classifiers import ClassifierTeacher, ImageClassifier
 from hgkd.distillers import MAEPretraining
 from hgkd.evaluation.extract import load_extractor
+from hgkd.networks import ImageClassifier
+from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.pixels import check_channels, check_normalize, check_pixels, pixels_text
 from hgkd.students import MaskedViT, SparseUNet
-from hgkd.teachers import MAETeacher, TimmTeacher
-from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.teachers import ClassifierTeacher, MAETeacher, TimmTeacher
 
 IMAGENET_255 = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # as OpenMMLab's configs write them
 VIT: dict[str, Any] = {"allow_random": True, "depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64}

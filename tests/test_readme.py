@@ -21,7 +21,7 @@ from small_models import shrink, write_ade20k, write_coco_2017
 from tiny_runs import ROOT, load_tool, write_images
 
 from hgkd.api.train import load_config
-from hgkd.engine.config import read_config
+from hgkd.config.reading import read_config
 
 README = ROOT / "README.md"
 WIDTHS = (8, 16, 32, 64)
@@ -94,7 +94,7 @@ def appended(words):
 def run(words):
     """A tool's command, in this process; networks of mmdet and mmseg are an eighth of their size."""
     small = "/detection/" in words[1] or "/segmentation/" in words[1]
-    with mock.patch("hgkd.api.train.read_config", lambda file: shrink(read_config(file)) if small else read_config(file)):
+    with mock.patch("hgkd.config.reading.read_config", lambda file: shrink(read_config(file)) if small else read_config(file)):
         return load_tool(words[0].replace("-", "_")).main([*words[1:], *appended(words)])
 
 

@@ -14,7 +14,7 @@ from hgkd.api import test as test_api
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
 from hgkd.distillers import MAEPretraining
-from hgkd.engine.checkpoints import read_run_checkpoint
+from hgkd.weights.run_folder import read_run_checkpoint
 
 PRETRAINING = sorted(path for path in (ROOT / "configs").glob("*/*.py") if path.parent.name not in ("_base_", "comparisons"))
 CLASSIFICATION = sorted((ROOT / "downstream/classification").glob("*.py"))

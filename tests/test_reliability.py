@@ -9,10 +9,10 @@ ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.s
 
 
 def files_of_letters() -> dict[str, Path]:
-    """`R` = `tests/engine/test_resume.py`, ...: a name without folder lies in tests/engine."""
+    """`R` = `tests/training/test_resume.py`, ...: a name without folder lies in tests/training."""
     key = PAGE.partition("## Faults")[2].partition("| # |")[0]
     named = dict(re.findall(r"`([A-Z])` = `([\w/]+\.py)`", key))
-    return {letter: ROOT / name if "/" in name else ROOT / "tests/engine" / name for letter, name in named.items()}
+    return {letter: ROOT / name if "/" in name else ROOT / "tests/training" / name for letter, name in named.items()}
 
 
 def test_every_fault_has_a_number_an_outcome_and_a_test_that_exists() -> None:

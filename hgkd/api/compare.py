@@ -18,11 +18,12 @@ from typing import Any
 
 from mmengine.config import Config
 
-from hgkd.engine.options import option_text
-from hgkd.engine.work_folder import results_in
+from hgkd.config.options import option_text
 from hgkd.errors import StoppedError
-from hgkd.evaluation.comparison import trained, write_csv, write_picture
+from hgkd.evaluation.comparison import trained, write_csv
+from hgkd.pictures.comparison import write_picture
 from hgkd.recipes import find_recipe
+from hgkd.training.work_folder import results_in
 
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
 PLAN_KEYS = {"rows", "options", "evaluate", "scores"}

@@ -16,10 +16,10 @@ from rich.table import Table
 from hgkd.api.evaluate import evaluate
 from hgkd.api.train import load_config
 from hgkd.data.shapes import write_imagefolder
-from hgkd.engine import find_last_checkpoint
-from hgkd.evaluation.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report
 from hgkd.export import export
+from hgkd.pictures.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report
 from hgkd.registry import RUNNERS
+from hgkd.weights.run_folder import find_last_checkpoint
 
 TEACHER = "mae/mae_tiny_shapes"
 DISTIL = "hgkd/hgkd_mae-tiny_resnet18_shapes"

@@ -14,13 +14,13 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 
 from hgkd.api.train import load_config
-from hgkd.engine.checkpoints import checkpoint_file, read_run_checkpoint
-from hgkd.engine.hooks import plain_model
 from hgkd.errors import StoppedError
 from hgkd.evaluation import ClassificationMetric
 from hgkd.evaluation.records import CLASSIFIER, append_csv, check_outputs, make_result, write_json
-from hgkd.openmmlab import drop_teacher, is_downstream
+from hgkd.openmmlab.config import drop_teacher, is_downstream
 from hgkd.registry import RUNNERS
+from hgkd.training.wrapping import plain_model
+from hgkd.weights.run_folder import checkpoint_file, read_run_checkpoint
 
 
 def run_test(

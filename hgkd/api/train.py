@@ -13,11 +13,13 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from hgkd.engine import apply_short_options, check_config, read_config, use_mixed_precision
-from hgkd.engine.checkpoints import checkpoint_file
-from hgkd.openmmlab import is_downstream, merge_options
+from hgkd.config.checking import check_config
+from hgkd.config.reading import read_config
+from hgkd.config.short_options import apply_short_options, use_mixed_precision
+from hgkd.openmmlab.config import is_downstream, merge_options
 from hgkd.recipes import find_recipe, register_recipes
 from hgkd.registry import RUNNERS
+from hgkd.weights.run_folder import checkpoint_file
 
 register_recipes()
 

@@ -36,7 +36,7 @@ from hgkd.api.benchmark import (
     benchmark_sparse,
 )
 from hgkd.cli.common import command, command_parser
-from hgkd.engine.options import OptionsAction, device_name
+from hgkd.config.options import OptionsAction, device_name
 from hgkd.sparse import BACKENDS
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hgkd.engine.options import OptionsAction
+from hgkd.config.options import OptionsAction
 from hgkd.errors import USER_ERRORS
 
 Main = Callable[[Sequence[str]], int]

@@ -30,7 +30,7 @@ from hgkd.api.compare import (
     table_of,
 )
 from hgkd.cli.common import command, command_parser
-from hgkd.engine.options import OptionsAction
+from hgkd.config.options import OptionsAction
 
 
 @command

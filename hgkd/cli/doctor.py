@@ -30,16 +30,17 @@ from torch import Tensor
 
 from hgkd.cli.common import command, command_parser
 from hgkd.data import LabelledImages, UnlabelledImages
-from hgkd.engine.doctor import check_environment, exit_code
-from hgkd.engine.weights import match, read_weights
+from hgkd.diagnosis.environment import check_environment, exit_code
 from hgkd.errors import DataError, WeightsError
-from hgkd.networks import check_attention_is_read
+from hgkd.networks.mae import MaskedAutoencoder, arch_of, read_mae
+from hgkd.networks.vit import check_attention_is_read
 from hgkd.pixels import check_channels
 from hgkd.teachers import MAETeacher, Teacher, TimmTeacher
 from hgkd.teachers.health import FeatureHealth, WeightHealth, feature_health, weight_health
-from hgkd.teachers.mae import MaskedAutoencoder, arch_of, read_mae
-from hgkd.teachers.naming import count_blocks, to_timm_names
 from hgkd.teachers.vit import build_vit, load_vit, vit_of
+from hgkd.weights.files import read_weights
+from hgkd.weights.loading import match
+from hgkd.weights.vit_names import count_blocks, to_timm_names
 
 TARGETS = ("HGKD target='full'", "MGD", "HGKD target='inferred'", "G2SD", "DMAE", "AttentionMask")
 

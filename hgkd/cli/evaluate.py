@@ -28,7 +28,7 @@ from hgkd.api.evaluate import (
     evaluate,
 )
 from hgkd.cli.common import command, command_parser
-from hgkd.engine.options import OptionsAction, device_name
+from hgkd.config.options import OptionsAction, device_name
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS
 from hgkd.evaluation.linear import DEFAULT_GRID
 from hgkd.evaluation.records import append_csv, check_outputs, compare_results, read_json, write_json

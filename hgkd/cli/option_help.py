@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hgkd.engine import SHORT_OPTIONS
+from hgkd.config.short_options import SHORT_OPTIONS
 from hgkd.openmmlab.config import SHORT_OPTIONS as DOWNSTREAM_OPTIONS
 
 

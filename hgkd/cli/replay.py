@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from hgkd.cli.common import command, command_parser
-from hgkd.engine.replay import ReplayedStep, replay
+from hgkd.diagnosis.replay import ReplayedStep, replay
 
 
 def describe(step: ReplayedStep) -> str:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from hgkd.api.train import leave_group, load_config, train
 from hgkd.cli.common import add_config_options, add_launcher, command, command_parser
 from hgkd.cli.option_help import help_text
-from hgkd.engine.dry_run import dry_run
-from hgkd.engine.loop import told_signals
-from hgkd.openmmlab import is_downstream, rehearse
+from hgkd.diagnosis.dry_run import dry_run
+from hgkd.openmmlab.config import is_downstream
+from hgkd.openmmlab.runner import rehearse
+from hgkd.training.loop import told_signals
 
 TRAIN_EXAMPLES = """\
   hgkd train configs/spark/spark_resnet18_10e_cifar128.py --dry-run --cfg-options \\

@@ -21,24 +21,13 @@ from pathlib import Path
 from mmengine.device import get_device
 from torch import Tensor
 
-from hgkd.classifiers import load_classifier
 from hgkd.cli.common import command, command_parser
-from hgkd.engine.options import OptionsAction, device_name
+from hgkd.config.options import OptionsAction, device_name
 from hgkd.evaluation import FeatureExtractor, extract, load_extractor
-from hgkd.evaluation.visualization import (
-    PAGE,
-    ImageFiles,
-    attention_columns,
-    class_columns,
-    find_files,
-    load_reconstructor,
-    neighbour_columns,
-    pca_columns,
-    read_images,
-    reconstruction_columns,
-    save_picture,
-    write_page,
-)
+from hgkd.networks.classifier import load_classifier
+from hgkd.pictures.features import attention_columns, class_columns, neighbour_columns, pca_columns
+from hgkd.pictures.files import PAGE, ImageFiles, find_files, read_images, save_picture, write_page
+from hgkd.pictures.reconstruction import load_reconstructor, reconstruction_columns
 
 
 def pca(args: argparse.Namespace) -> Path:
@@ -90,7 +79,7 @@ def reconstruction(args: argparse.Namespace) -> Path:
 
 def predictions(args: argparse.Namespace) -> Path:
     try:
-        from hgkd.openmmlab import draw_predictions
+        from hgkd.openmmlab.drawing import draw_predictions
     except ImportError as error:
         raise ValueError(
             f"predictions of detectors and segmentors need the extra 'downstream' ({error}): pip install -e '.[downstream]'"

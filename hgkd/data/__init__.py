@@ -1,5 +1,6 @@
 """Data: folders and lists of images (read here, registered in ``hgkd.registry.DATASETS``) and generated shapes."""
 
+from hgkd.data.bank_and_query import BankAndQuery
 from hgkd.data.images import LabelledImages, UnlabelledImages
 from hgkd.data.sampler import EpochSampler, SeededIndex
 from hgkd.data.shapes import CLASSES, Scene, render_scene, write_ade20k, write_coco, write_imagefolder
@@ -7,6 +8,7 @@ from hgkd.data.transforms import as_size, build_transform, eval_transform, train
 
 __all__ = [
     "CLASSES",
+    "BankAndQuery",
     "EpochSampler",
     "LabelledImages",
     "Scene",

@@ -15,13 +15,15 @@ from mmengine.model import BaseModel
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from hgkd.classifiers import ClassifierTeacher, ImageClassifier
-from hgkd.classifiers.network import CLASSIFIER_FORMAT, ClassifierSpec
 from hgkd.data.transforms import as_size
-from hgkd.distillers.masked import build_objectives, to_unit_range
-from hgkd.evaluation.samples import ClassSample
-from hgkd.objectives.labels import LabelLoss
+from hgkd.distillers.masked import build_objectives
+from hgkd.networks.classifier import ImageClassifier
+from hgkd.objectives.finetuning.labels import LabelLoss
+from hgkd.pixels import to_unit_range
 from hgkd.registry import MODELS
+from hgkd.structures import ClassSample
+from hgkd.teachers.classifier import ClassifierTeacher
+from hgkd.weights.run_file import CLASSIFIER_FORMAT, ClassifierSpec
 
 
 @MODELS.register_module()
@@ -32,14 +34,14 @@ class ClassifierTraining(BaseModel):
     model from device to device.
 
     Args:
-        classifier: options of :class:`hgkd.classifiers.ImageClassifier`, but for the two below.
+        classifier: options of :class:`hgkd.networks.ImageClassifier`, but for the two below.
         num_classes: K; must be that of the data, which the run checks before the first step.
         image_size: side in pixels of the training images, or (H, W); those of validation may have another, with a CNN.
-        labels: options of :class:`hgkd.objectives.labels.LabelLoss`.
+        labels: options of :class:`hgkd.objectives.finetuning.labels.LabelLoss`.
         label_weight: factor of the label loss; 0 leaves it out.
         erasing: probability of erasing a random rectangle of an image with noise (timm's, arXiv 1708.04896), before the
             images are mixed.
-        teacher: options of :class:`hgkd.classifiers.ClassifierTeacher`; None when no objective needs one.
+        teacher: options of :class:`hgkd.teachers.ClassifierTeacher`; None when no objective needs one.
         objectives: name -> config of an objective that learns from the teacher; an extra key ``weight`` (default 1.0)
             multiplies it.
         data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device.
@@ -86,7 +88,8 @@ class ClassifierTraining(BaseModel):
             if not hasattr(part, "needs_classes"):
                 raise ValueError(
                     f"objective {name!r} is a {type(part).__name__}, which cannot teach a classifier that is fine-tuned; use "
-                    "HardLabel, SoftLabel, NKD or LastMapMGD, or derive yours from hgkd.objectives.logits.LogitObjective"
+                    "HardLabel, SoftLabel, NKD or LastMapMGD, or derive yours from "
+                    "hgkd.objectives.finetuning.logits.LogitObjective"
                 )
         if (teacher is None) != (not self.objectives):
             which = f"objectives={list(self.objectives)} but no teacher" if teacher is None else "a teacher but no objectives"

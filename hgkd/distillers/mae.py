@@ -16,20 +16,12 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from hgkd.data.transforms import as_size
-from hgkd.distillers.masked import feature_samples, to_unit_range
-from hgkd.evaluation.samples import FeatureSample
+from hgkd.distillers.masked import feature_samples
 from hgkd.masking import RandomMask, grid_of
-from hgkd.pixels import check_channels, check_pixels
+from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
+from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_pixels, to_unit_range
 from hgkd.registry import MODELS
-from hgkd.teachers.mae import (
-    IMAGENET_DEVIATION,
-    IMAGENET_MEAN,
-    MaskedAutoencoder,
-    mae_loss,
-    make_arch,
-    pixel_target,
-    save_mae,
-)
+from hgkd.structures import FeatureSample
 
 
 @MODELS.register_module()
@@ -37,7 +29,7 @@ class MAEPretraining(BaseModel):
     """A MAE being trained.
 
     Args:
-        arch: 'tiny', 'small', 'base', 'large', 'huge', or a dict of sizes (see :class:`hgkd.teachers.mae.MAEArch`).
+        arch: 'tiny', 'small', 'base', 'large', 'huge', or a dict of sizes (see :class:`hgkd.networks.mae.MAEArch`).
         image_size: side in pixels, or (H, W).
         patch_size: side of a patch in pixels.
         mask_ratio: share of hidden patches, MAE's 0.75; the number of visible cells is truncated, as there.

@@ -20,29 +20,15 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.evaluation.samples import FeatureSample
 from hgkd.masking import CountedMask, MaskGenerator
 from hgkd.objectives.comparison import ComparingObjective, Comparison
-from hgkd.pixels import pixels_text
+from hgkd.pixels import pixels_text, to_unit_range
 from hgkd.registry import MODELS
-from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.structures import FeatureSample, StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
 from hgkd.teachers.cache import FeatureCache, store_bytes, weights_digest
 
 CHECKPOINT_FORMAT = 1
-
-
-def to_unit_range(inputs: Tensor) -> Tensor:
-    """Images as float in [0, 1]: uint8 (B, 3, H, W) is divided by 255, float is taken as it is.
-
-    Raises:
-        TypeError: another type, whose range cannot be known.
-    """
-    if inputs.dtype == torch.uint8:
-        return inputs.float().div_(255.0)
-    if inputs.is_floating_point():
-        return inputs
-    raise TypeError(f"images must be uint8 in [0, 255] or float in [0, 1], got {inputs.dtype}")
 
 
 def merge_needs(needs: Sequence[TeacherNeeds]) -> tuple[list[TeacherNeeds], list[int]]:

@@ -4,9 +4,10 @@ from hgkd.evaluation.accuracy import PairedTest, bootstrap_interval, paired_test
 from hgkd.evaluation.classification import ClassificationMetric
 from hgkd.evaluation.extract import FeatureExtractor, FeatureSet, extract, load_extractor
 from hgkd.evaluation.fewshot import few_shot
-from hgkd.evaluation.knn import FeatureHealthMetric, KNNMetric, effective_rank, knn_accuracy, knn_scores
+from hgkd.evaluation.knn import FeatureHealthMetric, KNNMetric, knn_accuracy, knn_scores
 from hgkd.evaluation.linear import LinearResult, linear_probe
-from hgkd.evaluation.samples import ClassSample, FeatureSample
+from hgkd.features import effective_rank
+from hgkd.structures import ClassSample, FeatureSample
 
 __all__ = [
     "ClassSample",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,14 +12,10 @@ from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix
 
 from hgkd.evaluation.accuracy import bootstrap_interval
-from hgkd.evaluation.samples import ClassSample
 from hgkd.registry import METRICS
-from hgkd.writing import written_beside
+from hgkd.structures import ClassSample
 
 matplotlib.use("Agg")
-from matplotlib.figure import Figure
-
-_NAMED = 40  # classes whose names fit on a picture
 
 
 @METRICS.register_module()
@@ -82,38 +76,3 @@ def class_accuracy(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
     shares: NDArray[np.float64] = np.full(len(totals), np.nan)
     np.divide(100.0 * confusion.diagonal(), totals, out=shares, where=totals > 0)
     return shares
-
-
-def write_class_report(folder: str | Path, confusion: NDArray[np.int64], classes: Sequence[str]) -> None:
-    """Write ``per_class.json`` (accuracy in percent and number of images by class) and ``confusion.png`` into a folder."""
-    folder = Path(folder)
-    accuracy = class_accuracy(confusion)
-    table = {
-        name: {"accuracy": None if np.isnan(value) else round(float(value), 3), "images": int(total)}
-        for name, value, total in zip(classes, accuracy, confusion.sum(1), strict=True)
-    }
-    with written_beside(folder / "per_class.json") as beside:
-        beside.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    with written_beside(folder / "confusion.png") as beside:
-        confusion_picture(confusion, classes).savefig(beside, dpi=110)
-
-
-def confusion_picture(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:
-    """Rows: right class, columns: answer, colour: share of the row; up to 40 classes are named and up to 20 numbered."""
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    few = len(classes) <= _NAMED
-    side = 2.5 + 0.32 * len(classes) if few else 9.0
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    axes.set_xlabel("answer")
-    axes.set_ylabel("right class")
-    if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-    if len(classes) <= 20:
-        for row, column in np.argwhere(confusion > 0):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(confusion[row, column]), ha="center", va="center", color=colour, fontsize=7)
-    figure.colorbar(image, label="share of the class's images", shrink=0.8)
-    return figure

@@ -19,10 +19,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from hgkd.engine.checkpoints import checkpoint_file
 from hgkd.errors import DataError, unknown_name_message
-from hgkd.networks import check_timm_name, is_vit, patch_attention
+from hgkd.networks.vit import check_timm_name, is_vit, patch_attention
 from hgkd.structures import TeacherNeeds
+from hgkd.weights.run_folder import checkpoint_file
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
 
@@ -80,7 +80,7 @@ class FeatureExtractor(nn.Module):
         raise ValueError(f"{self.settings.get('name')} gives no map of attention; take a CNN or a plain ViT")
 
     def _set_pixels(self, model: nn.Module) -> None:
-        from hgkd.students.encoder import pixel_statistics
+        from hgkd.pixels import pixel_statistics
 
         mean, std = pixel_statistics(model)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -107,7 +107,7 @@ class CNNExtractor(FeatureExtractor):
     def maps(self, images: Tensor, level: int | None = None) -> Tensor:
         images = (images - self.mean) / self.std
         if level is not None:
-            from hgkd.students.encoder import encoder_features, encoder_levels
+            from hgkd.networks.encoder import encoder_features, encoder_levels
 
             levels = encoder_levels(self.model)
             return encoder_features(self.model, images, [levels[self._level(level, len(levels), "level")]])[0]
@@ -259,7 +259,7 @@ def _refuse(spec: str, why: str, **options: object) -> None:
 
 
 def _student(path: Path) -> FeatureExtractor:
-    from hgkd.export import read_student
+    from hgkd.networks.backbones import read_student
 
     student = read_student(path, otherwise=f"give a file of others as --checkpoint {path} --backbone NAME, timm's name for it")
     return CNNExtractor(student.build(), "student", {**student.spec.to_dict(), "weights": str(path)})
@@ -267,9 +267,9 @@ def _student(path: Path) -> FeatureExtractor:
 
 def _fine_tuned_vit(path: Path, block: int | None) -> FeatureExtractor | None:
     """None where the file is of something else."""
-    from hgkd.classifiers import load_classifier
-    from hgkd.classifiers.network import ClassifierSpec
-    from hgkd.engine.weights import read_checkpoint
+    from hgkd.networks.classifier import load_classifier
+    from hgkd.weights.files import read_checkpoint
+    from hgkd.weights.run_file import ClassifierSpec
 
     content = read_checkpoint(path) if path.is_file() else None
     spec = ClassifierSpec.parse(content.get("meta")) if isinstance(content, Mapping) else None
@@ -279,7 +279,8 @@ def _fine_tuned_vit(path: Path, block: int | None) -> FeatureExtractor | None:
 
 
 def _export(path: Path) -> FeatureExtractor:
-    from hgkd.export import load_backbone, read_spec
+    from hgkd.networks.backbones import load_backbone
+    from hgkd.weights.export_folder import read_spec
 
     return CNNExtractor(load_backbone(path), "export", {**read_spec(path).to_dict(), "weights": str(path)})
 
@@ -312,13 +313,13 @@ def _timm(
         if block is not None:
             raise ValueError(f"{name} is no ViT and has no block {block}; leave block out")
         if not _is_cnn(name):
-            from hgkd.export.importing import import_weights
+            from hgkd.weights.importing import import_weights
 
             model = timm.create_model(name, pretrained=pretrained, num_classes=0)
             if file is not None:
                 import_weights(model, file)
             return PooledExtractor(model, "timm", settings)
-        from hgkd.students import build_encoder
+        from hgkd.networks.encoder import build_encoder
 
         return CNNExtractor(build_encoder(name, checkpoint=file, pretrained=pretrained), "timm", settings)
 
@@ -332,7 +333,7 @@ def _existing(file: str | os.PathLike[str]) -> Path:
 
 def _is_cnn(name: str) -> bool:
     """Whether timm's model gives (B, C, h, w) maps at any image size, as a student's encoder does."""
-    from hgkd.students import build_encoder
+    from hgkd.networks.encoder import build_encoder
 
     try:
         with torch.random.fork_rng(devices=[]):

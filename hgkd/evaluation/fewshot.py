@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hgkd.evaluation.knn import channel_statistics
+from hgkd.features import channel_statistics
 
 DEFAULT_SHOTS = (1, 5, 10)
 

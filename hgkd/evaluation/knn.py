@@ -24,20 +24,13 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from torch import Tensor
 
-from hgkd.evaluation.samples import FeatureSample
+from hgkd.features import _check_finite, channel_statistics, effective_rank, feature_spread
 from hgkd.registry import METRICS
+from hgkd.structures import FeatureSample
 
 _CHUNK_ELEMENTS = 2**25  # similarities held at once: 128 MiB in fp32
 _BANK, _QUERY = "bank", "query"
 _Row = tuple[Tensor, int, str]  # features (C,), label, split
-
-
-def channel_statistics(bank: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (C,) of features (N, C); channels that never change get deviation 1, so they become 0."""
-    mean = bank.mean(dim=0)
-    std = bank.std(dim=0, unbiased=False)
-    constant = std <= 1e-6 * bank.abs().amax(dim=0).clamp_min(1e-30)  # rounding leaves a little of a constant channel
-    return mean, torch.where(constant, torch.ones_like(std), std)
 
 
 def knn_scores(
@@ -125,15 +118,6 @@ def _num_classes(bank_labels: Tensor, num_classes: int | None) -> int:
     return classes
 
 
-def _check_finite(what: str, features: Tensor) -> None:
-    broken = int((~torch.isfinite(features)).any(dim=1).sum())
-    if broken:
-        raise ValueError(
-            f"{broken} of {len(features)} {what} features hold NaN or infinity, so they have no neighbours; "
-            "the network has diverged or its weights are damaged"
-        )
-
-
 def _vote(
     bank: Tensor,
     bank_labels: Tensor,
@@ -193,38 +177,6 @@ def _nearest(bank: Tensor, queries: Tensor, k: int, standardise: bool) -> Iterat
     for chunk in queries.split(max(1, _CHUNK_ELEMENTS // len(bank))):
         similarity, nearest = (chunk @ bank.T).topk(k, dim=1)  # most similar first
         yield similarity, nearest
-
-
-def feature_spread(features: Tensor) -> float:
-    """How far features (N, C) of length 1 differ from one another: 0 = all the same, 1 = every direction alike.
-
-    It is sqrt(C) times the mean over channels of the deviation over images, so it does not depend on scale or width.
-
-    Raises:
-        ValueError: a feature is NaN or infinite.
-    """
-    _check_finite("image", features)
-    unit = F.normalize(features.double(), dim=1)
-    return unit.std(dim=0, unbiased=False).mean().item() * features.shape[1] ** 0.5
-
-
-def effective_rank(matrix: Tensor) -> float:
-    """exp(entropy of the singular values divided by their sum) of a matrix (N, C): 1 .. min(N, C); 0 for a zero matrix.
-
-    Nothing is subtracted: centre features first when their mean should not count as a direction.
-
-    Raises:
-        ValueError: a feature is NaN or infinite: its rank would be counted as 0.
-    """
-    _check_finite("image", matrix)
-    small = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
-    squared = torch.linalg.eigvalsh(small.T @ small).clamp_min(0)
-    # eigenvalues carry an error of about machine precision of the largest: below that they are zero
-    squared = squared[squared > squared.max() * torch.finfo(torch.float64).eps * len(squared)]
-    if squared.numel() == 0:
-        return 0.0
-    share = squared.sqrt() / squared.sqrt().sum()
-    return torch.exp(-(share * share.log()).sum()).item()
 
 
 def _stack(samples: Sequence[_Row]) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from hgkd.evaluation.accuracy import per_class_accuracy, percent
-from hgkd.evaluation.knn import channel_statistics
+from hgkd.features import channel_statistics
 
 DEFAULT_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _WORK_OF_A_THREAD = 2**26  # multiplications in one pass over the features that are worth a thread

@@ -5,12 +5,14 @@ import types
 from typing import Any
 
 from hgkd.export.exporter import PARTS, export
-from hgkd.export.importing import ImportReport, import_weights, load_backbone, read_source, read_spec
 from hgkd.export.job import ExportError, ExportReport, MissingLibraryError
 from hgkd.export.plans import UnsupportedLayerError
-from hgkd.export.source import EncoderSpec, Source, StudentCheckpoint, read_student
 from hgkd.export.targets import TARGETS
-from hgkd.export.targets.sparse import load_sparse, load_student
+from hgkd.networks.backbones import Source, StudentCheckpoint, load_backbone, read_source, read_student
+from hgkd.students.exported import load_sparse, load_student
+from hgkd.weights.export_folder import read_spec
+from hgkd.weights.importing import ImportReport, import_weights
+from hgkd.weights.run_file import EncoderSpec
 
 __all__ = [
     "PARTS",

@@ -16,7 +16,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -26,9 +26,9 @@ import hgkd
 from hgkd.data.images import LabelledImages, UnlabelledImages, find_images
 from hgkd.digests import file_digest, files_digest
 from hgkd.errors import WeightsError
-from hgkd.export.source import Origin, literal_config
+from hgkd.weights.export_folder import CARD_FILE, CARD_PAGE
+from hgkd.weights.run_file import literal_config
 
-CARD_FILE, CARD_PAGE = "run_card.json", "run_card.md"
 LICENCE_FIELDS = ("weights", "teacher", "data")
 _DATASETS: dict[str, Any] = {"UnlabelledImages": UnlabelledImages, "LabelledImages": LabelledImages}
 _HOMES = re.compile(r"(?<![\w.-])(?:(?:/home|/Users|[A-Za-z]:[\\/]+Users)[\\/]+[^\\/\s'\"]+|/root(?![\w.-]))")
@@ -230,3 +230,16 @@ def _items(content: Mapping[str, Any] | list[Any], indent: str) -> list[str]:
             text = str(value).replace("\n", f"\n{indent}  ")
             lines.append(f"{indent}- {label}{text}")
     return lines or [f"{indent}- none"]
+
+
+class Origin(Protocol):
+    """What a run card asks of anything that is exported."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def meta(self) -> Mapping[str, Any]: ...
+    @property
+    def metrics(self) -> Mapping[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """The network, as plain values; ``name`` is among them."""

@@ -12,17 +12,18 @@ from typing import Any, cast
 
 import torch
 
-from hgkd.classifiers.network import load_classifier
-from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
-from hgkd.export.source import EncoderSpec, Source, run_metrics
+from hgkd.networks.backbones import Source
+from hgkd.networks.classifier import load_classifier
+from hgkd.weights.files import read_checkpoint
+from hgkd.weights.run_file import EncoderSpec, run_metrics
 
 
 def read_classifier(path: str | os.PathLike[str]) -> Source:
     """The whole network of a fine-tuned CNN, with ``classes``.
 
     Raises:
-        FileNotFoundError, WeightsError: see :func:`hgkd.classifiers.network.load_classifier`; or it is a ViT, or a folder.
+        FileNotFoundError, WeightsError: see :func:`hgkd.networks.classifier.load_classifier`; or it is a ViT, or a folder.
     """
     path = Path(path).expanduser()
     if path.is_dir():

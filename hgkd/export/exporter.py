@@ -17,11 +17,12 @@ from hgkd.errors import DataError, WeightsError, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
 from hgkd.export.classifier import read_classifier
 from hgkd.export.folder import PAGE, check_free, new_folder
-from hgkd.export.importing import read_source
 from hgkd.export.job import ExportError, ExportReport, Job, Target, Written
-from hgkd.export.model import check_finite, export_model
-from hgkd.export.source import EncoderSpec, Source
+from hgkd.export.model import export_model
 from hgkd.export.targets import TARGETS
+from hgkd.networks.backbones import Source, read_source
+from hgkd.weights.loading import check_finite
+from hgkd.weights.run_file import EncoderSpec
 
 PARTS = ("backbone", "student", "decoder", "classifier", "model")
 TOLERANCE = 1e-5

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hgkd.export.card import CARD_FILE, CARD_PAGE
+from hgkd.weights.export_folder import CARD_FILE, CARD_PAGE
 from hgkd.writing import writing
 
 PAGE = "README.md"

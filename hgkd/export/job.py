@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.errors import StoppedError
-from hgkd.export.source import Source
-from hgkd.students.encoder import pixel_statistics
+from hgkd.networks.backbones import Source
+from hgkd.pixels import pixel_statistics
 
 EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "mmdet": "downstream", "mmseg": "downstream"}
 _DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}  # of the libraries over mmcv
@@ -189,7 +189,7 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
     try:
         if top in _DISTRIBUTIONS and find_spec(top):
             # not above: hgkd.openmmlab imports hgkd.export
-            from hgkd.openmmlab.ops.finder import register_ops
+            from hgkd.mmcv_ops.finder import register_ops
 
             register_ops()  # they import mmcv's operators, compiled or not
         found = importlib.import_module(module)

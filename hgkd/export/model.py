@@ -24,13 +24,14 @@ from mmengine.runner.checkpoint import load_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
 from hgkd.export.card import run_card, write_cards
 from hgkd.export.folder import new_folder
-from hgkd.export.importing import WEIGHTS_FILE
 from hgkd.export.job import ExportError, ExportReport, optional
-from hgkd.export.source import literal_config, run_metrics
+from hgkd.weights.export_folder import WEIGHTS_FILE
+from hgkd.weights.files import read_checkpoint
+from hgkd.weights.loading import check_finite
+from hgkd.weights.run_file import literal_config, run_metrics
 
 MODEL_FILE, MODEL_CONFIG = "model.pth", "model_config.py"
 LIBRARIES = ("mmdet", "mmseg", "mmpretrain")
@@ -48,7 +49,7 @@ class ModelSource:
         state: its weights under its own names.
         config: what builds it; empty when the checkpoint does not say, or not in plain values.
         aside: number of the checkpoint's weights that were left out, by the first part of the name.
-        meta, metrics: as in :class:`hgkd.export.source.Source`.
+        meta, metrics: as in :class:`hgkd.networks.backbones.Source`.
     """
 
     path: Path
@@ -170,16 +171,6 @@ def export_model(checkpoint: str | os.PathLike[str], out: Path, library: str, li
             source_sha256=card["source"]["sha256"],
             files={name: entry["bytes"] for name, entry in card["files"].items()},
             notes=notes,
-        )
-
-
-def check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise WeightsError when a weight is NaN or infinite."""
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if broken:
-        raise WeightsError(
-            f"{path} holds NaN or infinite values in {len(broken)} of its weights, e.g. {broken[0]}; "
-            "training has diverged, export an earlier checkpoint"
         )
 
 

@@ -7,13 +7,13 @@ Importing this package imports neither mmcv, mmdet nor mmseg: the parts that nee
 'torchvision'
 """
 
+from hgkd.mmcv_ops.finder import register_ops
 from hgkd.openmmlab.backbone import TimmBackbone
 from hgkd.openmmlab.config import drop_teacher, is_downstream, merge_options
 from hgkd.openmmlab.distiller import FeatureDistiller
 from hgkd.openmmlab.drawing import draw_predictions
 from hgkd.openmmlab.forks import find_fork_configs
 from hgkd.openmmlab.images import LoadReadableImage, UnreadableImagesHook
-from hgkd.openmmlab.ops.finder import register_ops
 from hgkd.openmmlab.runner import DownstreamRunner, rehearse
 from hgkd.openmmlab.weights import load_backbone_file
 

@@ -18,8 +18,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hgkd.networks.encoder import Level, build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
 from hgkd.registry import MODELS
-from hgkd.students.encoder import Level, build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
 
 _INNER = "network."
 

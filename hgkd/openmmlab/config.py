@@ -15,9 +15,9 @@ from typing import Any
 from mmengine import registry as roots
 from mmengine.config import Config, ConfigDict
 
-from hgkd.engine.hooks import UNREADABLE
-from hgkd.engine.levels import level_of, same
+from hgkd.config.levels import level_of, same
 from hgkd.errors import unknown_name_message
+from hgkd.training.hooks.progress import UNREADABLE
 
 SCOPES = ("mmdet", "mmseg")
 PACKAGED = "/.mim/configs/"  # where an installed package keeps its configs

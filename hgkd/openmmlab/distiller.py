@@ -3,8 +3,9 @@
 MGD (arXiv 2205.01529, released code yzd-v/MGD, read for facts only) masks the student's map at random and lets a small
 generator restore the teacher's: on the levels of the FPN for detectors (places hidden with 0.65, alpha 2e-5), on the backbone's
 last map for segmentors (0.75, 2e-5); for two-stage detectors the release has 0.45 and 5e-7. A student may start with the
-teacher's neck and heads, where shapes agree. The loss is :class:`hgkd.objectives.mgd.MGDLoss`. For segmentors the release
-adds, unmentioned in the abstract, channel-wise distillation of the logits (arXiv 2011.13256) with temperature 4 and weight 3:
+teacher's neck and heads, where shapes agree. The loss is :class:`hgkd.objectives.generation.MGDLoss`. For segmentors the
+release adds, unmentioned in the abstract, channel-wise distillation of the logits (arXiv 2011.13256) with temperature 4 and
+weight 3:
 
     L = weight * T^2 / (N * K) * sum over images and classes of KL( softmax over places(t / T) || softmax over places(s / T) )
 
@@ -29,12 +30,13 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from hgkd.engine.weights import load_strict, read_weights
 from hgkd.errors import nearest_names
-from hgkd.objectives.mgd import MGDLoss
+from hgkd.networks.encoder import evaluating
+from hgkd.objectives.generation import MGDLoss
 from hgkd.openmmlab.config import model_config
 from hgkd.registry import MODELS
-from hgkd.students.encoder import evaluating
+from hgkd.weights.files import read_weights
+from hgkd.weights.loading import load_strict
 
 _DRY_SIZE = 128
 
@@ -46,7 +48,7 @@ class Tap:
     Attributes:
         student, teacher: paths of the modules, e.g. 'neck' or 'backbone'; the teacher's is the student's by default.
         levels: which of the maps that the module gives; None: all of them. Negative counts from the end.
-        loss: arguments of :class:`hgkd.objectives.mgd.MGDLoss` but for the channels, which are found by a dry run.
+        loss: arguments of :class:`hgkd.objectives.generation.MGDLoss` but for the channels, which are found by a dry run.
     """
 
     student: str

@@ -16,10 +16,9 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
+from hgkd.config.reading import read_config
 from hgkd.data.images import find_images
-from hgkd.engine.config import read_config
-from hgkd.engine.weights import load_strict, read_checkpoint
-from hgkd.openmmlab.checks import class_names
+from hgkd.mmcv_ops.finder import register_ops
 from hgkd.openmmlab.config import (
     dataset_class,
     drop_downloads,
@@ -30,9 +29,11 @@ from hgkd.openmmlab.config import (
     model_config,
     without_scope,
 )
+from hgkd.openmmlab.data_checks.checks import class_names
 from hgkd.openmmlab.images import LoadReadableImage
-from hgkd.openmmlab.ops.finder import register_ops
 from hgkd.openmmlab.weights import student_weights
+from hgkd.weights.files import read_checkpoint
+from hgkd.weights.loading import load_strict
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hgkd.data.images import read_rgb
-from hgkd.engine.hooks import UNREADABLE, report_unreadable
-from hgkd.engine.registries import TRANSFORMS
 from hgkd.errors import DataError
 from hgkd.registry import HOOKS
+from hgkd.training.hooks.progress import UNREADABLE, report_unreadable
+from hgkd.training.registries import TRANSFORMS
 
 
 @TRANSFORMS.register_module()

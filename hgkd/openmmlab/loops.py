@@ -1,8 +1,8 @@
 """mmengine's training loops that outlive signals and bad losses: SIGTERM and SIGINT end a run with a checkpoint after its next
-step, and an update whose loss or gradient is not finite is left out (:class:`hgkd.engine.loop.StepGuard`).
+step, and an update whose loss or gradient is not finite is left out (:class:`hgkd.training.loop.StepGuard`).
 
 The transforms of mmdet and mmseg draw their random numbers where they like, so going on is not exact as in
-:class:`hgkd.engine.loop.ExactEpochLoop`. The order of the images is the sampler's, a function of seed and epoch: batches that
+:class:`hgkd.training.loop.ExactEpochLoop`. The order of the images is the sampler's, a function of seed and epoch: batches that
 were trained on are read and passed over, and what augmentations draw for the others is drawn anew.
 """
 
@@ -17,11 +17,11 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 
-from hgkd.engine.hooks import FiniteLossHook
-from hgkd.engine.in_force import in_force, lines_of
-from hgkd.engine.loop import StepGuard, StopSignals
-from hgkd.engine.resuming import images_that_differ
 from hgkd.registry import HOOKS
+from hgkd.training.hooks.alarms import FiniteLossHook
+from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.loop import StepGuard, StopSignals
+from hgkd.training.resuming import images_that_differ
 
 _POSITION = "stopped_in_epoch"  # in the message hub, which checkpoints hold: [steps done, steps of an epoch]
 

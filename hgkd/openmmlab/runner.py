@@ -1,6 +1,6 @@
 """The runner of detectors and segmentors: mmengine's loops, with hgkd's checks, weights and checkpoints.
 
-From :class:`hgkd.engine.runner.DistillRunner` come safe reading, sealed checkpoints written beside and renamed, gloo and
+From :class:`hgkd.training.runner.DistillRunner` come safe reading, sealed checkpoints written beside and renamed, gloo and
 synchronised norms without CUDA. Samplers and schedules are mmengine's own, as mmdet's and mmseg's configs expect, and its loops
 with what :mod:`hgkd.openmmlab.loops` adds.
 """
@@ -23,20 +23,22 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hgkd.engine.checkpoints import find_last_checkpoint, is_damaged, write_bytes
-from hgkd.engine.hooks import UNREADABLE, DivergedError, plain_model
-from hgkd.engine.in_force import in_force, lines_of
-from hgkd.engine.loop import StepGuard, end_readers_at_exit, outlive_signals
-from hgkd.engine.resuming import ReadCheckpoint
-from hgkd.engine.runner import DistillRunner
-from hgkd.engine.weights import load_strict, read_checkpoint
-from hgkd.errors import WeightsError
-from hgkd.openmmlab.checks import check_data
+from hgkd.errors import DivergedError, WeightsError
+from hgkd.mmcv_ops.finder import ops_notice, register_ops
 from hgkd.openmmlab.config import datasets_of, drop_downloads, model_config, read_with_care, whole_number, without_scope
+from hgkd.openmmlab.data_checks.checks import check_data
 from hgkd.openmmlab.loops import DownstreamFiniteLossHook, StoppableEpochLoop, StoppableIterLoop, guarded_step
-from hgkd.openmmlab.ops.finder import ops_notice, register_ops
 from hgkd.openmmlab.weights import check_pixels, check_start, load_backbone_file, prepared_pixels, student_weights
 from hgkd.registry import RUNNERS
+from hgkd.training.hooks.progress import UNREADABLE
+from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.loop import StepGuard, end_readers_at_exit, outlive_signals
+from hgkd.training.resuming import ReadCheckpoint
+from hgkd.training.runner import DistillRunner
+from hgkd.training.wrapping import plain_model
+from hgkd.weights.files import read_checkpoint
+from hgkd.weights.loading import load_strict
+from hgkd.weights.run_folder import find_last_checkpoint, is_damaged, write_bytes
 
 STUDENT_FILE = "student.pth"
 _LOOPS = {"EpochBasedTrainLoop": StoppableEpochLoop, "IterBasedTrainLoop": StoppableIterLoop}
@@ -63,7 +65,8 @@ class DownstreamRunner(DistillRunner):
         """Build a runner; mmcv's operators are there afterwards, and nothing of mmdet or mmseg before.
 
         Raises:
-            FileNotFoundError, ValueError: what :func:`hgkd.openmmlab.checks.check_data` refuses in the training data.
+            FileNotFoundError, ValueError: what :func:`hgkd.openmmlab.data_checks.checks.check_data` refuses in the training
+                data.
         """
         cfg = cfg.copy()
         register_ops()

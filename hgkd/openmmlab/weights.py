@@ -21,12 +21,12 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hgkd.engine.weights import read_checkpoint, tensors_of
 from hgkd.errors import WeightsError
-from hgkd.export.importing import ImportReport, import_weights
-from hgkd.export.model import check_finite
 from hgkd.openmmlab.backbone import TimmBackbone
-from hgkd.students.encoder import pixel_statistics
+from hgkd.pixels import pixel_statistics
+from hgkd.weights.files import read_checkpoint, tensors_of
+from hgkd.weights.importing import ImportReport, import_weights
+from hgkd.weights.loading import check_finite
 
 _EXPORTED = ("backbone.pth", "model.safetensors")  # as hgkd export --to mmdet, mmseg, timm, torchvision name them
 _CLASSIFIER = ("fc.", "head.norm.")
@@ -47,7 +47,7 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
     Args:
         backbone: ``TimmBackbone``, or mmdet's or mmseg's own ResNet or ResNeXt.
         path: a folder that ``hgkd export --to timm|mmdet|mmseg|torchvision`` wrote, or a weight file whose names are the
-            backbone's without any prefix, in one of the styles of :mod:`hgkd.export.naming`. A classifier is left aside.
+            backbone's without any prefix, in one of the styles of :mod:`hgkd.weights.cnn_names`. A classifier is left aside.
 
     Raises:
         FileNotFoundError: no such file.

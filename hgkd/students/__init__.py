@@ -1,6 +1,6 @@
 """Students: masked networks, CNN or ViT, with an encoder that sees the visible part and a light decoder."""
 
-from hgkd.students.encoder import Level, build_encoder, encoder_levels
+from hgkd.networks.encoder import Level, build_encoder, encoder_levels
 from hgkd.students.unet import SparseUNet
 from hgkd.students.vit import MaskedViT
 

@@ -23,17 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.masking import grid_of
+from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
+from hgkd.pixels import pixel_statistics
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, SparseTensor, sparsify
 from hgkd.structures import StudentOutput
-from hgkd.students.encoder import (
-    build_encoder,
-    encoder_features,
-    encoder_levels,
-    evaluating,
-    freeze_unused,
-    pixel_statistics,
-)
 
 SKIPS = ("all", "last")
 

@@ -17,22 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hgkd.engine.weights import load_strict
 from hgkd.masking import grid_of
-from hgkd.pixels import check_channels, check_pixels
+from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
+from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_pixels
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import StudentOutput
-from hgkd.teachers.mae import (
-    IMAGENET_DEVIATION,
-    IMAGENET_MEAN,
-    MaskedAutoencoder,
-    make_arch,
-    positions_of,
-    read_mae,
-    set_positions,
-    unpatchify,
-)
+from hgkd.weights.loading import load_strict
 
 
 @MODELS.register_module()
@@ -40,14 +31,14 @@ class MaskedViT(nn.Module):
     """A masked student that is a ViT.
 
     Args:
-        arch: 'tiny', 'small', 'base', 'large', 'huge', or a dict of sizes (see :class:`hgkd.teachers.mae.MAEArch`).
+        arch: 'tiny', 'small', 'base', 'large', 'huge', or a dict of sizes (see :class:`hgkd.networks.mae.MAEArch`).
         patch_size: side of a patch in pixels; None: that of the arch.
         cell: side of a mask cell in pixels, a multiple of ``patch_size``; None is one patch, as in MAE.
         checkpoint: MAE file to start from, of the same sizes; when it has no decoder, that starts at random.
         mean, deviation: of the pixels, RGB in [0, 1].
 
     Attributes:
-        network: the :class:`hgkd.teachers.mae.MaskedAutoencoder`.
+        network: the :class:`hgkd.networks.mae.MaskedAutoencoder`.
         cell, out_stride: pixels a mask cell, and a place of the decoder's output (one patch).
         decoded_channels: width of the decoder, whose raw hidden state (no norm) is ``decoded``.
         pyramid_channels: {out_stride: decoded_channels}, the only scale.

@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
-from hgkd.networks import check_attention_is_read, patch_attention
+from hgkd.networks.vit import check_attention_is_read, patch_attention
 from hgkd.pixels import check_pixels, pixels_text
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.health import check_outputs, weight_health

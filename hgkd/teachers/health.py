@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
-from hgkd.evaluation.knn import effective_rank
-from hgkd.networks import is_finite, watch_nonfinite
+from hgkd.features import effective_rank
+from hgkd.networks.vit import is_finite, watch_nonfinite
 from hgkd.structures import TeacherNeeds
 
 RANDOM_BELOW = 1.02

@@ -1,4 +1,4 @@
-"""Any plain ViT of timm, or BEiT, as a teacher, from a local file in any naming of :mod:`hgkd.teachers.naming`.
+"""Any plain ViT of timm, or BEiT, as a teacher, from a local file in any naming of :mod:`hgkd.weights.vit_names`.
 
 Tokens are the raw output of a block, before the final norm. For DINOv2 (arXiv 2304.07193) and other self-supervised ViTs an
 intermediate block is often the better target.
@@ -21,13 +21,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hgkd.engine.weights import LoadReport, load_strict, match, part_of_several, read_weights
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.pixels import check_channels, check_normalize
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
-from hgkd.teachers.naming import count_blocks, to_timm_names
+from hgkd.weights.files import part_of_several, read_weights
+from hgkd.weights.loading import LoadReport, load_strict, match
+from hgkd.weights.vit_names import count_blocks, to_timm_names
 
 BEIT_SEES_WHOLE_IMAGES = (
     "a BEiT teacher adds position biases for its whole grid to its attention and cannot drop hidden patches, as "
@@ -222,12 +223,12 @@ class TimmTeacher(Teacher):
             takes what timm notes for the name.
         allow_random: accept a network without weights, or with some that look random (tests and baselines).
         entry: which entry of a file that holds several sets of weights, e.g. 'state_dict_ema'; None takes the usual one
-            (see :func:`hgkd.engine.weights.tensors_of`) and logs which others there are.
+            (see :func:`hgkd.weights.files.tensors_of`) and logs which others there are.
         kwargs: further arguments of ``timm.create_model``.
 
     Raises:
         ValueError: unknown name (the nearest are named), no plain ViT, or no weights at all.
-        FileNotFoundError, WeightsError: see :func:`hgkd.engine.weights.load_strict`.
+        FileNotFoundError, WeightsError: see :func:`hgkd.weights.loading.load_strict`.
     """
 
     def __init__(

@@ -246,7 +246,7 @@ def test_images_are_upright(orientation, tmp_path):
 
 
 def test_all_ways_to_the_pixels_are_upright(tmp_path):
-    from hgkd.evaluation.visualization import read_images
+    from hgkd.pictures.files import read_images
 
     (tmp_path / "ant").mkdir()
     corner(6, tmp_path / "ant/a.png")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from hgkd.data import UnlabelledImages
-from hgkd.engine.feature_cache import TeacherCacheHook
+from hgkd.training.hooks.feature_cache import TeacherCacheHook
 
 
 class Model(torch.nn.Module):

@@ -9,10 +9,10 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from hgkd.distillers import MaskedDistiller
-from hgkd.distillers.masked import merge_needs, to_unit_range
-from hgkd.evaluation.samples import FeatureSample
+from hgkd.distillers.masked import merge_needs
+from hgkd.pixels import to_unit_range
 from hgkd.registry import MODELS
-from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.structures import FeatureSample, TeacherInfo, TeacherNeeds, TeacherOutput
 
 
 @MODELS.register_module()
@@ -271,7 +271,7 @@ def test_extreme_ratios_train(ratio):
 
 
 def test_g2sd_from_a_file_without_decoder_is_refused_with_the_reason(tmp_path):
-    from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+    from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 
     arch = make_arch(dict(embed_dim=16, depth=2, num_heads=2, decoder_depth=0))
     file = save_mae(MaskedAutoencoder(arch), tmp_path / "encoder.safetensors")

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from hgkd.evaluation import ClassificationMetric, ClassSample
-from hgkd.evaluation.classification import class_accuracy, write_class_report
+from hgkd.evaluation.classification import class_accuracy
+from hgkd.pictures.confusion import write_class_report
 
 
 def sample(index, label, *best, classes=6):

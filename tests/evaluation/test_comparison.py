@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hgkd.evaluation.comparison import _curve, trained, write_csv, write_picture
+from hgkd.evaluation.comparison import trained, write_csv
+from hgkd.pictures.comparison import _curve, write_picture
 
 
 def run(row: str, seed: int, top1: float, **facts: Any) -> dict[str, Any]:

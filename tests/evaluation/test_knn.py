@@ -12,7 +12,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from hgkd.evaluation import FeatureHealthMetric, FeatureSample, KNNMetric, knn_accuracy, knn_scores
-from hgkd.evaluation.knn import effective_rank, feature_spread, knn_predictions, nearest_neighbours
+from hgkd.evaluation.knn import knn_predictions, nearest_neighbours
+from hgkd.features import effective_rank, feature_spread
 
 
 def at(degrees: float, length: float = 1.0) -> list[float]:

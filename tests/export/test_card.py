@@ -15,7 +15,7 @@ from student_checkpoints import write_student
 
 from hgkd.export import card as card_module
 from hgkd.export import export
-from hgkd.export.source import literal_config
+from hgkd.weights.run_file import literal_config
 
 
 def card_of(tmp_path: Path, cfg: str | None = None, **export_arguments: object) -> dict:

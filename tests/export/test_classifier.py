@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from student_checkpoints import randomised
 
-from hgkd.classifiers import ImageClassifier
 from hgkd.errors import DataError, WeightsError
 from hgkd.export import export, load_backbone
 from hgkd.export.classifier import read_classifier
 from hgkd.export.exporter import _read_images
+from hgkd.networks import ImageClassifier
 
 CLASSES = ("cat", "dog", "yak")
 

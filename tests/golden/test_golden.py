@@ -13,15 +13,16 @@ from tiny_runs import HGKD, tiny, write_images
 from torch import Tensor
 
 from hgkd.api import train as train_tool
-from hgkd.classifiers import ClassifierTeacher, ImageClassifier, load_classifier
-from hgkd.engine.weights import load_strict, read_weights
 from hgkd.evaluation import load_extractor
-from hgkd.evaluation.visualization import load_reconstructor
 from hgkd.export import load_backbone, load_sparse, load_student
+from hgkd.networks import ImageClassifier, load_classifier
 from hgkd.openmmlab import TimmBackbone, load_backbone_file
+from hgkd.pictures.reconstruction import load_reconstructor
 from hgkd.sparse import load_sparse as load_sparse_file
 from hgkd.structures import TeacherNeeds
-from hgkd.teachers import MAETeacher
+from hgkd.teachers import ClassifierTeacher, MAETeacher
+from hgkd.weights.files import read_weights
+from hgkd.weights.loading import load_strict
 
 HERE = Path(__file__).parent
 ENCODER = {"name": "resnet18", "kwargs": {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 24)}}

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hgkd.classifiers import ClassifierOutput
+from hgkd.networks import ClassifierOutput
 from hgkd.objectives import NKD, HardLabel, LastMapMGD, SoftLabel
-from hgkd.objectives.labels import LabelLoss
-from hgkd.objectives.mgd import MGDLoss
+from hgkd.objectives.finetuning.labels import LabelLoss
+from hgkd.objectives.generation import MGDLoss
 
 
 def logits(*probabilities):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hgkd.distillers import MaskedDistiller
-from hgkd.engine.hooks import distillation_columns
 from hgkd.objectives import ComparingObjective, Comparison
+from hgkd.pictures.distillation import distillation_columns
 from hgkd.registry import MODELS
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from teaching import CELLS, GRID, INFO, make_student, on_places, rows, run, teacher_out
 
 from hgkd.objectives import DMAE
-from hgkd.objectives.dmae import l1_of_directions, l2_of_directions
+from hgkd.objectives.masked.dmae import l1_of_directions, l2_of_directions
 from hgkd.structures import TeacherNeeds
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.objectives.alignment import fit_grid
-from hgkd.objectives.hgkd import HGKD, centred_target, hgkd_loss, layer_norm0, smooth_l1_by_place
+from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
+from hgkd.objectives.masked.hgkd import HGKD, centred_target, hgkd_loss
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput

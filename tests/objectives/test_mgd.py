@@ -9,7 +9,7 @@ from teaching import CELLS, GRID, INFO, make_student, on_places, rows, run, teac
 from torch import nn
 
 from hgkd.objectives import MGD, MGDLoss
-from hgkd.objectives.mgd import draw_visible
+from hgkd.objectives.generation import draw_visible
 from hgkd.structures import TeacherNeeds
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hgkd.objectives.pixels import PixelReconstruction, cell_statistics, join_cells, pixel_error_by_cell, split_cells
+from hgkd.objectives.masked.pixels import PixelReconstruction, cell_statistics, join_cells, pixel_error_by_cell, split_cells
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout
 from hgkd.structures import StudentOutput

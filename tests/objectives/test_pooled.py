@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import smooth_l1_loss
 
 from hgkd.objectives import PooledFeature
-from hgkd.objectives.pooled import standardised_mean
+from hgkd.objectives.masked.pooled import standardised_mean
 from hgkd.structures import TeacherInfo, TeacherOutput
 from hgkd.students import SparseUNet
 

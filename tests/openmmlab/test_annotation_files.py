@@ -10,9 +10,9 @@ from PIL import Image
 
 from hgkd.data.shapes import CLASSES
 from hgkd.errors import DataError
-from hgkd.openmmlab import annotation_files
-from hgkd.openmmlab.checks import check_data
 from hgkd.openmmlab.config import read_with_care
+from hgkd.openmmlab.data_checks import annotation_files
+from hgkd.openmmlab.data_checks.checks import check_data
 from hgkd.openmmlab.images import LoadReadableImage
 
 need("mmdet")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hgkd.openmmlab.box_places import Places
+from hgkd.openmmlab.data_checks.box_places import Places
 
 IMAGE = {"width": 640, "height": 480}
 

@@ -12,8 +12,8 @@ from tiny_runs import ROOT
 
 from hgkd.data.shapes import CLASSES, write_ade20k, write_coco
 from hgkd.errors import DataError
-from hgkd.openmmlab.checks import check_data
 from hgkd.openmmlab.config import drop_downloads, drop_teacher, merge_options, model_config, read_with_care
+from hgkd.openmmlab.data_checks.checks import check_data
 from hgkd.openmmlab.images import LoadReadableImage
 
 need("mmdet", "mmseg")

@@ -6,7 +6,7 @@ from mmengine.config import Config
 from tiny_runs import ROOT
 
 from hgkd.cli import train as train_command
-from hgkd.engine import read_config
+from hgkd.config import read_config
 from hgkd.openmmlab import rehearse
 from hgkd.openmmlab.config import file_options
 

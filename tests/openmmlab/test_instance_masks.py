@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hgkd.openmmlab.instance_masks import is_number, mask_problem
+from hgkd.openmmlab.data_checks.instance_masks import is_number, mask_problem
 
 IMAGE = {"height": 6, "width": 5}
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from hgkd.data.shapes import CLASSES
 from hgkd.errors import DataError
-from hgkd.openmmlab.checks import check_data
 from hgkd.openmmlab.config import merge_options
+from hgkd.openmmlab.data_checks.checks import check_data
 
 need("mmseg")
 BOTH = ("train_dataloader", "val_dataloader")

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from hgkd.errors import DataError
-from hgkd.openmmlab.listed_images import check_images, check_readable, few, image_size, look_at
+from hgkd.openmmlab.data_checks.listed_images import check_images, check_readable, few, image_size, look_at
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from mmengine.hooks import Hook
 from tiny_runs import ROOT, torchrun
 
 from hgkd.cli import train as train_command
-from hgkd.engine.checkpoints import find_last_checkpoint
-from hgkd.engine.hooks import DivergedError
+from hgkd.errors import DivergedError
 from hgkd.openmmlab import DownstreamRunner
 from hgkd.registry import HOOKS
+from hgkd.weights.run_folder import find_last_checkpoint
 
 need("mmdet", "mmseg")
 DETECTOR = ROOT / "downstream/detection/faster-rcnn_r18_12e_bccd.py"
@@ -139,7 +139,7 @@ def test_a_segmentor(tmp_path):
 
 def test_readers_that_persist_do_not_keep_a_process_from_ending():
     code = (
-        "from torch.utils.data import DataLoader; from hgkd.engine.loop import end_readers_at_exit, outlive_signals\n"
+        "from torch.utils.data import DataLoader; from hgkd.training.loop import end_readers_at_exit, outlive_signals\n"
         "loader = DataLoader(list(range(4)), num_workers=1, persistent_workers=True, worker_init_fn=outlive_signals)\n"
         "end_readers_at_exit(); list(loader); print('done')"
     )

@@ -4,11 +4,11 @@ import torch
 from student_checkpoints import randomised, write_student
 from torch import nn
 
-from hgkd.engine import LayerDecayConstructor
 from hgkd.errors import WeightsError
 from hgkd.export import export
 from hgkd.openmmlab import TimmBackbone, load_backbone_file
 from hgkd.openmmlab.weights import check_start, describe
+from hgkd.training import LayerDecayConstructor
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 

@@ -5,7 +5,7 @@ from downstream_runs import DETECTOR, FASTER_HEAD, need, shapes_coco, tiny_detec
 from PIL import Image
 
 from hgkd.errors import DataError
-from hgkd.openmmlab.checks import check_data
+from hgkd.openmmlab.data_checks.checks import check_data
 
 need("mmdet")
 BOX = "<bndbox><xmin>3</xmin><ymin>3</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>"

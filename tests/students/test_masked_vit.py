@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from hgkd.distillers import MAEPretraining, MaskedDistiller
+from hgkd.networks.mae import mae_loss, pixel_target, sincos_positions, unpatchify
 from hgkd.objectives import PixelReconstruction
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout
 from hgkd.students import MaskedViT
 from hgkd.students.vit import kept_patches
 from hgkd.teachers import MAETeacher
-from hgkd.teachers.mae import mae_loss, pixel_target, sincos_positions, unpatchify
 
 ARCH: dict[str, Any] = {
     "embed_dim": 16,

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hgkd.errors import NoSparseRuleError
+from hgkd.networks.encoder import encoder_features
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, SparseTensor, sparsify
 from hgkd.students import SparseUNet, build_encoder, encoder_levels
-from hgkd.students.encoder import encoder_features
 from hgkd.students.unet import DecoderStage, Densify
 
 SMALL: dict[str, Any] = {"decoder_width": 16, "min_decoder_width": 4}

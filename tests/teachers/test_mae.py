@@ -12,21 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hgkd.errors import WeightsError
+from hgkd.networks.mae import ARCHS, MaskedAutoencoder, mae_loss, make_arch, patchify, pixel_target, save_mae, sincos_positions
+from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherNeeds
-from hgkd.teachers.mae import (
-    ARCHS,
-    IMAGENET_DEVIATION,
-    IMAGENET_MEAN,
-    MAETeacher,
-    MaskedAutoencoder,
-    mae_loss,
-    make_arch,
-    patchify,
-    pixel_target,
-    save_mae,
-    sincos_positions,
-)
+from hgkd.teachers.mae import MAETeacher
 
 SIZES: dict[str, Any] = {
     "embed_dim": 64,
@@ -253,7 +243,7 @@ def test_heads_come_from_the_file_or_the_paper_or_must_be_told(tmp_path: Path) -
     own = MAETeacher(save_mae(_network(num_heads=2), tmp_path / "own.safetensors"))
     assert (own.network.arch.num_heads, own.network.arch.decoder_num_heads) == (2, 4)
     # ViT-H: 1280 channels have 16 heads of 80, not 20 of 64; weights of a sixteenth of a byte would do, so meta ones
-    from hgkd.teachers.mae import arch_of
+    from hgkd.networks.mae import arch_of
 
     with torch.device("meta"):
         huge = MaskedAutoencoder(make_arch("huge")).state_dict()

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hgkd.distillers import MaskedDistiller
 from hgkd.errors import WeightsError
+from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherNeeds
 from hgkd.teachers import MAETeacher, Teacher
-from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.teachers.vit import TimmTeacher, build_vit, load_vit, vit_of
 
 SMALL: dict[str, Any] = {"depth": 3, "embed_dim": 32, "num_heads": 2, "img_size": 64}
@@ -343,7 +343,7 @@ def test_a_teacher_that_is_wrong_in_any_precision_is_not_told_to_change_it() -> 
 
 def test_after_the_first_images_nothing_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("hgkd.teachers.base.check_outputs", lambda *_: calls.append(1))
+    monkeypatch.setattr("hgkd.teachers.health.check_outputs", lambda *_: calls.append(1))
     teacher = _teacher()
     teacher.prepare((4, 4), PATCH)
     for _ in range(3):

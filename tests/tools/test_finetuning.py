@@ -12,14 +12,14 @@ from tiny_runs import ROOT, SPARK, load_tool, same, tiny, write_images
 from hgkd.api import test as test_api
 from hgkd.api import train as train_tool
 from hgkd.api.evaluate import fine_tune
-from hgkd.classifiers import load_classifier
 from hgkd.cli import test as test_tool
 from hgkd.cli import train as train_command
-from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
 from hgkd.evaluation import load_extractor
 from hgkd.export import load_backbone, read_student
-from hgkd.teachers.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.networks import load_classifier
+from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.weights.files import read_checkpoint
 
 FOLDER = ROOT / "downstream/classification"
 BASELINE, AUGMENTED = FOLDER / "resnet18_10e_cifar128.py", FOLDER / "resnet18_30e_image-folder.py"

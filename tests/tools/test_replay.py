@@ -7,9 +7,10 @@ from tiny_runs import SPARK, tiny, write_images
 
 from hgkd.api import train as train_tool
 from hgkd.cli import replay as replay_tool
-from hgkd.engine import DivergedError, find_last_checkpoint
-from hgkd.engine.replay import replay
-from hgkd.engine.weights import read_checkpoint
+from hgkd.diagnosis.replay import replay
+from hgkd.errors import DivergedError
+from hgkd.weights import find_last_checkpoint
+from hgkd.weights.files import read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from tiny_runs import HGKD, ROOT, SPARK, load_tool, same, tiny, tiny_hgkd, write
 
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
-from hgkd.engine.weights import read_checkpoint
 from hgkd.errors import WeightsError
+from hgkd.weights.files import read_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,7 @@ def test_dry_run_says_what_a_training_needs_and_writes_nothing(images, tmp_path,
 
 @pytest.mark.parametrize("tool", ["train", "test"])
 def test_help_tells_short_options_examples_and_exit_codes(tool, capsys):
-    from hgkd.engine import SHORT_OPTIONS
+    from hgkd.config import SHORT_OPTIONS
     from hgkd.openmmlab.config import SHORT_OPTIONS as DOWNSTREAM
 
     with pytest.raises(SystemExit) as ended:

@@ -36,10 +36,11 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 from hgkd.differences import largest_difference
-from hgkd.engine.weights import read_weights
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
-from hgkd.students.encoder import encoder_levels, pixel_statistics
+from hgkd.networks.encoder import encoder_levels
+from hgkd.pixels import pixel_statistics
+from hgkd.weights.files import read_weights
 
 OUTPUTS = ("features", "pooled", "logits")
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -6,7 +6,7 @@ mmdet's ``configs/convnext``). Any other student goes into mmpretrain through it
 timm's after ``timm_model.``.
 
 None of the libraries is needed for writing. The proof is made with the library itself where it imports; else by hgkd's own
-reading (:mod:`hgkd.export.importing`) into timm's network, and the report says so.
+reading (:mod:`hgkd.weights.importing`) into timm's network, and the report says so.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from mmengine.runner.checkpoint import load_checkpoint
 from torch import Tensor, nn
 
-from hgkd.export.importing import import_weights
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, optional
-from hgkd.export.naming import MMPRETRAIN_CONVNEXT, TIMM, KeyStyle, renamed
 from hgkd.export.plans import ConvNeXtPlan, UnsupportedLayerError, plan_of
-from hgkd.students.encoder import pixel_statistics
+from hgkd.pixels import pixel_statistics
+from hgkd.weights.cnn_names import MMPRETRAIN_CONVNEXT, TIMM, KeyStyle, renamed
+from hgkd.weights.importing import import_weights
 
 WEIGHTS_FILE, CONFIG_PAGE = "backbone.pth", "backbone_config.py"
 _WRAPPED = KeyStyle("mmpretrain's TIMMBackbone", nn.Module, ((r"^", "timm_model."),))

@@ -13,28 +13,24 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hgkd.engine.weights import load_strict, read_checkpoint
-from hgkd.errors import WeightsError
 from hgkd.export.card import write_json
-from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, load_backbone, read_config, read_spec
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, load_all
-from hgkd.export.naming import TIMM, renamed
-from hgkd.export.source import FORMAT, Source, literal_config
-from hgkd.sparse import load_sparse as load_sparse_file
+from hgkd.networks.backbones import Source
+from hgkd.networks.encoder import encoder_levels
 from hgkd.sparse import save_sparse, sparsify
 from hgkd.sparse.spconv import from_krsc, to_krsc
-from hgkd.students.encoder import encoder_levels
+from hgkd.students.exported import ENCODER, build_student, load_sparse, load_student
 from hgkd.students.unet import check_cell
+from hgkd.weights.cnn_names import TIMM, renamed
+from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE
+from hgkd.weights.run_file import FORMAT, literal_config
 
-_ENCODER = "encoder."
 _GIVEN = {"student": "", "decoder": ", encoder='EXPORTED/BACKBONE'"}  # what load_student must be given besides the folder
 
 
@@ -78,11 +74,11 @@ def _write_student(job: Job, cell: int) -> Written:
     arguments = {
         key: value for key, value in arguments.items() if key not in ("type", "encoder_checkpoint", "pretrained", "backend")
     }
-    kept = {key: value for key, value in job.source.student.items() if job.what == "student" or not key.startswith(_ENCODER)}
+    kept = {key: value for key, value in job.source.student.items() if job.what == "student" or not key.startswith(ENCODER)}
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in kept.items()}
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
     _describe(job, {"cell": cell, job.what: arguments})
-    reference: Any = load_all(_build_student(arguments, "masked"), dict(job.source.student), "hgkd.students.SparseUNet")
+    reference: Any = load_all(build_student(arguments, "masked"), dict(job.source.student), "hgkd.students.SparseUNet")
     again: Any = load_student(job.folder, encoder=job.network if job.what == "decoder" else None)
 
     def decoded(student: Any, images: Tensor) -> Tensor:
@@ -118,72 +114,10 @@ def write_spconv(job: Job) -> Written:
     )
 
 
-def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Module:
-    """The encoder of a folder of ``--to sparse``, in eval mode: ``net(images, visible=...)``.
-
-    The folder says which network it is; its weight file is one of ``hgkd.sparse.save_sparse``.
-
-    Args:
-        backend: of ``sparsify``.
-
-    Raises:
-        FileNotFoundError: no such folder, or a file of it is missing.
-        WeightsError: no such export, damaged, or not fitting.
-    """
-    _section(path, "cell")
-    return load_sparse_file(Path(path).expanduser() / WEIGHTS_FILE, read_spec(path).build(), backend)
-
-
-def load_student(
-    path: str | os.PathLike[str], backend: str = "gather", *, encoder: nn.Module | str | os.PathLike[str] | None = None
-) -> nn.Module:
-    """The ``SparseUNet`` of a folder of ``--to sparse --what student`` or ``decoder``, in eval mode.
-
-    Args:
-        backend: of ``sparsify``.
-        encoder: for a decoder: the network to put it on, the dense encoder or what :func:`hgkd.export.load_backbone` reads.
-
-    Raises:
-        FileNotFoundError: no such folder, or a file of it is missing.
-        WeightsError: no such export, damaged, or not fitting.
-        ValueError: a decoder without encoder, or a whole student with another one.
-    """
-    what = "student" if encoder is None else "decoder"
-    section = _section(path, "student", "decoder")
-    if what not in section:
-        raise ValueError(
-            f"{path} holds a decoder alone; give the network to put it on with encoder="
-            if encoder is None
-            else f"{path} holds a whole student; leave encoder out"
-        )
-    file = Path(path).expanduser() / WEIGHTS_FILE
-    weights = read_checkpoint(file)
-    if encoder is not None:
-        network = encoder if isinstance(encoder, nn.Module) else load_backbone(encoder)
-        weights.update({f"{_ENCODER}{key}": value for key, value in network.state_dict().items()})
-    student = _build_student(section[what], backend)
-    load_strict(student, weights, source=str(file))
-    return student.eval()
-
-
-def _build_student(arguments: dict[str, Any], backend: str) -> nn.Module:
-    from hgkd.students import SparseUNet
-
-    return SparseUNet(**arguments, backend=backend)
-
-
 def _student_arguments(source: Source) -> dict[str, Any]:
     """Arguments of ``SparseUNet`` in the training run's config; empty when it is not known."""
     model = literal_config(source.meta.get("cfg")).get("model") or {}
     return dict(model.get("student") or {})
-
-
-def _section(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
-    section = read_config(Path(path).expanduser()).get("hgkd") or {}
-    if not any(key in section for key in keys):
-        what = "".join(f" --what {key}" for key in keys[:1] if key != "cell")
-        raise WeightsError(f"{path} is no export that hgkd export wrote with --to sparse{what}")
-    return dict(section)
 
 
 def _describe(job: Job, section: dict[str, Any]) -> None:

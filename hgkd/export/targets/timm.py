@@ -19,10 +19,11 @@ from torch import nn
 
 from hgkd.errors import WeightsError
 from hgkd.export.card import write_json
-from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, load_backbone
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters
-from hgkd.export.naming import TIMM, renamed
-from hgkd.export.source import FORMAT, EncoderSpec
+from hgkd.networks.backbones import load_backbone
+from hgkd.weights.cnn_names import TIMM, renamed
+from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE
+from hgkd.weights.run_file import FORMAT, EncoderSpec
 
 # Facts of the network itself; names, licences and addresses of timm's own weights are not facts of ours
 _KEPT_CFG = (

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import convnext, resnet
 
-from hgkd.export.importing import WEIGHTS_FILE
 from hgkd.export.job import Job, Target, Written, count_parameters, load_all
-from hgkd.export.naming import TIMM, TORCHVISION_CONVNEXT, fitted, renamed
 from hgkd.export.plans import ConvNeXtPlan, ResNetPlan, UnsupportedLayerError, plan_of
+from hgkd.weights.cnn_names import TIMM, TORCHVISION_CONVNEXT, fitted, renamed
+from hgkd.weights.export_folder import WEIGHTS_FILE
 
 
 def write(job: Job) -> Written:

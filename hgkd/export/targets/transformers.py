@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hgkd.export.card import write_json
-from hgkd.export.importing import CONFIG_FILE, WEIGHTS_FILE, import_weights
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, optional
-from hgkd.export.naming import TRANSFORMERS_CONVNEXT, TRANSFORMERS_RESNET, KeyStyle, renamed
 from hgkd.export.plans import ConvNeXtPlan, ResNetPlan, UnsupportedLayerError, plan_of
-from hgkd.students.encoder import pixel_statistics
+from hgkd.pixels import pixel_statistics
+from hgkd.weights.cnn_names import TRANSFORMERS_CONVNEXT, TRANSFORMERS_RESNET, KeyStyle, renamed
+from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE
+from hgkd.weights.importing import import_weights
 
 
 def write(job: Job) -> Written:

@@ -1,0 +1,204 @@
+"""Checking configs: every key is read by somebody.
+
+mmengine silently ignores top-level keys that it does not know. Here a key is read or refused, before anything is built.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine import registry as roots
+from mmengine.config import Config
+from mmengine.registry import Registry
+from mmengine.runner import Runner
+
+from hgkd.config.short_options import SHORT_OPTIONS
+from hgkd.errors import unknown_name_message
+from hgkd.registry import DATASETS, HOOKS, METRICS, MODELS, RUNNERS
+
+_RUNNER_KEYS = {name for name in inspect.signature(Runner.__init__).parameters if name not in ("self", "cfg")}
+# read by mmengine, but through cfg and not through the runner's arguments
+_CFG_KEYS = {
+    "activation_checkpointing",
+    "custom_imports",
+    "efficient_conv_bn_eval",
+    "find_unused_parameters",
+    "model_wrapper_cfg",
+    "runner_type",
+    "sync_bn",
+}
+_TOP_KEYS = _RUNNER_KEYS | _CFG_KEYS | set(SHORT_OPTIONS)
+
+_TOP_REGISTRIES: dict[str, Registry] = {
+    "model": MODELS,
+    "data_preprocessor": MODELS,
+    "optim_wrapper": roots.OPTIM_WRAPPERS,
+    "param_scheduler": roots.PARAM_SCHEDULERS,
+    "default_hooks": HOOKS,
+    "custom_hooks": HOOKS,
+    "train_cfg": roots.LOOPS,
+    "val_cfg": roots.LOOPS,
+    "test_cfg": roots.LOOPS,
+    "val_evaluator": METRICS,
+    "test_evaluator": METRICS,
+    "visualizer": roots.VISUALIZERS,
+    "log_processor": roots.LOG_PROCESSORS,
+    "model_wrapper_cfg": roots.MODEL_WRAPPERS,
+}
+_KEY_REGISTRIES: dict[str, Registry] = {
+    "dataset": DATASETS,
+    "sampler": roots.DATA_SAMPLERS,
+    "batch_sampler": roots.DATA_SAMPLERS,
+    "collate_fn": roots.FUNCTIONS,
+    "worker_init_fn": roots.FUNCTIONS,
+    "optimizer": roots.OPTIMIZERS,
+    "vis_backends": roots.VISBACKENDS,
+}
+# sections without a `type` whose keys mmengine reads by name, ignoring others
+_PLAIN_SECTIONS: dict[str, frozenset[str]] = {
+    "env_cfg": frozenset({"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"}),
+    "optim_wrapper.paramwise_cfg": frozenset(
+        {
+            "custom_keys",
+            "bias_lr_mult",
+            "bias_decay_mult",
+            "norm_decay_mult",
+            "dwconv_decay_mult",
+            "dcn_offset_lr_mult",
+            "flat_decay_mult",
+            "bypass_duplicate",
+            "layer_decay",
+            "blocks_per_layer",
+        }
+    ),
+    "auto_scale_lr": frozenset({"enable", "base_batch_size"}),
+}
+
+
+def check_config(cfg: Config | Mapping[str, Any]) -> None:
+    """Refuse keys that nobody reads, types that nobody registered, and required options that are absent.
+
+    Top-level keys are those of mmengine's runner and our short options. Below, every dict with a ``type`` that names a class
+    of hgkd is compared with that class's arguments, recursively; other classes check theirs when they are built.
+
+    Raises:
+        ValueError: names the path of the key, its value and the nearest known names.
+    """
+    plain = cfg.to_dict() if isinstance(cfg, Config) else dict(cfg)
+    for key, value in plain.items():
+        if key not in _TOP_KEYS:
+            raise ValueError(f"{key}={_short(value)}: {unknown_name_message('top-level config key', key, _TOP_KEYS)}")
+    runner = plain.get("runner_type")
+    if isinstance(runner, str):
+        _find(RUNNERS, runner, "runner_type")
+    for path, known in _PLAIN_SECTIONS.items():
+        _check_plain(plain, path, known)
+    for key, value in plain.items():
+        _check(value, key, _TOP_REGISTRIES.get(key))
+
+
+def _check(value: Any, path: str, registry: Registry | None) -> None:
+    if isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check(item, f"{path}.{i}", registry)
+        return
+    if not isinstance(value, Mapping):
+        return
+    # without a registry nobody builds from this dict, whatever its keys are called
+    if "type" in value and registry is not None:
+        kind = value["type"]
+        cls = _find(registry, kind, f"{path}.type") if isinstance(kind, str) else kind
+        if getattr(cls, "__module__", "").startswith("hgkd."):
+            _check_arguments(cls, value, path, registry)
+    for key, item in value.items():
+        _check(item, f"{path}.{key}", _KEY_REGISTRIES.get(key, registry))
+
+
+def _check_arguments(cls: Any, value: Mapping[str, Any], path: str, registry: Registry) -> None:
+    accepted = _accepted(cls, registry)
+    extra = {"type", "_scope_"}
+    if registry is HOOKS:
+        extra.add("priority")
+    if registry is roots.OPTIM_WRAPPERS:
+        extra |= {"constructor", "paramwise_cfg"}
+    if path.startswith("model.objectives."):
+        extra.add("weight")
+    if accepted is not None:
+        for key, item in value.items():
+            if key not in accepted and key not in extra:
+                message = unknown_name_message(f"option of {cls.__name__}", key, sorted(accepted))
+                raise ValueError(f"{path}.{key}={_short(item)}: {message}")
+    given = {*value, "dataset"} if registry is roots.DATA_SAMPLERS else value  # a sampler gets its data set from the runner
+    for name in _required(cls):
+        if name not in given:
+            place = f"{path}.{name}"
+            short = [option for option, entry in SHORT_OPTIONS.items() if place in (*entry.places, *entry.existing)]
+            how = f"--cfg-options {short[0]}=..." if short else f"{place} in the config"
+            raise ValueError(f"{place} is missing: {cls.__name__} needs it; set {how}")
+
+
+def _check_plain(plain: Mapping[str, Any], path: str, known: frozenset[str]) -> None:
+    section: Any = plain
+    for step in path.split("."):
+        section = section.get(step) if isinstance(section, Mapping) else None
+    for key, value in section.items() if isinstance(section, Mapping) else ():
+        if key not in known:
+            raise ValueError(f"{path}.{key}={_short(value)}: {unknown_name_message(f'key of {path}', key, known)}")
+
+
+def _chain(registry: Registry) -> Iterator[Registry]:
+    """A registry of hgkd (or the child of a root that belongs to it), then its parents, all imported."""
+    node: Registry | None = registry.children.get("hgkd", registry) if registry.parent is None else registry
+    while node is not None:
+        node.import_from_location()
+        yield node
+        node = node.parent
+
+
+def _find(registry: Registry, name: str, path: str) -> Any:
+    """The class registered as ``name``."""
+    if "." in name:  # 'scope.Name' or a dotted import path
+        found = registry.get(name)
+        if found is not None:
+            return found
+    known: dict[str, Any] = {}
+    for node in _chain(registry):
+        for key, cls in node.module_dict.items():
+            known.setdefault(key, cls)
+    if name not in known:
+        raise ValueError(f"{path}={name!r}: {unknown_name_message(registry.name, name, known)}")
+    return known[name]
+
+
+def _parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters)
+    if inspect.isclass(cls):
+        parameters.pop(next(iter(parameters)), None)  # self
+    return parameters
+
+
+def _accepted(cls: Any, registry: Registry) -> set[str] | None:
+    """Names that the constructor takes; None: any name, because it hands ``**kwargs`` on to something unknown.
+
+    A metric hands them to its base class, which is known.
+    """
+    names: set[str] = set()
+    bases = [base for base in cls.__mro__ if "__init__" in vars(base)] if inspect.isclass(cls) else [cls]
+    for base in bases if registry is METRICS else bases[:1]:
+        parameters = _parameters(base)
+        names |= {n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return names
+    return None
+
+
+def _required(cls: Any) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [n for n, p in _parameters(cls).items() if p.default is p.empty and p.kind in kinds]
+
+
+def _short(value: Any, length: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."

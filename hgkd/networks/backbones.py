@@ -1,0 +1,179 @@
+"""Dense encoders with weights, out of checkpoints, exports and files of other projects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hgkd.errors import WeightsError
+from hgkd.weights.export_folder import WEIGHTS_FILE, read_spec
+from hgkd.weights.importing import import_weights
+from hgkd.weights.run_file import ENCODER_PREFIX, EXPECTED_RUN, STUDENT_PREFIX, EncoderSpec, run_metrics
+
+
+def load_backbone(
+    path: str | os.PathLike[str],
+    encoder: str | EncoderSpec | None = None,
+    *,
+    prefix: str | None = None,
+    allow: Sequence[str] = (),
+) -> nn.Module:
+    """The dense timm encoder of a folder of ``hgkd export`` or of a weight file, in eval mode, for ``forward_features``.
+
+    Its input is normalised with ``model.pretrained_cfg['mean']`` and ``['std']``. Every weight must be there, with the right
+    shape, and none may be left over.
+
+    Args:
+        path: a folder written with ``--to timm`` or ``sparse``; a checkpoint of hgkd; or a file of another project, in any of
+            the styles of :mod:`hgkd.weights.cnn_names`.
+        encoder: timm's name (or a full description) of the network in a file of others. Files and folders of hgkd say it
+            themselves.
+        prefix, allow: see :func:`import_weights`; for files of others.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or a file of it is missing.
+        WeightsError: damaged, of an unknown style, or not fitting.
+        ValueError: a file of others without ``encoder``, or an unknown name.
+    """
+    return read_source(path, encoder, prefix=prefix, allow=allow).network
+
+
+def read_source(
+    path: str | os.PathLike[str],
+    encoder: str | EncoderSpec | None = None,
+    *,
+    prefix: str | None = None,
+    allow: Sequence[str] = (),
+) -> Source:
+    """What :func:`load_backbone` reads, with all that the file says about its origin; arguments and errors are the same."""
+    path = Path(path).expanduser()
+    if encoder is None:
+        if path.is_dir() or (not path.exists() and not path.suffix):
+            return _read(path / WEIGHTS_FILE, read_spec(path), None, ())
+        student = read_student(path)
+        return Source(path, student.spec, student.build(), student.student, student.meta, student.metrics)
+    spec = EncoderSpec(encoder) if isinstance(encoder, str) else encoder
+    return _read(path, spec, prefix, allow)
+
+
+def _read(file: Path, spec: EncoderSpec, prefix: str | None, allow: Sequence[str]) -> Source:
+    network = spec.build()
+    report = import_weights(network, file, prefix=prefix, allow=allow)
+    return Source(file, spec, network, read_as=str(report))
+
+
+_OTHERWISE = "name the network of a file of others, e.g. encoder='resnet50' (--encoder)"
+
+
+@dataclass
+class StudentCheckpoint:
+    """A checkpoint of hgkd's runner.
+
+    Attributes:
+        path: the file.
+        spec: the encoder's description.
+        state: the encoder's weights under the keys of the timm model.
+        student: all of the student's weights, under the keys of ``SparseUNet``.
+        meta: ``checkpoint['meta']``.
+        metrics: results that the checkpoint carries, may be empty.
+    """
+
+    path: Path
+    spec: EncoderSpec
+    state: dict[str, Tensor]
+    student: dict[str, Tensor]
+    meta: dict[str, Any]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The dense encoder with the checkpoint's weights, in eval mode.
+
+        Raises:
+            WeightsError: a weight is missing, left over or of another shape.
+        """
+        from hgkd.weights.loading import load_strict
+
+        encoder = self.spec.build()
+        load_strict(encoder, self.state, source=str(self.path))
+        return encoder
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a dense encoder with its weights, and all that is known of its origin.
+
+    Attributes:
+        path: the file.
+        spec: the encoder's description.
+        network: the dense encoder in eval mode.
+        student: weights of the whole student; empty when the file holds an encoder alone.
+        meta: what the training run wrote into the checkpoint; empty for files of others.
+        metrics: results of the run; empty when unknown.
+        read_as: how a file without a run was read: key style, what was loaded, what was left aside.
+        classes: of a classifier, in the order of its logits; empty when unknown.
+    """
+
+    path: Path
+    spec: EncoderSpec
+    network: nn.Module
+    student: Mapping[str, Tensor] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    read_as: str = ""
+    classes: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """The encoder's description."""
+        return self.spec.to_dict()
+
+
+def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -> StudentCheckpoint:
+    """Read a checkpoint of hgkd's runner, without running code that the file may hold.
+
+    Args:
+        otherwise: how the caller's user reads a file of others, for the message.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: the file is damaged, or holds no student of ours.
+    """
+    from hgkd.networks.classifier import ImageClassifier
+    from hgkd.pixels import pixel_statistics
+    from hgkd.weights.files import read_checkpoint
+    from hgkd.weights.run_file import ClassifierSpec, network_state
+
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; {EXPECTED_RUN}")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; {EXPECTED_RUN}")
+    found = read_checkpoint(path)
+    checkpoint: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    meta, weights = checkpoint.get("meta"), checkpoint.get("state_dict")
+    if not isinstance(meta, Mapping) or "hgkd" not in meta or not isinstance(weights, Mapping):
+        raise WeightsError(
+            f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {EXPECTED_RUN}, or {otherwise}"
+        )
+    if isinstance(meta["hgkd"], Mapping) and "mae" in meta["hgkd"]:
+        raise WeightsError(f"{path} holds a masked autoencoder and no student; hgkd evaluate takes it as mae:{path}")
+    classifier = ClassifierSpec.parse(meta)
+    if classifier is not None:  # fine-tuned: the network without its head
+        model = ImageClassifier.from_spec(classifier)
+        encoder = network_state(checkpoint, str(path))
+        inside = {key: value for key, value in encoder.items() if not key.startswith(model.head_names())}
+        pixels = (classifier.mean, classifier.deviation)
+        noted = pixel_statistics(model.network)
+        spec = EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs), None if pixels == noted else pixels)
+        return StudentCheckpoint(path, spec, inside, {}, dict(meta), run_metrics(checkpoint))
+    spec = EncoderSpec.parse(meta["hgkd"], str(path))
+    state = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
+    if not state:
+        examples = ", ".join(list(weights)[:3]) or "none at all"
+        raise WeightsError(f"{path} holds no weights named {ENCODER_PREFIX}*; its weights are called {examples}")
+    student = {k.removeprefix(STUDENT_PREFIX): v for k, v in weights.items() if k.startswith(STUDENT_PREFIX)}
+    return StudentCheckpoint(path, spec, state, student, dict(meta), run_metrics(checkpoint))

@@ -1,0 +1,265 @@
+"""H-GKD: the student generates, at hidden and visible places, the representation that the teacher infers.
+
+Paper: "Heterogeneous Generative Knowledge Distillation with Masked Image Modeling", arXiv 2309.09571. Its abstract
+fixes only a part (sparse UNet student, masked input, mimicry of the representation that the teacher infers); no code
+is public. The loss is therefore this project's own definition, in the form that G2SD (arXiv 2302.14771) uses between
+two ViTs:
+
+    L = mean over places p in P and channels c of smooth_l1_beta( prediction[p, c] - LN0(teacher)[p, c] ),   beta = 2
+
+with LN0 = layer normalisation over channels without affine parameters (eps 1e-6, fp32), and P the masked, visible or
+all places of the teacher's grid.
+
+* ``target='full'``: the teacher sees the whole image; the target is the output of encoder block ``block`` everywhere.
+* ``target='inferred'``: the teacher sees the visible cells only; visible places take encoder block ``block``, masked
+  ones the hidden state after decoder block ``decoder_block`` (no decoder norm). Widths differ, so each has its own
+  projector.
+
+Options of this project: several teacher blocks to several scales of the decoder, and a cosine term
+mean over P of 1 - cos( prediction[p], LN0(teacher)[p] ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hgkd.objectives.alignment import (
+    DecodingStudent,
+    block_tokens,
+    build_projector,
+    decoder_channels,
+    decoder_map,
+    decoder_state,
+    fit_grid,
+    places_count,
+    require_teacher,
+    resolve_block,
+)
+from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
+from hgkd.objectives.places import check_supervise, mean_over, supervised_cells, supervised_places, visible_on
+from hgkd.registry import MODELS
+from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+
+if TYPE_CHECKING:
+    from hgkd.sparse import CellLayout
+
+TARGETS = ("full", "inferred")
+
+
+def hgkd_loss(prediction: Tensor, tokens: Tensor, places: Tensor, *, beta: float = 2.0) -> Tensor:
+    """The loss as a function: scalar fp32.
+
+    Args:
+        prediction: (B, D, gh, gw).
+        tokens: raw teacher tokens (B, D, gh, gw); normalised here.
+        places: bool (B, gh, gw), True where supervised; at least one.
+    """
+    values = smooth_l1_by_place(prediction, layer_norm0(tokens), beta)
+    return mean_over(values, places, places.sum())
+
+
+def cosine_by_place(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine over channels, in fp32: two maps (B, D, h, w) -> (B, h, w)."""
+    return 1.0 - F.cosine_similarity(prediction.float(), target.float(), dim=1)
+
+
+def centred_target(normalised: Tensor) -> Tensor:
+    """What tells an image's tokens from those of the other images of the batch.
+
+    Tokens of small or briefly trained ViTs differ from place to place far more than from image to image, and a student
+    scores by learning the places alone. So each place's mean over the batch is subtracted, and each channel divided by its
+    deviation over batch and places.
+
+    Args:
+        normalised: (B, D, gh, gw) after :func:`layer_norm0`, B > 1.
+
+    Raises:
+        ValueError: a batch of one image, whose target would be 0.
+    """
+    if len(normalised) < 2:
+        raise ValueError("centre=True compares the images of a batch; use a batch size above 1 or centre=False")
+    centred = normalised - normalised.mean(0, keepdim=True)
+    return centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-6).sqrt()
+
+
+@MODELS.register_module()
+class HGKD(ComparingObjective):
+    """H-GKD's objective.
+
+    Args:
+        target: 'full' (any ViT teacher) or 'inferred' (an MAE teacher with decoder; see the module's header).
+        block: encoder block whose output is the target; negative counts from the end, -1 is the last. With 'full' it may be
+            a sequence: several blocks, one term each.
+        stride: scale of the student's decoder that predicts, in image pixels per place; None is its finest. As many as
+            ``block``, or one for all.
+        decoder_block: only with 'inferred': decoder block whose hidden state is the target at masked places.
+            None is the last.
+        supervise: 'masked', 'visible' or 'all' places.
+        beta: where smooth L1 turns from square to linear, > 0.
+        cosine: weight of the cosine terms, 0 leaves them out.
+        projector: 'linear' (1x1 convolution), 'mlp' or 'mlp2'; see :func:`hgkd.objectives.alignment.build_projector`.
+        centre: learn only what differs between images, see :func:`centred_target`; with target='full'.
+
+    Terms: ``distill`` with 'full', ``distill_<block>`` each when there are several blocks; ``visible`` and ``masked`` with
+    'inferred' (a term that ``supervise`` excludes is absent, and so is its projector). Their sum is the mean over all
+    supervised places and blocks. With ``cosine`` each has a twin ``<term>_cosine``.
+    """
+
+    def __init__(
+        self,
+        target: str = "full",
+        block: int | Sequence[int] = -1,
+        stride: int | Sequence[int] | None = None,
+        decoder_block: int | None = None,
+        supervise: str = "masked",
+        beta: float = 2.0,
+        cosine: float = 0.0,
+        projector: str = "linear",
+        centre: bool = False,
+    ) -> None:
+        super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
+        if centre and target != "full":
+            raise ValueError(f"centre=True needs target='full', where every image has a token at every place, got {target!r}")
+        if target == "full" and decoder_block is not None:
+            raise ValueError(
+                f"decoder_block={decoder_block} has no use with target='full', which reads encoder tokens only; "
+                "leave it out or use target='inferred'"
+            )
+        if beta <= 0:
+            raise ValueError(f"beta must be above 0, got {beta}; G2SD and H-GKD use 2.0")
+        if cosine < 0:
+            raise ValueError(f"cosine is the weight of a loss and must not be negative, got {cosine}")
+        build_projector(projector, 1, 1)  # refuses an unknown kind here, before training
+        self.target = target
+        self.supervise = check_supervise(supervise)
+        self.beta = beta
+        self.cosine = cosine
+        self.centre = centre
+        self.projectors = nn.ModuleDict()
+        self._projector_kind = projector
+        self._blocks = [block] if isinstance(block, int) else list(block)
+        self._strides = [stride] * len(self._blocks) if stride is None or isinstance(stride, int) else list(stride)
+        if not self._blocks or len(self._blocks) != len(self._strides):
+            raise ValueError(f"block {block!r} and stride {stride!r} must pair up: one stride a block, or one for all")
+        if target != "full" and len(self._blocks) > 1:
+            raise ValueError(f"several blocks need target='full', got block={block!r} with target={target!r}")
+        self._decoder_block = -1 if decoder_block is None else decoder_block
+        self._grid: tuple[int, int] | None = None
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the smooth L1 terms, which are the keys of ``projectors`` too."""
+        if self.target == "full":
+            return ("distill",) if len(self._blocks) == 1 else tuple(f"distill_{block}" for block in self._blocks)
+        return ("visible", "masked") if self.supervise == "all" else (self.supervise,)
+
+    @property
+    def needs(self) -> TeacherNeeds:
+        """What the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
+        return TeacherNeeds(
+            blocks=() if self.terms == ("masked",) else tuple(self._blocks),
+            decoder_block=self._decoder_block if "masked" in self.terms else None,
+            visible_only=self.target == "inferred",
+        )
+
+    def prepare(
+        self,
+        student: DecodingStudent,
+        teacher_info: TeacherInfo | None,
+        teacher_grid: tuple[int, int] | None,
+        mask_grid: tuple[int, int],
+    ) -> None:
+        """Resolve the block indices and build the projectors; called once, before the optimiser is made.
+
+        Raises:
+            ValueError: no teacher, no decoder where one is needed, a block or stride that is not there, or grids that do
+                not fit.
+        """
+        teacher_info, teacher_grid = require_teacher(self, teacher_info, teacher_grid)
+        if teacher_grid[0] % mask_grid[0] or teacher_grid[1] % mask_grid[1]:
+            raise ValueError(
+                f"the teacher's grid {teacher_grid} is no whole multiple of the mask grid {mask_grid}; "
+                "use the grid that teacher.prepare(mask_grid, cell) returns"
+            )
+        self._blocks = [resolve_block(block, teacher_info.depth, "block") for block in self._blocks]
+        if len(set(self._blocks)) < len(self._blocks):
+            raise ValueError(f"block names an encoder block twice: {self._blocks}")
+        self._grid = teacher_grid
+        widths = dict.fromkeys(self.terms, teacher_info.width)
+        if "masked" in self.terms:
+            if teacher_info.decoder_width is None or teacher_info.decoder_depth < 1:
+                raise ValueError(
+                    f"target='inferred' reads the teacher's decoder at masked places, but this teacher "
+                    f"({teacher_info.kind}) has none; load an MAE checkpoint with its decoder, or use target='full'"
+                )
+            self._decoder_block = resolve_block(self._decoder_block, teacher_info.decoder_depth, "decoder_block")
+            widths["masked"] = teacher_info.decoder_width
+        for term, width in widths.items():
+            channels = decoder_channels(student, self._strides[self._level(term)])
+            self.projectors[term] = build_projector(self._projector_kind, channels, width)
+
+    def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
+        """The student's prediction of the normalised target, (B, D, gh, gw), at all places.
+
+        Args:
+            term: which projector; None is the first of ``terms``.
+        """
+        term = self._term(term)
+        fitted = fit_grid(decoder_map(student_out, self._strides[self._level(term)]), self._prepared_grid)
+        prediction: Tensor = self.projectors[term](fitted)
+        return prediction
+
+    def target_map(self, teacher_out: TeacherOutput, term: str | None = None) -> Tensor:
+        """The normalised target, fp32 (B, D, gh, gw); meaningful at the places that ``term`` supervises."""
+        term = self._term(term)
+        if term == "masked":
+            return layer_norm0(decoder_state(teacher_out))
+        normalised = layer_norm0(block_tokens(teacher_out, self._blocks[self._level(term)]))
+        return centred_target(normalised) if self.centre else normalised
+
+    def comparisons(
+        self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
+    ) -> dict[str, Comparison]:
+        """See the class; raises ValueError when not one place is supervised."""
+        assert teacher_out is not None
+        cells = supervised_cells(layout, self.supervise)
+        visible = visible_on(layout.visible, self._prepared_grid)
+        count = places_count(layout, cells, self._prepared_grid) * len(self._blocks)
+        smooth_l1 = partial(smooth_l1_by_place, beta=self.beta)
+        found = {}
+        for term in self.terms:
+            # 'visible' and 'masked' terms are their own places; the terms of 'full' cover what `supervise` says
+            places = supervised_places(visible, self.supervise if self.target == "full" else term)
+            prediction, target = self.predict(student_out, term), self.target_map(teacher_out, term)
+            found[term] = Comparison(prediction, target, places, count, smooth_l1)
+            if self.cosine:
+                found[f"{term}_cosine"] = Comparison(prediction, target, places, count, cosine_by_place, self.cosine)
+        return found
+
+    @property
+    def _prepared_grid(self) -> tuple[int, int]:
+        if self._grid is None:
+            raise RuntimeError("HGKD.prepare() must be called before the objective is used")
+        return self._grid
+
+    def _level(self, term: str) -> int:
+        """Which of the blocks and strides a term uses."""
+        return self.terms.index(term) if self.target == "full" else 0
+
+    def _term(self, term: str | None) -> str:
+        if term is None:
+            return self.terms[0]
+        if term not in self.terms:
+            raise ValueError(f"this objective has the terms {', '.join(self.terms)}, not {term!r}")
+        return term
+
+    def extra_repr(self) -> str:
+        return f"target={self.target!r}, block={self._blocks}, supervise={self.supervise!r}, beta={self.beta}"

@@ -1,0 +1,97 @@
+"""The student's pooled feature infers the mean token of the whole image from the visible cells.
+
+This project's own addition, no paper's: place-wise objectives train the decoder's output, while k-NN, probes and classifiers
+read the mean of the encoder's last level. Here that mean, over the visible places, predicts by one linear map what the
+teacher's tokens are on average over *all* places, hidden ones included:
+
+    L = mean over channels of smooth_l1_beta( linear(mean over visible places of the last level) - standardise(m) )
+    m = LN0( mean over all places of the teacher's tokens )
+
+``standardise`` subtracts each channel's mean over the batch and divides by its deviation: what all images share is worth
+nothing in a feature, and without it the few channels of large variance that ViT tokens have would make up the loss.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hgkd.objectives.alignment import DecodingStudent, block_tokens, require_teacher, resolve_block
+from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
+from hgkd.registry import MODELS
+from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+
+if TYPE_CHECKING:
+    from hgkd.sparse import CellLayout
+
+
+def standardised_mean(tokens: Tensor) -> Tensor:
+    """The target: raw teacher tokens (B, D, gh, gw), B > 1 -> fp32 (B, D) with mean 0 and variance 1 over the batch.
+
+    Raises:
+        ValueError: a batch of one image, whose target would be 0.
+    """
+    if len(tokens) < 2:
+        raise ValueError("PooledFeature compares the images of a batch; use a batch size above 1")
+    mean = layer_norm0(tokens.float().mean(dim=(2, 3), keepdim=True)).flatten(1)
+    centred = mean - mean.mean(0)
+    return centred / (centred.square().mean(0) + 1e-6).sqrt()
+
+
+@MODELS.register_module()
+class PooledFeature(ComparingObjective):
+    """See the module's header.
+
+    Args:
+        block: encoder block of the teacher; negative counts from the end.
+        beta: where smooth L1 turns from square to linear, > 0.
+
+    Term: ``pooled``.
+    """
+
+    def __init__(self, block: int = -1, beta: float = 2.0) -> None:
+        super().__init__()
+        if beta <= 0:
+            raise ValueError(f"beta must be above 0, got {beta}")
+        self.beta = beta
+        self.head: nn.Linear | None = None
+        self._block = block
+
+    @property
+    def needs(self) -> TeacherNeeds:
+        """One block of the whole image. Before :meth:`prepare`, a negative index stands as it was given."""
+        return TeacherNeeds(blocks=(self._block,))
+
+    def prepare(
+        self,
+        student: DecodingStudent,
+        teacher_info: TeacherInfo | None,
+        teacher_grid: tuple[int, int] | None,
+        mask_grid: tuple[int, int],
+    ) -> None:
+        """Resolve the block and build the head; called once, before the optimiser is made.
+
+        Raises:
+            ValueError: no teacher, or a block out of range.
+        """
+        teacher_info, _ = require_teacher(self, teacher_info, teacher_grid)
+        self._block = resolve_block(self._block, teacher_info.depth, "block")
+        self.head = nn.Linear(student.feature_channels[-1], teacher_info.width)
+
+    def comparisons(
+        self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
+    ) -> dict[str, Comparison]:
+        """See the class; an image is one place."""
+        assert teacher_out is not None
+        if self.head is None:
+            raise RuntimeError("PooledFeature.prepare() must be called before the objective is used")
+        pooled: Tensor = student_out.features[-1].mean(dim=(2, 3))
+        prediction = self.head(pooled)[:, :, None, None]
+        target = standardised_mean(block_tokens(teacher_out, self._block))[:, :, None, None]
+        places = torch.ones(len(target), 1, 1, dtype=torch.bool, device=target.device)
+        smooth_l1 = partial(smooth_l1_by_place, beta=self.beta)
+        return {"pooled": Comparison(prediction, target, places, len(target), smooth_l1)}

@@ -1,0 +1,1 @@
+"""Checks of detection and segmentation data before a training."""

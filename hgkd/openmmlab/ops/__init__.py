@@ -1,7 +1,0 @@
-"""mmcv's compiled operators without a compiler: ``mmcv._ext`` backed by torch and torchvision.
-
-mmcv's Python layers (``mmcv/ops/*.py``, 2.1, Apache-2.0) call functions of a compiled module by name, with buffers to fill in
-place. :mod:`~hgkd.openmmlab.ops.finder` provides that module when no compiled one is installed, and
-:mod:`~hgkd.openmmlab.ops.table` lists the functions in it. Arguments mean what mmcv's calls make them mean; the computation is
-torchvision's compiled one where there is one. No code is copied.
-"""

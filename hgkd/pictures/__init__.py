@@ -1,0 +1,1 @@
+"""Pictures and pages: features as colours, attention, reconstructions, comparisons, reports."""

@@ -1,0 +1,57 @@
+"""What student and teacher make of images, for every objective of a distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgkd.pictures.columns import colour_basis, hide_cells, token_colours
+
+
+@torch.no_grad()
+def distillation_columns(model: Any, inputs: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Columns for :func:`hgkd.pictures.columns.picture_grid` of a ``MaskedDistiller``, computed in eval mode.
+
+    Args:
+        inputs: uint8 (B, 3, H, W).
+        seed: of the mask.
+
+    Returns:
+        Title -> (B, 3, h, w) in [0, 1].
+    """
+    training, progress = model.training, model.mask.progress
+    model.eval()
+    model.mask.progress = 0.0  # pictures of different epochs hide the same cells
+    try:
+        device = next(model.parameters()).device
+        images = inputs.to(device).float() / 255
+        generator = torch.Generator().manual_seed(seed)
+        visible = model.draw_mask(images, generator)
+        student_out = model.student(images, visible)
+        teacher_outs = model.teach(images, visible)
+        columns = {"image": images, "seen": hide_cells(images, visible)}
+        for name, objective in model.objectives.items():
+            if objective.terms:
+                columns.update(_feature_columns(name, objective, student_out, teacher_outs[name]))
+            reconstruction = objective.reconstruct(student_out, student_out.layout)
+            if reconstruction is not None:
+                columns[name] = reconstruction
+    finally:
+        model.train(training)
+        model.mask.progress = progress
+    return columns
+
+
+def _feature_columns(name: str, objective: Any, student_out: Any, teacher_out: Any) -> dict[str, Tensor]:
+    terms: Sequence[str] = objective.terms
+    columns = {}
+    for term in terms:
+        label = name if len(terms) == 1 else f"{name} {term}"
+        target = objective.target_map(teacher_out, term)
+        basis = colour_basis(target)
+        columns[f"{label}: teacher"] = token_colours(target, basis)
+        columns[f"{label}: student"] = token_colours(objective.predict(student_out, term), basis)
+    return columns

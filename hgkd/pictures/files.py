@@ -1,0 +1,109 @@
+"""Image files in, pictures and their page out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hgkd.data.folders import IMAGE_EXTENSIONS
+from hgkd.data.images import find_images, read_rgb
+from hgkd.data.pixels import as_value_range
+from hgkd.data.transforms import eval_transform
+from hgkd.errors import DataError
+from hgkd.pictures.columns import Columns, picture_grid
+from hgkd.pictures.report import Picture, Section, write_report
+from hgkd.writing import written_beside
+
+PAGE = "pictures.html"  # not report.html, which a demo or comparison may have written into the folder
+_CAPTION = "Description"  # PNG's own keyword for it
+
+
+def find_files(sources: Sequence[str | os.PathLike[str]], limit: int | None = None) -> list[Path]:
+    """Image files among ``sources``: files as they are, folders searched at any depth, by name; at most ``limit``.
+
+    Raises:
+        FileNotFoundError: a source does not exist.
+        DataError: there is no image.
+    """
+    found: list[Path] = []
+    for source in map(lambda path: Path(path).expanduser(), sources):
+        if source.is_dir():
+            found += [source / name for name in find_images(str(source))]
+        elif source.is_file():
+            found.append(source)
+        else:
+            raise FileNotFoundError(f"image or folder {source} does not exist")
+    if not found:
+        raise DataError(
+            f"no images in {', '.join(map(str, sources))}; looked for files ending in {', '.join(IMAGE_EXTENSIONS)}"
+        )
+    return found[:limit]
+
+
+def read_images(files: Sequence[Path], image_size: int | Sequence[int], value_range: Sequence[float] | None = None) -> Tensor:
+    """Centre crops of images, uint8 (B, 3, H, W); ``value_range`` as for :class:`hgkd.data.UnlabelledImages`.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    crop, value_range = eval_transform(image_size), as_value_range(value_range)
+    images = []
+    for file in files:
+        try:
+            images.append(crop(read_rgb(file, value_range)))
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            raise DataError(f"image {file} cannot be read ({type(error).__name__}: {error}); leave it out") from error
+    return torch.stack(images)
+
+
+def save_picture(columns: Columns, folder: str | os.PathLike[str], name: str, caption: str) -> Path:
+    """Write ``folder/<name>.png``, and the folder's page anew with all pictures that such calls have put there.
+
+    A caption stands inside its picture's file. Returns the picture's path.
+
+    Raises:
+        WriteError: the disk does not take it; a picture that was there is untouched.
+    """
+    folder = Path(folder)
+    notes = PngImagePlugin.PngInfo()
+    notes.add_itxt(_CAPTION, caption)
+    path = folder / f"{name}.png"
+    picture = Image.fromarray(picture_grid(columns))
+    with written_beside(path) as beside:
+        picture.save(beside, pnginfo=notes)
+    write_page(folder)
+    return path
+
+
+def write_page(folder: str | os.PathLike[str], title: str = "hgkd pictures") -> Path:
+    """``folder/PAGE`` with every PNG of the folder under its name, oldest first."""
+    sections = []
+    for file in sorted(Path(folder).glob("*.png"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+        with Image.open(file) as picture:
+            caption = str(picture.info.get(_CAPTION, ""))
+        sections.append(Section(file.stem, [Picture(file, caption)]))
+    return write_report(Path(folder) / PAGE, title, sections)
+
+
+class ImageFiles(Dataset[dict[str, Any]]):
+    """Given files as a data set for ``hgkd.evaluation.extract``; an unreadable one raises DataError."""
+
+    def __init__(
+        self, files: Sequence[Path], image_size: int | Sequence[int], value_range: Sequence[float] | None = None
+    ) -> None:
+        self.files = list(files)
+        self.image_size = image_size
+        self.value_range = value_range
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"inputs": read_images([self.files[index]], self.image_size, self.value_range)[0], "label": -1, "index": index}

@@ -1,0 +1,80 @@
+"""Students out of exported folders: the sparse encoder, or encoder and decoder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hgkd.errors import WeightsError
+from hgkd.networks.backbones import load_backbone
+from hgkd.sparse import load_sparse as load_sparse_file
+from hgkd.weights.export_folder import WEIGHTS_FILE, read_config, read_spec
+from hgkd.weights.files import read_checkpoint
+from hgkd.weights.loading import load_strict
+
+ENCODER = "encoder."
+
+
+def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Module:
+    """The encoder of a folder of ``--to sparse``, in eval mode: ``net(images, visible=...)``.
+
+    The folder says which network it is; its weight file is one of ``hgkd.sparse.save_sparse``.
+
+    Args:
+        backend: of ``sparsify``.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file of it is missing.
+        WeightsError: no such export, damaged, or not fitting.
+    """
+    _section(path, "cell")
+    return load_sparse_file(Path(path).expanduser() / WEIGHTS_FILE, read_spec(path).build(), backend)
+
+
+def load_student(
+    path: str | os.PathLike[str], backend: str = "gather", *, encoder: nn.Module | str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """The ``SparseUNet`` of a folder of ``--to sparse --what student`` or ``decoder``, in eval mode.
+
+    Args:
+        backend: of ``sparsify``.
+        encoder: for a decoder: the network to put it on, the dense encoder or what :func:`hgkd.export.load_backbone` reads.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file of it is missing.
+        WeightsError: no such export, damaged, or not fitting.
+        ValueError: a decoder without encoder, or a whole student with another one.
+    """
+    what = "student" if encoder is None else "decoder"
+    section = _section(path, "student", "decoder")
+    if what not in section:
+        raise ValueError(
+            f"{path} holds a decoder alone; give the network to put it on with encoder="
+            if encoder is None
+            else f"{path} holds a whole student; leave encoder out"
+        )
+    file = Path(path).expanduser() / WEIGHTS_FILE
+    weights = read_checkpoint(file)
+    if encoder is not None:
+        network = encoder if isinstance(encoder, nn.Module) else load_backbone(encoder)
+        weights.update({f"{ENCODER}{key}": value for key, value in network.state_dict().items()})
+    student = build_student(section[what], backend)
+    load_strict(student, weights, source=str(file))
+    return student.eval()
+
+
+def build_student(arguments: dict[str, Any], backend: str) -> nn.Module:
+    from hgkd.students import SparseUNet
+
+    return SparseUNet(**arguments, backend=backend)
+
+
+def _section(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
+    section = read_config(Path(path).expanduser()).get("hgkd") or {}
+    if not any(key in section for key in keys):
+        what = "".join(f" --what {key}" for key in keys[:1] if key != "cell")
+        raise WeightsError(f"{path} is no export that hgkd export wrote with --to sparse{what}")
+    return dict(section)

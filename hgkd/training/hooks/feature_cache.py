@@ -1,0 +1,86 @@
+"""Hook that lets a run keep its teacher's features on disk (:mod:`hgkd.teachers.cache`)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import barrier, is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from hgkd.digests import files_digest
+from hgkd.registry import HOOKS
+from hgkd.teachers.cache import gigabytes
+from hgkd.training.wrapping import plain_model
+
+_RANDOM = ("Random", "Jitter")
+
+
+@HOOKS.register_module()
+class TeacherCacheHook(Hook):
+    """Teacher features are computed once a picture and read from disk afterwards, also by later runs.
+
+    The pictures must be the same in every epoch: set ``transform=dict(kind='eval')`` for the training data, and
+    ``model.flip`` for mirroring, which the cache knows of. The files take 4 * tokens * width bytes an image and block, 0.3 MB
+    for a ViT-S/14 at 224 px. Their size is logged, compared with the free disk space, and taken from the disk at once.
+
+    Args:
+        folder: where the files lie; runs with the same teacher, data and size share them. None: nothing is stored.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = None if folder is None else Path(folder).expanduser()
+
+    def before_train(self, runner: Runner) -> None:
+        """Open the store, or refuse data whose crops differ from epoch to epoch, and a disk without room.
+
+        The first process makes the files; the others open them.
+        """
+        if self.folder is None:
+            return
+        transform = _fixed_transform(runner)
+        if not is_main_process():
+            barrier()
+        _open(runner, self.folder, transform)
+        if is_main_process():
+            barrier()
+
+    def planned(self, runner: Runner) -> str:
+        """For a dry run: what the store will take, without making it."""
+        if self.folder is None:
+            return "not stored"
+        _fixed_transform(runner)
+        model: Any = plain_model(runner)
+        images = len(runner.train_loop.dataloader.dataset)
+        free = shutil.disk_usage(next(p for p in (self.folder.absolute(), *self.folder.absolute().parents) if p.exists())).free
+        planned = model.stored_bytes(images)
+        enough = "" if free > planned else "  NOT ENOUGH (less is needed where the features are there already)"
+        return f"{gigabytes(planned)} for {images} images in {self.folder}; {gigabytes(free)} free{enough}"
+
+
+def _fixed_transform(runner: Runner) -> str:
+    """The training images' transform as text; raises ValueError when its crops differ from epoch to epoch."""
+    transform = repr(runner.train_loop.dataloader.dataset.transform)
+    if any(word in transform for word in _RANDOM):
+        raise ValueError(
+            "TeacherCacheHook needs pictures that are the same in every epoch, but the training transform is random "
+            f"({transform.split()[0]} ...); set train_dataloader.dataset.transform=dict(kind='eval') and model.flip=0.5, "
+            "or store nothing (teacher_features=None)"
+        )
+    return transform
+
+
+def _open(runner: Runner, folder: Path, transform: str) -> None:
+    dataset: Any = runner.train_loop.dataloader.dataset
+    root = Path(dataset.data_root)
+    paths = [Path(dataset.path(i)) for i in range(len(dataset))]
+    names = [str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in paths]
+    sizes = [dataset.size(i) for i in range(len(dataset))]
+    identity = {"files": files_digest(zip(names, sizes, strict=True)), "transform": transform}
+    identity |= {"reading": dataset.reading} if hasattr(dataset, "reading") else {}
+    model: Any = plain_model(runner)
+    model.store_features(folder, len(dataset), identity)

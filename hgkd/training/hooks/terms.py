@@ -1,0 +1,117 @@
+"""Hook that says what each loss term does: its share of the student's gradient, and whether it beats a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from hgkd.registry import HOOKS
+from hgkd.training.wrapping import plain_model
+
+
+def gradient_shares(losses: dict[str, Tensor], parameters: list[nn.Parameter]) -> dict[str, float]:
+    """Norm of each loss's gradient divided by the sum of all their norms; 0 where no loss has a gradient.
+
+    Args:
+        losses: scalars of one graph, which is used up.
+        parameters: what the gradients are taken for.
+    """
+    norms = {}
+    for i, (name, loss) in enumerate(losses.items()):
+        if not loss.requires_grad:
+            norms[name] = 0.0
+            continue
+        last = i == len(losses) - 1
+        found = torch.autograd.grad(loss, parameters, retain_graph=not last, allow_unused=True)
+        squares = [gradient.float().square().sum() for gradient in found if gradient is not None]
+        norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    total = sum(norms.values())
+    return {name: norm / total if total else 0.0 for name, norm in norms.items()}
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Within it the model may run in training mode: its buffers and all random states are as before afterwards."""
+    buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in model.named_buffers():
+                    value.copy_(buffers[name])
+
+
+@HOOKS.register_module()
+class TermShareHook(Hook):
+    """Logs for every loss term ``<term>_share`` of the student's gradient and ``<term>_of_mean``, and warns.
+
+    ``of_mean`` is the term divided by what it would be, were the prediction the mean target of the batch everywhere. A step is
+    measured on its own batch before it is made, with one pass more; it changes nothing of the training.
+
+    Args:
+        interval: steps between two measurements.
+        min_share: warn when a term stays below this share...
+        patience: ...for so many steps; or when it stays no better than the mean for as many.
+    """
+
+    priority = "ABOVE_NORMAL"  # before the logger
+
+    def __init__(self, interval: int = 50, min_share: float = 0.01, patience: int = 200) -> None:
+        if interval < 1 or patience < 1:
+            raise ValueError(f"interval and patience must be 1 or more, got {interval} and {patience}")
+        if not 0.0 <= min_share < 1.0:
+            raise ValueError(f"min_share must be in [0, 1), got {min_share}")
+        self.interval = interval
+        self.min_share = min_share
+        self.patience = patience
+        self._since: dict[tuple[str, str], int] = {}
+        self._warned: set[tuple[str, str]] = set()
+
+    def before_train(self, runner: Runner) -> None:
+        model = plain_model(runner)
+        if not hasattr(model, "term_report"):
+            raise ValueError(f"TermShareHook measures a distillation, but a {type(model).__name__} is none; remove the hook")
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if runner.iter % self.interval:
+            return
+        model: Any = plain_model(runner)
+        with untouched(model), runner.optim_wrapper.optim_context(model):
+            data = model.data_preprocessor(data_batch, True)
+            losses, of_mean = model.term_report(data["inputs"], data.get("index"))
+            parameters = [p for p in model.student.parameters() if p.requires_grad]
+            shares = gradient_shares(losses, parameters)
+        for term, share in shares.items():
+            name = term.removesuffix("_loss")
+            runner.message_hub.update_scalar(f"train/{name}_share", share)
+            self._watch(runner, "share", term, share < self.min_share, f"its share of the gradient is {share:.2%}")
+            if term in of_mean:
+                ratio = float(losses[term].detach()) / max(float(of_mean[term]), 1e-12)
+                runner.message_hub.update_scalar(f"train/{name}_of_mean", ratio)
+                self._watch(
+                    runner,
+                    "mean",
+                    term,
+                    ratio >= 1.0,
+                    f"it is {ratio:.2f} times the loss of predicting the mean target everywhere, so nothing is learnt from it",
+                )
+
+    def _watch(self, runner: Runner, what: str, term: str, bad: bool, message: str) -> None:
+        key = (what, term)
+        if not bad:
+            self._since.pop(key, None)
+            return
+        since = self._since.setdefault(key, runner.iter)
+        if runner.iter - since >= self.patience and key not in self._warned:
+            self._warned.add(key)
+            runner.logger.warning(
+                f"{term} does nothing since step {since}: {message}. Raise its weight, check its target, or remove it"
+            )

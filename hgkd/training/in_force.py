@@ -1,0 +1,229 @@
+"""What a training is really going to do, read from the built parts and not from the config: said once before the first step.
+
+Each line is made by one function here; :func:`in_force` gathers those that apply to a run, of pretraining, fine-tuning,
+detection or segmentation.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.hooks import CheckpointHook, EMAHook
+from torch import Tensor, nn
+
+from hgkd.masking import visible_count
+from hgkd.training.wrapping import plain_model
+
+_ENDLESS = 10**9
+_MB = 2**20
+
+
+def in_force(runner: Any, loop: Any, work_dir: Path, checkpoint_bytes: int | None = None) -> dict[str, str]:
+    """Name of a fact -> the fact.
+
+    Args:
+        runner: with its optimiser and schedulers built.
+        loop: its training loop.
+        work_dir: where the checkpoints are going to lie.
+        checkpoint_bytes: size of one, if it is known; None: estimated.
+    """
+    model: Any = plain_model(runner)
+    facts = {
+        "rate": rate_text(
+            runner.optim_wrapper, _all_schedulers(runner.param_schedulers), loop.iter, loop.max_iters, _epoch(loop)
+        ),
+        "pixels": pixels_text(model),
+        "cells": cells_text(model),
+        "images": images_text(loop.dataloader, runner.world_size, runner.cfg.train_dataloader.get("dataset") or {}),
+        "features": features_text(model, runner.hooks, len(loop.dataloader.dataset)),
+        "checkpoints": checkpoints_text(runner, loop, work_dir, checkpoint_bytes),
+    }
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def lines_of(facts: Mapping[str, Any]) -> str:
+    """One line a fact, the names in a column of their own."""
+    width = max(map(len, facts), default=0)
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+
+# --- learning rate ------------------------------------------------------------------------------------------------------
+
+
+def _epoch(loop: Any) -> int:
+    """Steps an epoch."""
+    return max(len(loop.dataloader), 1)
+
+
+def _all_schedulers(schedulers: Any) -> list[Any]:
+    if isinstance(schedulers, Mapping):  # of several optimisers
+        return [one for part in schedulers.values() for one in _all_schedulers(part)]
+    return list(schedulers or ())
+
+
+def rate_text(wrapper: Any, schedulers: Sequence[Any], done: int, total: int, per_epoch: int) -> str | None:
+    """The learning rate that the optimiser holds, and how it is going to change.
+
+    Args:
+        schedulers: built ones, or none.
+        done, total, per_epoch: steps.
+    """
+    groups = getattr(getattr(wrapper, "optimizer", None), "param_groups", None)
+    if not groups:
+        return None
+    peaks = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    parts = [f"lr {max(peaks):.4g}" + (f" (the largest of {len(groups)} groups)" if min(peaks) < max(peaks) else "")]
+    parts += [scheduler_text(scheduler) for scheduler in schedulers] or ["constant"]
+    ends = [s.end if not s.by_epoch else s.end * per_epoch for s in schedulers if s.param_name == "lr" and s.end < _ENDLESS]
+    if ends and max(ends) != total:
+        parts.append(f"the schedule ends after step {max(ends)}, the training after step {total}")
+    if done:
+        parts.append(f"{max(float(group['lr']) for group in groups):.4g} now, after step {done}")
+    return "; ".join(parts)
+
+
+def scheduler_text(scheduler: Any) -> str:
+    """One scheduler in words: what, how, and when."""
+    name = type(scheduler).__name__
+    about = "" if scheduler.param_name == "lr" else f" of {scheduler.param_name}"
+    words = {"start_factor": "from {:.3g} of it", "eta_min_ratio": "to {:.3g} of it", "eta_min": "to {:.3g}"}
+    found = [text.format(getattr(scheduler, key)) for key, text in words.items() if getattr(scheduler, key, None) is not None]
+    if getattr(scheduler, "milestones", None):
+        found.append(f"times {scheduler.gamma:g} after {', '.join(map(str, sorted(scheduler.milestones)))}")
+    end = "the end" if scheduler.end >= _ENDLESS else str(scheduler.end)
+    found.append(f"in {'epochs' if scheduler.by_epoch else 'steps'} {scheduler.begin + 1} to {end}")
+    return f"{name}{about} {' '.join(found)}"
+
+
+# --- images -------------------------------------------------------------------------------------------------------------
+
+
+def pixels_text(model: nn.Module) -> str | None:
+    """Size and normalisation of the images that student and teacher see."""
+    teacher = getattr(model, "teacher", None)
+    parts = [("student" if teacher is not None else "model", model, getattr(model, "image_size", None))]
+    if teacher is not None:
+        # a classifier as teacher may take the student's size
+        parts.append(("teacher", teacher, getattr(teacher, "input_size", None) or getattr(teacher, "image_size", None)))
+    texts = []
+    for name, part, size in parts:
+        found = normalisation(part)
+        if found is None:
+            continue
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in found)
+        texts.append(f"{name} {f'{size[0]} x {size[1]} px, ' if size else ''}mean {mean}, std {std}")
+    return "; ".join(texts) or None
+
+
+def normalisation(module: nn.Module) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of the pixels by which a network normalises, in its own units; None: it does not."""
+    for part in module.modules():
+        mean = getattr(part, "mean", None)
+        std = getattr(part, "std", None) if getattr(part, "deviation", None) is None else part.deviation
+        if isinstance(mean, Tensor) and isinstance(std, Tensor):
+            return mean.flatten().tolist(), std.flatten().tolist()
+    return None
+
+
+def cells_text(model: Any) -> str | None:
+    """How many cells of an image a masked student sees."""
+    mask: Any = getattr(model, "mask", None)
+    grid = getattr(model, "mask_grid", None)
+    if grid is None or not hasattr(mask, "mask_ratio"):
+        return None
+    first, last = mask.mask_ratio, getattr(mask, "final_mask_ratio", mask.mask_ratio)
+    rounding = getattr(mask, "rounding", "round")
+    size = getattr(model, "image_size", None)
+    cells = f"{grid[0]} x {grid[1]}" + (f" of {size[0] // grid[0]} px" if size else "")
+    count = visible_count(grid[0], grid[1], first, rounding)
+    text = f"{count} of {grid[0] * grid[1]} visible ({cells}, mask_ratio {first:g})"
+    if last != first:
+        text += f" at the beginning, {visible_count(grid[0], grid[1], last, rounding)} ({last:g}) at the end"
+    return text
+
+
+def images_text(loader: Any, processes: int, dataset: Mapping[str, Any]) -> str:
+    """How many images are used, and what leaves some of them out.
+
+    Args:
+        dataset: its config.
+    """
+    total = len(loader.dataset)
+    limits = ("limit", "limit_per_class", "label_fraction", "indices", "list_file")
+    given = [f"{key}={dataset[key]}" for key in limits if dataset.get(key) not in (None, 1.0)]
+    text = f"{total} used" + (f" ({', '.join(given)})" if given else "")
+    batch = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None)
+    if batch and getattr(loader, "drop_last", False) and total % (batch * processes):
+        text += f"; every epoch passes over {total % (batch * processes)}, which do not fill a batch"
+    return text
+
+
+# --- disk ---------------------------------------------------------------------------------------------------------------
+
+
+def features_text(model: Any, hooks: Iterable[Any], images: int) -> str | None:
+    """What the store of the teacher's features takes."""
+    folder = next((hook.folder for hook in hooks if type(hook).__name__ == "TeacherCacheHook"), None)
+    passes = getattr(model, "_passes", None)
+    if folder is None or not passes:
+        return None
+    blocks = {block for needs in passes if not needs.visible_only for block in needs.blocks}
+    teacher = model.teacher
+    size = store_bytes(images, len(blocks), teacher.info.width, teacher.grid)
+    return f"of the teacher take {size / _MB:.0f} MB in {folder} ({size / images / 1024:.0f} KB an image)"
+
+
+def store_bytes(images: int, blocks: int, width: int, grid: tuple[int, int]) -> int:
+    """Bytes of the stored tokens: fp16, every image and its mirror image."""
+    return images * 2 * blocks * width * grid[0] * grid[1] * 2
+
+
+def checkpoints_text(runner: Any, loop: Any, work_dir: Path, each: int | None) -> str | None:
+    """What the checkpoints take, and what is free."""
+    hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+    if hook is None:
+        return None
+    if each is None:
+        each = estimated_bytes(runner)
+    count = kept_at_once(hook, loop)
+    size = each * count
+    free = shutil.disk_usage(next(p for p in (work_dir, *work_dir.parents) if p.exists())).free
+    enough = "" if free > size else "  NOT ENOUGH"
+    return f"{each / _MB:.0f} MB each, up to {count} at a time; {free / _MB:.0f} MB free at {work_dir}{enough}"
+
+
+def kept_at_once(hook: Any, loop: Any) -> int:
+    """Checkpoints that lie on disk at one time at most: those kept, the best ones, and the one that is being written."""
+    best = hook.save_best
+    bests = 0 if not best else len(best) if isinstance(best, (list, tuple)) else 1
+    if hook.max_keep_ckpts > 0:
+        return int(hook.max_keep_ckpts) + bests + 1
+    length = loop.max_epochs if hook.by_epoch and loop.max_epochs else loop.max_iters
+    return math.ceil(length / max(hook.interval, 1)) + bests
+
+
+def estimated_bytes(runner: Any) -> int:
+    """Bytes of a checkpoint: weights, an average of them where there is one, and what the optimiser keeps."""
+    model = plain_model(runner)
+    weights = tensor_bytes(model.state_dict())
+    copies = sum(isinstance(hook, EMAHook) for hook in runner.hooks)
+    optimizer = getattr(runner.optim_wrapper, "optimizer", None)
+    state = 0 if optimizer is None else tensor_bytes(optimizer.state_dict()["state"])
+    if not state:  # before the first step
+        defaults = getattr(optimizer, "defaults", {})
+        moments = 2 if "betas" in defaults else 1 if defaults.get("momentum") else 0
+        state = moments * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return weights * (1 + copies) + state
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0

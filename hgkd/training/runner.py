@@ -1,0 +1,382 @@
+"""mmengine's runner with strict, safe and exact resuming, and with checkpoints that say what they hold.
+
+Against mmengine 0.10.7: checkpoints are read with ``weights_only=True`` on every torch; a checkpoint that does not fit the
+model is refused before anything is changed (mmengine loads what fits and only logs the rest); a run goes on in the middle of
+an epoch (:mod:`hgkd.training.loop`); data-parallel training and ``sync_bn`` work without CUDA (gloo); checkpoints are sealed
+with their hash, written beside and renamed (:mod:`hgkd.weights.run_folder`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import broadcast, is_distributed, is_main_process
+from mmengine.logging import MMLogger
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hgkd.config.schedule import without_empty_warmup
+from hgkd.errors import WeightsError, configured
+from hgkd.registry import RUNNERS
+from hgkd.training.checkpoint_hook import CheckpointWriteError
+from hgkd.training.hooks.alarms import DUMP
+from hgkd.training.loop import ExactEpochLoop, end_readers_at_exit, outlive_signals
+from hgkd.training.optim import check_optim_config
+from hgkd.training.recompute import recompute_activations
+from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, images_of
+from hgkd.training.sync_norm import sync_batch_norms
+from hgkd.training.work_folder import check_unused, lock_folder, release_folder
+from hgkd.training.wrapping import plain_model
+from hgkd.weights.loading import load_strict, match
+from hgkd.weights.run_folder import find_last_checkpoint, read_run_checkpoint, seal, tell_system_errors
+
+
+def _what(meta: Any) -> str:
+    """The network that ``meta['hgkd']`` of a checkpoint describes, in words."""
+    meta = meta if isinstance(meta, Mapping) else {}
+    if isinstance(meta.get("encoder"), Mapping):
+        return f"a student {meta['encoder'].get('name')!r}"
+    if isinstance(meta.get("classifier"), Mapping):
+        spec = meta["classifier"]
+        heads = "two heads" if spec.get("two_heads") else "one head"
+        return f"a classifier {spec.get('name')!r} of {spec.get('num_classes')} classes with {heads}"
+    return "a masked autoencoder" if "mae" in meta else "a model that it does not describe"
+
+
+def _stamp(seconds: float) -> str:
+    """A time as the name of a run's folder of logs."""
+    return f"{time.strftime('%Y%m%d_%H%M%S', time.localtime(seconds))}_{int(seconds % 1 * 1000):03d}"
+
+
+def _later_than_any(work_dir: str, seconds: float) -> float:
+    """``seconds``, or the moment after the newest folder of logs where the clock was set back since.
+
+    Whoever reads the logs takes them in the order of their names.
+    """
+    names = [path.name for path in Path(work_dir).glob("*") if re.fullmatch(r"\d{8}_\d{6}_\d{3}", path.name)]
+    newest = max(names, default="")
+    if _stamp(seconds) > newest:
+        return seconds
+    try:
+        return time.mktime(time.strptime(newest[:15], "%Y%m%d_%H%M%S")) + int(newest[16:]) / 1000 + 0.0015
+    except ValueError:  # no time, only digits
+        return seconds
+
+
+def _raise_current(record: logging.LogRecord) -> None:
+    error = sys.exc_info()[1]
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def _folder_until_the_end(work_dir: str) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        release_folder(work_dir)
+
+
+def _data_parallel(model: nn.Module, find_unused: bool) -> MMDistributedDataParallel:
+    devices = [int(os.environ["LOCAL_RANK"])] if torch.cuda.is_available() else None
+    return MMDistributedDataParallel(
+        module=model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=find_unused
+    )
+
+
+@RUNNERS.register_module()
+class DistillRunner(Runner):
+    """See the module's header; arguments are those of ``mmengine.runner.Runner``."""
+
+    _load_from: str | None
+    model: nn.Module
+    _read: ReadCheckpoint | None = None
+
+    @classmethod
+    def from_cfg(cls, cfg: Any) -> DistillRunner:
+        """Build a runner; the work folder of a training is held from here to the end of :meth:`train`.
+
+        Raises:
+            ValueError: something in the config is wrong, the work folder is in use or holds the results of another training.
+            StoppedError: the system refuses to write into the work folder.
+        """
+        try:
+            with tell_system_errors(cfg.work_dir), configured():
+                runner: DistillRunner = super().from_cfg(cfg)
+        except BaseException:
+            release_folder(cfg.work_dir)  # nothing was begun
+            raise
+        return runner
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        # mmengine's own initialisation sets a CUDA device unconditionally
+        if self.distributed and not is_distributed() and not torch.cuda.is_available():
+            torch.distributed.init_process_group("gloo")
+        super().setup_env(env_cfg)
+        self._lock_remark = self._take_folder() if self._train_loop is not None and is_main_process() else None
+        # names logger, message hub and visualiser, which mmengine shares between runs of the same second
+        now = torch.tensor(_later_than_any(self.work_dir, time.time()), dtype=torch.float64)
+        broadcast(now)
+        self._timestamp = _stamp(now.item())
+
+    def _take_folder(self) -> str | None:
+        """Hold the work folder, or refuse it; a remark for the log."""
+        remark = lock_folder(self.work_dir)
+        try:
+            check_unused(self.work_dir, bool(self.cfg.get("resume")), self.cfg.get("load_from"))
+        except ValueError:
+            release_folder(self.work_dir)
+            raise
+        return remark
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        logger: MMLogger = super().build_logger(*args, **kwargs)
+        # mmengine's advice to itself: its own hooks use these parts, a user can do nothing about it
+        logger.addFilter(lambda record: "will be deprecated in future" not in record.getMessage())
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handleError = _raise_current  # type: ignore[method-assign]  # Python would go on after a traceback
+        if self._lock_remark:
+            logger.warning(self._lock_remark)
+        return logger
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        if not self.distributed or model_wrapper_cfg is not None or is_model_wrapper(model):
+            wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
+            return wrapped
+        model = model.to(get_device())
+        if self.cfg.get("sync_bn"):
+            self.logger.info(f"{sync_batch_norms(model)} batch normalisations take their statistics over all processes")
+        return _data_parallel(model, self.cfg.get("find_unused_parameters", False))
+
+    def say_idle_parameters(self, names: Sequence[str]) -> None:
+        """Warn of parameters that no loss reaches, and let data-parallel training not wait for their gradients."""
+        if not names:
+            return
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        self.logger.warning(
+            f"{len(names)} parameters got no gradient and are not trained, because no loss depends on them: {shown}. Leave out "
+            "the part that they belong to, or add an objective that uses it"
+        )
+        if type(self.model) is MMDistributedDataParallel and not self.model.find_unused_parameters:
+            self.model = _data_parallel(plain_model(self), True)  # otherwise torch ends the run in the second step
+
+    def train(self) -> nn.Module:
+        """As mmengine's, with activation checkpointing that suits sparse tensors (:mod:`hgkd.training.recompute`)."""
+        with tell_system_errors(self.work_dir), _folder_until_the_end(self.work_dir):
+            recompute_activations(plain_model(self), self.cfg.get("activation_checkpointing") or [])
+            self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
+            model: nn.Module = super().train()
+            self._after_training()
+        return model
+
+    def _after_training(self) -> None:
+        """What is left to do while the work folder is still held; nothing here."""
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        if fn_name not in ("before_run", "before_train"):
+            return super().call_hook(fn_name, **kwargs)
+        with configured():  # hooks build parts of theirs here, as EMAHook its average
+            return super().call_hook(fn_name, **kwargs)
+
+    def register_hook(self, hook: Any, priority: Any = None) -> None:
+        if isinstance(hook, Mapping) and hook.get("type") == "IterTimerHook":
+            hook = {**hook, "type": "hgkd.SteadyTimerHook"}
+        super().register_hook(hook, priority)
+
+    def build_visualizer(self, visualizer: Any = None) -> Any:
+        built = super().build_visualizer(visualizer)
+        for backend in built._vis_backends.values() if is_main_process() else ():
+            _ = backend.experiment  # imports the library that it writes with, which the log would ask for later
+        return built
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        if isinstance(optim_wrapper, Mapping):
+            check_optim_config(optim_wrapper)
+        with configured():
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_val_loop(self, loop: Any) -> Any:
+        with configured():
+            return super().build_val_loop(loop)
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader[Any] | dict[str, Any], seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader[Any]:
+        if not isinstance(dataloader, DataLoader):
+            dataloader = {"pin_memory": torch.cuda.is_available(), **dataloader}  # without CUDA it only warns
+        loader: DataLoader[Any] = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        if not isinstance(dataloader, DataLoader) and "worker_init_fn" not in dataloader:
+            # mmengine's gives a worker the same seed in every epoch; here images bring their own
+            loader.worker_init_fn = outlive_signals
+            end_readers_at_exit()
+        return loader
+
+    def build_train_loop(self, loop: Any) -> Any:
+        if isinstance(loop, dict):
+            if not loop.get("by_epoch"):
+                raise ValueError(
+                    f"train_cfg={dict(loop)} does not train by epochs, which exact resuming needs; set "
+                    "train_cfg=dict(by_epoch=True, max_epochs=...)"
+                )
+            options = {key: value for key, value in loop.items() if key != "by_epoch"}
+            loop = ExactEpochLoop(self, self._train_dataloader, **options)
+        built = super().build_train_loop(loop)
+        if built.max_epochs < 1:
+            raise ValueError(f"epochs (train_cfg.max_epochs) is {built.max_epochs}; it must be 1 or more")
+        if built.max_iters < 1:
+            loader = built.dataloader
+            raise ValueError(
+                f"no training step: {len(loader.dataset)} images do not fill one batch of {loader.batch_size} "
+                "(incomplete batches are dropped); use more images or a smaller batch_size"
+            )
+        return built
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """As mmengine's, without a warm-up that is shorter than a step."""
+        kept = without_empty_warmup(scheduler, len(self.train_dataloader))
+        if len(kept) < len(scheduler):
+            self.logger.warning("the warm-up is left out: it is shorter than one step")
+        with configured():
+            return super().build_param_scheduler(kept)
+
+    def load_or_resume(self) -> None:
+        if not self._has_loaded and self._resume and self._load_from is None:
+            last = find_last_checkpoint(self.work_dir)
+            if last is None:
+                self.logger.warning(
+                    f"nothing to resume in {self.work_dir}: there is no checkpoint; starting from the beginning"
+                )
+                return
+            self.logger.info(f"resuming from the last checkpoint {last}")
+            self._load_from = last
+        super().load_or_resume()
+
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: Any = "default",
+    ) -> None:
+        """Go on from a checkpoint: what was learnt is the checkpoint's, settings are the config's, see
+        :mod:`hgkd.training.resuming`.
+
+        Raises:
+            ValueError: it cannot go on with this config's images, optimiser or length.
+        """
+        settings, wanted = ConfiguredSettings(self), self._randomness_cfg.get("seed")
+        try:
+            super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"{filename} was written with other groups of parameters ({error}). Resume with the optim_wrapper and the "
+                "frozen parts that it was written with, or start anew in another work folder"
+            ) from error
+        loop, read = self.train_loop, self._read
+        assert read is not None
+        check: Any = getattr(loop, "check_position", None)
+        remarks = [check(filename, read.meta)] if check is not None else []
+        if loop.iter > loop.max_iters:
+            raise ValueError(
+                f"{filename} is from step {loop.iter}, and this training ends at step {loop.max_iters}: set epochs to more "
+                "than it has trained (train_cfg.max_epochs or max_iters), or start anew in another work folder"
+            )
+        if resume_optimizer:
+            remarks.append(settings.put_in_force(filename, read))
+        if wanted not in (None, self.seed):
+            remarks.append(
+                f"seed={wanted} is not in force: the run goes on with its checkpoint's, {self.seed}, which order and crops of "
+                "the images depend on. Another seed needs a training of its own, in another work folder"
+            )
+        for remark in filter(None, remarks):
+            self.logger.warning(remark)
+        # with seed=None the order of the data was drawn before the checkpoint's seed was known
+        sampler: Any = self.train_dataloader.sampler
+        if not self._randomness_cfg.get("diff_rank_seed", False) and hasattr(sampler, "seed"):
+            sampler.seed = self.seed
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = "cpu", strict: bool = True, revise_keys: Any = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint of this runner and load its weights; both safe and strict.
+
+        Args:
+            filename: local file.
+            map_location: not used; optimisers bring their state to the parameters' device themselves.
+            strict: must be True.
+            revise_keys: not used; the keys are this project's own.
+
+        Raises:
+            FileNotFoundError: no such file.
+            WeightsError: no checkpoint of a runner, or one of another model; nothing has been changed then.
+        """
+        if not strict:
+            raise ValueError("DistillRunner loads checkpoints strictly; strict=False would leave weights random unseen")
+        checkpoint = read_run_checkpoint(filename)
+        self._read = ReadCheckpoint.of(checkpoint)
+        model: Any = plain_model(self)
+        # a test has no objectives, whose trained parts are in the checkpoint
+        unused = ("objectives.",) if self._train_loop is None else ()
+        try:
+            match(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
+        except WeightsError as error:
+            own = _what(model.meta()) if hasattr(model, "meta") else f"a {type(model).__name__}"
+            raise WeightsError(
+                f"{filename} is of another model: it holds {_what(checkpoint['meta'].get('hgkd'))}, this run trains {own}. "
+                f"Use the config that wrote it, or start anew without it; {error}"
+            ) from error
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)  # may exchange the weights, as EMAHook does
+        load_strict(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
+        if hasattr(model, "take_meta"):
+            model.take_meta(checkpoint["meta"].get("hgkd") or {})
+        self._has_loaded = True
+        return checkpoint
+
+    def save_checkpoint(
+        self, out_dir: str, filename: str, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As mmengine's, with ``meta['hgkd']`` describing the network; written beside, sealed, and renamed when complete.
+
+        Raises:
+            CheckpointWriteError: it cannot be written, e.g. because the disk is full.
+        """
+        model: Any = plain_model(self)
+        meta = {**(meta or {}), "steps_per_epoch": len(self.train_dataloader), "images": images_of(self)}
+        meta["optimizer"] = type(self.optim_wrapper.optimizer).__name__
+        if hasattr(model, "meta"):
+            meta["hgkd"] = model.meta()
+        if not is_main_process():
+            return
+        guard = getattr(self._train_loop, "guard", None)
+        if guard is not None and guard.untrained and not filename.startswith(DUMP):
+            self.logger.warning(f"{filename} is not written: every update so far was left out, so nothing has been trained")
+            return
+        partial, final = os.path.join(out_dir, f"{filename}.partial"), os.path.join(out_dir, filename)
+        try:
+            super().save_checkpoint(out_dir, f"{filename}.partial", *args, meta=meta, **kwargs)
+            seal(partial)
+            os.replace(partial, final)
+        except OSError as error:
+            Path(partial).unlink(missing_ok=True)
+            free = shutil.disk_usage(out_dir).free / 2**20
+            raise CheckpointWriteError(
+                f"cannot write {final}: {error.strerror or error}, {free:.0f} MB are free on its disk. Earlier checkpoints are "
+                "untouched: free some space, or move the work folder to a larger disk, and continue with --resume"
+            ) from error

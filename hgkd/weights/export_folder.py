@@ -1,0 +1,54 @@
+"""Folders that ``export`` wrote: their files, and the network that they describe."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hgkd.errors import WeightsError
+from hgkd.weights.run_file import EncoderSpec
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+READABLE = ("timm", "sparse")  # targets whose folders are read back
+
+
+def read_spec(path: str | os.PathLike[str]) -> EncoderSpec:
+    """The description of the encoder in an exported folder; raises as :func:`load_backbone` does."""
+    path = Path(path).expanduser()
+    _refuse_other_target(path)
+    return EncoderSpec.parse(read_config(path).get("hgkd"), str(path / CONFIG_FILE))
+
+
+def _refuse_other_target(path: Path) -> None:
+    """Raise WeightsError for an export that was written for another library, and name the way to one that is read."""
+    try:
+        card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
+        target, what = str(card["export"]["target"]), str(card["export"]["what"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if target not in READABLE or what == "decoder":
+        part = "" if what == "backbone" else f" --what {what}"
+        raise WeightsError(
+            f"{path} is an export to {target}{part}, which hgkd does not read back; export the checkpoint again with --to timm"
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of an exported folder; raises as :func:`load_backbone` does."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"export folder {path} does not exist; expected one that hgkd export wrote")
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} has no {CONFIG_FILE}; expected a folder that hgkd export wrote")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON ({error}); export the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{file} holds a {type(config).__name__}, expected an object; export the checkpoint again")
+    return config
+
+
+CARD_FILE, CARD_PAGE = "run_card.json", "run_card.md"

@@ -1,0 +1,187 @@
+"""What a checkpoint of hgkd's runner says about itself: its network, its config, its results."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from hgkd.errors import WeightsError
+from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
+from hgkd.weights.files import tensors_of
+
+FORMAT = 1
+STUDENT_PREFIX, ENCODER_PREFIX = "student.", "student.encoder."
+_TIMINGS = ("val/time", "val/data_time")  # mmengine's, of no interest after the run
+EXPECTED_RUN = "expected a .pth file that hgkd train wrote while distilling a student"
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What ``hgkd.students.build_encoder`` needs to make a student's dense encoder.
+
+    Attributes:
+        name: timm model name.
+        stem: 'default', or 'cifar' for a 3x3 stride-1 stem without pooling.
+        kwargs: further timm arguments.
+        pixels: mean and deviation of the pixels in [0, 1], RGB, where they are not those that timm notes for the name.
+    """
+
+    name: str
+    stem: str = "default"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    @classmethod
+    def parse(cls, hgkd: object, source: str) -> EncoderSpec:
+        """Read the ``hgkd`` section of a checkpoint or an export; ``source`` names the file in messages.
+
+        Raises:
+            WeightsError: not such a section, or one of a newer format.
+        """
+        encoder = hgkd.get("encoder") if isinstance(hgkd, Mapping) else None
+        if not isinstance(hgkd, Mapping) or not isinstance(encoder, Mapping) or "name" not in encoder:
+            raise WeightsError(f"{source} does not say which encoder it holds; {EXPECTED_RUN}, or a folder of hgkd export")
+        if hgkd.get("format") != FORMAT:
+            raise WeightsError(
+                f"{source} has format {hgkd.get('format')!r}, this version of hgkd reads format {FORMAT}; "
+                "use the version of hgkd that wrote it"
+            )
+        unknown = sorted(set(encoder) - {"name", "stem", "kwargs", "pixels"})
+        if unknown:
+            raise WeightsError(f"{source} describes its encoder with unknown keys {unknown}; known: name, stem, kwargs, pixels")
+        mean, deviation = encoder.get("pixels") or ((), ())
+        pixels = (tuple(mean), tuple(deviation)) if mean else None
+        return cls(str(encoder["name"]), str(encoder.get("stem") or "default"), dict(encoder.get("kwargs") or {}), pixels)
+
+    def to_dict(self) -> dict[str, Any]:
+        pixels = {} if self.pixels is None else {"pixels": [list(values) for values in self.pixels]}
+        return {"name": self.name, "stem": self.stem, "kwargs": dict(self.kwargs), **pixels}
+
+    def to_student(self) -> dict[str, Any]:
+        """The same as arguments of ``SparseUNet``."""
+        return {"encoder": self.name, "stem": self.stem, "encoder_kwargs": dict(self.kwargs)}
+
+    def build(self) -> nn.Module:
+        """The dense timm model with random weights, in eval mode."""
+        from hgkd.networks.encoder import build_encoder
+
+        network: Any = build_encoder(self.name, stem=self.stem, **self.kwargs).eval()
+        if self.pixels is not None:
+            network.pretrained_cfg = {**network.pretrained_cfg, "mean": self.pixels[0], "std": self.pixels[1]}
+        return cast(nn.Module, network)
+
+
+def run_metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The last validation results before the file was written, as mmengine's message hub keeps them: name -> number."""
+    hub = checkpoint.get("message_hub")
+    scalars = hub.get("log_scalars") if isinstance(hub, Mapping) else None
+    if not isinstance(scalars, Mapping):
+        return {}
+    found = {}
+    for name, history in scalars.items():
+        # a reader that refuses foreign classes may have left a plain placeholder
+        if str(name).startswith("val/") and name not in _TIMINGS and callable(getattr(history, "current", None)):
+            found[str(name).removeprefix("val/")] = float(history.current())
+    return found
+
+
+def literal_config(text: object) -> dict[str, Any]:
+    """The plain values of a config that mmengine wrote into a checkpoint, read without running it.
+
+    Args:
+        text: ``checkpoint['meta']['cfg']``: assignments of constants, lists, tuples and ``dict(...)``.
+
+    Returns:
+        name -> value; whatever is no plain value is left out, and no config at all gives an empty dict.
+    """
+    try:
+        tree = ast.parse(text) if isinstance(text, str) else ast.parse("")
+    except SyntaxError:
+        return {}
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            with contextlib.suppress(ValueError):
+                found[node.targets[0].id] = _literal(node.value)
+    return found
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.List):
+        return [_literal(item) for item in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(_literal(item) for item in node.elts)
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key is not None}
+    return ast.literal_eval(node)
+
+
+CLASSIFIER_FORMAT = 1
+NETWORK_PREFIX = "classifier.network."
+
+
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """What rebuilds a classifier without its weights; ``meta['hgkd']['classifier']`` of its checkpoint.
+
+    Attributes:
+        name: timm's.
+        num_classes: K.
+        image_size: (H, W) that a ViT's positions are for.
+        stem: see :func:`hgkd.students.build_encoder`.
+        two_heads: see the module's header.
+        kwargs: further arguments of ``timm.create_model``.
+        mean, deviation: of the pixels in [0, 1], RGB.
+        classes: names, in the order of the logits; empty when unknown.
+    """
+
+    name: str
+    num_classes: int
+    image_size: tuple[int, int]
+    stem: str = "default"
+    two_heads: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    deviation: tuple[float, ...] = IMAGENET_DEVIATION
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, meta: object) -> ClassifierSpec | None:
+        """The spec in ``checkpoint['meta']``; None when the checkpoint is of something else.
+
+        Raises:
+            WeightsError: written by a newer version.
+        """
+        hgkd = meta.get("hgkd") if isinstance(meta, Mapping) else None
+        found = hgkd.get("classifier") if isinstance(hgkd, Mapping) else None
+        if not isinstance(hgkd, Mapping) or not isinstance(found, Mapping):
+            return None
+        if hgkd.get("format") != CLASSIFIER_FORMAT:
+            raise WeightsError(
+                f"a classifier of format {hgkd.get('format')!r}; this version of hgkd reads format {CLASSIFIER_FORMAT}"
+            )
+        sequences = {key: tuple(found[key]) for key in ("image_size", "mean", "deviation", "classes")}
+        return cls(**{**found, **sequences})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def network_state(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The timm network's entries, head included, of a checkpoint of fine-tuning.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    weights = tensors_of(content, source=source)
+    state = {key.removeprefix(NETWORK_PREFIX): value for key, value in weights.items() if key.startswith(NETWORK_PREFIX)}
+    if not state:
+        raise WeightsError(f"{source} holds no weights named {NETWORK_PREFIX}*; its weights are called {list(weights)[:3]}")
+    return state

@@ -1,0 +1,185 @@
+"""A run's checkpoints: sealed with their own hash, listed in its folder, the newest intact one found.
+
+A checkpoint is written beside, sealed, flushed to disk and renamed. ``work_dir/checkpoints.txt`` names those that are there,
+newest first; a new one is entered before it gets its name, so whenever a run is killed the list holds every complete
+checkpoint, and at worst one that does not exist yet. ``last_checkpoint`` is mmengine's own note, for tools that read it.
+
+The seal is a SHA-256 in the comment field at the end of the zip file that ``torch.save`` writes (.ZIP application note 4.3.16);
+torch reads such a file as ever.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmengine.logging import print_log
+
+from hgkd.digests import stream_digest
+from hgkd.errors import StoppedError, WeightsError
+from hgkd.weights.files import read_checkpoint
+
+LIST_NAME = "checkpoints.txt"
+_SEAL = b"hgkd-sha256:"
+_SEAL_SIZE = len(_SEAL) + 64
+_END_OF_ZIP = b"PK\x05\x06"
+_END_SIZE = 22
+
+
+def seal(path: str | os.PathLike[str]) -> None:
+    """Write a file's SHA-256 into its end, and flush the file to disk.
+
+    Raises:
+        ValueError: no zip file as ``torch.save`` writes it, or one with a comment already.
+    """
+    with open(path, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        end = file.tell() - _END_SIZE
+        file.seek(max(end, 0))
+        record = file.read()
+        if not record.startswith(_END_OF_ZIP) or record[-2:] != b"\0\0":
+            raise ValueError(f"{path} is no file of torch.save, so it cannot be sealed")
+        file.seek(-2, os.SEEK_END)
+        file.write(_SEAL_SIZE.to_bytes(2, "little"))
+        file.flush()
+        file.seek(0)
+        digest = stream_digest(file, end + _END_SIZE)
+        file.write(_SEAL + digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_damaged(path: str | os.PathLike[str]) -> bool:
+    """Whether a sealed file is not what was sealed; a file without a seal is not judged."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _SEAL_SIZE, 0))
+        found = file.read()
+        if not found.startswith(_SEAL):
+            return False
+        file.seek(0)
+        return _SEAL + stream_digest(file, size - _SEAL_SIZE).encode() != found
+
+
+def read_run_checkpoint(filename: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint that a runner wrote, complete with optimiser and log, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsError: damaged, unsafe, or no checkpoint of a runner.
+    """
+    if Path(filename).is_file() and is_damaged(filename):
+        raise WeightsError(f"{filename} is damaged: its content does not agree with the hash that was written with it")
+    checkpoint = read_checkpoint(filename)
+    if not isinstance(checkpoint, dict) or not {"meta", "state_dict", "message_hub"} <= set(checkpoint):
+        raise WeightsError(f"{filename} is no checkpoint of a training run, which holds 'meta', 'state_dict' and 'message_hub'")
+    return checkpoint
+
+
+def known_checkpoints(work_dir: str | os.PathLike[str]) -> list[str]:
+    """File names of the checkpoints that a run has written into ``work_dir``, newest first; some may be gone."""
+    for note in (LIST_NAME, "last_checkpoint"):
+        path = Path(work_dir) / note
+        if path.is_file():
+            return [Path(line.strip()).name for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return []
+
+
+def find_last_checkpoint(work_dir: str | os.PathLike[str]) -> str | None:
+    """The newest intact checkpoint of a run, also when its folder was moved; None when it has written none.
+
+    One that is damaged or was never completed is passed over with a warning.
+
+    Raises:
+        WeightsError: there are checkpoints, but none of them is intact.
+    """
+    reasons: list[str] = []
+    for name in known_checkpoints(work_dir):
+        path = Path(work_dir) / name
+        try:
+            read_run_checkpoint(path)
+        except (WeightsError, FileNotFoundError) as error:
+            reason = f"{path} was not completed" if not path.exists() else str(error)
+            print_log(f"{reason}; falling back to the checkpoint before", "current", level=30)
+            reasons.append(reason)
+        else:
+            return str(path)
+    if any("was not completed" not in reason for reason in reasons):
+        raise WeightsError(
+            f"no intact checkpoint in {work_dir}: {'; '.join(reasons)}. Restore one from a backup and give its path to "
+            "--resume, or start anew in another folder"
+        )
+    return None
+
+
+def checkpoint_file(path: str | os.PathLike[str]) -> Path:
+    """What a user calls a checkpoint: a file, or a run's work folder, whose last checkpoint is meant; other paths as they are.
+
+    Raises:
+        WeightsError: a work folder without an intact checkpoint.
+    """
+    found = Path(path).expanduser()
+    last = find_last_checkpoint(found) if found.is_dir() else None
+    return found if last is None else Path(last)
+
+
+@contextmanager
+def tell_system_errors(work_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Context in which what the system does to a run becomes one sentence: a full disk, no right to write, a killed reader.
+
+    Raises:
+        StoppedError: names file, reason and free space; or the reading process.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not _reader_died(error):
+            raise
+        raise StoppedError(
+            f"a process that reads images was killed ({' '.join(str(error).split()) or type(error).__name__}), most often by "
+            "the system when memory ran out. Complete checkpoints are untouched: continue with --resume, with fewer workers (0 "
+            "= none extra), or a smaller batch_size"
+        ) from error
+    except OSError as error:
+        if error.errno is None or isinstance(error, (FileNotFoundError, FileExistsError, ConnectionError)):
+            raise
+        folder = next(p for p in (Path(work_dir).absolute(), *Path(work_dir).absolute().parents) if p.exists())
+        free = shutil.disk_usage(folder).free / 2**20
+        raise StoppedError(
+            f"the system refuses {error.filename or f'to write in {work_dir}'}: {error.strerror or error}; {free:.0f} MB are "
+            f"free on the disk of {folder}. Checkpoints that are complete are untouched: free some space, or allow writing "
+            "there (or give another --work-dir), and continue with --resume"
+        ) from error
+
+
+def _reader_died(error: BaseException) -> bool:
+    """Whether a reading process of a data loader ended by itself; how that shows depends on what it was doing."""
+    if isinstance(error, RuntimeError):
+        return re.search(r"DataLoader worker \(pid", str(error)) is not None
+    place = error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_globals.get("__name__") == "torch.utils.data.dataloader":
+            return True
+        place = place.tb_next
+    return False
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a small file beside and rename it, so that it is never seen half-written."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file beside and rename it, so that it is never seen half-written, and nothing is left where that fails."""
+    beside = Path(f"{path}.partial")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

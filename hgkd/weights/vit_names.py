@@ -1,0 +1,271 @@
+"""Weight files of ViTs in other namings, brought to timm's names by one table.
+
+Known: timm and what shares its names (official MAE, DINO, DINOv2, BEiT and BEiTv2), OpenAI's CLIP (and open_clip), and Hugging
+Face's ViT, DINO, MAE, DINOv2, BEiT and CLIP. A naming is recognised by one entry that it alone has, its anchor; what stands
+before the anchor's name is the network's place in a larger model, whose other parts are left aside and counted in the log.
+
+Facts from the projects' public code: DINOv2 with registers stores a position for the class token, which timm adds to the token;
+BEiT's keys have no bias; CLIP keeps class token and positions without a batch axis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from hgkd.errors import WeightsError
+
+# heads, training remainders and what is computed anyway: no feature comes from there
+_UNUSED = (
+    r"head\..*|classifier\..*|lm_head\..*|pooler\..*|layernorm_head\..*",
+    r".*relative_position_index",
+    r"embeddings\.position_ids|embeddings\.mask_token",
+)
+_HF_BLOCK = r"encoder\.layer\.(\d+)\."
+_HF_ATTENTION = (
+    (_HF_BLOCK + r"attention\.attention\.(q)uery\.", r"blocks.\1.attn.\2."),
+    (_HF_BLOCK + r"attention\.attention\.(k)ey\.", r"blocks.\1.attn.\2."),
+    (_HF_BLOCK + r"attention\.attention\.(v)alue\.", r"blocks.\1.attn.\2."),
+    (_HF_BLOCK + r"attention\.attention\.relative_position_bias\.", r"blocks.\1.attn."),
+    (_HF_BLOCK + r"attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (_HF_BLOCK + r"intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
+    (_HF_BLOCK + r"output\.dense\.", r"blocks.\1.mlp.fc2."),
+    (_HF_BLOCK + r"layernorm_before\.", r"blocks.\1.norm1."),
+    (_HF_BLOCK + r"layernorm_after\.", r"blocks.\1.norm2."),
+    (_HF_BLOCK + r"lambda_([12])", r"blocks.\1.gamma_\2"),  # BEiT
+    (_HF_BLOCK + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),  # DINOv2
+    (_HF_BLOCK + r"(norm[12]|mlp\.fc[12])\.", r"blocks.\1.\2."),
+    (_HF_BLOCK + r"mlp\.weights_in\.", r"blocks.\1.mlp.fc1."),  # DINOv2 giant
+    (_HF_BLOCK + r"mlp\.weights_out\.", r"blocks.\1.mlp.fc2."),
+)
+
+# an entry that a family alone has -> what it is; looked at in this order
+_FAMILIES = (
+    (r"rope_embed\.periods|storage_tokens|(^|\.)layer\.\d+\.attention\.o_proj\.", "DINOv3 (rotary positions)"),
+    (r"(^|\.)blocks\.\d+\.attn\.rope|(^|\.)rope\.freqs", "EVA or another ViT with rotary positions"),
+    (r"rel_pos_[hw]$", "the ViT of SAM, ViTDet or MViT (relative positions in windows)"),
+    (r"patch_embed\.backbone\.", "a hybrid ViT (its patches come out of a CNN)"),
+    (r"(^|\.)pixel_pos$", "TNT (a transformer in a transformer)"),
+    (r"layers\.\d+\.blocks\.\d+\.|encoder\.layers\.\d+\.blocks\.", "a Swin Transformer"),
+    (r"(^|\.)blocks\.\d+\.attn\.rel_pos\.", "a ViT with relative positions (vit_relpos_*)"),
+    (r"(^|\.)blocks\.\d+\.proj\.(weight|bias)$|mask_unit|pos_embed_win", "Hiera (a hierarchical network)"),
+    (
+        r"downsample_layers\.\d+\.|stages\.\d+\.(layers|blocks|\d+)\.?\d*\.(dwconv|conv_dw|depthwise_conv)\.",
+        "a ConvNeXt (a CNN: it can be a student, encoder_checkpoint)",
+    ),
+    (
+        r"(^|\.)layer[1-4]\.\d+\.conv\d\.|(^|\.)res[2-5]\.\d+\.conv\d\.",
+        "a ResNet (a CNN: it can be a student, encoder_checkpoint)",
+    ),
+)
+KNOWN_FILES = "known are plain ViTs with absolute positions (DINO, DINOv2, MAE, CLIP, SigLIP, DeiT, AugReg) and BEiT"
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a family of files names a ViT's weights.
+
+    Attributes:
+        kind: its name, for the log.
+        anchor: an entry that every such file has and no other.
+        renames: (pattern at the beginning of a name, replacement); the first that fits counts.
+        beside: beginnings of entries outside the network's own place that belong to it as well.
+        positions_of_class: the positions include the class token's although the network has registers.
+    """
+
+    kind: str
+    anchor: str
+    renames: tuple[tuple[str, str], ...]
+    beside: tuple[str, ...] = ()
+    positions_of_class: bool = False
+
+
+NAMINGS = (
+    Naming(
+        "Hugging Face ViT",
+        "embeddings.patch_embeddings.projection.weight",
+        (
+            *_HF_ATTENTION,
+            (r"embeddings\.cls_token", "cls_token"),
+            (r"embeddings\.register_tokens", "reg_token"),
+            (r"embeddings\.position_embeddings", "pos_embed"),
+            (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"encoder\.relative_position_bias\.", "rel_pos_bias."),
+            (r"layernorm\.", "norm."),
+            # MAE's decoder, in MAE's own names afterwards
+            *((rule.replace(r"encoder\.layer", r"decoder\.decoder_layers"), "decoder_" + new) for rule, new in _HF_ATTENTION),
+            (r"decoder\.mask_token", "mask_token"),
+            (r"decoder\.(decoder_\w+)", r"\1"),
+        ),
+        beside=("decoder.",),
+        positions_of_class=True,
+    ),
+    Naming(
+        "Hugging Face CLIP",
+        "embeddings.patch_embedding.weight",
+        (
+            (r"embeddings\.class_embedding", "cls_token"),
+            (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
+            (r"embeddings\.position_embedding\.weight", "pos_embed"),
+            (r"pre_layrnorm\.", "norm_pre."),
+            (r"post_layernorm\.", "norm."),
+            (r"encoder\.layers\.(\d+)\.self_attn\.(q|k|v)_proj\.", r"blocks.\1.attn.\2."),
+            (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
+            (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"blocks.\1.norm\2."),
+            (r"encoder\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
+        ),
+    ),
+    Naming(
+        "OpenAI CLIP",
+        "transformer.resblocks.0.attn.in_proj_weight",
+        (
+            (r"class_embedding", "cls_token"),
+            (r"positional_embedding", "pos_embed"),
+            (r"conv1\.", "patch_embed.proj."),
+            (r"ln_(pre)\.", r"norm_\1."),
+            (r"ln_post\.", "norm."),
+            (r"proj$", "head.weight"),
+            (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"blocks.\1.attn.qkv."),
+            (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"blocks.\1.attn.proj."),
+            (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"blocks.\1.norm\2."),
+            (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"blocks.\1.mlp.fc1."),
+            (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
+        ),
+    ),
+    Naming(
+        "DINOv2 with registers",
+        "register_tokens",
+        (
+            (r"register_tokens", "reg_token"),
+            (r"blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+            (r"blocks\.(\d+)\.mlp\.w12\.", r"blocks.\1.mlp.fc1."),
+            (r"blocks\.(\d+)\.mlp\.w3\.", r"blocks.\1.mlp.fc2."),
+        ),
+        positions_of_class=True,
+    ),
+    Naming(
+        "timm",
+        "patch_embed.proj.weight",
+        (
+            (r"blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2's training checkpoints group their blocks
+            (r"blocks\.(\d+)\.mlp\.w12\.", r"blocks.\1.mlp.fc1."),  # DINOv2 giant
+            (r"blocks\.(\d+)\.mlp\.w3\.", r"blocks.\1.mlp.fc2."),
+        ),
+    ),
+)
+
+
+def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
+    """The kind of a file, and its weights under timm's names; MAE's decoder under MAE's.
+
+    Args:
+        weights: as :func:`hgkd.weights.files.read_weights` gives them.
+        source: name of the file, for messages.
+
+    Raises:
+        WeightsError: no ViT in a naming that is known, or one of another build; the message says what it looks like.
+    """
+    naming, place = _recognise(weights, source)
+    inside = {key.removeprefix(place): value for key, value in weights.items() if key.startswith(place)}
+    inside.update({key: value for key, value in weights.items() if key.startswith(naming.beside or "\0")})
+    inside = {key: value for key, value in inside.items() if not _fits(_unused(naming), key)}
+    if naming.kind != "timm" or len(inside) < len(weights):
+        aside = f"; {len(weights) - len(inside)} entries are left aside" if len(inside) < len(weights) else ""
+        print_log(f"{source}: {naming.kind} naming" + (f", network at {place!r}" if place else "") + aside, "current")
+    renamed = {_rename(naming, key): value for key, value in inside.items()}
+    family = looks_like(weights)
+    if family is not None:
+        raise WeightsError(f"{source} looks like {family}, which cannot be a teacher here; {KNOWN_FILES}")
+    found = _reshape(_fuse(renamed), naming.positions_of_class)
+    if "patch_embed.proj.weight" not in found or count_blocks(found) == 0:
+        raise WeightsError(
+            f"{source} has names of {naming.kind}, but no row of blocks (blocks.0, blocks.1, ...) behind its patches; its "
+            f"entries: {_some(weights)}; {KNOWN_FILES}"
+        )
+    return naming.kind, found
+
+
+def _unused(naming: Naming) -> tuple[str, ...]:
+    # timm's own head is judged by the loader, which knows the network
+    return _UNUSED[1:2] if naming.kind == "timm" else _UNUSED
+
+
+def _recognise(weights: Mapping[str, Tensor], source: str) -> tuple[Naming, str]:
+    for naming in NAMINGS:
+        places = [key.removesuffix(naming.anchor) for key in weights if key.endswith(naming.anchor)]
+        places = [place for place in places if not place or place.endswith(".")]
+        if "visual." in places:  # CLIP: the text tower has the anchor's name too
+            return naming, "visual."
+        if places:
+            return naming, min(places, key=len)
+    family = looks_like(weights)
+    looks = "" if family is None else f"; it looks like {family}"
+    known = ", ".join(naming.kind for naming in NAMINGS)
+    raise WeightsError(f"{source} is no ViT in a known naming ({known}){looks}; its first entries: {_some(weights)}")
+
+
+def _some(weights: Mapping[str, Tensor]) -> str:
+    return ", ".join(list(weights)[:4])
+
+
+def looks_like(weights: Mapping[str, Tensor]) -> str | None:
+    """What a file is that no teacher can be made of, by its entries; None where nothing tells."""
+    for pattern, family in _FAMILIES:
+        if any(re.search(pattern, key) for key in weights):
+            return family
+    patches = next((value for key, value in weights.items() if key.endswith("patch_embed.proj.weight")), None)
+    if patches is not None and patches.ndim == 5:
+        return "a video or volume ViT (patches of three dimensions)"
+    return None
+
+
+def count_blocks(weights: Mapping[str, Tensor], prefix: str = "blocks.") -> int:
+    """How many blocks a file has under timm's names; 0 without any."""
+    numbers = [key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)]
+    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+
+def _fits(patterns: Iterable[str], key: str) -> bool:
+    return any(re.fullmatch(pattern, key) for pattern in patterns)
+
+
+def _rename(naming: Naming, key: str) -> str:
+    for pattern, replacement in naming.renames:
+        if re.match(pattern, key):
+            return re.sub("^" + pattern, replacement, key)
+    return key
+
+
+def _fuse(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value as one ``qkv``; BEiT's biases, of which the key has none, as ``q_bias`` and ``v_bias``."""
+    out = {}
+    for key, value in weights.items():
+        match = re.fullmatch(r"(.*\.attn\.)(q|k|v)\.(weight|bias)", key)
+        if match is None:
+            out[key] = value
+            continue
+        place, part, kind = match.groups()
+        parts = [weights.get(f"{place}{name}.{kind}") for name in "qkv"]
+        found = [tensor for tensor in parts if tensor is not None]
+        if len(found) == 3:
+            out[f"{place}qkv.{kind}"] = torch.cat(found)
+        else:
+            out[f"{place}{part}_{kind}"] = value
+    return out
+
+
+def _reshape(weights: dict[str, Tensor], positions_of_class: bool) -> dict[str, Tensor]:
+    for name in ("cls_token", "pos_embed", "reg_token"):
+        if name in weights:
+            value = weights[name]
+            weights[name] = value.reshape((1,) * (3 - value.ndim) + tuple(value.shape))
+    if positions_of_class and {"reg_token", "pos_embed", "cls_token"} <= set(weights):
+        positions = weights["pos_embed"]
+        weights["cls_token"] = weights["cls_token"] + positions[:, :1]
+        weights["pos_embed"] = positions[:, 1:]
+    return weights

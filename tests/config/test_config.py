@@ -1,0 +1,151 @@
+"""Short options, and keys that nobody reads."""
+
+import pytest
+from mmengine.config import Config
+
+import hgkd.config.checking as config_module
+from hgkd.config import SHORT_OPTIONS, apply_short_options, check_config, use_mixed_precision
+
+
+def recipe(**changes):
+    """A small but complete config in the form of the shipped ones."""
+    cfg = Config(
+        dict(
+            default_scope="hgkd",
+            runner_type="DistillRunner",
+            data_root="photos",
+            val_train_root="known",
+            val_test_root="asked",
+            image_size=64,
+            epochs=4,
+            warmup_epochs=1,
+            batch_size=8,
+            workers=0,
+            lr=1e-3,
+            mask_ratio=0.5,
+            model=dict(
+                type="MaskedDistiller",
+                student=dict(type="SparseUNet", encoder="resnet10t"),
+                mask=dict(type="RandomMask"),
+                objectives=dict(pixels=dict(type="PixelReconstruction", weight=2.0)),
+            ),
+            train_dataloader=dict(
+                dataset=dict(type="UnlabelledImages", transform=dict(hflip=0.5)),
+                sampler=dict(type="DefaultSampler", shuffle=True),
+                collate_fn=dict(type="default_collate"),
+            ),
+            val_dataloader=dict(
+                batch_size=8,
+                dataset=dict(type="BankAndQuery", bank=dict(type="LabelledImages"), query=dict(type="LabelledImages")),
+                sampler=dict(type="DefaultSampler", shuffle=False),
+            ),
+            val_cfg=dict(),
+            val_evaluator=[dict(type="KNNMetric", prefix="knn")],
+            train_cfg=dict(by_epoch=True),
+            optim_wrapper=dict(type="OptimWrapper", optimizer=dict(type="AdamW", weight_decay=0.05)),
+            param_scheduler=[
+                dict(type="LinearLR", start_factor=0.1, begin=0, by_epoch=True),
+                dict(type="CosineAnnealingLR", by_epoch=True),
+            ],
+            default_hooks=dict(logger=dict(type="LoggerHook", interval=1)),
+            custom_hooks=[dict(type="PictureHook", interval=1, priority="LOW")],
+        )
+    )
+    cfg.merge_from_dict(changes)
+    return cfg
+
+
+def test_short_options_reach_their_places():
+    cfg = recipe()
+    apply_short_options(cfg)
+    assert cfg.train_dataloader.dataset.data_root == "photos"
+    assert cfg.val_dataloader.dataset.bank.data_root == "known"
+    assert cfg.val_dataloader.dataset.query.data_root == "asked"
+    assert cfg.model.image_size == cfg.train_dataloader.dataset.image_size == 64
+    assert cfg.val_dataloader.dataset.bank.image_size == cfg.val_dataloader.dataset.query.image_size == 64
+    assert cfg.train_cfg.max_epochs == cfg.param_scheduler[1].end == 4
+    assert cfg.param_scheduler[0].end == cfg.param_scheduler[1].begin == 1
+    assert cfg.train_dataloader.batch_size == 8
+    assert cfg.train_dataloader.num_workers == cfg.val_dataloader.num_workers == 0
+    assert cfg.optim_wrapper.optimizer.lr == 1e-3
+    assert cfg.model.mask.mask_ratio == 0.5
+    check_config(cfg)
+
+
+def test_every_short_option_is_documented():
+    readme = config_module.__file__.replace("hgkd/config/checking.py", "configs/README.md")
+    with open(readme) as file:
+        text = file.read()
+    for name in SHORT_OPTIONS:
+        assert f"| `{name}` |" in text, name
+
+
+def test_no_labelled_folders_means_no_validation():
+    cfg = recipe(val_train_root=None, val_test_root=None)
+    apply_short_options(cfg)
+    assert cfg.val_dataloader is None
+    assert cfg.val_cfg is None
+    assert cfg.val_evaluator is None
+    check_config(cfg)
+
+
+def test_one_labelled_folder_is_refused():
+    with pytest.raises(ValueError, match="val_test_root is set without val_train_root"):
+        apply_short_options(recipe(val_train_root=None))
+
+
+def test_option_without_a_place_is_refused():
+    with pytest.raises(ValueError, match=r"teacher_checkpoint='x.pth' has no place .* model.teacher.checkpoint"):
+        apply_short_options(recipe(teacher_checkpoint="x.pth"))
+
+
+def test_warmup():
+    cfg = recipe(warmup_epochs=0)
+    apply_short_options(cfg)
+    assert [entry.type for entry in cfg.param_scheduler] == ["CosineAnnealingLR"]
+    with pytest.raises(ValueError, match="warmup_epochs=4 is not shorter than epochs=4"):
+        apply_short_options(recipe(warmup_epochs=4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_rot": "x"}, "data_rot='x': unknown top-level config key 'data_rot'; did you mean 'data_root'"),
+        ({"model.student.encodr": "resnet18"}, r"model\.student\.encodr='resnet18': .* did you mean 'encoder'"),
+        ({"model.objectives.pixels.supervize": "all"}, r"model\.objectives\.pixels\.supervize='all': .*'supervise'"),
+        ({"model.mask.ratio": 0.5}, r"model\.mask\.ratio=0.5: .*'mask_ratio'"),
+        ({"train_dataloader.dataset.data_rot": "x"}, r"train_dataloader\.dataset\.data_rot='x': .*'data_root'"),
+        ({"val_evaluator.0.neighbours": 3}, r"val_evaluator\.0\.neighbours=3: unknown option of KNNMetric"),
+        ({"custom_hooks.0.intervall": 3}, r"custom_hooks\.0\.intervall=3: .*'interval'"),
+        ({"env_cfg.cudnn_bench": True}, r"env_cfg\.cudnn_bench=True: .*'cudnn_benchmark'"),
+        ({"optim_wrapper.paramwise_cfg.norm_decay": 0}, r"paramwise_cfg\.norm_decay=0: .*'norm_decay_mult'"),
+        ({"model.type": "MaskDistiller"}, r"model\.type='MaskDistiller': .* did you mean 'MaskedDistiller'"),
+        ({"model.objectives.pixels.type": "PixelReconstrution"}, r"pixels\.type=.* did you mean 'PixelReconstruction'"),
+        ({"optim_wrapper.optimizer.type": "AdmaW"}, r"optim_wrapper\.optimizer\.type='AdmaW': .*'AdamW'"),
+        ({"param_scheduler.1.type": "CosineLR"}, r"param_scheduler\.1\.type='CosineLR': .*CosineAnnealingLR"),
+        ({"train_dataloader.sampler.type": "Sampler"}, r"train_dataloader\.sampler\.type='Sampler': .*DefaultSampler"),
+        ({"runner_type": "DistilRunner"}, "runner_type='DistilRunner': .*'DistillRunner'"),
+    ],
+)
+def test_unknown_keys_and_types_are_named_with_their_path(changes, message):
+    cfg = recipe()
+    apply_short_options(cfg)
+    cfg.merge_from_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg)
+
+
+def test_missing_folder_names_the_short_option():
+    cfg = recipe(data_root=None)
+    apply_short_options(cfg)
+    with pytest.raises(ValueError, match=r"train_dataloader.dataset.data_root is missing: .* --cfg-options data_root="):
+        check_config(cfg)
+
+
+def test_mixed_precision_replaces_the_wrapper():
+    cfg = recipe()
+    use_mixed_precision(cfg)
+    assert cfg.optim_wrapper.type in ("hgkd.BFloat16OptimWrapper", "AmpOptimWrapper")
+    check_amp = recipe(**{"optim_wrapper.type": "ApexOptimWrapper"})
+    with pytest.raises(ValueError, match=r"optim_wrapper\.type is 'ApexOptimWrapper'"):
+        use_mixed_precision(check_amp)

@@ -1,0 +1,322 @@
+"""Trainings that cannot go on, or must not count as trained: one sentence, the right exit code, and nothing lost."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from mmengine.hooks import Hook
+from tiny_runs import HGKD as HGKD_RECIPE
+from tiny_runs import SPARK, tiny, tiny_hgkd, write_images
+
+from hgkd.api import train as train_tool
+from hgkd.cli import train as train_command
+from hgkd.errors import DivergedError, StoppedError, configured
+from hgkd.training.checkpoint_hook import CheckpointWriteError, RunCheckpointHook
+from hgkd.training.hooks.alarms import SteadyTimerHook
+from hgkd.training.runner import _later_than_any, _stamp
+from hgkd.training.wrapping import plain_model
+from hgkd.weights import find_last_checkpoint
+from hgkd.weights.run_folder import tell_system_errors, write_bytes
+
+ALONE = {"val_train_root": None, "val_test_root": None}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def build(images, work_dir, *hooks, resume=False, recipe=SPARK, make=tiny, **options):
+    options = make(images, **{"batch_size": 4, "default_hooks.checkpoint.every_minutes": None, **options})
+    runner = train_tool.RUNNERS.build(train_tool.load_config(recipe, work_dir, resume=resume, options=options))
+    for hook in hooks:
+        runner.register_hook(hook)
+    return runner
+
+
+def log_of(work_dir):
+    return "".join(file.read_text() for file in sorted(Path(work_dir).glob("*/*.log")))
+
+
+class At(Hook):
+    """Does something at a point of a run."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self, point, do, when=lambda runner: True):
+        setattr(self, point, lambda runner, **options: do(runner, **options) if when(runner) else None)
+
+
+# updates that are left out
+
+
+def spoil(runner, data_batch=None, **options):
+    data_batch["inputs"] = torch.full(data_batch["inputs"].shape, float("nan"))
+
+
+def test_a_training_without_a_single_update_is_a_failure_and_leaves_no_checkpoint(images, tmp_path):
+    run = build(images, tmp_path / "run", At("before_train_iter", spoil), epochs=1, warmup_epochs=0, **ALONE)
+    with pytest.raises(DivergedError, match=r"every update of this training was left out \(4 of 4\).*nothing has been trained"):
+        run.train()
+    assert not list((tmp_path / "run").glob("*.pth"))
+    assert "epoch_1.pth is not written: every update so far was left out" in log_of(tmp_path / "run")
+    assert find_last_checkpoint(tmp_path / "run") is None
+
+
+def test_one_update_makes_it_a_training(images, tmp_path):
+    last = At("before_train_iter", spoil, when=lambda runner: runner.iter > 0)
+    build(images, tmp_path / "run", last, epochs=1, warmup_epochs=0, **ALONE).train()
+    assert (tmp_path / "run/epoch_1.pth").is_file()
+
+
+def test_a_teacher_that_is_not_finite_is_named_instead_of_the_students_settings(images, tmp_path):
+    cfg = train_tool.load_config(HGKD_RECIPE, tmp_path / "run", options=tiny_hgkd(images, batch_size=4, **ALONE))
+    cfg.custom_hooks = [dict(type="FiniteLossHook", patience=1)]
+    run = train_tool.RUNNERS.build(cfg)
+    teacher = plain_model(run).teacher
+    with torch.no_grad():
+        next(iter(teacher.parameters())).fill_(float("nan"))
+    before = {name: value.clone() for name, value in plain_model(run).state_dict().items()}
+    with pytest.raises(DivergedError) as caught:
+        run.train()
+    assert "what the teacher says (the target) is not finite" in str(caught.value)
+    assert "model.teacher.dtype" in str(caught.value)
+    assert "Lower lr" not in str(caught.value)
+    # what was found out has changed nothing
+    after = plain_model(run).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if before[name].is_floating_point())
+
+
+def test_parameters_that_no_loss_reaches_are_said(images, tmp_path):
+    run = build(images, tmp_path / "run", epochs=1, warmup_epochs=0, **ALONE)
+    plain_model(run).spare = torch.nn.Parameter(torch.zeros(3))
+    run.train()
+    assert "1 parameters got no gradient and are not trained, because no loss depends on them: spare. Leave out" in log_of(
+        "run"
+    )
+
+
+# what the system does
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO])
+def test_errors_of_the_system_are_one_sentence(tmp_path, number):
+    message = rf"refuses .*x.json: {os.strerror(number)}; \d+ MB are free .* continue with --resume"
+    with pytest.raises(StoppedError, match=message), tell_system_errors(tmp_path / "not/there"):
+        raise OSError(number, os.strerror(number), str(tmp_path / "x.json"))
+
+
+def test_errors_of_other_kinds_go_on_as_they_are(tmp_path):
+    for kind in (FileNotFoundError, FileExistsError, ConnectionError, EOFError, RuntimeError):
+        with pytest.raises(kind), tell_system_errors(tmp_path):
+            raise kind("Caught RuntimeError in DataLoader worker process 0")
+
+
+def test_a_work_folder_that_cannot_be_made(images, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    options = [f"{key}={value}" for key, value in tiny(images).items()]
+    assert train_command.main([str(SPARK), "--work-dir", str(tmp_path / "file/below"), "--cfg-options", *options]) == 2
+    error = capsys.readouterr().err
+    assert "the system refuses" in error
+    assert "Not a directory" in error
+    assert "Traceback" not in error
+
+
+def test_logs_that_cannot_be_written_end_the_run_and_the_checkpoint_before_is_whole(images, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(runner, **options):  # nothing can be appended to a file from now on: a real error of the system
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+
+    run = build(images, tmp_path / "run", At("after_train_iter", fill, lambda runner: runner.iter == 5), **ALONE)
+    try:
+        with pytest.raises(StoppedError, match=r"the system refuses .*: File too large; .* continue with --resume"):
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert find_last_checkpoint(tmp_path / "run") == str(tmp_path / "run/epoch_1.pth")
+    again = build(images, tmp_path / "run", resume=True, **ALONE)
+    again.train()
+    assert again.iter == 8
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_half_done(tmp_path, monkeypatch):
+    (tmp_path / "student.pth").write_bytes(b"before")
+
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:3])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr("hgkd.weights.run_folder.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(tmp_path / "student.pth", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["student.pth"]
+    assert (tmp_path / "student.pth").read_bytes() == b"before"
+
+
+def best(tmp_path, scores, full=()):
+    """The hook's best checkpoint after validations with these scores; the disk is full at some of them."""
+    hook = RunCheckpointHook(save_best="top1", rule="greater")
+    info = {}
+    hub = SimpleNamespace(runtime_info=info, update_info=info.__setitem__, get_info=info.__getitem__)
+    run = SimpleNamespace(work_dir=str(tmp_path), message_hub=hub, iter=0, epoch=0, logger=SimpleNamespace(info=print))
+
+    def save(folder, filename, *args, **options):
+        if run.epoch in full:
+            raise CheckpointWriteError("full")
+        (Path(folder) / filename).touch()
+
+    run.save_checkpoint = save
+    hook.before_train(run)
+    for run.epoch, score in enumerate(scores, start=1):
+        try:
+            hook._save_best_checkpoint(run, {"top1": score})
+        except CheckpointWriteError:
+            break
+    return sorted(path.name for path in tmp_path.glob("best*")), info.get("best_score")
+
+
+def test_the_best_checkpoint_goes_only_when_a_better_one_is_there(tmp_path):
+    assert best(tmp_path, [1.0, 3.0, 2.0]) == (["best_top1_epoch_2.pth"], 3.0)
+
+
+def test_a_full_disk_leaves_the_best_checkpoint(tmp_path):
+    assert best(tmp_path, [1.0, 3.0], full=[2])[0] == ["best_top1_epoch_1.pth"]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_never_the_best(tmp_path, score):
+    assert best(tmp_path, [score, 1.0, score]) == (["best_top1_epoch_2.pth"], 1.0)
+
+
+def kill_readers(runner, **options):
+    for reader in multiprocessing.active_children():
+        os.kill(reader.pid, signal.SIGKILL)
+
+
+def test_a_reading_process_that_is_killed_in_a_validation(images, tmp_path):
+    options = {"val_dataloader.batch_size": 1, "workers": 1}
+    run = build(images, tmp_path / "run", At("before_val_iter", kill_readers), **options)
+    with pytest.raises(StoppedError, match=r"a process that reads images was killed \(.*when memory ran out.*--resume"):
+        run.train()
+    assert find_last_checkpoint(tmp_path / "run") == str(tmp_path / "run/epoch_1.pth")
+
+
+def test_a_clock_that_is_set_back(images, tmp_path, monkeypatch):
+    build(images, tmp_path / "run", epochs=1, warmup_epochs=0, **ALONE).train()
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() - 86_400)
+    run = build(images, tmp_path / "run", resume=True, epochs=2, warmup_epochs=0, **ALONE)
+    run.train()
+    first, second = sorted(path.name for path in (tmp_path / "run").glob("2*_*"))
+    assert run.timestamp == second  # whoever reads the logs takes the later run for the later one
+    assert any(type(hook) is SteadyTimerHook for hook in run.hooks)
+    assert first != second
+    assert "those of this start are in force now: lr schedule" in log_of(tmp_path / "run")
+
+
+def test_times_of_steps_do_not_depend_on_the_clock(monkeypatch):
+    ticks = iter([0.0, 1.0, 3.0, 3.5, 7.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("time.time", lambda: pytest.fail("the clock may be set"))
+    found = {}
+    hub = SimpleNamespace(update_scalar=found.__setitem__, update_info=found.__setitem__)
+    run, hook = SimpleNamespace(message_hub=hub, iter=0, max_iters=10), SteadyTimerHook()
+    hook._before_epoch(run)
+    for run.iter in range(2):
+        hook._before_iter(run, run.iter)
+        hook._after_iter(run, run.iter)
+    assert found == {"train/data_time": 0.5, "train/time": 4.0, "eta": 8 * 3.5}
+
+
+def test_names_of_logs_are_in_the_order_of_their_runs(tmp_path):
+    now = 1_700_000_000.25
+    assert _later_than_any(str(tmp_path), now) == now
+    (tmp_path / _stamp(now + 5)).mkdir()
+    (tmp_path / "99999999_999999_999").mkdir()
+    assert _later_than_any(str(tmp_path), now) == now  # no time
+    (tmp_path / "99999999_999999_999").rmdir()
+    assert _stamp(now + 5) < _stamp(_later_than_any(str(tmp_path), now)) < _stamp(now + 6)
+
+
+# signals, phase by phase; in the steps: test_resume.py
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_run_is_built(monkeypatch, capsys, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(train_tool, "train", lambda *arguments: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as caught:
+        train_command.main(["x.py"])
+    assert caught.value.code == 128 + number
+    error = capsys.readouterr().err
+    assert error.startswith(f"stopped by {number.name} outside of the training steps")
+    assert error.count("\n") == 1
+    assert signal.getsignal(number) is before
+
+
+def test_signals_in_a_checkpoint_and_at_the_end_change_nothing_that_is_written(images, tmp_path, monkeypatch):
+    def strike(runner, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run = build(images, tmp_path / "end", At("after_train", strike), epochs=1, warmup_epochs=0, **ALONE)
+    run.train()
+    assert not run.train_loop.interrupted
+    # in the middle of a write
+    real = os.replace
+
+    def replace(source, target):
+        if str(target).endswith("epoch_0_step_2.pth"):
+            strike(None)  # a second one would end the process
+        real(source, target)
+
+    run = build(images, tmp_path / "write", **{"default_hooks.checkpoint.every_steps": 2}, **ALONE)
+    monkeypatch.setattr("hgkd.training.runner.os.replace", replace)
+    run.train()
+    assert run.train_loop.interrupted
+    assert run.iter == 3  # the step after the write
+    assert find_last_checkpoint(tmp_path / "write") == str(tmp_path / "write/epoch_0_step_3.pth")
+
+
+# what other packages say of a config
+
+
+def test_complaints_of_other_packages_are_the_users_and_our_own_are_not():
+    with pytest.raises(ValueError, match=r"the config cannot be built, says torch: .*no attribute"), configured():
+        torch.nn.Identity().nothing  # noqa: B018
+    with pytest.raises(ValueError, match=r"says timm: a name \(str\) stands where a class is expected"), configured():
+        timm.create_model("vit_tiny_patch16_224", depth=1, mlp_layer="SwiGLUPacked")
+    with pytest.raises(TypeError, match="unexpected keyword"), configured():
+        timm.create_model("vit_tiny_patch16_224", depth=1, nothing=1)
+    with pytest.raises(ZeroDivisionError), configured():
+        1 / 0  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(visualizer=dict(type="Visualizer", vis_backends=[dict(type="ClearMLVisBackend")])), "clearml"),
+        (dict(custom_hooks=[dict(type="EMAHook", ema_type="ExponentialMovingAvg")]), "ExponentialMovingAvg is not in"),
+        (dict(custom_hooks=[dict(type="EMAHook", begin_iter=-1)]), "begin_iter"),
+    ],
+)
+def test_config_faults_that_others_find(images, tmp_path, change, message):
+    cfg = train_tool.load_config(SPARK, tmp_path / "run", options=tiny(images, **ALONE))
+    cfg.update(change)
+    with pytest.raises(ValueError, match=rf"the config cannot be built, says \w+: .*{message}"):
+        train_tool.RUNNERS.build(cfg).train()
+    assert not (tmp_path / "run/run.lock").exists()

@@ -1,0 +1,71 @@
+"""Decay groups and bfloat16."""
+
+import pytest
+import torch
+from torch import nn
+
+from hgkd.training import BFloat16OptimWrapper, DecayGroupsConstructor
+from hgkd.training.optim import check_optim_config
+
+
+def build(model, **wrapper):
+    cfg = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=0.1, weight_decay=0.05), **wrapper)
+    return DecayGroupsConstructor(cfg)(model)
+
+
+def test_only_weights_decay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    model.token = nn.Parameter(torch.zeros(4))
+    model[2].bias.requires_grad_(False)
+    decayed, plain = build(model).optimizer.param_groups
+    assert decayed["weight_decay"] == 0.05
+    assert plain["weight_decay"] == 0.0
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
+    assert {id(p) for p in plain["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias), id(model.token)}
+
+
+def test_the_config_is_not_changed_and_other_arguments_arrive():
+    cfg = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1), clip_grad=dict(max_norm=5.0))
+    wrapper = DecayGroupsConstructor(cfg)(nn.Linear(2, 2))
+    assert wrapper.clip_grad_kwargs == {"max_norm": 5.0}
+    assert cfg == dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1), clip_grad=dict(max_norm=5.0))
+
+
+def test_paramwise_options_are_refused():
+    with pytest.raises(ValueError, match="takes no paramwise_cfg"):
+        DecayGroupsConstructor(dict(optimizer=dict(type="SGD")), dict(bias_decay_mult=0.0))
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_weights():
+    model = nn.Linear(4, 4)
+    wrapper = BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with wrapper.optim_context(model):
+        out = model(torch.ones(2, 4))
+    assert out.dtype == torch.bfloat16
+    assert model.weight.dtype == torch.float32
+    wrapper.update_params(out.float().sum())
+    assert model.weight.grad is None or model.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        (dict(accumulative_counts=0), "accumulative_counts=0: expected a whole number of steps"),
+        (dict(accumulative_counts=1.5), "accumulative_counts=1.5: expected a whole number"),
+        (dict(optimizer=dict(type="AdamW", lr=float("inf"))), "optimizer.lr=inf: expected a finite number"),
+        (dict(optimizer=dict(type="AdamW", betas=(0.9, float("nan")))), "optimizer.betas"),
+        (dict(clip_grad=dict(max_norm=float("nan"))), "clip_grad.max_norm=nan: expected a number above 0"),
+        (dict(clip_grad=dict(max_norm=0)), "clip_grad.max_norm=0: expected a number above 0; clip_grad=None"),
+    ],
+)
+def test_numbers_that_would_do_damage_or_nothing(wrapper, message):
+    with pytest.raises(ValueError, match=message):
+        check_optim_config(dict(type="OptimWrapper", **wrapper))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it works there")
+def test_loss_scaling_on_a_cpu():
+    for kind in ("AmpOptimWrapper", "mmengine.AmpOptimWrapper"):
+        with pytest.raises(ValueError, match="needs a GPU; use --amp, which computes in bfloat16"):
+            check_optim_config(dict(type=kind))
+    check_optim_config(dict(type="AmpOptimWrappers", optimizer=dict(lr=0.1), clip_grad=None))
