@@ -18,7 +18,7 @@ INSTALL = $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo 'make lint   ruff and mypy;  make format   ruff format'
-	@echo 'make test-onedl   tests/openmmlab with the OneDL forks, in an environment of its own'
+	@echo 'make test-onedl   tests/openmmlab and tests/mmcv_ops with the OneDL forks, in an environment of its own'
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -47,7 +47,7 @@ test-fast: $(VENV)/.installed-test
 test-onedl: export HGKD_ONEDL = 1
 test-onedl: export MMCV_WITH_OPS = 0
 test-onedl:
-	$(MAKE) test VENV=$(ONEDL_VENV) TEST_FLAGS='$(TEST_FLAGS) tests/openmmlab'
+	$(MAKE) test VENV=$(ONEDL_VENV) TEST_FLAGS='$(TEST_FLAGS) tests/openmmlab tests/mmcv_ops'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,10 +1,14 @@
 """Shared test set-up: a fixed seed before every test, mmengine's scope put back after it."""
 
+import importlib
+import types
 from collections.abc import Iterator
 
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+
+from hgkd.mmcv_ops import register_ops
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +23,12 @@ def _scope() -> Iterator[None]:
     yield
     DefaultScope._instance_dict.clear()
     DefaultScope._instance_dict.update(before)
+
+
+@pytest.fixture(scope="session")
+def ops() -> types.ModuleType:
+    """``mmcv.ops`` over the operators of hgkd; a test that asks for it is skipped where mmcv is absent or compiled."""
+    pytest.importorskip("mmcv")
+    if register_ops() == "compiled":
+        pytest.skip("mmcv is installed with compiled operators")
+    return importlib.import_module("mmcv.ops")

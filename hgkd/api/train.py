@@ -17,11 +17,8 @@ from hgkd.config.checking import check_config
 from hgkd.config.reading import read_config
 from hgkd.config.short_options import apply_short_options, use_mixed_precision
 from hgkd.openmmlab.config import is_downstream, merge_options
-from hgkd.recipes import find_recipe, register_recipes
 from hgkd.registry import RUNNERS
 from hgkd.weights.run_folder import checkpoint_file
-
-register_recipes()
 
 
 def load_config(
@@ -33,7 +30,7 @@ def load_config(
     launcher: str = "none",
 ) -> Config:
     """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
-    cfg = copy.deepcopy(config) if isinstance(config, Config) else read_config(find_recipe(config))
+    cfg = copy.deepcopy(config) if isinstance(config, Config) else read_config(config)
     downstream = is_downstream(cfg)
     if downstream:  # mmdet and mmseg: their own keys, their own short options
         cfg.runner_type = "hgkd.DownstreamRunner"

@@ -21,6 +21,7 @@ from mmengine.utils import get_installed_path
 
 from hgkd.config.levels import read_levels
 from hgkd.errors import nearest_names
+from hgkd.recipes import find_recipe, register_recipes
 
 _REGISTERED = re.compile(r"(?:(?:hgkd|mmengine)\.)?\w+")
 
@@ -32,15 +33,17 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     """A config file: a Python program (.py), or plain data from a source that need not be trusted (.yaml, .yml, .json).
 
     Args:
-        path: of the file, or for one that an installed package brings ``mmdet::FOLDER/NAME.py``.
+        path: of the file; the name of a shipped recipe, see :func:`hgkd.recipes.find_recipe`; or for one that another installed
+            package brings ``mmdet::FOLDER/NAME.py``.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, or a data file that is no mapping, is damaged, or asks for code.
     """
-    path = _packaged(str(path)) if "::" in str(path) else Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"config {path} does not exist")
+    register_recipes()
+    path = find_recipe(path)
+    if "::" in str(path):
+        path = _packaged(str(path))
     if path.suffix == ".py":
         return read_levels(str(path))
     if path.suffix not in _DATA_SUFFIXES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from mmengine.evaluator import BaseMetric
 from numpy.typing import NDArray
@@ -14,8 +13,6 @@ from sklearn.metrics import confusion_matrix
 from hgkd.evaluation.accuracy import bootstrap_interval
 from hgkd.registry import METRICS
 from hgkd.structures import ClassSample
-
-matplotlib.use("Agg")
 
 
 @METRICS.register_module()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.errors import StoppedError
+from hgkd.mmcv_ops import register_ops
 from hgkd.networks.backbones import Source
 from hgkd.pixels import pixel_statistics
 
@@ -188,9 +189,6 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
     top = module.partition(".")[0]
     try:
         if top in _DISTRIBUTIONS and find_spec(top):
-            # not above: hgkd.openmmlab imports hgkd.export
-            from hgkd.mmcv_ops.finder import register_ops
-
             register_ops()  # they import mmcv's operators, compiled or not
         found = importlib.import_module(module)
     except Exception as error:

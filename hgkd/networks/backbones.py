@@ -6,14 +6,35 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
+from hgkd.networks.encoder import build_encoder
+from hgkd.networks.vit import head_names
+from hgkd.pixels import pixel_statistics
 from hgkd.weights.export_folder import WEIGHTS_FILE, read_spec
+from hgkd.weights.files import read_checkpoint
 from hgkd.weights.importing import import_weights
-from hgkd.weights.run_file import ENCODER_PREFIX, EXPECTED_RUN, STUDENT_PREFIX, EncoderSpec, run_metrics
+from hgkd.weights.loading import load_strict
+from hgkd.weights.run_file import (
+    ENCODER_PREFIX,
+    EXPECTED_RUN,
+    STUDENT_PREFIX,
+    ClassifierSpec,
+    EncoderSpec,
+    network_state,
+    run_metrics,
+)
+
+
+def build_backbone(spec: EncoderSpec) -> nn.Module:
+    """The dense timm encoder that a spec describes, with random weights, in eval mode."""
+    network: Any = build_encoder(spec.name, stem=spec.stem, **spec.kwargs).eval()
+    if spec.pixels is not None:
+        network.pretrained_cfg = {**network.pretrained_cfg, "mean": spec.pixels[0], "std": spec.pixels[1]}
+    return cast(nn.Module, network)
 
 
 def load_backbone(
@@ -62,7 +83,7 @@ def read_source(
 
 
 def _read(file: Path, spec: EncoderSpec, prefix: str | None, allow: Sequence[str]) -> Source:
-    network = spec.build()
+    network = build_backbone(spec)
     report = import_weights(network, file, prefix=prefix, allow=allow)
     return Source(file, spec, network, read_as=str(report))
 
@@ -96,9 +117,7 @@ class StudentCheckpoint:
         Raises:
             WeightsError: a weight is missing, left over or of another shape.
         """
-        from hgkd.weights.loading import load_strict
-
-        encoder = self.spec.build()
+        encoder = build_backbone(self.spec)
         load_strict(encoder, self.state, source=str(self.path))
         return encoder
 
@@ -142,11 +161,6 @@ def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -
         FileNotFoundError: there is no such file.
         WeightsError: the file is damaged, or holds no student of ours.
     """
-    from hgkd.networks.classifier import ImageClassifier
-    from hgkd.pixels import pixel_statistics
-    from hgkd.weights.files import read_checkpoint
-    from hgkd.weights.run_file import ClassifierSpec, network_state
-
     path = Path(path).expanduser()
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; {EXPECTED_RUN}")
@@ -163,11 +177,11 @@ def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -
         raise WeightsError(f"{path} holds a masked autoencoder and no student; hgkd evaluate takes it as mae:{path}")
     classifier = ClassifierSpec.parse(meta)
     if classifier is not None:  # fine-tuned: the network without its head
-        model = ImageClassifier.from_spec(classifier)
-        encoder = network_state(checkpoint, str(path))
-        inside = {key: value for key, value in encoder.items() if not key.startswith(model.head_names())}
+        encoder = build_backbone(EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs)))
+        entries = network_state(checkpoint, str(path))
+        inside = {key: value for key, value in entries.items() if not key.startswith(head_names(encoder))}
         pixels = (classifier.mean, classifier.deviation)
-        noted = pixel_statistics(model.network)
+        noted = pixel_statistics(encoder)
         spec = EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs), None if pixels == noted else pixels)
         return StudentCheckpoint(path, spec, inside, {}, dict(meta), run_metrics(checkpoint))
     spec = EncoderSpec.parse(meta["hgkd"], str(path))

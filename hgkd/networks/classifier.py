@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
 from hgkd.errors import WeightsError
+from hgkd.networks.backbones import read_source
 from hgkd.networks.encoder import STEMS, evaluating, use_cifar_stem
 from hgkd.networks.mae import read_mae, sincos_positions
-from hgkd.networks.vit import check_timm_name, classifier_heads, is_vit
+from hgkd.networks.vit import check_timm_name, classifier_heads, head_names, is_vit
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_normalize, check_pixels, pixel_statistics
 from hgkd.weights.files import read_checkpoint, tensors_of
 from hgkd.weights.loading import load_strict
-from hgkd.weights.run_file import ClassifierSpec, network_state
+from hgkd.weights.run_file import ClassifierSpec, EncoderSpec, network_state
 from hgkd.weights.run_folder import checkpoint_file
 from hgkd.weights.vit_names import to_timm_names
 
@@ -249,8 +250,7 @@ class ImageClassifier(nn.Module):
 
     def head_names(self) -> tuple[str, ...]:
         """Beginnings of the network's entries that belong to its classifier."""
-        heads = {id(head) for head in self._heads()}
-        return tuple(f"{name}." for name, module in self.network.named_modules() if id(module) in heads)
+        return head_names(self.network)
 
     def _map(self, features: Tensor, inputs: Tensor) -> Tensor:
         if not self.is_vit:
@@ -281,9 +281,6 @@ class ImageClassifier(nn.Module):
                 )
             self._load(self.fit_positions(weights, str(path)), str(path))
             return pixels
-        from hgkd.networks.backbones import read_source
-        from hgkd.weights.run_file import EncoderSpec
-
         described = content is None or (isinstance(meta, Mapping) and "hgkd" in meta)
         own = str(self.network.pretrained_cfg["architecture"])
         source = read_source(path, None if described else EncoderSpec(own, stem), allow=() if described else ("head.norm.",))

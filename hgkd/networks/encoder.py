@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hgkd.networks.vit import check_timm_name
 from hgkd.pixels import check_channels
+from hgkd.weights.importing import import_weights
 
 STEMS = ("default", "cifar")
 _OWN_ARGUMENTS = ("num_classes", "global_pool", "features_only", "pretrained", "checkpoint_path")
@@ -77,8 +78,6 @@ def build_encoder(
         use_cifar_stem(model, name)
     encoder_levels(model)  # refuses what is no CNN
     if checkpoint is not None:
-        from hgkd.weights.importing import import_weights
-
         # a norm after pooling, which no level of a student sees; DINOv3's and EUPE's ConvNeXt files hold it twice
         import_weights(model, checkpoint, allow=("head.norm.", "norms."))
     return model

@@ -68,6 +68,12 @@ def check_attention_is_read(block: nn.Module) -> None:
         )
 
 
+def head_names(network: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the entries of a timm network that belong to its classifier, also where it was built without one."""
+    heads = {id(head) for head in classifier_heads(network)}
+    return tuple(f"{name}." for name, module in network.named_modules() if id(module) in heads)
+
+
 def patch_attention(block: nn.Module, tokens: Tensor, prefix: int, has_class_token: bool) -> Tensor:
     """How much the class token attends to each patch in a ViT's block, mean over heads; without one, how much all tokens do.
 

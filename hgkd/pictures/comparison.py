@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from hgkd.evaluation.comparison import Run, value_of
-from hgkd.pictures.report import Figure
 
 
 def write_picture(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from hgkd.errors import WeightsError
-from hgkd.networks.backbones import load_backbone
+from hgkd.networks.backbones import build_backbone, load_backbone
 from hgkd.sparse import load_sparse as load_sparse_file
+from hgkd.students.unet import SparseUNet
 from hgkd.weights.export_folder import WEIGHTS_FILE, read_config, read_spec
 from hgkd.weights.files import read_checkpoint
 from hgkd.weights.loading import load_strict
@@ -31,7 +32,7 @@ def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Mod
         WeightsError: no such export, damaged, or not fitting.
     """
     _section(path, "cell")
-    return load_sparse_file(Path(path).expanduser() / WEIGHTS_FILE, read_spec(path).build(), backend)
+    return load_sparse_file(Path(path).expanduser() / WEIGHTS_FILE, build_backbone(read_spec(path)), backend)
 
 
 def load_student(
@@ -67,8 +68,7 @@ def load_student(
 
 
 def build_student(arguments: dict[str, Any], backend: str) -> nn.Module:
-    from hgkd.students import SparseUNet
-
+    """The ``SparseUNet`` of an export's description, with random weights."""
     return SparseUNet(**arguments, backend=backend)
 
 

@@ -6,9 +6,9 @@ import ast
 import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hgkd.errors import WeightsError
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
@@ -65,15 +65,6 @@ class EncoderSpec:
     def to_student(self) -> dict[str, Any]:
         """The same as arguments of ``SparseUNet``."""
         return {"encoder": self.name, "stem": self.stem, "encoder_kwargs": dict(self.kwargs)}
-
-    def build(self) -> nn.Module:
-        """The dense timm model with random weights, in eval mode."""
-        from hgkd.networks.encoder import build_encoder
-
-        network: Any = build_encoder(self.name, stem=self.stem, **self.kwargs).eval()
-        if self.pixels is not None:
-            network.pretrained_cfg = {**network.pretrained_cfg, "mean": self.pixels[0], "std": self.pixels[1]}
-        return cast(nn.Module, network)
 
 
 def run_metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

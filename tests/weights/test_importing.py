@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
 from hgkd.export import EncoderSpec, export, import_weights, load_backbone
+from hgkd.networks.backbones import build_backbone
 from hgkd.students import SparseUNet, build_encoder
 
 DEPTHS, DIMS = (1, 2, 1, 1), (8, 16, 24, 32)
@@ -103,7 +104,7 @@ def test_official_convnext(tmp_path: Path, v2: bool, conv_mlp: bool, capsys: pyt
     official = OfficialConvNeXt(v2)
     torch.save({"model": official.state_dict()}, tmp_path / "official.pth")
     spec = EncoderSpec("convnextv2_atto" if v2 else "convnext_atto", kwargs={**TINY, "conv_mlp": conv_mlp})
-    network = spec.build()
+    network = build_backbone(spec)
     report = import_weights(network, tmp_path / "official.pth")
     same_features(official(IMAGES), network)
     assert torch.equal(network.head.norm.weight, official.norm.weight)
@@ -116,7 +117,7 @@ def test_mmpretrain_convnext(tmp_path: Path, v2: bool) -> None:
     official = OfficialConvNeXt(v2)
     state = {**mmpretrain_names(official.state_dict()), "head.fc.weight": torch.zeros(5, DIMS[-1])}
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "mm.pth")
-    network = EncoderSpec("convnextv2_atto" if v2 else "convnext_atto", kwargs=TINY).build()
+    network = build_backbone(EncoderSpec("convnextv2_atto" if v2 else "convnext_atto", kwargs=TINY))
     report = import_weights(network, tmp_path / "mm.pth")
     same_features(official(IMAGES), network)
     assert (report.style, report.prefix, dict(report.aside)) == ("mmpretrain ConvNeXt", "backbone.", {"head": 1})

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, optional
 from hgkd.export.plans import ConvNeXtPlan, UnsupportedLayerError, plan_of
+from hgkd.networks.backbones import build_backbone
 from hgkd.pixels import pixel_statistics
 from hgkd.weights.cnn_names import MMPRETRAIN_CONVNEXT, TIMM, KeyStyle, renamed
 from hgkd.weights.importing import import_weights
@@ -55,7 +56,7 @@ def write(library: str, job: Job) -> Written:
     last = _LAST.get(kind, _features)
     network: Any
     if module is None:
-        network = job.source.spec.build()
+        network = build_backbone(job.source.spec)
         import_weights(network, file)
         proven_with = f"hgkd.export.import_weights ({version})"
         notes.append(f"{version}, so {owner} itself has not read this export; export again where {owner} imports")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hgkd.export.card import write_json
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, load_all
-from hgkd.networks.backbones import Source
+from hgkd.networks.backbones import Source, build_backbone
 from hgkd.networks.encoder import encoder_levels
 from hgkd.sparse import save_sparse, sparsify
 from hgkd.sparse.spconv import from_krsc, to_krsc
@@ -101,7 +101,7 @@ def write_spconv(job: Job) -> Written:
     """The encoder's weights in timm's names, convolutions in spconv's layout."""
     weights = {key: to_krsc(value) if value.dim() == 4 else value for key, value in renamed(job.network, TIMM).items()}
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt", "layout": "KRSC"})
-    again = job.source.spec.build()
+    again = build_backbone(job.source.spec)
     found = load_file(job.folder / WEIGHTS_FILE)
     load_all(again, {key: from_krsc(value) if value.dim() == 4 else value for key, value in found.items()}, "timm")
     return Written(

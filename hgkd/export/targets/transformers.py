@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hgkd.export.card import write_json
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, optional
 from hgkd.export.plans import ConvNeXtPlan, ResNetPlan, UnsupportedLayerError, plan_of
+from hgkd.networks.backbones import build_backbone
 from hgkd.pixels import pixel_statistics
 from hgkd.weights.cnn_names import TRANSFORMERS_CONVNEXT, TRANSFORMERS_RESNET, KeyStyle, renamed
 from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE
@@ -38,7 +39,7 @@ def write(job: Job) -> Written:
     transformers, version = optional("transformers")
     network: Any
     if transformers is None:
-        network = job.source.spec.build()
+        network = build_backbone(job.source.spec)
         import_weights(network, job.folder / WEIGHTS_FILE)
     else:
         network = _load(transformers, job)
