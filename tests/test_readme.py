@@ -5,6 +5,7 @@ Commands keep their words; options are appended that make networks thin and runs
 """
 
 import argparse
+import importlib
 import re
 import shlex
 import shutil
@@ -114,10 +115,20 @@ def test_commands_run(place, capsys):
         else:
             assert run(words) == 0, f"{' '.join(words)}\n{capsys.readouterr().err[-3000:]}"
         if words[0] == "export":
-            examples = indented_examples(README)
-            assert len(examples) == 1
-            for example in examples:  # of what has just been written
-                exec(compile(example, "README.md", "exec"), {})
+            (example,) = [text for text in indented_examples(README) if "import hgkd" not in text]
+            exec(compile(example, "README.md", "exec"), {})  # of what has just been written
+
+
+def test_the_jobs_in_python_have_these_arguments(monkeypatch):
+    (example,) = [text for text in indented_examples(README) if "import hgkd" in text]
+    called = []
+    for place in ("hgkd.api.train.train", "hgkd.export.export", "hgkd.api.evaluate.evaluate"):
+        module, _, name = place.rpartition(".")
+        real = getattr(importlib.import_module(module), name)
+        double = mock.create_autospec(real, side_effect=lambda *args, name=name, **options: called.append(name))
+        monkeypatch.setattr(place, double)
+    exec(compile(example, "README.md", "exec"), {})
+    assert called == ["train", "export", "evaluate"]
 
 
 PAGES = sorted(page for folder in ("docs", "configs", "downstream") for page in (ROOT / folder).rglob("*.md"))

@@ -1,4 +1,4 @@
-"""The table of targets: a module a family, nothing else to edit for a further one."""
+"""The table of targets, a module a family. An option that only one target has also needs a line in hgkd/cli/export.py."""
 
 from hgkd.export.job import Target
 from hgkd.export.targets import graphs, openmmlab, sparse, timm, torchvision, transformers
