@@ -2,7 +2,7 @@
 
 import importlib
 import types
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -32,3 +32,11 @@ def ops() -> types.ModuleType:
     if register_ops() == "compiled":
         pytest.skip("mmcv is installed with compiled operators")
     return importlib.import_module("mmcv.ops")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keeps what a test printed of file names that are not UTF-8: the processes of pytest-xdist exchange UTF-8 alone."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
