@@ -35,7 +35,7 @@ $(VENV)/.installed-%: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python tools/demo.py --out $(OUT) $(DEMO_FLAGS)
+	$(BIN)/hgkd demo --out $(OUT) $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
