@@ -3,6 +3,7 @@
 import importlib
 import types
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +36,14 @@ def ops() -> types.ModuleType:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Keeps what a test printed of file names that are not UTF-8: the processes of pytest-xdist exchange UTF-8 alone."""
-    report = yield
-    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
-    return report
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Lets reports name files that are not UTF-8: the processes of pytest-xdist exchange UTF-8 alone."""
+    return _printable((yield))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {key: _printable(item) for key, item in value.items()}
+    return type(value)(map(_printable, value)) if isinstance(value, (list, tuple)) else value

@@ -170,7 +170,7 @@ def test_diverged_weights_are_not_exported(tmp_path: Path) -> None:
     encoder = timm.create_model("test_resnet", num_classes=0, global_pool="")
     nn.init.constant_(encoder.layer1[0].conv1.weight, float("nan"))
     write_student(tmp_path / "a.pth", encoder=encoder)
-    with pytest.raises(WeightsError, match=r"NaN or infinite values in 1 of its weights, e.g. layer1.0.conv1.weight"):
+    with pytest.raises(WeightsError, match=r"1 of its entries hold NaN or inf: layer1\.0\.conv1\.weight"):
         export(tmp_path / "a.pth", tmp_path / "out")
 
 
