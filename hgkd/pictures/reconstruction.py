@@ -128,14 +128,14 @@ class _MAEPixels:
         visible = RandomMask(mask_ratio, rounding="floor")(len(images), cells, device="cpu", generator=generator)
         patches = self.teacher.patch_mask(visible)
         kept = patches.nonzero()[:, 1].view(len(images), -1)
-        normalised = (images - self.teacher.mean) / self.teacher.deviation
+        normalised = self.teacher.normalise(images)
         network = self.teacher.network
         predicted = network.predict_pixels(network.encode(normalised, kept), kept)
         if self.norm_pix:  # back with the true mean and deviation of each patch, which the network never sees
             own = patchify(normalised, patch)
             predicted = predicted * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
         predicted = torch.where(patches[:, :, None], patchify(normalised, patch), predicted)
-        pixels = unpatchify(predicted, patch, grid) * self.teacher.deviation + self.teacher.mean
+        pixels = self.teacher.denormalise(unpatchify(predicted, patch, grid))
         return {"image": images, "seen": hide_cells(images, visible), "reconstruction": pixels.clamp(0.0, 1.0)}
 
 

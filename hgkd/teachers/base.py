@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
 from hgkd.networks.vit import check_attention_is_read, patch_attention
-from hgkd.pixels import check_pixels, pixels_text
+from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.health import check_outputs, weight_health
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Teacher(nn.Module):
+class Teacher(PixelNormalisation):
     """Base of teachers; subclasses set ``info`` and give the three steps below.
 
     Args:
@@ -41,17 +41,13 @@ class Teacher(nn.Module):
     source = "the teacher"
     allow_random = False
     network: Any
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(self, dtype: str, mean: Sequence[float], deviation: Sequence[float]) -> None:
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype = DTYPES[dtype]
-        mean, deviation = check_pixels(mean, deviation, "the teacher's normalize (model.teacher.normalize)")
-        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)
+        self.set_pixels(*check_pixels(mean, deviation, "the teacher's normalize (model.teacher.normalize)"))
         self.grid: tuple[int, int] | None = None
         self.input_size = (0, 0)
         self.ratio = 1
@@ -233,7 +229,7 @@ class Teacher(nn.Module):
         if tuple(images.shape[-2:]) != self.input_size:
             images = F.interpolate(images.float(), self.input_size, mode="bicubic", align_corners=False, antialias=True)
             images = images.clamp(0.0, 1.0)  # bicubic overshoots
-        return ((images - self.mean) / self.deviation).to(self.dtype)
+        return self.normalise(images).to(self.dtype)
 
     def on_grid(self, tokens: Tensor, kept: Tensor | None) -> Tensor:
         """(B, n, D) tokens of the kept patches -> fp32 (B, D, gh, gw), 0 elsewhere."""
