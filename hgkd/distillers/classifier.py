@@ -23,7 +23,7 @@ from hgkd.pixels import to_unit_range
 from hgkd.registry import MODELS
 from hgkd.structures import ClassSample
 from hgkd.teachers.classifier import ClassifierTeacher
-from hgkd.weights.run_file import CLASSIFIER_FORMAT, ClassifierSpec
+from hgkd.weights.run_file import FORMAT, ClassifierSpec
 
 
 @MODELS.register_module()
@@ -207,4 +207,4 @@ class ClassifierTraining(BaseModel):
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
-        return {"classifier": self.classifier.spec.to_dict(), "format": CLASSIFIER_FORMAT}
+        return {"classifier": self.classifier.spec.to_dict(), "format": FORMAT}

@@ -21,6 +21,7 @@ from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_targ
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelNormalisation, check_channels, check_pixels, to_unit_range
 from hgkd.registry import MODELS
 from hgkd.structures import FeatureSample
+from hgkd.weights.run_file import FORMAT
 
 
 @MODELS.register_module()
@@ -115,7 +116,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside."""
-        return {"mae": asdict(self.network.arch), "pixels": self.pixels(), "format": 1}
+        return {"mae": asdict(self.network.arch), "pixels": self.pixels(), "format": FORMAT}
 
     def pixels(self) -> dict[str, Any]:
         """What the network was trained on, for a file of its weights."""

@@ -27,8 +27,7 @@ from hgkd.registry import MODELS
 from hgkd.structures import FeatureSample, StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
 from hgkd.teachers.cache import FeatureCache, store_bytes, weights_digest
-
-CHECKPOINT_FORMAT = 1
+from hgkd.weights.run_file import FORMAT
 
 
 def merge_needs(needs: Sequence[TeacherNeeds]) -> tuple[list[TeacherNeeds], list[int]]:
@@ -324,7 +323,7 @@ class MaskedDistiller(BaseModel):
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
-        return {**self.student.description(), "format": CHECKPOINT_FORMAT}
+        return {**self.student.description(), "format": FORMAT}
 
 
 def _build(cfg: Mapping[str, Any]) -> Any:

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.weights.files import read_checkpoint, read_metadata, tensors_of
+from hgkd.weights.run_file import FORMAT, check_format
 from hgkd.weights.vit_names import count_blocks, looks_like, to_timm_names
 
 _METADATA_KEY = "hgkd_mae"
 _PIXELS_KEY = "hgkd_mae_pixels"
+_FORMAT_KEY = "hgkd_mae_format"
 _STUDENT_PREFIX = "student.network."  # in a checkpoint of a distilled ViT
 
 
@@ -373,8 +375,8 @@ def save_mae(
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     beside = path.with_name(path.name + ".part")
-    notes = {_METADATA_KEY: json.dumps(asdict(network.arch)), _PIXELS_KEY: json.dumps(dict(pixels or {}))}
-    save_file(tensors, beside, metadata={"format": "pt", **notes})
+    notes = {_METADATA_KEY: asdict(network.arch), _PIXELS_KEY: dict(pixels or {}), _FORMAT_KEY: FORMAT}
+    save_file(tensors, beside, metadata={"format": "pt", **{key: json.dumps(note) for key, note in notes.items()}})
     beside.replace(path)
     return path
 
@@ -401,8 +403,10 @@ def read_mae(
     meta = content.get("meta") if isinstance(content, Mapping) else None
     own = meta.get("hgkd") if isinstance(meta, Mapping) else None
     if _METADATA_KEY in metadata:
+        check_format(json.loads(metadata.get(_FORMAT_KEY, str(FORMAT))), str(path))  # not noted by the first version
         return make_arch(json.loads(metadata[_METADATA_KEY])), weights, json.loads(metadata.get(_PIXELS_KEY, "{}"))
     if isinstance(own, Mapping) and "mae" in own:
+        check_format(own.get("format"), str(path))
         return make_arch(own["mae"]), weights, own.get("pixels", {})
     if "patch_embed.proj.weight" not in weights:
         _, weights = to_timm_names(weights, str(path))

@@ -176,7 +176,7 @@ def test_a_fine_tuned_file_gives_the_same_answers_and_a_backbone(name, kwargs, t
         assert load_classifier(tmp_path / "classifier.pth", 96).spec.image_size == (96, 96)
     meta["hgkd"]["format"] = 2
     torch.save({"meta": meta, "state_dict": state}, tmp_path / "classifier.pth")
-    with pytest.raises(WeightsError, match="a classifier of format 2; this version of hgkd reads format 1"):
+    with pytest.raises(WeightsError, match="the checkpoint of a classifier has format 2, this version of hgkd reads format 1"):
         load_classifier(tmp_path / "classifier.pth")
 
 
