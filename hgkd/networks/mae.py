@@ -28,6 +28,7 @@ from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.weights.files import read_checkpoint, read_metadata, tensors_of
 from hgkd.weights.run_file import FORMAT, check_format
 from hgkd.weights.vit_names import count_blocks, looks_like, to_timm_names
+from hgkd.writing import written_beside
 
 _METADATA_KEY = "hgkd_mae"
 _PIXELS_KEY = "hgkd_mae_pixels"
@@ -366,18 +367,17 @@ def save_mae(
     Raises:
         ValueError: another ending.
         FileExistsError: the file is there already.
+        WriteError: see :func:`hgkd.writing.writing`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"an MAE is written as .safetensors, which holds its sizes too; got {path}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already; give another name, or overwrite=True")
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    beside = path.with_name(path.name + ".part")
     notes = {_METADATA_KEY: asdict(network.arch), _PIXELS_KEY: dict(pixels or {}), _FORMAT_KEY: FORMAT}
-    save_file(tensors, beside, metadata={"format": "pt", **{key: json.dumps(note) for key, note in notes.items()}})
-    beside.replace(path)
+    with written_beside(path) as beside:
+        save_file(tensors, beside, metadata={"format": "pt", **{key: json.dumps(note) for key, note in notes.items()}})
     return path
 
 
