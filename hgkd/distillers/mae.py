@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import feature_samples
-from hgkd.masking import RandomMask, grid_of
+from hgkd.masking import RandomMask, expand, grid_of, kept_indices
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelNormalisation, check_channels, check_pixels, to_unit_range
 from hgkd.registry import MODELS
@@ -108,8 +108,8 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         """MAE's loss on normalised images, with a fresh mask."""
         ratio = self.cell // self.network.arch.patch_size
         cells = self.mask(len(images), self.mask_grid, device=images.device)
-        visible = cells.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2).flatten(1)
-        kept = visible.nonzero()[:, 1].view(len(images), -1)
+        visible = expand(cells, ratio).flatten(1)
+        kept = kept_indices(visible)
         predicted = self.network.predict_pixels(self.network.encode(images, kept), kept)
         target = pixel_target(images, self.network.arch.patch_size, self.norm_pix)
         return mae_loss(predicted, target, visible)

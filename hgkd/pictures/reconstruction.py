@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hgkd.config.reading import check_plain_data
-from hgkd.masking import RandomMask, grid_of
+from hgkd.masking import RandomMask, grid_of, kept_indices
 from hgkd.pictures.columns import Columns, hide_cells
 from hgkd.pictures.distillation import distillation_columns
 from hgkd.pictures.features import _finite
@@ -127,7 +127,7 @@ class _MAEPixels:
         generator = torch.Generator().manual_seed(seed)
         visible = RandomMask(mask_ratio, rounding="floor")(len(images), cells, device="cpu", generator=generator)
         patches = self.teacher.patch_mask(visible)
-        kept = patches.nonzero()[:, 1].view(len(images), -1)
+        kept = kept_indices(patches)
         normalised = self.teacher.normalise(images)
         network = self.teacher.network
         predicted = network.predict_pixels(network.encode(normalised, kept), kept)

@@ -11,6 +11,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
+from hgkd.masking import expand, kept_indices
 from hgkd.networks.vit import check_attention_is_read, patch_attention
 from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
@@ -192,12 +193,12 @@ class Teacher(PixelNormalisation):
         patches = self.patch_mask(visible)
         counts = patches.sum(1)
         if int(counts.min()) == int(counts.max()):
-            return self._forward(inputs, _indices(patches), needs)
+            return self._forward(inputs, kept_indices(patches), needs)
         # images with different numbers of visible cells: one pass for each number
         parts = []
         for count in counts.unique().tolist():
             members = (counts == count).nonzero().flatten()
-            parts.append((members, self._forward(inputs[members], _indices(patches[members]), needs)))
+            parts.append((members, self._forward(inputs[members], kept_indices(patches[members]), needs)))
         return _merge(parts, len(images))
 
     @torch.no_grad()
@@ -223,7 +224,7 @@ class Teacher(PixelNormalisation):
         cells = (self.grid[0] // self.ratio, self.grid[1] // self.ratio)
         if tuple(visible.shape[1:]) != cells:
             raise ValueError(f"visible has shape {tuple(visible.shape)}, this teacher was prepared for {cells} cells")
-        return visible.repeat_interleave(self.ratio, 1).repeat_interleave(self.ratio, 2).flatten(1)
+        return expand(visible, self.ratio).flatten(1)
 
     def _inputs(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.input_size:
@@ -240,11 +241,6 @@ class Teacher(PixelNormalisation):
             full = tokens.new_zeros(batch, self.grid[0] * self.grid[1], width)
             tokens = full.scatter(1, kept[:, :, None].expand_as(tokens), tokens)
         return tokens.transpose(1, 2).reshape(batch, width, *self.grid)
-
-
-def _indices(patches: Tensor) -> Tensor:
-    """bool (B, N) with equally many True in each row -> their indices, ascending, int64 (B, n)."""
-    return patches.nonzero()[:, 1].view(patches.shape[0], -1)
 
 
 def _merge(parts: list[tuple[Tensor, TeacherOutput]], batch: int) -> TeacherOutput:
