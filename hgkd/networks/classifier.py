@@ -19,8 +19,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from mmengine.logging import print_log
-from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -28,7 +26,8 @@ from hgkd.data.transforms import as_size
 from hgkd.errors import WeightsError
 from hgkd.networks.backbones import read_source
 from hgkd.networks.encoder import STEMS, evaluating, use_cifar_stem
-from hgkd.networks.mae import read_mae, sincos_positions
+from hgkd.networks.mae import read_mae
+from hgkd.networks.positions import positions_for
 from hgkd.networks.vit import check_timm_name, classifier_heads, head_names, is_vit
 from hgkd.pixels import (
     IMAGENET_DEVIATION,
@@ -322,13 +321,7 @@ class ImageClassifier(PixelNormalisation):
         side = int(found.shape[1] ** 0.5)  # patches among positions that may include one or two other tokens
         in_grid = (side, side) if image_size is None else tuple(network.patch_embed.dynamic_feat_size(image_size))
         in_file = found.shape[1] - in_grid[0] * in_grid[1]
-        positions = found.float()
-        if in_grid != grid:
-            if in_file == 1 and torch.allclose(positions, sincos_positions(found.shape[2], in_grid), rtol=0, atol=1e-3):
-                positions = sincos_positions(found.shape[2], grid)
-            else:
-                positions = resample_abs_pos_embed(positions, list(grid), list(in_grid), num_prefix_tokens=in_file)
-            print_log(f"{source}: pos_embed refitted from {in_grid} to {grid}", "current")
+        positions = positions_for(grid, found.float(), in_grid, in_file, f"{source}: pos_embed")
         if prefix > in_file:  # MAE's class token has no position either: zeros
             extra = positions.new_zeros(1, prefix - in_file, positions.shape[2])
             positions = torch.cat([positions[:, :in_file], extra, positions[:, in_file:]], 1)

@@ -8,7 +8,8 @@ from student_checkpoints import write_student
 from hgkd.errors import WeightsError
 from hgkd.export import export, load_backbone, read_student
 from hgkd.networks import ImageClassifier, load_classifier
-from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae, sincos_positions
+from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.networks.positions import sincos_positions
 from hgkd.networks.vit import is_vit
 from hgkd.weights.run_file import ClassifierSpec
 

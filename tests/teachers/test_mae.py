@@ -22,8 +22,8 @@ from hgkd.networks.mae import (
     pixel_target,
     read_mae,
     save_mae,
-    sincos_positions,
 )
+from hgkd.networks.positions import sincos_positions
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherNeeds
