@@ -15,7 +15,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from hgkd.data.transforms import as_size
-from hgkd.distillers.masked import feature_samples
+from hgkd.distillers.masked import check_size, feature_samples
 from hgkd.masking import RandomMask, expand, grid_of, kept_indices
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelNormalisation, check_channels, check_pixels, to_unit_range
@@ -89,11 +89,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         Raises:
             ValueError: images of another size than ``image_size``.
         """
-        if tuple(inputs.shape[-2:]) != self.image_size:
-            raise ValueError(
-                f"the images are {inputs.shape[-2]} x {inputs.shape[-1]} pixels, the model was built for "
-                f"{self.image_size[0]} x {self.image_size[1]}; set image_size of model and data alike"
-            )
+        check_size(inputs, self.image_size)
         images = self.normalise(to_unit_range(inputs))
         if mode == "loss":
             return {"mae_loss": self.loss(images)}

@@ -224,11 +224,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
 
     def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """What student and teacher make of a batch; the teacher's part by name of the objective."""
-        if tuple(images.shape[-2:]) != self.image_size:
-            raise ValueError(
-                f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, the model was built for "
-                f"{self.image_size[0]} x {self.image_size[1]}; set image_size of model and data alike"
-            )
+        check_size(images, self.image_size)
         # 1. mirror some of the images, and draw the visible cells
         flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         if self.flip > 0.0:
@@ -337,6 +333,15 @@ def build_objectives(configs: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Modul
         weights[name] = float(cfg.pop("weight", 1.0))
         objectives[name] = _build(cfg)
     return objectives, weights
+
+
+def check_size(images: Tensor, size: tuple[int, int]) -> None:
+    """Raise ValueError when images (B, 3, H, W) are not of the size (H, W) that a model was built for."""
+    if tuple(images.shape[-2:]) != size:
+        raise ValueError(
+            f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, the model was built for {size[0]} x {size[1]}; "
+            "set image_size of model and data alike"
+        )
 
 
 def feature_samples(features: Tensor, data: Mapping[str, Any]) -> list[FeatureSample]:
