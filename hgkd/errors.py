@@ -5,7 +5,7 @@ what was expected and the remedy, before the first training step.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -85,3 +85,8 @@ def unknown_name_message(what: str, name: str, known: Iterable[str]) -> str:
     else:
         hint = f"there are {len(known)} known names, e.g. " + ", ".join(repr(n) for n in known[:3])
     return f"unknown {what} {name!r}; {hint}"
+
+
+def few(names: Sequence[object], most: int = 6) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

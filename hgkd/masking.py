@@ -8,6 +8,7 @@ even number, as Python's ``round`` does: of 49 cells at ratio 0.5 it keeps 24, h
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -84,8 +85,25 @@ class MaskGenerator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Randomness:
+    """Where random numbers come from, and where they go.
+
+    Attributes:
+        device: of the result.
+        generator: None: torch's own.
+    """
+
+    device: torch.device | str
+    generator: torch.Generator | None = None
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1)."""
+        return torch.rand(*shape, generator=self.generator, device=self.device)
+
+
 class CountedMask:
-    """Base of generators that show the same number of cells in every image.
+    """Base of generators that show the same number of cells in every image; a subclass gives :meth:`draw`.
 
     Args:
         mask_ratio: share of hidden cells in [0, 1); 0 keeps everything visible.
@@ -117,11 +135,6 @@ class CountedMask:
         """Number of visible cells at this moment of the training."""
         return visible_count(*grid, self.current_ratio, self.rounding)
 
-
-@MODELS.register_module()
-class RandomMask(CountedMask):
-    """Uniformly random visible cells; arguments: see :class:`CountedMask`."""
-
     def __call__(
         self,
         batch: int,
@@ -131,7 +144,20 @@ class RandomMask(CountedMask):
         generator: torch.Generator | None = None,
         scores: Tensor | None = None,
     ) -> Tensor:
-        return highest(torch.rand(batch, *grid, generator=generator, device=device), self.count(grid))
+        """See :class:`MaskGenerator`."""
+        return self.draw(batch, grid, Randomness(device, generator), scores)
+
+    def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
+        """What a subclass gives: bool (batch, h, w), True = visible, with :meth:`count` cells visible in every image."""
+        raise NotImplementedError
+
+
+@MODELS.register_module()
+class RandomMask(CountedMask):
+    """Uniformly random visible cells; arguments: see :class:`CountedMask`."""
+
+    def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
+        return highest(at.uniform(batch, *grid), self.count(grid))
 
 
 @MODELS.register_module()
@@ -162,17 +188,9 @@ class BlockMask(CountedMask):
         self.min_cells = min_cells
         self.min_aspect = min_aspect
 
-    def __call__(
-        self,
-        batch: int,
-        grid: tuple[int, int],
-        *,
-        device: torch.device | str,
-        generator: torch.Generator | None = None,
-        scores: Tensor | None = None,
-    ) -> Tensor:
+    def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
         hidden = grid[0] * grid[1] - self.count(grid)
-        return torch.stack([self._one(grid, hidden, generator) for _ in range(batch)]).to(device)
+        return torch.stack([self._one(grid, hidden, at.generator) for _ in range(batch)]).to(at.device)
 
     def _one(self, grid: tuple[int, int], hidden: int, generator: torch.Generator | None) -> Tensor:
         visible = torch.ones(grid, dtype=torch.bool)
@@ -222,22 +240,14 @@ class AttentionMask(CountedMask):
         self.hide = hide
         self.temperature = temperature
 
-    def __call__(
-        self,
-        batch: int,
-        grid: tuple[int, int],
-        *,
-        device: torch.device | str,
-        generator: torch.Generator | None = None,
-        scores: Tensor | None = None,
-    ) -> Tensor:
+    def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
         if scores is None or tuple(scores.shape) != (batch, *grid):
             found = None if scores is None else tuple(scores.shape)
             raise ValueError(f"AttentionMask needs the teacher's attention {(batch, *grid)} as scores, got {found}")
         # the logarithm of a probability plus Gumbel noise: the largest ones are a draw without replacement
-        noise = -torch.rand(batch, *grid, generator=generator, device=device).clamp_min(1e-20).log()
+        noise = -at.uniform(batch, *grid).clamp_min(1e-20).log()
         gumbel = -noise.clamp_min(1e-20).log()
-        logits = scores.to(device).float().clamp_min(1e-20).log()
+        logits = scores.to(at.device).float().clamp_min(1e-20).log()
         to_hide = logits if self.hide == "high" else -logits
         return highest(-(to_hide + self.temperature * gumbel), self.count(grid))
 
@@ -248,6 +258,17 @@ def highest(values: Tensor, count: int) -> Tensor:
     visible = torch.zeros_like(flat, dtype=torch.bool)
     visible.scatter_(1, flat.argsort(dim=1, descending=True)[:, :count], True)
     return visible.view_as(values)
+
+
+def expand(visible: Tensor, ratio: int | tuple[int, int]) -> Tensor:
+    """Every cell repeated on a finer grid, (B, h, w) -> (B, h * r, w * s); ``ratio`` is r = s, or (r, s)."""
+    rows, columns = (ratio, ratio) if isinstance(ratio, int) else ratio
+    return visible.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+
+
+def kept_indices(patches: Tensor) -> Tensor:
+    """bool (B, N) with equally many True in each row -> their indices, ascending, int64 (B, n)."""
+    return patches.nonzero()[:, 1].view(len(patches), -1)
 
 
 def grid_of(image_size: tuple[int, int], cell: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import timm
@@ -114,3 +114,35 @@ def to_unit_range(inputs: Tensor) -> Tensor:
     if inputs.is_floating_point():
         return inputs
     raise TypeError(f"images must be uint8 in [0, 255] or float in [0, 1], got {inputs.dtype}")
+
+
+class PixelNormalisation(nn.Module):
+    """Base of modules that normalise the pixels they are given; a subclass calls :meth:`set_pixels` when it is built.
+
+    Attributes:
+        mean, deviation: of the pixels in [0, 1], (1, 3, 1, 1).
+        pixels_in_state: whether the two are entries of ``state_dict``; they are buffers in any case.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    pixels_in_state = False
+
+    def set_pixels(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        """Normalise with these statistics of the pixels in [0, 1], RGB, from now on; on the device of those before."""
+        for name, values in (("mean", mean), ("deviation", deviation)):
+            before = self._buffers.get(name)
+            device = None if before is None else before.device
+            self.register_buffer(name, torch.tensor(list(values), device=device).view(1, -1, 1, 1), self.pixels_in_state)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> what the network expects, (B, 3, H, W)."""
+        return (images - self.mean) / self.deviation
+
+    def denormalise(self, inputs: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`."""
+        return inputs * self.deviation + self.mean
+
+    def pixel_values(self) -> dict[str, list[float]]:
+        """``mean`` and ``deviation`` as numbers, as files note them."""
+        return {"mean": self.mean.flatten().tolist(), "deviation": self.deviation.flatten().tolist()}

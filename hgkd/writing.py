@@ -20,6 +20,9 @@ _FOREIGN = re.compile(
 )
 
 
+PARTIAL = ".partial"  # ends the name of a file that is being written
+
+
 class WriteError(StoppedError):
     """A file cannot be written; what was there before is untouched."""
 
@@ -55,15 +58,39 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
-        beside = Path(name)
-        try:
+        with replacing(path, Path(name)) as beside:
             yield beside
             mask = os.umask(0)
             os.umask(mask)
             beside.chmod(0o666 & ~mask)  # mkstemp gives the owner alone access
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], beside: Path | None = None) -> Iterator[Path]:
+    """As :func:`written_beside`, for callers with a sentence of their own: what the disk says is raised as it is.
+
+    Args:
+        beside: the file to write; None: ``path`` with the ending ``.partial``, which one process at a time may write. Such a
+            file is all that a process leaves which is killed.
+    """
+    path = Path(path)
+    beside = path.with_name(f"{path.name}{PARTIAL}") if beside is None else beside
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a small file in UTF-8 by :func:`replacing`, so that it is never seen half-written."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+    """Write a file by :func:`replacing`, so that it is never seen half-written, and nothing is left where that fails."""
+    with replacing(path) as beside:
+        beside.write_bytes(content)
 
 
 def _reason(error: Exception) -> str | None:

@@ -8,7 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hgkd.masking import AttentionMask, BlockMask, CountedMask, RandomMask, grid_of, highest, visible_count
+from hgkd.masking import (
+    AttentionMask,
+    BlockMask,
+    CountedMask,
+    RandomMask,
+    Randomness,
+    expand,
+    grid_of,
+    highest,
+    kept_indices,
+    visible_count,
+)
 from hgkd.registry import MODELS
 
 SIDES = st.integers(1, 16)
@@ -252,3 +263,31 @@ def test_the_largest_ratio_that_a_message_names_is_allowed(grid: tuple[int, int]
 def test_a_ratio_that_is_a_text_is_refused() -> None:
     with pytest.raises(ValueError, match=r"in \[0, 1\), got '60%'.*0\.6 hides 60 %"):
         RandomMask(mask_ratio="60%")
+
+
+@settings(max_examples=30, deadline=None)
+@given(h=st.integers(1, 5), w=st.integers(1, 5), rows=st.integers(1, 3), columns=st.integers(1, 3), seed=st.integers(0, 99))
+def test_cells_on_a_finer_grid_and_the_indices_of_the_visible_ones(h: int, w: int, rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    visible = RandomMask(0.4)(2, (h, w), device="cpu", generator=generator) if h * w > 1 else torch.ones(2, h, w).bool()
+    fine = expand(visible, (rows, columns))
+    for y in range(h * rows):
+        for x in range(w * columns):
+            assert torch.equal(fine[:, y, x], visible[:, y // rows, x // columns])
+    if rows == columns:
+        assert torch.equal(fine, expand(visible, rows))
+    patches = fine.flatten(1)
+    expected = [[i for i, seen in enumerate(row) if seen] for row in patches.tolist()]
+    assert kept_indices(patches).tolist() == expected
+
+
+def test_a_generator_of_ones_own_gives_draw_alone() -> None:
+    class Checkerboard(CountedMask):
+        def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: torch.Tensor | None) -> torch.Tensor:
+            cells = torch.arange(grid[0])[:, None] + torch.arange(grid[1])
+            return (cells % 2 == 0).expand(batch, *grid).to(at.device)
+
+    drawn = Checkerboard(0.5)(2, (4, 4), device="cpu", generator=torch.Generator())
+    assert drawn.sum((1, 2)).tolist() == [8, 8]
+    with pytest.raises(NotImplementedError):
+        CountedMask(0.5)(1, (4, 4), device="cpu")

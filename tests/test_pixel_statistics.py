@@ -17,7 +17,7 @@ from hgkd.distillers import MAEPretraining
 from hgkd.evaluation.extract import load_extractor
 from hgkd.networks import ImageClassifier
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
-from hgkd.pixels import check_channels, check_normalize, check_pixels, pixels_text
+from hgkd.pixels import PixelNormalisation, check_channels, check_normalize, check_pixels, pixels_text
 from hgkd.students import MaskedViT, SparseUNet
 from hgkd.teachers import ClassifierTeacher, MAETeacher, TimmTeacher
 
@@ -111,3 +111,33 @@ def test_a_file_for_other_channels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"channels of .*six\.safetensors is 6"):
         MAETeacher(file, allow_random=True)
     check_channels(3, "here")
+
+
+def test_every_network_normalises_by_the_same_formula_and_keeps_its_buffers_out_of_the_state() -> None:
+    pixels = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    images = torch.rand(2, 3, 32, 32)
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in pixels)
+    made: list[PixelNormalisation] = [
+        SparseUNet("test_resnet", encoder_kwargs=overlaid(*pixels)),
+        MaskedViT(ARCH, mean=pixels[0], deviation=pixels[1]),
+        MAEPretraining(ARCH, 32, 8, mean=pixels[0], deviation=pixels[1]),
+        ImageClassifier("test_resnet", 2, 32, normalize=pixels),
+        TimmTeacher("test_vit", allow_random=True, normalize=pixels, dtype="float16"),
+    ]
+    for module in made:
+        torch.testing.assert_close(module.normalise(images), (images - mean) / deviation, rtol=0, atol=0)
+        torch.testing.assert_close(module.denormalise(module.normalise(images)), images)
+        assert {"mean", "deviation"} <= dict(module.named_buffers()).keys()
+        assert not {"mean", "deviation"} & module.state_dict().keys()
+
+
+def test_new_statistics_replace_those_before_on_their_device() -> None:
+    pixels = PixelNormalisation()
+    pixels.set_pixels((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    pixels.to("meta")
+    pixels.set_pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert pixels.mean.device.type == pixels.deviation.device.type == "meta"
+    pixels = PixelNormalisation()
+    for values in ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5)):
+        pixels.set_pixels(values, values)
+    assert pixels.pixel_values() == {"mean": [0.5] * 3, "deviation": [0.5] * 3}

@@ -5,12 +5,15 @@ import os
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from full_disk import full_disk
 from safetensors.torch import save_file
 
 from hgkd.errors import WeightsError
-from hgkd.writing import WriteError, writing, written_beside
+from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.sparse import save_sparse, sparsify
+from hgkd.writing import WriteError, replacing, write_text, writing, written_beside
 
 
 def test_beside_then_renamed(tmp_path: Path) -> None:
@@ -59,3 +62,37 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
 def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error.args[0])), writing(tmp_path):
         raise error
+
+
+def test_what_replaces_a_file_is_whole_and_errors_stay_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "epoch_1.pth"
+    write_text(file, "\u00fc")
+    assert file.read_bytes() == b"\xc3\xbc"
+
+    def write(content: bytes, then: type[BaseException] | None = None) -> None:
+        with replacing(file) as beside:
+            assert beside == tmp_path / "epoch_1.pth.partial"
+            beside.write_bytes(content)
+            if then is not None:
+                raise then
+
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
+        write(bytes(5000))
+    with pytest.raises(KeyboardInterrupt):
+        write(b"part", then=KeyboardInterrupt)
+    assert (file.read_bytes(), os.listdir(tmp_path)) == (b"\xc3\xbc", ["epoch_1.pth"])
+
+
+@pytest.mark.parametrize("kind", ["mae", "sparse"])
+def test_networks_are_written_whole_or_not_at_all(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"{kind}.safetensors"
+    file.write_text("old")
+    sizes = {"depth": 1, "decoder_depth": 1, "image_size": (32, 32)}
+    if kind == "mae":
+        network = MaskedAutoencoder(make_arch("tiny", **sizes))
+        with full_disk(1000), pytest.raises(WriteError, match=r"cannot write .*mae\.safetensors"):
+            save_mae(network, file, overwrite=True)
+    else:
+        with full_disk(1000), pytest.raises(WriteError, match=r"cannot write .*sparse\.safetensors"):
+            save_sparse(sparsify(timm.create_model("test_resnet", num_classes=0), 32), file, overwrite=True)
+    assert (file.read_text(), os.listdir(tmp_path)) == ("old", [file.name])

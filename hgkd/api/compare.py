@@ -20,7 +20,7 @@ from mmengine.config import Config
 
 from hgkd.config.options import option_text
 from hgkd.errors import StoppedError
-from hgkd.evaluation.comparison import trained, write_csv
+from hgkd.evaluation.comparison import trained, value_of, write_csv
 from hgkd.pictures.comparison import write_picture
 from hgkd.recipes import find_recipe
 from hgkd.training.work_folder import results_in
@@ -263,11 +263,6 @@ def _log(job: Job) -> dict[str, Any]:
     return found | {key: statistics.median(values) for key, values in steps.items() if values}
 
 
-def _value(score: Mapping[str, Any]) -> float:
-    """What a run is compared by: top-1 of an evaluation, or the value that it logged."""
-    return float(score["top1"] if "top1" in score else score["value"])
-
-
 def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a line a row of the plan, mean +- deviation over seeds (one seed: its bootstrap interval), then commands.
 
@@ -284,7 +279,7 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     for name, runs in rows.items():
         cells = [name]
         for method in methods:
-            scores = [_value(run["scores"][method]) for run in runs]
+            scores = [value_of(run["scores"][method]) for run in runs]
             if len(scores) > 1:
                 cells.append(f"{statistics.mean(scores):.1f} +- {statistics.stdev(scores):.1f}")
             elif own:
@@ -348,7 +343,7 @@ def compare(
                 print(f"{job.row} seed {job.seed}: FAILED, {result}", flush=True)
                 failed.append(result)
                 continue
-            scores = "  ".join(f"{method} {_value(score):.1f}" for method, score in result["scores"].items())
+            scores = "  ".join(f"{method} {value_of(score):.1f}" for method, score in result["scores"].items())
             print(f"{job.row} seed {job.seed}: {scores}", flush=True)
             results.append(result)
     if failed and not results:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from hgkd.cli.common import command, command_parser
 from hgkd.diagnosis.replay import ReplayedStep, replay
+from hgkd.errors import few
 
 
 def describe(step: ReplayedStep) -> str:
@@ -24,8 +25,7 @@ def describe(step: ReplayedStep) -> str:
     if step.first_module:
         lines.append(f"  the first output that is not finite is that of {step.first_module}")
     if step.parameters:
-        more = f" and {len(step.parameters) - 5} more" if len(step.parameters) > 5 else ""
-        lines.append(f"  gradients that are not finite: {', '.join(step.parameters[:5])}{more}")
+        lines.append(f"  gradients that are not finite: {few(step.parameters, 5)}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hgkd.data.transforms import as_size
+from hgkd.writing import write_bytes
 
 Floats = NDArray[np.float64]
 Distance = Callable[[Floats, Floats], Floats]
@@ -379,12 +380,7 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
     content = io.BytesIO()
     yield content
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_bytes(content.getvalue())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_bytes(path, content.getvalue())
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:

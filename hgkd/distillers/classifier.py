@@ -6,7 +6,7 @@ One model for plain fine-tuning, G2SD's specific stage (arXiv 2302.14771: ``Hard
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,20 +18,20 @@ from torch import Tensor
 from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import build_objectives
 from hgkd.networks.classifier import ImageClassifier
+from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.finetuning.labels import LabelLoss
 from hgkd.pixels import to_unit_range
 from hgkd.registry import MODELS
 from hgkd.structures import ClassSample
 from hgkd.teachers.classifier import ClassifierTeacher
-from hgkd.weights.run_file import CLASSIFIER_FORMAT, ClassifierSpec
+from hgkd.weights.run_file import FORMAT, ClassifierSpec
 
 
 @MODELS.register_module()
-class ClassifierTraining(BaseModel):
+class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
     """A classifier being fine-tuned.
 
-    The teacher is no submodule: it is absent from ``parameters()``, ``state_dict()``, ``train()`` and DDP, but follows this
-    model from device to device.
+    The teacher is no submodule; see :class:`hgkd.networks.guest.TeacherOwner`.
 
     Args:
         classifier: options of :class:`hgkd.networks.ImageClassifier`, but for the two below.
@@ -76,14 +76,13 @@ class ClassifierTraining(BaseModel):
         self.erasing = erasing
         self.objectives, self.weights = build_objectives(objectives or {})
         built = None if teacher is None else MODELS.build({"_scope_": "hgkd", **teacher})
-        # not through nn.Module.__setattr__, which would register it
-        object.__setattr__(self, "teacher", built)
+        self.keep_teacher(built)
         self._prepare(num_classes)
 
     def _prepare(self, num_classes: int) -> None:
         """Let every part check that it fits the others."""
         feature = self.classifier.feature_shape(self.image_size)
-        teacher: ClassifierTeacher | None = self.teacher  # type: ignore[assignment]
+        teacher = self.teacher
         for name, part in self.objectives.items():
             if not hasattr(part, "needs_classes"):
                 raise ValueError(
@@ -108,13 +107,6 @@ class ClassifierTraining(BaseModel):
 
     def init_weights(self) -> None:
         """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassifierTraining:
-        super()._apply(fn, recurse)
-        teacher: Any = self.teacher
-        if teacher is not None:  # the device only: a teacher keeps the precision that it was built with
-            teacher.to(self.classifier.mean.device)
-        return self
 
     def forward(  # type: ignore[override]
         self, inputs: Tensor, mode: str = "tensor", **data: Any
@@ -148,9 +140,8 @@ class ClassifierTraining(BaseModel):
         losses = {}
         if self.label_weight > 0.0:
             losses["label_loss"] = self.label_weight * self.labels(out.logits, targets)
-        teacher: Any = self.teacher
-        if teacher is not None:
-            said = teacher(self.classifier.denormalise(inputs))
+        if self.teacher is not None:
+            said = self.teacher(self.classifier.denormalise(inputs))
             for name, objective in self.objectives.items():
                 for term, value in objective(out, said, targets).items():
                     losses[f"{name}_{term}_loss"] = self.weights[name] * value
@@ -188,7 +179,7 @@ class ClassifierTraining(BaseModel):
                 f"the images are of {len(classes)} classes ({', '.join(classes[:3])} ...), the model has {spec.num_classes} "
                 f"outputs; set num_classes={len(classes)}"
             )
-        teacher: Any = self.teacher
+        teacher = self.teacher
         known = () if teacher is None or teacher.num_classes is None else teacher.classes
         if known and tuple(known) != tuple(classes):
             differ = sorted(set(known) ^ set(classes))[:5]
@@ -207,4 +198,4 @@ class ClassifierTraining(BaseModel):
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
-        return {"classifier": self.classifier.spec.to_dict(), "format": CLASSIFIER_FORMAT}
+        return {"classifier": self.classifier.spec.to_dict(), "format": FORMAT}

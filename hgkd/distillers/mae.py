@@ -11,21 +11,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.model import BaseModel
 from torch import Tensor
 
 from hgkd.data.transforms import as_size
-from hgkd.distillers.masked import feature_samples
-from hgkd.masking import RandomMask, grid_of
+from hgkd.distillers.masked import check_size, feature_samples
+from hgkd.masking import RandomMask, expand, grid_of, kept_indices
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_pixels, to_unit_range
+from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelNormalisation, check_channels, check_pixels, to_unit_range
 from hgkd.registry import MODELS
 from hgkd.structures import FeatureSample
+from hgkd.weights.run_file import FORMAT
 
 
 @MODELS.register_module()
-class MAEPretraining(BaseModel):
+class MAEPretraining(PixelNormalisation, BaseModel):
     """A MAE being trained.
 
     Args:
@@ -41,9 +41,6 @@ class MAEPretraining(BaseModel):
     Raises:
         ValueError: sizes that do not fit, or a ratio that leaves nothing visible or nothing to predict.
     """
-
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(
         self,
@@ -74,8 +71,7 @@ class MAEPretraining(BaseModel):
         check_channels(sizes.in_chans, "model.arch.in_chans")
         mean, deviation = check_pixels(mean, deviation, "model.mean and deviation")
         self.network = MaskedAutoencoder(sizes)
-        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)
+        self.set_pixels(mean, deviation)
 
     def init_weights(self) -> None:
         """Nothing: the network has set its weights itself."""
@@ -93,12 +89,8 @@ class MAEPretraining(BaseModel):
         Raises:
             ValueError: images of another size than ``image_size``.
         """
-        if tuple(inputs.shape[-2:]) != self.image_size:
-            raise ValueError(
-                f"the images are {inputs.shape[-2]} x {inputs.shape[-1]} pixels, the model was built for "
-                f"{self.image_size[0]} x {self.image_size[1]}; set image_size of model and data alike"
-            )
-        images = (to_unit_range(inputs) - self.mean) / self.deviation
+        check_size(inputs, self.image_size)
+        images = self.normalise(to_unit_range(inputs))
         if mode == "loss":
             return {"mae_loss": self.loss(images)}
         encoded = self.network.encode(images)
@@ -112,20 +104,19 @@ class MAEPretraining(BaseModel):
         """MAE's loss on normalised images, with a fresh mask."""
         ratio = self.cell // self.network.arch.patch_size
         cells = self.mask(len(images), self.mask_grid, device=images.device)
-        visible = cells.repeat_interleave(ratio, 1).repeat_interleave(ratio, 2).flatten(1)
-        kept = visible.nonzero()[:, 1].view(len(images), -1)
+        visible = expand(cells, ratio).flatten(1)
+        kept = kept_indices(visible)
         predicted = self.network.predict_pixels(self.network.encode(images, kept), kept)
         target = pixel_target(images, self.network.arch.patch_size, self.norm_pix)
         return mae_loss(predicted, target, visible)
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside."""
-        return {"mae": asdict(self.network.arch), "pixels": self.pixels(), "format": 1}
+        return {"mae": asdict(self.network.arch), "pixels": self.pixels(), "format": FORMAT}
 
     def pixels(self) -> dict[str, Any]:
         """What the network was trained on, for a file of its weights."""
-        mean, deviation = (values.flatten().tolist() for values in (self.mean, self.deviation))
-        return {"mean": mean, "deviation": deviation, "norm_pix": self.norm_pix}
+        return {**self.pixel_values(), "norm_pix": self.norm_pix}
 
     def save_teacher(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the network as a file that :class:`hgkd.teachers.mae.MAETeacher` takes, in the official naming."""

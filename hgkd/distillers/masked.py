@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
 from hgkd.masking import CountedMask, MaskGenerator
+from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.comparison import ComparingObjective, Comparison
 from hgkd.pixels import pixels_text, to_unit_range
 from hgkd.registry import MODELS
 from hgkd.structures import FeatureSample, StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
 from hgkd.teachers.cache import FeatureCache, store_bytes, weights_digest
-
-CHECKPOINT_FORMAT = 1
+from hgkd.weights.run_file import FORMAT
 
 
 def merge_needs(needs: Sequence[TeacherNeeds]) -> tuple[list[TeacherNeeds], list[int]]:
@@ -57,11 +57,10 @@ def merge_needs(needs: Sequence[TeacherNeeds]) -> tuple[list[TeacherNeeds], list
 
 
 @MODELS.register_module()
-class MaskedDistiller(BaseModel):
+class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     """Wires student, teacher, mask and objectives together.
 
-    The teacher is no submodule: it is absent from ``parameters()``, ``state_dict()``, ``train()`` and DDP, but follows this
-    model from device to device.
+    The teacher is no submodule; see :class:`hgkd.networks.guest.TeacherOwner`.
 
     Args:
         student: config of a student, e.g. ``dict(type='SparseUNet', encoder='resnet18')``.
@@ -111,8 +110,7 @@ class MaskedDistiller(BaseModel):
                     "hgkd.objectives.ComparingObjective"
                 )
         built_teacher = None if teacher is None else _build(teacher)
-        # not through nn.Module.__setattr__, which would register it
-        object.__setattr__(self, "teacher", built_teacher)
+        self.keep_teacher(built_teacher)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -179,13 +177,6 @@ class MaskedDistiller(BaseModel):
     def init_weights(self) -> None:
         """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedDistiller:
-        super()._apply(fn, recurse)
-        teacher: Any = self.teacher
-        if teacher is not None:  # the device only: a teacher keeps the precision that it was built with
-            teacher.to(next(self.student.parameters()).device)
-        return self
-
     def forward(  # type: ignore[override]
         self, inputs: Tensor, mode: str = "tensor", **data: Any
     ) -> dict[str, Tensor] | list[FeatureSample] | Tensor:
@@ -233,11 +224,7 @@ class MaskedDistiller(BaseModel):
 
     def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """What student and teacher make of a batch; the teacher's part by name of the objective."""
-        if tuple(images.shape[-2:]) != self.image_size:
-            raise ValueError(
-                f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, the model was built for "
-                f"{self.image_size[0]} x {self.image_size[1]}; set image_size of model and data alike"
-            )
+        check_size(images, self.image_size)
         # 1. mirror some of the images, and draw the visible cells
         flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         if self.flip > 0.0:
@@ -248,6 +235,11 @@ class MaskedDistiller(BaseModel):
         student_out: StudentOutput = self.student(images, visible)
         return student_out, self.teach(images, visible, index, flipped)
 
+    def _teacher(self) -> Teacher:
+        """The teacher, where the parts have been checked to need one and to have one."""
+        assert self.teacher is not None
+        return self.teacher
+
     @contextmanager
     def _teacher_at_work(self) -> Iterator[None]:
         start = time.perf_counter()
@@ -256,9 +248,8 @@ class MaskedDistiller(BaseModel):
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The visible cells of a batch, bool (B, h, w), on the images' device."""
-        teacher: Any = self.teacher
         with self._teacher_at_work():
-            scores = teacher.attention(images) if self.mask.guided else None
+            scores = self._teacher().attention(images) if self.mask.guided else None
         device = images.device if generator is None else generator.device
         drawn = self.mask(len(images), self.mask_grid, device=device, generator=generator, scores=scores)
         return drawn.to(images.device)
@@ -280,7 +271,7 @@ class MaskedDistiller(BaseModel):
     def _teacher_pass(
         self, needs: TeacherNeeds, images: Tensor, visible: Tensor, index: Tensor | None, flipped: Tensor | None
     ) -> TeacherOutput:
-        teacher: Any = self.teacher
+        teacher = self._teacher()
         cacheable = not needs.visible_only and needs.decoder_block is None
         if self.feature_cache is None or index is None or flipped is None or not cacheable:
             out: TeacherOutput = teacher(images, visible, needs)
@@ -303,14 +294,15 @@ class MaskedDistiller(BaseModel):
         Raises:
             ValueError: no objective uses tokens of whole images, so there is nothing to store.
         """
-        teacher: Any = self.teacher
-        blocks = self._stored_blocks()
+        teacher, blocks = self._teacher(), self._stored_blocks()
+        assert teacher.grid is not None
         identity = {"teacher": weights_digest(teacher), "input_size": list(teacher.input_size), **data_identity}
         self.feature_cache = FeatureCache(folder, identity, pictures, blocks, teacher.info.width, teacher.grid)
 
     def stored_bytes(self, pictures: int) -> int:
         """Disk space that :meth:`store_features` takes, in bytes."""
-        teacher: Any = self.teacher
+        teacher = self._teacher()
+        assert teacher.grid is not None
         return store_bytes(pictures, len(self._stored_blocks()), teacher.info.width, teacher.grid)
 
     def _stored_blocks(self) -> list[int]:
@@ -324,7 +316,7 @@ class MaskedDistiller(BaseModel):
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
-        return {**self.student.description(), "format": CHECKPOINT_FORMAT}
+        return {**self.student.description(), "format": FORMAT}
 
 
 def _build(cfg: Mapping[str, Any]) -> Any:
@@ -341,6 +333,15 @@ def build_objectives(configs: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Modul
         weights[name] = float(cfg.pop("weight", 1.0))
         objectives[name] = _build(cfg)
     return objectives, weights
+
+
+def check_size(images: Tensor, size: tuple[int, int]) -> None:
+    """Raise ValueError when images (B, 3, H, W) are not of the size (H, W) that a model was built for."""
+    if tuple(images.shape[-2:]) != size:
+        raise ValueError(
+            f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, the model was built for {size[0]} x {size[1]}; "
+            "set image_size of model and data alike"
+        )
 
 
 def feature_samples(features: Tensor, data: Mapping[str, Any]) -> list[FeatureSample]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hgkd.errors import DataError, unknown_name_message
 from hgkd.networks.vit import check_timm_name, is_vit, patch_attention
+from hgkd.pixels import PixelNormalisation, pixel_statistics
 from hgkd.structures import TeacherNeeds
 from hgkd.weights.run_folder import checkpoint_file
 
@@ -79,33 +80,24 @@ class FeatureExtractor(nn.Module):
         """Where the network looks, (B, h, w), 0 or more; ``attention_name`` says what it is. See :meth:`maps`."""
         raise ValueError(f"{self.settings.get('name')} gives no map of attention; take a CNN or a plain ViT")
 
-    def _set_pixels(self, model: nn.Module) -> None:
-        from hgkd.pixels import pixel_statistics
-
-        mean, std = pixel_statistics(model)
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-
     def _level(self, level: int, count: int, what: str) -> int:
         if not -count <= level < count:
             raise ValueError(f"{what} {level} does not exist: {self.settings['name']} has {what}s 0 .. {count - 1}")
         return level % count
 
 
-class CNNExtractor(FeatureExtractor):
+class CNNExtractor(PixelNormalisation, FeatureExtractor):
     """Mean over places of ``model.forward_features``; the model's own mean and deviation normalise the images."""
 
     attention_name = "activation energy (Zagoruyko & Komodakis, arXiv 1612.03928): squares, summed over channels"
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, model: nn.Module, kind: str, settings: dict[str, Any]) -> None:
         super().__init__(kind, settings)
         self.model = model.eval().requires_grad_(False)
-        self._set_pixels(model)
+        self.set_pixels(*pixel_statistics(model))
 
     def maps(self, images: Tensor, level: int | None = None) -> Tensor:
-        images = (images - self.mean) / self.std
+        images = self.normalise(images)
         if level is not None:
             from hgkd.networks.encoder import encoder_features, encoder_levels
 
@@ -186,21 +178,18 @@ class FineTunedViT(FeatureExtractor):
         return patches.unflatten(1, network.patch_embed.grid_size)
 
 
-class PooledExtractor(FeatureExtractor):
+class PooledExtractor(PixelNormalisation, FeatureExtractor):
     """What any other timm model pools to by itself, at the size that it was made for."""
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, model: nn.Module, kind: str, settings: dict[str, Any]) -> None:
         cfg: Any = model.pretrained_cfg
         self.input_size = tuple(cfg["input_size"][1:])
         super().__init__(kind, {**settings, "input_size": list(self.input_size)})
         self.model = model.eval().requires_grad_(False)
-        self._set_pixels(model)
+        self.set_pixels(*pixel_statistics(model))
 
     def forward(self, images: Tensor) -> Tensor:
-        pooled: Tensor = self.model((_resized(images, self.input_size) - self.mean) / self.std)
+        pooled: Tensor = self.model(self.normalise(_resized(images, self.input_size)))
         return pooled
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from hgkd.errors import StoppedError
 from hgkd.mmcv_ops import register_ops
 from hgkd.networks.backbones import Source
-from hgkd.pixels import pixel_statistics
+from hgkd.pixels import PixelNormalisation, pixel_statistics
 
 EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "mmdet": "downstream", "mmseg": "downstream"}
 _DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}  # of the libraries over mmcv
@@ -64,8 +63,9 @@ class Job:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] -> what the network expects."""
-        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in pixel_statistics(self.network))
-        return (images - mean) / deviation
+        pixels = PixelNormalisation()
+        pixels.set_pixels(*pixel_statistics(self.network))
+        return pixels.normalise(images)
 
     def features(self, images: Tensor) -> Tensor:
         """What a target must reproduce: the last feature map (B, C, h, w) of images in [0, 1]; of a classifier its logits."""

@@ -19,8 +19,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from mmengine.logging import print_log
-from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -28,9 +26,18 @@ from hgkd.data.transforms import as_size
 from hgkd.errors import WeightsError
 from hgkd.networks.backbones import read_source
 from hgkd.networks.encoder import STEMS, evaluating, use_cifar_stem
-from hgkd.networks.mae import read_mae, sincos_positions
+from hgkd.networks.mae import read_mae
+from hgkd.networks.positions import positions_for
 from hgkd.networks.vit import check_timm_name, classifier_heads, head_names, is_vit
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_normalize, check_pixels, pixel_statistics
+from hgkd.pixels import (
+    IMAGENET_DEVIATION,
+    IMAGENET_MEAN,
+    PixelNormalisation,
+    check_channels,
+    check_normalize,
+    check_pixels,
+    pixel_statistics,
+)
 from hgkd.weights.files import read_checkpoint, tensors_of
 from hgkd.weights.loading import load_strict
 from hgkd.weights.run_file import ClassifierSpec, EncoderSpec, network_state
@@ -61,7 +68,7 @@ class ClassifierOutput:
         return self.logits if self.distilled is self.logits else (self.logits + self.distilled) / 2
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(PixelNormalisation):
     """A timm CNN or ViT with one or two linear heads.
 
     Args:
@@ -86,9 +93,6 @@ class ImageClassifier(nn.Module):
         ValueError: an unknown name or stem, or options that do not fit together.
         FileNotFoundError, WeightsError: the backbone is absent, damaged, or of another architecture.
     """
-
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(
         self,
@@ -144,8 +148,6 @@ class ImageClassifier(nn.Module):
             pixels = check_normalize(normalize, f"normalize of {name!r}")
         mean, deviation = pixels or pixel_statistics(network)
         self.spec = ClassifierSpec(name, num_classes, size, stem, two_heads, kwargs)
-        self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.empty(1, 3, 1, 1), persistent=False)
         self.set_pixels(mean, deviation)
 
     @classmethod
@@ -165,16 +167,7 @@ class ImageClassifier(nn.Module):
         """Normalise with these statistics of the pixels in [0, 1], RGB, from now on."""
         mean, deviation = check_pixels(mean, deviation, f"the pixels of {self.spec.name!r}")
         self.spec = replace(self.spec, mean=mean, deviation=deviation)
-        self.mean.copy_(torch.tensor(self.spec.mean).view(1, -1, 1, 1))
-        self.deviation.copy_(torch.tensor(self.spec.deviation).view(1, -1, 1, 1))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1] -> what the network expects."""
-        return (images - self.mean) / self.deviation
-
-    def denormalise(self, inputs: Tensor) -> Tensor:
-        """The inverse of :meth:`normalise`."""
-        return inputs * self.deviation + self.mean
+        super().set_pixels(mean, deviation)
 
     def forward(self, inputs: Tensor) -> ClassifierOutput:
         """Logits and the last feature map of normalised images (B, 3, H, W)."""
@@ -328,13 +321,7 @@ class ImageClassifier(nn.Module):
         side = int(found.shape[1] ** 0.5)  # patches among positions that may include one or two other tokens
         in_grid = (side, side) if image_size is None else tuple(network.patch_embed.dynamic_feat_size(image_size))
         in_file = found.shape[1] - in_grid[0] * in_grid[1]
-        positions = found.float()
-        if in_grid != grid:
-            if in_file == 1 and torch.allclose(positions, sincos_positions(found.shape[2], in_grid), rtol=0, atol=1e-3):
-                positions = sincos_positions(found.shape[2], grid)
-            else:
-                positions = resample_abs_pos_embed(positions, list(grid), list(in_grid), num_prefix_tokens=in_file)
-            print_log(f"{source}: pos_embed refitted from {in_grid} to {grid}", "current")
+        positions = positions_for(grid, found.float(), in_grid, in_file, f"{source}: pos_embed")
         if prefix > in_file:  # MAE's class token has no position either: zeros
             extra = positions.new_zeros(1, prefix - in_file, positions.shape[2])
             positions = torch.cat([positions[:, :in_file], extra, positions[:, in_file:]], 1)

@@ -18,18 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.networks.positions import positions_for, sincos_positions
 from hgkd.weights.files import read_checkpoint, read_metadata, tensors_of
+from hgkd.weights.run_file import FORMAT, check_format
 from hgkd.weights.vit_names import count_blocks, looks_like, to_timm_names
+from hgkd.writing import written_beside
 
 _METADATA_KEY = "hgkd_mae"
 _PIXELS_KEY = "hgkd_mae_pixels"
+_FORMAT_KEY = "hgkd_mae_format"
 _STUDENT_PREFIX = "student.network."  # in a checkpoint of a distilled ViT
 
 
@@ -115,21 +117,6 @@ def make_arch(arch: str | Mapping[str, Any], **overrides: Any) -> MAEArch:
     return MAEArch(**sizes)
 
 
-def sincos_positions(width: int, grid: tuple[int, int], class_token: bool = True) -> Tensor:
-    """Fixed positions (1, [1 +] gh*gw, width): for each place sin and cos of the column, then of the row.
-
-    Frequencies are 10000^(-4i/width), i = 0 ... width/4 - 1; the class token gets zeros.
-    """
-    rate = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    parts = []
-    for coordinate in (columns, rows):
-        angle = coordinate.flatten()[:, None] * rate
-        parts += [angle.sin(), angle.cos()]
-    table = torch.cat(parts, 1).float()[None]
-    return torch.cat([table.new_zeros(1, 1, width), table], 1) if class_token else table
-
-
 def positions_of(network: MaskedAutoencoder) -> dict[str, Tensor]:
     """A copy, in fp32, of the positions that a network holds: name of the parameter -> (1, 1 + gh*gw, width)."""
     names = ["pos_embed", "decoder_pos_embed"] if network.arch.decoder_depth else ["pos_embed"]
@@ -139,21 +126,15 @@ def positions_of(network: MaskedAutoencoder) -> dict[str, Tensor]:
 def set_positions(
     network: MaskedAutoencoder, native: Mapping[str, Tensor], native_grid: tuple[int, int], grid: tuple[int, int]
 ) -> None:
-    """Give a network positions for another grid, in place: by the sin-cos formula when they follow it, else resampled.
+    """Give a network positions for another grid, in place; see :mod:`hgkd.networks.positions`.
 
     Args:
         native: see :func:`positions_of`; for ``native_grid``.
     """
     for name, positions in native.items():
-        if grid != native_grid:
-            # fp16 files round by 5e-4
-            if torch.allclose(positions, sincos_positions(positions.shape[2], native_grid), rtol=0, atol=1e-3):
-                positions = sincos_positions(positions.shape[2], grid)
-            else:
-                positions = resample_abs_pos_embed(positions, list(grid), list(native_grid), num_prefix_tokens=1)
-            print_log(f"{name} refitted from {native_grid} to {grid}", "current")
+        fitted = positions_for(grid, positions, native_grid, prefix=1, name=name)
         like = getattr(network, name)
-        setattr(network, name, nn.Parameter(positions.to(like.device, like.dtype), requires_grad=False))
+        setattr(network, name, nn.Parameter(fitted.to(like.device, like.dtype), requires_grad=False))
 
 
 class PatchProjection(nn.Module):
@@ -364,18 +345,17 @@ def save_mae(
     Raises:
         ValueError: another ending.
         FileExistsError: the file is there already.
+        WriteError: see :func:`hgkd.writing.writing`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"an MAE is written as .safetensors, which holds its sizes too; got {path}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already; give another name, or overwrite=True")
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    beside = path.with_name(path.name + ".part")
-    notes = {_METADATA_KEY: json.dumps(asdict(network.arch)), _PIXELS_KEY: json.dumps(dict(pixels or {}))}
-    save_file(tensors, beside, metadata={"format": "pt", **notes})
-    beside.replace(path)
+    notes = {_METADATA_KEY: asdict(network.arch), _PIXELS_KEY: dict(pixels or {}), _FORMAT_KEY: FORMAT}
+    with written_beside(path) as beside:
+        save_file(tensors, beside, metadata={"format": "pt", **{key: json.dumps(note) for key, note in notes.items()}})
     return path
 
 
@@ -401,8 +381,10 @@ def read_mae(
     meta = content.get("meta") if isinstance(content, Mapping) else None
     own = meta.get("hgkd") if isinstance(meta, Mapping) else None
     if _METADATA_KEY in metadata:
+        check_format(json.loads(metadata.get(_FORMAT_KEY, str(FORMAT))), str(path))  # not noted by the first version
         return make_arch(json.loads(metadata[_METADATA_KEY])), weights, json.loads(metadata.get(_PIXELS_KEY, "{}"))
     if isinstance(own, Mapping) and "mae" in own:
+        check_format(own.get("format"), str(path))
         return make_arch(own["mae"]), weights, own.get("pixels", {})
     if "patch_embed.proj.weight" not in weights:
         _, weights = to_timm_names(weights, str(path))

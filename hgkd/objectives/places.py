@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hgkd.masking import expand
+
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
 
@@ -32,7 +34,7 @@ def visible_on(visible: Tensor, grid: tuple[int, int]) -> Tensor:
     h, w = visible.shape[-2:]
     if grid[0] % h or grid[1] % w:
         raise ValueError(f"grid {grid[0]} x {grid[1]} is no whole multiple of the {h} x {w} mask grid")
-    return visible.repeat_interleave(grid[0] // h, dim=-2).repeat_interleave(grid[1] // w, dim=-1)
+    return expand(visible, (grid[0] // h, grid[1] // w))
 
 
 def supervised_places(visible: Tensor, supervise: str) -> Tensor:

@@ -18,7 +18,7 @@ there; what constrains a detector are the features, by taps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import nearest_names
 from hgkd.networks.encoder import evaluating
+from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.generation import MGDLoss
 from hgkd.openmmlab.config import model_config
 from hgkd.registry import MODELS
@@ -58,11 +59,10 @@ class Tap:
 
 
 @MODELS.register_module()
-class FeatureDistiller(BaseModel):
+class FeatureDistiller(TeacherOwner[Any], BaseModel):
     """A student of mmdet or mmseg with a frozen teacher; predicts, and is saved, as ``student.*`` and ``generators.*``.
 
-    The teacher is no submodule: it is absent from ``parameters()``, ``state_dict()``, ``train()`` and DDP, but follows this
-    model from device to device.
+    The teacher is no submodule; see :class:`hgkd.networks.guest.TeacherOwner`.
 
     Args:
         student, teacher: config file of a detector or segmentor ('mmdet::...' too), or the config of its model.
@@ -79,8 +79,6 @@ class FeatureDistiller(BaseModel):
             nothing to learn from the teacher.
         FileNotFoundError: no such config or checkpoint.
     """
-
-    teacher: Any
 
     def __init__(
         self,
@@ -109,8 +107,7 @@ class FeatureDistiller(BaseModel):
         frozen: Any = roots.MODELS.build(teacher_cfg)
         if teacher_checkpoint is not None:
             load_strict(frozen, read_weights(teacher_checkpoint), source=str(teacher_checkpoint))
-        # not through nn.Module.__setattr__, which would register it
-        object.__setattr__(self, "teacher", frozen.eval().requires_grad_(False))
+        self.keep_teacher(frozen.eval().requires_grad_(False))
         self.taps = [Tap(**tap) for tap in taps]
         self.generators = nn.ModuleDict(self._build_generators())
         self.second_head = self._build_second_head() if hard_label else None
@@ -124,11 +121,6 @@ class FeatureDistiller(BaseModel):
         self.student.init_weights()
         if self.inherit:
             inherit_head(self.student, self.teacher)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureDistiller:
-        super()._apply(fn, recurse)
-        self.teacher.to(next(self.student.parameters()).device)
-        return self
 
     def forward(  # type: ignore[override]
         self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor"

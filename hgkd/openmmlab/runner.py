@@ -38,7 +38,8 @@ from hgkd.training.runner import DistillRunner
 from hgkd.training.wrapping import plain_model
 from hgkd.weights.files import read_checkpoint
 from hgkd.weights.loading import load_strict
-from hgkd.weights.run_folder import find_last_checkpoint, is_damaged, write_bytes
+from hgkd.weights.run_folder import find_last_checkpoint, is_damaged
+from hgkd.writing import write_bytes
 
 STUDENT_FILE = "student.pth"
 _LOOPS = {"EpochBasedTrainLoop": StoppableEpochLoop, "IterBasedTrainLoop": StoppableIterLoop}

@@ -9,8 +9,8 @@ from typing import Any
 
 from mmengine import registry as roots
 
-from hgkd.errors import DataError
-from hgkd.openmmlab.data_checks.listed_images import check_images, few, why_absent
+from hgkd.errors import DataError, few
+from hgkd.openmmlab.data_checks.listed_images import check_images, why_absent
 
 
 def check_xml_files(dataset: Mapping[str, Any], file: Path, classes: Sequence[str], name: str) -> list[str]:

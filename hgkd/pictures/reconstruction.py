@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hgkd.config.reading import check_plain_data
-from hgkd.masking import RandomMask, grid_of
+from hgkd.masking import RandomMask, grid_of, kept_indices
 from hgkd.pictures.columns import Columns, hide_cells
 from hgkd.pictures.distillation import distillation_columns
 from hgkd.pictures.features import _finite
@@ -127,15 +127,15 @@ class _MAEPixels:
         generator = torch.Generator().manual_seed(seed)
         visible = RandomMask(mask_ratio, rounding="floor")(len(images), cells, device="cpu", generator=generator)
         patches = self.teacher.patch_mask(visible)
-        kept = patches.nonzero()[:, 1].view(len(images), -1)
-        normalised = (images - self.teacher.mean) / self.teacher.deviation
+        kept = kept_indices(patches)
+        normalised = self.teacher.normalise(images)
         network = self.teacher.network
         predicted = network.predict_pixels(network.encode(normalised, kept), kept)
         if self.norm_pix:  # back with the true mean and deviation of each patch, which the network never sees
             own = patchify(normalised, patch)
             predicted = predicted * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
         predicted = torch.where(patches[:, :, None], patchify(normalised, patch), predicted)
-        pixels = unpatchify(predicted, patch, grid) * self.teacher.deviation + self.teacher.mean
+        pixels = self.teacher.denormalise(unpatchify(predicted, patch, grid))
         return {"image": images, "seen": hide_cells(images, visible), "reconstruction": pixels.clamp(0.0, 1.0)}
 
 

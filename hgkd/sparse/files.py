@@ -6,7 +6,6 @@ The weights have the dense network's own names, so that any other program reads 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hgkd.differences import largest_difference
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.sparse.convert import BACKENDS, SparseModule, sparsify
 from hgkd.sparse.layout import CellLayout
+from hgkd.writing import written_beside
 
 _KEY = "hgkd_sparse"
 
@@ -47,6 +47,7 @@ def save_sparse(
         TypeError: the network is no sparse one, or ``timm_kwargs`` do not fit in JSON.
         FileExistsError: the file is there, and ``overwrite`` is False.
         ValueError: ``timm_model`` with ``timm_kwargs`` is not this network.
+        WriteError: see :func:`hgkd.writing.writing`.
     """
     if not isinstance(network, SparseModule):
         raise TypeError(f"save_sparse writes networks made by hgkd.sparse.sparsify, got {type(network).__name__}; sparsify it")
@@ -56,15 +57,10 @@ def save_sparse(
     facts = {"cell": network.sparse_cell, "backend": network.sparse_backend, "timm_model": timm_model}
     facts["timm_kwargs"] = dict(timm_kwargs or {})
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
-    beside = path.with_name(path.name + ".part")
-    save_file(weights, beside, {"format": "pt", _KEY: json.dumps(facts)})
-    try:
+    with written_beside(path) as beside:
+        save_file(weights, beside, {"format": "pt", _KEY: json.dumps(facts)})
         if timm_model is not None:
             _check_equal(network, beside)
-    except BaseException:
-        beside.unlink()
-        raise
-    os.replace(beside, path)
 
 
 def load_sparse(path: str | Path, network: nn.Module | None = None, backend: str | None = None) -> nn.Module:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hgkd.masking import grid_of
 from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
-from hgkd.pixels import pixel_statistics
+from hgkd.pixels import PixelNormalisation, pixel_statistics
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, SparseTensor, sparsify
 from hgkd.structures import StudentOutput
@@ -89,7 +89,7 @@ class DecoderStage(nn.Module):
 
 
 @MODELS.register_module()
-class SparseUNet(nn.Module):
+class SparseUNet(PixelNormalisation):
     """A masked student made of any timm CNN.
 
     Args:
@@ -118,9 +118,6 @@ class SparseUNet(nn.Module):
         ValueError: unknown names, no CNN, ``cell`` or ``out_stride`` that do not fit; the message says what would.
         NoSparseRuleError: the network holds a layer that the sparse engine cannot mask.
     """
-
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(
         self,
@@ -154,9 +151,7 @@ class SparseUNet(nn.Module):
         self.feature_channels = tuple(level.channels for level in self._levels)
         self.feature_strides = tuple(level.stride for level in self._levels)
         used = [level for level in self._levels if level.stride >= out_stride] if skips == "all" else self._levels[-1:]
-        mean, deviation = pixel_statistics(network)
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(deviation).view(1, -1, 1, 1), persistent=False)
+        self.set_pixels(*pixel_statistics(network))
         self.encoder = sparsify(network, self.cell, backend)
         self._check_sparse()
         self.frozen = freeze_unused(self.encoder, used)
@@ -235,10 +230,6 @@ class SparseUNet(nn.Module):
     def description(self) -> dict[str, Any]:
         """What a checkpoint says about this student."""
         return {"encoder": self.encoder_spec}
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1] -> what the encoder expects."""
-        return (images - self.mean) / self.deviation
 
     def dense_features(self, images: Tensor) -> list[Tensor]:
         """The levels of whole images by the ordinary dense network, finest first; images (B, 3, H, W) in [0, 1]."""

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_pixels
+from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelNormalisation, check_channels, check_pixels
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import StudentOutput
@@ -27,7 +27,7 @@ from hgkd.weights.loading import load_strict
 
 
 @MODELS.register_module()
-class MaskedViT(nn.Module):
+class MaskedViT(PixelNormalisation):
     """A masked student that is a ViT.
 
     Args:
@@ -48,9 +48,6 @@ class MaskedViT(nn.Module):
         ValueError: sizes that do not fit, or no decoder.
         FileNotFoundError, WeightsError: ``checkpoint`` is absent, damaged, no MAE, or of other sizes.
     """
-
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(
         self,
@@ -85,8 +82,7 @@ class MaskedViT(nn.Module):
         self.feature_strides = (patch,) * sizes.depth
         self._native_positions = positions_of(self.network)
         self._native_grid = self.network.arch.grid
-        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)
+        self.set_pixels(mean, deviation)
 
     def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
         """The mask grid (h, w) of images of this size, for which the positions are fitted.
@@ -153,10 +149,6 @@ class MaskedViT(nn.Module):
             pixels=pixels,
         )
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1] -> what the network expects."""
-        return (images - self.mean) / self.deviation
-
     def dense_features(self, images: Tensor) -> list[Tensor]:
         """The encoder's output after its norm, of whole images (B, 3, H, W) in [0, 1]: one map (B, D, gh, gw)."""
         self._check_size(images)
@@ -169,8 +161,7 @@ class MaskedViT(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint says about this student: it reads as a MAE, for evaluation and as a teacher."""
-        mean, deviation = (values.flatten().tolist() for values in (self.mean, self.deviation))
-        return {"mae": asdict(self.network.arch), "pixels": {"mean": mean, "deviation": deviation}}
+        return {"mae": asdict(self.network.arch), "pixels": self.pixel_values()}
 
     def _check_size(self, images: Tensor) -> None:
         size = self.network.arch.image_size

@@ -11,15 +11,16 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
+from hgkd.masking import expand, kept_indices
 from hgkd.networks.vit import check_attention_is_read, patch_attention
-from hgkd.pixels import check_pixels, pixels_text
+from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.health import check_outputs, weight_health
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Teacher(nn.Module):
+class Teacher(PixelNormalisation):
     """Base of teachers; subclasses set ``info`` and give the three steps below.
 
     Args:
@@ -41,17 +42,13 @@ class Teacher(nn.Module):
     source = "the teacher"
     allow_random = False
     network: Any
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(self, dtype: str, mean: Sequence[float], deviation: Sequence[float]) -> None:
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype = DTYPES[dtype]
-        mean, deviation = check_pixels(mean, deviation, "the teacher's normalize (model.teacher.normalize)")
-        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(list(deviation)).view(1, -1, 1, 1), persistent=False)
+        self.set_pixels(*check_pixels(mean, deviation, "the teacher's normalize (model.teacher.normalize)"))
         self.grid: tuple[int, int] | None = None
         self.input_size = (0, 0)
         self.ratio = 1
@@ -196,12 +193,12 @@ class Teacher(nn.Module):
         patches = self.patch_mask(visible)
         counts = patches.sum(1)
         if int(counts.min()) == int(counts.max()):
-            return self._forward(inputs, _indices(patches), needs)
+            return self._forward(inputs, kept_indices(patches), needs)
         # images with different numbers of visible cells: one pass for each number
         parts = []
         for count in counts.unique().tolist():
             members = (counts == count).nonzero().flatten()
-            parts.append((members, self._forward(inputs[members], _indices(patches[members]), needs)))
+            parts.append((members, self._forward(inputs[members], kept_indices(patches[members]), needs)))
         return _merge(parts, len(images))
 
     @torch.no_grad()
@@ -227,13 +224,13 @@ class Teacher(nn.Module):
         cells = (self.grid[0] // self.ratio, self.grid[1] // self.ratio)
         if tuple(visible.shape[1:]) != cells:
             raise ValueError(f"visible has shape {tuple(visible.shape)}, this teacher was prepared for {cells} cells")
-        return visible.repeat_interleave(self.ratio, 1).repeat_interleave(self.ratio, 2).flatten(1)
+        return expand(visible, self.ratio).flatten(1)
 
     def _inputs(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.input_size:
             images = F.interpolate(images.float(), self.input_size, mode="bicubic", align_corners=False, antialias=True)
             images = images.clamp(0.0, 1.0)  # bicubic overshoots
-        return ((images - self.mean) / self.deviation).to(self.dtype)
+        return self.normalise(images).to(self.dtype)
 
     def on_grid(self, tokens: Tensor, kept: Tensor | None) -> Tensor:
         """(B, n, D) tokens of the kept patches -> fp32 (B, D, gh, gw), 0 elsewhere."""
@@ -244,11 +241,6 @@ class Teacher(nn.Module):
             full = tokens.new_zeros(batch, self.grid[0] * self.grid[1], width)
             tokens = full.scatter(1, kept[:, :, None].expand_as(tokens), tokens)
         return tokens.transpose(1, 2).reshape(batch, width, *self.grid)
-
-
-def _indices(patches: Tensor) -> Tensor:
-    """bool (B, N) with equally many True in each row -> their indices, ascending, int64 (B, n)."""
-    return patches.nonzero()[:, 1].view(patches.shape[0], -1)
 
 
 def _merge(parts: list[tuple[Tensor, TeacherOutput]], batch: int) -> TeacherOutput:

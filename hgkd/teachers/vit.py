@@ -14,14 +14,14 @@ from typing import Any
 
 import timm
 import torch
-from mmengine.logging import print_log
-from timm.layers import PatchEmbed, SwiGLUPacked, resample_abs_pos_embed
+from timm.layers import PatchEmbed, SwiGLUPacked
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.networks.positions import positions_for
 from hgkd.pixels import check_channels, check_normalize
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
@@ -298,12 +298,8 @@ class TimmTeacher(Teacher):
     def _set_grid(self, grid: tuple[int, int]) -> None:
         current = next(self.network.blocks.parameters())
         if self._native_positions is not None:
-            positions = self._native_positions
-            if grid != self._native_grid:
-                positions = resample_abs_pos_embed(
-                    positions, list(grid), list(self._native_grid), num_prefix_tokens=self._prefix_positions
-                )
-                print_log(f"teacher's position embedding resampled from {self._native_grid} to {grid}", "current")
+            native, prefix = self._native_grid, self._prefix_positions
+            positions = positions_for(grid, self._native_positions, native, prefix, "the teacher's pos_embed")
             self.network.pos_embed = nn.Parameter(positions.to(current.device, current.dtype), requires_grad=False)
         if self._native_biases:
             self._set_biases(grid, current)

@@ -14,7 +14,8 @@ from mmengine.runner import Runner
 
 from hgkd.errors import StoppedError
 from hgkd.registry import HOOKS
-from hgkd.weights.run_folder import LIST_NAME, known_checkpoints, write_text
+from hgkd.weights.run_folder import LIST_NAME, known_checkpoints
+from hgkd.writing import PARTIAL, write_text
 
 
 class CheckpointWriteError(StoppedError):
@@ -67,7 +68,7 @@ class RunCheckpointHook(CheckpointHook):
         super().before_train(runner)
         self._saved_at = time.monotonic()
         if is_main_process():
-            for partial in Path(self.out_dir).glob("*.pth.partial"):
+            for partial in Path(self.out_dir).glob(f"*.pth{PARTIAL}"):
                 partial.unlink()  # of a run that was killed while it wrote
             if runner.iter == 0:
                 write_text(Path(self.out_dir) / LIST_NAME, "")  # a new run in a used folder: what lies there is not its own

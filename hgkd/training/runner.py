@@ -42,6 +42,7 @@ from hgkd.training.work_folder import check_unused, lock_folder, release_folder
 from hgkd.training.wrapping import plain_model
 from hgkd.weights.loading import load_strict, match
 from hgkd.weights.run_folder import find_last_checkpoint, read_run_checkpoint, seal, tell_system_errors
+from hgkd.writing import replacing
 
 
 def _what(meta: Any) -> str:
@@ -368,13 +369,12 @@ class DistillRunner(Runner):
         if guard is not None and guard.untrained and not filename.startswith(DUMP):
             self.logger.warning(f"{filename} is not written: every update so far was left out, so nothing has been trained")
             return
-        partial, final = os.path.join(out_dir, f"{filename}.partial"), os.path.join(out_dir, filename)
+        final = Path(out_dir) / filename
         try:
-            super().save_checkpoint(out_dir, f"{filename}.partial", *args, meta=meta, **kwargs)
-            seal(partial)
-            os.replace(partial, final)
+            with replacing(final) as partial:
+                super().save_checkpoint(out_dir, partial.name, *args, meta=meta, **kwargs)
+                seal(partial)
         except OSError as error:
-            Path(partial).unlink(missing_ok=True)
             free = shutil.disk_usage(out_dir).free / 2**20
             raise CheckpointWriteError(
                 f"cannot write {final}: {error.strerror or error}, {free:.0f} MB are free on its disk. Earlier checkpoints are "

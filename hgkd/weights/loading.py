@@ -10,7 +10,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, few
 
 
 class NoPlainNumbersError(WeightsError):
@@ -57,8 +57,7 @@ class LoadReport:
             ("ignored", self.ignored),
         ):
             if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                parts.append(f"{len(names)} {what}: {', '.join(names[:5])}{more}")
+                parts.append(f"{len(names)} {what}: {few(names, 5)}")
         return "; ".join(parts)
 
 
@@ -135,9 +134,8 @@ def load_strict(
     own = module.state_dict()
     broken = [key for key in own if finite and key in state and not bool(torch.isfinite(state[key]).all())]
     if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise WeightsError(
-            f"{source}: {len(broken)} of its entries hold NaN or inf: {', '.join(broken[:5])}{more}. The training that wrote "
+            f"{source}: {len(broken)} of its entries hold NaN or inf: {few(broken, 5)}. The training that wrote "
             "it had diverged, or the file is damaged; take an earlier checkpoint, or get the file again"
         )
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)

@@ -14,10 +14,25 @@ from hgkd.errors import WeightsError
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
 from hgkd.weights.files import tensors_of
 
-FORMAT = 1
+FORMAT = 1  # of what checkpoints, exports and MAE files say about themselves
 STUDENT_PREFIX, ENCODER_PREFIX = "student.", "student.encoder."
 _TIMINGS = ("val/time", "val/data_time")  # mmengine's, of no interest after the run
 EXPECTED_RUN = "expected a .pth file that hgkd train wrote while distilling a student"
+
+
+def check_format(found: object, source: str) -> None:
+    """Refuse a file of another version; ``source`` names it in the message.
+
+    Args:
+        found: the number that the file notes beside its description.
+
+    Raises:
+        WeightsError: it is not ``FORMAT``.
+    """
+    if found != FORMAT:
+        raise WeightsError(
+            f"{source} has format {found!r}, this version of hgkd reads format {FORMAT}; use the version of hgkd that wrote it"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,11 +61,7 @@ class EncoderSpec:
         encoder = hgkd.get("encoder") if isinstance(hgkd, Mapping) else None
         if not isinstance(hgkd, Mapping) or not isinstance(encoder, Mapping) or "name" not in encoder:
             raise WeightsError(f"{source} does not say which encoder it holds; {EXPECTED_RUN}, or a folder of hgkd export")
-        if hgkd.get("format") != FORMAT:
-            raise WeightsError(
-                f"{source} has format {hgkd.get('format')!r}, this version of hgkd reads format {FORMAT}; "
-                "use the version of hgkd that wrote it"
-            )
+        check_format(hgkd.get("format"), source)
         unknown = sorted(set(encoder) - {"name", "stem", "kwargs", "pixels"})
         if unknown:
             raise WeightsError(f"{source} describes its encoder with unknown keys {unknown}; known: name, stem, kwargs, pixels")
@@ -114,7 +125,6 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-CLASSIFIER_FORMAT = 1
 NETWORK_PREFIX = "classifier.network."
 
 
@@ -154,10 +164,7 @@ class ClassifierSpec:
         found = hgkd.get("classifier") if isinstance(hgkd, Mapping) else None
         if not isinstance(hgkd, Mapping) or not isinstance(found, Mapping):
             return None
-        if hgkd.get("format") != CLASSIFIER_FORMAT:
-            raise WeightsError(
-                f"a classifier of format {hgkd.get('format')!r}; this version of hgkd reads format {CLASSIFIER_FORMAT}"
-            )
+        check_format(hgkd.get("format"), "the checkpoint of a classifier")
         sequences = {key: tuple(found[key]) for key in ("image_size", "mean", "deviation", "classes")}
         return cls(**{**found, **sequences})
 

@@ -167,19 +167,3 @@ def _reader_died(error: BaseException) -> bool:
             return True
         place = place.tb_next
     return False
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small file beside and rename it, so that it is never seen half-written."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file beside and rename it, so that it is never seen half-written, and nothing is left where that fails."""
-    beside = Path(f"{path}.partial")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise

@@ -8,7 +8,8 @@ from student_checkpoints import write_student
 from hgkd.errors import WeightsError
 from hgkd.export import export, load_backbone, read_student
 from hgkd.networks import ImageClassifier, load_classifier
-from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae, sincos_positions
+from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.networks.positions import sincos_positions
 from hgkd.networks.vit import is_vit
 from hgkd.weights.run_file import ClassifierSpec
 
@@ -176,7 +177,7 @@ def test_a_fine_tuned_file_gives_the_same_answers_and_a_backbone(name, kwargs, t
         assert load_classifier(tmp_path / "classifier.pth", 96).spec.image_size == (96, 96)
     meta["hgkd"]["format"] = 2
     torch.save({"meta": meta, "state_dict": state}, tmp_path / "classifier.pth")
-    with pytest.raises(WeightsError, match="a classifier of format 2; this version of hgkd reads format 1"):
+    with pytest.raises(WeightsError, match="the checkpoint of a classifier has format 2, this version of hgkd reads format 1"):
         load_classifier(tmp_path / "classifier.pth")
 
 

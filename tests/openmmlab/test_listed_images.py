@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from hgkd.errors import DataError
-from hgkd.openmmlab.data_checks.listed_images import check_images, check_readable, few, image_size, look_at
+from hgkd.errors import DataError, few
+from hgkd.openmmlab.data_checks.listed_images import check_images, check_readable, image_size, look_at
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hgkd.distillers import MAEPretraining, MaskedDistiller
-from hgkd.networks.mae import mae_loss, pixel_target, sincos_positions, unpatchify
+from hgkd.networks.mae import mae_loss, pixel_target, unpatchify
+from hgkd.networks.positions import sincos_positions
 from hgkd.objectives import PixelReconstruction
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout

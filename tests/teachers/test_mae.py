@@ -8,11 +8,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hgkd.errors import WeightsError
-from hgkd.networks.mae import ARCHS, MaskedAutoencoder, mae_loss, make_arch, patchify, pixel_target, save_mae, sincos_positions
+from hgkd.networks.mae import (
+    ARCHS,
+    MaskedAutoencoder,
+    mae_loss,
+    make_arch,
+    patchify,
+    pixel_target,
+    read_mae,
+    save_mae,
+)
+from hgkd.networks.positions import sincos_positions
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherNeeds
@@ -263,6 +274,24 @@ def test_a_file_of_ours_tells_its_pixels_and_grid(tmp_path: Path) -> None:
         save_mae(teacher.network, path)
     with pytest.raises(ValueError, match=r"\.safetensors"):
         save_mae(teacher.network, tmp_path / "mae.pth")
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    network = _network()
+    older, newer = tmp_path / "older.safetensors", tmp_path / "newer.safetensors"
+    save_mae(network, newer)
+    with safe_open(newer, "pt") as file:
+        metadata = file.metadata()
+    without = {key: value for key, value in metadata.items() if key != "hgkd_mae_format"}
+    save_file(network.state_dict(), older, metadata=without)  # as the first version wrote it
+    read_mae(older)
+    save_file(network.state_dict(), newer, metadata={**without, "hgkd_mae_format": "2"})
+    checkpoint = tmp_path / "newer.pth"
+    own = {"mae": dict(SIZES), "format": 2}
+    torch.save({"meta": {"hgkd": own}, "state_dict": network.state_dict()}, checkpoint)
+    for path in (newer, checkpoint):
+        with pytest.raises(WeightsError, match=rf"{path.name} has format 2, this version of hgkd reads format 1; use the"):
+            read_mae(path)
 
 
 def test_fixed_positions_are_computed_for_any_grid_and_others_resampled(tmp_path: Path) -> None:

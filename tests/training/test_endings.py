@@ -23,7 +23,8 @@ from hgkd.training.hooks.alarms import SteadyTimerHook
 from hgkd.training.runner import _later_than_any, _stamp
 from hgkd.training.wrapping import plain_model
 from hgkd.weights import find_last_checkpoint
-from hgkd.weights.run_folder import tell_system_errors, write_bytes
+from hgkd.weights.run_folder import tell_system_errors
+from hgkd.writing import write_bytes
 
 ALONE = {"val_train_root": None, "val_test_root": None}
 
@@ -161,7 +162,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing_half_done(tmp_path, monkey
             file.write(content[:3])
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
-    monkeypatch.setattr("hgkd.weights.run_folder.Path.write_bytes", full)
+    monkeypatch.setattr("hgkd.writing.Path.write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         write_bytes(tmp_path / "student.pth", b"after")
     assert [path.name for path in tmp_path.iterdir()] == ["student.pth"]

@@ -39,7 +39,7 @@ from hgkd.differences import largest_difference
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.networks.encoder import encoder_levels
-from hgkd.pixels import pixel_statistics
+from hgkd.pixels import PixelNormalisation, pixel_statistics
 from hgkd.weights.files import read_weights
 
 OUTPUTS = ("features", "pooled", "logits")
@@ -50,7 +50,7 @@ _FUSED_TOLERANCE = 1e-4
 FP16_LARGEST = 65504.0
 
 
-class Graph(nn.Module):
+class Graph(PixelNormalisation):
     """Images in [0, 1] -> the last feature map (B, C, h, w), its mean over places (B, C), or logits (B, K).
 
     Args:
@@ -60,18 +60,15 @@ class Graph(nn.Module):
         whole: the network gives logits itself.
     """
 
-    mean: Tensor
-    deviation: Tensor
+    pixels_in_state = True
 
     def __init__(self, network: nn.Module, output: str, classifier: nn.Linear | None, whole: bool = False) -> None:
         super().__init__()
-        mean, deviation = pixel_statistics(network)
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("deviation", torch.tensor(deviation).view(1, -1, 1, 1))
+        self.set_pixels(*pixel_statistics(network))
         self.network, self.output, self.classifier, self.whole = network, output, classifier, whole
 
     def forward(self, images: Tensor) -> Tensor:
-        normalised = (images - self.mean) / self.deviation
+        normalised = self.normalise(images)
         if self.whole:
             logits: Tensor = self.network(normalised)
             return logits

@@ -14,13 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hgkd.errors import DataError
+from hgkd.errors import DataError, few
 from hgkd.openmmlab.data_checks.box_places import Places
 from hgkd.openmmlab.data_checks.instance_masks import is_number, mask_problem
 from hgkd.openmmlab.data_checks.listed_images import (
     check_images,
     check_readable,
-    few,
     image_size,
     is_opened_by_pillow,
     is_turned_upright,

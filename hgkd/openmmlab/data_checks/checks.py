@@ -14,11 +14,10 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from hgkd.errors import DataError
+from hgkd.errors import DataError, few
 from hgkd.openmmlab.config import dataset_class, datasets_of
 from hgkd.openmmlab.data_checks.annotation_files import Boxes, Use, check_annotation_file, listing
 from hgkd.openmmlab.data_checks.label_maps import IGNORED, check_label_maps
-from hgkd.openmmlab.data_checks.listed_images import few
 from hgkd.openmmlab.measures import (
     check_all_measured,
     check_best,

@@ -16,12 +16,11 @@ import numpy as np
 from mmengine import registry as roots
 from PIL import Image
 
-from hgkd.errors import DataError
+from hgkd.errors import DataError, few
 from hgkd.openmmlab.data_checks.listed_images import (
     absent,
     check_images,
     check_readable,
-    few,
     image_size,
     is_opened_by_pillow,
     is_turned_upright,

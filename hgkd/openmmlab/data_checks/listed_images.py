@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from hgkd.errors import DataError
+from hgkd.errors import DataError, few
 
 MISSING_SHARE = 0.1
 """More of the training images may not be absent."""
@@ -120,8 +120,3 @@ def look_at(items: Sequence[_Item], look: Callable[[_Item], _Seen]) -> Iterator[
     chosen = [items[i * len(items) // count] for i in range(count)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:  # Pillow decodes without holding Python's lock
         yield from zip(chosen, readers.map(look, chosen), strict=True)
-
-
-def few(names: Sequence[object], most: int = 6) -> str:
-    """The first of some names, and how many more there are."""
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
