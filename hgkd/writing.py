@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from hgkd.errors import StoppedError
 
@@ -64,6 +66,21 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Context with a stream in memory to fill, which becomes ``path`` as :func:`written_beside` has it.
+
+    For writers that pass over what the disk refuses, such as Pillow's, and so matplotlib's.
+
+    Raises:
+        WriteError: see :func:`writing`; what was at ``path`` is untouched.
+    """
+    content = io.BytesIO()
+    yield content
+    with written_beside(path) as beside:
+        beside.write_bytes(content.getvalue())
 
 
 def _reason(error: Exception) -> str | None:

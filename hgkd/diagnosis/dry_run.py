@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hgkd.training.hooks.feature_cache import TeacherCacheHook
 from hgkd.training.hooks.progress import peak_memory_mb
 from hgkd.training.in_force import in_force, lines_of
 from hgkd.training.loop import StepGuard, seed_step
+from hgkd.training.work_folder import trial_folder
 from hgkd.training.wrapping import plain_model
 
 _CPU_IMAGES = 8  # of a step on a CPU, whose time grows with the number of images
@@ -45,7 +45,7 @@ def dry_run(cfg: Config) -> str:
     cfg = cfg.copy()
     cfg.visualizer = dict(type="Visualizer", vis_backends=[])
     cfg.resume, cfg.load_from = False, None
-    with tempfile.TemporaryDirectory(prefix="hgkd-dry-run-") as folder:
+    with trial_folder() as folder:
         cfg.work_dir = folder
         runner: Any = RUNNERS.build(cfg)
         loop = runner.build_train_loop(runner._train_loop)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from hgkd.training.in_force import in_force, lines_of
 from hgkd.training.loop import StepGuard, end_readers_at_exit, outlive_signals
 from hgkd.training.resuming import ReadCheckpoint
 from hgkd.training.runner import DistillRunner
+from hgkd.training.work_folder import trial_folder
 from hgkd.training.wrapping import plain_model
 from hgkd.weights.files import read_checkpoint
 from hgkd.weights.loading import load_strict
@@ -256,7 +256,7 @@ def rehearse(cfg: Config) -> str:
     target = Path(cfg.work_dir).absolute()
     cfg = cfg.copy()
     cfg.visualizer = {**cfg.visualizer, "vis_backends": None}
-    with tempfile.TemporaryDirectory(prefix="hgkd-dry-run-") as folder:
+    with trial_folder() as folder:
         cfg.work_dir = folder
         runner: Any = DownstreamRunner.from_cfg(cfg)
         runner._train_loop = loop = runner.build_train_loop(runner._train_loop)

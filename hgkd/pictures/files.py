@@ -19,7 +19,7 @@ from hgkd.data.transforms import eval_transform
 from hgkd.errors import DataError
 from hgkd.pictures.columns import Columns, picture_grid
 from hgkd.pictures.report import Picture, Section, write_report
-from hgkd.writing import written_beside
+from hgkd.writing import written_whole
 
 PAGE = "pictures.html"  # not report.html, which a demo or comparison may have written into the folder
 _CAPTION = "Description"  # PNG's own keyword for it
@@ -76,8 +76,8 @@ def save_picture(columns: Columns, folder: str | os.PathLike[str], name: str, ca
     notes.add_itxt(_CAPTION, caption)
     path = folder / f"{name}.png"
     picture = Image.fromarray(picture_grid(columns))
-    with written_beside(path) as beside:
-        picture.save(beside, pnginfo=notes)
+    with written_whole(path) as stream:
+        picture.save(stream, format="PNG", pnginfo=notes)
     write_page(folder)
     return path
 

@@ -18,6 +18,7 @@ from downstream_runs import (
     tiny_segmentor,
     train_tool,
 )
+from full_disk import full_disk
 from mmengine.registry import MODELS
 from mmengine.visualization import Visualizer
 from PIL import Image
@@ -229,7 +230,9 @@ def test_an_unreadable_test_image_is_named(tmp_path, split, capsys):
     assert f"image {file} cannot be read: missing, cut off, or no image" in capsys.readouterr().err
 
 
-def test_pictures_of_a_tool(tmp_path):
+def test_pictures_of_a_tool(tmp_path, capsys, monkeypatch):
+    from mmdet.visualization import DetLocalVisualizer
+
     root = shapes_coco(tmp_path / "data")
     options = {**tiny_detector(root), **FASTER_HEAD}
     with scope("mmdet"):
@@ -247,6 +250,17 @@ def test_pictures_of_a_tool(tmp_path):
         "000002.png",
         "000003.png",
     }
+    arguments[arguments.index(str(tmp_path / "drawn"))] = str(tmp_path / "full")
+    draw = DetLocalVisualizer.add_datasample
+
+    def draw_on_a_full_disk(*given, **options):
+        with full_disk(500):
+            draw(*given, **options)
+
+    monkeypatch.setattr(DetLocalVisualizer, "add_datasample", draw_on_a_full_disk)
+    assert load_tool("visualize").main([*arguments, *as_arguments(options)]) == 2
+    assert "train_000000.png: File too large" in capsys.readouterr().err
+    assert list((tmp_path / "full").iterdir()) == []
 
 
 def test_names_of_pictures_differ():
