@@ -9,6 +9,7 @@ step.
 from __future__ import annotations
 
 import atexit
+import copy
 import multiprocessing
 import random
 import signal
@@ -31,7 +32,9 @@ from torch import Tensor, nn
 from hgkd.data.sampler import EpochSampler, mixed_seed
 from hgkd.errors import DivergedError
 from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.last_batch import check_last_batch, told_single_values
 from hgkd.training.resuming import images_that_differ
+from hgkd.training.wrapping import plain_model, unchanged
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -276,18 +279,15 @@ def idle_in_any(parallel: Any, guard: StepGuard, data_batch: Any, seed: int, ste
         seed, step: the random numbers are those that the step will have.
     """
     model: Any = getattr(parallel, "module", parallel)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    seed_step(seed, get_rank(), step)
-    with guard.wrapper.optim_context(model):
-        losses = model(**model.data_preprocessor(data_batch, True), mode="loss")
-    model.parse_losses(losses)[0].backward()
+    with unchanged(model):
+        seed_step(seed, get_rank(), step)
+        with guard.wrapper.optim_context(model):
+            losses = model(**model.data_preprocessor(copy.deepcopy(data_batch), True), mode="loss")
+        model.parse_losses(losses)[0].backward()
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     reached = torch.tensor([float(parameter.grad is not None) for _, parameter in trained], device=trained[0][1].device)
     all_reduce(reached, "max")
     model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
     return [name for (name, _), found in zip(trained, reached.tolist(), strict=True) if not found]
 
 
@@ -410,10 +410,13 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         runner: Any = self.runner
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         first, self._first = self._first, False
+        if first:
+            check_last_batch(plain_model(runner), self, data_batch)
         if first and get_world_size() > 1:
             runner.say_idle_parameters(idle_in_any(runner.model, guard, data_batch, runner.seed or 0, self._iter))
         seed_step(runner.seed or 0, get_rank(), self._iter)
-        outputs = runner.model.train_step(data_batch, optim_wrapper=guard)
+        with told_single_values():
+            outputs = runner.model.train_step(data_batch, optim_wrapper=guard)
         if first and get_world_size() == 1:
             runner.say_idle_parameters(idle_parameters(runner.model))
         losses = guard.settle(outputs, stop=self._signals.received is not None)
