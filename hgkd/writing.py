@@ -8,11 +8,16 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from hgkd.errors import StoppedError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # how libraries that write by themselves report what the disk said: safetensors (Rust), torch (C++), protobuf
 _FOREIGN = re.compile(
@@ -81,6 +86,21 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     yield content
     with written_beside(path) as beside:
         beside.write_bytes(content.getvalue())
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Context in which one process at a time is, of all that name this file; others wait.
+
+    The file is made, and stays: removing it would let two in. A file system without locks lets all of them in.
+    """
+    with open(path, "ab") as handle:
+        if fcntl is None:
+            yield
+            return
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield  # closing unlocks
 
 
 def _reason(error: Exception) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import copy
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -119,18 +120,33 @@ class _EndedBySignal(BaseException):
     """A signal that nobody notes, while nothing is to be saved."""
 
 
+_NOTHING_SAVED = (
+    "outside of the training steps, where nothing is saved; complete checkpoints are untouched, and --resume continues from the "
+    "last of them"
+)
+
+
 @contextmanager
-def told_signals() -> Iterator[None]:
+def told_signals(what: str = "") -> Iterator[None]:
     """Context of a whole program, in which SIGTERM and SIGINT outside of the training loop end it with one sentence.
 
     While it builds there is nothing to save; in the loop :class:`StopSignals` takes their place, and a second one comes here.
+    Reading processes that inherit it end in silence: a SIGINT, which a terminal sends to all, is left to this process.
+
+    Args:
+        what: becomes of the work that is stopped; a training's by default.
 
     Raises:
         SystemExit: 128 + the number of the signal, as shells have it.
     """
 
+    process = os.getpid()
+
     def end(number: int, frame: FrameType | None) -> None:
-        raise _EndedBySignal(number)
+        if os.getpid() == process:
+            raise _EndedBySignal(number)
+        if number == signal.SIGTERM:
+            os._exit(128 + number)
 
     own = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, end) for number in _SIGNALS} if own else {}
@@ -138,10 +154,7 @@ def told_signals() -> Iterator[None]:
         yield
     except _EndedBySignal as error:
         number = signal.Signals(error.args[0])
-        sys.stderr.write(
-            f"stopped by {number.name} outside of the training steps, where nothing is saved; complete checkpoints are "
-            "untouched, and --resume continues from the last of them\n"
-        )
+        sys.stderr.write(f"stopped by {number.name}{f': {what}' if what else f' {_NOTHING_SAVED}'}\n")
         raise SystemExit(128 + number) from error
     finally:
         for signum, handler in before.items():
