@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from hgkd.errors import StoppedError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # how libraries that write by themselves report what the disk said: safetensors (Rust), torch (C++), protobuf
 _FOREIGN = re.compile(
@@ -91,6 +98,36 @@ def write_bytes(path: str | os.PathLike[str], content: bytes | memoryview) -> No
     """Write a file by :func:`replacing`, so that it is never seen half-written, and nothing is left where that fails."""
     with replacing(path) as beside:
         beside.write_bytes(content)
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Context with a stream in memory to fill, which becomes ``path`` as :func:`written_beside` has it.
+
+    For writers that pass over what the disk refuses, such as Pillow's, and so matplotlib's.
+
+    Raises:
+        WriteError: see :func:`writing`; what was at ``path`` is untouched.
+    """
+    content = io.BytesIO()
+    yield content
+    with written_beside(path) as beside:
+        beside.write_bytes(content.getvalue())
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Context in which one process at a time is, of all that name this file; others wait.
+
+    The file is made, and stays: removing it would let two in. A file system without locks lets all of them in.
+    """
+    with open(path, "ab") as handle:
+        if fcntl is None:
+            yield
+            return
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield  # closing unlocks
 
 
 def _reason(error: Exception) -> str | None:

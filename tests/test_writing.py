@@ -8,12 +8,13 @@ import pytest
 import timm
 import torch
 from full_disk import full_disk
+from PIL import Image
 from safetensors.torch import save_file
 
 from hgkd.errors import WeightsError
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.sparse import save_sparse, sparsify
-from hgkd.writing import WriteError, replacing, write_text, writing, written_beside
+from hgkd.writing import WriteError, replacing, write_text, writing, written_beside, written_whole
 
 
 def test_beside_then_renamed(tmp_path: Path) -> None:
@@ -45,6 +46,23 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path, write: object) -> None:
             written_beside(file) as beside:  # fmt: skip
         write(beside)
     assert (file.read_text(), os.listdir(tmp_path)) == ("old", ["a.bin"])
+
+
+def test_a_full_disk_keeps_the_old_picture(tmp_path: Path) -> None:
+    """Written to a path, the same picture is cut off without an error: Pillow passes over short writes."""
+    file, picture = tmp_path / "a.jpg", Image.effect_noise((256, 256), 80)
+    picture.save(file)
+    old = file.read_bytes()
+    with full_disk(10_000):
+        picture.save(tmp_path / "cut.jpg")
+        with pytest.raises(WriteError, match=r"cannot write .*a.jpg: .*; free some"), written_whole(file) as stream:
+            picture.save(stream, format="JPEG")
+    assert (tmp_path / "cut.jpg").stat().st_size == 10_000 < len(old)
+    (tmp_path / "cut.jpg").unlink()
+    assert (file.read_bytes(), os.listdir(tmp_path)) == (old, ["a.jpg"])
+    with written_whole(file) as stream:
+        stream.write(b"new")
+    assert file.read_bytes() == b"new"
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:

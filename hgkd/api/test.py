@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from hgkd.openmmlab.config import drop_teacher, is_downstream
 from hgkd.registry import RUNNERS
 from hgkd.training.wrapping import plain_model
 from hgkd.weights.run_folder import checkpoint_file, read_run_checkpoint
+from hgkd.writing import written_beside
 
 
 def run_test(
@@ -47,6 +47,7 @@ def run_test(
     Raises:
         FileNotFoundError: no such checkpoint, or files of the data are missing.
         ValueError: the checkpoint is of another model, or the config has nothing to test.
+        WriteError: the disk does not take a result.
         StoppedError: a detector without a single detection, of which mmdet measures nothing.
     """
     checkpoint = checkpoint_file(checkpoint)
@@ -85,7 +86,8 @@ def run_test(
         return metrics
     if not classifier:
         if json_file is not None:
-            Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            with written_beside(json_file) as beside:
+                beside.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     elif json_file is not None or csv_file is not None:
         results = {"finetune": classifier_result(runner, checkpoint, metrics)}
         if json_file is not None:

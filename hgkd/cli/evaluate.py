@@ -32,6 +32,7 @@ from hgkd.config.options import OptionsAction, device_name
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS
 from hgkd.evaluation.linear import DEFAULT_GRID
 from hgkd.evaluation.records import append_csv, check_outputs, compare_results, read_json, write_json
+from hgkd.training.loop import told_signals
 
 
 def table_of(results: dict[str, dict[str, Any]]) -> Table:
@@ -139,7 +140,8 @@ def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
     json_file, csv_file = args.pop("json"), args.pop("csv")
     check_outputs(json_file, csv_file)
-    results = evaluate(**args)
+    with told_signals("no result is written"):
+        results = evaluate(**args)
     if json_file:
         write_json(results, json_file)
     if csv_file:

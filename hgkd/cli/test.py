@@ -18,6 +18,7 @@ from hgkd.api.test import run_test
 from hgkd.api.train import leave_group
 from hgkd.cli.common import add_config_options, add_launcher, command, command_parser
 from hgkd.cli.option_help import help_text
+from hgkd.training.loop import told_signals
 
 EXAMPLES = """\
   hgkd test downstream/classification/resnet18_10e_cifar128.py work_dirs/a --json a.json \\
@@ -43,8 +44,9 @@ def main(argv: Sequence[str]) -> int:
     add_config_options(parser, "options of the training that change data or model, given again: short options, or dotted paths")
     add_launcher(parser)
     args = parser.parse_args(argv)
-    metrics = run_test(args.config, args.checkpoint, args.work_dir, args.cfg_options, args.launcher, args.json, args.csv)
-    leave_group()
+    with told_signals("no result is written"):
+        metrics = run_test(args.config, args.checkpoint, args.work_dir, args.cfg_options, args.launcher, args.json, args.csv)
+        leave_group()
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4g}")
     return 0

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from hgkd.cli.common import command, command_parser
 from hgkd.config.options import OptionsAction, device_name
+from hgkd.data.images import read_crops
 from hgkd.evaluation import FeatureExtractor, extract, load_extractor
 from hgkd.networks.classifier import load_classifier
 from hgkd.pictures.features import attention_columns, class_columns, neighbour_columns, pca_columns
-from hgkd.pictures.files import PAGE, ImageFiles, find_files, read_images, save_picture, write_page
+from hgkd.pictures.files import PAGE, ImageFiles, find_files, save_picture, write_page
 from hgkd.pictures.reconstruction import load_reconstructor, reconstruction_columns
 
 
@@ -68,7 +69,7 @@ def neighbours(args: argparse.Namespace) -> Path:
 
 def reconstruction(args: argparse.Namespace) -> Path:
     files, model = find_files(args.images, args.limit), load_reconstructor(args.checkpoint)
-    inputs = read_images(files, args.image_size or model.image_size, args.value_range)
+    inputs = read_crops(files, args.image_size or model.image_size, args.value_range)
     columns, ratio = reconstruction_columns(model, inputs, args.mask_ratio, args.seed)
     caption = (
         f"{args.checkpoint}: {ratio:.0%} hidden; colours and contrast of hidden places are given where the model was trained "
@@ -94,7 +95,7 @@ def _extractor(args: argparse.Namespace) -> FeatureExtractor:
 
 
 def _images(files: Sequence[Path], image_size: int | Sequence[int], args: argparse.Namespace) -> Tensor:
-    return read_images(files, image_size, args.value_range).to(args.device) / 255
+    return read_crops(files, image_size, args.value_range).to(args.device) / 255
 
 
 def _who(args: argparse.Namespace) -> str:

@@ -58,6 +58,26 @@ def read_rgb(path: str | os.PathLike[str], value_range: Range | None = None, use
         return decode_rgb(file, value_range, use_alpha)
 
 
+def read_crops(
+    files: Sequence[str | os.PathLike[str]], image_size: int | Sequence[int], value_range: Sequence[float] | None = None
+) -> Tensor:
+    """Centre crops of image files, uint8 (B, 3, H, W); ``value_range`` as for :class:`UnlabelledImages`.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    crop, limits = eval_transform(image_size), as_value_range(value_range)
+    crops = []
+    for file in files:
+        try:
+            crops.append(crop(read_rgb(file, limits)))
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            raise DataError(
+                f"image {printable(os.fspath(file))} cannot be read ({type(error).__name__}: {error}); leave it out"
+            ) from error
+    return torch.stack(crops)
+
+
 def decode_rgb(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = True) -> Image.Image:
     """As :func:`read_rgb`, of an open file."""
     return decode(file, value_range, use_alpha)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from hgkd.training.hooks.class_report import ClassReportHook
 from hgkd.training.hooks.feature_cache import TeacherCacheHook
 from hgkd.training.hooks.progress import peak_memory_mb
 from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.last_batch import check_last_batch
 from hgkd.training.loop import StepGuard, seed_step
+from hgkd.training.work_folder import trial_folder
 from hgkd.training.wrapping import plain_model
 
 _CPU_IMAGES = 8  # of a step on a CPU, whose time grows with the number of images
@@ -45,7 +46,7 @@ def dry_run(cfg: Config) -> str:
     cfg = cfg.copy()
     cfg.visualizer = dict(type="Visualizer", vis_backends=[])
     cfg.resume, cfg.load_from = False, None
-    with tempfile.TemporaryDirectory(prefix="hgkd-dry-run-") as folder:
+    with trial_folder() as folder:
         cfg.work_dir = folder
         runner: Any = RUNNERS.build(cfg)
         loop = runner.build_train_loop(runner._train_loop)
@@ -91,7 +92,7 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
         if guard.skipped or not all(map(math.isfinite, losses.values())):
             raise _diverged(model, batch, losses, step)
     seconds = (time.perf_counter() - started) * loader.batch_size / images
-    _check_last_batch(model, loader, batch)
+    check_last_batch(model, loop, batch)
     # 3. what that means for the whole
     readers = max(loader.num_workers, 1)
     waiting = reading * loader.batch_size / readers
@@ -158,25 +159,6 @@ def _diverged(model: Any, batch: Any, losses: dict[str, float], step: int) -> Di
     else:
         why = "every module's output is finite, the loss is not; look at the objectives' options and at lr"
     return DivergedError(f"loss or gradient of step {step + 1} is not finite ({told}): {why}")
-
-
-def _check_last_batch(model: Any, loader: Any, batch: Any) -> None:
-    """Refuse a training whose epochs end with a batch that is too small, by a forward pass of one of its size.
-
-    Raises:
-        ValueError: e.g. a batch normalisation that sees one value a channel.
-    """
-    last = len(loader.sampler) % loader.batch_size
-    if loader.drop_last or not last:
-        return
-    try:
-        with torch.no_grad():
-            model(**model.data_preprocessor({key: values[:last] for key, values in batch.items()}, True), mode="loss")
-    except ValueError as error:
-        raise ValueError(
-            f"the last batch of every epoch has {last} of {loader.batch_size} images, and the model cannot be trained on it: "
-            f"{error}. Set train_dataloader.drop_last=True, or another batch_size"
-        ) from error
 
 
 def _wait(on_gpu: bool) -> None:

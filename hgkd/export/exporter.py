@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hgkd.data.images import find_images, read_rgb
-from hgkd.data.transforms import eval_transform
+from hgkd.data.images import find_images, read_crops
 from hgkd.differences import largest_difference
 from hgkd.errors import DataError, WeightsError, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
@@ -41,6 +40,7 @@ def export(
     images: str | os.PathLike[str] | None = None,
     max_images: int = 64,
     labels: bool = False,
+    value_range: Sequence[float] | None = None,
     licences: Mapping[str, str] | None = None,
     **options: Any,
 ) -> ExportReport:
@@ -59,6 +59,7 @@ def export(
             measure int8.
         max_images: so many of them at most, spread over the sorted list.
         labels: ``images`` holds one folder a class: lower precisions are measured by an accuracy, too.
+        value_range: (low, high), the values of black and white in ``images`` of more than 8 bits.
         licences: of 'weights', 'teacher' and 'data', for the cards; what is not given is said to be unknown.
         options: of the target: the keyword-only arguments of its ``write``.
 
@@ -89,9 +90,11 @@ def export(
     if decoded and not source.student:
         raise WeightsError(f"{source.path} holds an encoder without decoder; use what='backbone'")
     check_finite(source.path, source.student if decoded else source.network.state_dict())
+    if value_range is not None and images is None:
+        raise ValueError(f"value_range={tuple(value_range)} is for real images: give a folder of them with images=")
     if labels and images is None:
         raise ValueError("labels=True measures an accuracy on images: give a folder of class folders with images=")
-    real, classes = (None, None) if images is None else _read_images(images, max_images, source, labels)
+    real, classes = (None, None) if images is None else _read_images(images, max_images, source, labels, value_range)
 
     with new_folder(out) as work:
         job = Job(source, work, out, what, real, classes)
@@ -121,7 +124,9 @@ def _check_request(to: str, what: str, options: Mapping[str, Any], licences: Map
     return target
 
 
-def _read_images(folder: str | os.PathLike[str], limit: int, source: Source, labelled: bool) -> tuple[Tensor, Tensor | None]:
+def _read_images(
+    folder: str | os.PathLike[str], limit: int, source: Source, labelled: bool, value_range: Sequence[float] | None
+) -> tuple[Tensor, Tensor | None]:
     """Real images at the network's size in [0, 1], and when asked for their classes.
 
     A class is the place of its folder among the classes that the source knows, or else among the sorted folders.
@@ -146,16 +151,7 @@ def _read_images(folder: str | os.PathLike[str], limit: int, source: Source, lab
     count = min(len(names), limit)
     names = [names[i * len(names) // count] for i in range(count)]  # spread over the list, so that every class folder is met
     _, height, width = source.network.pretrained_cfg["input_size"]  # type: ignore[index]
-    transform = eval_transform((height, width))
-    decoded = []
-    for name in names:
-        try:
-            decoded.append(transform(read_rgb(root / name)))
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-            raise DataError(
-                f"an image in {root} cannot be read: {name} ({type(error).__name__}: {error}); remove it or give another folder"
-            ) from error
-    images = torch.stack(decoded).float() / 255
+    images = read_crops([root / name for name in names], (height, width), value_range).float() / 255
     return images, torch.tensor([classes.index(name.split(os.sep)[0]) for name in names]) if labelled else None
 
 

@@ -33,9 +33,11 @@ from torch import Tensor, nn
 from hgkd.errors import nearest_names
 from hgkd.networks.encoder import evaluating
 from hgkd.networks.guest import TeacherOwner
+from hgkd.networks.vit import is_finite
 from hgkd.objectives.generation import MGDLoss
 from hgkd.openmmlab.config import model_config
 from hgkd.registry import MODELS
+from hgkd.teachers.health import check_outputs
 from hgkd.weights.files import read_weights
 from hgkd.weights.loading import load_strict
 
@@ -113,6 +115,7 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
         self.second_head = self._build_second_head() if hard_label else None
         self.logits = float(logits)
         self._reads_logits = hard_label or logits > 0
+        self._teacher_source: str | None = str(teacher_checkpoint or "the teacher without weights")  # None: it was looked at
         if self._reads_logits:
             _check_classes(self.student, frozen)
 
@@ -152,8 +155,16 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
     def _run_teacher(self, inputs: Tensor) -> tuple[dict[str, list[Tensor]], Any]:
         paths = [tap.teacher or tap.student for tap in self.taps]
         whole = self._reads_logits or any(path.partition(".")[0] not in ("backbone", "neck") for path in paths)
+
+        def run() -> Any:
+            return self.teacher(inputs, mode="tensor") if whole else self.teacher.extract_feat(inputs)
+
         with captured(self.teacher, paths) as seen:
-            logits = self.teacher(inputs, mode="tensor") if whole else self.teacher.extract_feat(inputs)
+            logits = run()
+        if self._teacher_source is not None and is_finite(inputs):
+            given = [value for maps in seen.values() for value in maps]
+            _check_finite(self.teacher, [*given, *_maps(logits)], run, self._teacher_source, inputs.device.type)
+            self._teacher_source = None
         return seen, logits if self._reads_logits else None
 
     def _build_generators(self) -> dict[str, nn.Module]:
@@ -284,6 +295,22 @@ def _dry_run(model: Any, paths: Sequence[str], image: Tensor) -> dict[str, list[
         else:
             model(image, mode="tensor")
     return seen
+
+
+def _check_finite(teacher: nn.Module, given: Sequence[Tensor], again: Callable[[], Any], source: str, device: str) -> None:
+    """Refuse a teacher whose first outputs are not finite.
+
+    Raises:
+        WeightsError: names the module where that begins.
+    """
+    mixed = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if mixed else next(teacher.parameters()).dtype
+    remedy = (
+        "train without --amp"
+        if mixed
+        else "take another checkpoint: this one is damaged, diverged in its training, or is of another model"
+    )
+    check_outputs(teacher, given, again, source, dtype, remedy)
 
 
 def _classifier_path(model: nn.Module) -> str:

@@ -34,6 +34,7 @@ from hgkd.openmmlab.images import LoadReadableImage
 from hgkd.openmmlab.weights import student_weights
 from hgkd.weights.files import read_checkpoint
 from hgkd.weights.loading import load_strict
+from hgkd.writing import written_beside
 
 
 @torch.no_grad()
@@ -66,6 +67,7 @@ def draw_predictions(
     Raises:
         FileNotFoundError: no such config, checkpoint or images.
         ValueError: the config is not one of mmdet or mmseg, the checkpoint does not fit, or an image cannot be read.
+        WriteError: the disk does not take a picture.
     """
     register_ops()
     cfg = config.copy() if isinstance(config, Config) else read_config(config)
@@ -89,9 +91,9 @@ def draw_predictions(
             # turned as the model has seen it: mmcv heeds the camera's note of which side is up
             pixels = np.ascontiguousarray(load({"img_path": str(file)})["img"][..., ::-1])
             target = Path(out) / f"{name}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
             threshold: dict[str, Any] = {"pred_score_thr": score} if cfg.default_scope == "mmdet" else {}
-            visualizer.add_datasample(name, pixels, result.cpu(), draw_gt=False, out_file=str(target), **threshold)
+            with written_beside(target) as beside:
+                visualizer.add_datasample(name, pixels, result.cpu(), draw_gt=False, out_file=str(beside), **threshold)
             pictures.append(target)
     return pictures
 

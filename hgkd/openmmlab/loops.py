@@ -9,10 +9,11 @@ were trained on are read and passed over, and what augmentations draw for the ot
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
@@ -20,32 +21,32 @@ from torch import nn
 from hgkd.registry import HOOKS
 from hgkd.training.hooks.alarms import FiniteLossHook
 from hgkd.training.in_force import in_force, lines_of
-from hgkd.training.loop import StepGuard, StopSignals
+from hgkd.training.last_batch import check_last_batch, told_single_values
+from hgkd.training.loop import StepGuard, StopSignals, idle_in_any, idle_parameters
 from hgkd.training.resuming import images_that_differ
+from hgkd.training.wrapping import plain_model
 
 _POSITION = "stopped_in_epoch"  # in the message hub, which checkpoints hold: [steps done, steps of an epoch]
 
 
-def guarded_step(model: Any, data_batch: Any, guard: StepGuard, stop: bool = False) -> dict[str, Any]:
+def guarded_step(
+    model: Any, data_batch: Any, guard: StepGuard, stop: bool = False, look: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """A training step whose update is left out when loss or gradient is not finite; what ``train_step`` returned.
 
     Args:
         stop: see :meth:`StepGuard.settle`.
+        look: is called when there are gradients.
 
     Raises:
         ValueError: a batch normalisation got one value a channel.
     """
-    try:
+    with told_single_values():
         outputs: dict[str, Any] = model.train_step(data_batch, optim_wrapper=guard)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ValueError(
-            f"a batch normalisation sees one value a channel, of which there are no statistics ({error}). Set batch_size=2 or "
-            "more (it counts for each process), and train_dataloader.drop_last=True where an epoch may end with a single image"
-        ) from error
+    if look is not None:
+        look()
     guard.settle(outputs, stop=stop)
-    return outputs
+    return outputs  # tensors, as hooks of mmdet expect
 
 
 class _Stoppable(BaseLoop):
@@ -65,6 +66,7 @@ class _Stoppable(BaseLoop):
         self.interrupted = False
         self.guard: StepGuard | None = None
         self._signals = StopSignals()
+        self._first = True  # the next step is the first of this start
 
     def run(self) -> nn.Module:
         """Train to the end, or until a signal asks to stop."""
@@ -81,11 +83,27 @@ class _Stoppable(BaseLoop):
         """mmengine's ``run_iter`` with the guard between model and optimiser."""
         guard = cast(StepGuard, self.guard)
         self.runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
-        outputs = guarded_step(self.runner.model, data_batch, guard, stop=self._signals.received is not None)
+        first, self._first = self._first, False
+        if first:
+            self._check_first(data_batch)
+        look = self._say_idle if first and get_world_size() == 1 else None
+        outputs = guarded_step(self.runner.model, data_batch, guard, self._signals.received is not None, look)
         self.runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
         self._iter += 1
         # while gradients are being accumulated, which no checkpoint holds, it goes on
         self.interrupted = guard.stop and (guard.updated or guard.skipped)
+
+    def _check_first(self, data_batch: Any) -> None:
+        """What is to be known before the first step of this start."""
+        runner: Any = self.runner
+        check_last_batch(plain_model(runner), self, data_batch)
+        if get_world_size() > 1:
+            guard = cast(StepGuard, self.guard)
+            runner.say_idle_parameters(idle_in_any(runner.model, guard, data_batch, runner.seed or 0, self._iter))
+
+    def _say_idle(self) -> None:
+        runner: Any = self.runner
+        runner.say_idle_parameters(idle_parameters(runner.model))
 
     def _stop(self, steps: int, what_follows: str) -> None:
         """Save with the checkpoint hook, under its name, and let mmengine's loop end.

@@ -96,7 +96,7 @@ def check_best(cfg: Config) -> None:
     Raises:
         DataError: the scores of all evaluators are known, and this is none of them.
     """
-    asked = _listed((cfg.get("default_hooks") or {}).get("checkpoint", {}).get("save_best") or [])
+    asked = _listed(((cfg.get("default_hooks") or {}).get("checkpoint") or {}).get("save_best") or [])
     scores: set[str] = set()
     for evaluator in evaluators_of(cfg, "val_dataloader"):
         found = _scores(evaluator)

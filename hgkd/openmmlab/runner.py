@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,11 +29,14 @@ from hgkd.openmmlab.data_checks.checks import check_data
 from hgkd.openmmlab.loops import DownstreamFiniteLossHook, StoppableEpochLoop, StoppableIterLoop, guarded_step
 from hgkd.openmmlab.weights import check_pixels, check_start, load_backbone_file, prepared_pixels, student_weights
 from hgkd.registry import RUNNERS
+from hgkd.training.hooks.alarms import LossAlarmHook
 from hgkd.training.hooks.progress import UNREADABLE
 from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.last_batch import check_last_batch
 from hgkd.training.loop import StepGuard, end_readers_at_exit, outlive_signals
 from hgkd.training.resuming import ReadCheckpoint
 from hgkd.training.runner import DistillRunner
+from hgkd.training.work_folder import trial_folder
 from hgkd.training.wrapping import plain_model
 from hgkd.weights.files import read_checkpoint
 from hgkd.weights.loading import load_strict
@@ -108,6 +110,8 @@ class DownstreamRunner(DistillRunner):
             options = {key: value for key, value in loop.items() if key not in _NOT_OPTIONS}
             built: Any = _LOOPS[name](self, self._train_dataloader, **options)
             self.register_hook(DownstreamFiniteLossHook())
+            if not any(isinstance(hook, LossAlarmHook) for hook in self.hooks):  # a config may bring its own, otherwise set
+                self.register_hook(LossAlarmHook())
         else:
             built = Runner.build_train_loop(self, loop)
             self.logger.warning(
@@ -217,33 +221,6 @@ def _check_steps(loop: Any, processes: int) -> None:
     )
 
 
-def _try_last_batch(model: Any, loop: Any, batch: Mapping[str, Any]) -> None:
-    """Refuse a training by epochs whose last batch is too small for the model, by a forward pass of one of its size.
-
-    Raises:
-        ValueError: e.g. a batch normalisation of pooled features that sees a single image.
-    """
-    loader = loop.dataloader
-    size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
-    last = len(getattr(loader.batch_sampler, "sampler", loader.sampler)) % size
-    if (
-        isinstance(loop, IterBasedTrainLoop)
-        or loader.drop_last
-        or getattr(loader.batch_sampler, "drop_last", False)
-        or not last
-    ):
-        return
-    part = {key: value[:last] for key, value in batch.items()}
-    try:
-        with torch.no_grad():
-            model(**model.data_preprocessor(part, True), mode="loss")
-    except ValueError as error:
-        raise ValueError(
-            f"the last batch of every epoch has {last} of {size} images, and the model cannot be trained on it: {error}. Set "
-            "train_dataloader.drop_last=True, or another batch_size"
-        ) from error
-
-
 def rehearse(cfg: Config) -> str:
     """Build what a downstream config describes, as a training does, load its weights and do one step; the work folder stays as
     it is.
@@ -257,7 +234,7 @@ def rehearse(cfg: Config) -> str:
     target = Path(cfg.work_dir).absolute()
     cfg = cfg.copy()
     cfg.visualizer = {**cfg.visualizer, "vis_backends": None}
-    with tempfile.TemporaryDirectory(prefix="hgkd-dry-run-") as folder:
+    with trial_folder() as folder:
         cfg.work_dir = folder
         runner: Any = DownstreamRunner.from_cfg(cfg)
         runner._train_loop = loop = runner.build_train_loop(runner._train_loop)
@@ -275,9 +252,9 @@ def rehearse(cfg: Config) -> str:
         runner.model.train()
         batch = next(iter(loop.dataloader))
         runner.call_hook("before_train_iter", batch_idx=0, data_batch=batch)
+        check_last_batch(plain_model(runner), loop, batch)
         guard = StepGuard(runner.optim_wrapper, runner.model)
         outputs = guarded_step(runner.model, batch, guard)
-        _try_last_batch(runner.model, loop, batch)
     losses = {name: float(value) for name, value in outputs.items() if "loss" in name}
     if guard.skipped or not all(map(math.isfinite, losses.values())):
         raise DivergedError(

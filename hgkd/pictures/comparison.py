@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from hgkd.evaluation.comparison import Run, value_of
+from hgkd.writing import written_whole
 
 
 def write_picture(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:
@@ -46,7 +46,8 @@ def write_picture(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:
         axis.set_ylabel(f"{next(iter(_curves(_first_with_curve(runs))))} during training")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(Path(file), format="png", dpi=110)
+    with written_whole(file) as stream:
+        figure.savefig(stream, format="png", dpi=110)
 
 
 def _draw_bars(axis: Any, rows: Mapping[str, Sequence[Run]], names: Sequence[str]) -> None:

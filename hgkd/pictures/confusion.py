@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hgkd.evaluation.classification import class_accuracy
-from hgkd.writing import written_beside
+from hgkd.writing import written_beside, written_whole
 
 _NAMED = 40  # classes whose names fit on a picture
 
@@ -26,8 +26,8 @@ def write_class_report(folder: str | Path, confusion: NDArray[np.int64], classes
     }
     with written_beside(folder / "per_class.json") as beside:
         beside.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    with written_beside(folder / "confusion.png") as beside:
-        confusion_picture(confusion, classes).savefig(beside, dpi=110)
+    with written_whole(folder / "confusion.png") as stream:
+        confusion_picture(confusion, classes).savefig(stream, format="png", dpi=110)
 
 
 def confusion_picture(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:

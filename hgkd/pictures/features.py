@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hgkd.data.images import read_crops
 from hgkd.errors import unknown_name_message
 from hgkd.evaluation.extract import FeatureExtractor, FeatureSet
 from hgkd.evaluation.knn import nearest_neighbours
 from hgkd.networks.classifier import ImageClassifier
 from hgkd.pictures.columns import Columns, colour_basis, token_colours
-from hgkd.pictures.files import read_images
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def neighbour_columns(
         image_size: of the crops that are shown.
         k: neighbours; a query that is in the bank itself is left out.
         standardise: see ``hgkd.evaluation.knn_scores``.
-        value_range: see :func:`read_images`.
+        value_range: see :func:`hgkd.data.images.read_crops`.
 
     Returns:
         The columns 'query', '1' (nearest), '2', ..., and for every query its neighbours with their cosines.
@@ -133,7 +133,7 @@ def neighbour_columns(
     for query, row, values in zip(own, places.tolist(), cosines.tolist(), strict=True):
         others = [(known[i], value) for i, value in zip(row, values, strict=True) if real[i] != query]
         found.append(others[:k])
-    columns = {"query": read_images([query_files[i] for i in queries.indices.tolist()], image_size, value_range) / 255}
+    columns = {"query": read_crops([query_files[i] for i in queries.indices.tolist()], image_size, value_range) / 255}
     for rank in range(k):
-        columns[str(rank + 1)] = read_images([row[rank][0] for row in found], image_size, value_range) / 255
+        columns[str(rank + 1)] = read_crops([row[rank][0] for row in found], image_size, value_range) / 255
     return columns, found

@@ -7,19 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, PngImagePlugin
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from hgkd.data.folders import IMAGE_EXTENSIONS
-from hgkd.data.images import find_images, read_rgb
-from hgkd.data.pixels import as_value_range
-from hgkd.data.transforms import eval_transform
+from hgkd.data.images import find_images, read_crops
 from hgkd.errors import DataError
 from hgkd.pictures.columns import Columns, picture_grid
 from hgkd.pictures.report import Picture, Section, write_report
-from hgkd.writing import written_beside
+from hgkd.writing import written_whole
 
 PAGE = "pictures.html"  # not report.html, which a demo or comparison may have written into the folder
 _CAPTION = "Description"  # PNG's own keyword for it
@@ -47,22 +43,6 @@ def find_files(sources: Sequence[str | os.PathLike[str]], limit: int | None = No
     return found[:limit]
 
 
-def read_images(files: Sequence[Path], image_size: int | Sequence[int], value_range: Sequence[float] | None = None) -> Tensor:
-    """Centre crops of images, uint8 (B, 3, H, W); ``value_range`` as for :class:`hgkd.data.UnlabelledImages`.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    crop, value_range = eval_transform(image_size), as_value_range(value_range)
-    images = []
-    for file in files:
-        try:
-            images.append(crop(read_rgb(file, value_range)))
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-            raise DataError(f"image {file} cannot be read ({type(error).__name__}: {error}); leave it out") from error
-    return torch.stack(images)
-
-
 def save_picture(columns: Columns, folder: str | os.PathLike[str], name: str, caption: str) -> Path:
     """Write ``folder/<name>.png``, and the folder's page anew with all pictures that such calls have put there.
 
@@ -76,8 +56,8 @@ def save_picture(columns: Columns, folder: str | os.PathLike[str], name: str, ca
     notes.add_itxt(_CAPTION, caption)
     path = folder / f"{name}.png"
     picture = Image.fromarray(picture_grid(columns))
-    with written_beside(path) as beside:
-        picture.save(beside, pnginfo=notes)
+    with written_whole(path) as stream:
+        picture.save(stream, format="PNG", pnginfo=notes)
     write_page(folder)
     return path
 
@@ -106,4 +86,4 @@ class ImageFiles(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"inputs": read_images([self.files[index]], self.image_size, self.value_range)[0], "label": -1, "index": index}
+        return {"inputs": read_crops([self.files[index]], self.image_size, self.value_range)[0], "label": -1, "index": index}

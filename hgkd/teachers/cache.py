@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import StoppedError
 from hgkd.structures import TeacherOutput
+from hgkd.writing import locked
 
 _PIECE = 1 << 24
 WITHOUT_STORE = "train without a store (teacher_features=None), which costs a pass of the teacher in every step"
@@ -74,11 +75,13 @@ class FeatureStore:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = _path(folder, identity, rows, shape)
-        if not self.path.exists():  # deleted, say: nothing of it is filled
-            self.path.with_suffix(".filled.npy").unlink(missing_ok=True)
-        self._values = _open(self.path, (rows, *shape), np.float16)
-        self._filled = _open(self.path.with_suffix(".filled.npy"), (rows,), np.uint8)
-        self.path.with_suffix(".json").write_text(_text(identity, rows, shape), encoding="utf-8")
+        # of runs that start together one makes the files; filled they may be by all, which store the same values
+        with locked(self.path.with_suffix(".lock")):
+            if not self.path.exists():  # deleted, say: nothing of it is filled
+                self.path.with_suffix(".filled.npy").unlink(missing_ok=True)
+            self._values = _open(self.path, (rows, *shape), np.float16)
+            self._filled = _open(self.path.with_suffix(".filled.npy"), (rows,), np.uint8)
+            self.path.with_suffix(".json").write_text(_text(identity, rows, shape), encoding="utf-8")
 
     def missing(self, rows: Tensor) -> Tensor:
         """Which of the rows (N,) are not stored yet, bool (N,)."""

@@ -157,7 +157,12 @@ _REMEDIES = {
 
 
 def check_outputs(
-    network: nn.Module, given: Iterable[Tensor | None], again: Callable[[], object], source: str, dtype: torch.dtype
+    network: nn.Module,
+    given: Iterable[Tensor | None],
+    again: Callable[[], object],
+    source: str,
+    dtype: torch.dtype,
+    remedy: str | None = None,
 ) -> None:
     """Refuse a teacher whose outputs on real images are not finite, naming the place where that begins.
 
@@ -166,6 +171,7 @@ def check_outputs(
         given: its outputs.
         again: computes them once more.
         source, dtype: the file and the precision, for the message.
+        remedy: what to do; by default what a precision of ``model.teacher.dtype`` asks for.
 
     Raises:
         WeightsError: NaN or inf among the outputs.
@@ -178,5 +184,5 @@ def check_outputs(
     block = re.search(r"(?:^|\.)(decoder_)?blocks\.(\d+)", name)
     place = name if block is None else f"{'decoder ' if block[1] else ''}block {block[2]} ({name})"
     precision = str(dtype).removeprefix("torch.")
-    remedy = _REMEDIES.get(dtype, "the file is not what this network was trained with; take another one")
+    remedy = remedy or _REMEDIES.get(dtype, "the file is not what this network was trained with; take another one")
     raise WeightsError(f"{source}: the teacher's {place} gives {kind} in {precision} on the first images; {remedy}")

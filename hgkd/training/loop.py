@@ -9,7 +9,9 @@ step.
 from __future__ import annotations
 
 import atexit
+import copy
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -31,7 +33,9 @@ from torch import Tensor, nn
 from hgkd.data.sampler import EpochSampler, mixed_seed
 from hgkd.errors import DivergedError
 from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.last_batch import check_last_batch, told_single_values
 from hgkd.training.resuming import images_that_differ
+from hgkd.training.wrapping import plain_model, unchanged
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -116,18 +120,33 @@ class _EndedBySignal(BaseException):
     """A signal that nobody notes, while nothing is to be saved."""
 
 
+_NOTHING_SAVED = (
+    "outside of the training steps, where nothing is saved; complete checkpoints are untouched, and --resume continues from the "
+    "last of them"
+)
+
+
 @contextmanager
-def told_signals() -> Iterator[None]:
+def told_signals(what: str = "") -> Iterator[None]:
     """Context of a whole program, in which SIGTERM and SIGINT outside of the training loop end it with one sentence.
 
     While it builds there is nothing to save; in the loop :class:`StopSignals` takes their place, and a second one comes here.
+    Reading processes that inherit it end in silence: a SIGINT, which a terminal sends to all, is left to this process.
+
+    Args:
+        what: becomes of the work that is stopped; a training's by default.
 
     Raises:
         SystemExit: 128 + the number of the signal, as shells have it.
     """
 
+    process = os.getpid()
+
     def end(number: int, frame: FrameType | None) -> None:
-        raise _EndedBySignal(number)
+        if os.getpid() == process:
+            raise _EndedBySignal(number)
+        if number == signal.SIGTERM:
+            os._exit(128 + number)
 
     own = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, end) for number in _SIGNALS} if own else {}
@@ -135,10 +154,7 @@ def told_signals() -> Iterator[None]:
         yield
     except _EndedBySignal as error:
         number = signal.Signals(error.args[0])
-        sys.stderr.write(
-            f"stopped by {number.name} outside of the training steps, where nothing is saved; complete checkpoints are "
-            "untouched, and --resume continues from the last of them\n"
-        )
+        sys.stderr.write(f"stopped by {number.name}{f': {what}' if what else f' {_NOTHING_SAVED}'}\n")
         raise SystemExit(128 + number) from error
     finally:
         for signum, handler in before.items():
@@ -276,18 +292,15 @@ def idle_in_any(parallel: Any, guard: StepGuard, data_batch: Any, seed: int, ste
         seed, step: the random numbers are those that the step will have.
     """
     model: Any = getattr(parallel, "module", parallel)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    seed_step(seed, get_rank(), step)
-    with guard.wrapper.optim_context(model):
-        losses = model(**model.data_preprocessor(data_batch, True), mode="loss")
-    model.parse_losses(losses)[0].backward()
+    with unchanged(model):
+        seed_step(seed, get_rank(), step)
+        with guard.wrapper.optim_context(model):
+            losses = model(**model.data_preprocessor(copy.deepcopy(data_batch), True), mode="loss")
+        model.parse_losses(losses)[0].backward()
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     reached = torch.tensor([float(parameter.grad is not None) for _, parameter in trained], device=trained[0][1].device)
     all_reduce(reached, "max")
     model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
     return [name for (name, _), found in zip(trained, reached.tolist(), strict=True) if not found]
 
 
@@ -410,10 +423,13 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         runner: Any = self.runner
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         first, self._first = self._first, False
+        if first:
+            check_last_batch(plain_model(runner), self, data_batch)
         if first and get_world_size() > 1:
             runner.say_idle_parameters(idle_in_any(runner.model, guard, data_batch, runner.seed or 0, self._iter))
         seed_step(runner.seed or 0, get_rank(), self._iter)
-        outputs = runner.model.train_step(data_batch, optim_wrapper=guard)
+        with told_single_values():
+            outputs = runner.model.train_step(data_batch, optim_wrapper=guard)
         if first and get_world_size() == 1:
             runner.say_idle_parameters(idle_parameters(runner.model))
         losses = guard.settle(outputs, stop=self._signals.received is not None)

@@ -14,8 +14,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from hgkd.training.optim import check_optim_config
 from hgkd.training.recompute import recompute_activations
 from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, images_of
 from hgkd.training.sync_norm import sync_batch_norms
-from hgkd.training.work_folder import check_unused, lock_folder, release_folder
+from hgkd.training.work_folder import check_unused, held_until_the_end, lock_folder, release_folder
 from hgkd.training.wrapping import plain_model
 from hgkd.weights.loading import load_strict, match
 from hgkd.weights.run_folder import find_last_checkpoint, read_run_checkpoint, seal, tell_system_errors
@@ -81,14 +80,6 @@ def _raise_current(record: logging.LogRecord) -> None:
     error = sys.exc_info()[1]
     if error is not None:
         raise error
-
-
-@contextmanager
-def _folder_until_the_end(work_dir: str) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        release_folder(work_dir)
 
 
 def _data_parallel(model: nn.Module, find_unused: bool) -> MMDistributedDataParallel:
@@ -177,7 +168,7 @@ class DistillRunner(Runner):
 
     def train(self) -> nn.Module:
         """As mmengine's, with activation checkpointing that suits sparse tensors (:mod:`hgkd.training.recompute`)."""
-        with tell_system_errors(self.work_dir), _folder_until_the_end(self.work_dir):
+        with tell_system_errors(self.work_dir), held_until_the_end(self.work_dir):
             recompute_activations(plain_model(self), self.cfg.get("activation_checkpointing") or [])
             self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
             model: nn.Module = super().train()

@@ -11,7 +11,10 @@ import errno
 import json
 import os
 import socket
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -85,13 +88,17 @@ def lock_folder(work_dir: str | os.PathLike[str]) -> str | None:
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(handle.fileno())):
             break
         handle.close()  # its holder ended, and removed it, between the two calls
-    left = _read(handle)
-    handle.seek(0)
-    handle.truncate()
-    who = {"process": os.getpid(), "machine": socket.gethostname(), "start": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    handle.write(json.dumps(who) + "\n")
-    handle.flush()
     _held[path] = handle
+    try:
+        left = _read(handle)
+        handle.seek(0)
+        handle.truncate()
+        who = {"process": os.getpid(), "machine": socket.gethostname(), "start": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        handle.write(json.dumps(who) + "\n")
+        handle.flush()
+    except BaseException:  # a full disk
+        release_folder(work_dir)
+        raise
     return f"the lock of a training that ended without clearing up is taken over: {left}" if left else None
 
 
@@ -101,7 +108,24 @@ def release_folder(work_dir: str | os.PathLike[str]) -> None:
     handle = _held.pop(path, None)
     if handle is not None:
         Path(path).unlink(missing_ok=True)
-        handle.close()
+        with suppress(OSError):  # what a full disk did not take was told then
+            handle.close()
+
+
+@contextmanager
+def held_until_the_end(work_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Context at whose end, however it comes, a work folder that this process holds is released."""
+    try:
+        yield
+    finally:
+        release_folder(work_dir)
+
+
+@contextmanager
+def trial_folder() -> Iterator[str]:
+    """Context with a work folder for a dry run, which vanishes with its lock."""
+    with tempfile.TemporaryDirectory(prefix="hgkd-dry-run-") as folder, held_until_the_end(folder):
+        yield folder
 
 
 def _read(handle: IO[str]) -> str:

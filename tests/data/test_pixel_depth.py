@@ -246,7 +246,7 @@ def test_images_are_upright(orientation, tmp_path):
 
 
 def test_all_ways_to_the_pixels_are_upright(tmp_path):
-    from hgkd.pictures.files import read_images
+    from hgkd.data.images import read_crops
 
     (tmp_path / "ant").mkdir()
     corner(6, tmp_path / "ant/a.png")
@@ -256,7 +256,7 @@ def test_all_ways_to_the_pixels_are_upright(tmp_path):
     ):
         assert dataset[0]["inputs"][0, 0].tolist() == [0, 0, 0, 255]
         assert dataset.reading == {"rules": 2, "value_range": None, "use_alpha": True}
-    assert read_images([tmp_path / "ant/a.png"], [6, 4])[0, 0, 0].tolist() == [0, 0, 0, 255]
+    assert read_crops([tmp_path / "ant/a.png"], [6, 4])[0, 0, 0].tolist() == [0, 0, 0, 255]
 
 
 @pytest.mark.parametrize("orientation", [3, 6])

@@ -83,8 +83,8 @@ def test_a_teacher_that_overflows_is_named_and_the_exit_code_is_2(images, capsys
     arguments = [f"{key}={value}" for key, value in options.items()]
     assert train_command.main([str(HGKD), "--dry-run", "--work-dir", "run", "--cfg-options", *arguments]) == 2
     error = capsys.readouterr().err
-    assert "the teacher's module" in error
-    assert "not finite in float16; set model.teacher.dtype='bfloat16', or 'float32'" in error
+    assert "the teacher's block 1 (blocks.1) gives inf in float16 on the first images" in error
+    assert "set model.teacher.dtype=bfloat16, or float32" in error
     # the first remedy
     options["model.teacher.dtype"] = "bfloat16"
     assert "finite" in dry_run(train_tool.load_config(HGKD, "run", options=options))

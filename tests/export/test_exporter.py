@@ -4,7 +4,9 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -12,10 +14,12 @@ import torch
 from full_disk import full_disk
 from PIL import Image
 from student_checkpoints import randomised, write_student
+from tiny_runs import load_tool
 from torch import nn
 
 from hgkd.errors import DataError, WeightsError
 from hgkd.export import PARTS, TARGETS, ExportError, export, exporter, load_backbone, read_student
+from hgkd.export.exporter import _read_images
 from hgkd.export.job import Written
 from hgkd.export.targets import timm as timm_target
 from hgkd.students import SparseUNet, build_encoder
@@ -259,12 +263,12 @@ def test_request_refusals(tmp_path: Path) -> None:
     refused("holds no images to compare outputs on", error=DataError, images=tmp_path / "nowhere")
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.png").write_bytes(b"no picture")
-    refused("an image in .*pictures cannot be read: a.png", error=DataError, images=tmp_path / "pictures")
+    refused(r"image .*pictures/a.png cannot be read \(.*leave it out", error=DataError, images=tmp_path / "pictures")
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures/a.png")
     content = (tmp_path / "pictures/a.png").read_bytes()
     # Pillow raises SyntaxError and ValueError on such files: github.com/python-pillow/Pillow/issues/4472
     (tmp_path / "pictures/a.png").write_bytes(content[:8] + bytes(4) + b"IHDR" + content[40:])
-    refused(r"an image in .*pictures cannot be read: a.png \(\w+: ", error=DataError, images=tmp_path / "pictures")
+    refused(r"image .*pictures/a.png cannot be read \(\w+: ", error=DataError, images=tmp_path / "pictures")
 
 
 def test_real_images_take_part_in_the_proof(tmp_path: Path) -> None:
@@ -278,6 +282,20 @@ def test_real_images_take_part_in_the_proof(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_images must be 1 or more, got 0"):
         export(tmp_path / "a.pth", tmp_path / "none", images=tmp_path / "pictures", max_images=0)
     assert json.loads((tmp_path / "out/run_card.json").read_text())["export"]["real_images"] == 3
+
+
+def test_real_images_of_twelve_bits_are_read_by_their_range(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(np.full((40, 40), 2048, np.uint16)).save(tmp_path / "pictures/a.png")
+    network = SimpleNamespace(pretrained_cfg={"input_size": (3, 32, 32)})
+    source = SimpleNamespace(classes=[], network=network)
+    images, _ = _read_images(tmp_path / "pictures", 1, source, False, (0, 4095))
+    assert images.mean().item() == pytest.approx(0.5, abs=0.01)
+    write_student(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"value_range=\(0, 4095\) is for real images"):
+        export(tmp_path / "a.pth", tmp_path / "out", value_range=(0, 4095))
+    given = [str(tmp_path / "a.pth"), "--out", str(tmp_path / "out"), "--images", str(tmp_path / "pictures")]
+    assert load_tool("export").main([*given, "--value-range", "0", "4095"]) == 0
 
 
 def test_every_target_is_described() -> None:

@@ -18,6 +18,7 @@ from downstream_runs import (
     tiny_segmentor,
     train_tool,
 )
+from full_disk import full_disk
 from mmengine.registry import MODELS
 from mmengine.visualization import Visualizer
 from PIL import Image
@@ -101,7 +102,7 @@ def test_a_detector_on_two_processes(tmp_path):
     assert 0.0 <= measure_tool.run_test(DETECTOR, tmp_path / "run/epoch_1.pth", options=options)["coco/bbox_mAP"] <= 1.0
 
 
-def test_segmentor(tmp_path):
+def test_segmentor(tmp_path, capsys, monkeypatch):
     root = shapes_ade20k(tmp_path / "data")
     options = tiny_segmentor(root)
     runner = train_tool.train(SEGMENTOR, tmp_path / "run", options=options)
@@ -109,6 +110,20 @@ def test_segmentor(tmp_path):
     checkpoint = tmp_path / "run/iter_2.pth"
     metrics = measure_tool.run_test(SEGMENTOR, checkpoint, options=options)
     assert 0.0 <= metrics["mIoU"] <= 100.0
+    result = tmp_path / "result.json"
+    result.write_text("of before")
+    write = Path.write_text
+
+    def write_on_a_full_disk(path, *given, **kwargs):
+        with full_disk(5):
+            return write(path, *given, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_on_a_full_disk)
+        arguments = [str(SEGMENTOR), str(checkpoint), "--json", str(result), *as_arguments(options)]
+        assert measure_tool.main(arguments) == 2
+    assert f"error: cannot write {result}: File too large" in capsys.readouterr().err
+    assert result.read_text() == "of before"
     cfg = train_tool.load_config(SEGMENTOR, options=options)
     assert len(draw_predictions(cfg, checkpoint, root / "images/validation", tmp_path / "drawn", limit=1)) == 1
     with pytest.raises(FileNotFoundError, match=r"no image at .*nothing; give a folder of images, or files"):
@@ -229,7 +244,9 @@ def test_an_unreadable_test_image_is_named(tmp_path, split, capsys):
     assert f"image {file} cannot be read: missing, cut off, or no image" in capsys.readouterr().err
 
 
-def test_pictures_of_a_tool(tmp_path):
+def test_pictures_of_a_tool(tmp_path, capsys, monkeypatch):
+    from mmdet.visualization import DetLocalVisualizer
+
     root = shapes_coco(tmp_path / "data")
     options = {**tiny_detector(root), **FASTER_HEAD}
     with scope("mmdet"):
@@ -247,6 +264,17 @@ def test_pictures_of_a_tool(tmp_path):
         "000002.png",
         "000003.png",
     }
+    arguments[arguments.index(str(tmp_path / "drawn"))] = str(tmp_path / "full")
+    draw = DetLocalVisualizer.add_datasample
+
+    def draw_on_a_full_disk(*given, **options):
+        with full_disk(500):
+            draw(*given, **options)
+
+    monkeypatch.setattr(DetLocalVisualizer, "add_datasample", draw_on_a_full_disk)
+    assert load_tool("visualize").main([*arguments, *as_arguments(options)]) == 2
+    assert "train_000000.png: File too large" in capsys.readouterr().err
+    assert list((tmp_path / "full").iterdir()) == []
 
 
 def test_names_of_pictures_differ():

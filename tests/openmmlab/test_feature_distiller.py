@@ -7,6 +7,7 @@ from tiny_runs import ROOT
 from torch import nn
 
 from hgkd.data.shapes import CLASSES
+from hgkd.errors import WeightsError
 from hgkd.openmmlab import FeatureDistiller
 from hgkd.openmmlab.distiller import captured, hard_label_loss, inherit_head, place_distribution_loss
 
@@ -182,6 +183,22 @@ def test_teacher_weights_load_strictly(tmp_path):
 def test_refusals(options, message):
     with scope("mmdet"), pytest.raises(ValueError, match=message):
         detector_distiller(**options)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_teacher_whose_first_outputs_are_not_finite_is_named(mixed):
+    with scope("mmdet"):
+        model = detector_distiller()
+    images, samples = detection_batch()
+    norm = next(part for part in model.teacher.backbone.modules() if isinstance(part, nn.BatchNorm2d))
+    norm.bias.data.fill_(3e38)  # finite, as weights must be; what it gives is not
+    norm.weight.data.fill_(3e38)
+    remedy = "in bfloat16 on the first images; train without --amp" if mixed else "in float32 on .*; take another checkpoint"
+    message = f"the teacher without weights: the teacher's backbone.*gives (inf|NaN) {remedy}"
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        with pytest.raises(WeightsError, match=message):
+            model(images, samples, mode="loss")
+        model(images * float("nan"), samples, mode="loss")  # the images' fault, not the teacher's
 
 
 def test_other_preprocessing_is_refused():

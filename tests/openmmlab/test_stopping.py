@@ -7,6 +7,7 @@ import sys
 from typing import ClassVar
 
 import pytest
+import torch
 from downstream_runs import FASTER_HEAD, need, shapes_ade20k, shapes_coco, tiny_detector, tiny_segmentor, train_tool
 from mmengine.hooks import Hook
 from tiny_runs import ROOT, torchrun
@@ -267,3 +268,41 @@ def test_another_loop_is_said(tmp_path):
     assert isinstance(runner.build_train_loop(runner._train_loop), Other)
     log = "".join(file.read_text() for file in (tmp_path / "run").glob("*/*.log"))
     assert "train_cfg.type=Other is not one of mmengine's loops" in log
+
+
+@HOOKS.register_module()
+class Grow(Hook):
+    """Makes the loss of all steps but the first 100 times as large."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter:
+            runner.model.decode_head.loss_decode.loss_weight = 100.0
+
+
+def test_a_divergence_and_idle_parameters_are_said(tmp_path):
+    options = {**tiny_segmentor(shapes_ade20k(tmp_path / "data")), "iterations": 6}
+    cfg = train_tool.load_config(SEGMENTOR, tmp_path / "run", options=options)
+    cfg.custom_hooks = [dict(type="hgkd.Grow")]
+    runner = DownstreamRunner.from_cfg(cfg)
+    runner.model.spare = torch.nn.Parameter(torch.zeros(3))
+    runner.train()
+    log = "".join(file.read_text() for file in (tmp_path / "run").glob("*/*.log"))
+    assert "far above the first one" in log
+    assert "this training diverged: at step" in log
+    assert "1 parameters got no gradient and are not trained, because no loss depends on them: spare. Leave out" in log
+    # a hook of the config's own takes the place of the default one
+    cfg = train_tool.load_config(SEGMENTOR, tmp_path / "ended", options=options)
+    cfg.custom_hooks = [dict(type="hgkd.Grow"), dict(type="hgkd.LossAlarmHook", patience=3)]
+    with pytest.raises(DivergedError, match=r"in 3 steps in a row .* at step 4. .*type='hgkd.LossAlarmHook', patience=None"):
+        train_tool.train(cfg)
+
+
+def test_a_last_batch_of_one_image(tmp_path):
+    options = {**tiny_segmentor(shapes_ade20k(tmp_path / "data")), "batch_size": 3}  # of 4 images
+    cfg = train_tool.load_config(SEGMENTOR, tmp_path / "run", options=options)
+    cfg.train_dataloader.sampler = dict(type="DefaultSampler", shuffle=True)
+    cfg.train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=1, val_interval=1)
+    for start in (train_tool.train, train_command.rehearse):
+        with pytest.raises(ValueError, match=r"the last batch of every epoch has 1 of 3 images, .*drop_last=True, or another"):
+            start(cfg)
+    assert not list((tmp_path / "run").glob("*.pth"))

@@ -1,10 +1,19 @@
 """Token colours and picture grids."""
 
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from full_disk import full_disk
 
 from hgkd.pictures.columns import colour_basis, hide_cells, picture_grid, token_colours
+from hgkd.pictures.comparison import write_picture
+from hgkd.pictures.confusion import write_class_report
+from hgkd.pictures.files import save_picture
+from hgkd.training import PictureHook
+from hgkd.writing import WriteError
 
 
 def test_three_clusters_get_three_colours_and_equal_tokens_equal_ones():
@@ -62,3 +71,32 @@ def test_refusals():
         colour_basis(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="same number of images"):
         picture_grid({"a": torch.zeros(1, 3, 2, 2), "b": torch.zeros(2, 3, 2, 2)})
+
+
+def _hook(folder, monkeypatch):
+    monkeypatch.setattr("hgkd.training.hooks.pictures.distillation_columns", lambda *given: {"a": torch.rand(1, 3, 64, 64)})
+    model = SimpleNamespace(student=None)
+    dataset = [{"inputs": torch.zeros(3, 64, 64)}]
+    run = SimpleNamespace(
+        work_dir=str(folder), epoch=0, max_epochs=1, model=model, train_dataloader=SimpleNamespace(dataset=dataset)
+    )
+    hook = PictureHook()
+    hook.before_train(run)
+    hook.after_train_epoch(run)
+
+
+WRITERS = {
+    "confusion.png": lambda folder, _: write_class_report(folder, np.eye(3, dtype=int), "abc"),
+    "compare.png": lambda folder, _: write_picture(
+        [{"row": "a", "seed": 0, "scores": {"knn": {"top1": 1.0}}}], folder / "compare.png"
+    ),
+    "seen.png": lambda folder, _: save_picture({"a": torch.rand(1, 3, 64, 64)}, folder, "seen", "caption"),
+    "pictures/epoch_1.png": _hook,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch, name):
+    with full_disk(500), pytest.raises(WriteError, match=f"cannot write .*{name}: .* MB are free on its disk; free some"):
+        WRITERS[name](tmp_path, monkeypatch)
+    assert [file for file in tmp_path.rglob("*.png") if os.path.isfile(file)] == []

@@ -10,12 +10,13 @@ from full_disk import full_disk
 from PIL import Image
 from torch import Tensor
 
+from hgkd.data.images import read_crops
 from hgkd.errors import DataError
 from hgkd.evaluation import FeatureSet, load_extractor
 from hgkd.evaluation.extract import FeatureExtractor
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.pictures.features import attention_columns, heat_colours, neighbour_columns, pca_columns
-from hgkd.pictures.files import find_files, read_images, save_picture
+from hgkd.pictures.files import find_files, save_picture
 from hgkd.pictures.reconstruction import load_reconstructor, reconstruction_columns
 from hgkd.writing import WriteError
 
@@ -98,7 +99,7 @@ def paint(folder: Path, colours: dict[str, tuple[int, int, int]], size: int = 20
 
 def test_neighbours_are_the_nearest_files_and_never_the_query(tmp_path: Path) -> None:
     bank = paint(tmp_path, {"a": (255, 0, 0), "b": (250, 20, 0), "c": (0, 0, 255), "d": (0, 30, 250)})
-    features = read_images(bank, 16).float().mean((2, 3))
+    features = read_crops(bank, 16).float().mean((2, 3))
     known = FeatureSet(features, torch.zeros(4), torch.arange(4))
     query = FeatureSet(features[[0]], torch.zeros(1), torch.tensor([0]))
     columns, found = neighbour_columns(query, [tmp_path / "a.png"], known, bank, 16, k=2, standardise=False)
@@ -161,7 +162,7 @@ def test_files_that_are_not_there_or_not_readable(tmp_path: Path) -> None:
         find_files([tmp_path])
     (tmp_path / "broken.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"broken\.png cannot be read .*leave it out"):
-        read_images(find_files([tmp_path]), 8)
+        read_crops(find_files([tmp_path]), 8)
     assert len(find_files([tmp_path, tmp_path / "broken.png"])) == 2
     assert len(find_files([tmp_path, tmp_path / "broken.png"], limit=1)) == 1
 

@@ -2,6 +2,10 @@
 
 import errno
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,3 +137,51 @@ def test_a_damaged_file_is_named(tmp_path) -> None:
         FeatureStore(tmp_path, {}, 4, (1, 1, 1))
     path.unlink()  # as the message says
     assert FeatureStore(tmp_path, {}, 4, (1, 1, 1)).missing(torch.arange(4)).all()
+
+
+MAKE = """
+import sys, time
+from pathlib import Path
+import torch
+from hgkd.teachers import cache
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+allocate = cache._allocate
+
+def slowly(path):
+    (folder / f"{name}.inside").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    allocate(path)
+
+cache._allocate = slowly
+print("begins", flush=True)
+store = cache.FeatureStore(folder / "store", {"a": 1}, 4, (2, 1, 1))
+row = int(name)
+store.write(torch.tensor([row]), torch.full((1, 2, 1, 1), 1.0 + row))
+print("done", flush=True)
+"""
+
+
+def test_two_runs_that_start_together_share_one_store(tmp_path) -> None:
+    pytest.importorskip("fcntl")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    runs = []
+    for name in "01":
+        command = [sys.executable, "-c", MAKE, str(tmp_path), name]
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
+    try:
+        assert [run.stdout.readline() for run in runs] == ["begins\n"] * 2
+        while not list(tmp_path.glob("*.inside")):
+            time.sleep(0.01)
+        time.sleep(0.3)  # the other one has had the time to come in, too
+        assert len(list(tmp_path.glob("*.inside"))) == 1
+        (tmp_path / "go").touch()
+        assert [run.communicate(timeout=60)[0] for run in runs] == ["done\n"] * 2
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+    store = FeatureStore(tmp_path / "store", {"a": 1}, 4, (2, 1, 1))
+    assert store.missing(torch.arange(4)).tolist() == [False, False, True, True]
+    assert store.read(torch.tensor([0, 1]))[:, 0, 0, 0].tolist() == [1.0, 2.0]

@@ -13,13 +13,14 @@ import timm
 import torch
 from mmengine.hooks import Hook
 from tiny_runs import HGKD as HGKD_RECIPE
-from tiny_runs import SPARK, tiny, tiny_hgkd, write_images
+from tiny_runs import SPARK, load_tool, tiny, tiny_hgkd, write_images
 
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
 from hgkd.errors import DivergedError, StoppedError, configured
 from hgkd.training.checkpoint_hook import CheckpointWriteError, RunCheckpointHook
 from hgkd.training.hooks.alarms import SteadyTimerHook
+from hgkd.training.loop import told_signals
 from hgkd.training.runner import _later_than_any, _stamp
 from hgkd.training.wrapping import plain_model
 from hgkd.weights import find_last_checkpoint
@@ -86,10 +87,14 @@ def test_a_teacher_that_is_not_finite_is_named_instead_of_the_students_settings(
     cfg = train_tool.load_config(HGKD_RECIPE, tmp_path / "run", options=tiny_hgkd(images, batch_size=4, **ALONE))
     cfg.custom_hooks = [dict(type="FiniteLossHook", patience=1)]
     run = train_tool.RUNNERS.build(cfg)
-    teacher = plain_model(run).teacher
-    with torch.no_grad():
-        next(iter(teacher.parameters())).fill_(float("nan"))
-    before = {name: value.clone() for name, value in plain_model(run).state_dict().items()}
+    before = {}
+
+    def break_teacher(runner, **options):  # not at once: the first images are looked at by the teacher itself
+        with torch.no_grad():
+            next(iter(plain_model(run).teacher.parameters())).fill_(float("nan"))
+        before.update({name: value.clone() for name, value in plain_model(run).state_dict().items()})
+
+    run.register_hook(At("before_train_iter", break_teacher, when=lambda runner: runner.iter == 1))
     with pytest.raises(DivergedError) as caught:
         run.train()
     assert "what the teacher says (the target) is not finite" in str(caught.value)
@@ -260,7 +265,7 @@ def test_names_of_logs_are_in_the_order_of_their_runs(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_run_is_built(monkeypatch, capsys, number):
     before = signal.getsignal(number)
-    monkeypatch.setattr(train_tool, "train", lambda *arguments: os.kill(os.getpid(), number))
+    monkeypatch.setattr(train_command, "train", lambda *arguments: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as caught:
         train_command.main(["x.py"])
     assert caught.value.code == 128 + number
@@ -268,6 +273,29 @@ def test_a_signal_while_the_run_is_built(monkeypatch, capsys, number):
     assert error.startswith(f"stopped by {number.name} outside of the training steps")
     assert error.count("\n") == 1
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("command", ["test", "evaluate"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_is_measured(monkeypatch, capsys, command, number):
+    module, name = load_tool(command), {"test": "run_test", "evaluate": "evaluate"}[command]
+    monkeypatch.setattr(module, name, lambda *given, **options: os.kill(os.getpid(), number))
+    given = {"test": ["x.py", "x.pth"], "evaluate": ["knn", "--backbone", "a", "--train", "a", "--test", "b"]}[command]
+    with pytest.raises(SystemExit) as caught:
+        module.main(given)
+    assert caught.value.code == 128 + number
+    assert capsys.readouterr().err == f"stopped by {number.name}: no result is written\n"
+
+
+def test_processes_that_read_images_leave_signals_to_the_program(capfd):
+    with told_signals():
+        for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143)):
+            child = os.fork()
+            if not child:
+                os.kill(os.getpid(), number)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert capfd.readouterr().err == ""
 
 
 def test_signals_in_a_checkpoint_and_at_the_end_change_nothing_that_is_written(images, tmp_path, monkeypatch):

@@ -138,7 +138,8 @@ def test_images_already_seen_are_not_read_again(images, tmp_path, monkeypatch):
     options = {"val_train_root": None, "val_test_root": None, "epochs": 2}
     killed(images, tmp_path, KillAt(6), **options)
     read = []
-    monkeypatch.setattr(reading, "read_rgb", lambda path, real=reading.read_rgb: read.append(path) or real(path))
+    decode = reading.decode_rgb
+    monkeypatch.setattr(reading, "decode_rgb", lambda *given: read.append(given) or decode(*given))
     runner = build(images, tmp_path, resume=True, **options)
     runner._hooks = [hook for hook in runner._hooks if type(hook).__name__ != "PictureHook"]  # reads images of its own
     runner.train()

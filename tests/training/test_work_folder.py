@@ -1,15 +1,19 @@
 """Who may write into a work folder."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from mmengine.hooks import Hook
 from tiny_runs import SPARK, tiny, write_images
 
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
+from hgkd.diagnosis.dry_run import dry_run
 from hgkd.training.work_folder import LOCK_NAME, FolderInUseError, check_unused, lock_folder, release_folder, results_in
 
 pytest.importorskip("fcntl")
@@ -74,6 +78,38 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr("hgkd.training.work_folder.fcntl.lockf", refuse)
     assert "a file system without locks (No locks available)" in lock_folder(tmp_path)
+
+
+def open_locks():
+    return [file for file in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if LOCK_NAME in file]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files")
+@pytest.mark.parametrize("ending", ["dry run", "end", "error", "refused", "full"])
+def test_no_lock_stays_open_in_any_ending(tmp_path, monkeypatch, ending):
+    monkeypatch.chdir(tmp_path)
+    options = tiny(write_images(tmp_path / "images"), epochs=1, warmup_epochs=0, val_train_root=None, val_test_root=None)
+    if ending == "dry run":
+        dry_run(train_tool.load_config(SPARK, "run", options=options))
+    elif ending == "end":
+        train_tool.train(SPARK, "run", options=options)
+    elif ending == "error":
+
+        def fail(*given, **options):
+            raise RuntimeError("in a step")
+
+        monkeypatch.setattr("hgkd.distillers.masked.MaskedDistiller.train_step", fail)
+        with pytest.raises(RuntimeError, match="in a step"):
+            train_tool.train(SPARK, "run", options=options)
+    elif ending == "refused":
+        with pytest.raises(ValueError, match="optimizer"):
+            train_tool.train(SPARK, "run", options={**options, "optim_wrapper.optimizer.type": "Adma"})
+    else:
+        (tmp_path / "run").mkdir()
+        with full_disk(5), pytest.raises(OSError, match="too large"):
+            lock_folder("run")
+    assert open_locks() == []
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
 
 
 def test_results_of_another_training_are_not_overwritten(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import statistics
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import DivergedError
 from hgkd.registry import HOOKS
-from hgkd.training.wrapping import plain_model
+from hgkd.training.wrapping import plain_model, unchanged
 
 DUMP = "nonfinite_step_"  # how the names of its files begin
 
@@ -119,11 +120,10 @@ def not_finite_before_the_student(runner: Runner, data_batch: Any) -> str | None
     if not isinstance(teacher, nn.Module):
         return None
     said: list[bool] = []
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     handle = teacher.register_forward_hook(lambda *call: said.append(_all_finite(call[2])))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            data = model.data_preprocessor(data_batch, True)
+        with torch.no_grad(), unchanged(model):
+            data = model.data_preprocessor(copy.deepcopy(data_batch), True)
             inputs = data.get("inputs") if isinstance(data, Mapping) else None
             if not _all_finite(inputs):
                 return (
@@ -132,9 +132,6 @@ def not_finite_before_the_student(runner: Runner, data_batch: Any) -> str | None
             model(**data, mode="loss")
     finally:
         handle.remove()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
     if all(said):
         return None
     return (
@@ -239,8 +236,8 @@ class LossAlarmHook(Hook):
             raise DivergedError(
                 f"the training has diverged: in {self._above} steps in a row the loss was more than {self.spike:g} times the "
                 f"first one ({first:.4g}), at last {value:.4g} at step {runner.iter + 1}. {advice}, and begin anew in another "
-                "work folder, or go on from a checkpoint of before (--resume FILE). LossAlarmHook.patience=None lets such "
-                "trainings go on"
+                "work folder, or go on from a checkpoint of before (--resume FILE). dict(type='hgkd.LossAlarmHook', "
+                "patience=None) among the config's custom_hooks lets such trainings go on"
             )
 
     def _check_spike(self, runner: Runner, value: float, median: float) -> None:

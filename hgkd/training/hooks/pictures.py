@@ -15,6 +15,7 @@ from hgkd.pictures.columns import picture_grid
 from hgkd.pictures.distillation import distillation_columns
 from hgkd.registry import HOOKS
 from hgkd.training.wrapping import plain_model
+from hgkd.writing import written_whole
 
 
 @HOOKS.register_module()
@@ -57,7 +58,6 @@ class PictureHook(Hook):
         if self._inputs is None or not (self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner)):
             return
         picture = picture_grid(distillation_columns(plain_model(runner), self._inputs, self.seed))
-        folder = Path(runner.work_dir) / "pictures"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(folder / f"epoch_{runner.epoch + 1}.png")
+        with written_whole(Path(runner.work_dir, "pictures", f"epoch_{runner.epoch + 1}.png")) as stream:
+            Image.fromarray(picture).save(stream, format="PNG")
         runner.visualizer.add_image("pictures", picture, step=runner.epoch + 1)
