@@ -121,8 +121,8 @@ class _EndedBySignal(BaseException):
 
 
 _NOTHING_SAVED = (
-    "outside of the training steps, where nothing is saved; complete checkpoints are untouched, and --resume continues from the "
-    "last of them"
+    "outside of the training steps, where nothing is saved; complete checkpoints are untouched, and --resume continues from "
+    "the last of them"
 )
 
 
