@@ -343,7 +343,7 @@ def test_a_teacher_that_is_wrong_in_any_precision_is_not_told_to_change_it() -> 
 
 def test_after_the_first_images_nothing_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("hgkd.teachers.health.check_outputs", lambda *_: calls.append(1))
+    monkeypatch.setattr("hgkd.teachers.base.check_outputs", lambda *_: calls.append(1))
     teacher = _teacher()
     teacher.prepare((4, 4), PATCH)
     for _ in range(3):
