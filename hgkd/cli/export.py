@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hgkd.cli.common import command, command_parser
+from hgkd.config.reading import read_config
 from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS, onnx_runner
 
@@ -91,6 +92,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--allow", nargs="+", default=[], metavar="NAME", help="beginnings of names that may be missing or left over"
     )
+    parser.add_argument(
+        "--config", metavar="FILE", help="config whose custom_imports bring a target, or a network, of your own"
+    )
     options = parser.add_argument_group("options of single targets")
     options.add_argument("--cell", type=int, help="sparse: side of a mask cell in pixels")
     options.add_argument("--output", help=f"graphs: {', '.join(OUTPUTS)} (default pooled)")
@@ -106,6 +110,9 @@ def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
     side, licences = args.pop("latency"), args.pop("licence")
     options = {name: value for name in _OPTIONS if (value := args.pop(name)) is not None}
+    own = args.pop("config")
+    if own is not None:
+        read_config(own)  # imports what it names
     if side is not None and args["to"] != "onnx":
         raise ValueError(f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}")
     if side is not None and side < 1:

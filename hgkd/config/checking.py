@@ -16,7 +16,16 @@ from mmengine.runner import Runner
 
 from hgkd.config.short_options import SHORT_OPTIONS
 from hgkd.errors import unknown_name_message
-from hgkd.registry import DATASETS, HOOKS, METRICS, MODELS, RUNNERS
+from hgkd.registry import (
+    DATASETS,
+    FINETUNING_OBJECTIVES,
+    HOOKS,
+    MASKED_OBJECTIVES,
+    METRICS,
+    MODELS,
+    RUNNERS,
+    unknown_objective_message,
+)
 
 _RUNNER_KEYS = {name for name in inspect.signature(Runner.__init__).parameters if name not in ("self", "cfg")}
 # read by mmengine, but through cfg and not through the runner's arguments
@@ -112,8 +121,16 @@ def _check(value: Any, path: str, registry: Registry | None) -> None:
         cls = _find(registry, kind, f"{path}.type") if isinstance(kind, str) else kind
         if getattr(cls, "__module__", "").startswith("hgkd."):
             _check_arguments(cls, value, path, registry)
+        if hasattr(cls, "objective_registry"):
+            _check_objectives(value.get("objectives") or {}, f"{path}.objectives", cls.objective_registry)
+            value = {key: item for key, item in value.items() if key != "objectives"}
     for key, item in value.items():
         _check(item, f"{path}.{key}", _KEY_REGISTRIES.get(key, registry))
+
+
+def _check_objectives(objectives: Any, path: str, registry: Registry) -> None:
+    for name, item in objectives.items() if isinstance(objectives, Mapping) else ():
+        _check(item, f"{path}.{name}", registry)
 
 
 def _check_arguments(cls: Any, value: Mapping[str, Any], path: str, registry: Registry) -> None:
@@ -168,7 +185,9 @@ def _find(registry: Registry, name: str, path: str) -> Any:
         for key, cls in node.module_dict.items():
             known.setdefault(key, cls)
     if name not in known:
-        raise ValueError(f"{path}={name!r}: {unknown_name_message(registry.name, name, known)}")
+        objective = registry in (MASKED_OBJECTIVES, FINETUNING_OBJECTIVES)
+        told = unknown_objective_message(registry, name) if objective else unknown_name_message(registry.name, name, known)
+        raise ValueError(f"{path}={name!r}: {told}")
     return known[name]
 
 

@@ -8,6 +8,8 @@ the levels: a file is later than the files that it is based on, and the command 
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,10 +114,45 @@ def same(left: Any, right: Any) -> bool:
 def read_levels(path: str) -> Config:
     """As ``Config.fromfile``; :class:`Levels` then knows which file of the chain says what."""
     with _LOCK, _noted() as root:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(path, import_custom_modules=False)
+    import_custom_modules(cfg, root.folders())
     if root.files:
         object.__setattr__(cfg, _ATTRIBUTE, root.files[0].level())
     return cfg
+
+
+def import_custom_modules(cfg: Config, folders: Sequence[Path]) -> None:
+    """Import what ``custom_imports`` of a config names: a module on the path, or one beside the config.
+
+    A folder whose module is imported goes to the end of ``sys.path``, so that processes which read images find it, too.
+
+    Raises:
+        ValueError: there is no such module, it does not import, or another of its name has been imported before.
+    """
+    wanted = cfg.get("custom_imports")
+    if not wanted:
+        return
+    names = wanted["imports"] if isinstance(wanted["imports"], (list, tuple)) else [wanted["imports"]]
+    for name in names:
+        top = name.partition(".")[0]
+        beside = next((folder for folder in folders if (folder / f"{top}.py").is_file() or (folder / top).is_dir()), None)
+        if beside is not None and str(beside) not in sys.path:
+            sys.path.append(str(beside))
+        where = f"{cfg.filename}: custom_imports names {name!r}"
+        try:
+            found = importlib.import_module(name)
+        except ImportError as error:
+            if wanted.get("allow_failed_imports"):
+                continue
+            raise ValueError(
+                f"{where}, which does not import ({error}); it is looked for on Python's path (PYTHONPATH) and beside "
+                f"the config, in {', '.join(map(str, folders))}"
+            ) from error
+        file = getattr(found, "__file__", None)
+        if beside is not None and file is not None and not Path(file).is_relative_to(beside):
+            raise ValueError(
+                f"{where}, and {beside / top} is beside it, but Python has another module of that name, {file}; rename yours"
+            )
 
 
 def level_of(cfg: Config) -> Level | None:
@@ -134,6 +171,11 @@ class _Note:
         self.name = name
         self.files: list[_Note] = []
         self.own: dict[str, Any] | None = None
+
+    def folders(self) -> list[Path]:
+        """The folders of the files below, without repetition; a base's after those of what is based on it."""
+        found = [folder for file in self.files for folder in (Path(file.name).absolute().parent, *file.folders())]
+        return list(dict.fromkeys(found))
 
     def level(self) -> Level:
         return Level(self.name, self.own or {}, tuple(file.level() for file in self.files))

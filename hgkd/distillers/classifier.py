@@ -18,9 +18,10 @@ from torch import Tensor
 from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import build_objectives
 from hgkd.networks.classifier import ImageClassifier
+from hgkd.objectives.finetuning.base import FinetuningObjective
 from hgkd.objectives.finetuning.labels import LabelLoss
 from hgkd.pixels import to_unit_range
-from hgkd.registry import MODELS
+from hgkd.registry import FINETUNING_OBJECTIVES, MODELS
 from hgkd.structures import ClassSample
 from hgkd.teachers.classifier import ClassifierTeacher
 from hgkd.weights.run_file import CLASSIFIER_FORMAT, ClassifierSpec
@@ -51,6 +52,8 @@ class ClassifierTraining(BaseModel):
         FileNotFoundError, WeightsError: see the classifier and the teacher.
     """
 
+    objective_registry = FINETUNING_OBJECTIVES
+
     def __init__(
         self,
         classifier: Mapping[str, Any],
@@ -74,7 +77,7 @@ class ClassifierTraining(BaseModel):
         self.labels = LabelLoss(num_classes, **(labels or {}))
         self.label_weight = label_weight
         self.erasing = erasing
-        self.objectives, self.weights = build_objectives(objectives or {})
+        self.objectives, self.weights = build_objectives(objectives or {}, FINETUNING_OBJECTIVES, FinetuningObjective)
         built = None if teacher is None else MODELS.build({"_scope_": "hgkd", **teacher})
         # not through nn.Module.__setattr__, which would register it
         object.__setattr__(self, "teacher", built)
@@ -84,13 +87,6 @@ class ClassifierTraining(BaseModel):
         """Let every part check that it fits the others."""
         feature = self.classifier.feature_shape(self.image_size)
         teacher: ClassifierTeacher | None = self.teacher  # type: ignore[assignment]
-        for name, part in self.objectives.items():
-            if not hasattr(part, "needs_classes"):
-                raise ValueError(
-                    f"objective {name!r} is a {type(part).__name__}, which cannot teach a classifier that is fine-tuned; use "
-                    "HardLabel, SoftLabel, NKD or LastMapMGD, or derive yours from "
-                    "hgkd.objectives.finetuning.logits.LogitObjective"
-                )
         if (teacher is None) != (not self.objectives):
             which = f"objectives={list(self.objectives)} but no teacher" if teacher is None else "a teacher but no objectives"
             raise ValueError(f"the model has {which}; set model.teacher and model.objectives, or neither")

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
+from mmengine.registry import Registry
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
 from hgkd.masking import CountedMask, MaskGenerator
-from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.base import Objective
+from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.pixels import pixels_text, to_unit_range
-from hgkd.registry import MODELS
+from hgkd.registry import MASKED_OBJECTIVES, MODELS, unknown_objective_message
 from hgkd.structures import FeatureSample, StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.students.base import Student
 from hgkd.teachers.base import Teacher
 from hgkd.teachers.cache import FeatureCache, store_bytes, weights_digest
 
@@ -82,6 +85,8 @@ class MaskedDistiller(BaseModel):
         ValueError: anything that does not fit together, before the first step.
     """
 
+    objective_registry = MASKED_OBJECTIVES
+
     def __init__(
         self,
         student: Mapping[str, Any],
@@ -99,18 +104,12 @@ class MaskedDistiller(BaseModel):
         self.feature_cache: FeatureCache | None = None
         self.teacher_seconds = 0.0
         self.image_size = as_size(image_size)
-        self.student = _build(student)
+        self.student: Student = _build_part(student, Student, "model.student", "hgkd.students.Student")
         self.mask: MaskGenerator = _build(mask)
         if not objectives:
             raise ValueError("objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))")
-        self.objectives, self.weights = build_objectives(objectives)
-        for name, part in self.objectives.items():
-            if not isinstance(part, ComparingObjective):
-                raise ValueError(
-                    f"objective {name!r} is a {type(part).__name__}, which says nothing of what it compares; derive it from "
-                    "hgkd.objectives.ComparingObjective"
-                )
-        built_teacher = None if teacher is None else _build(teacher)
+        self.objectives, self.weights = build_objectives(objectives, MASKED_OBJECTIVES, MaskedObjective)
+        built_teacher = None if teacher is None else _build_part(teacher, Teacher, "model.teacher", "hgkd.teachers.Teacher")
         # not through nn.Module.__setattr__, which would register it
         object.__setattr__(self, "teacher", built_teacher)
         self._prepare()
@@ -123,8 +122,7 @@ class MaskedDistiller(BaseModel):
         info: TeacherInfo | None = None
         grid: tuple[int, int] | None = None
         if teacher is not None:
-            if isinstance(teacher, Teacher):
-                teacher.require_trained()
+            teacher.require_trained()
             grid = teacher.prepare(self.mask_grid, self.student.cell)
             info = teacher.info
         parts: dict[str, Any] = dict(self.objectives.items())
@@ -136,15 +134,15 @@ class MaskedDistiller(BaseModel):
                 )
             if objective.needs is not None and objective.needs.decoder_block is not None:
                 teacher.require_decoder()  # before the objective, whose message could not name the file
-            objective.prepare(self.student, info, grid, self.mask_grid)
+            objective.prepare(Setup(self.student, info, grid, self.mask_grid))
             if objective.needs is not None:  # after prepare, which resolves negative block indices
                 teacher.check(objective.needs)
-        if self.mask.guided and not hasattr(teacher, "attention"):
+        if self.mask.guided and (teacher is None or not teacher.gives_attention):
             raise ValueError(
                 f"{type(self.mask).__name__} is guided by a teacher's attention, but the model has "
                 f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask"
             )
-        if self.mask.guided and isinstance(teacher, Teacher):
+        if self.mask.guided:
             teacher.check_attention()
         asking: dict[str, TeacherNeeds] = {name: part.needs for name, part in parts.items() if part.needs is not None}
         if teacher is not None and not asking and not self.mask.guided:
@@ -159,9 +157,7 @@ class MaskedDistiller(BaseModel):
         text = f"mask grid {height} x {width}"
         if isinstance(self.mask, CountedMask):
             text += f", {self.mask.count(self.mask_grid)} of {height * width} cells visible"
-        if hasattr(self.student, "mean"):
-            text += f"; {pixels_text(self.student.mean, self.student.deviation)}"
-        return text
+        return f"{text}; {pixels_text(self.student.mean, self.student.deviation)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDistiller:
         """A copy that shares the teacher and its stored features, which no training changes.
@@ -332,14 +328,37 @@ def _build(cfg: Mapping[str, Any]) -> Any:
     return MODELS.build({"_scope_": "hgkd", **cfg})
 
 
-def build_objectives(configs: Mapping[str, Mapping[str, Any]]) -> tuple[nn.ModuleDict, dict[str, float]]:
-    """Objectives by name, and the weight of each: an extra key ``weight`` of its config, 1.0 without."""
+def _build_part(cfg: Mapping[str, Any], base: type[nn.Module], place: str, path: str) -> Any:
+    """Build a part of the model, which must be derived from a base class.
+
+    Raises:
+        ValueError: it is not.
+    """
+    part = _build(cfg)
+    if not isinstance(part, base):
+        raise ValueError(f"{place} is a {type(part).__name__}, which is no {path}; use one that is, or derive yours from it")
+    return part
+
+
+def build_objectives(
+    configs: Mapping[str, Mapping[str, Any]], registry: Registry, base: type[Objective]
+) -> tuple[nn.ModuleDict, dict[str, float]]:
+    """Objectives by name, and the weight of each: an extra key ``weight`` of its config, 1.0 without.
+
+    Raises:
+        ValueError: an unknown name, or an objective of another kind; the message names those that serve.
+    """
     objectives = nn.ModuleDict()
     weights = {}
     for name, cfg in configs.items():
         cfg = dict(cfg)
         weights[name] = float(cfg.pop("weight", 1.0))
-        objectives[name] = _build(cfg)
+        kind = cfg.get("type")
+        found = registry.get(kind) if isinstance(kind, str) else kind
+        if not isinstance(found, type) or not issubclass(found, base):
+            told = unknown_objective_message(registry, getattr(found, "__name__", str(kind)))
+            raise ValueError(f"objective {name!r}: {told}; derive yours from hgkd.objectives.{base.__name__}")
+        objectives[name] = registry.build({"_scope_": "hgkd", **cfg})
     return objectives, weights
 
 

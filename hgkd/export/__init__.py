@@ -5,9 +5,9 @@ import types
 from typing import Any
 
 from hgkd.export.exporter import PARTS, export
-from hgkd.export.job import ExportError, ExportReport, MissingLibraryError
+from hgkd.export.job import ExportError, ExportReport, Job, MissingLibraryError, Target, Written
 from hgkd.export.plans import UnsupportedLayerError
-from hgkd.export.targets import TARGETS
+from hgkd.export.targets import TARGETS, register_target
 from hgkd.networks.backbones import Source, StudentCheckpoint, load_backbone, read_source, read_student
 from hgkd.students.exported import load_sparse, load_student
 from hgkd.weights.export_folder import read_spec
@@ -21,10 +21,13 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "ImportReport",
+    "Job",
     "MissingLibraryError",
     "Source",
     "StudentCheckpoint",
+    "Target",
     "UnsupportedLayerError",
+    "Written",
     "export",
     "import_weights",
     "load_backbone",
@@ -33,6 +36,7 @@ __all__ = [
     "read_source",
     "read_spec",
     "read_student",
+    "register_target",
 ]
 
 

@@ -104,7 +104,8 @@ def export(
 
 def _check_request(to: str, what: str, options: Mapping[str, Any], licences: Mapping[str, str]) -> Target:
     if to not in TARGETS:
-        raise ValueError(unknown_name_message("export target", to, TARGETS))
+        own = "one of your own comes with the module that registers it (--config FILE, of your custom_imports)"
+        raise ValueError(f"{unknown_name_message('export target', to, TARGETS)}; {own}")
     target = TARGETS[to]
     if what not in PARTS:
         raise ValueError(unknown_name_message("part of a student", what, PARTS))

@@ -1,6 +1,7 @@
 """Objectives: what a student is trained for. One file an objective, pure functions plus thin modules."""
 
-from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
+from hgkd.objectives.finetuning.base import FinetuningObjective
 from hgkd.objectives.finetuning.hard_label import HardLabel
 from hgkd.objectives.finetuning.last_map import LastMapMGD
 from hgkd.objectives.finetuning.nkd import NKD
@@ -19,12 +20,14 @@ __all__ = [
     "HGKD",
     "MGD",
     "NKD",
-    "ComparingObjective",
     "Comparison",
+    "FinetuningObjective",
     "HardLabel",
     "LastMapMGD",
     "MGDLoss",
+    "MaskedObjective",
     "PixelReconstruction",
     "PooledFeature",
+    "Setup",
     "SoftLabel",
 ]

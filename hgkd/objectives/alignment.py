@@ -32,6 +32,10 @@ class DecodingStudent(Protocol):
     feature_strides: tuple[int, ...]
     cell: int
 
+    def give_pixels(self) -> bool:
+        """Whether the student predicts pixels itself from now on."""
+        ...
+
 
 def decoder_channels(student: DecodingStudent, stride: int | None) -> int:
     """Channels of the decoder at a scale; None: of its output.

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hgkd.objectives.alignment import DecodingStudent
+from hgkd.objectives.base import Objective
 from hgkd.objectives.places import mean_over
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 
@@ -52,8 +54,25 @@ class Comparison:
         return self.weight * mean_over(values, self.places, self.count)
 
 
-class ComparingObjective(nn.Module):
-    """An objective of masked distillation, whose terms are comparisons; subclasses give :meth:`comparisons`.
+@dataclass(frozen=True)
+class Setup:
+    """What an objective of masked distillation is built for.
+
+    Attributes:
+        student: the student.
+        teacher_info, teacher_grid: of the teacher, its (gh, gw) tokens; None without one.
+        mask_grid: (h, w) cells.
+    """
+
+    student: DecodingStudent
+    teacher_info: TeacherInfo | None
+    teacher_grid: tuple[int, int] | None
+    mask_grid: tuple[int, int]
+
+
+class MaskedObjective(Objective):
+    """An objective of masked distillation, whose terms are comparisons; subclasses give :meth:`comparisons`,
+    and :meth:`_build` where they have layers.
 
     Everything else that the model and the hooks ask of an objective has a default here. One with ``terms`` gives
     :meth:`predict` and :meth:`target_map` as well, of which pictures are made during the training.
@@ -61,8 +80,8 @@ class ComparingObjective(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.terms is not ComparingObjective.terms:
-            absent = [name for name in ("predict", "target_map") if getattr(cls, name) is getattr(ComparingObjective, name)]
+        if cls.terms is not MaskedObjective.terms:
+            absent = [name for name in ("predict", "target_map") if getattr(cls, name) is getattr(MaskedObjective, name)]
             if absent:
                 raise TypeError(
                     f"{cls.__name__} has terms, of which pictures are made, but gives no {' and no '.join(absent)}; define "
@@ -79,20 +98,17 @@ class ComparingObjective(nn.Module):
         """Names of the terms that compare features place by place and can be shown as pictures; none by default."""
         return ()
 
-    def prepare(
-        self,
-        student: Any,
-        teacher_info: TeacherInfo | None,
-        teacher_grid: tuple[int, int] | None,
-        mask_grid: tuple[int, int],
-    ) -> None:
+    def prepare(self, setup: Setup) -> None:
         """Build what depends on student and teacher; called once, before the optimiser is made.
 
-        Args:
-            student: the student, see :class:`hgkd.objectives.alignment.DecodingStudent`.
-            teacher_info, teacher_grid: of the teacher, None without one.
-            mask_grid: (h, w) cells.
+        Raises:
+            ValueError: the objective does not fit the two.
         """
+        self._build(setup)
+        self._prepared = True
+
+    def _build(self, setup: Setup) -> None:
+        """The layers of :meth:`prepare`; none by default."""
 
     def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
         """The student's prediction (B, D, h, w) of one of ``terms``."""

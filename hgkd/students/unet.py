@@ -22,12 +22,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hgkd.masking import grid_of
 from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
 from hgkd.pixels import pixel_statistics
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, SparseTensor, sparsify
 from hgkd.structures import StudentOutput
+from hgkd.students.base import Student
 
 SKIPS = ("all", "last")
 
@@ -89,7 +89,7 @@ class DecoderStage(nn.Module):
 
 
 @MODELS.register_module()
-class SparseUNet(nn.Module):
+class SparseUNet(Student):
     """A masked student made of any timm CNN.
 
     Args:
@@ -148,7 +148,7 @@ class SparseUNet(nn.Module):
         network = build_encoder(encoder, stem=stem, checkpoint=encoder_checkpoint, pretrained=pretrained, **kwargs)
         self._levels = encoder_levels(network)
         total = self._levels[-1].stride
-        self.encoder_spec: dict[str, Any] = {"name": encoder, "stem": stem, "kwargs": kwargs}
+        self.encoder_spec = {"name": encoder, "stem": stem, "kwargs": kwargs}
         self.cell = check_cell(total if cell is None else cell, total)
         self.out_stride = check_out_stride(out_stride, total)
         self.feature_channels = tuple(level.channels for level in self._levels)
@@ -180,17 +180,6 @@ class SparseUNet(nn.Module):
                 for stage, stride in enumerate(strides)
             }
         )
-
-    def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
-        """The mask grid (h, w) of images of this size, (H, W) or one side of a square.
-
-        Raises:
-            ValueError: the mask cells do not divide the size; the message names the nearest sizes that they do.
-        """
-        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(sides) != 2:
-            raise ValueError(f"image_size must be one side or (height, width), got {image_size!r}")
-        return grid_of((sides[0], sides[1]), self.cell)
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> StudentOutput:
         """Encode the visible cells and decode the whole image.
@@ -232,10 +221,6 @@ class SparseUNet(nn.Module):
             decoded = pyramid[int(stride)] = stage(decoded, dense.get(stride))
         return pyramid
 
-    def description(self) -> dict[str, Any]:
-        """What a checkpoint says about this student."""
-        return {"encoder": self.encoder_spec}
-
     def normalise(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] -> what the encoder expects."""
         return (images - self.mean) / self.deviation
@@ -243,10 +228,6 @@ class SparseUNet(nn.Module):
     def dense_features(self, images: Tensor) -> list[Tensor]:
         """The levels of whole images by the ordinary dense network, finest first; images (B, 3, H, W) in [0, 1]."""
         return encoder_features(self.encoder, self.normalise(images), self._levels)
-
-    def pooled(self, images: Tensor) -> Tensor:
-        """Mean of the last level over the whole image: (B, 3, H, W) in [0, 1] -> (B, C)."""
-        return self.dense_features(images)[-1].mean(dim=(2, 3))
 
     @torch.no_grad()
     def _check_sparse(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
@@ -23,11 +23,12 @@ from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import StudentOutput
+from hgkd.students.base import Student
 from hgkd.weights.loading import load_strict
 
 
 @MODELS.register_module()
-class MaskedViT(nn.Module):
+class MaskedViT(Student):
     """A masked student that is a ViT.
 
     Args:
@@ -101,14 +102,15 @@ class MaskedViT(nn.Module):
         set_positions(network, self._native_positions, self._native_grid, network.arch.grid)
         return grid
 
-    def give_pixels(self) -> None:
-        """Let MAE's own head predict pixels from now on (``StudentOutput.pixels``), and train it.
+    def give_pixels(self) -> bool:
+        """Let MAE's own head predict pixels from now on (``StudentOutput.pixels``), and train it; True.
 
         An objective that wants pixels calls this when it is prepared.
         """
         self._gives_pixels = True
         self.network.decoder_norm.requires_grad_(True)
         self.network.decoder_pred.requires_grad_(True)
+        return True
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> StudentOutput:
         """Encode the visible patches and decode the whole image.

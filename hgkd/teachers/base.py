@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Teacher(nn.Module):
-    """Base of teachers; subclasses set ``info`` and give the three steps below.
+    """Base of teachers; subclasses set ``info`` and ``network``, give the steps below and call :meth:`freeze`.
 
     Args:
         dtype: precision that the network computes in; outputs are fp32.
@@ -60,8 +60,7 @@ class Teacher(nn.Module):
     # --- what a subclass gives --------------------------------------------------------------------------------------
 
     def _set_grid(self, grid: tuple[int, int]) -> None:
-        """Fit the position embedding to a token grid."""
-        raise NotImplementedError
+        """Fit the position embedding to a token grid; nothing by default, for networks without one."""
 
     def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
         """Tokens of normalised images of ``input_size``.
@@ -75,7 +74,10 @@ class Teacher(nn.Module):
         raise NotImplementedError
 
     def _before_block(self, images: Tensor, block: int) -> tuple[Tensor, nn.Module, int]:
-        """All tokens of normalised whole images that enter a block, that block, and how many tokens are no patches."""
+        """All tokens of normalised whole images that enter a block, that block, and how many tokens are no patches.
+
+        Without it the teacher gives no :meth:`attention`.
+        """
         raise NotImplementedError
 
     # --- protocol ---------------------------------------------------------------------------------------------------
@@ -112,8 +114,18 @@ class Teacher(nn.Module):
                 f"{self.info.decoder_depth} blocks, indices 0 to {self.info.decoder_depth - 1}"
             )
 
+    @property
+    def gives_attention(self) -> bool:
+        """Whether :meth:`attention` is there."""
+        own = type(self)
+        return own._before_block is not Teacher._before_block or own.attention is not Teacher.attention
+
     def check_attention(self, block: int = -1) -> None:
         """Raise ValueError when :meth:`attention` of a block cannot be had."""
+        if not self.gives_attention:
+            raise ValueError(f"{type(self).__name__} gives no attention; use a ViT teacher")
+        if type(self).attention is not Teacher.attention:  # a subclass's own
+            return
         check_attention_is_read(self.network.blocks[block])
 
     def require_decoder(self) -> None:
@@ -122,8 +134,12 @@ class Teacher(nn.Module):
             raise ValueError(self._no_decoder())
 
     def require_trained(self) -> None:
-        """Raise WeightsError when the weights look random and nobody said that this is wanted."""
-        health = None if self.allow_random else weight_health(self.network.state_dict())
+        """Raise WeightsError when the weights look random and nobody said that this is wanted.
+
+        Only those of a ViT under timm's names can be judged; others pass.
+        """
+        weights = {} if self.allow_random else self.network.state_dict()
+        health = weight_health(weights) if any(name.startswith("blocks.") for name in weights) else None
         if health is not None and health.looks_random:
             raise WeightsError(
                 f"{self.source}: this teacher {health}. A student would learn noise from it. Look at the file with "

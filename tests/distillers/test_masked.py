@@ -13,14 +13,17 @@ from hgkd.distillers.masked import merge_needs
 from hgkd.pixels import to_unit_range
 from hgkd.registry import MODELS
 from hgkd.structures import FeatureSample, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.teachers import Teacher
 
 
 @MODELS.register_module()
-class FakeTeacher(nn.Module):
+class FakeTeacher(Teacher):
     """Three 'blocks' of fixed random projections of 16-pixel patches; counts its calls."""
 
+    allow_random = True
+
     def __init__(self, decoder=False):
-        super().__init__()
+        super().__init__("float32", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         self.info = TeacherInfo("fake", 8, 3, 16, decoder_width=4 if decoder else None, decoder_depth=2 if decoder else 0)
         self.patches = nn.Conv2d(3, 8, 16, stride=16).requires_grad_(False)
         self.calls = []

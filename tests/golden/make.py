@@ -14,12 +14,12 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from downstream_runs import shapes_coco, tiny_detector  # noqa: E402
+from hgkd.engine.checkpoints import seal  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_golden import CLASSIFIER, ENCODER, HGKD_OPTIONS, LOADERS, detector, outputs_of  # noqa: E402
 from tiny_runs import HGKD, ROOT, tiny, write_images  # noqa: E402
 
 from hgkd.api import train as train_tool  # noqa: E402
-from hgkd.engine.checkpoints import seal  # noqa: E402
 from hgkd.export import export, load_backbone  # noqa: E402
 from hgkd.sparse import save_sparse, sparsify  # noqa: E402
 from hgkd.teachers.mae import save_mae  # noqa: E402

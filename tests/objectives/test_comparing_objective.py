@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hgkd.distillers import MaskedDistiller
-from hgkd.objectives import ComparingObjective, Comparison
+from hgkd.objectives import Comparison, MaskedObjective
 from hgkd.pictures.distillation import distillation_columns
-from hgkd.registry import MODELS
+from hgkd.registry import MASKED_OBJECTIVES
 
 
 def comparison(student_out: Any) -> dict[str, Comparison]:
@@ -18,15 +18,15 @@ def comparison(student_out: Any) -> dict[str, Comparison]:
     return {"small": Comparison(found, torch.zeros_like(found), places, int(places.sum()), distance)}
 
 
-@MODELS.register_module(force=True)
-class SmallestObjective(ComparingObjective):
+@MASKED_OBJECTIVES.register_module(force=True)
+class SmallestObjective(MaskedObjective):
     """No more than the documentation asks for."""
 
     def comparisons(self, student_out: Any, teacher_out: Any, layout: Any) -> dict[str, Comparison]:
         return comparison(student_out)
 
 
-@MODELS.register_module(force=True)
+@MASKED_OBJECTIVES.register_module(force=True)
 class WithATargetMap(SmallestObjective):
     def target_map(self, teacher_out: Any, term: str | None = None) -> torch.Tensor:
         raise AssertionError("nobody asks for it without terms")

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from teaching import CELLS, GRID, INFO, make_student, on_places, rows, run, teacher_out
 
-from hgkd.objectives import DMAE
+from hgkd.objectives import DMAE, Setup
 from hgkd.objectives.masked.dmae import l1_of_directions, l2_of_directions
 from hgkd.structures import TeacherNeeds
 
 
 def prepared(student, **options):
     objective = DMAE(**options)
-    objective.prepare(student, INFO, GRID, (2, 2))
+    objective.prepare(Setup(student, INFO, GRID, (2, 2)))
     return objective
 
 
@@ -108,6 +108,6 @@ def test_refusals(options, message):
 def test_refuses_a_student_that_is_too_coarse_and_no_teacher():
     student = make_student("cnn")
     with pytest.raises(ValueError, match="DMAE needs a teacher"):
-        DMAE().prepare(student, None, None, (2, 2))
+        DMAE().prepare(Setup(student, None, None, (2, 2)))
     with pytest.raises(ValueError, match=r"no level of the student is as fine as the teacher's 32 x 32 tokens"):
-        DMAE().prepare(student, INFO, (32, 32), (2, 2))
+        DMAE().prepare(Setup(student, INFO, (32, 32), (2, 2)))

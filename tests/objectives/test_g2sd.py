@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from teaching import CELLS, ENCODER_ONLY, GRID, INFO, make_student, on_places, rows, run, teacher_out
 
-from hgkd.objectives import G2SD
+from hgkd.objectives import G2SD, Setup
 from hgkd.structures import TeacherNeeds
 
 
@@ -16,7 +16,7 @@ from hgkd.structures import TeacherNeeds
 def test_it_is_smooth_l1_to_the_normalised_decoder_state(kind, supervise, places):
     student = make_student(kind).eval()
     objective = G2SD(supervise=supervise)
-    objective.prepare(student, INFO, GRID, (2, 2))
+    objective.prepare(Setup(student, INFO, GRID, (2, 2)))
     out, layout = run(student)
     teacher = teacher_out(())
     fc1, _, fc2 = objective.projector
@@ -31,7 +31,7 @@ def test_it_is_smooth_l1_to_the_normalised_decoder_state(kind, supervise, places
 def test_gradients_reach_the_student_and_not_the_teacher():
     student = make_student("cnn")
     objective = G2SD()
-    objective.prepare(student, INFO, GRID, (2, 2))
+    objective.prepare(Setup(student, INFO, GRID, (2, 2)))
     out, layout = run(student)
     teacher = teacher_out(())
     teacher.decoded.requires_grad_(True)
@@ -44,24 +44,24 @@ def test_gradients_reach_the_student_and_not_the_teacher():
 def test_needs_the_decoder_on_visible_patches():
     assert G2SD().needs == TeacherNeeds(decoder_block=3, visible_only=True)
     objective = G2SD(decoder_block=-1)
-    objective.prepare(make_student("vit"), INFO, GRID, (2, 2))
+    objective.prepare(Setup(make_student("vit"), INFO, GRID, (2, 2)))
     assert objective.needs == TeacherNeeds(decoder_block=3, visible_only=True)
 
 
 def test_refusals():
     student = make_student("vit")
     with pytest.raises(ValueError, match=r"this teacher \(mae-encoder\) has none; .* stay near 0.2 instead of 0.02"):
-        G2SD().prepare(student, ENCODER_ONLY, GRID, (2, 2))
+        G2SD().prepare(Setup(student, ENCODER_ONLY, GRID, (2, 2)))
     with pytest.raises(ValueError, match="decoder_block 4 is out of range: the teacher has depth 4"):
-        G2SD(decoder_block=4).prepare(student, INFO, GRID, (2, 2))
+        G2SD(decoder_block=4).prepare(Setup(student, INFO, GRID, (2, 2)))
     with pytest.raises(ValueError, match="G2SD needs a teacher"):
-        G2SD().prepare(student, None, None, (2, 2))
+        G2SD().prepare(Setup(student, None, None, (2, 2)))
     with pytest.raises(ValueError, match="beta must be above 0"):
         G2SD(beta=0)
     with pytest.raises(ValueError, match="supervise must be one of"):
         G2SD(supervise="hidden")
     objective = G2SD()
-    objective.prepare(student, INFO, GRID, (2, 2))
+    objective.prepare(Setup(student, INFO, GRID, (2, 2)))
     everything = student(torch.rand(2, 3, 64, 64))
     with pytest.raises(ValueError, match="no cell of the batch is hidden"):
         objective(everything, teacher_out(()), everything.layout)

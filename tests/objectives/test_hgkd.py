@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hgkd.objectives import Setup
 from hgkd.objectives.alignment import fit_grid
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
 from hgkd.objectives.masked.hgkd import HGKD, centred_target, hgkd_loss
-from hgkd.registry import MODELS
+from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.sparse import CellLayout
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
 
@@ -28,7 +29,7 @@ def student(channels: int = 2, out_stride: int = 4, cell: int = 4) -> SimpleName
 
 def prepared(channels: int = 2, info: TeacherInfo = INFO, grid: tuple[int, int] = (2, 2), **options: object) -> HGKD:
     objective = HGKD(**options)
-    objective.prepare(student(channels), info, grid, (2, 2))
+    objective.prepare(Setup(student(channels), info, grid, (2, 2)))
     return objective
 
 
@@ -266,7 +267,7 @@ class TestRefusals:
 
     def test_no_teacher(self) -> None:
         with pytest.raises(ValueError, match="needs a teacher"):
-            HGKD().prepare(student(), None, None, (2, 2))
+            HGKD().prepare(Setup(student(), None, None, (2, 2)))
 
     def test_grids_that_do_not_fit(self) -> None:
         with pytest.raises(ValueError, match="no whole multiple of the mask grid"):
@@ -287,7 +288,7 @@ class TestRefusals:
 
 
 def test_is_registered() -> None:
-    assert isinstance(MODELS.build({"type": "HGKD", "block": 9}), HGKD)
+    assert isinstance(MASKED_OBJECTIVES.build({"type": "HGKD", "block": 9}), HGKD)
 
 
 def test_centred_target_by_hand() -> None:
@@ -328,7 +329,7 @@ class TestSeveralBlocks:
     def test_each_block_reads_its_own_scale(self) -> None:
         objective = HGKD(block=(3, 7), stride=(8, 4), supervise="all")
         scales = SimpleNamespace(decoded_channels=5, out_stride=4, cell=4, pyramid_channels={8: 7, 4: 5})
-        objective.prepare(scales, INFO, (2, 2), (2, 2))
+        objective.prepare(Setup(scales, INFO, (2, 2), (2, 2)))
         assert objective.projectors["distill_3"].in_channels == 7
         assert objective.projectors["distill_7"].in_channels == 5
         coarse, fine = torch.randn(1, 7, 1, 1), torch.randn(1, 5, 2, 2)
@@ -338,7 +339,7 @@ class TestSeveralBlocks:
         )
         torch.testing.assert_close(objective.predict(out, "distill_7"), objective.projectors["distill_7"](fine))
         with pytest.raises(ValueError, match="stride 2 is no scale of the student's decoder, which has the strides 8, 4"):
-            HGKD(stride=2).prepare(scales, INFO, (2, 2), (2, 2))
+            HGKD(stride=2).prepare(Setup(scales, INFO, (2, 2), (2, 2)))
 
     def test_cosine_term(self) -> None:
         objective = prepared(supervise="all", cosine=0.5)

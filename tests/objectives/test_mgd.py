@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from teaching import CELLS, GRID, INFO, make_student, on_places, rows, run, teacher_out
 from torch import nn
 
-from hgkd.objectives import MGD, MGDLoss
+from hgkd.objectives import MGD, MGDLoss, Setup
 from hgkd.objectives.generation import draw_visible
 from hgkd.structures import TeacherNeeds
 
@@ -64,7 +64,7 @@ def test_a_fresh_mask_on_every_forward_and_gradients():
 def test_as_an_objective(kind, feature, supervise, places, reduction):
     student = make_student(kind).eval()
     objective = MGD(feature, block=1, supervise=supervise, reduction=reduction, alpha=0.5)
-    objective.prepare(student, INFO, GRID, (2, 2))
+    objective.prepare(Setup(student, INFO, GRID, (2, 2)))
     assert objective.needs == TeacherNeeds(blocks=(1,))
     out, layout = run(student)
     teacher = teacher_out()
@@ -81,7 +81,7 @@ def test_as_an_objective(kind, feature, supervise, places, reduction):
 
 def test_raw_tokens_are_the_published_target():
     objective = MGD(normalise=False)
-    objective.prepare(make_student("vit"), INFO, GRID, (2, 2))
+    objective.prepare(Setup(make_student("vit"), INFO, GRID, (2, 2)))
     teacher = teacher_out()
     torch.testing.assert_close(objective.target_map(teacher), teacher.tokens[3])
 
@@ -101,11 +101,11 @@ def test_raw_tokens_are_the_published_target():
 )
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        MGD(**options).prepare(make_student("cnn"), INFO, GRID, (2, 2))
+        MGD(**options).prepare(Setup(make_student("cnn"), INFO, GRID, (2, 2)))
 
 
 def test_maps_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"restored \(1, 4, 3, 3\) and teacher's \(1, 4, 1, 3\) feature map differ in shape"):
         MGDLoss(4, 4)(torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 1, 3))
     with pytest.raises(ValueError, match="MGD needs a teacher"):
-        MGD().prepare(make_student("vit"), None, None, (2, 2))
+        MGD().prepare(Setup(make_student("vit"), None, None, (2, 2)))

@@ -6,17 +6,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hgkd.objectives import Setup
 from hgkd.objectives.masked.pixels import PixelReconstruction, cell_statistics, join_cells, pixel_error_by_cell, split_cells
-from hgkd.registry import MODELS
+from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.sparse import CellLayout
 from hgkd.structures import StudentOutput
 
 VISIBLE = torch.tensor([[[True, False, False], [False, True, False]]])
 
 
+HEADLESS = {"give_pixels": lambda: False}  # a student without a pixel head of its own
+
+
 def prepared(channels: int = 3, out_stride: int = 1, **options: object) -> PixelReconstruction:
     objective = PixelReconstruction(**options)
-    objective.prepare(SimpleNamespace(decoded_channels=channels, out_stride=out_stride, cell=4), None, None, (2, 3))
+    objective.prepare(
+        Setup(
+            SimpleNamespace(**HEADLESS, decoded_channels=channels, out_stride=out_stride, cell=4),
+            None,
+            None,
+            (2, 3),
+        )
+    )
     return objective
 
 
@@ -138,7 +149,7 @@ def test_refusals() -> None:
 
 
 def test_is_registered_and_needs_no_teacher() -> None:
-    objective = MODELS.build({"type": "PixelReconstruction"})
+    objective = MASKED_OBJECTIVES.build({"type": "PixelReconstruction"})
     assert isinstance(objective, PixelReconstruction)
     assert isinstance(objective, nn.Module)
     assert objective.needs is None
@@ -148,8 +159,10 @@ def test_without_standardisation_the_target_is_what_the_student_gets() -> None:
     """DMAE's released script, and MAE without norm-pix: the loss against naive loops."""
     objective = PixelReconstruction(standardise=False)
     mean, deviation = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.5, 0.25, 1.0]).view(1, 3, 1, 1)
-    student = SimpleNamespace(decoded_channels=3, out_stride=1, cell=4, mean=mean, deviation=deviation)
-    objective.prepare(student, None, None, (2, 3))
+    student = SimpleNamespace(
+        give_pixels=lambda: False, decoded_channels=3, out_stride=1, cell=4, mean=mean, deviation=deviation
+    )
+    objective.prepare(Setup(student, None, None, (2, 3)))
     images, decoded = torch.rand(1, 3, 8, 12), torch.rand(1, 3, 8, 12)
     layout = CellLayout(VISIBLE, 4)
     loss = identity(objective)(StudentOutput(decoded, images=images), None, layout)["reconstruction"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import smooth_l1_loss
 
-from hgkd.objectives import PooledFeature
+from hgkd.objectives import PooledFeature, Setup
 from hgkd.objectives.masked.pooled import standardised_mean
 from hgkd.structures import TeacherInfo, TeacherOutput
 from hgkd.students import SparseUNet
@@ -17,7 +17,7 @@ CELLS = torch.tensor([[[True, False], [False, True]], [[False, True], [False, Fa
 
 def prepared(channels=5, **options):
     objective = PooledFeature(**options)
-    objective.prepare(SimpleNamespace(feature_channels=(2, channels)), INFO, (4, 4), (2, 2))
+    objective.prepare(Setup(SimpleNamespace(feature_channels=(2, channels)), INFO, (4, 4), (2, 2)))
     return objective
 
 
@@ -44,7 +44,7 @@ def test_visible_places_of_the_last_level_are_averaged_and_all_places_of_the_tea
     student = SparseUNet("test_resnet", decoder_width=16, min_decoder_width=8).eval()
     student.prepare(64)
     objective = PooledFeature(block=-2, beta=1.0)
-    objective.prepare(student, INFO, (4, 4), (2, 2))
+    objective.prepare(Setup(student, INFO, (4, 4), (2, 2)))
     assert objective.needs.blocks == (2,)
     assert not objective.needs.visible_only
     out = student(torch.rand(2, 3, 64, 64), CELLS)
@@ -61,7 +61,7 @@ def test_it_trains_the_encoder_and_not_the_teacher():
     student = SparseUNet("test_resnet", decoder_width=16, min_decoder_width=8)
     student.prepare(64)
     objective = PooledFeature()
-    objective.prepare(student, INFO, (4, 4), (2, 2))
+    objective.prepare(Setup(student, INFO, (4, 4), (2, 2)))
     out = student(torch.rand(2, 3, 64, 64), CELLS)
     tokens = torch.randn(2, 6, 4, 4, requires_grad=True)
     objective(out, TeacherOutput({3: tokens}, (4, 4)), out.layout)["pooled"].backward()
@@ -73,7 +73,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="beta must be above 0, got 0"):
         PooledFeature(beta=0)
     with pytest.raises(ValueError, match="needs a teacher"):
-        PooledFeature().prepare(SimpleNamespace(feature_channels=(5,)), None, None, (2, 2))
+        PooledFeature().prepare(Setup(SimpleNamespace(feature_channels=(5,)), None, None, (2, 2)))
     with pytest.raises(ValueError, match=r"block 4 is out of range: the teacher has depth 4"):
         prepared(block=4)
     with pytest.raises(ValueError, match="use a batch size above 1"):

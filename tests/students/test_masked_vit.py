@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hgkd.distillers import MAEPretraining, MaskedDistiller
 from hgkd.networks.mae import mae_loss, pixel_target, sincos_positions, unpatchify
-from hgkd.objectives import PixelReconstruction
+from hgkd.objectives import PixelReconstruction, Setup
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout
 from hgkd.students import MaskedViT
@@ -99,7 +99,7 @@ def test_no_mask_is_everything_visible() -> None:
 def test_pixels_with_plain_images_are_maes_own_loss() -> None:
     student = make(mean=(0.0, 0.0, 0.0), deviation=(1.0, 1.0, 1.0))
     objective = PixelReconstruction()
-    objective.prepare(student, None, None, (4, 4))
+    objective.prepare(Setup(student, None, None, (4, 4)))
     images = torch.rand(2, 3, 32, 32)
     out = student(images, VISIBLE)
     network = student.network

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgkd.objectives.finetuning.logits import LogitObjective
-from hgkd.registry import MODELS
+from hgkd.registry import FINETUNING_OBJECTIVES
 
 
-@MODELS.register_module()
+@FINETUNING_OBJECTIVES.register_module()
 class HardLabel(LogitObjective):
     """Cross entropy between the student's second head and the teacher's answer. Term: ``logits``."""
 

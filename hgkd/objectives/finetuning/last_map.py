@@ -10,19 +10,20 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hgkd.objectives.alignment import fit_grid
 from hgkd.objectives.distances import layer_norm0
+from hgkd.objectives.finetuning.base import FinetuningObjective, Shape
 from hgkd.objectives.generation import MGDLoss
-from hgkd.registry import MODELS
+from hgkd.registry import FINETUNING_OBJECTIVES
 
 if TYPE_CHECKING:
     from hgkd.networks.classifier import ClassifierOutput
 
 
-@MODELS.register_module()
-class LastMapMGD(nn.Module):
+@FINETUNING_OBJECTIVES.register_module()
+class LastMapMGD(FinetuningObjective):
     """See the module's header; the defaults are the published ones.
 
     Args:
@@ -44,19 +45,19 @@ class LastMapMGD(nn.Module):
     ) -> None:
         super().__init__()
         self.normalise = normalise
-        self._build = partial(MGDLoss, mask=mask, ratio=ratio, alpha=alpha, reduction=reduction)
-        self._build(1, 1)  # refuses what is wrong here, before training
+        self._make_loss = partial(MGDLoss, mask=mask, ratio=ratio, alpha=alpha, reduction=reduction)
+        self._make_loss(1, 1)  # refuses what is wrong here, before training
         self._grid = (0, 0)
         self.loss: MGDLoss | None = None
 
-    def prepare(self, student: tuple[int, int, int], teacher: tuple[int, int, int]) -> None:
-        """Build the generator from both maps' shapes (C, h, w); called once, before the optimiser is made."""
+    def _build(self, student: Shape, teacher: Shape) -> None:
+        """The generator."""
         self._grid = teacher[1:]
-        self.loss = self._build(student[0], teacher[0])
+        self.loss = self._make_loss(student[0], teacher[0])
 
     def forward(self, student: ClassifierOutput, teacher: ClassifierOutput, targets: Tensor) -> dict[str, Tensor]:
         """Term -> fp32 scalar."""
-        if self.loss is None:
-            raise RuntimeError("LastMapMGD.prepare() must be called before the objective is used")
+        self.require_prepared()
+        assert self.loss is not None
         target = layer_norm0(teacher.feature) if self.normalise else teacher.feature
         return {"generation": self.loss(fit_grid(student.feature, self._grid), target)}

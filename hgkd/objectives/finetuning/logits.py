@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from hgkd.objectives.finetuning.base import FinetuningObjective
 
 if TYPE_CHECKING:
     from hgkd.networks.classifier import ClassifierOutput
 
 
-class LogitObjective(nn.Module):
-    """An objective of fine-tuning that compares classifiers. Subclasses give :meth:`value`.
-
-    Attributes:
-        needs_classes: the teacher must have the student's classes.
-        teaches_class_head: of a student with two heads the class head learns from the teacher, not the second one.
-    """
-
-    needs_classes = True
-    teaches_class_head = False
-
-    def prepare(self, student: tuple[int, int, int], teacher: tuple[int, int, int]) -> None:
-        """Build what depends on the shapes (C, h, w) of both last feature maps; called once, before the optimiser is made."""
+class LogitObjective(FinetuningObjective):
+    """An objective of fine-tuning that compares classifiers. Subclasses give :meth:`value`."""
 
     def value(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
         """The loss, an fp32 scalar, from fp32 logits and the label targets, all (B, K)."""

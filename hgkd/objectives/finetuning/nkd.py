@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgkd.objectives.finetuning.logits import LogitObjective
-from hgkd.registry import MODELS
+from hgkd.registry import FINETUNING_OBJECTIVES
 
 
-@MODELS.register_module()
+@FINETUNING_OBJECTIVES.register_module()
 class NKD(LogitObjective):
     """See the module's header. G2SD uses it without another label loss: ``label_weight=0``.
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgkd.objectives.finetuning.logits import LogitObjective
-from hgkd.registry import MODELS
+from hgkd.registry import FINETUNING_OBJECTIVES
 
 
-@MODELS.register_module()
+@FINETUNING_OBJECTIVES.register_module()
 class SoftLabel(LogitObjective):
     """See the module's header.
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgkd.objectives.alignment import (
-    DecodingStudent,
     block_tokens,
     build_projector,
     encoder_map,
@@ -31,10 +30,10 @@ from hgkd.objectives.alignment import (
     resolve_block,
     resolve_level,
 )
-from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.objectives.places import visible_on
-from hgkd.registry import MODELS
-from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.registry import MASKED_OBJECTIVES
+from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
@@ -53,8 +52,8 @@ def l2_of_directions(prediction: Tensor, target: Tensor) -> Tensor:
 DISTANCES = {"l1": l1_of_directions, "l2": l2_of_directions}
 
 
-@MODELS.register_module()
-class DMAE(ComparingObjective):
+@MASKED_OBJECTIVES.register_module()
+class DMAE(MaskedObjective):
     """DMAE's feature alignment.
 
     Args:
@@ -87,24 +86,18 @@ class DMAE(ComparingObjective):
         """What the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
         return TeacherNeeds(blocks=tuple(block for _, block in self._taps), visible_only=True)
 
-    def prepare(
-        self,
-        student: DecodingStudent,
-        teacher_info: TeacherInfo | None,
-        teacher_grid: tuple[int, int] | None,
-        mask_grid: tuple[int, int],
-    ) -> None:
-        """Resolve the taps and build a projector each; called once, before the optimiser is made.
+    def _build(self, setup: Setup) -> None:
+        """Resolve the taps and build a projector each.
 
         Raises:
             ValueError: no teacher, a block or level that is not there or does not fit, or a teacher block tapped twice.
         """
-        teacher_info, self._grid = require_teacher(self, teacher_info, teacher_grid)
+        teacher_info, self._grid = require_teacher(self, setup.teacher_info, setup.teacher_grid)
         taps = []
         for level, block in self._taps:
-            level = resolve_level(level, student, self._grid, mask_grid)
+            level = resolve_level(level, setup.student, self._grid, setup.mask_grid)
             taps.append((level, resolve_block(block, teacher_info.depth, "block")))
-            channels = student.feature_channels[level]
+            channels = setup.student.feature_channels[level]
             self.projectors[str(taps[-1][1])] = build_projector(self._projector_kind, channels, teacher_info.width)
         if len(self.projectors) < len(taps):
             raise ValueError(f"taps name a teacher block twice: {taps}")
@@ -114,8 +107,9 @@ class DMAE(ComparingObjective):
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, Comparison]:
         """See the class."""
-        if self._grid is None or teacher_out is None:
-            raise RuntimeError("DMAE.prepare() must be called before the objective is used, and a teacher run")
+        self.require_prepared()
+        assert self._grid is not None
+        assert teacher_out is not None
         places = visible_on(layout.visible, self._grid)
         count = places_count(layout, layout.num_cells, self._grid)
         found = {}

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from hgkd.objectives.alignment import (
-    DecodingStudent,
     build_projector,
     decoder_state,
     fit_grid,
@@ -29,18 +28,18 @@ from hgkd.objectives.alignment import (
     require_teacher,
     resolve_block,
 )
-from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
 from hgkd.objectives.places import check_supervise, supervised_cells, supervised_places, visible_on
-from hgkd.registry import MODELS
-from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.registry import MASKED_OBJECTIVES
+from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
 
 
-@MODELS.register_module()
-class G2SD(ComparingObjective):
+@MASKED_OBJECTIVES.register_module()
+class G2SD(MaskedObjective):
     """G2SD's generic distillation; needs a MAE teacher with its decoder.
 
     Args:
@@ -69,31 +68,25 @@ class G2SD(ComparingObjective):
         """What the teacher must compute."""
         return TeacherNeeds(decoder_block=self._block, visible_only=True)
 
-    def prepare(
-        self,
-        student: DecodingStudent,
-        teacher_info: TeacherInfo | None,
-        teacher_grid: tuple[int, int] | None,
-        mask_grid: tuple[int, int],
-    ) -> None:
-        """Resolve the block and build the MLP; called once, before the optimiser is made.
+    def _build(self, setup: Setup) -> None:
+        """Resolve the block and build the MLP.
 
         Raises:
             ValueError: no teacher, one without decoder, or no such block in it.
         """
-        teacher_info, self._grid = require_teacher(self, teacher_info, teacher_grid)
+        teacher_info, self._grid = require_teacher(self, setup.teacher_info, setup.teacher_grid)
         if teacher_info.decoder_width is None or teacher_info.decoder_depth < 1:
             raise ValueError(
                 f"G2SD learns from the teacher's decoder, but this teacher ({teacher_info.kind}) has none; load a MAE "
                 "checkpoint with its decoder. With a random decoder the loss would stay near 0.2 instead of 0.02"
             )
         self._block = resolve_block(self._block, teacher_info.decoder_depth, "decoder_block")
-        self.projector = build_projector("mlp", student.decoded_channels, teacher_info.decoder_width)
+        self.projector = build_projector("mlp", setup.student.decoded_channels, teacher_info.decoder_width)
 
     def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
         """The student's prediction of the normalised target, (B, D', gh, gw)."""
-        if self.projector is None:
-            raise RuntimeError("G2SD.prepare() must be called before the objective is used")
+        self.require_prepared()
+        assert self.projector is not None
         prediction: Tensor = self.projector(fit_grid(student_out.decoded, self._grid))
         return prediction
 

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgkd.objectives.alignment import (
-    DecodingStudent,
     block_tokens,
     build_projector,
     decoder_channels,
@@ -40,11 +39,11 @@ from hgkd.objectives.alignment import (
     require_teacher,
     resolve_block,
 )
-from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
 from hgkd.objectives.places import check_supervise, mean_over, supervised_cells, supervised_places, visible_on
-from hgkd.registry import MODELS
-from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.registry import MASKED_OBJECTIVES
+from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
@@ -88,8 +87,8 @@ def centred_target(normalised: Tensor) -> Tensor:
     return centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-6).sqrt()
 
 
-@MODELS.register_module()
-class HGKD(ComparingObjective):
+@MASKED_OBJECTIVES.register_module()
+class HGKD(MaskedObjective):
     """H-GKD's objective.
 
     Args:
@@ -170,23 +169,17 @@ class HGKD(ComparingObjective):
             visible_only=self.target == "inferred",
         )
 
-    def prepare(
-        self,
-        student: DecodingStudent,
-        teacher_info: TeacherInfo | None,
-        teacher_grid: tuple[int, int] | None,
-        mask_grid: tuple[int, int],
-    ) -> None:
-        """Resolve the block indices and build the projectors; called once, before the optimiser is made.
+    def _build(self, setup: Setup) -> None:
+        """Resolve the block indices and build the projectors.
 
         Raises:
             ValueError: no teacher, no decoder where one is needed, a block or stride that is not there, or grids that do
                 not fit.
         """
-        teacher_info, teacher_grid = require_teacher(self, teacher_info, teacher_grid)
-        if teacher_grid[0] % mask_grid[0] or teacher_grid[1] % mask_grid[1]:
+        teacher_info, teacher_grid = require_teacher(self, setup.teacher_info, setup.teacher_grid)
+        if teacher_grid[0] % setup.mask_grid[0] or teacher_grid[1] % setup.mask_grid[1]:
             raise ValueError(
-                f"the teacher's grid {teacher_grid} is no whole multiple of the mask grid {mask_grid}; "
+                f"the teacher's grid {teacher_grid} is no whole multiple of the mask grid {setup.mask_grid}; "
                 "use the grid that teacher.prepare(mask_grid, cell) returns"
             )
         self._blocks = [resolve_block(block, teacher_info.depth, "block") for block in self._blocks]
@@ -203,7 +196,7 @@ class HGKD(ComparingObjective):
             self._decoder_block = resolve_block(self._decoder_block, teacher_info.decoder_depth, "decoder_block")
             widths["masked"] = teacher_info.decoder_width
         for term, width in widths.items():
-            channels = decoder_channels(student, self._strides[self._level(term)])
+            channels = decoder_channels(setup.student, self._strides[self._level(term)])
             self.projectors[term] = build_projector(self._projector_kind, channels, width)
 
     def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
@@ -246,8 +239,8 @@ class HGKD(ComparingObjective):
 
     @property
     def _prepared_grid(self) -> tuple[int, int]:
-        if self._grid is None:
-            raise RuntimeError("HGKD.prepare() must be called before the objective is used")
+        self.require_prepared()
+        assert self._grid is not None
         return self._grid
 
     def _level(self, term: str) -> int:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hgkd.objectives.alignment import (
-    DecodingStudent,
     block_tokens,
     encoder_map,
     fit_grid,
@@ -29,19 +28,19 @@ from hgkd.objectives.alignment import (
     resolve_block,
     resolve_level,
 )
-from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.objectives.distances import layer_norm0
 from hgkd.objectives.generation import MGDLoss, error_by_place
 from hgkd.objectives.places import check_supervise, supervised_cells, supervised_places, visible_on
-from hgkd.registry import MODELS
-from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.registry import MASKED_OBJECTIVES
+from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
 
 
-@MODELS.register_module()
-class MGD(ComparingObjective):
+@MASKED_OBJECTIVES.register_module()
+class MGD(MaskedObjective):
     """MGD as an objective of masked distillation: a block of the teacher from a map of the student.
 
     Args:
@@ -71,8 +70,8 @@ class MGD(ComparingObjective):
             raise ValueError(f"feature must be 'decoded', the index of an encoder level, or None, got {feature!r}")
         self.supervise = check_supervise(supervise)
         self.normalise = normalise
-        self._build = partial(MGDLoss, mask=mask, ratio=ratio, alpha=alpha, reduction=reduction)
-        self._build(1, 1)  # refuses what is wrong here, before training
+        self._make_loss = partial(MGDLoss, mask=mask, ratio=ratio, alpha=alpha, reduction=reduction)
+        self._make_loss(1, 1)  # refuses what is wrong here, before training
         self._feature = feature
         self._block = block
         self._grid = (0, 0)
@@ -85,30 +84,24 @@ class MGD(ComparingObjective):
         """What the teacher must compute."""
         return TeacherNeeds(blocks=(self._block,))
 
-    def prepare(
-        self,
-        student: DecodingStudent,
-        teacher_info: TeacherInfo | None,
-        teacher_grid: tuple[int, int] | None,
-        mask_grid: tuple[int, int],
-    ) -> None:
-        """Resolve block and level and build the generator; called once, before the optimiser is made.
+    def _build(self, setup: Setup) -> None:
+        """Resolve block and level and build the generator.
 
         Raises:
             ValueError: no teacher, or a block or level that is not there or does not fit.
         """
-        teacher_info, self._grid = require_teacher(self, teacher_info, teacher_grid)
+        teacher_info, self._grid = require_teacher(self, setup.teacher_info, setup.teacher_grid)
         self._block = resolve_block(self._block, teacher_info.depth, "block")
-        channels = student.decoded_channels
+        channels = setup.student.decoded_channels
         if not isinstance(self._feature, str):
-            self._feature = resolve_level(self._feature, student, self._grid, mask_grid)
-            channels = student.feature_channels[self._feature]
-        self.loss = self._build(channels, teacher_info.width)
+            self._feature = resolve_level(self._feature, setup.student, self._grid, setup.mask_grid)
+            channels = setup.student.feature_channels[self._feature]
+        self.loss = self._make_loss(channels, teacher_info.width)
 
     def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
         """The generated map (B, D, gh, gw), from a fresh mask."""
-        if self.loss is None:
-            raise RuntimeError("MGD.prepare() must be called before the objective is used")
+        self.require_prepared()
+        assert self.loss is not None
         if isinstance(self._feature, int):
             return self.loss.restore(encoder_map(student_out, self._feature, self._grid))
         return self.loss.restore(fit_grid(student_out.decoded, self._grid))

@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hgkd.objectives.alignment import DecodingStudent
-from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.objectives.places import check_supervise, supervised_cells, supervised_places, visible_on
-from hgkd.registry import MODELS
-from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
+from hgkd.registry import MASKED_OBJECTIVES
+from hgkd.structures import StudentOutput, TeacherOutput
 
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
@@ -76,8 +75,8 @@ def squared_error_by_place(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().mean(dim=1)
 
 
-@MODELS.register_module()
-class PixelReconstruction(ComparingObjective):
+@MASKED_OBJECTIVES.register_module()
+class PixelReconstruction(MaskedObjective):
     """SparK's pixel objective, and MAE's norm-pix one; needs no teacher.
 
     A student with a pixel head of its own (a ViT: MAE's) uses that; others get a 1x1 convolution here. Cells of one patch
@@ -100,29 +99,20 @@ class PixelReconstruction(ComparingObjective):
         self.standardise = standardise
         self.head: nn.Conv2d | None = None  # None with a student that gives pixels
 
-    def prepare(
-        self,
-        student: DecodingStudent,
-        teacher_info: TeacherInfo | None,
-        teacher_grid: tuple[int, int] | None,
-        mask_grid: tuple[int, int],
-    ) -> None:
-        """Build the head; called once, before the optimiser is made. The teacher arguments are not used."""
+    def _build(self, setup: Setup) -> None:
+        """Build the head."""
         if not self.standardise:
             for name in ("mean", "deviation"):
-                self.register_buffer(name, getattr(student, name).detach().clone(), persistent=False)
-        give_pixels = getattr(student, "give_pixels", None)
-        if give_pixels is not None:
-            give_pixels()
-        else:
-            self.head = nn.Conv2d(student.decoded_channels, 3 * student.out_stride**2, 1)
+                self.register_buffer(name, getattr(setup.student, name).detach().clone(), persistent=False)
+        if not setup.student.give_pixels():
+            self.head = nn.Conv2d(setup.student.decoded_channels, 3 * setup.student.out_stride**2, 1)
 
     def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
         """The predicted pixels, standardised or normalised as the target is, (B, 3, H, W)."""
         if student_out.pixels is not None:
             return student_out.pixels
-        if self.head is None:
-            raise RuntimeError("PixelReconstruction.prepare() must be called before the objective is used")
+        self.require_prepared()
+        assert self.head is not None
         predicted = self.head(student_out.decoded)
         return F.pixel_shuffle(predicted, math.isqrt(predicted.shape[1] // 3))
 

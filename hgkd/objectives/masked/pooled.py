@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hgkd.objectives.alignment import DecodingStudent, block_tokens, require_teacher, resolve_block
-from hgkd.objectives.comparison import ComparingObjective, Comparison
+from hgkd.objectives.alignment import block_tokens, require_teacher, resolve_block
+from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
-from hgkd.registry import MODELS
-from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.registry import MASKED_OBJECTIVES
+from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
@@ -42,8 +42,8 @@ def standardised_mean(tokens: Tensor) -> Tensor:
     return centred / (centred.square().mean(0) + 1e-6).sqrt()
 
 
-@MODELS.register_module()
-class PooledFeature(ComparingObjective):
+@MASKED_OBJECTIVES.register_module()
+class PooledFeature(MaskedObjective):
     """See the module's header.
 
     Args:
@@ -66,29 +66,23 @@ class PooledFeature(ComparingObjective):
         """One block of the whole image. Before :meth:`prepare`, a negative index stands as it was given."""
         return TeacherNeeds(blocks=(self._block,))
 
-    def prepare(
-        self,
-        student: DecodingStudent,
-        teacher_info: TeacherInfo | None,
-        teacher_grid: tuple[int, int] | None,
-        mask_grid: tuple[int, int],
-    ) -> None:
-        """Resolve the block and build the head; called once, before the optimiser is made.
+    def _build(self, setup: Setup) -> None:
+        """Resolve the block and build the head.
 
         Raises:
             ValueError: no teacher, or a block out of range.
         """
-        teacher_info, _ = require_teacher(self, teacher_info, teacher_grid)
+        teacher_info, _ = require_teacher(self, setup.teacher_info, setup.teacher_grid)
         self._block = resolve_block(self._block, teacher_info.depth, "block")
-        self.head = nn.Linear(student.feature_channels[-1], teacher_info.width)
+        self.head = nn.Linear(setup.student.feature_channels[-1], teacher_info.width)
 
     def comparisons(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, Comparison]:
         """See the class; an image is one place."""
         assert teacher_out is not None
-        if self.head is None:
-            raise RuntimeError("PooledFeature.prepare() must be called before the objective is used")
+        self.require_prepared()
+        assert self.head is not None
         pooled: Tensor = student_out.features[-1].mean(dim=(2, 3))
         prediction = self.head(pooled)[:, :, None, None]
         target = standardised_mean(block_tokens(teacher_out, self._block))[:, :, None, None]

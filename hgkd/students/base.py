@@ -1,0 +1,81 @@
+"""What every masked student has, for the model, the objectives, the hooks and the reports that ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hgkd.masking import grid_of
+from hgkd.structures import StudentOutput
+
+
+class Student(nn.Module):
+    """Base of students; subclasses set the attributes and give :meth:`forward` and :meth:`dense_features`.
+
+    Attributes:
+        cell, out_stride: pixels a mask cell, and a place of the decoder's output.
+        decoded_channels: channels of the decoder's output.
+        pyramid_channels: stride -> channels, of every scale of the decoder.
+        feature_channels, feature_strides: of the encoder's levels, finest first, or of a ViT's blocks.
+        mean, deviation: of the pixels in [0, 1] that :meth:`normalise` takes away, (1, 3, 1, 1); see :meth:`set_pixels`.
+        encoder_spec: {'name', 'stem', 'kwargs'} of a timm network that lies in the attribute ``encoder``: with it checkpoints
+            can be exported and evaluated; None: they cannot.
+    """
+
+    cell: int
+    out_stride: int
+    decoded_channels: int
+    pyramid_channels: dict[int, int]
+    feature_channels: tuple[int, ...]
+    feature_strides: tuple[int, ...]
+    mean: Tensor
+    deviation: Tensor
+    encoder_spec: dict[str, Any] | None = None
+
+    def set_pixels(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        """Set ``mean`` and ``deviation``, three numbers each, RGB in [0, 1]; they are no part of ``state_dict``."""
+        for name, values in (("mean", mean), ("deviation", deviation)):
+            self.register_buffer(name, torch.tensor(list(values)).view(1, -1, 1, 1), persistent=False)
+
+    def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
+        """The mask grid (h, w) of images of this size, (H, W) or one side of a square.
+
+        Raises:
+            ValueError: the mask cells do not divide the size; the message names the nearest sizes that they do.
+        """
+        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(sides) != 2:
+            raise ValueError(f"image_size must be one side or (height, width), got {image_size!r}")
+        return grid_of((sides[0], sides[1]), self.cell)
+
+    def give_pixels(self) -> bool:
+        """Predict pixels from now on (``StudentOutput.pixels``); False: this student has no head for it."""
+        return False
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> StudentOutput:
+        """Encode the visible cells and decode the whole image.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], RGB.
+            visible: bool (B, H/cell, W/cell), True = visible; None: everything.
+        """
+        raise NotImplementedError
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> what the network expects."""
+        return (images - self.mean) / self.deviation
+
+    def dense_features(self, images: Tensor) -> list[Tensor]:
+        """Features of whole images (B, 3, H, W) in [0, 1] by the ordinary dense network, finest first."""
+        raise NotImplementedError
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Mean of the last features over the whole image: (B, 3, H, W) in [0, 1] -> (B, C)."""
+        return self.dense_features(images)[-1].mean(dim=(2, 3))
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says about this student."""
+        return {} if self.encoder_spec is None else {"encoder": self.encoder_spec}

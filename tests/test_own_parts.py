@@ -1,0 +1,188 @@
+"""Parts of a user's own, in a module beside a config outside the repository: trained, pictured, dry-run, exported."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import BLOCKS, HGKD, ROOT, SPARK, tiny, write_images
+
+from hgkd.api.train import load_config, train
+from hgkd.diagnosis.dry_run import dry_run
+from hgkd.export import export
+from hgkd.weights.files import read_checkpoint
+
+OWN = Path(__file__).with_name("own_parts.py")
+FINETUNING = ROOT / "downstream/classification/resnet18_10e_cifar128.py"
+IMPORTS = "custom_imports = dict(imports=['own_parts_of_a_user'])\n"
+TEACHER = "model.teacher"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A user's folder: a module, and configs beside it. Nothing of it is on Python's path."""
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copy(OWN, folder / "own_parts_of_a_user.py")
+    yield folder
+    sys.path.remove(str(folder))
+
+
+def config(home, name, base, text=""):
+    (home / f"{name}.py").write_text(f"_base_ = {str(base)!r}\n{IMPORTS}{text}")
+    return home / f"{name}.py"
+
+
+PARTS = {
+    "masked objective": (HGKD, "model = dict(objectives=dict(_delete_=True, own=dict(type='MeanToken')))\n"),
+    "objective with pictures": (
+        HGKD,
+        "model = dict(objectives=dict(_delete_=True, own=dict(type='VisibleTokens', weight=2.0)))\n",
+    ),
+    "teacher": (HGKD, ""),
+    "student": (SPARK, "model = dict(student=dict(_delete_=True, type='OneLevel'))\n"),
+    "student and teacher": (HGKD, "model = dict(student=dict(_delete_=True, type='OneLevel', width=8))\n"),
+    "mask generator": (SPARK, "model = dict(mask=dict(_delete_=True, type='CentreMask', mask_ratio=0.5))\n"),
+    "layer rule": (SPARK, "student = 'gated_resnet'\n"),
+}
+HOOKS = """
+custom_hooks = [
+    dict(type="PictureHook", num_images=2),
+    dict(type="TermShareHook", interval=1),
+    dict(type="MaskScheduleHook"),
+]
+"""
+
+
+def run_options(part, images):
+    options = tiny(images, epochs=1, warmup_epochs=0)
+    if "student" in part or part == "layer rule":
+        options.pop("student")
+    if "student" in part:
+        options.pop("model.student.decoder_width")
+    return options
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_users_own_trains_is_pictured_and_dry_runs(part, home, images, tmp_path):
+    base, text = PARTS[part]
+    if base is HGKD:
+        text += "model = {**globals().get('model', {}), 'teacher': dict(_delete_=True, type='PatchTeacher')}\n"
+    path = config(home, part.replace(" ", "_"), base, text + HOOKS)
+    options = run_options(part, images)
+    if base is HGKD:
+        options |= {"teacher_features": None}
+        options |= {} if "objective" in part else BLOCKS
+    report = dry_run(load_config(path, tmp_path / "dry", options=options))
+    assert "finite" in report
+    runner = train(path, tmp_path / "run", options=options)
+    assert runner.iter == 2
+    assert (tmp_path / "run/pictures/epoch_1.png").is_file()
+    shares = [key for key in runner.message_hub.log_scalars if key.endswith("_share") and "teacher" not in key]
+    assert shares
+    checkpoint = read_checkpoint(tmp_path / "run/epoch_1.pth")
+    assert not any("teacher" in name for name in checkpoint["state_dict"])
+    resumed = train(path, tmp_path / "run", resume=True, options={**options, "epochs": 2})
+    assert resumed.iter == 4
+
+
+def test_an_own_target_exports_an_own_student(home, images, tmp_path):
+    path = config(home, "exported", SPARK, PARTS["student"][1])
+    train(path, tmp_path / "run", options=run_options("student", images))
+    report = export(tmp_path / "run/epoch_1.pth", tmp_path / "out", to="halves", suffix="small")
+    written = load_file(tmp_path / "out/weights.small.safetensors")
+    assert {value.dtype for value in written.values() if value.is_floating_point()} == {torch.float16}
+    assert report.max_difference < 0.02
+    with pytest.raises(ValueError, match="target 'halves' has no option 'cell'; it takes: suffix"):
+        export(tmp_path / "run/epoch_1.pth", tmp_path / "other", to="halves", cell=32)
+    command = [sys.executable, "-m", "hgkd", "export", str(tmp_path / "run/epoch_1.pth"), "--to", "halves", "--out", "typed"]
+    found = subprocess.run([*command, "--config", str(path)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "typed/weights.half.safetensors").is_file()
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "--config" in found.stderr
+
+
+def finetuning(home, name, images, objective):
+    teacher = dict(type="ClassifierTeacher", name="test_resnet", allow_random=True)
+    text = f"model = dict(teacher={teacher}, objectives=dict(own={objective}))\n"
+    path = config(home, name, FINETUNING, text)
+    options = {
+        "student": "test_resnet",
+        "data_root": str(images),
+        "val_root": str(images),
+        "num_classes": 2,
+        "image_size": 64,
+        "batch_size": 4,
+        "workers": 0,
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "default_hooks.logger.interval": 1,
+    }
+    return path, options
+
+
+def test_a_fine_tuning_objective_of_a_users_own(home, images, tmp_path):
+    path, options = finetuning(home, "finetuning", images, dict(type="MeanFeature"))
+    assert "own_mean_loss" in dry_run(load_config(path, tmp_path / "dry", options=options))
+    train(path, tmp_path / "run", options=options)
+    assert "objectives.own.head.weight" in read_checkpoint(tmp_path / "run/epoch_1.pth")["state_dict"]
+    assert list((tmp_path / "run").glob("best_accuracy_top1_*.pth"))
+
+
+@pytest.mark.parametrize("kind", ["MeanToken", "HGKD"])
+def test_an_objective_of_the_wrong_kind_is_refused_by_name_in_fine_tuning(kind, home, images, tmp_path):
+    path, options = finetuning(home, f"wrong_{kind}", images, dict(type=kind))
+    with pytest.raises(
+        ValueError, match=rf"{kind} is a masked objective .*fine-tuning objective; .*HardLabel.*MeanFeature.*NKD"
+    ):
+        load_config(path, tmp_path, options=options)
+
+
+@pytest.mark.parametrize("kind", ["MeanFeature", "HardLabel"])
+def test_an_objective_of_the_wrong_kind_is_refused_by_name_in_masked_distillation(kind, home, images, tmp_path):
+    path = config(home, f"wrong_{kind}", SPARK, f"model = dict(objectives=dict(own=dict(type={kind!r})))\n")
+    with pytest.raises(ValueError, match=rf"{kind} is a fine-tuning objective .*masked objective; .*HGKD.*MeanToken"):
+        load_config(path, tmp_path, options=tiny(images))
+
+
+def test_a_module_that_is_nowhere_is_told_with_the_folders_that_were_searched(home, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(f"_base_ = {str(SPARK)!r}\ncustom_imports = dict(imports=['no_such_module_of_mine'])\n")
+    with pytest.raises(ValueError, match=r"'no_such_module_of_mine', which does not import .*PYTHONPATH"):
+        load_config(path)
+
+
+def test_a_module_whose_name_is_taken_is_told(tmp_path):
+    (tmp_path / "json.py").write_text("")
+    path = tmp_path / "config.py"
+    path.write_text(f"_base_ = {str(SPARK)!r}\ncustom_imports = dict(imports=['json'])\n")
+    with pytest.raises(ValueError, match=r"another module of that name.*rename yours"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("place", ["student", "teacher"])
+def test_a_part_of_another_kind_is_refused_by_name(place, home, images, tmp_path):
+    path = config(home, f"another_{place}", HGKD, f"model = dict({place}=dict(_delete_=True, type='RandomMask'))\n")
+    options = run_options("student", images)
+    with pytest.raises(
+        ValueError, match=rf"model\.{place} is a RandomMask, which is no hgkd\.{place}s\.{place.title()}; .*derive"
+    ):
+        train(path, tmp_path, options={**options, "teacher_features": None})
+
+
+def test_the_pages_snippets_are_those_that_are_tested():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.S)
+    module = OWN.read_text(encoding="utf-8").replace("  # noqa: E402", "")
+    assert len(blocks) >= 7
+    for block in blocks:
+        assert block.strip() in module
