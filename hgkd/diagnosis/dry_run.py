@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from hgkd.data.sampler import SeededIndex, epoch_seed
-from hgkd.errors import DivergedError
+from hgkd.errors import DivergedError, coded
 from hgkd.networks.vit import watch_nonfinite
 from hgkd.registry import RUNNERS
 from hgkd.training.hooks.class_report import ClassReportHook
@@ -173,9 +173,12 @@ def _check_last_batch(model: Any, loader: Any, batch: Any) -> None:
         with torch.no_grad():
             model(**model.data_preprocessor({key: values[:last] for key, values in batch.items()}, True), mode="loss")
     except ValueError as error:
-        raise ValueError(
-            f"the last batch of every epoch has {last} of {loader.batch_size} images, and the model cannot be trained on it: "
-            f"{error}. Set train_dataloader.drop_last=True, or another batch_size"
+        raise coded(
+            "last-batch-too-small",
+            ValueError(
+                f"the last batch of every epoch has {last} of {loader.batch_size} images, and the model cannot be trained on "
+                f"it: {error}. Set train_dataloader.drop_last=True, or another batch_size"
+            ),
         ) from error
 
 
