@@ -7,6 +7,25 @@ what was expected and the remedy, before the first training step.
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
+
+_Error = TypeVar("_Error", bound=Exception)
+
+
+def coded(code: str, error: _Error) -> _Error:
+    """The error with a stable name, in its attribute ``code``: words may be improved, a code stays.
+
+    >>> coded("mask-ratio-too-high", ValueError("use at most 0.75")).code
+    'mask-ratio-too-high'
+    """
+    error.code = code  # type: ignore[attr-defined]
+    return error
+
+
+def code_of(error: BaseException) -> str | None:
+    """The stable name that :func:`coded` gave an error, or the one that caused it; None: it has none."""
+    code: str | None = getattr(error, "code", None)
+    return code if isinstance(code, str) or error.__cause__ is None else code_of(error.__cause__)
 
 
 class WeightsError(ValueError):

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hgkd.errors import coded
 from hgkd.registry import MODELS
 
 
@@ -41,9 +42,12 @@ def visible_count(h: int, w: int, mask_ratio: float, rounding: str = "round") ->
     count = math.floor(keep + 0.5 + 1e-6) if rounding == "round" else math.floor(keep + 1e-6)
     if count < 1:
         largest = math.floor((1.0 - 1.0 / (h * w)) * 1e4) / 1e4  # rounded down: it must work when it is typed
-        raise ValueError(
-            f"mask_ratio {mask_ratio:g} leaves no visible cell on a {h} x {w} grid; use at most {largest:.4f}, "
-            "a larger image or smaller cells"
+        raise coded(
+            "mask-ratio-too-high",
+            ValueError(
+                f"mask_ratio {mask_ratio:g} leaves no visible cell on a {h} x {w} grid; use at most {largest:.4f}, "
+                "a larger image or smaller cells"
+            ),
         )
     return count
 
@@ -284,8 +288,11 @@ def grid_of(image_size: tuple[int, int], cell: int) -> tuple[int, int]:
         sides.append((side, low, high))
     if any(side % cell or side < cell for side, _, _ in sides):
         near = " or ".join(dict.fromkeys((f"{sides[0][1]} x {sides[1][1]}", f"{sides[0][2]} x {sides[1][2]}")))
-        raise ValueError(
-            f"image size {image_size[0]} x {image_size[1]} is not divided by the {cell}-pixel mask cells; "
-            f"nearest sizes that are: {near}"
+        raise coded(
+            "image-size-not-divided",
+            ValueError(
+                f"image size {image_size[0]} x {image_size[1]} is not divided by the {cell}-pixel mask cells; "
+                f"nearest sizes that are: {near}"
+            ),
         )
     return image_size[0] // cell, image_size[1] // cell

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hgkd.config.options import OptionsAction
-from hgkd.errors import USER_ERRORS
+from hgkd.errors import USER_ERRORS, code_of
 
 Main = Callable[[Sequence[str]], int]
 
@@ -53,6 +53,8 @@ def command(main: Main) -> Callable[[Sequence[str] | None], int]:
             return main(arguments)
         except (*USER_ERRORS, OSError) as error:  # a full disk and a folder without permission are the user's to mend
             if len(arguments) < len(given):
+                code = code_of(error)
+                print("" if code is None else f"error code: {code}", end="\n" * (code is not None), file=sys.stderr)
                 raise
             print(f"error: {error}\n(--debug shows where it comes from)", file=sys.stderr)
             return 2

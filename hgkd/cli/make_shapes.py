@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hgkd.cli.common import command, command_parser
 from hgkd.data.shapes import CLASSES, write_ade20k, write_coco, write_imagefolder
-from hgkd.errors import USER_ERRORS, StoppedError, unknown_name_message
+from hgkd.errors import USER_ERRORS, StoppedError, coded, unknown_name_message
 
 WRITERS = {"imagefolder": write_imagefolder, "coco": write_coco, "ade20k": write_ade20k}
 
@@ -61,7 +61,9 @@ def make_shapes(
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise FileExistsError(f"{out} is not empty; give a new folder, or --force to write into this one")
+        raise coded(
+            "folder-not-empty", FileExistsError(f"{out} is not empty; give a new folder, or --force to write into this one")
+        )
     return WRITERS[layout](out, train=train, test=test, image_size=image_size, seed=seed, clutter=clutter)
 
 

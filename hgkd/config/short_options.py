@@ -12,6 +12,7 @@ from mmengine.config import Config
 from hgkd.config.levels import MISSING, Level, Levels, same
 from hgkd.config.options import option_value
 from hgkd.config.schedule import rate_entries, shorter_warmup
+from hgkd.errors import coded
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,12 @@ def _settle_warmup(cfg: Config, epochs: Level | None, warmup: Level | None) -> l
     length, total = warm.get("end"), main.get("end", float("inf"))
     if length is not None and length > 0 and main.get("begin", 0) >= total:
         if epochs is None or not epochs.after(warmup):
-            raise ValueError(
-                f"warmup_epochs={length} is not shorter than epochs={total}; set a smaller warmup_epochs (0 = no warm-up)"
+            raise coded(
+                "warmup-too-long",
+                ValueError(
+                    f"warmup_epochs={length} is not shorter than epochs={total}; set warmup_epochs=0 "
+                    "(no warm-up), or another number below it"
+                ),
             )
         shorter = shorter_warmup(total, whole=not (warm.get("convert_to_iter_based") and main.get("convert_to_iter_based")))
         warm["end"] = main["begin"] = cfg.warmup_epochs = shorter

@@ -40,7 +40,7 @@ from hgkd.data.pixels import READING, BandsError, Range, as_value_range, decode,
 from hgkd.data.sampler import image_seed, seeded
 from hgkd.data.shards import ShardIndex, index_shards
 from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
-from hgkd.errors import DataError, few
+from hgkd.errors import DataError, coded, few
 from hgkd.registry import DATASETS
 
 _Item = TypeVar("_Item")
@@ -507,9 +507,12 @@ def _class_folders(root: str) -> dict[str, list[str]]:
     if not names:
         raise DataError(f"no class folders in {where}; expected {where}/<class>/<image>, one folder a class")
     if _SPLITS.issuperset(map(str.lower, names)):
-        raise DataError(
-            f"the folders in {where} are called {', '.join(names)}, which are no classes; set data_root to one of them, e.g. "
-            f"{os.path.join(where, names[-1])}"
+        raise coded(
+            "splits-as-classes",
+            DataError(
+                f"the folders in {where} are called {', '.join(names)}, which are no classes; set data_root to one of them, "
+                f"e.g. {os.path.join(where, names[-1])}"
+            ),
         )
     identities = {name: folder_identity(os.path.join(root, name)) for name in names}
     beside = Content(left_out=Counter(kind_name(entry.name) for entry in inside if not entry.is_dir()))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import build_objectives
+from hgkd.errors import coded
 from hgkd.networks.classifier import ImageClassifier
 from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.finetuning.base import FinetuningObjective
@@ -171,9 +172,12 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
         """
         spec = self.classifier.spec
         if len(classes) != spec.num_classes:
-            raise ValueError(
-                f"the images are of {len(classes)} classes ({', '.join(classes[:3])} ...), the model has {spec.num_classes} "
-                f"outputs; set num_classes={len(classes)}"
+            raise coded(
+                "classes-differ",
+                ValueError(
+                    f"the images are of {len(classes)} classes ({', '.join(classes[:3])} ...), the model has "
+                    f"{spec.num_classes} outputs; set num_classes={len(classes)}"
+                ),
             )
         teacher = self.teacher
         known = () if teacher is None or teacher.num_classes is None else teacher.classes

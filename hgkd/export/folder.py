@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hgkd.errors import coded
 from hgkd.weights.export_folder import CARD_FILE, CARD_PAGE
 from hgkd.writing import writing
 
@@ -45,7 +46,10 @@ def check_free(out: Path, force: bool) -> None:
     if not names:
         return
     if not force:
-        raise FileExistsError(f"{out} exists and is not empty; choose another --out, or --force to replace an export")
+        raise coded(
+            "folder-not-empty",
+            FileExistsError(f"{out} exists and is not empty; choose another --out, or --force to replace an export"),
+        )
     try:
         listed = set(json.loads((out / CARD_FILE).read_text(encoding="utf-8"))["files"]) | _CARDS
     except (OSError, ValueError, KeyError, TypeError):

@@ -23,7 +23,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 from hgkd.networks.backbones import read_source
 from hgkd.networks.encoder import STEMS, evaluating, use_cifar_stem
 from hgkd.networks.mae import read_mae
@@ -286,7 +286,10 @@ class ImageClassifier(PixelNormalisation):
         if name.partition(".")[0] != own:
             raise WeightsError(f"{path} holds a {name!r}, but a {own!r} is to be trained; set student={name}, or another file")
         if file_stem != stem:
-            raise WeightsError(f"{path} holds a {name!r} with stem {file_stem!r}; set model.classifier.stem={file_stem}")
+            raise coded(
+                "stem-differs",
+                WeightsError(f"{path} holds a {name!r} with stem {file_stem!r}; set model.classifier.stem={file_stem}"),
+            )
 
     def _load(self, state: Mapping[str, Tensor], source: str) -> None:
         heads = self.head_names()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hgkd.errors import coded
 from hgkd.masking import expand
 
 if TYPE_CHECKING:
@@ -55,9 +56,12 @@ def supervised_cells(layout: CellLayout, supervise: str) -> int:
     count = {"masked": cells - layout.num_cells, "visible": layout.num_cells, "all": cells}[supervise]
     if count < 1:
         state = "hidden" if supervise == "masked" else "visible"
-        raise ValueError(
-            f"supervise={supervise!r}, but no cell of the batch is {state}, so nothing would be learnt; "
-            "use supervise='all'" + (" or a mask_ratio above 0" if supervise == "masked" else "")
+        raise coded(
+            "nothing-supervised",
+            ValueError(
+                f"supervise={supervise!r}, but no cell of the batch is {state}, so nothing would be learnt; "
+                "use supervise='all'" + (" or a mask_ratio above 0" if supervise == "masked" else "")
+            ),
         )
     return count
 

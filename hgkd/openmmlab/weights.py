@@ -21,7 +21,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 from hgkd.openmmlab.backbone import TimmBackbone
 from hgkd.pixels import pixel_statistics
 from hgkd.weights.files import read_checkpoint, tensors_of
@@ -88,10 +88,13 @@ def check_start(backbone: nn.Module) -> None:
     if getattr(backbone, "norm_eval", False) and any(isinstance(layer, _BatchNorm) for layer in backbone.modules()):
         fixed.append("its norms never take statistics (norm_eval)")
     if fixed:
-        raise ValueError(
-            f"backbone=None: the backbone starts from random weights, and {' and '.join(fixed)}. Set backbone=FILE to weights "
-            "for it, or train all of it: frozen_stages=-1 (hgkd.TimmBackbone: 0) and norm_eval=False in model.backbone "
-            "(a distillation: model.student.backbone)"
+        raise coded(
+            "random-weights-frozen",
+            ValueError(
+                f"backbone=None: the backbone starts from random weights, and {' and '.join(fixed)}. Set backbone=FILE to "
+                "weights for it, or train all of it: frozen_stages=-1 (hgkd.TimmBackbone: 0) and norm_eval=False in "
+                "model.backbone (a distillation: model.student.backbone)"
+            ),
         )
     print_log(
         "backbone=None: the backbone starts from random weights; backbone=FILE loads an export", "current", logging.WARNING

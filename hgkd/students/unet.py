@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hgkd.errors import coded
 from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
 from hgkd.pixels import pixel_statistics
 from hgkd.registry import MODELS
@@ -235,7 +236,10 @@ def check_cell(cell: int, total_stride: int) -> int:
     if cell < 1 or cell % total_stride:
         low = max(total_stride, cell // total_stride * total_stride)
         near = " or ".join(map(str, dict.fromkeys((low, low + total_stride))))
-        raise ValueError(f"cell {cell} is no multiple of the encoder's total stride {total_stride}; nearest that are: {near}")
+        raise coded(
+            "cell-not-divided",
+            ValueError(f"cell {cell} is no multiple of the encoder's total stride {total_stride}; nearest that are: {near}"),
+        )
     return cell
 
 
@@ -243,8 +247,11 @@ def check_out_stride(out_stride: int, total_stride: int) -> int:
     """Return ``out_stride``, or raise ValueError when the decoder cannot end there."""
     allowed = [2**power for power in range(total_stride.bit_length())]
     if out_stride not in allowed:
-        raise ValueError(
-            f"out_stride {out_stride} cannot be reached from the encoder's total stride {total_stride}; "
-            f"allowed: {', '.join(map(str, allowed))}"
+        raise coded(
+            "out-stride-not-reached",
+            ValueError(
+                f"out_stride {out_stride} cannot be reached from the encoder's total stride {total_stride}; "
+                f"allowed: {', '.join(map(str, allowed))}"
+            ),
         )
     return out_stride

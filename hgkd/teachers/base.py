@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 from hgkd.masking import expand, kept_indices
 from hgkd.networks.vit import check_attention_is_read, patch_attention
 from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
@@ -138,9 +138,12 @@ class Teacher(PixelNormalisation):
         weights = {} if self.allow_random else self.network.state_dict()
         health = weight_health(weights) if any(name.startswith("blocks.") for name in weights) else None
         if health is not None and health.looks_random:
-            raise WeightsError(
-                f"{self.source}: this teacher {health}. A student would learn noise from it. Look at the file with "
-                "hgkd doctor teacher; when it is meant to be so, set model.teacher.allow_random=True"
+            raise coded(
+                "teacher-looks-random",
+                WeightsError(
+                    f"{self.source}: this teacher {health}. A student would learn noise from it. Look at the file with "
+                    "hgkd doctor teacher; when it is meant to be so, set model.teacher.allow_random=True"
+                ),
             )
 
     def _no_decoder(self) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 from hgkd.networks.classifier import ClassifierOutput, ImageClassifier, load_classifier
 from hgkd.registry import MODELS
 from hgkd.teachers.base import DTYPES
@@ -129,9 +129,12 @@ class ClassifierTeacher(nn.Module):
             classifier = _timm_classifier(name, checkpoint, image_size or 224, normalize, kwargs)
         why = None if self.allow_random else _why_random(classifier)
         if why is not None:
-            raise WeightsError(
-                f"{checkpoint}: this teacher {why}. A student would learn noise from it; when it is meant to be so, set "
-                "model.teacher.allow_random=True"
+            raise coded(
+                "teacher-looks-random",
+                WeightsError(
+                    f"{checkpoint}: this teacher {why}. A student would learn noise from it; when it is meant to be so, set "
+                    "model.teacher.allow_random=True"
+                ),
             )
         classifier.requires_grad_(False)
         classifier.network.to(self.dtype)
@@ -168,8 +171,11 @@ def _timm_classifier(
     trial = ImageClassifier(name, 1, image_size, **kwargs)
     head = trial.head_names()[0] + "weight"
     if head not in weights:
-        raise WeightsError(
-            f"{path} has no classifier ({head}); give a fine-tuned {name}, or for MGD set model.teacher.backbone_only=True"
+        raise coded(
+            "teacher-without-classifier",
+            WeightsError(
+                f"{path} has no classifier ({head}); give a fine-tuned {name}, or for MGD set model.teacher.backbone_only=True"
+            ),
         )
     built = ImageClassifier(name, len(weights[head]), image_size, normalize=normalize, **kwargs)
     if built.is_vit:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 from hgkd.features import effective_rank
 from hgkd.networks.vit import is_finite, watch_nonfinite
 from hgkd.structures import TeacherNeeds
@@ -185,4 +185,7 @@ def check_outputs(
     place = name if block is None else f"{'decoder ' if block[1] else ''}block {block[2]} ({name})"
     precision = str(dtype).removeprefix("torch.")
     remedy = remedy or _REMEDIES.get(dtype, "the file is not what this network was trained with; take another one")
-    raise WeightsError(f"{source}: the teacher's {place} gives {kind} in {precision} on the first images; {remedy}")
+    raise coded(
+        "teacher-not-finite",
+        WeightsError(f"{source}: the teacher's {place} gives {kind} in {precision} on the first images; {remedy}"),
+    )

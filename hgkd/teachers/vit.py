@@ -20,7 +20,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.errors import WeightsError, coded, unknown_name_message
 from hgkd.networks.positions import positions_for
 from hgkd.pixels import check_channels, check_normalize
 from hgkd.registry import MODELS
@@ -94,7 +94,9 @@ def load_vit(network: Any, weights: Mapping[str, Tensor], source: str, dry: bool
         )
     except WeightsError as error:
         meaning = _meaning(network, own, weights, source)
-        raise WeightsError(f"{error}{'. ' if meaning else ''}{'; '.join(meaning)}") from error
+        raise coded(
+            "weights-of-another-network", WeightsError(f"{error}{'. ' if meaning else ''}{'; '.join(meaning)}")
+        ) from error
 
 
 def _meaning(network: Any, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
 
+from hgkd.errors import coded
 from hgkd.training.wrapping import unchanged
 
 
@@ -40,9 +41,12 @@ def check_last_batch(model: Any, loop: Any, batch: Any) -> None:
         with torch.no_grad(), unchanged(model):
             model(**model.data_preprocessor(part, True), mode="loss")
     except ValueError as error:
-        raise ValueError(
-            f"the last batch of every epoch has {last} of {size} images, and the model cannot be trained on it: {error}. Set "
-            "train_dataloader.drop_last=True, or another batch_size"
+        raise coded(
+            "last-batch-too-small",
+            ValueError(
+                f"the last batch of every epoch has {last} of {size} images, and the model cannot be trained on it: {error}. "
+                "Set train_dataloader.drop_last=True, or another batch_size"
+            ),
         ) from error
 
 

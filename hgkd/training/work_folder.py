@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from hgkd.errors import coded
 from hgkd.weights.run_folder import known_checkpoints
 
 try:
@@ -55,9 +56,12 @@ def check_unused(work_dir: str | os.PathLike[str], resume: bool, load_from: str 
     if found:
         names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         begin = f"resumed from {load_from}, a training" if resume else "a new training"
-        raise ValueError(
-            f"{work_dir} holds the results of a training ({names}), which {begin} would overwrite. Continue it with --resume, "
-            "or give another folder with --work-dir (or delete this one)"
+        raise coded(
+            "work-folder-in-use",
+            ValueError(
+                f"{work_dir} holds the results of a training ({names}), which {begin} would overwrite. Continue it with "
+                "--resume, or give another folder with --work-dir (or delete this one)"
+            ),
         )
 
 

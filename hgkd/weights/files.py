@@ -24,7 +24,7 @@ from mmengine.logging import HistoryBuffer, print_log
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 
 _WRAPPERS = ("state_dict", "model", "module", "network", "teacher")
 _FOREIGN_TYPE = re.compile(
@@ -250,9 +250,12 @@ def tensors_of(content: Any, *, source: str, entry: str | None = None) -> dict[s
         known = ", ".join(map(repr, filter(None, places))) or "none"
         raise WeightsError(f"{source} has no entry {entry!r} with named tensors; those that it has: {known}")
     if place not in places and len(places) > 1:
-        raise WeightsError(
-            f"{source} holds {len(places)} sets of weights, {', '.join(map(repr, places))}, none of them under a usual name; "
-            + _HOW_TO_CHOOSE.format(source=source, entry=next(iter(places)))
+        raise coded(
+            "several-sets-of-weights",
+            WeightsError(
+                f"{source} holds {len(places)} sets of weights, {', '.join(map(repr, places))}, none of them under a usual "
+                "name; " + _HOW_TO_CHOOSE.format(source=source, entry=next(iter(places)))
+            ),
         )
     if place not in places and places:
         place = next(iter(places))

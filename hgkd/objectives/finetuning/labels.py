@@ -10,6 +10,8 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from hgkd.errors import coded
+
 LABEL_LOSSES = ("cross_entropy", "bce")
 
 
@@ -70,7 +72,8 @@ class LabelLoss(nn.Module):
             ValueError: an odd batch, of which one image has no partner.
         """
         if len(inputs) % 2 and self.mixes:
-            raise ValueError(f"mixup and cutmix pair the images of a batch, which has {len(inputs)}; set an even batch_size")
+            told = f"mixup and cutmix pair the images of a batch, which has {len(inputs)}; set an even batch_size"
+            raise coded("odd-batch", ValueError(told))
         if not self.mixes:  # timm asks for pairs even then
             targets: Tensor = mixup_target(labels, self.mixer.num_classes, smoothing=self.mixer.label_smoothing)
             return inputs, targets
