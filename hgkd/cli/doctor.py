@@ -234,20 +234,15 @@ def _uses_of_export(file: WeightFile) -> tuple[str, ...]:
     return (*uses, f"what loads files of {target}; see README.md in it")
 
 
-def file_table(file: WeightFile) -> Table:
-    """What ``hgkd doctor file`` shows: kind, names, what is known besides, and what takes the file."""
-    table = Table(title=escape(str(file)), show_header=False)
+def described(file: WeightFile) -> list[str]:
+    """What ``hgkd doctor file`` prints: kind, names, what is known besides, and what takes the file; paths are never cut."""
     uses = _uses_of_export(file) if file.kind is Kind.EXPORT else USES[file.kind]
-    rows = {
-        "kind": str(file.kind),
-        "names": file.naming and f"{file.naming}" + (f", behind {file.prefix!r}" if file.prefix else ""),
-        "detail": file.detail,
-        "takes it": "\n".join(use.format(file=str(file)) for use in uses) or "nothing here",
-    }
-    for key, value in rows.items():
-        if value:
-            table.add_row(key, escape(value))
-    return table
+    lines = [f"{file}: {file.kind}"]
+    if file.naming:
+        lines.append(f"names of {file.naming}" + (f", behind {file.prefix!r}" if file.prefix else ""))
+    if file.detail:
+        lines.append(file.detail)
+    return [*lines, "taken by:", *(f"  {use.format(file=str(file))}" for use in uses or ("nothing here",))]
 
 
 def extract_entry(file: str, entry: str, out: str) -> int:
@@ -318,7 +313,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     if args.command == "file":
         file = identify(args.file, args.entry)
-        Console().print(file_table(file))
+        print(*described(file), sep="\n")
         return int(file.kind is Kind.UNKNOWN)
     if args.command == "environment":
         checks = check_environment(args.work_dir, args.images, args.planned_mb)

@@ -32,7 +32,7 @@ from hgkd.networks.encoder import STEMS, evaluating, use_cifar_stem
 from hgkd.networks.mae import read_mae, sincos_positions
 from hgkd.networks.vit import check_timm_name, classifier_heads, head_names, is_vit
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_normalize, check_pixels, pixel_statistics
-from hgkd.weights.identify import RUNS, Kind, WeightFile, identify
+from hgkd.weights.identify import Kind, WeightFile, identify
 from hgkd.weights.loading import load_strict
 from hgkd.weights.run_file import ClassifierSpec, EncoderSpec, network_state
 from hgkd.weights.vit_names import to_timm_names
@@ -280,7 +280,7 @@ class ImageClassifier(nn.Module):
                 )
             self._load(self.fit_positions(weights, str(path)), str(path))
             return pixels
-        described = path.is_dir() or file.kind in RUNS
+        described = path.is_dir() or "hgkd" in file.meta
         own = str(self.network.pretrained_cfg["architecture"])
         source = read_source(file, None if described else EncoderSpec(own, stem), allow=() if described else ("head.norm.",))
         self._refuse_other(path, source.spec.name, source.spec.stem, stem)

@@ -304,10 +304,9 @@ def test_the_answer_stands_for_its_path(tmp_path: Path, reads: Counter[str]) -> 
     assert reads == {"f.pth": 1}
 
 
-def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from hgkd.cli import doctor, visualize
 
-    monkeypatch.setenv("COLUMNS", "300")
     path = GOLDEN / "vit_student.pth"
     assert doctor.main(["file", str(path)]) == 0
     told = capsys.readouterr().out
