@@ -52,5 +52,5 @@ rows = [
     dict(name="DMAE, ViT-Ti", config="configs/dmae/dmae_vit-s14_vit-ti16_10e_cifar128.py", options=_dino),
     dict(name="G2SD, ViT-Ti", config="configs/g2sd/g2sd_mae-ti16_vit-ti16_10e_cifar128.py", options=_mae),
     dict(name="teacher, block 9", backbone="vit_small_patch14_dinov2", checkpoint="{teacher}", block=9),
-    dict(name="teacher (MAE)", backbone="mae:{mae}"),
+    dict(name="teacher (MAE)", backbone="{mae}"),
 ]

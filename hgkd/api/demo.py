@@ -105,7 +105,7 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
         "random ResNet-18": {"backbone": "resnet18"},
         "pixels (SparK)": {"backbone": find_last_checkpoint(runs / "pixels")},
         "H-GKD": {"backbone": find_last_checkpoint(runs / "hgkd")},
-        "teacher (MAE)": {"backbone": f"mae:{teacher_file}", "block": block},
+        "teacher (MAE)": {"backbone": str(teacher_file), "block": block},
     }
     results = {}
     for name, subject in subjects.items():

@@ -1,10 +1,12 @@
-"""Whether this machine is fit for a training, and what a teacher file is, can be used for, and whether it looks trained.
+"""What a file is; whether this machine is fit for a training; what a teacher file can teach and whether it looks trained.
 
+    hgkd doctor file SOMETHING.pth
     hgkd doctor environment --work-dir work_dirs/mine --images ~/photos
     hgkd doctor teacher mae_pretrain_vit_base_full.pth
     hgkd doctor teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
     hgkd doctor extract run.pth state_dict_ema averaged.safetensors
 
+``file`` takes any weight file, work folder or export and says what it is and which commands take it.
 What a teacher file can teach is found by building its network without weights and matching every entry: the network of
 ``--name``, else the one that the file's own shapes describe. The score of the weights needs the file alone. With a folder of
 images its features are compared with those of a random network of the same shape; with one sub-folder a class, by k-NN too.
@@ -38,7 +40,9 @@ from hgkd.pixels import check_channels
 from hgkd.teachers import MAETeacher, Teacher, TimmTeacher
 from hgkd.teachers.health import FeatureHealth, WeightHealth, feature_health, weight_health
 from hgkd.teachers.vit import build_vit, load_vit, vit_of
+from hgkd.weights.export_folder import READABLE
 from hgkd.weights.files import read_weights
+from hgkd.weights.identify import Kind, WeightFile, identify
 from hgkd.weights.loading import match
 from hgkd.weights.vit_names import count_blocks, to_timm_names
 
@@ -93,7 +97,8 @@ def examine_teacher(
     Raises:
         FileNotFoundError, WeightsError, DataError, ValueError: something about the file or the images is wrong.
     """
-    kind, weights = _read(file, entry)
+    identified = identify(file, entry)
+    kind, weights = _read(identified, entry)
     patches = weights["patch_embed.proj.weight"]
     decoder = None
     if "decoder_embed.weight" in weights:
@@ -110,15 +115,14 @@ def examine_teacher(
         prefix_tokens=prefix,
         health=None if obstacle else weight_health(weights),
         targets=_targets(network, obstacle, decoder is not None),
-        features=None if images is None else _features(_build(file, name, weights, entry), images, limit, image_size),
+        features=None if images is None else _features(_build(identified, name, weights, entry), images, limit, image_size),
     )
 
 
-def _read(file: str, entry: str | None) -> tuple[str, dict[str, Tensor]]:
-    weights = read_weights(file, entry)
-    if any(key.startswith("student.network.") for key in weights):  # a distilled ViT
+def _read(file: WeightFile, entry: str | None) -> tuple[str, dict[str, Tensor]]:
+    if file.kind is Kind.VIT_STUDENT:
         return "distilled ViT of hgkd", read_mae(file, entry=entry)[1]
-    kind, weights = to_timm_names(weights, file)
+    kind, weights = to_timm_names(file.tensors(entry), str(file))
     if "decoder_embed.weight" in weights:
         kind += ", a MAE with its decoder"
     return kind, weights
@@ -169,7 +173,7 @@ def _targets(network: Any, obstacle: str | None, decoder: bool) -> dict[str, str
     return dict(zip(TARGETS, ("yes", "yes", inferred, inferred, whole, attention), strict=True))
 
 
-def _build(file: str, name: str | None, weights: Mapping[str, Tensor], entry: str | None) -> Teacher:
+def _build(file: WeightFile, name: str | None, weights: Mapping[str, Tensor], entry: str | None) -> Teacher:
     if name is not None:
         return TimmTeacher(name, checkpoint=file, allow_random=True, entry=entry)
     if "decoder_embed.weight" not in weights:
@@ -193,6 +197,52 @@ def _features(teacher: Teacher, folder: str, limit: int, image_size: int) -> Fea
     side = max(1, round(image_size / teacher.info.patch_size))
     teacher.prepare((side, side), teacher.info.patch_size)
     return feature_health(teacher, images, labels)
+
+
+_START = "backbone={file} of a fine-tuning (hgkd train)"
+_EVALUATE = "hgkd evaluate ... --backbone {file}"
+_OTHERS = "hgkd evaluate ... --backbone NAME --checkpoint {file} (NAME: timm's name of the network)"
+_TEACHER = "hgkd doctor teacher {file} (what it can teach)"
+_MAE_TEACHER = "model.teacher.type=MAETeacher model.teacher.checkpoint={file} of a distillation"
+_CNN = (
+    _OTHERS,
+    "hgkd export {file} --encoder NAME --to TARGET --out FOLDER",
+    "model.student.encoder_checkpoint={file} of a pretraining (hgkd train)",
+)
+USES: dict[Kind, tuple[str, ...]] = {
+    Kind.STUDENT: (_EVALUATE, "hgkd export {file} --to TARGET --out FOLDER", _START),
+    Kind.VIT_STUDENT: (_EVALUATE, _START, _MAE_TEACHER),
+    Kind.MAE_RUN: (_EVALUATE, "hgkd visualize reconstruction --checkpoint {file} ...", _START, _MAE_TEACHER),
+    Kind.CLASSIFIER: (_EVALUATE, "hgkd visualize cam --checkpoint {file} ...", "hgkd test CONFIG {file}", _START),
+    Kind.DISTILLED_MODEL: ("hgkd test CONFIG {file}", "hgkd export {file} --what model --to mmdet (or mmseg) --out FOLDER"),
+    Kind.MODEL: ("hgkd test CONFIG {file}", "load_from={file} of a downstream training"),
+    Kind.SPARSE: ("hgkd.sparse.load_sparse({file!r}, NETWORK) in Python",),
+    Kind.MAE: (_EVALUATE, _START, _TEACHER, _MAE_TEACHER),
+    Kind.MAE_ENCODER: (_EVALUATE, _START, _TEACHER),
+    Kind.SPARK: _CNN,
+    Kind.CNN: _CNN,
+    Kind.VIT: (_OTHERS, _TEACHER, _START),
+    Kind.UNKNOWN: (),
+}
+
+
+def _uses_of_export(file: WeightFile) -> tuple[str, ...]:
+    target, what = file.card.get("target", "timm"), file.card.get("what", "backbone")
+    uses: tuple[str, ...] = (_EVALUATE, _START) if target in READABLE and what != "decoder" else ()
+    if target in ("timm", "mmdet", "mmseg", "torchvision") and what == "backbone":
+        uses += ("backbone={file} of a downstream training",)
+    return (*uses, f"what loads files of {target}; see README.md in it")
+
+
+def described(file: WeightFile) -> list[str]:
+    """What ``hgkd doctor file`` prints: kind, names, what is known besides, and what takes the file; paths are never cut."""
+    uses = _uses_of_export(file) if file.kind is Kind.EXPORT else USES[file.kind]
+    lines = [f"{file}: {file.kind}"]
+    if file.naming:
+        lines.append(f"names of {file.naming}" + (f", behind {file.prefix!r}" if file.prefix else ""))
+    if file.detail:
+        lines.append(file.detail)
+    return [*lines, "taken by:", *(f"  {use.format(file=str(file))}" for use in uses or ("nothing here",))]
 
 
 def extract_entry(file: str, entry: str, out: str) -> int:
@@ -236,6 +286,9 @@ def table_of(file: str, found: Finding) -> Table:
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    file = commands.add_parser("file", help="say what a weight file, a work folder or an export is")
+    file.add_argument("file", help="weight file or folder")
+    file.add_argument("--entry", help="which set of weights, in a file that holds several (default: the usual one)")
     environment = commands.add_parser("environment", help="examine this machine: versions, devices, disk, images")
     environment.add_argument("--work-dir", default="work_dirs", help="where checkpoints will lie (default: %(default)s)")
     environment.add_argument("--images", help="folder of the training images, of which some are read")
@@ -256,8 +309,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """0: fit, or looks trained; 1: a check failed, looks random, or can teach nothing."""
+    """0: known, fit, or looks trained; 1: unknown, a check failed, looks random, or can teach nothing."""
     args = parse_args(argv)
+    if args.command == "file":
+        file = identify(args.file, args.entry)
+        print(*described(file), sep="\n")
+        return int(file.kind is Kind.UNKNOWN)
     if args.command == "environment":
         checks = check_environment(args.work_dir, args.images, args.planned_mb)
         print(*checks, sep="\n")

@@ -6,8 +6,8 @@
         --finetune-options epochs=20
     hgkd evaluate compare result.json other.json
 
-A backbone is a checkpoint of hgkd train, a folder of hgkd export, a timm name (random weights unless
---checkpoint or --pretrained), or mae:FILE. Labelled images are a folder with one sub-folder a class, or a list with a path and
+A backbone is a checkpoint of hgkd train, a folder of hgkd export, a MAE file, or a timm name (random weights unless
+--checkpoint or --pretrained). Labelled images are a folder with one sub-folder a class, or a list with a path and
 a class a line (.txt, .csv, .tsv); they are centre-cropped. 'compare' tests whether two results differ by more than the test
 images' chance; docs/evaluation.md describes everything.
 """
@@ -89,7 +89,7 @@ def compare(first: str, second: str, seed: int = 0) -> Table:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("methods", nargs="+", choices=METHODS, help="features are extracted once")
-    parser.add_argument("--backbone", required=True, help="checkpoint .pth, export folder, timm name or mae:FILE")
+    parser.add_argument("--backbone", required=True, help="checkpoint, export folder, MAE file or timm name")
     parser.add_argument("--train", required=True, help="training images: a folder with one sub-folder a class, or a list")
     parser.add_argument("--test", required=True, help="test images with the same classes")
     parser.add_argument("--checkpoint", help="weight file for a timm name, loaded strictly")

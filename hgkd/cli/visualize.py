@@ -7,7 +7,7 @@
     hgkd visualize reconstruction --checkpoint FILE --images PATH ... --out DIR [--mask-ratio 0.6]
     hgkd visualize predictions    --config FILE --checkpoint FILE --images PATH ... --out DIR
 
-A backbone is what hgkd evaluate takes: a checkpoint, an export, a timm name, mae:FILE; cam takes a fine-tuned classifier.
+A backbone is what hgkd evaluate takes: a checkpoint, an export, a MAE file, a timm name; cam takes a fine-tuned classifier.
 Images are files or folders. DIR/<name>.png is written, and DIR/pictures.html shows all pictures of DIR, so several calls fill
 one page.
 """
@@ -127,7 +127,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 help="black and white in images of more than 8 bits",
             )
         if backbone:
-            sub.add_argument("--backbone", required=True, help="checkpoint .pth, export folder, timm name or mae:FILE")
+            sub.add_argument("--backbone", required=True, help="checkpoint, export folder, MAE file or timm name")
             sub.add_argument("--checkpoint", help="weight file for a timm name, loaded strictly")
             sub.add_argument("--pretrained", action="store_true", help="let timm download its weights")
             sub.add_argument("--image-size", type=int, default=224, help="pixels of the centre crop")

@@ -21,17 +21,15 @@ def trained(checkpoint: str | os.PathLike[str]) -> tuple[int | None, str]:
 
     Returns:
         How many images (repeats counted) it had seen when it wrote the checkpoint (None: the file does not say), and the
-        checkpoint as ``hgkd evaluate`` takes it: of a ViT student ``mae:FILE``.
+        checkpoint as ``hgkd evaluate`` takes it.
     """
-    from hgkd.weights.files import read_checkpoint
+    from hgkd.weights.identify import identify
     from hgkd.weights.run_file import literal_config
 
-    content = read_checkpoint(checkpoint)
-    meta = content.get("meta") if isinstance(content, Mapping) else None
-    meta = meta if isinstance(meta, Mapping) else {}
+    meta = identify(checkpoint).meta
     batch = (literal_config(meta.get("cfg")).get("train_dataloader") or {}).get("batch_size")
     images = int(meta["iter"]) * int(batch) if "iter" in meta and batch else None
-    return images, f"mae:{checkpoint}" if "mae" in (meta.get("hgkd") or {}) else os.fspath(checkpoint)
+    return images, os.fspath(checkpoint)
 
 
 def write_csv(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:

@@ -7,7 +7,6 @@ timm models whatever they pool to by themselves. CNNs and ViTs also show where t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from hgkd.errors import DataError, unknown_name_message
 from hgkd.networks.vit import check_timm_name, is_vit, patch_attention
 from hgkd.pixels import PixelNormalisation, pixel_statistics
 from hgkd.structures import TeacherNeeds
-from hgkd.weights.run_folder import checkpoint_file
+from hgkd.weights.identify import MASKED_AUTOENCODERS, RUNS, WeightFile, identify
+from hgkd.weights.run_file import ClassifierSpec
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
 
@@ -211,8 +211,8 @@ def load_extractor(
     """Make the extractor that a backbone specification asks for.
 
     Args:
-        spec: a checkpoint of hgkd's runner (.pth), or its work folder; a folder of ``hgkd export``; a timm model name;
-            or ``'mae:FILE'`` for a MAE checkpoint.
+        spec: a checkpoint of hgkd's runner (.pth), or its work folder; a folder of ``hgkd export``; a MAE file, with or
+            without its decoder; or a timm model name. What a file is, is found from its content.
         checkpoint: weight file for a timm name, loaded strictly (a classifier in it is left aside).
         block: for ViTs, index of the block whose patch tokens are averaged (0 = first); None is the last.
         pretrained: let timm download its weights for a timm name.
@@ -226,19 +226,30 @@ def load_extractor(
     text = os.fspath(spec)
     if text.startswith("mae:"):
         _refuse(text, "a MAE file holds its own weights", checkpoint=checkpoint, pretrained=pretrained)
-        return _mae(text.removeprefix("mae:"), block)
-    path = checkpoint_file(text)
-    if path.is_dir():
-        _refuse(text, "an export holds its own CNN", checkpoint=checkpoint, pretrained=pretrained, block=block)
-        return _export(path)
-    if path.is_file() or text.endswith(_WEIGHT_SUFFIXES) or os.sep in text:
-        _refuse(text, "a checkpoint holds its own weights", checkpoint=checkpoint, pretrained=pretrained)
-        fine_tuned = _fine_tuned_vit(path, block)
-        if fine_tuned is not None:
-            return fine_tuned
+        return _mae(identify(_existing(text.removeprefix("mae:"))), block)
+    path = Path(text).expanduser()
+    if not path.exists() and not text.endswith(_WEIGHT_SUFFIXES) and os.sep not in text:
+        return _timm(text, checkpoint, block, pretrained, seed)
+    _refuse(text, "a file holds its own weights", checkpoint=checkpoint, pretrained=pretrained)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"checkpoint {text} does not exist; expected a checkpoint of hgkd train, its work folder, a folder of hgkd "
+            "export, a MAE file, or timm's name of a network"
+        )
+    return _of_file(identify(spec), text, block)
+
+
+def _of_file(file: WeightFile, text: str, block: int | None) -> FeatureExtractor:
+    if file.kind in MASKED_AUTOENCODERS:
+        return _mae(file, block)
+    if isinstance(file.spec, ClassifierSpec) and is_vit(file.spec.name):
+        return _fine_tuned_vit(file, file.spec, block)
+    if file.path.is_dir():
+        _refuse(text, "an export holds its own CNN", block=block)
+        return _export(file)
+    if file.kind in RUNS:
         _refuse(text, "a checkpoint holds its own CNN", block=block)
-        return _student(path)
-    return _timm(text, checkpoint, block, pretrained, seed)
+    return _student(file)
 
 
 def _refuse(spec: str, why: str, **options: object) -> None:
@@ -247,37 +258,30 @@ def _refuse(spec: str, why: str, **options: object) -> None:
         raise ValueError(f"backbone {spec!r} takes no {' or '.join(given)}: {why}; leave it out")
 
 
-def _student(path: Path) -> FeatureExtractor:
+def _student(file: WeightFile) -> FeatureExtractor:
     from hgkd.networks.backbones import read_student
 
-    student = read_student(path, otherwise=f"give a file of others as --checkpoint {path} --backbone NAME, timm's name for it")
-    return CNNExtractor(student.build(), "student", {**student.spec.to_dict(), "weights": str(path)})
+    student = read_student(file, otherwise=f"give a file of others as --checkpoint {file} --backbone NAME, timm's name for it")
+    return CNNExtractor(student.build(), "student", {**student.spec.to_dict(), "weights": str(file)})
 
 
-def _fine_tuned_vit(path: Path, block: int | None) -> FeatureExtractor | None:
-    """None where the file is of something else."""
+def _fine_tuned_vit(file: WeightFile, spec: ClassifierSpec, block: int | None) -> FeatureExtractor:
     from hgkd.networks.classifier import load_classifier
-    from hgkd.weights.files import read_checkpoint
-    from hgkd.weights.run_file import ClassifierSpec
 
-    content = read_checkpoint(path) if path.is_file() else None
-    spec = ClassifierSpec.parse(content.get("meta")) if isinstance(content, Mapping) else None
-    if spec is None or not is_vit(spec.name):
-        return None
-    return FineTunedViT(load_classifier(path), block, {"name": spec.name, "kwargs": spec.kwargs, "weights": str(path)})
+    return FineTunedViT(load_classifier(file), block, {"name": spec.name, "kwargs": spec.kwargs, "weights": str(file)})
 
 
-def _export(path: Path) -> FeatureExtractor:
-    from hgkd.networks.backbones import load_backbone
-    from hgkd.weights.export_folder import read_spec
+def _export(file: WeightFile) -> FeatureExtractor:
+    from hgkd.networks.backbones import read_source
 
-    return CNNExtractor(load_backbone(path), "export", {**read_spec(path).to_dict(), "weights": str(path)})
+    source = read_source(file)
+    return CNNExtractor(source.network, "export", {**source.describe(), "weights": str(file)})
 
 
-def _mae(file: str, block: int | None) -> FeatureExtractor:
+def _mae(file: WeightFile, block: int | None) -> FeatureExtractor:
     from hgkd.teachers import MAETeacher
 
-    return TokenExtractor(MAETeacher(checkpoint=_existing(file)), block, "mae", {"name": "mae", "weights": file})
+    return TokenExtractor(MAETeacher(file), block, "mae", {"name": "mae", "weights": str(file)})
 
 
 def _timm(

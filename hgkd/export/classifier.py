@@ -15,7 +15,7 @@ import torch
 from hgkd.errors import WeightsError
 from hgkd.networks.backbones import Source
 from hgkd.networks.classifier import load_classifier
-from hgkd.weights.files import read_checkpoint
+from hgkd.weights.identify import identify
 from hgkd.weights.run_file import EncoderSpec, run_metrics
 
 
@@ -25,10 +25,10 @@ def read_classifier(path: str | os.PathLike[str]) -> Source:
     Raises:
         FileNotFoundError, WeightsError: see :func:`hgkd.networks.classifier.load_classifier`; or it is a ViT, or a folder.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
+    if Path(path).expanduser().is_dir():
         raise WeightsError(f"{path} is a folder; name one of its checkpoints")
-    model = load_classifier(path)
+    file = identify(path)
+    model, path = load_classifier(file), file.path
     spec = model.spec
     if model.is_vit:
         raise WeightsError(f"{path} holds a {spec.name!r}; CNN classifiers are exported, a ViT stays with load_classifier")
@@ -40,7 +40,6 @@ def read_classifier(path: str | os.PathLike[str]) -> Source:
             head.bias.add_(second.bias).div_(2)
     trained_with = {"input_size": (3, *spec.image_size), "mean": spec.mean, "std": spec.deviation}
     network.pretrained_cfg = {**network.pretrained_cfg, **trained_with}
-    checkpoint = read_checkpoint(path)
     encoder = EncoderSpec(spec.name, spec.stem, dict(spec.kwargs))
-    meta, metrics = dict(checkpoint["meta"]), run_metrics(checkpoint)
+    meta, metrics = dict(file.meta), run_metrics(file.content)
     return Source(path, encoder, network.eval(), meta=meta, metrics=metrics, classes=spec.classes)

@@ -30,6 +30,7 @@ from hgkd.export.folder import new_folder
 from hgkd.export.job import ExportError, ExportReport, optional
 from hgkd.weights.export_folder import WEIGHTS_FILE
 from hgkd.weights.files import read_checkpoint
+from hgkd.weights.identify import meta_of
 from hgkd.weights.loading import check_finite
 from hgkd.weights.run_file import literal_config, run_metrics
 
@@ -74,9 +75,9 @@ def read_model(path: str | os.PathLike[str]) -> ModelSource:
     """
     path = Path(path).expanduser()
     checkpoint = read_checkpoint(path)
+    meta = meta_of(checkpoint)
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-    meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
-    if not isinstance(weights, Mapping) or not isinstance(meta, Mapping):
+    if not isinstance(weights, Mapping) or not isinstance(checkpoint.get("meta"), Mapping):
         raise WeightsError(f"{path} is no checkpoint of mmengine's runner: it lacks 'state_dict' or 'meta'")
     _refuse_own(path, meta.get("hgkd"))
     config = dict(literal_config(meta.get("cfg")).get("model") or {})

@@ -14,8 +14,8 @@ from hgkd.errors import WeightsError
 from hgkd.networks.encoder import build_encoder
 from hgkd.networks.vit import head_names
 from hgkd.pixels import pixel_statistics
-from hgkd.weights.export_folder import WEIGHTS_FILE, read_spec
-from hgkd.weights.files import read_checkpoint
+from hgkd.weights.export_folder import read_spec
+from hgkd.weights.identify import MASKED_AUTOENCODERS, Kind, WeightFile, identify
 from hgkd.weights.importing import import_weights
 from hgkd.weights.loading import load_strict
 from hgkd.weights.run_file import (
@@ -72,20 +72,25 @@ def read_source(
     allow: Sequence[str] = (),
 ) -> Source:
     """What :func:`load_backbone` reads, with all that the file says about its origin; arguments and errors are the same."""
-    path = Path(path).expanduser()
     if encoder is None:
-        if path.is_dir() or (not path.exists() and not path.suffix):
-            return _read(path / WEIGHTS_FILE, read_spec(path), None, ())
-        student = read_student(path)
-        return Source(path, student.spec, student.build(), student.student, student.meta, student.metrics)
+        found = Path(path).expanduser()
+        if not found.exists() and not found.suffix:
+            read_spec(found)  # says that a folder was expected
+        if not found.is_dir():
+            _require_run(found)
+        file = identify(path)
+        if file.path.is_dir():
+            return _read(file, read_spec(file), None, ())
+        student = read_student(file)
+        return Source(file.path, student.spec, student.build(), student.student, student.meta, student.metrics)
     spec = EncoderSpec(encoder) if isinstance(encoder, str) else encoder
-    return _read(path, spec, prefix, allow)
+    return _read(identify(path), spec, prefix, allow)
 
 
-def _read(file: Path, spec: EncoderSpec, prefix: str | None, allow: Sequence[str]) -> Source:
+def _read(file: WeightFile, spec: EncoderSpec, prefix: str | None, allow: Sequence[str]) -> Source:
     network = build_backbone(spec)
     report = import_weights(network, file, prefix=prefix, allow=allow)
-    return Source(file, spec, network, read_as=str(report))
+    return Source(Path(file.source), spec, network, read_as=str(report))
 
 
 _OTHERWISE = "name the network of a file of others, e.g. encoder='resnet50' (--encoder)"
@@ -151,6 +156,11 @@ class Source:
         return self.spec.to_dict()
 
 
+def _require_run(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; {EXPECTED_RUN}")
+
+
 def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -> StudentCheckpoint:
     """Read a checkpoint of hgkd's runner, without running code that the file may hold.
 
@@ -161,22 +171,22 @@ def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -
         FileNotFoundError: there is no such file.
         WeightsError: the file is damaged, or holds no student of ours.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
+    _require_run(Path(path).expanduser())
+    file = identify(path)
+    if file.path.is_dir():
         raise WeightsError(f"{path} is a folder; {EXPECTED_RUN}")
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; {EXPECTED_RUN}")
-    found = read_checkpoint(path)
-    checkpoint: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
-    meta, weights = checkpoint.get("meta"), checkpoint.get("state_dict")
-    if not isinstance(meta, Mapping) or "hgkd" not in meta or not isinstance(weights, Mapping):
+    path, meta = file.path, file.meta
+    checkpoint: Mapping[str, Any] = file.content if isinstance(file.content, Mapping) else {}
+    weights = checkpoint.get("state_dict")
+    if file.kind in MASKED_AUTOENCODERS:
+        raise WeightsError(f"{path} holds a masked autoencoder and no CNN student; hgkd evaluate --backbone {path} takes it")
+    if "hgkd" not in meta or not isinstance(weights, Mapping):
         raise WeightsError(
-            f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict; {EXPECTED_RUN}, or {otherwise}"
+            f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict ({file.about}); {EXPECTED_RUN}, or "
+            f"{otherwise}"
         )
-    if isinstance(meta["hgkd"], Mapping) and "mae" in meta["hgkd"]:
-        raise WeightsError(f"{path} holds a masked autoencoder and no student; hgkd evaluate takes it as mae:{path}")
-    classifier = ClassifierSpec.parse(meta)
-    if classifier is not None:  # fine-tuned: the network without its head
+    if file.kind is Kind.CLASSIFIER:  # fine-tuned: the network without its head
+        classifier = cast(ClassifierSpec, file.spec)
         encoder = build_backbone(EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs)))
         entries = network_state(checkpoint, str(path))
         inside = {key: value for key, value in entries.items() if not key.startswith(head_names(encoder))}

@@ -10,6 +10,7 @@ feature. Both heads' logits are averaged when the network is used.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -38,10 +39,9 @@ from hgkd.pixels import (
     check_pixels,
     pixel_statistics,
 )
-from hgkd.weights.files import read_checkpoint, tensors_of
+from hgkd.weights.identify import Kind, WeightFile, identify
 from hgkd.weights.loading import load_strict
 from hgkd.weights.run_file import ClassifierSpec, EncoderSpec, network_state
-from hgkd.weights.run_folder import checkpoint_file
 from hgkd.weights.vit_names import to_timm_names
 
 _PREFIX = "classifier."
@@ -103,7 +103,7 @@ class ImageClassifier(PixelNormalisation):
         two_heads: bool = False,
         drop_path: float = 0.0,
         head_std: float | None = None,
-        backbone: str | Path | None = None,
+        backbone: str | os.PathLike[str] | None = None,
         normalize: Sequence[Sequence[float]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -143,7 +143,7 @@ class ImageClassifier(PixelNormalisation):
             class_head = self._heads()[0]  # the second one keeps timm's, as in G2SD's released code
             nn.init.trunc_normal_(class_head.weight, std=head_std)
             nn.init.zeros_(class_head.bias)
-        pixels = None if backbone is None else self._start_from(checkpoint_file(backbone), stem)
+        pixels = None if backbone is None else self._start_from(_existing(backbone), stem)
         if normalize is not None:
             pixels = check_normalize(normalize, f"normalize of {name!r}")
         mean, deviation = pixels or pixel_statistics(network)
@@ -255,18 +255,17 @@ class ImageClassifier(PixelNormalisation):
 
     # --- starting from a file ---------------------------------------------------------------------------------------
 
-    def _start_from(self, path: Path, stem: str) -> _Pixels | None:
+    def _start_from(self, file: WeightFile, stem: str) -> _Pixels | None:
         """Load the backbone of a file; returns the pixel statistics that it notes."""
-        content = read_checkpoint(path) if path.is_file() else None
-        meta = content.get("meta") if isinstance(content, Mapping) else None
-        spec = ClassifierSpec.parse(meta)
-        if spec is not None:
+        path = file.path
+        if file.kind is Kind.CLASSIFIER:
+            spec = cast(ClassifierSpec, file.spec)
             self._refuse_other(path, spec.name, spec.stem, stem)
-            state = network_state(cast(Any, content), str(path))  # it has a meta: it is a mapping
+            state = network_state(file.content, str(path))
             self._load(self.fit_positions(state, str(path), spec.image_size) if self.is_vit else state, str(path))
             return spec.mean, spec.deviation
         if self.is_vit:
-            weights, pixels, heads = _vit_weights(path, content)
+            weights, pixels, heads = _vit_weights(file)
             own_heads = cast(Any, self.network).blocks[0].attn.num_heads
             if heads is not None and heads != own_heads:  # which no shape tells
                 raise WeightsError(
@@ -274,9 +273,9 @@ class ImageClassifier(PixelNormalisation):
                 )
             self._load(self.fit_positions(weights, str(path)), str(path))
             return pixels
-        described = content is None or (isinstance(meta, Mapping) and "hgkd" in meta)
+        described = path.is_dir() or "hgkd" in file.meta
         own = str(self.network.pretrained_cfg["architecture"])
-        source = read_source(path, None if described else EncoderSpec(own, stem), allow=() if described else ("head.norm.",))
+        source = read_source(file, None if described else EncoderSpec(own, stem), allow=() if described else ("head.norm.",))
         self._refuse_other(path, source.spec.name, source.spec.stem, stem)
         self._load(source.network.state_dict(), str(path))
         return pixel_statistics(source.network) if described else None
@@ -331,7 +330,7 @@ class ImageClassifier(PixelNormalisation):
         return {**weights, "pos_embed": positions}
 
 
-def load_classifier(path: str | Path, image_size: int | Sequence[int] | None = None) -> ImageClassifier:
+def load_classifier(path: str | os.PathLike[str], image_size: int | Sequence[int] | None = None) -> ImageClassifier:
     """The classifier of a checkpoint that fine-tuning wrote (or of a work folder: its last), heads included, in eval mode.
 
     Args:
@@ -340,11 +339,11 @@ def load_classifier(path: str | Path, image_size: int | Sequence[int] | None = N
     Raises:
         FileNotFoundError, WeightsError: absent, damaged, or no fine-tuned classifier.
     """
-    path = checkpoint_file(path)
-    content = read_checkpoint(path)
-    spec = ClassifierSpec.parse(content.get("meta") if isinstance(content, Mapping) else None)
-    if spec is None:
-        raise WeightsError(f"{path} is no checkpoint of fine-tuning; for a file of others name its network")
+    file = identify(path)
+    path, content = file.path, file.content
+    if file.kind is not Kind.CLASSIFIER:
+        raise WeightsError(f"{path} is no checkpoint of fine-tuning ({file.about}); for a file of others name its network")
+    spec = cast(ClassifierSpec, file.spec)
     model = ImageClassifier.from_spec(spec, image_size)
     state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
     if model.is_vit:
@@ -360,16 +359,23 @@ def _both_tokens(network: Any, features: Tensor) -> tuple[Tensor, Tensor]:
     return network.head(features[:, 0]), network.head_dist(features[:, 1])
 
 
-def _vit_weights(path: Path, content: Any) -> tuple[dict[str, Tensor], _Pixels | None, int | None]:
+def _existing(backbone: str | os.PathLike[str]) -> WeightFile:
+    """What a file or folder is that a network starts from; of one that does not exist the error says what is expected."""
+    path = Path(backbone).expanduser()
+    if not path.exists():
+        read_source(path)
+    return identify(backbone)
+
+
+def _vit_weights(file: WeightFile) -> tuple[dict[str, Tensor], _Pixels | None, int | None]:
     """Weights of a ViT's file in timm's names, and what it notes: pixel statistics, attention heads."""
-    if content is None:
+    path = file.path
+    if file.kind is Kind.EXPORT:
         raise WeightsError(f"{path} is an export, which holds a CNN; give the ViT student's checkpoint")
-    weights = tensors_of(content, source=str(path))
-    meta = content.get("meta")
-    hgkd = meta.get("hgkd") if isinstance(meta, Mapping) else None
-    if isinstance(hgkd, Mapping) and "encoder" in hgkd:
-        raise WeightsError(f"{path} holds a {hgkd['encoder'].get('name')!r}, but a ViT is to be trained; set student to it")
-    if (isinstance(hgkd, Mapping) and "mae" in hgkd) or any(key.endswith("decoder_embed.weight") for key in weights):
-        arch, weights, pixels = read_mae(path)
+    if file.kind is Kind.STUDENT:
+        name = cast(EncoderSpec, file.spec).name
+        raise WeightsError(f"{path} holds a {name!r}, but a ViT is to be trained; set student to it")
+    if file.kind in (Kind.VIT_STUDENT, Kind.MAE_RUN, Kind.MAE):
+        arch, weights, pixels = read_mae(file)
         return weights, (pixels.get("mean", IMAGENET_MEAN), pixels.get("deviation", IMAGENET_DEVIATION)), arch.num_heads
-    return to_timm_names(weights, str(path))[1], None, None
+    return to_timm_names(file.tensors(), str(path))[1], None, None

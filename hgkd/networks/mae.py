@@ -11,6 +11,7 @@ shuffled, which changes nothing because attention does not see order; the decode
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,13 +25,11 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.networks.positions import positions_for, sincos_positions
-from hgkd.weights.files import read_checkpoint, read_metadata, tensors_of
+from hgkd.weights.identify import MAE_PIXELS, MAE_SIZES, identify
 from hgkd.weights.run_file import FORMAT, check_format
 from hgkd.weights.vit_names import count_blocks, looks_like, to_timm_names
 from hgkd.writing import written_beside
 
-_METADATA_KEY = "hgkd_mae"
-_PIXELS_KEY = "hgkd_mae_pixels"
 _FORMAT_KEY = "hgkd_mae_format"
 _STUDENT_PREFIX = "student.network."  # in a checkpoint of a distilled ViT
 
@@ -353,14 +352,17 @@ def save_mae(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already; give another name, or overwrite=True")
     tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    notes = {_METADATA_KEY: asdict(network.arch), _PIXELS_KEY: dict(pixels or {}), _FORMAT_KEY: FORMAT}
+    notes = {MAE_SIZES: asdict(network.arch), MAE_PIXELS: dict(pixels or {}), _FORMAT_KEY: FORMAT}
     with written_beside(path) as beside:
         save_file(tensors, beside, metadata={"format": "pt", **{key: json.dumps(note) for key, note in notes.items()}})
     return path
 
 
 def read_mae(
-    path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None, entry: str | None = None
+    path: str | os.PathLike[str],
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    entry: str | None = None,
 ) -> tuple[MAEArch, dict[str, Tensor], Mapping[str, Any]]:
     """Sizes, weights and training pixels (see :func:`save_mae`; may be empty) of a MAE file.
 
@@ -373,19 +375,16 @@ def read_mae(
     Raises:
         FileNotFoundError, WeightsError: the file is absent, damaged, or no MAE.
     """
-    content = read_checkpoint(path)
-    weights = tensors_of(content, source=str(path), entry=entry)
+    file = identify(path, entry)
+    weights = file.tensors(entry)
     if any(key.startswith(_STUDENT_PREFIX) for key in weights):
         weights = {k.removeprefix(_STUDENT_PREFIX): v for k, v in weights.items() if k.startswith(_STUDENT_PREFIX)}
-    metadata = read_metadata(path)
-    meta = content.get("meta") if isinstance(content, Mapping) else None
-    own = meta.get("hgkd") if isinstance(meta, Mapping) else None
-    if _METADATA_KEY in metadata:
-        check_format(json.loads(metadata.get(_FORMAT_KEY, str(FORMAT))), str(path))  # not noted by the first version
-        return make_arch(json.loads(metadata[_METADATA_KEY])), weights, json.loads(metadata.get(_PIXELS_KEY, "{}"))
-    if isinstance(own, Mapping) and "mae" in own:
-        check_format(own.get("format"), str(path))
-        return make_arch(own["mae"]), weights, own.get("pixels", {})
+    if MAE_SIZES in file.metadata:
+        check_format(json.loads(file.metadata.get(_FORMAT_KEY, str(FORMAT))), str(path))  # not noted by the first version
+        return make_arch(json.loads(file.metadata[MAE_SIZES])), weights, json.loads(file.metadata.get(MAE_PIXELS, "{}"))
+    if "mae" in file.hgkd:
+        check_format(file.hgkd.get("format"), str(path))
+        return make_arch(file.hgkd["mae"]), weights, file.hgkd.get("pixels", {})
     if "patch_embed.proj.weight" not in weights:
         _, weights = to_timm_names(weights, str(path))
     return arch_of(weights, str(path), num_heads, decoder_num_heads), weights, {}

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hgkd.errors import WeightsError, coded
 from hgkd.openmmlab.backbone import TimmBackbone
 from hgkd.pixels import pixel_statistics
-from hgkd.weights.files import read_checkpoint, tensors_of
+from hgkd.weights.identify import WeightFile, identify
 from hgkd.weights.importing import ImportReport, import_weights
 from hgkd.weights.loading import check_finite
 
@@ -54,7 +54,7 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
         WeightsError: a training checkpoint, names with a prefix, another architecture, values that are not finite, or anything
             missing or left over; the backbone is unchanged then.
     """
-    file = _weight_file(Path(path).expanduser())
+    file = identify(_weight_file(Path(path).expanduser()))
     network: nn.Module = backbone.network if isinstance(backbone, TimmBackbone) else backbone
     weights = _plain_weights(file, network)
     check_finite(Path(path), {key: value for key, value in weights.items() if not key.startswith(_CLASSIFIER)})
@@ -62,7 +62,7 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
         return import_weights(network, file, prefix="", allow=_CLASSIFIER)
     except WeightsError as error:
         needs = describe(network.state_dict()) or type(network).__name__
-        holds = _exported_name(file) or describe(weights) or "another network"
+        holds = _exported_name(file.path) or describe(weights) or "another network"
         reason = error.__cause__ or error  # without the remedy of import_weights, for which a training has no option
         if {"stem.0.weight", "layer1.0.conv1.weight"} <= network.state_dict().keys() and "conv1.weight" in weights:
             raise WeightsError(
@@ -145,10 +145,10 @@ def _weight_file(path: Path) -> Path:
     return path
 
 
-def _plain_weights(file: Path, network: nn.Module) -> dict[str, Tensor]:
+def _plain_weights(file: WeightFile, network: nn.Module) -> dict[str, Tensor]:
     """The file's weights, when their names carry no prefix; else the error that says what to do."""
-    content = read_checkpoint(file)
-    if isinstance(content, Mapping) and isinstance(content.get("meta"), Mapping) and "hgkd" in content["meta"]:
+    content = file.content
+    if "hgkd" in file.meta:
         raise WeightsError(
             f"backbone={file} is a training checkpoint of hgkd (student, decoder and optimiser). Export the student first: "
             f"hgkd export {file} --to timm --out FOLDER, then backbone=FOLDER"
@@ -178,7 +178,7 @@ def _plain_weights(file: Path, network: nn.Module) -> dict[str, Tensor]:
             f"backbone={file} has the prefix {prefix!r} before its names ({prefix + own[0]}), which could be another part of "
             f"a model. Bring it to plain names: hgkd export {file} --encoder NAME --to timm --out FOLDER"
         )
-    return tensors_of(content, source=str(file))
+    return file.tensors()
 
 
 def _exported_name(file: Path) -> str:

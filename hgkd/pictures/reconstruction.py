@@ -17,10 +17,9 @@ from hgkd.pictures.columns import Columns, hide_cells
 from hgkd.pictures.distillation import distillation_columns
 from hgkd.pictures.features import _finite
 from hgkd.registry import MODELS
-from hgkd.weights.files import read_checkpoint
+from hgkd.weights.identify import WeightFile, identify
 from hgkd.weights.loading import load_strict
 from hgkd.weights.run_file import literal_config
-from hgkd.weights.run_folder import checkpoint_file
 
 
 class Reconstructor(Protocol):
@@ -49,16 +48,13 @@ def load_reconstructor(checkpoint: str | os.PathLike[str]) -> Reconstructor:
         ValueError: it holds no model that predicts pixels.
         WeightsError: damaged, or no such file at all.
     """
-    path = checkpoint_file(checkpoint)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    content = read_checkpoint(path)
-    meta = content.get("meta") if isinstance(content, Mapping) else None
-    config = literal_config(meta.get("cfg")) if isinstance(meta, Mapping) else {}
-    model = config.get("model") or {}
+    if not Path(checkpoint).expanduser().exists():
+        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
+    file = identify(checkpoint)
+    model = literal_config(file.meta.get("cfg")).get("model") or {}
     if model.get("type") == "MaskedDistiller":
-        return _DistilledPixels(path, model, content["state_dict"])
-    return _MAEPixels(path, model)
+        return _DistilledPixels(file.path, model, file.content["state_dict"])
+    return _MAEPixels(file, model)
 
 
 @dataclass
@@ -104,12 +100,12 @@ class _DistilledPixels:
 class _MAEPixels:
     """A masked autoencoder with its decoder."""
 
-    def __init__(self, path: Path, model: Mapping[str, Any]) -> None:
+    def __init__(self, file: WeightFile, model: Mapping[str, Any]) -> None:
         from hgkd.networks.mae import read_mae
         from hgkd.teachers.mae import MAETeacher
 
-        arch, _, pixels = read_mae(path)
-        self.teacher = MAETeacher(path, allow_random=True)
+        arch, _, pixels = read_mae(file)
+        self.teacher = MAETeacher(file, allow_random=True)
         self.teacher.require_decoder()
         self.norm_pix = pixels.get("norm_pix") is not False  # files that do not say: MAE's default
         self.image_size = arch.image_size

@@ -19,10 +19,8 @@ from hgkd.networks.classifier import ClassifierOutput, ImageClassifier, load_cla
 from hgkd.registry import MODELS
 from hgkd.teachers.base import DTYPES
 from hgkd.teachers.health import check_outputs, weight_health
-from hgkd.weights.files import read_checkpoint, tensors_of
+from hgkd.weights.identify import Kind, identify
 from hgkd.weights.loading import load_strict
-from hgkd.weights.run_file import ClassifierSpec
-from hgkd.weights.run_folder import checkpoint_file
 
 
 @MODELS.register_module()
@@ -163,11 +161,10 @@ def _timm_classifier(
     name: str, path: str | Path, image_size: int | tuple[int, ...], normalize: Any, kwargs: dict[str, Any]
 ) -> ImageClassifier:
     """A timm classifier with all weights of a file, its head included, whose size says the number of classes."""
-    path = checkpoint_file(path)
-    content = read_checkpoint(path)
-    if ClassifierSpec.parse(content.get("meta")) is not None:
-        raise ValueError(f"{path} says itself which network it holds; leave name={name!r} out")
-    weights = tensors_of(content, source=str(path))
+    file = identify(path)
+    if file.kind is Kind.CLASSIFIER:
+        raise ValueError(f"{file} says itself which network it holds; leave name={name!r} out")
+    path, weights = file.path, file.tensors()
     trial = ImageClassifier(name, 1, image_size, **kwargs)
     head = trial.head_names()[0] + "weight"
     if head not in weights:

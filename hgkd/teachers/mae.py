@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
@@ -57,7 +57,7 @@ class MAETeacher(Teacher):
 
     def __init__(
         self,
-        checkpoint: str | Path,
+        checkpoint: str | os.PathLike[str],
         num_heads: int | None = None,
         decoder_num_heads: int | None = None,
         dtype: str = "float32",

@@ -7,9 +7,9 @@ intermediate block is often the better target.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -26,7 +26,8 @@ from hgkd.pixels import check_channels, check_normalize
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
-from hgkd.weights.files import part_of_several, read_weights
+from hgkd.weights.files import part_of_several
+from hgkd.weights.identify import identify
 from hgkd.weights.loading import LoadReport, load_strict, match
 from hgkd.weights.vit_names import count_blocks, to_timm_names
 
@@ -236,7 +237,7 @@ class TimmTeacher(Teacher):
     def __init__(
         self,
         name: str,
-        checkpoint: str | Path | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         pretrained: bool = False,
         dtype: str = "float32",
         normalize: Sequence[Sequence[float]] | None = None,
@@ -259,7 +260,7 @@ class TimmTeacher(Teacher):
             mean, deviation = check_normalize(normalize, "model.teacher.normalize")
         super().__init__(dtype, mean, deviation)
         if checkpoint is not None:
-            _, weights = to_timm_names(read_weights(checkpoint, entry), str(checkpoint))
+            _, weights = to_timm_names(identify(checkpoint, entry).tensors(entry), str(checkpoint))
             if "decoder_embed.weight" in weights:
                 raise WeightsError(f"{checkpoint} is an MAE file with its decoder; load it with type='MAETeacher'")
             load_vit(network, weights, str(checkpoint))

@@ -39,21 +39,10 @@ from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, images_of
 from hgkd.training.sync_norm import sync_batch_norms
 from hgkd.training.work_folder import check_unused, held_until_the_end, lock_folder, release_folder
 from hgkd.training.wrapping import plain_model
+from hgkd.weights.identify import describe_network, hgkd_of
 from hgkd.weights.loading import load_strict, match
 from hgkd.weights.run_folder import find_last_checkpoint, read_run_checkpoint, seal, tell_system_errors
 from hgkd.writing import replacing
-
-
-def _what(meta: Any) -> str:
-    """The network that ``meta['hgkd']`` of a checkpoint describes, in words."""
-    meta = meta if isinstance(meta, Mapping) else {}
-    if isinstance(meta.get("encoder"), Mapping):
-        return f"a student {meta['encoder'].get('name')!r}"
-    if isinstance(meta.get("classifier"), Mapping):
-        spec = meta["classifier"]
-        heads = "two heads" if spec.get("two_heads") else "one head"
-        return f"a classifier {spec.get('name')!r} of {spec.get('num_classes')} classes with {heads}"
-    return "a masked autoencoder" if "mae" in meta else "a model that it does not describe"
 
 
 def _stamp(seconds: float) -> str:
@@ -329,15 +318,15 @@ class DistillRunner(Runner):
         try:
             match(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
         except WeightsError as error:
-            own = _what(model.meta()) if hasattr(model, "meta") else f"a {type(model).__name__}"
+            own = describe_network(model.meta()) if hasattr(model, "meta") else f"a {type(model).__name__}"
             raise WeightsError(
-                f"{filename} is of another model: it holds {_what(checkpoint['meta'].get('hgkd'))}, this run trains {own}. "
+                f"{filename} is of another model: it holds {describe_network(hgkd_of(checkpoint))}, this run trains {own}. "
                 f"Use the config that wrote it, or start anew without it; {error}"
             ) from error
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)  # may exchange the weights, as EMAHook does
         load_strict(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
         if hasattr(model, "take_meta"):
-            model.take_meta(checkpoint["meta"].get("hgkd") or {})
+            model.take_meta(hgkd_of(checkpoint))
         self._has_loaded = True
         return checkpoint
 

@@ -132,6 +132,25 @@ STYLES = (
 )
 
 
+# a weight that each network of the kind has under timm's names -> what it is
+_SAMPLES = (
+    ("stages.0.blocks.0.conv_dw.weight", ConvNeXt, "a ConvNeXt"),
+    ("layer1.0.conv1.weight", ResNet, "a ResNet (timm's, torchvision's and OpenMMLab's have the same names)"),
+)
+
+
+def find_cnn(weights: Mapping[str, Tensor]) -> tuple[KeyStyle, str, str] | None:
+    """The style of a CNN's weight names, what stands before them, and which network it is; None: no CNN that is known."""
+    for sample, network, what in _SAMPLES:
+        for style in (style for style in STYLES if issubclass(network, style.serves)):
+            name = style.rename(sample)
+            places = [key.removesuffix(name) for key in weights if key.endswith(name)]
+            places = [place for place in places if not place or place.endswith(".")]
+            if places:
+                return style, min(places, key=len), what if style is TIMM else what.partition(" (")[0]
+    return None
+
+
 def styles_for(network: nn.Module) -> list[KeyStyle]:
     """The styles in which weights of this timm network may be named."""
     return [style for style in STYLES if isinstance(network, style.serves)]

@@ -23,16 +23,24 @@ def read_spec(path: str | os.PathLike[str]) -> EncoderSpec:
 
 def _refuse_other_target(path: Path) -> None:
     """Raise WeightsError for an export that was written for another library, and name the way to one that is read."""
-    try:
-        card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
-        target, what = str(card["export"]["target"]), str(card["export"]["what"])
-    except (OSError, ValueError, KeyError, TypeError):
+    card = read_card(path)
+    if not card:
         return
+    target, what = card["target"], card["what"]
     if target not in READABLE or what == "decoder":
         part = "" if what == "backbone" else f" --what {what}"
         raise WeightsError(
             f"{path} is an export to {target}{part}, which hgkd does not read back; export the checkpoint again with --to timm"
         )
+
+
+def read_card(path: Path) -> dict[str, str]:
+    """``target`` and ``what`` of an export, from its run card; empty where there is none."""
+    try:
+        card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
+        return {"target": str(card["export"]["target"]), "what": str(card["export"]["what"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def read_config(path: Path) -> dict[str, Any]:

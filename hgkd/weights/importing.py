@@ -10,15 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
 from hgkd.weights.cnn_names import KeyStyle, fitted, styles_for
-from hgkd.weights.export_folder import WEIGHTS_FILE, read_spec
-from hgkd.weights.files import read_checkpoint, tensors_of
+from hgkd.weights.export_folder import read_spec
+from hgkd.weights.identify import identify
 from hgkd.weights.loading import LoadReport, NoPlainNumbersError, load_strict
 
 _LEAST_SHARE = 0.5
@@ -64,7 +63,8 @@ def import_weights(
 
     Args:
         network: timm's, without classifier.
-        path: .pth, .pt, .bin or .safetensors file, or a folder of ``hgkd export`` that :func:`load_backbone` reads.
+        path: .pth, .pt, .bin or .safetensors file, or a folder of ``hgkd export`` that :func:`load_backbone` reads; or what
+            :func:`hgkd.weights.identify.identify` said of it.
         prefix: what stands before the encoder's names; None finds it.
         allow: beginnings of names that may be missing (timm's names) or left over (the file's, without the prefix).
 
@@ -72,11 +72,11 @@ def import_weights(
         FileNotFoundError: there is no such file.
         WeightsError: damaged, of no known style, ambiguous, or not fitting; the network is unchanged then.
     """
-    if Path(path).expanduser().is_dir():
-        read_spec(path)  # refuses what is no such folder
-        path = Path(path).expanduser() / WEIGHTS_FILE
-    weights = tensors_of(read_checkpoint(path), source=str(path))
-    style, prefix = find_style(network, weights, source=str(path), prefix=prefix)
+    file = identify(path)
+    if file.path.is_dir():
+        read_spec(file)  # refuses what is no such folder
+    weights, source = file.tensors(), file.source
+    style, prefix = find_style(network, weights, source=source, prefix=prefix)
     own = network.state_dict()
     timm_name = {style.rename(key): key for key in own}
     inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
@@ -87,7 +87,7 @@ def import_weights(
     filled = counters if not any(key in state for key in counters) else []
     state.update({key: own[key] * 0 for key in filled})
     try:
-        loaded = load_strict(network, state, source=str(path), ignore_missing=allow, ignore_unexpected=allow)
+        loaded = load_strict(network, state, source=source, ignore_missing=allow, ignore_unexpected=allow)
     except NoPlainNumbersError:
         raise
     except WeightsError as error:

@@ -98,17 +98,21 @@ def find_last_checkpoint(work_dir: str | os.PathLike[str]) -> str | None:
     Raises:
         WeightsError: there are checkpoints, but none of them is intact.
     """
+    last = last_intact(work_dir)
+    return None if last is None else str(last[0])
+
+
+def last_intact(work_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
+    """The file of :func:`find_last_checkpoint` and its content, which had to be read to know that it is intact."""
     reasons: list[str] = []
     for name in known_checkpoints(work_dir):
         path = Path(work_dir) / name
         try:
-            read_run_checkpoint(path)
+            return path, read_run_checkpoint(path)
         except (WeightsError, FileNotFoundError) as error:
             reason = f"{path} was not completed" if not path.exists() else str(error)
             print_log(f"{reason}; falling back to the checkpoint before", "current", level=30)
             reasons.append(reason)
-        else:
-            return str(path)
     if any("was not completed" not in reason for reason in reasons):
         raise WeightsError(
             f"no intact checkpoint in {work_dir}: {'; '.join(reasons)}. Restore one from a backup and give its path to "

@@ -63,6 +63,13 @@ _FAMILIES = (
         "a ResNet (a CNN: it can be a student, encoder_checkpoint)",
     ),
 )
+# likewise for what is read
+_READ_FAMILIES = (
+    (r"relative_position_bias_table$|blocks\.\d+\.gamma_1$|lambda_1$", "BEiT"),
+    (r"blocks\.\d+\.(\d+\.)?ls1\.gamma$|layer_scale1\.lambda1$", "DINOv2, or another ViT with layer scale"),
+    (r"in_proj_weight$|pre_layrnorm\.|norm_pre\.", "CLIP"),
+    (r"dino_head\.|^head\.(mlp|last_layer)\.", "DINO"),
+)
 KNOWN_FILES = "known are plain ViTs with absolute positions (DINO, DINOv2, MAE, CLIP, SigLIP, DeiT, AugReg) and BEiT"
 
 
@@ -195,7 +202,8 @@ def _unused(naming: Naming) -> tuple[str, ...]:
     return _UNUSED[1:2] if naming.kind == "timm" else _UNUSED
 
 
-def _recognise(weights: Mapping[str, Tensor], source: str) -> tuple[Naming, str]:
+def find_naming(weights: Mapping[str, Tensor]) -> tuple[Naming, str] | None:
+    """The naming of a ViT's weights and what stands before their names; None: no ViT in a known naming."""
     for naming in NAMINGS:
         places = [key.removesuffix(naming.anchor) for key in weights if key.endswith(naming.anchor)]
         places = [place for place in places if not place or place.endswith(".")]
@@ -203,6 +211,13 @@ def _recognise(weights: Mapping[str, Tensor], source: str) -> tuple[Naming, str]
             return naming, "visual."
         if places:
             return naming, min(places, key=len)
+    return None
+
+
+def _recognise(weights: Mapping[str, Tensor], source: str) -> tuple[Naming, str]:
+    found = find_naming(weights)
+    if found is not None:
+        return found
     family = looks_like(weights)
     looks = "" if family is None else f"; it looks like {family}"
     known = ", ".join(naming.kind for naming in NAMINGS)
@@ -222,6 +237,11 @@ def looks_like(weights: Mapping[str, Tensor]) -> str | None:
     if patches is not None and patches.ndim == 5:
         return "a video or volume ViT (patches of three dimensions)"
     return None
+
+
+def family_of(weights: Mapping[str, Tensor]) -> str:
+    """Which family of ViTs that are read a file's entries point to; '' where nothing tells."""
+    return next((family for pattern, family in _READ_FAMILIES if any(re.search(pattern, key) for key in weights)), "")
 
 
 def count_blocks(weights: Mapping[str, Tensor], prefix: str = "blocks.") -> int:

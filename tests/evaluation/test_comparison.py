@@ -66,5 +66,5 @@ def test_what_a_checkpoint_says_of_its_run(tmp_path: Path) -> None:
         torch.save(content, tmp_path / name)
         found[name] = trained(tmp_path / name)
     paths = {name: str(tmp_path / name) for name in contents}
-    expected = {"a": (480, paths["a"]), "b": (None, paths["b"]), "c": (None, paths["c"]), "d": (480, f"mae:{paths['d']}")}
+    expected = {"a": (480, paths["a"]), "b": (None, paths["b"]), "c": (None, paths["c"]), "d": (480, paths["d"])}
     assert found == expected

@@ -147,12 +147,18 @@ def test_extract_keeps_order_and_counts_a_replaced_image_once() -> None:
         ("test_resnet", {"block": 3}, ValueError, "test_resnet is no ViT and has no block 3"),
         ("test_resnet", {"checkpoint": "a.pth", "pretrained": True}, ValueError, "give one of them"),
         ("mae:a.pth", {"checkpoint": "b.pth"}, ValueError, "takes no checkpoint: a MAE file holds its own weights"),
-        ("a.pth", {"block": 0}, ValueError, "takes no block: a checkpoint holds its own CNN"),
+        ("a.pth", {"checkpoint": "b.pth"}, ValueError, "takes no checkpoint: a file holds its own weights"),
     ],
 )
 def test_refusals(spec: str, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load_extractor(spec, **options)
+
+
+def test_a_cnn_has_no_block(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="takes no block: a checkpoint holds its own CNN"):
+        load_extractor(tmp_path / "a.pth", block=0)
 
 
 def test_unfitting_weights_are_refused(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_checkpoint_refusals(tmp_path: Path) -> None:
     refused("foreign.pth", r"not a checkpoint of hgkd: it lacks meta\['hgkd'\]")
     refused("bare.pth", "not a checkpoint of hgkd")
     refused("short.pth", "layer4")
-    refused("mae.pth", "holds a masked autoencoder and no student; hgkd evaluate takes it as mae:.*mae.pth")
+    refused("mae.pth", "holds a masked autoencoder and no CNN student; hgkd evaluate --backbone .*mae.pth takes it")
     refused("newer.pth", "has format 2, this version of hgkd reads format 1")
 
 

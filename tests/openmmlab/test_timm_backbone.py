@@ -9,6 +9,7 @@ from hgkd.export import export
 from hgkd.openmmlab import TimmBackbone, load_backbone_file
 from hgkd.openmmlab.weights import check_start, describe
 from hgkd.training import LayerDecayConstructor
+from hgkd.weights.identify import identify
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 
@@ -158,7 +159,7 @@ def test_a_block_of_another_resnet_is_no_prefix(tmp_path):
 
     state = timm.create_model("resnet18d", num_classes=0).state_dict()  # no conv1.weight but in its blocks
     torch.save(state, tmp_path / "net.pth")
-    assert _plain_weights(tmp_path / "net.pth", timm.create_model("resnet18", num_classes=0)).keys() == state.keys()
+    assert _plain_weights(identify(tmp_path / "net.pth"), timm.create_model("resnet18", num_classes=0)).keys() == state.keys()
     refuse(TimmBackbone("resnet18"), tmp_path / "net.pth", r"backbone=.*net.pth holds a ResNet-18")
 
 

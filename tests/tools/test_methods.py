@@ -57,7 +57,7 @@ def test_a_vit_student_trains_and_its_checkpoint_is_a_mae(recipe, terms, images,
     assert terms <= set(lines[0])
     assert "knn/top1" in lines[-1]
     assert (tmp_path / "run/pictures/epoch_1.png").is_file()
-    extractor = load_extractor(f"mae:{tmp_path}/run/epoch_1.pth", block=11)
+    extractor = load_extractor(tmp_path / "run/epoch_1.pth", block=11)
     batch = torch.rand(2, 3, 64, 64)
     student = runner.model.student.eval()
     last = student(batch).features[-1].to_dense().mean((2, 3))

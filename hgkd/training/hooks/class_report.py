@@ -14,6 +14,7 @@ from hgkd.evaluation.classification import ClassificationMetric
 from hgkd.pictures.confusion import write_class_report
 from hgkd.registry import HOOKS
 from hgkd.training.wrapping import plain_model
+from hgkd.weights.identify import hgkd_of
 
 
 @HOOKS.register_module()
@@ -30,8 +31,7 @@ class ClassReportHook(Hook):
         self._in_file: Sequence[str] = ()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        hgkd = (checkpoint.get("meta") or {}).get("hgkd") or {}
-        self._in_file = (hgkd.get("classifier") or {}).get("classes") or ()
+        self._in_file = (hgkd_of(checkpoint).get("classifier") or {}).get("classes") or ()
 
     def before_train(self, runner: Runner) -> None:
         model: Any = plain_model(runner)
