@@ -47,7 +47,8 @@ def writing(path: str | os.PathLike[str], remedy: str = "free some space or name
     try:
         yield
     except Exception as error:
-        reason = _reason(error)
+        cause = error.__cause__ if isinstance(error, WriteError) else error  # of a file within a folder the folder is told
+        reason = _reason(cause) if isinstance(cause, Exception) else None
         if reason is None:
             raise
         raise WriteError(f"cannot write {path}: {reason}{_free(Path(path))}; {remedy}") from error

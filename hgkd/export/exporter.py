@@ -126,7 +126,7 @@ def _check_request(to: str, what: str, options: Mapping[str, Any], licences: Map
 
 
 def _read_images(
-    folder: str | os.PathLike[str], limit: int, source: Source, labelled: bool, value_range: Sequence[float] | None
+    folder: str | os.PathLike[str], limit: int, source: Source, labelled: bool, value_range: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Real images at the network's size in [0, 1], and when asked for their classes.
 
