@@ -241,7 +241,7 @@ def test_an_unreadable_test_image_is_named(tmp_path, split, capsys):
         with pytest.raises(DataError, match=r"image .*000001.jpg cannot be read"):
             draw_predictions(cfg, tmp_path / "model.pth", [file], tmp_path / "drawn")
     assert called == 2
-    assert f"image {file} cannot be read: missing, cut off, or no image" in capsys.readouterr().err
+    assert "1 of 2 images cannot be opened: cut off, or no images (000001.jpg)" in capsys.readouterr().err
 
 
 def test_pictures_of_a_tool(tmp_path, capsys, monkeypatch):

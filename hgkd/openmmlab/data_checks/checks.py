@@ -292,8 +292,7 @@ def _check_readers(loader: Mapping[str, Any], name: str) -> None:
         raise DataError(f"{name}.drop_last=True leaves images out of the measure; set it to False")
     if loader.get("persistent_workers") and not loader.get("num_workers"):
         raise DataError(
-            f"{name}.persistent_workers=True, but num_workers=0: there is nobody to stay; the option workers=0 sets both "
-            f"right, or set {name}.persistent_workers=False"
+            f"{name}.persistent_workers=True, but num_workers=0: there is nobody to stay; set {name}.persistent_workers=False"
         )
 
 
