@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,13 +21,12 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # `tools` is no package
+from hgkd.api.benchmark import encoder_step, measure_times
+from hgkd.masking import RandomMask
+from hgkd.sparse import measure_parity, sparsify
+from hgkd.sparse.families import FAMILIES, REFUSED, Family
 
-from hgkd.masking import RandomMask  # noqa: E402
-from hgkd.sparse import measure_parity, sparsify  # noqa: E402
-from hgkd.sparse.families import FAMILIES, REFUSED, Family  # noqa: E402
-from tools.benchmark import encoder_step, measure_times  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 BEGIN, END = "<!-- tools/students_table.py -->\n", "<!-- end -->\n"
 SIZE, CELL, BATCH, MASK_RATIO = 128, 32, 4, 0.75

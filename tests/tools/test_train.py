@@ -162,7 +162,7 @@ def test_help_tells_short_options_examples_and_exit_codes(tool, capsys):
     printed = capsys.readouterr().out
     for name, text in [(name, option.help) for name, option in SHORT_OPTIONS.items()] + list(DOWNSTREAM.items()):
         assert re.search(rf"^  {name} +{re.escape(text)}$", printed, re.MULTILINE), name
-    examples = re.findall(r"(?:tools/\w+\.py) (\S+\.py)", printed)
+    examples = re.findall(r"hgkd (?:train|test) (\S+\.py)", printed)
     assert len(examples) >= 2
     assert all((ROOT / example).is_file() for example in examples)
     assert re.findall(r"^  (\d)  ", printed, re.MULTILINE) == ["0", "1", "2"]

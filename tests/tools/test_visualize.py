@@ -89,7 +89,7 @@ def test_predictions_go_through_the_downstream_part(
     from types import ModuleType
 
     options = ("--config", "c.py", "--checkpoint", "c.pth", "--device", "cpu", "--cfg-options", "a.b=1")
-    monkeypatch.setitem(sys.modules, "hgkd.openmmlab", None)  # cannot be imported
+    monkeypatch.setitem(sys.modules, "hgkd.openmmlab.drawing", None)  # cannot be imported
     assert draw("predictions", *options) == 2
     assert "need the extra 'downstream'" in capsys.readouterr().err
 
@@ -100,8 +100,8 @@ def test_predictions_go_through_the_downstream_part(
         Path(out).mkdir()
         Image.new("RGB", (4, 4)).save(Path(out) / "boxes.png")
 
-    part = ModuleType("hgkd.openmmlab")
+    part = ModuleType("hgkd.openmmlab.drawing")
     part.draw_predictions = draw_predictions
-    monkeypatch.setitem(sys.modules, "hgkd.openmmlab", part)
+    monkeypatch.setitem(sys.modules, "hgkd.openmmlab.drawing", part)
     assert draw("predictions", *options) == 0
     assert "<h2>boxes</h2>" in Path("out/pictures.html").read_text()
