@@ -68,7 +68,7 @@ def train(
     """Train, and return the runner that did.
 
     Args:
-        config: file, or a loaded config.
+        config: file, name of a shipped recipe (see :func:`hgkd.recipes.find_recipe`), or a loaded config.
         work_dir: folder for logs, checkpoints and pictures; None: ``work_dirs/<name of the config>``.
         resume: True continues from the last checkpoint in ``work_dir`` (from the beginning when there is none), a path from
             that checkpoint.

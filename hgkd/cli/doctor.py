@@ -292,7 +292,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     environment = commands.add_parser("environment", help="examine this machine: versions, devices, disk, images")
     environment.add_argument("--work-dir", default="work_dirs", help="where checkpoints will lie (default: %(default)s)")
     environment.add_argument("--images", help="folder of the training images, of which some are read")
-    environment.add_argument("--planned-mb", type=float, default=1000.0, help="space needed; `train.py --dry-run` tells it")
+    environment.add_argument("--planned-mb", type=float, default=1000.0, help="space needed, told by `hgkd train --dry-run`")
     teacher = commands.add_parser("teacher", help="examine a teacher file")
     teacher.add_argument("file", help="weight file in any known naming")
     teacher.add_argument("--name", help="timm's name of the network that the file is meant for")

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from hgkd.errors import DivergedError
+from hgkd.networks.vit import is_finite
 from hgkd.registry import HOOKS
 from hgkd.training.wrapping import plain_model, unchanged
 
@@ -144,7 +145,7 @@ def not_finite_before_the_student(runner: Runner, data_batch: Any) -> str | None
 def _all_finite(value: Any) -> bool:
     """Whether all numbers in tensors, containers and dataclasses are finite; anything else counts as finite."""
     if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value.detach().as_subclass(Tensor)).all())
+        return is_finite(value)
     if isinstance(value, Mapping):
         return all(map(_all_finite, value.values()))
     if isinstance(value, (list, tuple)):
