@@ -8,6 +8,7 @@ with their hash, written beside and renamed (:mod:`hgkd.weights.run_folder`).
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
@@ -71,6 +72,12 @@ def _raise_current(record: logging.LogRecord) -> None:
         raise error
 
 
+def _end_gloo() -> None:
+    """Close the group before the interpreter ends, as gloo's threads may abort a process that does not."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+
+
 def _data_parallel(model: nn.Module, find_unused: bool) -> MMDistributedDataParallel:
     devices = [int(os.environ["LOCAL_RANK"])] if torch.cuda.is_available() else None
     return MMDistributedDataParallel(
@@ -107,6 +114,8 @@ class DistillRunner(Runner):
         if self.distributed and not is_distributed() and not torch.cuda.is_available():
             torch.distributed.init_process_group("gloo")
         super().setup_env(env_cfg)
+        if self.distributed:
+            atexit.register(_end_gloo)  # once or several times: the second finds nothing
         self._lock_remark = self._take_folder() if self._train_loop is not None and is_main_process() else None
         # names logger, message hub and visualiser, which mmengine shares between runs of the same second
         now = torch.tensor(_later_than_any(self.work_dir, time.time()), dtype=torch.float64)

@@ -165,6 +165,8 @@ def test_two_processes_stop_together(tmp_path):
         "cfg.custom_hooks = [dict(type='hgkd.OneOfTwo')]\n"
         "runner = here.train_tool.train(cfg, launcher='pytorch')\n"
         "assert runner.iter == 1, runner.iter\n"
+        "from hgkd.api.train import leave_group\n"
+        "leave_group()\n"
     )
     done = torchrun([tmp_path / "stop.py"], tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -16,6 +16,7 @@ from tiny_runs import SPARK, tiny
 from torch.distributed.device_mesh import init_device_mesh
 
 from hgkd.api import train as train_tool
+from hgkd.api.train import leave_group
 from hgkd.distillers import MaskedDistiller
 from hgkd.training.loop import StepGuard
 from hgkd.training.wrapping import plain_model
@@ -181,3 +182,4 @@ if __name__ == "__main__":
     {"step": step, "fail": fail, "die": partial(fail, hook=Die), "shard": shard, "idle": idle}[sys.argv[1]](
         sys.argv[2], sys.argv[3]
     )
+    leave_group()
