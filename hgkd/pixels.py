@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -114,6 +114,11 @@ def to_unit_range(inputs: Tensor) -> Tensor:
     if inputs.is_floating_point():
         return inputs
     raise TypeError(f"images must be uint8 in [0, 255] or float in [0, 1], got {inputs.dtype}")
+
+
+def pixels_noted(noted: Mapping[str, Any]) -> dict[str, Any]:
+    """The pixel statistics that a file notes, under today's keys: earlier files call ``std`` ``deviation``."""
+    return {"std" if key == "deviation" else key: value for key, value in noted.items()}
 
 
 class PixelNormalisation(nn.Module):

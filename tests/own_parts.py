@@ -133,7 +133,7 @@ class PatchTeacher(Teacher):
 
 # --- student
 from hgkd.networks import build_encoder  # noqa: E402
-from hgkd.pixels import IMAGENET_STD, IMAGENET_MEAN  # noqa: E402
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 from hgkd.sparse import CellLayout, sparsify  # noqa: E402
 from hgkd.structures import StudentOutput  # noqa: E402
 from hgkd.students import Student  # noqa: E402

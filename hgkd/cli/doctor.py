@@ -227,9 +227,9 @@ USES: dict[Kind, tuple[str, ...]] = {
 
 
 def _uses_of_export(file: WeightFile) -> tuple[str, ...]:
-    target, what = file.card.get("target", "timm"), file.card.get("part", "backbone")
-    uses: tuple[str, ...] = (_EVALUATE, _START) if target in READABLE and what != "decoder" else ()
-    if target in ("timm", "mmdet", "mmseg", "torchvision") and what == "backbone":
+    target, part = file.card.get("target", "timm"), file.card.get("part", "backbone")
+    uses: tuple[str, ...] = (_EVALUATE, _START) if target in READABLE and part != "decoder" else ()
+    if target in ("timm", "mmdet", "mmseg", "torchvision") and part == "backbone":
         uses += ("backbone={file} of a downstream training",)
     return (*uses, f"what loads files of {target}; see README.md in it")
 

@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help=".pth file that hgkd train wrote; with --encoder, a weight file of others")
     parser.add_argument("--to", default="timm", help="; ".join(f"{name}: {t.summary}" for name, t in TARGETS.items()))
     parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--part", default="backbone", help=f"what of the checkpoint: {', '.join(PARTS)}")
+    parser.add_argument("--part", default="backbone", help=f"part of the checkpoint: {', '.join(PARTS)}")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument("--images", metavar="DIR", help="images for the proof, and for int8's calibration")
     parser.add_argument("--max-images", type=int, default=64, metavar="N", help="so many of them at most (default 64)")

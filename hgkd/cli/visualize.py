@@ -72,8 +72,8 @@ def reconstruction(args: argparse.Namespace) -> Path:
     inputs = read_crops(files, args.image_size or model.image_size, args.value_range)
     columns, ratio = reconstruction_columns(model, inputs, args.mask_ratio, args.seed)
     caption = (
-        f"{args.checkpoint}: {ratio:.0%} hidden; colours and contrast of hidden positions are given where the model was trained "
-        f"on standardised pixels; {_which(files)}"
+        f"{args.checkpoint}: {ratio:.0%} hidden; colours and contrast of hidden positions are given where the model was "
+        f"trained on standardised pixels; {_which(files)}"
     )
     return save_picture(columns, args.out, args.name, caption)
 

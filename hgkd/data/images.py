@@ -40,7 +40,7 @@ from hgkd.data.pixels import READING, BandsError, Range, as_value_range, decode,
 from hgkd.data.sampler import image_seed, seeded
 from hgkd.data.shards import ShardIndex, index_shards
 from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
-from hgkd.errors import DataError, coded, abbreviate
+from hgkd.errors import DataError, abbreviate, coded
 from hgkd.registry import DATASETS
 
 _Item = TypeVar("_Item")

@@ -18,7 +18,7 @@ from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import check_size, feature_samples
 from hgkd.masking import RandomMask, expand, grid_of, ids_keep_of
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
-from hgkd.pixels import IMAGENET_STD, IMAGENET_MEAN, PixelNormalisation, check_channels, check_pixels, to_unit_range
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelNormalisation, check_channels, check_pixels, to_unit_range
 from hgkd.registry import MODELS
 from hgkd.structures import FeatureSample
 from hgkd.weights.run_file import FORMAT

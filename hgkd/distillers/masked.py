@@ -190,7 +190,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         images = to_unit_range(inputs)
         if mode == "loss":
             found = self._loss_terms(images, data.get("index"))
-            return {name: weight * comparison.loss() for name, (weight, comparison) in found.items()}
+            return {name: weight * term.loss() for name, (weight, term) in found.items()}
         if mode == "predict":
             return feature_samples(self.student.pooled(images).float(), data)
         if mode == "tensor":
@@ -203,7 +203,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         return features
 
     def _loss_terms(self, images: Tensor, index: Tensor | None) -> dict[str, tuple[float, LossTerm]]:
-        """Name of a loss -> its weight, and what it compares."""
+        """Name of a loss -> its weight and its term."""
         student_out, teacher_outs = self._see(images, index)
         parts: dict[str, Any] = dict(self.objectives.items())
         return {
@@ -215,8 +215,8 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def term_report(self, inputs: Tensor, index: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses of a batch, and what each would be, were the prediction everywhere the batch's mean target."""
         found = self._loss_terms(to_unit_range(inputs), index)
-        losses = {name: weight * comparison.loss() for name, (weight, comparison) in found.items()}
-        return losses, {name: weight * comparison.loss_of_mean() for name, (weight, comparison) in found.items()}
+        losses = {name: weight * term.loss() for name, (weight, term) in found.items()}
+        return losses, {name: weight * term.loss_of_mean() for name, (weight, term) in found.items()}
 
     def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """What student and teacher make of a batch; the teacher's part by name of the objective."""

@@ -265,7 +265,7 @@ def _check_open_csv(handle: IO[str], path: Path) -> bool:
     if not content:
         return True
     columns = next(csv.reader(io.StringIO(content)))
-    if tuple(columns) != CSV_COLUMNS:
+    if tuple("std" if name == "deviation" else name for name in columns) != CSV_COLUMNS:  # as earlier versions call it
         raise ValueError(
             f"{path} has the columns {', '.join(columns)}; results have {', '.join(CSV_COLUMNS)}; give --csv another file"
         )

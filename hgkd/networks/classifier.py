@@ -31,8 +31,8 @@ from hgkd.networks.mae import read_mae
 from hgkd.networks.positions import positions_for
 from hgkd.networks.vit import check_timm_name, classifier_heads, head_names, is_vit
 from hgkd.pixels import (
-    IMAGENET_STD,
     IMAGENET_MEAN,
+    IMAGENET_STD,
     PixelNormalisation,
     check_channels,
     check_normalize,

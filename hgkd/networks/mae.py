@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.networks.positions import positions_for, sincos_positions
+from hgkd.pixels import pixels_noted
 from hgkd.weights.identify import MAE_PIXELS, MAE_SIZES, identify
 from hgkd.weights.run_file import FORMAT, check_format
 from hgkd.weights.vit_names import count_blocks, looks_like, to_timm_names
@@ -381,10 +382,14 @@ def read_mae(
         weights = {k.removeprefix(_STUDENT_PREFIX): v for k, v in weights.items() if k.startswith(_STUDENT_PREFIX)}
     if MAE_SIZES in file.metadata:
         check_format(json.loads(file.metadata.get(_FORMAT_KEY, str(FORMAT))), str(path))  # not noted by the first version
-        return make_arch(json.loads(file.metadata[MAE_SIZES])), weights, json.loads(file.metadata.get(MAE_PIXELS, "{}"))
+        return (
+            make_arch(json.loads(file.metadata[MAE_SIZES])),
+            weights,
+            pixels_noted(json.loads(file.metadata.get(MAE_PIXELS, "{}"))),
+        )
     if "mae" in file.hgkd:
         check_format(file.hgkd.get("format"), str(path))
-        return make_arch(file.hgkd["mae"]), weights, file.hgkd.get("pixels", {})
+        return make_arch(file.hgkd["mae"]), weights, pixels_noted(file.hgkd.get("pixels", {}))
     if "patch_embed.proj.weight" not in weights:
         _, weights = to_timm_names(weights, str(path))
     return arch_of(weights, str(path), num_heads, decoder_num_heads), weights, {}

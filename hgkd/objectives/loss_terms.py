@@ -1,4 +1,4 @@
-"""What most objectives are made of: a prediction, a target, the positions where they are compared, and a distance."""
+"""Objectives of masked distillation, and their loss terms: a prediction, a target, positions and a distance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One loss term.
+    """A loss term: a prediction compared with a target at some positions.
 
     Attributes:
         prediction, target: (B, D, h, w); no gradient goes to the target.
@@ -45,7 +45,7 @@ class LossTerm:
 
     @torch.no_grad()
     def loss_of_mean(self) -> Tensor:
-        """What the best constant knows: the term of a prediction that is everywhere the mean target of the batch."""
+        """Loss of predicting the batch's mean target everywhere; a term that has learnt something is below it."""
         target, positions = self.target.float(), self.positions[:, None]
         mean = target.masked_fill(~positions, 0.0).sum((0, 2, 3)) / positions.sum()
         return self._mean(self.distance(mean[None, :, None, None].expand_as(target), target))
@@ -71,8 +71,7 @@ class Setup:
 
 
 class MaskedObjective(Objective):
-    """An objective of masked distillation, whose terms are comparisons; subclasses give :meth:`loss_terms`,
-    and :meth:`_build` where they have layers.
+    """An objective of masked distillation; subclasses give :meth:`loss_terms`, and :meth:`_build` where they have layers.
 
     Everything else that the model and the hooks ask of an objective has a default here. One with ``terms`` gives
     :meth:`predict` and :meth:`target_map` as well, of which pictures are made during the training.
@@ -125,7 +124,7 @@ class MaskedObjective(Objective):
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, LossTerm]:
-        """Name of a term -> its comparison."""
+        """The loss terms by name."""
         raise NotImplementedError
 
     def forward(self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout) -> dict[str, Tensor]:

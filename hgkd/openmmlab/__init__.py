@@ -25,11 +25,11 @@ __all__ = [
     "UnreadableImagesHook",
     "draw_predictions",
     "drop_teacher",
+    "dry_run_downstream",
     "is_downstream",
     "load_backbone_file",
     "merge_options",
     "register_ops",
-    "dry_run_downstream",
 ]
 
 find_fork_configs()

@@ -1,13 +1,13 @@
 """A trained detector or segmentor teaches a smaller one: MGD on declared feature maps, G2SD's hard labels for segmentors.
 
 MGD (arXiv 2205.01529, released code yzd-v/MGD, read for facts only) masks the student's map at random and lets a small
-generator restore the teacher's: on the levels of the FPN for detectors (positions hidden with 0.65, alpha 2e-5), on the backbone's
-last map for segmentors (0.75, 2e-5); for two-stage detectors the release has 0.45 and 5e-7. A student may start with the
-teacher's neck and heads, where shapes agree. The loss is :class:`hgkd.objectives.generation.MGDLoss`. For segmentors the
+generator restore the teacher's: on the levels of the FPN for detectors (positions hidden with 0.65, alpha 2e-5), on the
+backbone's last map for segmentors (0.75, 2e-5); for two-stage detectors the release has 0.45 and 5e-7. A student may start with
+the teacher's neck and heads, where shapes agree. The loss is :class:`hgkd.objectives.generation.MGDLoss`. For segmentors the
 release adds, unmentioned in the abstract, channel-wise distillation of the logits (arXiv 2011.13256) with temperature 4 and
 weight 3:
 
-    L = weight * T^2 / (N * K) * sum over images and classes of KL( softmax over positions(t / T) || softmax over positions(s / T) )
+    L = weight * T^2 / (N * K) * sum over images and classes of KL( softmax(t / T) || softmax(s / T) ), softmax over positions
 
 G2SD's specific stage (arXiv 2302.14771) for segmentors: a second classifier on the student's features learns the teacher's
 hard label of every position, L = (supervised loss + cross entropy) / 2. It is dropped after training: a CNN has no distillation
@@ -183,7 +183,8 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
                 if a.shape[2:] != b.shape[2:]:
                     raise ValueError(
                         f"taps.{index}, map {level}: {tuple(a.shape[2:])} positions of the student, {tuple(b.shape[2:])} of "
-                        f"the teacher on a {_DRY_SIZE} px image; MGD compares position by position, so choose levels of equal stride"
+                        f"the teacher on a {_DRY_SIZE} px image; MGD compares position by position, so choose levels of equal "
+                        "stride"
                     )
                 found[f"{index}_{level}"] = MGDLoss(a.shape[1], b.shape[1], **tap.loss)
         return found

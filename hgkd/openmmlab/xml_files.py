@@ -36,14 +36,14 @@ def check_xml_files(dataset: Mapping[str, Any], file: Path, classes: Sequence[st
             f"{name}: a file that {file} lists is no annotation in PASCAL VOC's format ({type(error).__name__}: {error})"
         ) from error
     found = {label for entry in entries for label in _labels(entry["xml_path"])}
-    strangers = sorted(found - set(classes))
+    unknown = sorted(found - set(classes))
     if not any(entry["instances"] for entry in entries):
         raise DataError(
-            f"{name}: no object in the {len(entries)} files of {file} is one of the classes {abbreviate(classes)}; they are called "
-            f"{abbreviate(strangers)}. Blanks, and upper and lower case, count: set the data set's metainfo.classes"
+            f"{name}: no object in the {len(entries)} files of {file} is one of the classes {abbreviate(classes)}; they are "
+            f"called {abbreviate(unknown)}. Blanks, and upper and lower case, count: set the data set's metainfo.classes"
         )
     remarks = (
-        [f"{name}: {abbreviate(strangers)} of {file} are not among the config's classes and will be left out"] if strangers else []
+        [f"{name}: {abbreviate(unknown)} of {file} are not among the config's classes and will be left out"] if unknown else []
     )
     return remarks + check_images(file, Path(), [str(entry["img_path"]) for entry in entries], name)
 

@@ -8,8 +8,8 @@ A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T
   is a gather as well, before or after the product, so no scatter and no atomic addition occurs anywhere.
 - ``halo``: every cell with its border of neighbour positions as a small image, then an ordinary convolution without padding.
   The choice for grouped layers and for very few channels.
-- ``map``: the whole image with zeros at hidden positions, of whose result the visible positions are kept. The choice for depthwise
-  layers where cells are so small that their tiles together are larger than the whole.
+- ``map``: the whole image with zeros at hidden positions, of whose result the visible positions are kept. The choice for
+  depthwise layers where cells are so small that their tiles together are larger than the whole.
 
 On a GPU with Triton, ``im2col`` runs as one fused kernel instead, without the columns in memory (:mod:`hgkd.sparse.fused`).
 
@@ -297,7 +297,7 @@ def _outputs_of(geometry: ConvGeometry, axis: int, device: torch.device) -> tupl
 
 
 def _excess_padding(geometry: ConvGeometry, layout: CellLayout) -> list[int]:
-    """Places that a whole map lacks on its (left, right, top, bottom) when ``geometry.pad`` is on every side."""
+    """Positions that a whole map lacks on its (left, right, top, bottom) when ``geometry.pad`` is on every side."""
     out = []
     for axis in (1, 0):
         cells = layout.grid[axis]
@@ -346,7 +346,7 @@ def halo_tiles(packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outsi
 
 
 def _halo_size(geometry: ConvGeometry, axis: int, cells: int = 1) -> int:
-    """Places along an axis that the outputs of so many cells in a row read."""
+    """Positions along an axis that the outputs of so many cells in a row read."""
     return (cells * geometry.s_out - 1) * geometry.stride[axis] + (geometry.kernel[axis] - 1) * geometry.dilation[axis] + 1
 
 

@@ -98,7 +98,7 @@ class CellLayout:
         return slot.view(self.batch, *self.grid)
 
     def side(self, stride: int) -> int:
-        """Places along a cell's side in a feature map of the given stride.
+        """Positions along a cell's side in a feature map of the given stride.
 
         Raises:
             ValueError: the stride does not divide the cell.
@@ -313,7 +313,7 @@ def spaced(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _mirrored(positions: Tensor, size: int) -> Tensor:
-    """Places beyond either end of an axis, folded back into 0 ... size - 1."""
+    """Positions beyond either end of an axis, folded back into 0 ... size - 1."""
     return size - 1 - (size - 1 - positions.abs()).abs()
 
 

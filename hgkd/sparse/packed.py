@@ -35,7 +35,7 @@ class PackedTensor(SparseTensor):
 
     @property
     def side(self) -> int:
-        """Places along a cell's side."""
+        """Positions along a cell's side."""
         with plain_torch():
             return int(self.shape[2])
 
@@ -66,7 +66,7 @@ class PackedTensor(SparseTensor):
 
 
 def _side_of(dense: Tensor, cells: CellLayout) -> int:
-    """Places a cell side of a dense map (B, C, H, W); ValueError when it does not fit the layout."""
+    """Positions a cell side of a dense map (B, C, H, W); ValueError when it does not fit the layout."""
     if dense.dim() != 4 or dense.shape[0] != cells.batch:
         raise ValueError(f"expected ({cells.batch}, C, H, W) for {cells}, got {tuple(dense.shape)}")
     (h, w), (height, width) = cells.grid, dense.shape[2:]

@@ -101,7 +101,9 @@ def _pad(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
     given = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
     sides, mode = tuple(int(n) for n in given["pad"]), given.get("mode", "constant")
     if len(sides) not in (2, 4) or owner.channel_dim != 1 or mode not in ("constant", "reflect") or min(sides) < 0:
-        raise _refuse(func, f"padding {sides} with mode={mode!r}; only positions may be padded, with a constant or by reflection")
+        raise _refuse(
+            func, f"padding {sides} with mode={mode!r}; only positions may be padded, with a constant or by reflection"
+        )
     if owner.pending is not None:
         raise _refuse(func, "it is padded already; pad once")
     left, right, top, bottom = (*sides, 0, 0)[:4]

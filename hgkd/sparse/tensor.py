@@ -30,7 +30,7 @@ plain_torch = torch._C.DisableTorchFunctionSubclass
 
 @dataclass(frozen=True)
 class Padding:
-    """Places that ``torch.nn.functional.pad`` put round the image, remembered until a window function reads them.
+    """Positions that ``torch.nn.functional.pad`` put round the image, remembered until a window function reads them.
 
     Attributes:
         left, right, top, bottom: numbers of positions.

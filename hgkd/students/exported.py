@@ -49,9 +49,9 @@ def load_student(
         WeightsError: no such export, damaged, or not fitting.
         ValueError: a decoder without encoder, or a whole student with another one.
     """
-    what = "student" if encoder is None else "decoder"
+    part = "student" if encoder is None else "decoder"
     section = _section(path, "student", "decoder")
-    if what not in section:
+    if part not in section:
         raise ValueError(
             f"{path} holds a decoder alone; give the network to put it on with encoder="
             if encoder is None
@@ -62,7 +62,7 @@ def load_student(
     if encoder is not None:
         network = encoder if isinstance(encoder, nn.Module) else load_backbone(encoder)
         weights.update({f"{ENCODER}{key}": value for key, value in network.state_dict().items()})
-    student = build_student(section[what], backend)
+    student = build_student(section[part], backend)
     load_strict(student, weights, source=str(file))
     return student.eval()
 
@@ -75,6 +75,6 @@ def build_student(arguments: dict[str, Any], backend: str) -> nn.Module:
 def _section(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     section = read_config(Path(path).expanduser()).get("hgkd") or {}
     if not any(key in section for key in keys):
-        what = "".join(f" --part {key}" for key in keys[:1] if key != "cell")
-        raise WeightsError(f"{path} is no export that hgkd export wrote with --to sparse{what}")
+        shown = "".join(f" --part {key}" for key in keys[:1] if key != "cell")
+        raise WeightsError(f"{path} is no export that hgkd export wrote with --to sparse{shown}")
     return dict(section)

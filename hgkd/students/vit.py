@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
-from hgkd.pixels import IMAGENET_STD, IMAGENET_MEAN, check_channels, check_pixels
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_pixels
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import StudentOutput

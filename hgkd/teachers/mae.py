@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.networks.mae import MAEArch, MaskedAutoencoder, positions_of, read_mae, set_positions
-from hgkd.pixels import IMAGENET_STD, IMAGENET_MEAN, check_channels, check_normalize
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_normalize
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher

@@ -24,10 +24,10 @@ __all__ = [
     "LossAlarmHook",
     "MaskScheduleHook",
     "MemoryHook",
-    "VisualizationHook",
     "RunCheckpointHook",
     "TeacherCacheHook",
     "TermShareHook",
     "ThroughputHook",
     "UnreadableFilesHook",
+    "VisualizationHook",
 ]

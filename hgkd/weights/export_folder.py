@@ -14,6 +14,10 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 READABLE = ("timm", "sparse")  # targets whose folders are read back
 
 
+# what exports before 0.2.0 call a target; they also call the part ``what``
+_EARLIER_TARGETS = {"program": "pt2"}
+
+
 def read_spec(path: str | os.PathLike[str]) -> EncoderSpec:
     """The description of the encoder in an exported folder; raises as :func:`load_backbone` does."""
     path = Path(path).expanduser()
@@ -26,11 +30,11 @@ def _refuse_other_target(path: Path) -> None:
     card = read_card(path)
     if not card:
         return
-    target, what = card["target"], card["part"]
-    if target not in READABLE or what == "decoder":
-        part = "" if what == "backbone" else f" --part {what}"
+    target, part = card["target"], card["part"]
+    if target not in READABLE or part == "decoder":
+        shown = "" if part == "backbone" else f" --part {part}"
         raise WeightsError(
-            f"{path} is an export to {target}{part}, which hgkd does not read back; export the checkpoint again with --to timm"
+            f"{path} is an export to {target}{shown}, which hgkd does not read back; export the checkpoint again with --to timm"
         )
 
 
@@ -38,7 +42,9 @@ def read_card(path: Path) -> dict[str, str]:
     """``target`` and ``part`` of an export, from its run card; empty where there is none."""
     try:
         card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
-        return {"target": str(card["export"]["target"]), "part": str(card["export"]["part"])}
+        export = card["export"]
+        target, part = str(export["target"]), export["part"] if "part" in export else export["what"]
+        return {"target": _EARLIER_TARGETS.get(target, target), "part": str(part)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -196,8 +196,8 @@ def _folder(path: Path) -> WeightFile:
         return WeightFile(path, Kind.UNKNOWN, detail="a folder without checkpoints of a run, and no export")
     if not card and not isinstance(read_config(path).get("hgkd"), Mapping):
         return WeightFile(path, Kind.UNKNOWN, detail="a folder of another project; give the weight file in it")
-    target, what = card.get("target", "timm"), card.get("part", "backbone")
-    return WeightFile(path, Kind.EXPORT, detail=f"{what} for {target}", card=card)
+    target, part = card.get("target", "timm"), card.get("part", "backbone")
+    return WeightFile(path, Kind.EXPORT, detail=f"{part} for {target}", card=card)
 
 
 def _file(path: Path, content: Any, entry: str | None) -> WeightFile:

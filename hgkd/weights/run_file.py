@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hgkd.errors import WeightsError
-from hgkd.pixels import IMAGENET_STD, IMAGENET_MEAN
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, pixels_noted
 from hgkd.weights.files import tensors_of
 
 FORMAT = 1  # of what checkpoints, exports and MAE files say about themselves
@@ -165,6 +165,7 @@ class ClassifierSpec:
         if not isinstance(hgkd, Mapping) or not isinstance(found, Mapping):
             return None
         check_format(hgkd.get("format"), "the checkpoint of a classifier")
+        found = pixels_noted(found)
         sequences = {key: tuple(found[key]) for key in ("image_size", "mean", "std", "classes")}
         return cls(**{**found, **sequences})
 

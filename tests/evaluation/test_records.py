@@ -72,6 +72,17 @@ def test_csv_grows_and_quotes(tmp_path: Path) -> None:
     assert list(lines[0]) == list(CSV_COLUMNS)
 
 
+def test_a_table_of_an_earlier_version_grows(tmp_path: Path) -> None:
+    file = tmp_path / "r.csv"
+    append_csv({"knn": result([1, 0])}, file)
+    file.write_text(file.read_text().replace(",std,", ",deviation,"))
+    append_csv({"knn": result([1, 1])}, file)
+    with file.open(newline="") as handle:
+        lines = list(csv.DictReader(handle))
+    assert [line["top1"] for line in lines] == ["50.00", "100.00"]
+    assert "deviation" in lines[0]
+
+
 def test_csv_of_several_processes_keeps_whole_lines(tmp_path: Path) -> None:
     file = tmp_path / "r.csv"
     with ThreadPoolExecutor(8) as pool:  # flock is a file handle's, so threads exclude one another as processes do

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hgkd.networks import ClassifierOutput
-from hgkd.objectives import NKD, HardLabelKD, FeatureMapMGD, LogitKD
+from hgkd.objectives import NKD, FeatureMapMGD, HardLabelKD, LogitKD
 from hgkd.objectives.finetuning.labels import LabelLoss
 from hgkd.objectives.generation import MGDLoss
 

@@ -11,7 +11,8 @@ from hgkd.structures import TeacherNeeds
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
 @pytest.mark.parametrize(
-    ("supervise", "positions"), [("masked", ~on_positions(CELLS)), ("all", on_positions(CELLS) | True), ("visible", on_positions(CELLS))]
+    ("supervise", "positions"),
+    [("masked", ~on_positions(CELLS)), ("all", on_positions(CELLS) | True), ("visible", on_positions(CELLS))],
 )
 def test_it_is_smooth_l1_to_the_normalised_decoder_state(kind, supervise, positions):
     student = make_student(kind).eval()

@@ -159,9 +159,7 @@ def test_without_standardisation_the_target_is_what_the_student_gets() -> None:
     """DMAE's released script, and MAE without norm-pix: the loss against naive loops."""
     objective = PixelReconstruction(standardise=False)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.5, 0.25, 1.0]).view(1, 3, 1, 1)
-    student = SimpleNamespace(
-        give_pixels=lambda: False, decoded_channels=3, out_stride=1, cell=4, mean=mean, std=std
-    )
+    student = SimpleNamespace(give_pixels=lambda: False, decoded_channels=3, out_stride=1, cell=4, mean=mean, std=std)
     objective.prepare(Setup(student, None, None, (2, 3)))
     images, decoded = torch.rand(1, 3, 8, 12), torch.rand(1, 3, 8, 12)
     layout = CellLayout(VISIBLE, 4)

@@ -24,7 +24,7 @@ from hgkd.networks.mae import (
     save_mae,
 )
 from hgkd.networks.positions import sincos_positions
-from hgkd.pixels import IMAGENET_STD, IMAGENET_MEAN
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherNeeds
 from hgkd.teachers.mae import MAETeacher

@@ -14,9 +14,9 @@ from hgkd.training import (
     FiniteLossHook,
     LossAlarmHook,
     MaskScheduleHook,
-    VisualizationHook,
     ThroughputHook,
     UnreadableFilesHook,
+    VisualizationHook,
 )
 from hgkd.training.hooks.progress import peak_memory_mb
 

@@ -11,8 +11,8 @@ from test_hooks import Log
 from torch import nn
 
 from hgkd.distillers import MAEPretraining, MaskedDistiller
-from hgkd.objectives.loss_terms import LossTerm
 from hgkd.objectives.distances import smooth_l1_by_position
+from hgkd.objectives.loss_terms import LossTerm
 from hgkd.training.hooks.terms import TermShareHook, gradient_shares, untouched
 
 
@@ -84,7 +84,7 @@ def test_every_term_of_a_mix_is_measured_and_the_weak_one_called_out(tmp_path):
         hook.before_train_iter(run, 0, BATCH)
     scalars = run.message_hub.scalars
     names = {"hgkd_distill", "g2sd_decoder", "pixels_reconstruction", "mgd_generation"}
-    assert set(scalars) == {f"train/{name}_{kind}" for name in names for kind in ("share", "of_mean")}
+    assert set(scalars) == {f"train/{name}_{kind}" for name in names for kind in ("share", "vs_mean")}
     assert sum(scalars[f"train/{name}_share"] for name in names) == pytest.approx(1.0)
     shares = [text for text in run.logger.warnings if "share" in text]
     assert len(shares) == 1

@@ -179,6 +179,10 @@ def test_folders(tmp_path: Path) -> None:
     export(run, tmp_path / "script", "torchscript")
     assert dict(identify(tmp_path / "script").card) == {"target": "torchscript", "part": "backbone"}
 
+    card = tmp_path / "script/run_card.json"  # as earlier versions wrote it
+    card.write_text(card.read_text().replace('"part": "backbone"', '"what": "backbone"').replace('"torchscript"', '"program"'))
+    assert dict(identify(tmp_path / "script").card) == {"target": "pt2", "part": "backbone"}
+
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"architectures": ["X"]}))

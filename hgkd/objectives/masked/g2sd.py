@@ -28,8 +28,8 @@ from hgkd.objectives.alignment import (
     require_teacher,
     resolve_block,
 )
-from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.positions import check_supervise, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput

@@ -39,8 +39,8 @@ from hgkd.objectives.alignment import (
     require_teacher,
     resolve_block,
 )
-from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.positions import check_supervise, mean_over, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
@@ -72,8 +72,8 @@ def centred_target(normalised: Tensor) -> Tensor:
     """What tells an image's tokens from those of the other images of the batch.
 
     Tokens of small or briefly trained ViTs differ from position to position far more than from image to image, and a student
-    scores by learning the positions alone. So each position's mean over the batch is subtracted, and each channel divided by its
-    std over batch and positions.
+    scores by learning the positions alone. So each position's mean over the batch is subtracted, and each channel divided by
+    its std over batch and positions.
 
     Args:
         normalised: (B, D, gh, gw) after :func:`layer_norm0`, B > 1.
@@ -126,7 +126,9 @@ class HGKD(MaskedObjective):
         if target not in TARGETS:
             raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
         if centre and target != "full":
-            raise ValueError(f"centre=True needs target='full', where every image has a token at every position, got {target!r}")
+            raise ValueError(
+                f"centre=True needs target='full', where every image has a token at every position, got {target!r}"
+            )
         if target == "full" and decoder_block is not None:
             raise ValueError(
                 f"decoder_block={decoder_block} has no use with target='full', which reads encoder tokens only; "

@@ -6,8 +6,8 @@ convolution, ReLU, 3x3 convolution):
 
     L = alpha * sum over images, channels and positions of ( G( M * A(S) ) - T )^2 / N
 
-Classification masks channels (ratio 0.15, alpha 7e-5), detection positions (0.65, 2e-5), segmentation positions (0.75, 2e-5). Nothing
-is rescaled by 1 / (1 - ratio). The mean-reduced form, mean of the squares times alpha, needs no tuning to the size of the map.
+Classification masks channels (ratio 0.15, alpha 7e-5), detection and segmentation positions (0.65 and 0.75, 2e-5). Nothing is
+rescaled by 1 / (1 - ratio). The mean-reduced form, mean of the squares times alpha, needs no tuning to the size of the map.
 
 :class:`MGDLoss` is a loss between any two maps; :class:`MGD` makes it an objective of masked distillation.
 """
@@ -28,9 +28,9 @@ from hgkd.objectives.alignment import (
     resolve_block,
     resolve_level,
 )
-from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.distances import layer_norm0
 from hgkd.objectives.generation import MGDLoss, error_by_position
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.positions import check_supervise, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
@@ -124,7 +124,12 @@ class MGD(MaskedObjective):
         distance = partial(error_by_position, reduction=self.loss.reduction)
         return {
             "generation": LossTerm(
-                prediction, self.target_map(teacher_out), positions, layout.batch if summed else count, distance, self.loss.alpha
+                prediction,
+                self.target_map(teacher_out),
+                positions,
+                layout.batch if summed else count,
+                distance,
+                self.loss.alpha,
             )
         }
 

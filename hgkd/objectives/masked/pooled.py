@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.objectives.alignment import block_tokens, require_teacher, resolve_block
-from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 

@@ -97,7 +97,9 @@ def check_annotation_file(
         categories = [(category["id"], category["name"]) for category in content["categories"]]
         _check_categories(categories, classes, where, use)
         extra = [label for _, label in categories if classes and label not in classes]
-        remarks = [f"{name}: {abbreviate(extra)} of {file} are not among the config's classes and will be left out"] if extra else []
+        remarks = (
+            [f"{name}: {abbreviate(extra)} of {file} are not among the config's classes and will be left out"] if extra else []
+        )
         images = _check_image_entries(content["images"], where, use)
         annotations = content.get("annotations", [])
         _check_ids(annotations, "category_id", dict(categories), "category", where)
@@ -133,8 +135,8 @@ def check_annotation_file(
     twice = [listed_name for listed_name, count in Counter(names).items() if count > 1]
     if twice:
         remarks.append(
-            f"{where} lists {len(twice)} images under several ids, each with a part of their objects ({abbreviate(twice, 3)}); what "
-            "an entry lacks is background to it"
+            f"{where} lists {len(twice)} images under several ids, each with a part of their objects ({abbreviate(twice, 3)}); "
+            "what an entry lacks is background to it"
         )
     if use.stock:
         remarks += _check_sizes(entries, folder, dataset.get("pipeline") or [], file, name)
@@ -233,8 +235,8 @@ def _check_categories(categories: Sequence[tuple[Any, str]], classes: Sequence[s
             label = next(label for label in wanted if wanted.count(label) > 1)
             ids = [key for key, other in categories if other == label]
             raise DataError(
-                f"{where} has {len(ids)} categories called {label!r} (ids {abbreviate(ids)}): mmdet would number them as different "
-                "classes, and all that follow would be shifted. Take out or rename those that no object has"
+                f"{where} has {len(ids)} categories called {label!r} (ids {abbreviate(ids)}): mmdet would number them as "
+                "different classes, and all that follow would be shifted. Take out or rename those that no object has"
             )
         if wanted != list(classes):
             raise DataError(
@@ -264,7 +266,11 @@ def _check_image_entries(entries: Sequence[Mapping[str, Any]], where: str, use: 
 
 
 def _check_annotations(
-    annotations: Sequence[Mapping[str, Any]], images: Mapping[Any, Mapping[str, Any]], wanted: set[Any], where: str, use: AnnotationUse
+    annotations: Sequence[Mapping[str, Any]],
+    images: Mapping[Any, Mapping[str, Any]],
+    wanted: set[Any],
+    where: str,
+    use: AnnotationUse,
 ) -> BoxCounts:
     boxes, seen, problems = BoxCounts(), set(), []
     for place, annotation in enumerate(annotations):
@@ -287,7 +293,9 @@ def _check_annotations(
     return boxes
 
 
-def _count(annotation: Mapping[str, Any], image: Mapping[str, Any], wanted: bool, boxes: BoxCounts, use: AnnotationUse) -> str | None:
+def _count(
+    annotation: Mapping[str, Any], image: Mapping[str, Any], wanted: bool, boxes: BoxCounts, use: AnnotationUse
+) -> str | None:
     """Count the box of an annotation; or what is wrong with it."""
     measured = wanted and bool(use.metrics)
     for key in ("iscrowd", "ignore"):

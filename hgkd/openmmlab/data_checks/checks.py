@@ -16,7 +16,7 @@ from mmengine.registry import DefaultScope
 
 from hgkd.errors import DataError, abbreviate
 from hgkd.openmmlab.config import dataset_class, datasets_of
-from hgkd.openmmlab.data_checks.annotation_files import BoxCounts, AnnotationUse, check_annotation_file, listing
+from hgkd.openmmlab.data_checks.annotation_files import AnnotationUse, BoxCounts, check_annotation_file, listing
 from hgkd.openmmlab.data_checks.label_maps import IGNORED, check_label_maps
 from hgkd.openmmlab.measures import (
     check_all_measured,
@@ -282,8 +282,8 @@ def _check_heads(heads: Mapping[str, int], classes: Sequence[str], name: str) ->
     for path, count in heads.items():
         if classes and count != len(classes):
             raise DataError(
-                f"{path}.num_classes={count}, but the data set of {name} has {len(classes)} classes ({abbreviate(classes)}); set "
-                f"{path}.num_classes={len(classes)}, or the data set's metainfo.classes"
+                f"{path}.num_classes={count}, but the data set of {name} has {len(classes)} classes ({abbreviate(classes)}); "
+                f"set {path}.num_classes={len(classes)}, or the data set's metainfo.classes"
             )
 
 

@@ -53,7 +53,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 class TermShareHook(Hook):
     """Logs for every loss term ``<term>_share`` of the student's gradient and ``<term>_vs_mean``, and warns.
 
-    ``of_mean`` is the term divided by what it would be, were the prediction the mean target of the batch everywhere. A step is
+    ``vs_mean`` is the term divided by what it would be, were the prediction the mean target of the batch everywhere. A step is
     measured on its own batch before it is made, with one pass more; it changes nothing of the training.
 
     Args:
@@ -86,15 +86,15 @@ class TermShareHook(Hook):
         model: Any = plain_model(runner)
         with untouched(model), runner.optim_wrapper.optim_context(model):
             data = model.data_preprocessor(data_batch, True)
-            losses, of_mean = model.term_report(data["inputs"], data.get("index"))
+            losses, vs_mean = model.term_report(data["inputs"], data.get("index"))
             parameters = [p for p in model.student.parameters() if p.requires_grad]
             shares = gradient_shares(losses, parameters)
         for term, share in shares.items():
             name = term.removesuffix("_loss")
             runner.message_hub.update_scalar(f"train/{name}_share", share)
             self._watch(runner, "share", term, share < self.min_share, f"its share of the gradient is {share:.2%}")
-            if term in of_mean:
-                ratio = float(losses[term].detach()) / max(float(of_mean[term]), 1e-12)
+            if term in vs_mean:
+                ratio = float(losses[term].detach()) / max(float(vs_mean[term]), 1e-12)
                 runner.message_hub.update_scalar(f"train/{name}_vs_mean", ratio)
                 self._watch(
                     runner,
