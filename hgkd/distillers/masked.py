@@ -21,6 +21,7 @@ from mmengine.registry import Registry
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
+from hgkd.errors import coded
 from hgkd.masking import CountedMask, MaskGenerator
 from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.base import Objective
@@ -116,6 +117,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         """Find all grids and let every part check that it fits the others."""
         self.mask_grid: tuple[int, int] = self.student.prepare(self.image_size)
         self.mask.check(self.mask_grid)
+        self._check_hidden()
         teacher: Any = self.teacher
         info: TeacherInfo | None = None
         grid: tuple[int, int] | None = None
@@ -149,12 +151,30 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         self._pass_of = dict(zip(asking, owner, strict=True))
         print_log(f"student: {self._seen()}", "current")
 
+    def _check_hidden(self) -> None:
+        """Raise ValueError when an objective learns from hidden cells alone, and there are steps in which nothing is hidden."""
+        if not isinstance(self.mask, CountedMask) or not self.mask.shows_whole_images:
+            return
+        for name, objective in self.objectives.items():
+            if getattr(objective, "supervise", None) == "masked":
+                asked = f"mask_ratio {self.mask.current_ratio:g}"
+                if self.mask.unmasked_share:
+                    asked = f"unmasked_share {self.mask.unmasked_share:g}"
+                raise coded(
+                    "nothing-supervised",
+                    ValueError(
+                        f"{asked} has training steps in which nothing is hidden, but objective {name!r} "
+                        f"({type(objective).__name__}) learns from hidden cells alone (supervise='masked'); "
+                        f"set model.objectives.{name}.supervise='all', or hide something in every step"
+                    ),
+                )
+
     def _seen(self) -> str:
         """What the student sees, for the log."""
         height, width = self.mask_grid
         text = f"mask grid {height} x {width}"
         if isinstance(self.mask, CountedMask):
-            text += f", {self.mask.count(self.mask_grid)} of {height * width} cells visible"
+            text += f", {self.mask.describe(self.mask_grid)}"
         return f"{text}; {pixels_text(self.student.mean, self.student.deviation)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDistiller:
