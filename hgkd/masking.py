@@ -132,7 +132,7 @@ class CountedMask:
     ) -> None:
         if isinstance(mask_ratio, Sequence) and not isinstance(mask_ratio, str):
             self.mask_ratio: float | tuple[float, float] = self._checked_pair(mask_ratio, final_mask_ratio)
-            self.final_mask_ratio = self.mask_ratio
+            self.final_mask_ratio: float | tuple[float, float] = self.mask_ratio
         else:
             self.mask_ratio = mask_ratio
             self.final_mask_ratio = mask_ratio if final_mask_ratio is None else final_mask_ratio
@@ -256,6 +256,13 @@ class CountedMask:
             return torch.ones(batch, *grid, dtype=torch.bool, device=device)
         return self.draw(batch, grid, Randomness(device, generator), scores)
 
+    def draw_views(self, views: int, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None = None) -> Tensor:
+        """Several masks of each image: bool (views * batch, h, w), the first view of all images, then the second, and so on.
+
+        Here one independent of the other; a subclass may see to it that views of an image show different cells.
+        """
+        return torch.cat([self.draw(batch, grid, at, scores) for _ in range(views)])
+
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
         """What a subclass gives: bool (batch, h, w), True = visible.
 
@@ -275,7 +282,21 @@ def _checked_share(share: float) -> float:
 
 @MODELS.register_module()
 class RandomMask(CountedMask):
-    """Uniformly random visible cells; arguments: see :class:`CountedMask`."""
+    """Uniformly random visible cells; arguments: see :class:`CountedMask`.
+
+    Several views of an image show different cells, as long as there are any that none has shown; then they begin anew. So
+    four views at ratio 0.75 show every cell once.
+    """
+
+    def draw_views(self, views: int, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None = None) -> Tensor:
+        """See :meth:`CountedMask.draw_views`."""
+        order = at.uniform(batch, *grid).flatten(1).argsort(dim=1).argsort(dim=1)
+        drawn, before = [], torch.zeros(batch, dtype=torch.long, device=order.device)
+        for _ in range(views):
+            counts = self.counts(batch, grid, at)
+            drawn.append((order - before[:, None]) % order.shape[1] < counts[:, None])
+            before = before + counts
+        return torch.cat(drawn).view(views * batch, *grid)
 
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
         if not self.counts_differ:

@@ -136,7 +136,8 @@ def cells_text(model: Any) -> str | None:
         return None
     size = getattr(model, "image_size", None)
     cells = f"{grid[0]} x {grid[1]}" + (f" of {size[0] // grid[0]} px" if size else "")
-    return f"{mask.describe(grid)}; grid {cells}"
+    views = model.views_text() if hasattr(model, "views_text") else ""
+    return f"{mask.describe(grid)}{views}; grid {cells}"
 
 
 def images_text(loader: Any, processes: int, dataset: Mapping[str, Any]) -> str:
