@@ -35,7 +35,7 @@ class Comparison:
     prediction: Tensor
     target: Tensor
     places: Tensor
-    count: int | Tensor
+    count: float | Tensor
     distance: Distance
     weight: float = 1.0
 
