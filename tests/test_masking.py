@@ -19,7 +19,7 @@ from hgkd.masking import (
     expand,
     grid_of,
     highest,
-    kept_indices,
+    ids_keep_of,
     visible_count,
 )
 from hgkd.registry import MODELS
@@ -280,7 +280,7 @@ def test_cells_on_a_finer_grid_and_the_indices_of_the_visible_ones(h: int, w: in
         assert torch.equal(fine, expand(visible, rows))
     patches = fine.flatten(1)
     expected = [[i for i, seen in enumerate(row) if seen] for row in patches.tolist()]
-    assert kept_indices(patches).tolist() == expected
+    assert ids_keep_of(patches).tolist() == expected
 
 
 def test_a_generator_of_ones_own_gives_draw_alone() -> None:
@@ -318,7 +318,7 @@ def test_each_image_has_a_ratio_between_the_two(
 def test_ratios_of_images_are_even() -> None:
     counts = RandomMask([0.0, 0.75]).counts(20000, (8, 8), Randomness("cpu", torch.Generator().manual_seed(0)))
     assert (counts.min().item(), counts.max().item()) == (16, 64)
-    # evenly between 16 and 64: mean 40, deviation 48 / sqrt(12) = 13.9
+    # evenly between 16 and 64: mean 40, std 48 / sqrt(12) = 13.9
     assert counts.double().mean().item() == pytest.approx(40.0, abs=0.4)
     assert counts.double().std().item() == pytest.approx(13.86, abs=0.3)
     assert RandomMask([0.0, 0.75]).current_ratio == pytest.approx(0.375)

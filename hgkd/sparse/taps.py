@@ -2,7 +2,7 @@
 
 After partial convolution (Liu et al., arXiv 1804.07723, equation 1): with the mask M (1 = visible),
 
-    y = W^T (x * M) * (taps inside the image / taps at visible places) + b
+    y = W^T (x * M) * (taps inside the image / taps at visible positions) + b
 
 The paper divides the number of all taps; here only those inside the image count, so that the factor is 1 everywhere when
 nothing is hidden, and the network is then the dense one. The factor depends on the mask alone: it is made once a layout for
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def tap_factor(layout: CellLayout, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor | None:
-    """Taps inside the image / taps at visible places, of every output place: (B, 1, H', W'), fp32 or wider.
+    """Taps inside the image / taps at visible positions, of every output place: (B, 1, H', W'), fp32 or wider.
 
     None where it is 1 everywhere: the layout does not renormalise, nothing is hidden, or no window leaves its cell.
-    Outputs without any visible tap, which lie at hidden places, have the factor of one tap.
+    Outputs without any visible tap, which lie at hidden positions, have the factor of one tap.
     """
     inside_cell = geometry.kernel == geometry.stride and geometry.pad == (0, 0) and geometry.dilation == (1, 1)
     if not layout.renormalize or layout.all_visible or geometry.is_pointwise or inside_cell:
@@ -67,13 +67,13 @@ def renormalised(factor: Tensor | None, bias: Tensor | None, convolve: Callable[
     return out if bias is None else out + bias.to(out.dtype).view(1, -1, 1, 1)
 
 
-def _taps(places: Tensor, geometry: ConvGeometry) -> Tensor:
+def _taps(positions: Tensor, geometry: ConvGeometry) -> Tensor:
     """Number of taps of each window that fall on ones: (B, 1, H, W) -> (B, 1, H', W')."""
     sides: list[int] = []
     for axis in (1, 0):  # torch.nn.functional.pad begins with the last axis
-        size, stride = places.shape[2 + axis], geometry.stride[axis]
+        size, stride = positions.shape[2 + axis], geometry.stride[axis]
         reach = (size // stride - 1) * stride + geometry.dilation[axis] * (geometry.kernel[axis] - 1) + 1
         sides += [geometry.pad[axis], reach - geometry.pad[axis] - size]  # a negative end is cut off
-    padded = F.pad(places, sides, geometry.border)
-    kernel = torch.ones(1, 1, *geometry.kernel, dtype=places.dtype, device=places.device)
+    padded = F.pad(positions, sides, geometry.border)
+    kernel = torch.ones(1, 1, *geometry.kernel, dtype=positions.dtype, device=positions.device)
     return F.conv2d(padded, kernel, stride=geometry.stride, dilation=geometry.dilation)
