@@ -8,6 +8,7 @@ even number, as Python's ``round`` does: of 49 cells at ratio 0.5 it keeps 24, h
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,37 +108,139 @@ class Randomness:
 
 
 class CountedMask:
-    """Base of generators that show the same number of cells in every image; a subclass gives :meth:`draw`.
+    """Base of generators that show as many cells of an image as its ratio asks for; a subclass gives :meth:`draw`.
 
     Args:
-        mask_ratio: share of hidden cells in [0, 1); 0 keeps everything visible.
+        mask_ratio: share of hidden cells in [0, 1); 0 keeps everything visible. A pair (low, high) draws a ratio for each
+            image, evenly between the two: with ``(0.0, 0.75)`` a batch holds whole images and images of which a quarter is
+            left, each at the cost of its own cells.
         rounding: see :func:`visible_count`.
-        final_mask_ratio: the share at the end of training, reached linearly over the steps; None: the same throughout.
+        final_mask_ratio: the share at the end of training, reached linearly over the steps; None: the same throughout. With
+            one ``mask_ratio`` only.
+        unmasked_share: share of the training steps, the last ones, in which nothing is hidden, in [0, 1); after the unmasked
+            tuning of FLIP (arXiv 2212.00794, section 3). An unmasked step costs what a dense one costs.
     """
 
     guided = False
 
-    def __init__(self, mask_ratio: float = 0.6, rounding: str = "round", final_mask_ratio: float | None = None) -> None:
-        self.mask_ratio = mask_ratio
-        self.final_mask_ratio = mask_ratio if final_mask_ratio is None else final_mask_ratio
+    def __init__(
+        self,
+        mask_ratio: float | Sequence[float] = 0.6,
+        rounding: str = "round",
+        final_mask_ratio: float | None = None,
+        unmasked_share: float = 0.0,
+    ) -> None:
+        if isinstance(mask_ratio, Sequence) and not isinstance(mask_ratio, str):
+            self.mask_ratio: float | tuple[float, float] = self._checked_pair(mask_ratio, final_mask_ratio)
+            self.final_mask_ratio: float | tuple[float, float] = self.mask_ratio
+        else:
+            self.mask_ratio = mask_ratio
+            self.final_mask_ratio = mask_ratio if final_mask_ratio is None else final_mask_ratio
         self.rounding = rounding
+        self.unmasked_share = _checked_share(unmasked_share)
         self.progress = 0.0
-        for ratio in (self.mask_ratio, self.final_mask_ratio):
+        for ratio in self._extremes():
             visible_count(1000, 1000, ratio, rounding)  # refuses a ratio that no grid can serve, before training
+
+    @staticmethod
+    def _checked_pair(given: Sequence[float], final: float | None) -> tuple[float, float]:
+        if len(given) != 2:
+            raise coded(
+                "mask-ratio-pair",
+                ValueError(f"mask_ratio is one number or a pair (low, high), got {len(given)} numbers: {list(given)}"),
+            )
+        if final is not None:
+            raise coded(
+                "mask-ratio-pair",
+                ValueError(
+                    f"final_mask_ratio={final} changes one mask_ratio over the training, but mask_ratio={list(given)} "
+                    "draws one for each image; leave out one of the two"
+                ),
+            )
+        low, high = given
+        for ratio in given:
+            visible_count(1000, 1000, ratio)  # refuses what is no ratio, before the two are compared
+        if low > high:
+            raise coded("mask-ratio-pair", ValueError(f"mask_ratio is (low, high), got {list(given)}; write [{high}, {low}]"))
+        return float(low), float(high)
+
+    def _extremes(self) -> tuple[float, ...]:
+        """The smallest and largest ratios of the masked part of the training."""
+        if isinstance(self.mask_ratio, tuple):
+            return self.mask_ratio
+        assert not isinstance(self.final_mask_ratio, tuple)
+        return (self.mask_ratio, self.final_mask_ratio)
+
+    @property
+    def counts_differ(self) -> bool:
+        """Whether images of one batch may show different numbers of cells."""
+        return isinstance(self.mask_ratio, tuple) and self.mask_ratio[0] != self.mask_ratio[1]
+
+    @property
+    def shows_whole_images(self) -> bool:
+        """Whether there are steps in which no image of the batch hides anything."""
+        return self.unmasked_share > 0.0 or max(self._extremes()) == 0.0
+
+    @property
+    def in_unmasked_end(self) -> bool:
+        """Whether nothing is hidden any more at this moment of the training."""
+        return self.unmasked_share > 0.0 and self.progress > 1.0 - self.unmasked_share
 
     @property
     def current_ratio(self) -> float:
-        """The share of hidden cells at this moment of the training."""
-        return self.mask_ratio + (self.final_mask_ratio - self.mask_ratio) * self.progress
+        """The share of hidden cells at this moment of the training; of a pair its mean."""
+        if self.in_unmasked_end:
+            return 0.0
+        first, last = self._extremes()
+        if isinstance(self.mask_ratio, tuple):
+            return (first + last) / 2
+        return first + (last - first) * self.progress
 
     def check(self, grid: tuple[int, int]) -> None:
         """Raise ValueError when no cell of the grid would stay visible."""
-        for ratio in (self.mask_ratio, self.final_mask_ratio):
+        for ratio in self._extremes():
             visible_count(*grid, ratio, self.rounding)
 
     def count(self, grid: tuple[int, int]) -> int:
-        """Number of visible cells at this moment of the training."""
+        """Number of visible cells of every image at this moment of the training.
+
+        Raises:
+            ValueError: each image has a ratio of its own, see :meth:`counts`.
+        """
+        if self.counts_differ and not self.in_unmasked_end:
+            raise coded(
+                "one-mask-ratio-needed",
+                ValueError(
+                    f"{type(self).__name__} shows the same number of cells in every image, but "
+                    f"mask_ratio={list(self._extremes())} draws one for each; give one number"
+                ),
+            )
         return visible_count(*grid, self.current_ratio, self.rounding)
+
+    def counts(self, batch: int, grid: tuple[int, int], at: Randomness) -> Tensor:
+        """Number of visible cells of each image at this moment of the training: int64 (batch,)."""
+        if not self.counts_differ or self.in_unmasked_end:
+            return torch.full((batch,), self.count(grid), device=at.device)
+        low, high = self._extremes()
+        keep = grid[0] * grid[1] * (1.0 - (low + (high - low) * at.uniform(batch).double()))
+        # the arithmetic of `visible_count`
+        counts = (keep + (0.5 if self.rounding == "round" else 0.0) + 1e-6).floor().long()
+        return counts.clamp(visible_count(*grid, high, self.rounding), visible_count(*grid, low, self.rounding))
+
+    def describe(self, grid: tuple[int, int]) -> str:
+        """The cells that an image shows over the training, as a text for logs: '20 of 49 visible (mask_ratio 0.6)'."""
+        first, last = self._extremes()
+        cells = grid[0] * grid[1]
+        seen = [visible_count(*grid, ratio, self.rounding) for ratio in (first, last)]
+        if isinstance(self.mask_ratio, tuple):
+            text = f"{seen[1]} to {seen[0]} of {cells} visible, drawn for each image (mask_ratio {first:g} to {last:g})"
+        else:
+            text = f"{seen[0]} of {cells} visible (mask_ratio {first:g})"
+            if last != first:
+                text += f" at the beginning, {seen[1]} ({last:g}) at the end"
+        if self.unmasked_share:
+            text += f"; all in the last {100 * self.unmasked_share:g} % of the steps"
+        return text
 
     def __call__(
         self,
@@ -149,19 +252,56 @@ class CountedMask:
         scores: Tensor | None = None,
     ) -> Tensor:
         """See :class:`MaskGenerator`."""
+        if self.in_unmasked_end:
+            return torch.ones(batch, *grid, dtype=torch.bool, device=device)
         return self.draw(batch, grid, Randomness(device, generator), scores)
 
+    def draw_views(self, views: int, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None = None) -> Tensor:
+        """Several masks of each image: bool (views * batch, h, w), the first view of all images, then the second, and so on.
+
+        Here one independent of the other; a subclass may see to it that views of an image show different cells.
+        """
+        return torch.cat([self.draw(batch, grid, at, scores) for _ in range(views)])
+
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
-        """What a subclass gives: bool (batch, h, w), True = visible, with :meth:`count` cells visible in every image."""
+        """What a subclass gives: bool (batch, h, w), True = visible.
+
+        With :meth:`count` cells visible in every image, or, where the generator serves a pair of ratios, :meth:`counts`.
+        """
         raise NotImplementedError
+
+
+def _checked_share(share: float) -> float:
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 <= share < 1.0:
+        raise coded(
+            "unmasked-share-out-of-range",
+            ValueError(f"unmasked_share is a share of the training steps in [0, 1), got {share!r}; write e.g. 0.2"),
+        )
+    return float(share)
 
 
 @MODELS.register_module()
 class RandomMask(CountedMask):
-    """Uniformly random visible cells; arguments: see :class:`CountedMask`."""
+    """Uniformly random visible cells; arguments: see :class:`CountedMask`.
+
+    Several views of an image show different cells, as long as there are any that none has shown; then they begin anew. So
+    four views at ratio 0.75 show every cell once.
+    """
+
+    def draw_views(self, views: int, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None = None) -> Tensor:
+        """See :meth:`CountedMask.draw_views`."""
+        order = at.uniform(batch, *grid).flatten(1).argsort(dim=1).argsort(dim=1)
+        drawn, before = [], torch.zeros(batch, dtype=torch.long, device=order.device)
+        for _ in range(views):
+            counts = self.counts(batch, grid, at)
+            drawn.append((order - before[:, None]) % order.shape[1] < counts[:, None])
+            before = before + counts
+        return torch.cat(drawn).view(views * batch, *grid)
 
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
-        return highest(at.uniform(batch, *grid), self.count(grid))
+        if not self.counts_differ:
+            return highest(at.uniform(batch, *grid), self.count(grid))
+        return highest(at.uniform(batch, *grid), self.counts(batch, grid, at))
 
 
 @MODELS.register_module()
@@ -171,20 +311,21 @@ class BlockMask(CountedMask):
     Rectangles of random place, area and shape are hidden one after the other, no larger than what is still to be hidden.
 
     Args:
-        mask_ratio, rounding, final_mask_ratio: see :class:`CountedMask`.
+        mask_ratio, rounding, final_mask_ratio, unmasked_share: see :class:`CountedMask`.
         min_cells: smallest rectangle, in cells, while so many are left; BEiT's is 16 on a 14 x 14 grid.
         min_aspect: height / width lies between this and its inverse, evenly on a logarithmic scale; BEiT's is 0.3.
     """
 
     def __init__(
         self,
-        mask_ratio: float = 0.6,
+        mask_ratio: float | Sequence[float] = 0.6,
         rounding: str = "round",
         final_mask_ratio: float | None = None,
+        unmasked_share: float = 0.0,
         min_cells: int = 4,
         min_aspect: float = 0.3,
     ) -> None:
-        super().__init__(mask_ratio, rounding, final_mask_ratio)
+        super().__init__(mask_ratio, rounding, final_mask_ratio, unmasked_share)
         if min_cells < 1:
             raise ValueError(f"min_cells must be 1 or more, got {min_cells}")
         if not 0.0 < min_aspect <= 1.0:
@@ -193,8 +334,9 @@ class BlockMask(CountedMask):
         self.min_aspect = min_aspect
 
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
-        hidden = grid[0] * grid[1] - self.count(grid)
-        return torch.stack([self._one(grid, hidden, at.generator) for _ in range(batch)]).to(at.device)
+        cells = grid[0] * grid[1]
+        counts = self.counts(batch, grid, at).tolist() if self.counts_differ else [self.count(grid)] * batch
+        return torch.stack([self._one(grid, cells - count, at.generator) for count in counts]).to(at.device)
 
     def _one(self, grid: tuple[int, int], hidden: int, generator: torch.Generator | None) -> Tensor:
         visible = torch.ones(grid, dtype=torch.bool)
@@ -214,6 +356,80 @@ class BlockMask(CountedMask):
 
 
 @MODELS.register_module()
+class RectangleMask(CountedMask):
+    """One visible rectangle of cells an image, everything around it hidden: no torn regions, and four borders at most.
+
+    A rectangle has the area that a whole number of rows and columns can give nearest to the asked number of cells; of the
+    shapes with that area each image draws one, and its position, evenly. So every image shows the same number of cells, which
+    may differ from the other generators' (:meth:`count` says it): of 4 x 4 cells at ratio 0.6 all show 6, of 7 x 7 all show 20.
+
+    Args:
+        mask_ratio, rounding, final_mask_ratio, unmasked_share: see :class:`CountedMask`. With a pair of ratios each image has
+            the area nearest to its own.
+        min_aspect: rows / columns of a rectangle lies between this and its inverse; slivers hold little of an object.
+    """
+
+    def __init__(
+        self,
+        mask_ratio: float | Sequence[float] = 0.6,
+        rounding: str = "round",
+        final_mask_ratio: float | None = None,
+        unmasked_share: float = 0.0,
+        min_aspect: float = 0.3,
+    ) -> None:
+        super().__init__(mask_ratio, rounding, final_mask_ratio, unmasked_share)
+        if not 0.0 < min_aspect <= 1.0:
+            raise coded(
+                "min-aspect-out-of-range",
+                ValueError(
+                    f"min_aspect must be in (0, 1], got {min_aspect}; 0.3 allows rectangles of 1 x 3 cells, 1 squares only"
+                ),
+            )
+        self.min_aspect = min_aspect
+
+    def check(self, grid: tuple[int, int]) -> None:
+        """Raise ValueError when no cell would stay visible, or no rectangle has about the area that is asked for."""
+        super().check(grid)
+        for ratio in self._extremes():
+            asked = visible_count(*grid, ratio, self.rounding)
+            rows, columns = self.shapes(grid, asked)[0]
+            if abs(rows * columns - asked) > max(1.0, 0.15 * asked) and ratio > 0.0:
+                raise coded(
+                    "no-such-rectangle",
+                    ValueError(
+                        f"no rectangle on a {grid[0]} x {grid[1]} grid shows about {asked} cells (mask_ratio {ratio:g}, "
+                        f"min_aspect {self.min_aspect:g}); the nearest shows {rows} x {columns}. Use another mask_ratio, a "
+                        "smaller min_aspect or smaller cells"
+                    ),
+                )
+
+    def shapes(self, grid: tuple[int, int], count: int) -> list[tuple[int, int]]:
+        """(rows, columns) of the rectangles whose area is nearest to ``count``; of two areas as near, the larger."""
+        sides = [(rows, columns) for rows in range(1, grid[0] + 1) for columns in range(1, grid[1] + 1)]
+        allowed = [side for side in sides if min(side) >= self.min_aspect * max(side) or side == grid]
+        area = min((rows * columns for rows, columns in allowed), key=lambda found: (abs(found - count), -found))
+        return [(rows, columns) for rows, columns in allowed if rows * columns == area]
+
+    def count(self, grid: tuple[int, int]) -> int:
+        """Number of visible cells of every image at this moment of the training: the area of the rectangles."""
+        rows, columns = self.shapes(grid, super().count(grid))[0]
+        return rows * columns
+
+    def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
+        asked = CountedMask.count
+        counts = self.counts(batch, grid, at).tolist() if self.counts_differ else [asked(self, grid)] * batch
+        visible = torch.zeros(batch, *grid, dtype=torch.bool)
+        for image, count in zip(visible, counts, strict=True):
+            shapes = self.shapes(grid, count)
+            where = None if at.generator is None else at.generator.device
+            shape, top, left = torch.rand(3, generator=at.generator, device=where).tolist()
+            rows, columns = shapes[int(shape * len(shapes))]
+            row, column = int(top * (grid[0] - rows + 1)), int(left * (grid[1] - columns + 1))
+            image[row : row + rows, column : column + columns] = True
+        return visible.to(at.device)
+
+
+@MODELS.register_module()
 class AttentionMask(CountedMask):
     """Cells hidden by how much the teacher attends to them, after AttMask (arXiv 2203.12719).
 
@@ -221,7 +437,7 @@ class AttentionMask(CountedMask):
     1 / ``temperature``; 0 hides exactly the highest (or lowest) ones. The teacher sees every whole image for it.
 
     Args:
-        mask_ratio, rounding, final_mask_ratio: see :class:`CountedMask`.
+        mask_ratio, rounding, final_mask_ratio, unmasked_share: see :class:`CountedMask`.
         hide: 'high' (AttMask: hide what matters, which is hard to guess) or 'low' attention (show what matters).
         temperature: 0 or more.
     """
@@ -230,13 +446,14 @@ class AttentionMask(CountedMask):
 
     def __init__(
         self,
-        mask_ratio: float = 0.6,
+        mask_ratio: float | Sequence[float] = 0.6,
         rounding: str = "round",
         final_mask_ratio: float | None = None,
+        unmasked_share: float = 0.0,
         hide: str = "high",
         temperature: float = 0.5,
     ) -> None:
-        super().__init__(mask_ratio, rounding, final_mask_ratio)
+        super().__init__(mask_ratio, rounding, final_mask_ratio, unmasked_share)
         if hide not in ("high", "low"):
             raise ValueError(f"hide must be 'high' or 'low' (attention), got {hide!r}")
         if temperature < 0:
@@ -253,12 +470,16 @@ class AttentionMask(CountedMask):
         gumbel = -noise.clamp_min(1e-20).log()
         logits = scores.to(at.device).float().clamp_min(1e-20).log()
         to_hide = logits if self.hide == "high" else -logits
-        return highest(-(to_hide + self.temperature * gumbel), self.count(grid))
+        show = -(to_hide + self.temperature * gumbel)
+        return highest(show, self.counts(batch, grid, at) if self.counts_differ else self.count(grid))
 
 
-def highest(values: Tensor, count: int) -> Tensor:
-    """True at the ``count`` highest values of each image: (B, h, w) -> bool (B, h, w)."""
+def highest(values: Tensor, count: int | Tensor) -> Tensor:
+    """True at the ``count`` highest values of each image: (B, h, w) -> bool (B, h, w); a tensor (B,) counts for each image."""
     flat = values.flatten(1)
+    if isinstance(count, Tensor):
+        rank = flat.argsort(dim=1, descending=True).argsort(dim=1)
+        return (rank < count[:, None]).view_as(values)
     visible = torch.zeros_like(flat, dtype=torch.bool)
     visible.scatter_(1, flat.argsort(dim=1, descending=True)[:, :count], True)
     return visible.view_as(values)

@@ -63,6 +63,17 @@ class TeacherOutput:
     cls: Tensor | None = None
     decoded: Tensor | None = None
 
+    def repeat(self, views: int) -> TeacherOutput:
+        """The output for several views of the same whole images, view after view: (views * B, ...) each."""
+        if views == 1:
+            return self
+
+        def repeated(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.repeat(views, *[1] * (value.dim() - 1))
+
+        tokens = {block: value.repeat(views, 1, 1, 1) for block, value in self.tokens.items()}
+        return TeacherOutput(tokens, self.grid, repeated(self.cls), repeated(self.decoded))
+
 
 @dataclass
 class StudentOutput:

@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hgkd.errors import code_of
 from hgkd.masking import (
     AttentionMask,
     BlockMask,
     CountedMask,
     RandomMask,
     Randomness,
+    RectangleMask,
     expand,
     grid_of,
     highest,
@@ -291,3 +293,121 @@ def test_a_generator_of_ones_own_gives_draw_alone() -> None:
     assert drawn.sum((1, 2)).tolist() == [8, 8]
     with pytest.raises(NotImplementedError):
         CountedMask(0.5)(1, (4, 4), device="cpu")
+
+
+# a ratio for each image
+
+
+@settings(max_examples=30, deadline=None)
+@given(h=SIDES, w=SIDES, low=RATIOS, high=RATIOS, rounding=ROUNDINGS, seed=st.integers(0, 99))
+@pytest.mark.parametrize("kind", [RandomMask, BlockMask, AttentionMask])
+def test_each_image_has_a_ratio_between_the_two(
+    kind: type[CountedMask], h: int, w: int, low: float, high: float, rounding: str, seed: int
+) -> None:
+    low, high = sorted((low, high))
+    if not available(h, w, high, rounding):
+        return
+    mask = kind([low, high], rounding=rounding)
+    mask.check((h, w))
+    drawn = mask(8, (h, w), device="cpu", generator=torch.Generator().manual_seed(seed), scores=torch.rand(8, h, w))
+    counts = drawn.flatten(1).sum(1)
+    assert counts.min() >= visible_count(h, w, high, rounding)
+    assert counts.max() <= visible_count(h, w, low, rounding)
+
+
+def test_ratios_of_images_are_even() -> None:
+    counts = RandomMask([0.0, 0.75]).counts(20000, (8, 8), Randomness("cpu", torch.Generator().manual_seed(0)))
+    assert (counts.min().item(), counts.max().item()) == (16, 64)
+    # evenly between 16 and 64: mean 40, std 48 / sqrt(12) = 13.9
+    assert counts.double().mean().item() == pytest.approx(40.0, abs=0.4)
+    assert counts.double().std().item() == pytest.approx(13.86, abs=0.3)
+    assert RandomMask([0.0, 0.75]).current_ratio == pytest.approx(0.375)
+
+
+def test_a_pair_of_equal_ratios_is_one_ratio() -> None:
+    one, pair = (
+        RandomMask(ratio)(3, (7, 7), device="cpu", generator=torch.Generator().manual_seed(1)) for ratio in (0.6, [0.6, 0.6])
+    )
+    assert one.equal(pair)
+
+
+@pytest.mark.parametrize(
+    ("given", "values"), [([0.1, 0.2, 0.3], "3 numbers"), ([0.7, 0.1], "[0.1, 0.7]"), ([0.2], "1 numbers")]
+)
+def test_a_pair_that_is_none_is_refused(given: list[float], values: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(values)) as refused:
+        RandomMask(given)
+    assert code_of(refused.value) == "mask-ratio-pair"
+
+
+def test_a_pair_and_a_final_ratio_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"final_mask_ratio=0\.9 .* leave out one of the two"):
+        RandomMask([0.1, 0.2], final_mask_ratio=0.9)
+
+
+def test_who_needs_one_ratio_refuses_a_pair() -> None:
+    with pytest.raises(ValueError, match=r"mask_ratio=\[0\.1, 0\.2\] draws one for each; give one number"):
+        RandomMask([0.1, 0.2]).count((7, 7))
+
+
+# an unmasked end
+
+
+@pytest.mark.parametrize("ratio", [0.6, [0.2, 0.6]])
+@pytest.mark.parametrize("kind", [RandomMask, BlockMask, AttentionMask, RectangleMask])
+def test_nothing_is_hidden_in_the_last_share_of_the_steps(kind: type[CountedMask], ratio: float) -> None:
+    mask = kind(ratio, unmasked_share=0.25)
+    seen = []
+    for step in range(8):  # as MaskScheduleHook tells it
+        mask.progress = step / 7
+        seen.append(bool(mask(2, (7, 7), device="cpu", scores=torch.rand(2, 7, 7)).all()))
+        assert (mask.current_ratio == 0.0) == seen[-1]
+    assert seen == [False] * 6 + [True] * 2
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, "half", True])
+def test_a_share_that_is_none_is_refused(share: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"unmasked_share is a share of the training steps in \[0, 1\), got .*; write e\.g\. 0\.2"
+    ):
+        RandomMask(0.6, unmasked_share=share)  # type: ignore[arg-type]
+
+
+# rectangles
+
+
+def bounds(visible: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of the smallest rectangle around the visible cells."""
+    rows, columns = visible.any(1).nonzero(), visible.any(0).nonzero()
+    return int(rows.max() - rows.min() + 1), int(columns.max() - columns.min() + 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(h=SIDES, w=SIDES, ratio=RATIOS, seed=st.integers(0, 99))
+def test_visible_cells_fill_one_rectangle(h: int, w: int, ratio: float, seed: int) -> None:
+    mask = RectangleMask(ratio)
+    try:
+        mask.check((h, w))
+    except ValueError:
+        return
+    for image in mask(4, (h, w), device="cpu", generator=torch.Generator().manual_seed(seed)):
+        rows, columns = bounds(image)
+        assert int(image.sum()) == rows * columns == mask.count((h, w))
+        assert min(rows, columns) >= 0.3 * max(rows, columns) or (rows, columns) == (h, w)
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "shapes"),
+    [((4, 4), 0.6, {(2, 3), (3, 2)}), ((7, 7), 0.6, {(4, 5), (5, 4)}), ((7, 7), 0.755, {(3, 4), (4, 3), (2, 6), (6, 2)}),
+     ((3, 9), 0.0, {(3, 9)})],
+)  # fmt: skip
+def test_all_shapes_of_the_area_are_drawn(grid: tuple[int, int], ratio: float, shapes: set[tuple[int, int]]) -> None:
+    drawn = RectangleMask(ratio)(200, grid, device="cpu", generator=torch.Generator().manual_seed(0))
+    assert {bounds(image) for image in drawn} == shapes
+
+
+def test_a_rectangle_that_no_grid_has_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no rectangle on a 1 x 16 grid shows about 8 cells .* nearest shows 1 x 3"):
+        RectangleMask(0.5).check((1, 16))
+    with pytest.raises(ValueError, match=r"min_aspect must be in \(0, 1\], got 0"):
+        RectangleMask(0.5, min_aspect=0)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from hgkd.api.train import load_config
 from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
 from hgkd.distillers import MaskedDistiller
-from hgkd.errors import unknown_name_message
+from hgkd.errors import coded, unknown_name_message
 from hgkd.masking import RandomMask, grid_of, visible_count
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, sparsify
@@ -227,18 +227,27 @@ def benchmark_distill(
     dtype: str = "fp32",
     repeats: int = 7,
     clock: str = "wall",
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Measure the whole model of a config on random images.
 
     Args:
         config: file of a ``MaskedDistiller`` recipe.
         options: overrides as in ``hgkd train``.
+        variants: name of a row -> further overrides. Each is measured with the first backend, in the same process and in turn
+            with the others, so the table says what an option costs.
 
     Returns:
         As :func:`benchmark_sparse`; the row 'dense' is the encoder alone, in channels_last. Teacher features are computed, not
-        read from a cache; the optimiser's update is left out.
+        read from a cache; the optimiser's update is left out. Images a second count images, however many views each has.
+
+    Raises:
+        ValueError: the recipe is of another kind, or a variant has the name of a backend.
     """
     cfg = load_config(config, options=options)
+    taken = set(variants or {}) & set(backends)
+    if taken:
+        raise coded("variant-named-as-backend", ValueError(f"variant {min(taken)!r} has the name of a backend; choose another"))
     if cfg.model.get("type") != "MaskedDistiller":
         raise ValueError(
             f"benchmark distill measures recipes of a MaskedDistiller, {config} builds a {cfg.model.get('type')!r}"
@@ -255,6 +264,13 @@ def benchmark_distill(
             steps[backend] = encoder_step(encoder, images, None, device, dtype)
         else:
             steps[backend] = _train_step(model, _distill_loss(model, pixels), device, dtype)
+    for name, further in (variants or {}).items():
+        torch.manual_seed(0)
+        changed = load_config(config, options={**(options or {}), **further})
+        student = {**changed.model.student, "backend": next((b for b in backends if b != "dense"), "gather")}
+        variant = MODELS.build({"_scope_": "hgkd", **changed.model, "student": student}).to(device).train()
+        pixels = torch.randint(0, 256, (batch_size, 3, *variant.image_size), dtype=torch.uint8, device=device)
+        steps[name] = _train_step(variant, _distill_loss(variant, pixels), device, dtype)
     h, w = model.mask_grid
     keep = int(model.mask(1, (h, w), device=torch.device(device)).sum())
     settings = {

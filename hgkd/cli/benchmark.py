@@ -4,14 +4,16 @@
         --backends gather masked dense [--device cuda --dtype bf16] [--json OUT]
     hgkd benchmark distill configs/hgkd/FILE.py --batch-size 8 --backends gather masked dense \
         [--cfg-options teacher_checkpoint=FILE]
+    hgkd benchmark distill configs/hgkd/FILE.py --variant two masks_per_image=2 --variant end unmasked_share=0.2
     hgkd benchmark data --data-root photos --image-size 224 --workers 2
 
 ``sparse``: a step is forward and backward of the encoder. ``distill``: forward and backward of the whole model of a config,
 teacher, decoder and losses included; its row 'dense' is the ordinary dense step of the encoder alone, the yardstick that two
-machines can be compared by. The backends take turns, so that a busy machine slows all of them alike; the median over the
-repeats is printed. Where others compute as well, ``--clock cpu`` with one thread is steadier than the wall clock. Peak memory
-is that of live tensors during one step beyond what was there before it. On a GPU the share of index building is the time to
-launch it.
+machines can be compared by. ``--variant`` adds a row with other options, which says what they cost; its images a second
+count images, however many views are made of each. The backends take turns, so that a busy machine slows all of them alike;
+the median over the repeats is printed. Where others compute as well, ``--clock cpu`` with one thread is steadier than the
+wall clock. Peak memory is that of live tensors during one step beyond what was there before it. On a GPU the share of index
+building is the time to launch it.
 
 ``data``: images a second by bare decoding in this process, by the data set (decoding, crop, resize, flip), and by a loader with
 reading processes, as a training has it. The files are read once before, so the disk does not count.
@@ -36,7 +38,8 @@ from hgkd.api.benchmark import (
     benchmark_sparse,
 )
 from hgkd.cli.common import command, command_parser
-from hgkd.config.options import OptionsAction, device_name
+from hgkd.config.options import OptionsAction, device_name, option_value
+from hgkd.errors import coded
 from hgkd.sparse import BACKENDS
 
 
@@ -62,6 +65,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     distill.add_argument("config", help="config file")
     distill.add_argument(
         "--cfg-options", dest="options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE", help="override keys"
+    )
+    distill.add_argument(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "KEY=VALUE"),
+        help="one more row: the recipe with these keys changed, e.g. --variant two-masks masks_per_image=2; may be repeated",
     )
     data = commands.add_parser("data", help="images a second: decoding alone, the data set, a loader")
     data.add_argument("--data-root", required=True, help="folder of images or of tar shards")
@@ -106,10 +117,33 @@ def print_table(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def variants_of(given: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """Name of a row -> overrides, of ``--variant NAME KEY=VALUE ...``.
+
+    Raises:
+        ValueError: a variant without a key, or two of one name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, *pairs in given:
+        if "=" in name or not pairs or not all("=" in pair for pair in pairs):
+            raise coded(
+                "variant-without-key",
+                ValueError(
+                    f"--variant takes a name and KEY=VALUE, got {' '.join([name, *pairs])!r}; e.g. two masks_per_image=2"
+                ),
+            )
+        if name in found:
+            raise coded("variant-twice", ValueError(f"two variants are named {name!r}; give each a name of its own"))
+        found[name] = {key: option_value(key, text) for key, _, text in (pair.partition("=") for pair in pairs)}
+    return found
+
+
 @command
 def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
     name, out = args.pop("command"), args.pop("json")
+    if name == "distill":
+        args["variants"] = variants_of(args.pop("variant"))
     measures: dict[str, Callable[..., dict[str, Any]]] = {
         "sparse": benchmark_sparse,
         "distill": benchmark_distill,

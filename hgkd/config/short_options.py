@@ -24,7 +24,7 @@ class ShortOption:
             whose parent is absent are passed over, but one must be there.
         help: what it is, for the documentation.
         existing: further places, which get the value only where they have one already.
-        kind: what a value must be: 'whole' or 'number', 'text' (anything).
+        kind: what a value must be: 'whole' or 'number', 'range' (a number or a list of numbers), 'text' (anything).
         linked: the first place speaks for the option: whoever sets it sets the others too, unless these are set as late.
         idle: a value that means nothing where there is no place, besides None.
     """
@@ -68,7 +68,16 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
         ("custom_hooks.TeacherCacheHook.folder",), "folder that keeps the teacher's features; None: they are not kept"
     ),
     "mask_ratio": ShortOption(
-        ("model.mask.mask_ratio",), "share of hidden cells, in [0, 1)", ("model.mask_ratio",), kind="number"
+        ("model.mask.mask_ratio",),
+        "share of hidden cells, in [0, 1), or [low,high]: a share drawn for each image",
+        ("model.mask_ratio",),
+        kind="range",
+    ),
+    "unmasked_share": ShortOption(
+        ("model.mask.unmasked_share",), "share of the steps, the last ones, in which nothing is hidden", kind="number"
+    ),
+    "masks_per_image": ShortOption(
+        ("model.masks_per_image",), "masks of each image in a step, which share the teacher's pass", kind="whole"
     ),
     "epochs": ShortOption(
         ("train_cfg.max_epochs", "param_scheduler.main.end"),
@@ -232,8 +241,12 @@ def _check_kind(name: str, value: Any, kind: str) -> None:
     """Refuse what is no number where one is expected; its range is checked by whoever takes it."""
     if value is None or value is MISSING or kind == "text":
         return
+    if kind == "range" and isinstance(value, (list, tuple)):
+        for part in value:
+            _check_kind(name, part, "number")
+        return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and (kind == "number" or float(value).is_integer()):
+    if number and (kind in ("number", "range") or float(value).is_integer()):
         return
     hint = ""
     if isinstance(value, str) and value.endswith("%"):

@@ -64,6 +64,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         self.image_size = as_size(image_size)
         self.mask_grid = grid_of(self.image_size, self.cell)
         self.mask.check(self.mask_grid)
+        self.mask.count(self.mask_grid)  # refuses a ratio for each image: the encoder takes as many patches of all
         self.norm_pix = norm_pix
         sizes = make_arch(arch, patch_size=patch_size, image_size=self.image_size)
         if sizes.decoder_depth < 1:

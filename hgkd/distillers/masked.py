@@ -21,7 +21,8 @@ from mmengine.registry import Registry
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.masking import CountedMask, MaskGenerator
+from hgkd.errors import coded
+from hgkd.masking import CountedMask, MaskGenerator, Randomness
 from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.base import Objective
 from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
@@ -74,6 +75,10 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         teacher: config of a teacher; None when no objective needs one.
         flip: probability of mirroring a training image left to right here, rather than in the data's transform, so that
             stored teacher features (see :meth:`store_features`) can tell a picture from its mirror image.
+        masks_per_image: number of masks drawn for each training image, different cells where the generator can; the student
+            sees each, and the teacher sees the image once where the objectives ask for whole images. A step then costs one
+            teacher pass and ``masks_per_image`` student passes.
+        whole_view: the student sees each training image whole as well.
         data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device.
 
     Attributes:
@@ -94,12 +99,21 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         image_size: int | Sequence[int],
         teacher: Mapping[str, Any] | None = None,
         flip: float = 0.0,
+        masks_per_image: int = 1,
+        whole_view: bool = False,
         data_preprocessor: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
         if not 0.0 <= flip <= 1.0:
             raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
+        if isinstance(masks_per_image, bool) or not isinstance(masks_per_image, int) or masks_per_image < 1:
+            raise coded(
+                "masks-per-image",
+                ValueError(f"masks_per_image is the number of masks of an image, 1 or more, got {masks_per_image!r}"),
+            )
         self.flip = flip
+        self.masks_per_image = masks_per_image
+        self.whole_view = whole_view
         self.feature_cache: FeatureCache | None = None
         self.teacher_seconds = 0.0
         self.image_size = as_size(image_size)
@@ -116,6 +130,8 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         """Find all grids and let every part check that it fits the others."""
         self.mask_grid: tuple[int, int] = self.student.prepare(self.image_size)
         self.mask.check(self.mask_grid)
+        self._check_hidden()
+        self._check_counts()
         teacher: Any = self.teacher
         info: TeacherInfo | None = None
         grid: tuple[int, int] | None = None
@@ -149,13 +165,51 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         self._pass_of = dict(zip(asking, owner, strict=True))
         print_log(f"student: {self._seen()}", "current")
 
+    def _check_hidden(self) -> None:
+        """Raise ValueError when an objective learns from hidden cells alone, and there are steps in which nothing is hidden."""
+        if not isinstance(self.mask, CountedMask) or not self.mask.shows_whole_images:
+            return
+        for name, objective in self.objectives.items():
+            if getattr(objective, "supervise", None) == "masked":
+                asked = f"mask_ratio {self.mask.current_ratio:g}"
+                if self.mask.unmasked_share:
+                    asked = f"unmasked_share {self.mask.unmasked_share:g}"
+                raise coded(
+                    "nothing-supervised",
+                    ValueError(
+                        f"{asked} has training steps in which nothing is hidden, but objective {name!r} "
+                        f"({type(objective).__name__}) learns from hidden cells alone (supervise='masked'); "
+                        f"set model.objectives.{name}.supervise='all', or hide something in every step"
+                    ),
+                )
+
+    def _check_counts(self) -> None:
+        """Raise ValueError when images show different numbers of cells, and the student needs as many of each."""
+        if not self.student.equal_counts:
+            return
+        differ = isinstance(self.mask, CountedMask) and self.mask.counts_differ
+        if differ or self.whole_view:
+            asked = f"mask_ratio={getattr(self.mask, 'mask_ratio', None)}" if differ else "whole_view=True"
+            raise coded(
+                "equal-counts-needed",
+                ValueError(
+                    f"{asked} shows different numbers of cells in the images of a batch, but a {type(self.student).__name__} "
+                    "takes as many of each; use one mask_ratio without a whole view, or a SparseUNet"
+                ),
+            )
+
     def _seen(self) -> str:
         """What the student sees, for the log."""
         height, width = self.mask_grid
         text = f"mask grid {height} x {width}"
         if isinstance(self.mask, CountedMask):
-            text += f", {self.mask.count(self.mask_grid)} of {height * width} cells visible"
+            text += f", {self.mask.describe(self.mask_grid)}{self.views_text()}"
         return f"{text}; {pixels_text(self.student.mean, self.student.std)}"
+
+    def views_text(self) -> str:
+        """The views of an image that a step trains on, for logs; empty when it is one masked view."""
+        text = f"; {self.masks_per_image} masks an image" if self.masks_per_image > 1 else ""
+        return text + ("; and the whole image" if self.whole_view else "")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDistiller:
         """A copy that shares the teacher and its stored features, which no training changes.
@@ -221,14 +275,15 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """What student and teacher make of a batch; the teacher's part by name of the objective."""
         check_size(images, self.image_size)
-        # 1. mirror some of the images, and draw the visible cells
+        # 1. mirror some of the images, and draw the visible cells of every view
         flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         if self.flip > 0.0:
             flipped = torch.rand(len(images), device=images.device) < self.flip
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-        visible = self.draw_mask(images)
+        visible = self.draw_views(images)
+        views = len(visible) // len(images)
         # 2. the student sees these only; 3. the teacher, once for all objectives that can share a pass
-        student_out: StudentOutput = self.student(images, visible)
+        student_out: StudentOutput = self.student(images if views == 1 else images.repeat(views, 1, 1, 1), visible)
         return student_out, self.teach(images, visible, index, flipped)
 
     def _teacher(self) -> Teacher:
@@ -250,6 +305,21 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         drawn = self.mask(len(images), self.mask_grid, device=device, generator=generator, scores=scores)
         return drawn.to(images.device)
 
+    def draw_views(self, images: Tensor) -> Tensor:
+        """The visible cells of every view that a step trains on, bool (views * B, h, w): view after view."""
+        if self.masks_per_image == 1 or getattr(self.mask, "in_unmasked_end", False):
+            drawn = self.draw_mask(images)
+        elif isinstance(self.mask, CountedMask):
+            with self._teacher_at_work():
+                scores = self._teacher().attention(images) if self.mask.guided else None
+            at = Randomness(images.device)
+            drawn = self.mask.draw_views(self.masks_per_image, len(images), self.mask_grid, at, scores)
+        else:
+            drawn = torch.cat([self.draw_mask(images) for _ in range(self.masks_per_image)])
+        if self.whole_view and not getattr(self.mask, "in_unmasked_end", False):  # then that is what is drawn
+            drawn = torch.cat([torch.ones_like(drawn[: len(images)]), drawn])
+        return drawn
+
     def teach(
         self, images: Tensor, visible: Tensor, index: Tensor | None = None, flipped: Tensor | None = None
     ) -> dict[str, TeacherOutput]:
@@ -257,7 +327,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            visible: bool (B, h, w).
+            visible: bool (B, h, w), or (views * B, h, w), view after view.
             index, flipped: which picture each image is, (B,); with these, stored features are used where there are any.
         """
         with self._teacher_at_work():
@@ -267,10 +337,17 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def _teacher_pass(
         self, needs: TeacherNeeds, images: Tensor, visible: Tensor, index: Tensor | None, flipped: Tensor | None
     ) -> TeacherOutput:
+        teacher, views = self._teacher(), len(visible) // len(images)
+        if needs.visible_only:
+            seen: TeacherOutput = teacher(images if views == 1 else images.repeat(views, 1, 1, 1), visible, needs)
+            return seen
+        return self._whole_pass(needs, images, index, flipped).repeat(views)
+
+    def _whole_pass(self, needs: TeacherNeeds, images: Tensor, index: Tensor | None, flipped: Tensor | None) -> TeacherOutput:
+        """Tokens of whole images: read where they are stored, computed else."""
         teacher = self._teacher()
-        cacheable = not needs.visible_only and needs.decoder_block is None
-        if self.feature_cache is None or index is None or flipped is None or not cacheable:
-            out: TeacherOutput = teacher(images, visible, needs)
+        if self.feature_cache is None or index is None or flipped is None or needs.decoder_block is not None:
+            out: TeacherOutput = teacher(images, None, needs)
             return out
 
         def compute(selection: Tensor) -> TeacherOutput:

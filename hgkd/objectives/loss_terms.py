@@ -35,7 +35,7 @@ class LossTerm:
     prediction: Tensor
     target: Tensor
     positions: Tensor
-    count: int | Tensor
+    count: float | Tensor
     distance: Distance
     weight: float = 1.0
 

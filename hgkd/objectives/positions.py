@@ -66,7 +66,7 @@ def supervised_cells(layout: CellLayout, supervise: str) -> int:
     return count
 
 
-def mean_over(values: Tensor, positions: Tensor, count: int | Tensor) -> Tensor:
+def mean_over(values: Tensor, positions: Tensor, count: float | Tensor) -> Tensor:
     """Sum of ``values`` (B, h, w) at ``positions`` (bool, same shape) divided by ``count``: a scalar.
 
     ``count`` may exceed the number of True positions: terms that share one mean are divided by their common number.

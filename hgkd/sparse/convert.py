@@ -16,7 +16,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import NoSparseRuleError
+from hgkd.errors import NoSparseRuleError, coded
 from hgkd.sparse.kernels import gathers
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
@@ -68,10 +68,12 @@ class SparseModule:
     Attributes:
         sparse_cell: side of a mask cell, pixels.
         sparse_backend: name of the backend.
+        sparse_renormalize: whether taps are renormalised.
     """
 
     sparse_cell: int
     sparse_backend: str
+    sparse_renormalize: bool
 
     def pack(self, images: Tensor, visible: Tensor | CellLayout) -> SparseTensor:
         """Visible part of a batch of images.
@@ -79,8 +81,21 @@ class SparseModule:
         Args:
             images: (B, C, H, W), already normalised: hidden positions count as 0.
             visible: bool (B, H/cell, W/cell), True = visible, or a ready layout.
+
+        Raises:
+            ValueError: the layout renormalises and the network does not, or the other way round.
         """
-        cells = visible if isinstance(visible, CellLayout) else CellLayout(visible, self.sparse_cell)
+        if not isinstance(visible, CellLayout):
+            visible = CellLayout(visible, self.sparse_cell, self.sparse_renormalize)
+        cells = visible
+        if cells.renormalize != self.sparse_renormalize:
+            raise coded(
+                "layout-of-another-network",
+                ValueError(
+                    f"the layout has renormalize={cells.renormalize}, the network renormalize={self.sparse_renormalize}: its "
+                    f"features would be others than in training; make the layout with renormalize={self.sparse_renormalize}"
+                ),
+            )
         if any("sparse_path" not in layer.__dict__ for layer in self.modules()):  # type: ignore[attr-defined]
             _give_rules(self)  # type: ignore[arg-type]  # e.g. convert_sync_batchnorm has put in new layers
         # with nothing hidden there is nothing to save, and dense kernels are the fastest
@@ -94,13 +109,16 @@ class SparseModule:
         return super().forward(images, *args, **kwargs)  # type: ignore[misc]
 
 
-def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module:
+def sparsify(module: nn.Module, cell: int, backend: str = "gather", renormalize: bool = False) -> nn.Module:
     """Copy of a network that takes sparse tensors as well as dense ones.
 
     Args:
         module: any convolutional network; not changed.
         cell: side of a mask cell in pixels, a multiple of the network's total stride.
         backend: 'gather' (default), 'masked' (the reference) or 'spconv' (if installed).
+        renormalize: scale what convolutions and average pooling give next to hidden cells by the taps that they lack there
+            (partial convolution, arXiv 1804.07723; :mod:`hgkd.sparse.taps`). False is SparK's arithmetic. On whole images
+            both are the dense network.
 
     Returns:
         A copy with equal parameters and ``state_dict`` keys, and the methods of :class:`SparseModule`. Given a dense
@@ -122,6 +140,7 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
         _lay_out_weights(module)
     module.__class__ = _root_type(type(module))  # type: ignore[arg-type]
     module.sparse_cell, module.sparse_backend = cell, backend  # type: ignore[assignment]
+    module.sparse_renormalize = renormalize  # type: ignore[assignment]
     return module
 
 

@@ -55,6 +55,7 @@ def save_sparse(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name or pass overwrite=True")
     facts = {"cell": network.sparse_cell, "backend": network.sparse_backend, "timm_model": timm_model}
+    facts["renormalize"] = network.sparse_renormalize
     facts["timm_kwargs"] = dict(timm_kwargs or {})
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
     with written_beside(path) as beside:
@@ -87,7 +88,8 @@ def load_sparse(path: str | Path, network: nn.Module | None = None, backend: str
         if not timm.is_model(name):
             raise ValueError(f"{path}: " + unknown_name_message("timm model", name, timm.list_models()))
         network = timm.create_model(name, **facts["timm_kwargs"])
-    sparse = sparsify(network, facts["cell"], backend or facts["backend"]).eval()
+    # files of before it was an option did not renormalise
+    sparse = sparsify(network, facts["cell"], backend or facts["backend"], facts.get("renormalize", False)).eval()
     try:
         sparse.load_state_dict(weights)
     except RuntimeError as error:
@@ -127,7 +129,7 @@ def _check_equal(network: Any, path: Path) -> None:
     cell = network.sparse_cell
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, 2 * cell, 2 * cell, generator=generator).to(parameter.device, parameter.dtype)
-    layout = CellLayout(torch.eye(2, dtype=torch.bool, device=parameter.device)[None], cell)
+    layout = CellLayout(torch.eye(2, dtype=torch.bool, device=parameter.device)[None], cell, network.sparse_renormalize)
     modes = {module: module.training for module in network.modules()}
     try:
         with torch.no_grad():

@@ -25,6 +25,7 @@ class CellLayout:
     Args:
         visible: bool (B, h, w), True = visible. Images may have different numbers of visible cells, at least one each.
         cell: side of a square cell, pixels.
+        renormalize: scale what convolutions and average pooling give next to hidden cells; see :mod:`hgkd.sparse.taps`.
 
     Attributes:
         batch: B.
@@ -38,7 +39,7 @@ class CellLayout:
             visible cell.
     """
 
-    def __init__(self, visible: Tensor, cell: int) -> None:
+    def __init__(self, visible: Tensor, cell: int, renormalize: bool = False) -> None:
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
             raise TypeError(f"visible must be a bool tensor with True = visible, got {kind}")
@@ -51,6 +52,7 @@ class CellLayout:
             raise ValueError(f"images {empty[:5]} of the batch have no visible cell; keep at least one cell an image")
         self.visible = visible
         self.cell = cell
+        self.renormalize = renormalize
         self.batch, h, w = visible.shape
         self.grid = (h, w)
         self.image_size = (h * cell, w * cell)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
+from hgkd.sparse.kernels import ConvGeometry
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.packed import _side_of
+from hgkd.sparse.taps import renormalised, tap_factor
 from hgkd.sparse.tensor import Rule, SparseTensor, function_rule, plain_torch
 
 
@@ -100,8 +102,9 @@ def _batch_norm(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
 def _conv2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
     given = conv_arguments(args, kwargs)
     x = given.pop("input")
-    _check(x, "conv2d", given["weight"].shape[2:], given)
-    return x.like(F.conv2d(x.zeroed, **given))
+    factor = tap_factor(x.cells, _check(x, "conv2d", given["weight"].shape[2:], given), x.dtype)
+    bias = given.pop("bias")
+    return x.like(renormalised(factor, bias, lambda bias: F.conv2d(x.zeroed, bias=bias, **given)))
 
 
 @function_rule("max_pool2d", on=(MaskedTensor,))
@@ -117,15 +120,15 @@ def _max_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
 def _avg_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
     given = avg_pool_arguments(args, kwargs)
     x = given.pop("input")
-    _check(x, "avg_pool2d", given["kernel_size"], given)
+    factor = tap_factor(x.cells, _check(x, "avg_pool2d", given["kernel_size"], given), x.dtype)
     given.pop("dilation")
-    return x.like(F.avg_pool2d(x.zeroed, **given))
+    return x.like(renormalised(factor, None, lambda _: F.avg_pool2d(x.zeroed, **given)))
 
 
-def _check(x: MaskedTensor, what: str, kernel: Any, given: dict[str, Any]) -> None:
-    """The same refusals as the packed backend."""
+def _check(x: MaskedTensor, what: str, kernel: Any, given: dict[str, Any]) -> ConvGeometry:
+    """The geometry, with the same refusals as the packed backend."""
     if x.channel_dim != 1:
         raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")
     s = x.cells.side(x.stride)
     size = (x.cells.grid[0] * s, x.cells.grid[1] * s)
-    window_geometry(what, s, size, kernel, given, x.pending)
+    return window_geometry(what, s, size, kernel, given, x.pending)

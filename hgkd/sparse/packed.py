@@ -16,6 +16,7 @@ from hgkd.errors import NoSparseRuleError
 from hgkd.sparse import kernels
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
 from hgkd.sparse.layout import CellLayout
+from hgkd.sparse.taps import packed_tap_factor, renormalised
 from hgkd.sparse.tensor import Padding, Rule, SparseTensor, function_rule, plain_torch
 
 
@@ -93,7 +94,11 @@ def _conv2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTen
     given = conv_arguments(args, kwargs)
     x = given["input"]
     geometry = conv_geometry(x, given)
-    return x.like(kernels.convolve(x.plain, given["weight"], given["bias"], given["groups"], geometry, x.cells))
+
+    def convolve(bias: Tensor | None) -> Tensor:
+        return kernels.convolve(x.plain, given["weight"], bias, given["groups"], geometry, x.cells)
+
+    return x.like(renormalised(packed_tap_factor(x.cells, geometry, x.dtype), given["bias"], convolve))
 
 
 def conv_geometry(x: PackedTensor, given: dict[str, Any]) -> kernels.ConvGeometry:
@@ -132,7 +137,7 @@ def _avg_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
     share = window_share(x.cells, geometry, given, x.pending, pooled.dtype)
     if share is not None:
         pooled = pooled / x.cells.gather_cells(share.expand(x.cells.batch, -1, -1, -1), geometry.s_out)
-    return x.like(pooled)
+    return x.like(renormalised(packed_tap_factor(x.cells, geometry, x.dtype), None, lambda _: pooled))
 
 
 def _geometry(what: str, x: PackedTensor, kernel: Any, given: dict[str, Any]) -> kernels.ConvGeometry:

@@ -45,7 +45,12 @@ class Parity:
 
 
 def measure_parity(
-    network: nn.Module, cell: int = 32, backend: str = "gather", dtype: torch.dtype = torch.float64, seed: int = 0
+    network: nn.Module,
+    cell: int = 32,
+    backend: str = "gather",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    renormalize: bool = False,
 ) -> Parity:
     """Run a copy of a network on three small images with 1, 3 and 6 of 2 x 3 cells visible, forward and backward.
 
@@ -58,6 +63,7 @@ def measure_parity(
         cell: side of a mask cell, pixels.
         backend: the one to be checked.
         dtype: of parameters and images.
+        renormalize: of :func:`hgkd.sparse.sparsify`.
 
     Raises:
         NoSparseRuleError: the network holds an operation that has no rule; it is named.
@@ -75,10 +81,10 @@ def measure_parity(
     some = torch.zeros(3, 2, 3, dtype=torch.bool)
     some[0, 1, 1] = some[1, 0, 0] = some[1, 0, 1] = some[1, 1, 2] = True
     some[2] = True
-    hidden, everything = CellLayout(some, cell), CellLayout(torch.ones_like(some), cell)
-    found = _run(sparsify(network, cell, backend), images, backend, hidden)
-    expected = _run(sparsify(network, cell, "masked"), images, "masked", hidden)
-    open_found = _run(sparsify(network, cell, backend), images, backend, everything)
+    hidden, everything = (CellLayout(mask, cell, renormalize) for mask in (some, torch.ones_like(some)))
+    found = _run(sparsify(network, cell, backend, renormalize), images, backend, hidden)
+    expected = _run(sparsify(network, cell, "masked", renormalize), images, "masked", hidden)
+    open_found = _run(sparsify(network, cell, backend, renormalize), images, backend, everything)
     open_expected = _run(copy.deepcopy(network), images, None, everything)
     outputs, gradients, statistics = (_difference(a, b) for a, b in zip(found, expected, strict=True))
     dense = max(_difference(a, b) for a, b in zip(open_found, open_expected, strict=True))

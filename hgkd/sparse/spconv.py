@@ -24,6 +24,7 @@ from hgkd.sparse.convolution import conv_arguments
 from hgkd.sparse.kernels import ConvGeometry
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.packed import PackedTensor, conv_geometry
+from hgkd.sparse.taps import packed_tap_factor, renormalised
 from hgkd.sparse.tensor import Rule, SparseTensor, function_rule
 
 # torch.func.functional_call lends the shared spconv module our weights for the time of one call
@@ -51,9 +52,13 @@ def _conv2d(func: Any, owner: SpconvTensor, args: Any, kwargs: Any) -> SparseTen
     given = conv_arguments(args, kwargs)
     x, weight, groups = given["input"], given["weight"], given["groups"]
     geometry = conv_geometry(x, given)
-    if not fits_spconv(x.cells, groups, geometry):
-        return x.like(kernels.convolve(x.plain, weight, given["bias"], groups, geometry, x.cells))
-    return x.like(_convolve(x.plain, weight, given["bias"], geometry, x.cells))
+
+    def convolve(bias: Tensor | None) -> Tensor:
+        if not fits_spconv(x.cells, groups, geometry):
+            return kernels.convolve(x.plain, weight, bias, groups, geometry, x.cells)
+        return _convolve(x.plain, weight, bias, geometry, x.cells)
+
+    return x.like(renormalised(packed_tap_factor(x.cells, geometry, x.dtype), given["bias"], convolve))
 
 
 def fits_spconv(layout: CellLayout, groups: int, geometry: ConvGeometry) -> bool:

@@ -23,6 +23,7 @@ class Student(PixelNormalisation):
         mean, std: of the pixels in [0, 1] that :meth:`normalise` takes away, (1, 3, 1, 1); see :meth:`set_pixels`.
         encoder_spec: {'name', 'stem', 'kwargs'} of a timm network that lies in the attribute ``encoder``: with it checkpoints
             can be exported and evaluated; None: they cannot.
+        equal_counts: all images of a batch must show the same number of cells.
     """
 
     cell: int
@@ -32,6 +33,7 @@ class Student(PixelNormalisation):
     feature_channels: tuple[int, ...]
     feature_strides: tuple[int, ...]
     encoder_spec: dict[str, Any] | None = None
+    equal_counts = False
 
     def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
         """The mask grid (h, w) of images of this size, (H, W) or one side of a square.

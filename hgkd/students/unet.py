@@ -104,7 +104,7 @@ class SparseUNet(Student):
         min_decoder_width: the halving stops here.
         out_stride: image pixels per position of the decoder's output; a power of two up to the total stride.
         skips: 'all' levels feed the decoder, or the 'last' only.
-        backend: of :func:`hgkd.sparse.sparsify`.
+        backend, renormalize: of :func:`hgkd.sparse.sparsify`.
 
     Attributes:
         encoder: the sparsified network; its ``state_dict`` is timm's own.
@@ -133,6 +133,7 @@ class SparseUNet(Student):
         out_stride: int = 16,
         skips: str = "all",
         backend: str = "gather",
+        renormalize: bool = False,
     ) -> None:
         super().__init__()
         if skips not in SKIPS:
@@ -153,7 +154,8 @@ class SparseUNet(Student):
         self.feature_strides = tuple(level.stride for level in self._levels)
         used = [level for level in self._levels if level.stride >= out_stride] if skips == "all" else self._levels[-1:]
         self.set_pixels(*pixel_statistics(network))
-        self.encoder = sparsify(network, self.cell, backend)
+        self.renormalize = renormalize
+        self.encoder = sparsify(network, self.cell, backend, renormalize)
         self._check_sparse()
         self.frozen = freeze_unused(self.encoder, used)
 
@@ -192,7 +194,7 @@ class SparseUNet(Student):
                 f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
                 f"cells need {(images.shape[0], *grid)}"
             )
-        layout = CellLayout(visible, self.cell)
+        layout = CellLayout(visible, self.cell, self.renormalize)
         alone = layout.num_cells * (self.cell // self.feature_strides[-1]) ** 2 == 1
         if self.training and alone and any(type(level.norm) is nn.BatchNorm2d for level in self.densify.values()):
             raise ValueError(

@@ -50,6 +50,8 @@ class MaskedViT(Student):
         FileNotFoundError, WeightsError: ``checkpoint`` is absent, damaged, no MAE, or of other sizes.
     """
 
+    equal_counts = True
+
     def __init__(
         self,
         arch: str | Mapping[str, Any] = "small",

@@ -15,7 +15,6 @@ from typing import Any
 from mmengine.hooks import CheckpointHook, EMAHook
 from torch import Tensor, nn
 
-from hgkd.masking import visible_count
 from hgkd.training.wrapping import plain_model
 
 _ENDLESS = 10**9
@@ -133,17 +132,12 @@ def cells_text(model: Any) -> str | None:
     """How many cells of an image a masked student sees."""
     mask: Any = getattr(model, "mask", None)
     grid = getattr(model, "mask_grid", None)
-    if grid is None or not hasattr(mask, "mask_ratio"):
+    if grid is None or not hasattr(mask, "describe"):
         return None
-    first, last = mask.mask_ratio, getattr(mask, "final_mask_ratio", mask.mask_ratio)
-    rounding = getattr(mask, "rounding", "round")
     size = getattr(model, "image_size", None)
     cells = f"{grid[0]} x {grid[1]}" + (f" of {size[0] // grid[0]} px" if size else "")
-    count = visible_count(grid[0], grid[1], first, rounding)
-    text = f"{count} of {grid[0] * grid[1]} visible ({cells}, mask_ratio {first:g})"
-    if last != first:
-        text += f" at the beginning, {visible_count(grid[0], grid[1], last, rounding)} ({last:g}) at the end"
-    return text
+    views = model.views_text() if hasattr(model, "views_text") else ""
+    return f"{mask.describe(grid)}{views}; grid {cells}"
 
 
 def images_text(loader: Any, processes: int, dataset: Mapping[str, Any]) -> str:

@@ -325,5 +325,6 @@ def test_what_the_student_sees_is_logged(monkeypatch):
     monkeypatch.setattr("hgkd.distillers.masked.print_log", lambda text, *_: logged.append(text))
     make(image_size=96, mask_ratio=0.6)
     assert logged == [
-        "student: mask grid 3 x 3, 4 of 9 cells visible; pixels normalised by mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)"
+        "student: mask grid 3 x 3, 4 of 9 visible (mask_ratio 0.6); "
+        "pixels normalised by mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)"
     ]

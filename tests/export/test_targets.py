@@ -182,8 +182,10 @@ def test_sparse_cell(tmp_path: Path) -> None:
         export(tmp_path / "a.pth", tmp_path / "new", "sparse", cell=48)
 
 
-def test_whole_student(tmp_path: Path) -> None:
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_whole_student(tmp_path: Path, renormalize: bool) -> None:
     arguments = {"encoder": "test_resnet", "decoder_width": 32, "min_decoder_width": 8, "out_stride": 8, "cell": 64}
+    arguments["renormalize"] = renormalize
     student = SparseUNet(**arguments)
     for parameter in student.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -199,6 +201,13 @@ def test_whole_student(tmp_path: Path) -> None:
     images, visible = torch.rand(2, 3, 128, 128), torch.tensor([[[True, False], [False, True]]]).expand(2, 2, 2)
     with torch.no_grad():
         close(again(images, visible).decoded, student.eval()(images, visible).decoded)
+    # its sparse encoder, with the arithmetic that it was trained with
+    export(tmp_path / "a.pth", tmp_path / "sparse", "sparse")
+    net = load_sparse(tmp_path / "sparse")
+    assert net.sparse_renormalize == renormalize
+    with torch.no_grad():
+        found, trained = (part.forward_features(part.pack(images, visible)).to_dense() for part in (net, student.encoder))
+        close(found, trained)
     # its encoder alone, too
     close(load_backbone(tmp_path / "out").forward_features(images), student.encoder.forward_features(images))
     with pytest.raises(ValueError, match="holds a whole student; leave encoder out"):

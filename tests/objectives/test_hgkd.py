@@ -364,3 +364,31 @@ class TestSeveralBlocks:
     def test_refusals(self, options: dict[str, object], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             prepared(**options)
+
+
+class TestVisibleWeight:
+    def loss(self, values: list[list[float]], **options: object) -> float:
+        objective = prepared(supervise="all", **options)
+        identity(objective, "distill")
+        out = StudentOutput(offsets(values), [], LAYOUT, torch.zeros(1, 3, 8, 8))
+        found = objective(out, TeacherOutput({11: TOKENS}, (2, 2)), LAYOUT)
+        return found["distill"].item()
+
+    def test_by_hand(self) -> None:
+        # smooth L1 of an offset 1 is 1/4, halved by the second channel; upper left and lower right are visible
+        one = 1 / 8
+        assert self.loss([[1.0, 0.0], [0.0, 0.0]], visible_weight=0.5) == pytest.approx(0.5 * one / 3)
+        assert self.loss([[0.0, 1.0], [0.0, 0.0]], visible_weight=0.5) == pytest.approx(one / 3)
+        assert self.loss([[1.0, 1.0], [1.0, 1.0]], visible_weight=0.5) == pytest.approx(one)
+        assert self.loss([[1.0, 1.0], [1.0, 1.0]], visible_weight=4.0) == pytest.approx(one)
+
+    def test_one_is_the_plain_mean(self) -> None:
+        values = [[1.0, 0.5], [2.0, 0.0]]
+        assert self.loss(values, visible_weight=1.0) == self.loss(values)
+
+    @pytest.mark.parametrize(
+        "options", [{"visible_weight": 0.0}, {"visible_weight": -1.0}, {"visible_weight": 0.5, "supervise": "masked"}]
+    )
+    def test_refusals(self, options: dict[str, object]) -> None:
+        with pytest.raises(ValueError, match=r"visible_weight=.* must be above 0, and other than 1 only with supervise='all'"):
+            HGKD(**{"supervise": "all", **options})

@@ -80,6 +80,33 @@ def test_distill_measures_a_recipe(tmp_path, monkeypatch) -> None:
     assert not list(tmp_path.glob("work_dirs/**/*.*")), "nothing is trained, logged or cached"
 
 
+def test_variants_of_a_recipe_are_rows_of_the_table(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    recipe = str(ROOT / "configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py")
+    folders = {key: str(tmp_path / "images") for key in ("data_root", "val_train_root", "val_test_root")}
+    options = [f"{key}={value}" for key, value in {**TINY, **folders}.items()]
+    command = ["distill", recipe, "--batch-size", "2", "--repeats", "1", "--backends", "gather", "--cfg-options", *options]
+    command += [
+        "--variant",
+        "two",
+        "masks_per_image=2",
+        "--variant",
+        "pair",
+        "mask_ratio=[0,0.5]",
+        "model.student.renormalize=True",
+    ]
+    assert benchmark.main([*command, "--json", "out.json"]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [row["backend"] for row in rows] == ["gather", "two", "pair"]
+    assert rows[1]["speedup_over"].keys() == {"gather", "pair"}
+    assert all(row["images_per_s"] > 0 for row in rows)
+    capsys.readouterr()
+    for given, code in ((["two"], "takes a name and KEY=VALUE"), (["gather", "seed=1"], "has the name of a backend")):
+        assert benchmark.main([*command[:8], "--cfg-options", *options, "--variant", *given]) == 2
+        assert code in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,6 +12,7 @@ from tiny_runs import HGKD, ROOT, SPARK, tiny, tiny_hgkd, write_images
 from torch import nn
 
 from hgkd.api import train as train_tool
+from hgkd.masking import RandomMask
 from hgkd.training.in_force import cells_text, images_text, kept_at_once, normalisation, rate_text, store_bytes, tensor_bytes
 from hgkd.weights.files import read_checkpoint
 
@@ -51,11 +52,15 @@ def test_rates():
 
 def test_cells():
     def model(**options):
-        return SimpleNamespace(mask=SimpleNamespace(**options), mask_grid=(7, 7), image_size=(224, 224))
+        return SimpleNamespace(mask=RandomMask(**options), mask_grid=(7, 7), image_size=(224, 224))
 
-    assert cells_text(model(mask_ratio=0.75, rounding="round")) == "12 of 49 visible (7 x 7 of 32 px, mask_ratio 0.75)"
+    assert cells_text(model(mask_ratio=0.75)) == "12 of 49 visible (mask_ratio 0.75); grid 7 x 7 of 32 px"
     assert cells_text(model(mask_ratio=0.6, rounding="floor", final_mask_ratio=0.75)) == (
-        "19 of 49 visible (7 x 7 of 32 px, mask_ratio 0.6) at the beginning, 12 (0.75) at the end"
+        "19 of 49 visible (mask_ratio 0.6) at the beginning, 12 (0.75) at the end; grid 7 x 7 of 32 px"
+    )
+    assert cells_text(model(mask_ratio=[0.0, 0.75], unmasked_share=0.2)) == (
+        "12 to 49 of 49 visible, drawn for each image (mask_ratio 0 to 0.75); all in the last 20 % of the steps; "
+        "grid 7 x 7 of 32 px"
     )
     assert cells_text(nn.Linear(1, 1)) is None
 
@@ -96,7 +101,7 @@ def test_a_run_says_once_what_is_in_force(images, tmp_path):
     runner = train_tool.train(HGKD, tmp_path / "run", options=options)
     found = told(tmp_path / "run")
     assert found["rate"] == "lr 0.00025; LinearLR from 0.01 of it in steps 1 to 2; CosineAnnealingLR to 0 in steps 3 to 4"
-    assert found["cells"] == "2 of 4 visible (2 x 2 of 32 px, mask_ratio 0.6)"
+    assert found["cells"] == "2 of 4 visible (mask_ratio 0.6); grid 2 x 2 of 32 px"
     assert found["images"] == "16 used"
     student = "student 64 x 64 px, mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
     assert found["pixels"] == f"{student}; teacher 64 x 64 px, mean 0.5 0.5 0.5, std 0.5 0.5 0.5"

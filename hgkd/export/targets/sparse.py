@@ -48,9 +48,10 @@ def write(job: Job, *, cell: int | None = None) -> Written:
 
 
 def _write_backbone(job: Job, cell: int) -> Written:
-    save_sparse(sparsify(job.network, cell), job.folder / WEIGHTS_FILE)
-    _describe(job, {"cell": cell})
-    reference = sparsify(job.network, cell, "masked").eval()
+    renormalize = bool(_student_arguments(job.source).get("renormalize", False))  # as it was trained
+    save_sparse(sparsify(job.network, cell, renormalize=renormalize), job.folder / WEIGHTS_FILE)
+    _describe(job, {"cell": cell, "renormalize": renormalize})
+    reference = sparsify(job.network, cell, "masked", renormalize).eval()
     again = load_sparse(job.folder)
 
     def seen(network: nn.Module, images: Tensor) -> Tensor:

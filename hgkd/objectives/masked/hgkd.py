@@ -25,9 +25,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hgkd.errors import coded
 from hgkd.objectives.alignment import (
     block_tokens,
     build_projector,
@@ -40,7 +42,7 @@ from hgkd.objectives.alignment import (
     resolve_block,
 )
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
-from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
+from hgkd.objectives.loss_terms import Distance, LossTerm, MaskedObjective, Setup
 from hgkd.objectives.positions import check_supervise, mean_over, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
@@ -66,6 +68,11 @@ def hgkd_loss(prediction: Tensor, tokens: Tensor, positions: Tensor, *, beta: fl
 def cosine_by_position(prediction: Tensor, target: Tensor) -> Tensor:
     """1 - cosine over channels, in fp32: two maps (B, D, h, w) -> (B, h, w)."""
     return 1.0 - F.cosine_similarity(prediction.float(), target.float(), dim=1)
+
+
+def weighted(distance: Distance, weights: Tensor) -> Distance:
+    """The distance times a weight for each position, (B, gh, gw)."""
+    return lambda prediction, target: distance(prediction, target) * weights
 
 
 def centred_target(normalised: Tensor) -> Tensor:
@@ -100,6 +107,7 @@ class HGKD(MaskedObjective):
         decoder_block: only with 'inferred': decoder block whose hidden state is the target at masked positions.
             None is the last.
         supervise: 'masked', 'visible' or 'all' positions.
+        visible_weight: with ``supervise='all'``, how much a visible position counts against a hidden one: 1 both alike, 0.5 half.
         beta: where smooth L1 turns from square to linear, > 0.
         cosine: weight of the cosine terms, 0 leaves them out.
         projector: 'linear' (1x1 convolution), 'mlp' or 'mlp2'; see :func:`hgkd.objectives.alignment.build_projector`.
@@ -121,6 +129,7 @@ class HGKD(MaskedObjective):
         cosine: float = 0.0,
         projector: str = "linear",
         centre: bool = False,
+        visible_weight: float = 1.0,
     ) -> None:
         super().__init__()
         if target not in TARGETS:
@@ -138,12 +147,21 @@ class HGKD(MaskedObjective):
             raise ValueError(f"beta must be above 0, got {beta}; G2SD and H-GKD use 2.0")
         if cosine < 0:
             raise ValueError(f"cosine is the weight of a loss and must not be negative, got {cosine}")
+        if not visible_weight > 0.0 or (visible_weight != 1.0 and (supervise != "all" or target != "full")):
+            raise coded(
+                "visible-weight",
+                ValueError(
+                    f"visible_weight={visible_weight} must be above 0, and other than 1 only with supervise='all' and "
+                    f"target='full', got {supervise!r} and {target!r}; supervise='masked' leaves visible positions out"
+                ),
+            )
         build_projector(projector, 1, 1)  # refuses an unknown kind here, before training
         self.target = target
         self.supervise = check_supervise(supervise)
         self.beta = beta
         self.cosine = cosine
         self.centre = centre
+        self.visible_weight = visible_weight
         self.projectors = nn.ModuleDict()
         self._projector_kind = projector
         self._blocks = [block] if isinstance(block, int) else list(block)
@@ -227,8 +245,14 @@ class HGKD(MaskedObjective):
         assert teacher_out is not None
         cells = supervised_cells(layout, self.supervise)
         visible = visible_on(layout.visible, self._prepared_grid)
-        count = positions_count(layout, cells, self._prepared_grid) * len(self._blocks)
-        smooth_l1 = partial(smooth_l1_by_position, beta=self.beta)
+        count: float = positions_count(layout, cells, self._prepared_grid) * len(self._blocks)
+        smooth_l1: Distance = partial(smooth_l1_by_position, beta=self.beta)
+        cosine: Distance = cosine_by_position
+        if self.visible_weight != 1.0:  # a weighted mean: the weights stand in its divisor too
+            lost = (1.0 - self.visible_weight) * layout.num_cells / cells
+            count = count * (1.0 - lost)
+            weights = torch.where(visible, self.visible_weight, 1.0)
+            smooth_l1, cosine = weighted(smooth_l1, weights), weighted(cosine, weights)
         found = {}
         for term in self.terms:
             # 'visible' and 'masked' terms are their own positions; the terms of 'full' cover what `supervise` says
@@ -236,7 +260,7 @@ class HGKD(MaskedObjective):
             prediction, target = self.predict(student_out, term), self.target_map(teacher_out, term)
             found[term] = LossTerm(prediction, target, positions, count, smooth_l1)
             if self.cosine:
-                found[f"{term}_cosine"] = LossTerm(prediction, target, positions, count, cosine_by_position, self.cosine)
+                found[f"{term}_cosine"] = LossTerm(prediction, target, positions, count, cosine, self.cosine)
         return found
 
     @property
