@@ -107,7 +107,7 @@ class HGKD(MaskedObjective):
         decoder_block: only with 'inferred': decoder block whose hidden state is the target at masked positions.
             None is the last.
         supervise: 'masked', 'visible' or 'all' positions.
-        visible_weight: with ``supervise='all'``, how much a visible position counts against a hidden one: 1 both alike, 0.5 half.
+        visible_weight: with ``supervise='all'``, how much a visible position counts against a hidden one.
         beta: where smooth L1 turns from square to linear, > 0.
         cosine: weight of the cosine terms, 0 leaves them out.
         projector: 'linear' (1x1 convolution), 'mlp' or 'mlp2'; see :func:`hgkd.objectives.alignment.build_projector`.
