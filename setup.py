@@ -45,13 +45,15 @@ DOWNSTREAM = [
     "pycocotools>=2.0.7,!=2.0.9,!=2.0.10",  # these two: KeyError 'info' on annotations without that entry
 ]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"]
+EDGE = ["openvino>=2025.0", "nncf>=2.17", "ncnn>=1.0.20250503", "pnnx>=20250530"]
 SHARDS = ["webdataset>=1.0"]
-TEST = [*EXPORT, *DOWNSTREAM, *SHARDS, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
+TEST = [*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
 EXTRAS = {
     "downstream": DOWNSTREAM,
     # any spconv build serves; this one has wheels up to Python 3.11
     "spconv": ["spconv-cu120>=2.3.6; python_version < '3.12'", "spconv-cu126>=2.3.8; python_version >= '3.12'"],
     "export": EXPORT,
+    "edge": EDGE,
     "shards": SHARDS,  # to write them; reading needs nothing
     "test": TEST,
     "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],

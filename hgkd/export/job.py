@@ -18,7 +18,17 @@ from hgkd.mmcv_ops import register_ops
 from hgkd.networks.backbones import Source
 from hgkd.pixels import PixelNormalisation, pixel_statistics
 
-EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "mmdet": "downstream", "mmseg": "downstream"}
+EXTRAS = {
+    "openvino": "edge",
+    "nncf": "edge",
+    "ncnn": "edge",
+    "pnnx": "edge",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "mmdet": "downstream",
+    "mmseg": "downstream",
+}
 _DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}  # of the libraries over mmcv
 
 
@@ -150,6 +160,8 @@ class Target:
         write: ``write(job, **options) -> Written``; fills ``job.folder``. Its keyword-only arguments are the target's options.
         part: parts of a student that it can hold.
         hub_library: ``library_name`` of the Hugging Face hub for folders of this target; None: no such layout, no model card.
+        runner: ``runner(file, threads=N)`` -> images in [0, 1] (B, 3, H, W) -> outputs of a file of the table, on the CPU, by
+            which it is timed; None: it cannot be.
     """
 
     name: str
@@ -157,6 +169,7 @@ class Target:
     write: Callable[..., Written]
     part: tuple[str, ...] = ("backbone",)
     hub_library: str | None = None
+    runner: Callable[..., Callable[[Tensor], Tensor]] | None = None
 
     @property
     def options(self) -> tuple[str, ...]:

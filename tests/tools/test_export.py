@@ -32,7 +32,7 @@ def test_export_then_refuse_then_force(tmp_path: Path, capsys: pytest.CaptureFix
         (["gone.pth"], "checkpoint gone.pth does not exist"),
         (["gone.pth", "--to", "tensorflow"], "unknown export target 'tensorflow'"),
         (["gone.pth", "--cell", "32"], "target 'timm' has no option 'cell'; it takes: none"),
-        (["gone.pth", "--latency", "64"], "--latency times ONNX graphs; use --to onnx, or leave it out for --to timm"),
+        (["gone.pth", "--latency", "64"], "--latency times graphs (onnx, openvino, ncnn), and timm is none; leave it out"),
         (["gone.pth", "--to", "onnx", "--latency", "0"], "--latency takes the side of an image in pixels, e.g. 224, got 0"),
         (["gone.pth", "--licence", "mit"], "--licence takes FIELD=TEXT, e.g. weights=apache-2.0, got 'mit'"),
     ],
@@ -75,11 +75,13 @@ def test_graphs_are_timed(tmp_path: Path) -> None:
     graph = onnx.helper.make_graph([node], "tiny", ends[:1], ends[1:])
     opset = onnx.helper.make_opsetid("", 18)
     onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "model.onnx")
-    report = SimpleNamespace(out=tmp_path, table=[{"file": "model.onnx", "bytes": 100}])
+    report = SimpleNamespace(out=tmp_path, target="onnx", table=[{"file": "model.onnx", "bytes": 100}])
     (row,) = export.with_latency(report, 32)
     assert (row["file"], row["bytes"]) == ("model.onnx", 100)
     assert row["ms"] > 0
-    assert [str(column.header) for column in export.graphs_table([row]).columns] == ["file", "bytes", "ms"]
+    assert row["ms, 2 threads"] > 0
+    headers = [str(column.header) for column in export.graphs_table([row]).columns]
+    assert headers == ["file", "bytes", "ms", "ms, 2 threads"]
 
 
 def test_help_lists_every_target(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ from hgkd.weights.files import read_weights
 
 OUTPUTS = ("features", "pooled", "logits")
 PRECISIONS = ("fp32", "fp16", "int8")
-_LEAST_IMAGES = 8
+LEAST_IMAGES = 8
 _INPUT = "images"
 _FUSED_TOLERANCE = 1e-4
 FP16_LARGEST = 65504.0
@@ -95,7 +95,7 @@ def write_onnx(
         opset: version of ONNX's operators, 18 or later; ValueError where torch cannot write it.
         precision: further precisions, of 'fp16' and 'int8'; int8 needs real images.
     """
-    trained = _graph(job, output, classifier)
+    trained = graph_of(job, output, classifier)
     output = trained.output
     for name in precision:
         if name not in PRECISIONS:
@@ -103,8 +103,8 @@ def write_onnx(
     if opset < 18:
         raise ValueError(f"opset must be 18 or later (what torch writes without loss), got {opset}")
     extra = [name for name in PRECISIONS[1:] if name in precision]
-    if "int8" in extra and (job.images is None or len(job.images) < _LEAST_IMAGES):
-        raise ValueError(f"int8 is calibrated and measured on images: give a folder of {_LEAST_IMAGES} or more with images=")
+    if "int8" in extra and (job.images is None or len(job.images) < LEAST_IMAGES):
+        raise ValueError(f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images=")
     known = cast(int, job.network.num_classes) if trained.whole else getattr(trained.classifier, "out_features", None)
     if known is not None and job.labels is not None and job.labels.max() >= known:
         raise ValueError(
@@ -119,11 +119,16 @@ def write_onnx(
     if opset > newest:
         raise ValueError(f"opset {opset} does not exist in onnx {onnx.__version__}; give one of 18 .. {newest}")
 
-    graph, notes = _for_inference(trained)
+    graph, notes = fused_for_inference(trained)
     file = job.folder / "model.onnx"
-    with _quiet():
+    with quiet():
         program: Any = torch.onnx.export(
-            _program(job, graph), dynamo=True, opset_version=opset, input_names=[_INPUT], output_names=[output], verbose=False
+            exported_program(job, graph),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[_INPUT],
+            output_names=[output],
+            verbose=False,
         )
         program.save(str(file))
     written = {entry.domain: entry.version for entry in onnx.load(str(file), load_external_data=False).opset_import}[""]
@@ -136,12 +141,12 @@ def write_onnx(
     table: list[dict[str, Any]] = [{"file": file.name, "precision": "fp32", "bytes": file.stat().st_size}]
     for name in extra:
         lower = job.folder / f"model_{name}.onnx"
-        with _quiet():
+        with quiet():
             notes += _LOWER[name](job, file, lower)
         onnx.checker.check_model(str(lower))
         table.append({"file": lower.name, "precision": name, "bytes": lower.stat().st_size})
     if job.images is not None:
-        table = [{**row, **_agreement(job, output, run, onnx_runner(job.folder / row["file"]))} for row in table]
+        table = [{**row, **agreement(job, output, run, onnx_runner(job.folder / row["file"]))} for row in table]
     tensors = len(onnx.load(str(file)).graph.initializer)
     return Written(
         load_with=f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"
@@ -159,11 +164,11 @@ def write_onnx(
 
 def write_pt2(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
     """``model.pt2``; arguments as :func:`write_onnx`."""
-    trained = _graph(job, output, classifier)
-    graph, notes = _for_inference(trained)
+    trained = graph_of(job, output, classifier)
+    graph, notes = fused_for_inference(trained)
     file = job.folder / "model.pt2"
     memory = io.BytesIO()  # torch's own writer aborts the process when the disk is full
-    torch.export.save(_program(job, graph), memory)
+    torch.export.save(exported_program(job, graph), memory)
     file.write_bytes(memory.getbuffer())
     again = torch.export.load(str(file)).module()
     least = 2 * encoder_levels(job.network)[-1].stride  # torch takes for granted that no axis shrinks to 1 within
@@ -181,10 +186,10 @@ def write_pt2(job: Job, *, output: str | None = None, classifier: str | os.PathL
 
 def write_torchscript(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
     """``model.ts``, traced; arguments as :func:`write_onnx`. For users of it only: torch has declared TorchScript ended."""
-    trained = _graph(job, output, classifier)
-    graph, notes = _for_inference(trained)
+    trained = graph_of(job, output, classifier)
+    graph, notes = fused_for_inference(trained)
     file = job.folder / "model.ts"
-    with _quiet():
+    with quiet():
         traced = torch.jit.trace(graph, torch.rand(2, 3, *job.image_size))
         memory = io.BytesIO()  # see above
         torch.jit.save(traced, memory)
@@ -202,10 +207,10 @@ def write_torchscript(job: Job, *, output: str | None = None, classifier: str | 
     )
 
 
-def onnx_runner(file: Path) -> Callable[[Tensor], Tensor]:
-    """A graph on the CPU, one thread: images in [0, 1] (B, 3, H, W) -> its output."""
+def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
+    """A graph on the CPU: images in [0, 1] (B, 3, H, W) -> its output."""
     (onnxruntime,) = need("onnx", "onnxruntime")
-    session = onnxruntime.InferenceSession(str(file), _one_thread(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(file), _options(threads), providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {_INPUT: images.numpy()})[0])
@@ -213,16 +218,16 @@ def onnx_runner(file: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _one_thread() -> Any:
-    """onnxruntime's options: one thread, errors alone."""
+def _options(threads: int = 1) -> Any:
+    """onnxruntime's options: errors alone are printed."""
     (onnxruntime,) = need("onnx", "onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     return options
 
 
-def _graph(job: Job, output: str | None, classifier: str | os.PathLike[str] | None) -> Graph:
+def graph_of(job: Job, output: str | None, classifier: str | os.PathLike[str] | None) -> Graph:
     if job.part == "classifier":
         if classifier is not None or output not in (None, "logits"):
             raise ValueError("a classifier gives the logits of its own head; leave output and the classifier file out")
@@ -251,7 +256,7 @@ def _linear(file: Path, network: nn.Module) -> nn.Linear:
     return layer
 
 
-def _for_inference(graph: Graph) -> tuple[Graph, list[str]]:
+def fused_for_inference(graph: Graph) -> tuple[Graph, list[str]]:
     """The graph with branches that only training needs fused, in a copy, and what was fused; itself where there are none."""
     network = reparameterize_model(graph.network)
     if len(list(network.modules())) == len(list(graph.network.modules())):
@@ -304,7 +309,7 @@ def _exportable_padding() -> Iterator[None]:
         yield
 
 
-def _program(job: Job, graph: Graph) -> ExportedProgram:
+def exported_program(job: Job, graph: Graph) -> ExportedProgram:
     """The graph for any batch and image size."""
     height, width = job.image_size
     # sides that differ from each other and from those of the proof, so that neither is taken for a constant
@@ -348,7 +353,7 @@ def _reach(file: Path, images: Tensor) -> tuple[float, str]:
     outputs = {output.name for output in model.graph.output}
     nodes = {name: node for node in model.graph.node for name in node.output if name}
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in nodes if name not in outputs)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), _one_thread(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), _options(), providers=["CPUExecutionProvider"])
     for image in images:
         values = zip(session.get_outputs(), session.run(None, {_INPUT: image[None].numpy()}), strict=True)
         found.append(max((_largest(value), _layer(nodes[output.name])) for output, value in values))
@@ -398,7 +403,7 @@ def _write_int8(job: Job, file: Path, lower: Path) -> list[str]:
 _LOWER: dict[str, Callable[[Job, Path, Path], list[str]]] = {"fp16": _write_fp16, "int8": _write_int8}
 
 
-def _agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """How alike two graphs are on the real images that calibrated nothing: every second one.
 
     Returns:
@@ -433,7 +438,7 @@ def _nearest(features: Tensor) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporters' chatter, which users can do nothing about."""
     level = logging.root.manager.disable
     with warnings.catch_warnings():
@@ -445,9 +450,15 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-_PARTS = ("backbone", "classifier")
+PARTS_WITH_GRAPHS = ("backbone", "classifier")
 TARGETS = (
-    Target("onnx", "ONNX for onnxruntime, any batch and size; fp16 and int8 on request", write_onnx, _PARTS),
-    Target("pt2", "torch.export program (.pt2), any batch and size", write_pt2, _PARTS),
-    Target("torchscript", "traced TorchScript, deprecated in torch", write_torchscript, _PARTS),
+    Target(
+        "onnx",
+        "ONNX for onnxruntime, any batch and size; fp16 and int8 on request",
+        write_onnx,
+        PARTS_WITH_GRAPHS,
+        runner=onnx_runner,
+    ),
+    Target("pt2", "torch.export program (.pt2), any batch and size", write_pt2, PARTS_WITH_GRAPHS),
+    Target("torchscript", "traced TorchScript, deprecated in torch", write_torchscript, PARTS_WITH_GRAPHS),
 )

@@ -1,0 +1,249 @@
+"""Runtimes of small devices: OpenVINO (Intel's CPUs, GPUs and NPUs) and ncnn (phones; Tencent's, BSD-3).
+
+Each file is read back by its own runtime, on the CPU and in fp32, and compared before it is called done. Images in [0, 1], RGB,
+of any size: the normalisation is inside. Networks with branches that only training needs leave fused, as for ONNX.
+
+* ``openvino``: ``model.xml`` and ``.bin`` (IR), of any batch. fp16 stores weights in half the bytes, and each device computes
+  in the precision that it prefers; int8 is NNCF's static quantisation, calibrated on every second one of the given images.
+* ``ncnn``: ``model.ncnn.param`` and ``.bin``, written by pnnx (https://github.com/pnnx/pnnx) from a traced graph. fp16 stores
+  weights in half the bytes. ncnn takes one image at a time.
+
+OpenVINO's tools report their use to Intel unless the user has said no. Run from here they report nothing.
+
+An int8 or fp16 file differs from fp32 on purpose: by how much is measured on images that calibrated nothing, and reported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from hgkd.errors import coded, unknown_name_message
+from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
+from hgkd.export.targets.graphs import (
+    LEAST_IMAGES,
+    PARTS_WITH_GRAPHS,
+    agreement,
+    exported_program,
+    fused_for_inference,
+    graph_of,
+    quiet,
+)
+
+_TOLERANCE = 1e-4  # kernels of another library (Winograd's products, fused activations) round in another order
+
+
+def write_openvino(
+    job: Job,
+    *,
+    output: str | None = None,
+    classifier: str | os.PathLike[str] | None = None,
+    precision: Sequence[str] = (),
+) -> Written:
+    """``model.xml`` with ``model.bin``, and ``model_fp16`` and ``model_int8`` when asked for.
+
+    Args:
+        output, classifier: as for ONNX, see :func:`hgkd.export.targets.graphs.write_onnx`.
+        precision: further precisions, of 'fp16' and 'int8'; int8 needs real images.
+    """
+    extra = _precisions(job, precision, ("fp16", "int8"))
+    trained = graph_of(job, output, classifier)
+    graph, notes = fused_for_inference(trained)
+    with _unreported(), quiet():
+        (openvino,) = need("openvino", "openvino")
+        nncf = need("openvino", "nncf")[0] if "int8" in extra else None
+        model = openvino.convert_model(exported_program(job, graph))
+        model.inputs[0].get_tensor().set_names({"images"})
+        model.outputs[0].get_tensor().set_names({trained.output})
+        model.reshape({0: openvino.PartialShape([-1, 3, -1, -1])})
+        openvino.save_model(model, job.folder / "model.xml", compress_to_fp16=False)
+        for name in extra:
+            lower = model
+            if nncf is not None and name == "int8":
+                images = cast(Tensor, job.images)[::2]
+                lower = nncf.quantize(model, nncf.Dataset([image[None].numpy() for image in images]), subset_size=len(images))
+            openvino.save_model(lower, job.folder / f"model_{name}.xml", compress_to_fp16=name == "fp16")
+    files = {name: job.folder / f"model{_suffix(name)}.xml" for name in ("fp32", *extra)}
+    run = openvino_runner(files["fp32"])
+    return Written(
+        load_with=f"model = openvino.Core().compile_model('{job.out / 'model.xml'}', 'CPU')\n"
+        "model(images)[0]  # float32 in [0, 1], (B, 3, H, W)",
+        proven_with=f"openvino {openvino.get_version()}",
+        reloaded=run,
+        expected=trained,
+        tensors=len(graph.state_dict()),
+        parameters=count_parameters(graph),
+        notes=[f"input images in [0, 1], any batch and size; output {trained.output}", *notes],
+        table=_table(job, trained.output, files, openvino_runner),
+        tolerance=_TOLERANCE,
+    )
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Within, the tools of OpenVINO act as for a user who has declined to report their use."""
+    with ExitStack() as stack:
+        try:
+            telemetry = importlib.import_module("openvino_telemetry.main")
+        except ImportError:
+            pass  # then nothing is reported
+        else:
+            declined = telemetry.ConsentCheckResult.DECLINED
+            stack.enter_context(mock.patch.object(telemetry.OptInChecker, "check", return_value=declined))
+        yield
+
+
+def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
+    """A graph of OpenVINO's on the CPU, in fp32: images in [0, 1] (B, 3, H, W) -> its output."""
+    with _unreported():
+        (openvino,) = need("openvino", "openvino")
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+
+    def run(images: Tensor) -> Tensor:
+        # the request owns its result and writes into it again
+        return torch.from_numpy(compiled(images.numpy())[0].copy())
+
+    return run
+
+
+def write_ncnn(
+    job: Job,
+    *,
+    output: str | None = None,
+    classifier: str | os.PathLike[str] | None = None,
+    precision: Sequence[str] = (),
+) -> Written:
+    """``model.ncnn.param`` with ``.bin``, and ``model_fp16`` when asked for; arguments as :func:`write_openvino`."""
+    extra = _precisions(job, precision, ("fp16",))
+    trained = graph_of(job, output, classifier)
+    ncnn, pnnx = need("ncnn", "ncnn", "pnnx")
+    graph, notes = fused_for_inference(trained)
+    height, width = job.image_size
+    shapes = [(1, 3, height, width), (1, 3, height + 64, width + 128)]  # what differs between the two is free
+    traced = job.folder / "traced.pt"
+    with quiet(), torch.no_grad():
+        torch.jit.trace(graph, torch.rand(shapes[0])).save(str(traced))
+    files = {name: job.folder / f"model{_suffix(name)}.ncnn.param" for name in ("fp32", *extra)}
+    for name, file in files.items():
+        _convert(pnnx, traced, shapes, file, half=name == "fp16")
+    traced.unlink()
+    return Written(
+        load_with=f"net = ncnn.Net(); net.load_param('{job.out / files['fp32'].name}'); "
+        f"net.load_model('{job.out / files['fp32'].with_suffix('.bin').name}')\n"
+        "take = net.create_extractor(); take.input('in0', ncnn.Mat(image)); take.extract('out0')  # image (3, H, W) in [0, 1]",
+        proven_with=f"ncnn {ncnn.__version__}",
+        reloaded=ncnn_runner(files["fp32"]),
+        expected=trained,
+        tensors=len(graph.state_dict()),
+        parameters=count_parameters(graph),
+        notes=[f"input 'in0': one image (3, H, W) in [0, 1], any size; output 'out0': {trained.output}", *notes],
+        table=_table(job, trained.output, files, ncnn_runner),
+        tolerance=_TOLERANCE,
+    )
+
+
+def ncnn_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
+    """A network of ncnn's on the CPU, in fp32: images in [0, 1] (B, 3, H, W), one after the other -> its output.
+
+    Raises:
+        ExportError: ncnn does not take the file, or cannot run a layer.
+    """
+    (ncnn,) = need("ncnn", "ncnn")
+    net = ncnn.Net()
+    net.opt.num_threads, net.opt.use_vulkan_compute = threads, False
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = net.opt.use_bf16_storage = False
+    if net.load_param(str(file)) != 0 or net.load_model(str(file.with_suffix(".bin"))) != 0:
+        raise coded("ncnn-refuses-file", ExportError(f"ncnn does not read {file.name}; {_unknown_layers(file)}"))
+
+    def run(images: Tensor) -> Tensor:
+        made = []
+        for image in images:
+            extractor = net.create_extractor()
+            extractor.input("in0", ncnn.Mat(image.contiguous().numpy()))
+            failed, found = extractor.extract("out0")
+            if failed:
+                raise coded("ncnn-fails", ExportError(f"ncnn fails on {file.name} (code {failed}); {_unknown_layers(file)}"))
+            made.append(torch.tensor(found.numpy()))
+        return torch.stack(made)
+
+    return run
+
+
+def _convert(pnnx: Any, traced: Path, shapes: Sequence[tuple[int, ...]], file: Path, half: bool) -> None:
+    """Let pnnx write ``file`` and its weights, and nothing else."""
+    # every file that it writes is named: by default they lie around the traced one
+    stem = file.with_suffix("")
+    by_products = {
+        kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("pnnxparam", "pnnxbin", "pnnxpy", "pnnxonnx", "ncnnpy")
+    }
+    outputs = {"ncnnparam": file, "ncnnbin": file.with_suffix(".bin"), **by_products}
+    inputs = [f"inputshape{number}=[{','.join(map(str, shape))}]f32" for number, shape in zip(("", "2"), shapes, strict=True)]
+    command = [pnnx.EXEC_PATH, traced, *inputs, f"fp16={int(half)}", *(f"{kind}={path}" for kind, path in outputs.items())]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode or not file.is_file():
+        said = (done.stderr or done.stdout).strip().splitlines()[-3:]
+        raise coded(
+            "pnnx-fails",
+            ExportError(f"pnnx cannot convert this network (exit code {done.returncode}): {' / '.join(said)}; use --to onnx"),
+        )
+    for path in by_products.values():
+        path.unlink(missing_ok=True)
+
+
+def _unknown_layers(file: Path) -> str:
+    """The operators that pnnx left as torch's, which ncnn does not have, as a text."""
+    lines = file.read_text(encoding="utf-8").splitlines()[2:]
+    found = sorted({kind for line in lines if line for kind in [line.split()[0]] if "." in kind or "::" in kind})
+    return f"it lacks {', '.join(found)}; use --to onnx or openvino" if found else "use --to onnx or openvino"
+
+
+def _precisions(job: Job, asked: Sequence[str], known: tuple[str, ...]) -> list[str]:
+    for name in asked:
+        if name not in ("fp32", *known):
+            raise coded("precision-unknown", ValueError(unknown_name_message("precision", name, ("fp32", *known))))
+    if "int8" in asked and (job.images is None or len(job.images) < LEAST_IMAGES):
+        raise coded(
+            "int8-needs-images",
+            ValueError(f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images="),
+        )
+    return [name for name in known if name in asked]
+
+
+def _suffix(precision: str) -> str:
+    return "" if precision == "fp32" else f"_{precision}"
+
+
+def _table(
+    job: Job, output: str, files: dict[str, Path], runner: Callable[[Path], Callable[[Tensor], Tensor]]
+) -> list[dict[str, Any]]:
+    """Size of each file, and with real images how alike it is to fp32."""
+    full = runner(files["fp32"])
+    rows = []
+    for precision, file in files.items():
+        row: dict[str, Any] = {"file": file.name, "precision": precision, "bytes": file.with_suffix(".bin").stat().st_size}
+        if job.images is not None:
+            row |= agreement(job, output, full, runner(file))
+        rows.append(row)
+    return rows
+
+
+TARGETS = (
+    Target(
+        "openvino",
+        "OpenVINO IR, any batch and size; fp16 and int8 on request",
+        write_openvino,
+        PARTS_WITH_GRAPHS,
+        runner=openvino_runner,
+    ),
+    Target("ncnn", "ncnn, by pnnx, any size; fp16 on request", write_ncnn, PARTS_WITH_GRAPHS, runner=ncnn_runner),
+)
