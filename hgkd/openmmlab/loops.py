@@ -135,18 +135,7 @@ class StoppableEpochLoop(_Stoppable, EpochBasedTrainLoop):
     """mmengine's ``EpochBasedTrainLoop``, see the module's header."""
 
     def check_position(self, source: str, meta: Mapping[str, Any]) -> str | None:
-        """Refuse to go on in the middle of an epoch of other images or batches; after an epoch, count in this run's steps.
-
-        Args:
-            source: name of the checkpoint, for messages.
-            meta: the checkpoint's.
-
-        Returns:
-            What has changed between two epochs; None: nothing.
-
-        Raises:
-            ValueError: it was written in the middle of an epoch, and images, batch size or number of processes are others now.
-        """
+        """As :meth:`hgkd.training.loop.ExactEpochLoop.check_position`; mmengine's message hub says how far it was."""
         done, steps = self.runner.message_hub.runtime_info.get(_POSITION, (0, 0))
         now, differ = len(self.dataloader), images_that_differ(meta, self.runner)
         if done and (differ or steps != now):

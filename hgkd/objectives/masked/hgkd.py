@@ -41,7 +41,7 @@ from hgkd.objectives.alignment import (
 )
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
 from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
-from hgkd.objectives.positions import check_supervise, mean_over, supervised_cells, supervised_positions, visible_on
+from hgkd.objectives.positions import check_supervise, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
@@ -49,18 +49,6 @@ if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
 
 TARGETS = ("full", "inferred")
-
-
-def hgkd_loss(prediction: Tensor, tokens: Tensor, positions: Tensor, *, beta: float = 2.0) -> Tensor:
-    """The loss as a function: scalar fp32.
-
-    Args:
-        prediction: (B, D, gh, gw).
-        tokens: raw teacher tokens (B, D, gh, gw); normalised here.
-        positions: bool (B, gh, gw), True where supervised; at least one.
-    """
-    values = smooth_l1_by_position(prediction, layer_norm0(tokens), beta)
-    return mean_over(values, positions, positions.sum())
 
 
 def cosine_by_position(prediction: Tensor, target: Tensor) -> Tensor:
