@@ -95,7 +95,7 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
     return plan
 
 
-def _fill(value: Any, values: Mapping[str, str]) -> Any:
+def _fill(value: object, values: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         try:
             return value.format_map(values)

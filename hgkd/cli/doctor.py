@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_file
+from timm.models import VisionTransformer
 from timm.models.beit import Beit
 from torch import Tensor
 
@@ -137,7 +138,7 @@ def _network(file: str, name: str | None, weights: Mapping[str, Tensor]) -> tupl
                     raise ValueError(f"{file} is a MAE with its decoder, whose network it describes itself; leave --name out")
                 arch = arch_of(weights, file, 1, 1)  # heads change no shape
                 check_channels(arch.in_chans, f"the number of channels of {file}")
-                network: Any = MaskedAutoencoder(arch)
+                network = MaskedAutoencoder(arch)
                 match(network, weights, source=file)
             else:
                 network = build_vit(name) if name is not None else vit_of(weights, file)
@@ -159,7 +160,7 @@ def _grid(weights: Mapping[str, Tensor], prefix: int) -> tuple[int, int] | None:
     return None
 
 
-def _targets(network: Any, obstacle: str | None, decoder: bool) -> dict[str, str]:
+def _targets(network: VisionTransformer | Beit, obstacle: str | None, decoder: bool) -> dict[str, str]:
     if obstacle is not None:
         return dict.fromkeys(TARGETS, f"no: {obstacle}")
     beit = isinstance(network, Beit)

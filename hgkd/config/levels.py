@@ -19,7 +19,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing"})()
+MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _LOCK = threading.RLock()
 _ATTRIBUTE = "_hgkd_level"
 
@@ -49,7 +49,7 @@ class Level:
         """What this level itself says of a path: [value], [MISSING] where it replaces what is around by something without
         it, None where it says nothing.
         """
-        node: Any = self.own
+        node = self.own
         for step in path:
             if isinstance(node, Mapping):
                 if step not in node:
@@ -84,7 +84,7 @@ class Levels:
         except KeyError as error:  # an index beyond the end of a list
             raise ValueError(f"{', '.join(typed or ())}: {error.args[0]}") from error
 
-    def setter(self, path: Sequence[str], value: Any) -> Level:
+    def setter(self, path: Sequence[str], value: object) -> Level:
         """Who has set a path to the value that it has."""
         found = self._typed.setter(path)
         said = None if found is None else found.value(path)
@@ -104,7 +104,7 @@ def nested(options: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def same(left: Any, right: Any) -> bool:
+def same(left: object, right: object) -> bool:
     """Equal, where a tuple may be written as a list."""
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(same, left, right))
@@ -190,7 +190,7 @@ def _noted() -> Iterator[_Note]:
     read, merge = Config._file2dict, Config._merge_a_into_b
     thread, open_files = threading.get_ident(), [_Note("")]
 
-    def noting_read(filename: str, *args: Any, **options: Any) -> Any:
+    def noting_read(filename: str, *args: object, **options: object) -> object:
         if threading.get_ident() != thread:
             return read(filename, *args, **options)
         note = _Note(str(filename))
@@ -201,7 +201,7 @@ def _noted() -> Iterator[_Note]:
         finally:
             open_files.pop()
 
-    def noting_merge(a: Any, b: Any, *args: Any, **options: Any) -> Any:
+    def noting_merge(a: Mapping[str, Any], b: object, *args: object, **options: object) -> object:
         note = open_files[-1]
         if threading.get_ident() == thread and note.own is None:  # the first merge of a file is of the whole of it
             note.own = copy.deepcopy(dict(a))

@@ -34,7 +34,7 @@ class ShortOption:
     existing: tuple[str, ...] = ()
     kind: str = "text"
     linked: bool = False
-    idle: Any = None
+    idle: object = None
 
 
 _TRAIN, _BANK, _QUERY = "train_dataloader.dataset", "val_dataloader.dataset.bank", "val_dataloader.dataset.query"
@@ -156,7 +156,7 @@ def _settle(cfg: Config, levels: Levels, name: str, option: ShortOption) -> Leve
     return level
 
 
-def _disagreement(name: str, value: Any, level: Level, place: str, found: Any, by: Level) -> str:
+def _disagreement(name: str, value: object, level: Level, place: str, found: object, by: Level) -> str:
     """Two settings of one thing, neither of which is later."""
     if level is by:
         return (
@@ -186,7 +186,7 @@ def _places_of(cfg: Config, option: ShortOption) -> dict[str, tuple[tuple[str, .
 def _locate(cfg: Config, place: str) -> tuple[tuple[str, ...], Any] | None:
     """The path of a place with indices of lists, and the dict that holds its last step; None when there is none."""
     *steps, last = place.split(".")
-    node: Any = cfg
+    node = cfg
     path: list[str] = []
     for step in steps:
         if isinstance(node, (list, tuple)):
@@ -210,8 +210,8 @@ def _index(entries: Sequence[Any], step: str) -> int | None:
     return next((i for i, entry in enumerate(entries) if isinstance(entry, Mapping) and entry.get("type") == step), None)
 
 
-def _write(cfg: Config, path: Sequence[str], value: Any) -> None:
-    node: Any = cfg
+def _write(cfg: Config, path: Sequence[str], value: object) -> None:
+    node = cfg
     for step in path[:-1]:
         node = node[int(step)] if isinstance(node, (list, tuple)) else node[step]
     if value is None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.utils import import_modules_from_strings
 from torch.utils.data import default_collate
 
@@ -86,7 +87,7 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
         import_modules_from_strings(**cfg.custom_imports)
     state = read_run_checkpoint(weights)["state_dict"]
     dataset = DATASETS.build({"_scope_": "hgkd", **cfg.train_dataloader.dataset})
-    model: Any = MODELS.build({"_scope_": "hgkd", **cfg.model}).to(device)
+    model = MODELS.build({"_scope_": "hgkd", **cfg.model}).to(device)
     found = []
     for entry in steps:
         load_strict(model, state, source=str(weights), finite=False)  # it may be what is looked for
@@ -100,7 +101,7 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
     return found
 
 
-def _replay_step(model: Any, batch: Mapping[str, Any], entry: Mapping[str, Any]) -> ReplayedStep:
+def _replay_step(model: BaseModel, batch: Mapping[str, Any], entry: Mapping[str, Any]) -> ReplayedStep:
     model.train()
     model.zero_grad(set_to_none=True)
     with watch_nonfinite(model) as seen:

@@ -106,7 +106,7 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
         """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""
 
     def forward(  # type: ignore[override]
-        self, inputs: Tensor, mode: str = "tensor", **data: Any
+        self, inputs: Tensor, mode: str = "tensor", **data: Tensor
     ) -> dict[str, Tensor] | list[ClassSample] | Tensor:
         """Losses, answers or logits of a batch.
 

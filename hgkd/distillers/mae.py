@@ -77,7 +77,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         """Nothing: the network has set its weights itself."""
 
     def forward(  # type: ignore[override]
-        self, inputs: Tensor, mode: str = "tensor", **data: Any
+        self, inputs: Tensor, mode: str = "tensor", **data: object
     ) -> dict[str, Tensor] | list[FeatureSample] | Tensor:
         """Loss, features or samples of a batch.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from mmengine.evaluator import BaseMetric
@@ -29,12 +28,12 @@ class ClassificationMetric(BaseMetric):
 
     default_prefix = "accuracy"
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.confusion: NDArray[np.int64] | None = None
         self.predictions: dict[int, int] = {}
 
-    def process(self, data_batch: Any, data_samples: Sequence[ClassSample]) -> None:
+    def process(self, data_batch: object, data_samples: Sequence[ClassSample]) -> None:
         """Keep each image's five best classes.
 
         Raises:

@@ -70,7 +70,7 @@ def make_result(
     train_images: int | None,
     settings: Mapping[str, Any],
     seed: int = 0,
-    **extra: Any,
+    **extra: object,
 ) -> dict[str, Any]:
     """The result of one method, see the module's header.
 

@@ -42,7 +42,7 @@ def export(
     labels: bool = False,
     value_range: Sequence[float] | None = None,
     licences: Mapping[str, str] | None = None,
-    **options: Any,
+    **options: object,
 ) -> ExportReport:
     """Write a student as a folder that others load, after reading it back and comparing outputs.
 

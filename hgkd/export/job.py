@@ -71,10 +71,10 @@ class Job:
         """What a target must reproduce: the last feature map (B, C, h, w) of images in [0, 1]; of a classifier its logits."""
         return self.run(self.network, self.normalise(images))
 
-    def run(self, network: Any, inputs: Tensor) -> Tensor:
+    def run(self, network: nn.Module, inputs: Tensor) -> Tensor:
         """The same of any network of timm's, from normalised images."""
-        out: Tensor = network(inputs) if self.part == "classifier" else network.forward_features(inputs)
-        return out
+        run = network if self.part == "classifier" else network.forward_features
+        return cast(Callable[[Tensor], Tensor], run)(inputs)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class MaskedObjective(Objective):
     :meth:`predict` and :meth:`target_map` as well, of which pictures are made during the training.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if cls.terms is not MaskedObjective.terms:
             absent = [name for name in ("predict", "target_map") if getattr(cls, name) is getattr(MaskedObjective, name)]

@@ -121,12 +121,12 @@ class TimmBackbone(BaseModule):
         return [layer for name, layer in layers if self.norm_eval or f"{name}.weight" in self._frozen]
 
 
-def _without_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _without_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
     for key in [key for key in state if key.startswith(prefix + _INNER)]:
         state[prefix + key[len(prefix + _INNER) :]] = state.pop(key)
 
 
-def _with_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def _with_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *args: object) -> None:
     own = {
         key.removeprefix(_INNER) for key, _ in (*module.named_parameters(), *module.named_buffers()) if key.startswith(_INNER)
     }

@@ -23,7 +23,7 @@ def check_xml_files(dataset: Mapping[str, Any], file: Path, classes: Sequence[st
         DataError: one cannot be read, or none holds an object of the classes.
         FileNotFoundError: a file that is listed is missing.
     """
-    built: Any = roots.DATASETS.build({**dataset, "lazy_init": True, "pipeline": []})
+    built = roots.DATASETS.build({**dataset, "lazy_init": True, "pipeline": []})
     try:
         entries = built.load_data_list()
     except FileNotFoundError as error:

@@ -22,7 +22,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +171,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _fused(rows: Tensor) -> Any:
+def _fused(rows: Tensor) -> ModuleType | None:
     """The module of Triton kernels where they serve these rows, else None."""
     if not rows.is_cuda or not _has_triton():
         return None

@@ -7,6 +7,7 @@ other backends hand over to it then.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.packed import _side_of
-from hgkd.sparse.tensor import Rule, SparseTensor, function_rule, plain_torch
+from hgkd.sparse.tensor import Arguments, Function, Options, Rule, SparseTensor, function_rule, plain_torch
 
 
 class MaskedTensor(SparseTensor):
@@ -80,7 +81,7 @@ class MaskedTensor(SparseTensor):
 
 
 @function_rule("batch_norm", on=(MaskedTensor,))
-def _batch_norm(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _batch_norm(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     if owner.channel_dim != 1:
         raise NoSparseRuleError("batch_norm on a sparse feature map in channels-last order; permute first")
     x = args[0] if args else kwargs.pop("input")
@@ -97,7 +98,7 @@ def _batch_norm(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
 
 
 @function_rule("conv2d", on=(MaskedTensor,))
-def _conv2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _conv2d(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = conv_arguments(args, kwargs)
     x = given.pop("input")
     _check(x, "conv2d", given["weight"].shape[2:], given)
@@ -105,7 +106,7 @@ def _conv2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTen
 
 
 @function_rule("max_pool2d", on=(MaskedTensor,))
-def _max_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _max_pool2d(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = max_pool_arguments(args, kwargs)
     x = given.pop("input")
     _check(x, "max_pool2d", given["kernel_size"], given)
@@ -114,7 +115,7 @@ def _max_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
 
 
 @function_rule("avg_pool2d", on=(MaskedTensor,))
-def _avg_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _avg_pool2d(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = avg_pool_arguments(args, kwargs)
     x = given.pop("input")
     _check(x, "avg_pool2d", given["kernel_size"], given)
@@ -122,7 +123,7 @@ def _avg_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
     return x.like(F.avg_pool2d(x.zeroed, **given))
 
 
-def _check(x: MaskedTensor, what: str, kernel: Any, given: dict[str, Any]) -> None:
+def _check(x: MaskedTensor, what: str, kernel: int | Sequence[int], given: dict[str, Any]) -> None:
     """The same refusals as the packed backend."""
     if x.channel_dim != 1:
         raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")

@@ -26,9 +26,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from hgkd.data.sampler import EpochSampler, mixed_seed
 from hgkd.errors import DivergedError
@@ -282,7 +284,7 @@ def idle_parameters(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
 
 
-def idle_in_any(parallel: Any, guard: GuardedOptimWrapper, data_batch: Any, seed: int, step: int) -> list[str]:
+def idle_in_any(parallel: object, guard: GuardedOptimWrapper, data_batch: object, seed: int, step: int) -> list[str]:
     """Names of the trained parameters that no process's loss of its batch reaches; nothing is changed.
 
     Before the first step that is data-parallel, since ``DistributedDataParallel`` waits for the gradients of all of them.
@@ -291,7 +293,7 @@ def idle_in_any(parallel: Any, guard: GuardedOptimWrapper, data_batch: Any, seed
         parallel: the model in its wrapper.
         seed, step: the random numbers are those that the step will have.
     """
-    model: Any = getattr(parallel, "module", parallel)
+    model: BaseModel = getattr(parallel, "module", parallel)
     with unchanged(model):
         seed_step(seed, get_rank(), step)
         with guard.wrapper.optim_context(model):
@@ -314,7 +316,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
 
     _iter: int
 
-    def __init__(self, runner: Runner, dataloader: Any, **options: Any) -> None:
+    def __init__(self, runner: Runner, dataloader: DataLoader[Any] | dict[str, Any], **options: object) -> None:
         super().__init__(runner, dataloader, **options)
         self.interrupted = False
         self.guard: GuardedOptimWrapper | None = None
@@ -414,13 +416,13 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         runner.call_hook("after_train_epoch")
         self._epoch += 1
 
-    def run_iter(self, idx: int, data_batch: Any) -> None:
+    def run_iter(self, idx: int, data_batch: object) -> None:
         """One step, which depends on (seed, process, step), the batch and the weights, and on nothing else.
 
         Hooks get the step's losses as numbers, already read from the device.
         """
         guard = cast(GuardedOptimWrapper, self.guard)
-        runner: Any = self.runner
+        runner = self.runner
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         first, self._first = self._first, False
         if first:

@@ -49,7 +49,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _PREFIXES = ("module.", "network.", "backbone.", "encoder.")
 
 
-def _statistic_of_history(owner: Any, name: str) -> Any:
+def _statistic_of_history(owner: object, name: str) -> object:
     """Stands in for ``getattr``, by which a pickled ``HistoryBuffer`` names its statistics, and reaches nothing else."""
     if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr({owner!r}, {name!r})")
@@ -59,7 +59,7 @@ def _statistic_of_history(owner: Any, name: str) -> Any:
 def _under_name(function: Any, module: str, name: str) -> Callable[..., Any]:
     """A function that a pickle finds as ``module.name``: numpy 1 and 2 have different homes for the same function."""
 
-    def stand_in(*args: Any) -> Any:
+    def stand_in(*args: object) -> object:
         return function(*args)
 
     stand_in.__module__, stand_in.__name__, stand_in.__qualname__ = module, name, name
@@ -230,7 +230,7 @@ def read_weights(path: str | os.PathLike[str], entry: str | None = None) -> dict
     return tensors_of(read_checkpoint(path), source=str(path), entry=entry)
 
 
-def tensors_of(content: Any, *, source: str, entry: str | None = None) -> dict[str, Tensor]:
+def tensors_of(content: object, *, source: str, entry: str | None = None) -> dict[str, Tensor]:
     """What :func:`read_weights` makes of a file's content.
 
     Args:
@@ -279,7 +279,7 @@ def tensors_of(content: Any, *, source: str, entry: str | None = None) -> dict[s
 def _usual_place(content: Mapping[Any, Any]) -> str:
     """Where a training script usually keeps its weights: names joined by dots, '' for the file itself."""
     place: list[str] = []
-    found: Any = content
+    found = content
     for _ in range(3):
         inner = next((k for k in _WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(k), Mapping)), None)
         if inner is None:

@@ -200,7 +200,7 @@ def _folder(path: Path) -> WeightFile:
     return WeightFile(path, Kind.EXPORT, detail=f"{part} for {target}", card=card)
 
 
-def _file(path: Path, content: Any, entry: str | None) -> WeightFile:
+def _file(path: Path, content: object, entry: str | None) -> WeightFile:
     hgkd = hgkd_of(content)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     names = [str(key) for key in state] if isinstance(state, Mapping) else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from mmengine.hooks import Hook
@@ -80,10 +79,10 @@ class TermShareHook(Hook):
         if not hasattr(model, "term_report"):
             raise ValueError(f"TermShareHook measures a distillation, but a {type(model).__name__} is none; remove the hook")
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         if runner.iter % self.interval:
             return
-        model: Any = plain_model(runner)
+        model = plain_model(runner)
         with untouched(model), runner.optim_wrapper.optim_context(model):
             data = model.data_preprocessor(data_batch, True)
             losses, vs_mean = model.term_report(data["inputs"], data.get("index"))
