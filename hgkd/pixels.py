@@ -40,7 +40,7 @@ def check_pixels(mean: object, std: object, where: str) -> PixelStatistics:
 
 
 def check_normalize(normalize: object, where: str) -> PixelStatistics:
-    """What a user gives as ``normalize=(mean, std)``; see :func:`check_pixels`.
+    """Check a user's ``normalize=(mean, std)``; see :func:`check_pixels`.
 
     Raises:
         ValueError: it is not a pair of triples, or they are wrong.

@@ -52,7 +52,7 @@ class Job:
 
     @property
     def train_command(self) -> list[str]:
-        """What a user would type, without the interpreter."""
+        """The command line that does a job, without the interpreter."""
         pairs = [f"{key}={option_text(key, value)}" for key, value in self.options.items()]
         return ["train", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *pairs]
 

@@ -1,4 +1,4 @@
-"""What a user types: ``--device``, and ``--cfg-options KEY=VALUE``.
+"""Parsing of ``--device`` and of ``--cfg-options KEY=VALUE``.
 
 Values are read as mmengine's ``DictAction`` does, except that texts stay as typed: it takes blanks out of every value,
 makes lists of what has a comma and numbers of folders that are called 2024.
@@ -62,7 +62,7 @@ def option_value(key: str, text: str) -> object:
 
 
 def option_text(key: str, value: object) -> str:
-    """What to type for a value: the inverse of :func:`option_value`, but that tuples become lists."""
+    """Text to type for a value: the inverse of :func:`option_value`, except that tuples become lists."""
     if isinstance(value, str):
         return value if option_value(key, value) == value else repr(value)
     return _inside(value) if isinstance(value, (list, tuple)) else str(value)

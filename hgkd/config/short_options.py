@@ -43,7 +43,7 @@ _VAL = "val_dataloader.dataset"
 SHORT_OPTIONS: dict[str, ShortOption] = {
     "data_root": ShortOption((f"{_TRAIN}.data_root",), "folder of the training images"),
     "list_file": ShortOption((f"{_TRAIN}.list_file",), "text file naming the training images, one a line"),
-    "limit": ShortOption((f"{_TRAIN}.limit",), "use only so many training images", kind="whole"),
+    "limit": ShortOption((f"{_TRAIN}.limit",), "maximum number of training images", kind="whole"),
     "val_train_root": ShortOption((f"{_BANK}.data_root",), "labelled images, one folder a class: the k-NN's memory"),
     "val_test_root": ShortOption((f"{_QUERY}.data_root",), "labelled images that the k-NN must classify"),
     "image_size": ShortOption(

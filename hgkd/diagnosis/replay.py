@@ -30,7 +30,7 @@ from hgkd.weights.run_folder import read_run_checkpoint
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """What a step did when it was done again.
+    """Result of a step that was done again.
 
     Attributes:
         step: its number, from 0.
@@ -64,7 +64,7 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
     """Do the steps of a dump again, each from the dump's weights, since none of them changed these.
 
     Args:
-        dump: ``nonfinite_step_<n>_rank_<r>.json``; the checkpoint that it names lies beside it.
+        dump: ``nonfinite_step_<n>_rank_<r>.json``; the checkpoint that it names lies next to it.
         trusted: the dump's config may import code of yours (``custom_imports``, types that are import paths).
 
     Raises:

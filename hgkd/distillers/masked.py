@@ -219,7 +219,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         return losses, {name: weight * term.loss_of_mean() for name, (weight, term) in found.items()}
 
     def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
-        """What student and teacher make of a batch; the teacher's part by name of the objective."""
+        """Outputs of student and teacher for a batch; the teacher's by name of the objective."""
         check_size(images, self.image_size)
         # 1. mirror some of the images, and draw the visible cells
         flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
@@ -253,7 +253,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def teach(
         self, images: Tensor, visible: Tensor, index: Tensor | None = None, flipped: Tensor | None = None
     ) -> dict[str, TeacherOutput]:
-        """What the teacher says to each objective that asked: objective name -> output.
+        """The teacher's outputs for the objectives that ask for one: objective name -> output.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
@@ -311,7 +311,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         return blocks
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
+        """Description of the network for checkpoints, under ``meta['hgkd']``."""
         return {**self.student.description(), "format": FORMAT}
 
 

@@ -22,7 +22,7 @@ class ClassificationMetric(BaseMetric):
     With K < 5 classes ``top5`` is 100. An image that is met twice (in place of an unreadable one) counts once.
 
     Attributes:
-        confusion: int64 (K, K) of the last evaluation, a row a right class, a column an answer; only in the main process.
+        confusion: int64 (K, K) of the last evaluation, a row a right class, a column a prediction; only in the main process.
         predictions: of the last evaluation, place of an image in its data set -> class index; only in the main process.
     """
 

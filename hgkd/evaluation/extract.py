@@ -1,7 +1,7 @@
 """Frozen features of any backbone that hgkd can name: students, exports, timm CNNs and ViTs, MAE files.
 
 One feature an image: the mean over places of the last level of a CNN, or of the patch tokens after one block of a ViT; of other
-timm models whatever they pool to by themselves. CNNs and ViTs also show where things are: maps of every level, and attention.
+timm models the output of their own pooling. CNNs and ViTs also show where things are: maps of every level, and attention.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class FeatureExtractor(nn.Module):
         raise ValueError(f"{self.settings.get('name')} gives no maps of features; take a CNN or a plain ViT")
 
     def attention(self, images: Tensor, level: int | None = None) -> Tensor:
-        """Where the network looks, (B, h, w), 0 or more; ``attention_name`` says what it is. See :meth:`maps`."""
+        """Attention map (B, h, w), 0 or more; ``attention_name`` says what it is. See :meth:`maps`."""
         raise ValueError(f"{self.settings.get('name')} gives no map of attention; take a CNN or a plain ViT")
 
     def _level(self, level: int, count: int, what: str) -> int:
@@ -184,7 +184,7 @@ class FineTunedViT(FeatureExtractor):
 
 
 class PooledExtractor(PixelNormalisation, FeatureExtractor):
-    """What any other timm model pools to by itself, at the size that it was made for."""
+    """Pooled features of any other timm model, by the model's own pooling, at the size that it was made for."""
 
     def __init__(self, model: nn.Module, kind: str, settings: dict[str, Any]) -> None:
         cfg = cast(Mapping[str, Any], model.pretrained_cfg)

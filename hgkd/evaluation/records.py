@@ -132,7 +132,7 @@ def write_json(results: Results, file: str | os.PathLike[str]) -> None:
 
 
 def read_json(file: str | os.PathLike[str]) -> Results:
-    """What :func:`write_json` wrote, by method.
+    """Read results that :func:`write_json` wrote, by method.
 
     Raises:
         FileNotFoundError: no such file.

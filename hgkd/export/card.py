@@ -205,7 +205,7 @@ def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     if "model" in cfg and not model.get("teacher"):
         return {"name": "none: trained without a teacher", "file": "none", "sha256": "none"}
     teacher = model.get("teacher") or {}
-    if isinstance(teacher, str):  # a config file; its weights stand beside
+    if isinstance(teacher, str):  # a config file; its weights are a key of their own
         teacher = {"name": teacher}
     name = teacher.get("name") or teacher.get("type") or absent
     file = teacher.get("checkpoint") or model.get("teacher_checkpoint")
@@ -232,7 +232,7 @@ def _items(content: Mapping[str, Any] | list[Any], indent: str) -> list[str]:
 
 
 class Origin(Protocol):
-    """What a run card asks of anything that is exported."""
+    """Origin of an export, as run cards tell it."""
 
     @property
     def path(self) -> Path: ...

@@ -1,4 +1,4 @@
-"""What timm's networks are made of, as far as more than one part of hgkd asks."""
+"""Structure of timm's networks, for the parts of hgkd that ask about it."""
 
 from __future__ import annotations
 

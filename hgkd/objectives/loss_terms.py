@@ -56,7 +56,7 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an objective of masked distillation is built for.
+    """Student, teacher and grids that an objective of masked distillation is built for.
 
     Attributes:
         student: the student.
@@ -89,7 +89,7 @@ class MaskedObjective(Objective):
 
     @property
     def needs(self) -> TeacherNeeds | None:
-        """What the teacher must compute; None: the objective learns from no teacher."""
+        """Outputs that the teacher must compute; None: the objective learns from no teacher."""
         return None
 
     @property
@@ -114,7 +114,7 @@ class MaskedObjective(Objective):
         raise NotImplementedError(f"{type(self).__name__} gives no predict")
 
     def target_map(self, teacher_out: TeacherOutput, term: str | None = None) -> Tensor:
-        """What the teacher gives (B, D, h, w) for one of ``terms``."""
+        """The teacher's target (B, D, h, w) for one of ``terms``."""
         raise NotImplementedError(f"{type(self).__name__} gives no target_map")
 
     def reconstruct(self, student_out: StudentOutput, layout: CellLayout) -> Tensor | None:

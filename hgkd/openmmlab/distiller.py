@@ -128,7 +128,7 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
     def forward(  # type: ignore[override]
         self, inputs: Tensor, data_samples: object = None, mode: str = "tensor"
     ) -> dict[str, Tensor] | list[Any] | Tensor:
-        """As the student's, with the losses of the distillation added in mode 'loss'."""
+        """The student's forward, with the losses of the distillation added in mode 'loss'."""
         if mode != "loss":
             return self.student(inputs, data_samples, mode=mode)
         seen_by_teacher, teacher_logits = self._run_teacher(inputs)
@@ -243,7 +243,7 @@ def inherit_head(student: nn.Module, teacher: nn.Module) -> tuple[list[str], lis
 
 @contextmanager
 def captured(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the modules at these paths give while the context is open; of a classifier ``conv_seg`` what it is given, too.
+    """Context that collects the outputs of modules by path, and of a classifier ``conv_seg`` its input, too.
 
     A module that gives several maps, or is called several times, has them in order.
 

@@ -58,7 +58,7 @@ def draw_predictions(
         out: folder for the pictures, made when absent; a picture is called like its image, as .png, with the image's
             folders before where two have the same name.
         score: boxes of a lower score are left out.
-        limit: only so many images.
+        limit: maximum number of images.
         options: overrides of the config, as in training.
         device: where it is computed, e.g. 'cpu'; None: the GPU if there is one.
 

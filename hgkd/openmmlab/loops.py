@@ -137,7 +137,7 @@ class StoppableEpochLoop(_Stoppable, EpochBasedTrainLoop):
     """mmengine's ``EpochBasedTrainLoop``, see the module's header."""
 
     def check_position(self, source: str, meta: Mapping[str, Any]) -> str | None:
-        """As :meth:`hgkd.training.loop.ExactEpochLoop.check_position`; mmengine's message hub says how far it was."""
+        """Compare positions as :meth:`hgkd.training.loop.ExactEpochLoop.check_position`, by mmengine's message hub."""
         done, steps = self.runner.message_hub.runtime_info.get(_POSITION, (0, 0))
         now, differ = len(self.dataloader), images_that_differ(meta, self.runner)
         if done and (differ or steps != now):
@@ -187,7 +187,7 @@ class StoppableIterLoop(_Stoppable, IterBasedTrainLoop):
     """mmengine's ``IterBasedTrainLoop``, see the module's header."""
 
     def check_position(self, source: str, meta: Mapping[str, Any]) -> str | None:
-        """What has changed since the checkpoint with this ``meta`` was written; None: nothing. It goes on all the same."""
+        """Sentence about changes since the checkpoint with this ``meta``; None: nothing. The run goes on all the same."""
         differ = images_that_differ(meta, self.runner)
         if not differ:
             return None

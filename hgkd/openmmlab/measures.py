@@ -34,7 +34,7 @@ def type_name(part: Mapping[str, Any]) -> str:
 
 
 def coco_metrics(evaluator: Mapping[str, Any]) -> list[str]:
-    """What a CocoMetric measures: 'bbox', 'segm', ..."""
+    """Measures of a CocoMetric: 'bbox', 'segm', ..."""
     return _listed(evaluator.get("metric", "bbox"))
 
 

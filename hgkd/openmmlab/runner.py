@@ -1,8 +1,8 @@
 """The runner of detectors and segmentors: mmengine's loops, with hgkd's checks, weights and checkpoints.
 
-From :class:`hgkd.training.runner.DistillRunner` come safe reading, sealed checkpoints written beside and renamed, gloo and
-synchronised norms without CUDA. Samplers and schedules are mmengine's own, as mmdet's and mmseg's configs expect, and its loops
-with what :mod:`hgkd.openmmlab.loops` adds.
+From :class:`hgkd.training.runner.DistillRunner` come safe reading, sealed checkpoints that appear complete or not at all, gloo
+and synchronised norms without CUDA. Samplers and schedules are mmengine's own, as mmdet's and mmseg's configs expect, and its
+loops with what :mod:`hgkd.openmmlab.loops` adds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ _LENGTHS = {"max_epochs", "max_iters", "val_interval", "val_begin"}
 
 @RUNNERS.register_module()
 class DownstreamRunner(DistillRunner):
-    """See the module's header. Reads the config's key ``backbone``: the file of the backbone's weights, or None."""
+    """Runner of detectors and segmentors, see the module's header.
+
+    Reads the config's key ``backbone``: the file of the backbone's weights, or None.
+    """
 
     @staticmethod
     def build_dataloader(

@@ -1,4 +1,4 @@
-"""What a data set in PASCAL VOC's format must be: mmdet leaves out in silence objects whose name is none of the classes."""
+"""Checks of data sets in PASCAL VOC's format, where mmdet silently leaves out objects whose name is none of the classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What student and teacher make of images, for every objective of a distillation."""
+"""Pictures of student and teacher, for every objective of a distillation."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def layer_rule(*layers: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
 
 
 class SparseModule:
-    """What :func:`sparsify` adds to the root of a network.
+    """Methods that :func:`sparsify` adds to the root of a network.
 
     Attributes:
         sparse_cell: side of a mask cell, pixels.

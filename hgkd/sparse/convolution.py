@@ -1,4 +1,4 @@
-"""What the two backends share about convolution and pooling: reading the arguments, and that sizes keep to the grid."""
+"""Arguments of convolution and pooling, and the check that sizes keep to the grid, for all backends."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ def halo_tiles(packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outsi
 
 
 def _halo_size(geometry: ConvGeometry, axis: int, cells: int = 1) -> int:
-    """Positions along an axis that the outputs of so many cells in a row read."""
+    """Positions along an axis that the outputs of several cells in a row read."""
     return (cells * geometry.s_out - 1) * geometry.stride[axis] + (geometry.kernel[axis] - 1) * geometry.dilation[axis] + 1
 
 

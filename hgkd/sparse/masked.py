@@ -65,7 +65,7 @@ class MaskedTensor(SparseTensor):
         return values
 
     def per_image(self, value: Tensor) -> Tensor:
-        """(B, ...) operands broadcast by themselves."""
+        """(B, ...) operands broadcast without reshaping."""
         if value.shape[0] != self.cells.batch:
             raise ValueError(f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images")
         return value

@@ -185,7 +185,7 @@ def _sparse_in(values: Iterable[object]) -> Iterator[SparseTensor]:
             yield from _sparse_in(value)
 
 
-# --- the table of functions that act on each value by itself -----------------------------------------------------------
+# --- the table of functions that act value by value ------------------------------------------------------------------
 
 _PROPERTIES = (
     "shape dtype device requires_grad grad_fn is_leaf ndim is_cuda is_sparse is_quantized is_meta grad itemsize _version "

@@ -32,9 +32,9 @@ class RunCheckpointHook(CheckpointHook):
 
     Args:
         interval: epochs between two checkpoints.
-        every_steps: also after so many steps; None: not by steps.
-        every_minutes: also after so many minutes without one; None: not by time.
-        max_keep_ckpts: so many are kept, at least 2, so that a damaged one has one before it; the best one comes on top.
+        every_steps: also after this number of steps; None: not by steps.
+        every_minutes: also after this number of minutes without one; None: not by time.
+        max_keep_ckpts: number kept, at least 2, so that a damaged one has one before it; the best one comes on top.
         save_best, rule: metric whose best checkpoint is kept, and 'greater' or 'less'.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a training is really going to do, read from the built parts and not from the config: said once before the first step.
+"""Facts of a training before its first step, read from the built parts and not from the config.
 
 Each line is made by one function here; :func:`in_force` gathers those that apply to a run, of pretraining, fine-tuning,
 detection or segmentation.
@@ -171,7 +171,7 @@ def images_text(loader: DataLoader[Any], processes: int, dataset: Mapping[str, A
 
 
 def features_text(model: BaseModel, hooks: Iterable[Any], images: int) -> str | None:
-    """What the store of the teacher's features takes."""
+    """Disk space of the store of the teacher's features."""
     folder = next((hook.folder for hook in hooks if type(hook).__name__ == "TeacherCacheHook"), None)
     passes = getattr(model, "_passes", None)
     if folder is None or not passes:
@@ -188,7 +188,7 @@ def store_bytes(images: int, blocks: int, width: int, grid: tuple[int, int]) -> 
 
 
 def checkpoints_text(runner: Runner, loop: BaseLoop, work_dir: Path, each: int | None) -> str | None:
-    """What the checkpoints take, and what is free."""
+    """Disk space of the checkpoints, and free space."""
     hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
     if hook is None:
         return None

@@ -51,7 +51,7 @@ def seed_step(seed: int, rank: int, step: int) -> None:
 
 
 def ignore_first_signal(worker: int) -> None:
-    """Let a reading process survive the signals that ask the whole job to stop, until the training process has saved.
+    """Keep a data-loader worker alive when the whole job is asked to stop, until the training process has saved.
 
     SIGINT is ignored, and SIGTERM once: the second one, e.g. of the training process that clears up, ends it.
     """
@@ -64,9 +64,10 @@ def ignore_first_signal(worker: int) -> None:
 
 
 def end_workers_at_exit() -> None:
-    """Let Python's exit end reading processes that :func:`ignore_first_signal`, however often this is called.
+    """Register one ``atexit`` handler that terminates data-loader workers, which ignore the first SIGTERM.
 
-    Those that persist are alive then, and multiprocessing sends one SIGTERM and waits for ever.
+    Workers that persist are alive at exit; without the handler multiprocessing would send one SIGTERM and wait for ever.
+    Calling this again changes nothing.
     """
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)
@@ -88,7 +89,7 @@ def _end_workers() -> None:
 
 
 class StopSignals:
-    """Context that notes SIGTERM and SIGINT instead of dying of them. A second one acts as ever.
+    """Context that notes SIGTERM and SIGINT instead of dying of them; a second one terminates the process (default handling).
 
     Outside the main thread, where Python allows no handlers, it notes nothing.
 
@@ -307,7 +308,7 @@ def idle_in_any(parallel: object, guard: GuardedOptimWrapper, data_batch: object
 
 
 class ExactEpochLoop(EpochBasedTrainLoop):
-    """See the module's header; arguments are those of mmengine's ``EpochBasedTrainLoop``.
+    """Training loop by epochs with exact resuming, see the module's header; arguments as of mmengine's ``EpochBasedTrainLoop``.
 
     Attributes:
         interrupted: a signal asks this run to end after the step that is being done.
@@ -452,7 +453,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         runner.val_loop.run()
 
     def plan(self) -> str:
-        """What this run is about to do, in one line: images, batch, learning rate and its rule, steps."""
+        """Summary of what this run is about to do, in one line: images, batch, learning rate and its rule, steps."""
         runner = self.runner
         batch, processes = self.dataloader.batch_size, runner.world_size
         accumulated = runner.optim_wrapper._accumulative_counts

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint, and what from its config.
+"""Resuming: which settings come from the checkpoint, and which from the config.
 
 mmengine 0.10.7 takes the settings of optimiser and schedule from the checkpoint, whatever the config says now: more epochs are
 trained at the last rate of the old schedule, and a lower ``lr`` changes nothing. Here the config is in force. What has been
@@ -25,7 +25,7 @@ _SCALER_POSITION = frozenset({"scale", "_growth_tracker"})
 
 
 def images_of(runner: Runner) -> dict[str, int]:
-    """What the order of a training's images depends on beside its seed, as checkpoints hold it in ``meta['images']``."""
+    """Facts that, with the seed, fix the order of a training's images, as checkpoints hold them in ``meta['images']``."""
     loader = runner.train_dataloader
     batch = getattr(loader.batch_sampler, "batch_size", loader.batch_size)  # of a loader with a batch sampler torch says None
     found = {"images": len(loader.dataset), "batch_size": batch, "processes": runner.world_size}

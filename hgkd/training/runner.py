@@ -3,7 +3,7 @@
 Against mmengine 0.10.7: checkpoints are read with ``weights_only=True`` on every torch; a checkpoint that does not fit the
 model is refused before anything is changed (mmengine loads what fits and only logs the rest); a run goes on in the middle of
 an epoch (:mod:`hgkd.training.loop`); data-parallel training and ``sync_bn`` work without CUDA (gloo); checkpoints are sealed
-with their hash, written beside and renamed (:mod:`hgkd.weights.run_folder`).
+with their hash, written under a temporary name and renamed (:mod:`hgkd.weights.run_folder`).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _data_parallel(model: nn.Module, find_unused: bool) -> MMDistributedDataPara
 
 @RUNNERS.register_module()
 class DistillRunner(Runner):
-    """See the module's header; arguments are those of ``mmengine.runner.Runner``."""
+    """Runner of all trainings of hgkd, see the module's header; arguments are those of ``mmengine.runner.Runner``."""
 
     _load_from: str | None
     model: nn.Module
@@ -170,7 +170,7 @@ class DistillRunner(Runner):
             self.model = _data_parallel(plain_model(self), True)  # otherwise torch ends the run in the second step
 
     def train(self) -> nn.Module:
-        """As mmengine's, with activation checkpointing that suits sparse tensors (:mod:`hgkd.training.recompute`)."""
+        """Train as mmengine's runner, with activation checkpointing for sparse tensors (:mod:`hgkd.training.recompute`)."""
         with tell_system_errors(self.work_dir), held_until_the_end(self.work_dir):
             recompute_activations(plain_model(self), self.cfg.get("activation_checkpointing") or [])
             self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
@@ -242,7 +242,7 @@ class DistillRunner(Runner):
         return built
 
     def build_param_scheduler(self, scheduler: Sequence[Any]) -> list[_ParamScheduler]:
-        """As mmengine's, without a warm-up that is shorter than a step."""
+        """Build mmengine's schedulers, without a warm-up that is shorter than a step."""
         kept = without_empty_warmup(scheduler, len(self.train_dataloader))
         if len(kept) < len(scheduler):
             self.logger.warning("the warm-up is left out: it is shorter than one step")
@@ -347,7 +347,7 @@ class DistillRunner(Runner):
     def save_checkpoint(
         self, out_dir: str, filename: str, *args: object, meta: dict[str, Any] | None = None, **kwargs: object
     ) -> None:
-        """As mmengine's, with ``meta['hgkd']`` describing the network; written beside, sealed, and renamed when complete.
+        """Save as mmengine's runner, with ``meta['hgkd']`` describing the network; sealed, and renamed when complete.
 
         Raises:
             CheckpointWriteError: it cannot be written, e.g. because the disk is full.

@@ -57,7 +57,7 @@ def _statistic_of_history(owner: object, name: str) -> object:
 
 
 def _under_name(function: Any, module: str, name: str) -> Callable[..., Any]:
-    """A function that a pickle finds as ``module.name``: numpy 1 and 2 have different homes for the same function."""
+    """``function`` under another import path: pickles of numpy 1 name ``numpy.core``, those of numpy 2 ``numpy._core``."""
 
     def stand_in(*args: object) -> object:
         return function(*args)
@@ -102,7 +102,7 @@ def safe_globals_for_mmengine() -> Iterator[None]:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """Whatever a file of ``torch.save`` or safetensors holds, on the CPU.
+    """Content of a file of ``torch.save`` or safetensors, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -203,7 +203,7 @@ def _inside(folder: Path) -> str:
 
 
 def _read_parts(index: Path) -> dict[str, Any]:
-    """A model that was saved in several files, from the index that Hugging Face's libraries write beside them."""
+    """A model that was saved in several files, from the index that Hugging Face's libraries write next to them."""
     try:
         names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -231,7 +231,7 @@ def read_weights(path: str | os.PathLike[str], entry: str | None = None) -> dict
 
 
 def tensors_of(content: object, *, source: str, entry: str | None = None) -> dict[str, Tensor]:
-    """What :func:`read_weights` makes of a file's content.
+    """The weights in a file's content; see :func:`read_weights`.
 
     Args:
         content: see :func:`read_checkpoint`.
@@ -302,7 +302,7 @@ def _sets_of_tensors(content: Mapping[Any, Any], depth: int = 4) -> dict[str, Ma
 
 
 def part_of_several(source: str) -> str | None:
-    """What the name of a file says when it is one part of a model in several files; None otherwise."""
+    """A sentence about a file that is one part of a model in several files, by its name; None for other names."""
     part = re.search(r"-0*(\d+)-of-0*(\d+)", Path(source).name)
     return part and f"this is part {part[1]} of {part[2]}; give the index file (*.index.json) beside it, which names all parts"
 

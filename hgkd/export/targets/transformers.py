@@ -26,7 +26,7 @@ from hgkd.weights.importing import import_weights
 
 
 def write(job: Job) -> Written:
-    """See the module's header."""
+    """Write the export that the module's header describes."""
     plan = plan_of(job.network, "transformers")
     style, config = _convnext(plan) if isinstance(plan, ConvNeXtPlan) else _resnet(plan)
     weights = {key: _shaped(key, value) for key, value in renamed(job.network, style).items()}

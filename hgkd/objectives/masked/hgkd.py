@@ -57,7 +57,7 @@ def cosine_by_position(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def centred_target(normalised: Tensor) -> Tensor:
-    """What tells an image's tokens from those of the other images of the batch.
+    """Tokens without their mean over the batch, which all images share, and of std 1 in each channel.
 
     Tokens of small or briefly trained ViTs differ from position to position far more than from image to image, and a student
     scores by learning the positions alone. So each position's mean over the batch is subtracted, and each channel divided by
@@ -152,7 +152,7 @@ class HGKD(MaskedObjective):
 
     @property
     def needs(self) -> TeacherNeeds:
-        """What the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
+        """Outputs that the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
         return TeacherNeeds(
             blocks=() if self.terms == ("masked",) else tuple(self._blocks),
             decoder_block=self._decoder_block if "masked" in self.terms else None,
@@ -211,7 +211,7 @@ class HGKD(MaskedObjective):
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, LossTerm]:
-        """See the class; raises ValueError when not one position is supervised."""
+        """The terms that the class describes; raises ValueError when not one position is supervised."""
         assert teacher_out is not None
         cells = supervised_cells(layout, self.supervise)
         visible = visible_on(layout.visible, self._prepared_grid)

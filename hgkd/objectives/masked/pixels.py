@@ -112,7 +112,7 @@ class PixelReconstruction(MaskedObjective):
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, LossTerm]:
-        """See the class; ``teacher_out`` is not used. Raises ValueError when not one cell is supervised."""
+        """The term that the class describes; ``teacher_out`` is not used. Raises ValueError when not one cell is supervised."""
         prediction = cell_maps(self.predict(student_out), layout.cell)
         images = _images(student_out)
         make = standardised_cells if self.standardise else self._normalised_cells

@@ -1,4 +1,4 @@
-"""What a data set must be before a detector or segmentor is trained on it: files, categories, label values.
+"""Checks of a data set before a detector or segmentor is trained on it: files, categories, label values.
 
 mmdet drops a class that the annotation file calls otherwise, mmsegmentation lets a label out of range reach the loss. Both are
 said here, with the file, before the model is built; so is an evaluator that measures something else than the data set.

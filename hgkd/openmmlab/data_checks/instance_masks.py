@@ -1,4 +1,4 @@
-"""What is wrong with an object's mask in COCO's format: polygons, or runs of pixels (RLE).
+"""Checks of objects' masks in COCO's format: polygons, or runs of pixels (RLE).
 
 pycocotools draws what it gets: a coordinate that is not a number takes all memory, runs that do not cover the image are read
 from memory that is not theirs, a list of four numbers is a box.
@@ -23,7 +23,7 @@ def is_number(value: object) -> bool:
 
 
 def mask_problem(mask: object, image: Mapping[str, Any]) -> str | None:
-    """What is wrong with an annotation's ``segmentation``, to be read after its name, or None.
+    """Problem of an annotation's ``segmentation``, to be read after its name, or None.
 
     Args:
         mask: as the file has it.

@@ -1,4 +1,4 @@
-"""What label maps must be for mmsegmentation to train and to measure on them: readable, in range, of their image's size.
+"""Checks of label maps for training and evaluation by mmsegmentation: readable, in range, of their image's size.
 
 A value out of range is an index error in the loss, on a GPU a dead device; one that the evaluation does not ignore lowers the
 measure in silence.
@@ -35,7 +35,7 @@ IGNORED = 255
 
 @dataclass(frozen=True)
 class LabelMap:
-    """What is seen of a label map: the values that occur in it, its size and its image's as (width, height)."""
+    """Facts of a label map: the values that occur in it, its size and its image's as (width, height)."""
 
     values: list[int]
     size: tuple[int, int]

@@ -31,11 +31,11 @@ DUMP = "nonfinite_step_"  # how the names of its files begin
 class FiniteLossHook(Hook):
     """Counts the steps that were left out because loss or gradient was not finite, and ends the run after several in a row.
 
-    It then leaves ``work_dir/nonfinite_step_<n>.pth``, the state before the first of them, and beside it for every process
+    It then leaves ``work_dir/nonfinite_step_<n>.pth``, the state before the first of them, and next to it for every process
     ``nonfinite_step_<n>_rank_<r>.json``, from which ``hgkd replay`` does these steps again.
 
     Args:
-        patience: so many updates in a row may be left out; the one after ends the run.
+        patience: number of consecutive skipped updates that is tolerated; one more ends the run.
     """
 
     priority = "VERY_HIGH"
@@ -108,7 +108,7 @@ class FiniteLossHook(Hook):
 
 
 def not_finite_before_the_student(runner: Runner, data_batch: object) -> str | None:
-    """What is not finite in a step of this batch that no setting of the student's training can mend, and the remedy.
+    """Find values of a step that are not finite for reasons outside the student (images, teacher), and the remedy.
 
     The batch's loss is computed once more, without gradients, on the weights of before the step, and what the model's teacher
     says is looked at. Running statistics and random numbers stay what they were.
@@ -165,7 +165,7 @@ class LossAlarmHook(Hook):
         spike: alarm when the loss exceeds this multiple of its median over the last ``window`` steps, or of the training's
             first loss; at most once in a window.
         window: steps.
-        patience: so many steps in a row that far above the first loss end the run; None: never.
+        patience: number of consecutive steps that far above the first loss that ends the run; None: never.
     """
 
     def __init__(self, spike: float = 5.0, window: int = 50, patience: int | None = 20) -> None:
@@ -288,7 +288,7 @@ class CollapseAlarmHook(Hook):
     Args:
         drop: alarm when a value falls below this share of the highest one so far.
         min_feature_std: alarm below this spread.
-        min_effective_rank: alarm below so many directions.
+        min_effective_rank: alarm below this number of directions.
     """
 
     def __init__(self, drop: float = 0.25, min_feature_std: float = 0.01, min_effective_rank: float = 2.0) -> None:

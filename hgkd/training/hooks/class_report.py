@@ -1,4 +1,4 @@
-"""What a run that trains a classifier checks before it starts, and leaves behind after a validation."""
+"""Checks of classes before a classifier is trained, and reports after a validation."""
 
 from __future__ import annotations
 

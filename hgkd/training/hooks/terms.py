@@ -58,7 +58,7 @@ class TermShareHook(Hook):
     Args:
         interval: steps between two measurements.
         min_share: warn when a term stays below this share...
-        patience: ...for so many steps; or when it stays no better than the mean for as many.
+        patience: ...for this number of steps; or when it stays no better than the mean for as many.
     """
 
     priority = "ABOVE_NORMAL"  # before the logger
