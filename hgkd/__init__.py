@@ -10,7 +10,7 @@ Importing this package stays light: torch only when a submodule or one of these 
 mmsegmentation or spconv.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "evaluate", "train"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "export":  # a package that can be called
         from importlib import import_module
 

@@ -92,7 +92,7 @@ class MaskGenerator(Protocol):
 
 @dataclass(frozen=True)
 class Randomness:
-    """Where random numbers come from, and where they go.
+    """Source of random numbers, and the device that they are for.
 
     Attributes:
         device: of the result.
@@ -264,7 +264,7 @@ class CountedMask:
         return torch.cat([self.draw(batch, grid, at, scores) for _ in range(views)])
 
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
-        """What a subclass gives: bool (batch, h, w), True = visible.
+        """Draw a mask, by the subclass: bool (batch, h, w), True = visible.
 
         With :meth:`count` cells visible in every image, or, where the generator serves a pair of ratios, :meth:`counts`.
         """
@@ -312,7 +312,7 @@ class BlockMask(CountedMask):
 
     Args:
         mask_ratio, rounding, final_mask_ratio, unmasked_share: see :class:`CountedMask`.
-        min_cells: smallest rectangle, in cells, while so many are left; BEiT's is 16 on a 14 x 14 grid.
+        min_cells: smallest rectangle, in cells, while that many are left; BEiT's is 16 on a 14 x 14 grid.
         min_aspect: height / width lies between this and its inverse, evenly on a logarithmic scale; BEiT's is 0.3.
     """
 

@@ -15,7 +15,7 @@ PixelStatistics = tuple[Triple, Triple]
 CHANNELS = 3
 
 
-def check_pixels(mean: Any, std: Any, where: str) -> PixelStatistics:
+def check_pixels(mean: object, std: object, where: str) -> PixelStatistics:
     """Mean and standard deviation as two triples of floats.
 
     Args:
@@ -39,8 +39,8 @@ def check_pixels(mean: Any, std: Any, where: str) -> PixelStatistics:
     raise ValueError(f"{found} cannot be of RGB pixels in [0, 1], of which 0 <= mean <= 1 and 0 < std <= 1")
 
 
-def check_normalize(normalize: Any, where: str) -> PixelStatistics:
-    """What a user gives as ``normalize=(mean, std)``; see :func:`check_pixels`.
+def check_normalize(normalize: object, where: str) -> PixelStatistics:
+    """Check a user's ``normalize=(mean, std)``; see :func:`check_pixels`.
 
     Raises:
         ValueError: it is not a pair of triples, or they are wrong.
@@ -54,7 +54,7 @@ def check_normalize(normalize: Any, where: str) -> PixelStatistics:
     return check_pixels(pair[0], pair[1], where)
 
 
-def check_channels(channels: Any, where: str) -> None:
+def check_channels(channels: object, where: str) -> None:
     """Raise ValueError when a network is for other images than RGB ones, which is what every data set here gives."""
     if channels != CHANNELS:
         raise ValueError(
@@ -63,13 +63,13 @@ def check_channels(channels: Any, where: str) -> None:
         )
 
 
-def pixels_text(mean: Any, std: Any) -> str:
+def pixels_text(mean: object, std: object) -> str:
     """Statistics, given as numbers or tensors, for the log."""
     means, stds = (_text(torch.as_tensor(values).flatten().tolist()) for values in (mean, std))
     return f"pixels normalised by mean {means}, std {stds}"
 
 
-def _triple(name: str, given: Any, where: str) -> Triple:
+def _triple(name: str, given: object, where: str) -> Triple:
     values = _numbers_or_lists(given)
     try:
         numbers = [] if values is None else [float(value) for value in values]
@@ -80,7 +80,7 @@ def _triple(name: str, given: Any, where: str) -> Triple:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _numbers_or_lists(given: Any) -> list[Any] | None:
+def _numbers_or_lists(given: object) -> list[Any] | None:
     return list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes, dict)) else None
 
 

@@ -15,7 +15,7 @@ from hgkd.errors import unknown_name_message
 
 SHIPPED = Path(__file__).parent / ".mim" / "configs"
 PREFIX = "hgkd::"
-PLANS = "comparisons"  # what `hgkd compare` takes; not trained by themselves
+PLANS = "comparisons"  # what `hgkd compare` takes; not recipes to train
 
 
 def recipe_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""What students, teachers and objectives hand to one another. Masks: True = visible, everywhere."""
+"""Dataclasses that students, teachers and objectives exchange. Masks: True = visible, everywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherNeeds:
-    """What the objectives want from a teacher; the teacher computes this and nothing beyond it.
+    """Outputs that objectives want from a teacher, which computes nothing else.
 
     Attributes:
         blocks: indices (0 = first) of the encoder blocks whose output tokens are wanted.
@@ -117,10 +117,10 @@ class FeatureSample:
 
 @dataclass
 class ClassSample:
-    """What a classifier says about one image.
+    """Scores of a classifier for one image.
 
     Attributes:
-        scores: one number a class (K,), the highest is its answer; any float dtype, any device.
+        scores: one number a class (K,), the highest is its prediction; any float dtype, any device.
         label: index of the right class.
         index: place of the image in its data set; twice the same index is an image in place of an unreadable one.
     """

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# how libraries that write by themselves report what the disk said: safetensors (Rust), torch (C++), protobuf
+# how libraries with file writing of their own report what the disk said: safetensors (Rust), torch (C++), protobuf
 _FOREIGN = re.compile(
     r"No space left|File too large|Read-only file system|Disk quota|Permission denied|Input/output error|IoError"
     r"|PytorchStreamWriter|file write failed|unexpected pos|Failed to serialize",
@@ -75,7 +75,7 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], beside: Path | None = None) -> Iterator[Path]:
-    """As :func:`written_beside`, for callers with a sentence of their own: what the disk says is raised as it is.
+    """Context as :func:`written_beside`, for callers with a sentence of their own: errors of the disk are raised unchanged.
 
     Args:
         beside: the file to write; None: ``path`` with the ending ``.partial``, which one process at a time may write. Such a

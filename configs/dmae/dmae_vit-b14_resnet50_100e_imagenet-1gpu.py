@@ -1,4 +1,4 @@
-"""Recommended for one GPU: DMAE's alignment for a CNN, ResNet-50 from a DINOv2 ViT-B/14, pixels beside it.
+"""Recommended for one GPU: DMAE's alignment for a CNN, ResNet-50 from a DINOv2 ViT-B/14, with the pixel loss.
 
 Loss: DMAE (arXiv 2208.12256) at visible positions, from the stage of stride 16; teacher block at 3/4 of its depth, as in the
 paper.

@@ -1,4 +1,4 @@
-"""A mix on CIFAR-10 at 128 pixels: H-GKD with a cosine term, from two blocks to two scales, with pixels and MGD beside it.
+"""A mix on CIFAR-10 at 128 pixels: H-GKD with a cosine term, from two blocks to two scales, with pixels and MGD.
 
 All but the objectives is hgkd_vit-s14_resnet18_10e_cifar128. The weights are guesses; TermShareHook logs what share of the
 gradient each term really has. MGD's ratio of hidden positions: the paper's for detection (arXiv 2205.01529).

@@ -1,6 +1,6 @@
 """Recommended for one GPU: MGD as the objective of masked distillation, ResNet-50 from a DINOv2 ViT-B/14.
 
-MGD (arXiv 2205.01529) is published beside a supervised loss on labelled images; this is its generation of the teacher's map
+MGD (arXiv 2205.01529) is published with a supervised loss on labelled images; this is its generation of the teacher's map
 alone, mean-reduced, on normalised tokens, with the ratio of hidden positions of its detection setting. The rest is a guess,
 never run.
 """

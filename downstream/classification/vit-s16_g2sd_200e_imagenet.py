@@ -2,7 +2,7 @@
 
 Never run here. Source of every number: pengzhiliang/G2SD, SD.sh and main_finetune_dis.py: learning rate 1e-3 for 256 images,
 layer decay 0.75, weight decay 0.05, no stochastic depth, mixup 0.8, CutMix 1.0, erasing 0.25; loss (cross entropy of the
-class head + cross entropy of the distillation head with the teacher's answer) / 2. The rest: _base_/mae.py. Its --enable_nkd
+class head + cross entropy of the distillation head with the teacher's class) / 2. The rest: _base_/mae.py. Its --enable_nkd
 (one head) is, here, ``model.classifier.name=vit_small_patch16_224 model.label_weight=0 model.objectives.hard.type=NKD
 model.objectives.hard.weight=1``.
 

@@ -1,1 +1,1 @@
-"""Whole jobs, called from Python: what the commands of :mod:`hgkd.cli` do once their arguments are read."""
+"""Whole jobs, called from Python; the commands of :mod:`hgkd.cli` read arguments and call them."""

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -25,6 +25,7 @@ from hgkd.errors import coded, unknown_name_message
 from hgkd.masking import RandomMask, grid_of, visible_count
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, sparsify
+from hgkd.sparse.convert import SparseModule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -43,19 +44,21 @@ class _LiveMemory(TorchDispatchMode):
         self.live = self.peak = 0
         self._seen: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> object:
         with torch._C.DisableTorchFunctionSubclass():
             self._watch((args, kwargs or {}), new=False)
             out = func(*args, **(kwargs or {}))
             self._watch(out, new=True)
         return out
 
-    def _watch(self, values: Any, new: bool) -> None:
+    def _watch(self, values: object, new: bool) -> None:
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
                 self._watch_storage(tensor.untyped_storage(), new)
 
-    def _watch_storage(self, storage: Any, new: bool) -> None:
+    def _watch_storage(self, storage: torch.UntypedStorage, new: bool) -> None:
         key, size = storage._cdata, storage.nbytes() if new else 0
         if key in self._seen:
             return
@@ -79,7 +82,7 @@ class _IndexClock:
         self._depth = 0
 
     def _timed(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        def outer(*args: Any, **kwargs: Any) -> Any:
+        def outer(*args: object, **kwargs: object) -> object:
             self._depth += 1  # one index may be built from another
             start = self._now()
             try:
@@ -171,11 +174,13 @@ def _train_step(network: nn.Module, loss: Callable[[], Tensor], device: str, dty
     return step
 
 
-def encoder_step(network: Any, images: Tensor, visible: Callable[[], Tensor] | None, device: str, dtype: str) -> Step:
+def encoder_step(network: nn.Module, images: Tensor, visible: Callable[[], Tensor] | None, device: str, dtype: str) -> Step:
+    features = cast(Callable[[Tensor], Any], network.forward_features)
+
     def loss() -> Tensor:
         if visible is None:
-            return network.forward_features(images).float().square().mean()
-        return network.forward_features(network.pack(images, visible())).plain.float().square().mean()
+            return features(images).float().square().mean()
+        return features(cast(SparseModule, network).pack(images, visible())).plain.float().square().mean()
 
     return _train_step(network, loss, device, dtype)
 

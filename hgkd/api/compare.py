@@ -52,7 +52,7 @@ class Job:
 
     @property
     def train_command(self) -> list[str]:
-        """What a user would type, without the interpreter."""
+        """The command line that does a job, without the interpreter."""
         pairs = [f"{key}={option_text(key, value)}" for key, value in self.options.items()]
         return ["train", str(self.config), "--work-dir", str(self.folder), "--cfg-options", *pairs]
 
@@ -95,7 +95,7 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
     return plan
 
 
-def _fill(value: Any, values: Mapping[str, str]) -> Any:
+def _fill(value: object, values: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         try:
             return value.format_map(values)

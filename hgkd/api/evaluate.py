@@ -167,7 +167,7 @@ def fine_tune(extractor: FeatureExtractor, num_classes: int, options: Mapping[st
             weights = f"{folder}/timm.pth"
             torch.save(timm.create_model(str(name), pretrained=True).state_dict(), weights)
         start["backbone"] = None if str(weights).startswith("random") else weights
-        runner: Any = launch(RECIPE, f"{folder}/run", options={**start, **options})
+        runner = launch(RECIPE, f"{folder}/run", options={**start, **options})
         return FineTuned(runner.model.classifier, runner.max_epochs)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from mmengine.dist import is_main_process
+from mmengine.runner import Runner
 
 from hgkd.api.train import load_config
 from hgkd.errors import StoppedError
@@ -103,13 +104,13 @@ def _without_teacher(cfg: Config) -> None:
     cfg.model.classifier.update(backbone=None)
 
 
-def classifier_result(runner: Any, checkpoint: str | os.PathLike[str], metrics: Mapping[str, float]) -> dict[str, Any]:
+def classifier_result(runner: Runner, checkpoint: str | os.PathLike[str], metrics: Mapping[str, float]) -> dict[str, Any]:
     """The result of a tested classifier as :mod:`hgkd.evaluation.records` has it."""
     metric = next(part for part in runner.test_loop.evaluator.metrics if isinstance(part, ClassificationMetric))
     images = runner.test_dataloader.dataset
     indices, predicted = list(metric.predictions), list(metric.predictions.values())
     correct = np.asarray(predicted) == np.asarray(images.labels)[indices]
-    model: Any = plain_model(runner)
+    model = plain_model(runner)
     spec = model.classifier.spec
     settings = {
         "image_size": spec.image_size,

@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data = commands.add_parser("data", help="images a second: decoding alone, the data set, a loader")
     data.add_argument("--data-root", required=True, help="folder of images or of tar shards")
     data.add_argument("--image-size", type=int, default=224)
-    data.add_argument("--images", type=int, default=256, help="so many of them at most")
+    data.add_argument("--images", type=int, default=256, help="maximum number of images")
     data.add_argument("--workers", type=int, default=2, help="reading processes of the loader")
     data.add_argument("--batch-size", type=int, default=32)
     data.add_argument("--repeats", type=int, default=5)

@@ -1,4 +1,4 @@
-"""What the commands share: their parser, their launch options, and the one form in which they tell a user's mistake."""
+"""Shared parts of the commands: parser, launch options, and the form in which a user's mistake is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file is; whether this machine is fit for a training; what a teacher file can teach and whether it looks trained.
+"""Diagnose a file, a machine before a training, or a teacher: what it can teach and whether it looks trained.
 
     hgkd doctor file SOMETHING.pth
     hgkd doctor environment --work-dir work_dirs/mine --images ~/photos
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_file
+from timm.models import VisionTransformer
 from timm.models.beit import Beit
 from torch import Tensor
 
@@ -61,7 +62,7 @@ class Finding:
         prefix_tokens: class and register tokens.
         targets: what it can teach, and what not, with the reason.
         health: the score of its weights; None when it cannot be a teacher.
-        features: its features beside those of a random network; None without images.
+        features: its features next to those of a random network; None without images.
     """
 
     kind: str
@@ -91,7 +92,7 @@ def examine_teacher(
         name: timm's name of the network that the file is meant for, which every entry must then fit; None: the network that the
             file's shapes describe. Not for MAE files with a decoder.
         images: folder of images, or of one folder a class.
-        limit: at most so many images.
+        limit: maximum number of images.
         image_size: their side in pixels.
 
     Raises:
@@ -137,7 +138,7 @@ def _network(file: str, name: str | None, weights: Mapping[str, Tensor]) -> tupl
                     raise ValueError(f"{file} is a MAE with its decoder, whose network it describes itself; leave --name out")
                 arch = arch_of(weights, file, 1, 1)  # heads change no shape
                 check_channels(arch.in_chans, f"the number of channels of {file}")
-                network: Any = MaskedAutoencoder(arch)
+                network = MaskedAutoencoder(arch)
                 match(network, weights, source=file)
             else:
                 network = build_vit(name) if name is not None else vit_of(weights, file)
@@ -159,7 +160,7 @@ def _grid(weights: Mapping[str, Tensor], prefix: int) -> tuple[int, int] | None:
     return None
 
 
-def _targets(network: Any, obstacle: str | None, decoder: bool) -> dict[str, str]:
+def _targets(network: VisionTransformer | Beit, obstacle: str | None, decoder: bool) -> dict[str, str]:
     if obstacle is not None:
         return dict.fromkeys(TARGETS, f"no: {obstacle}")
     beit = isinstance(network, Beit)
@@ -235,7 +236,7 @@ def _uses_of_export(file: WeightFile) -> tuple[str, ...]:
 
 
 def described(file: WeightFile) -> list[str]:
-    """What ``hgkd doctor file`` prints: kind, names, what is known besides, and what takes the file; paths are never cut."""
+    """Text of ``hgkd doctor file``: kind, names, further facts, and the commands that take the file; paths are never cut."""
     uses = _uses_of_export(file) if file.kind is Kind.EXPORT else USES[file.kind]
     lines = [f"{file}: {file.kind}"]
     if file.naming:
@@ -298,7 +299,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     teacher.add_argument("--name", help="timm's name of the network that the file is meant for")
     teacher.add_argument("--entry", help="which set of weights, in a file that holds several (default: the usual one)")
     teacher.add_argument("--images", help="folder of images, or of one folder a class")
-    teacher.add_argument("--limit", type=int, default=200, help="at most so many images")
+    teacher.add_argument("--limit", type=int, default=200, help="maximum number of images")
     teacher.add_argument("--image-size", type=int, default=224, help="side of the images in pixels")
     extract = commands.add_parser("extract", help="write one of several sets of weights to a file of its own")
     extract.add_argument("file", help="weight file")

@@ -79,13 +79,13 @@ def with_latency(report: ExportReport, side: int, repeats: int = 20) -> list[dic
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("checkpoint", help=".pth file that hgkd train wrote; with --encoder, a weight file of others")
+    parser.add_argument("checkpoint", help=".pth file that hgkd train wrote; with --encoder, a weight file of another project")
     parser.add_argument("--to", default="timm", help="; ".join(f"{name}: {t.summary}" for name, t in TARGETS.items()))
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--part", default="backbone", help=f"part of the checkpoint: {', '.join(PARTS)}")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument("--images", metavar="DIR", help="images for the proof, and for int8's calibration")
-    parser.add_argument("--max-images", type=int, default=64, metavar="N", help="so many of them at most (default 64)")
+    parser.add_argument("--max-images", type=int, default=64, metavar="N", help="use N of them at most (default 64)")
     parser.add_argument("--labels", action="store_true", help="they lie in one folder a class: fp16 and int8 get an accuracy")
     parser.add_argument(
         "--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="black and white in images of more than 8 bits"
@@ -93,8 +93,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--licence", nargs="+", default=[], metavar="FIELD=TEXT", help="for the cards: weights=, teacher=, data="
     )
-    parser.add_argument("--encoder", help="timm's name of the network in a weight file of others")
-    parser.add_argument("--prefix", help="what stands before its names there, when it cannot be found")
+    parser.add_argument("--encoder", help="timm's name of the network in a weight file of another project")
+    parser.add_argument("--prefix", help="prefix of its names in the file, when it cannot be found")
     parser.add_argument(
         "--allow", nargs="+", default=[], metavar="NAME", help="beginnings of names that may be missing or left over"
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from hgkd.cli.common import command, command_parser
 from hgkd.data.shapes import CLASSES, write_ade20k, write_coco, write_imagefolder
-from hgkd.errors import USER_ERRORS, StoppedError, coded, unknown_name_message
+from hgkd.errors import coded, unknown_name_message
+from hgkd.writing import writing
 
 WRITERS = {"imagefolder": write_imagefolder, "coco": write_coco, "ade20k": write_ade20k}
 
@@ -70,11 +71,7 @@ def make_shapes(
 @command
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
-    try:
+    with writing(args.out, f"{args.out} is not complete: make room, remove it and write it again"):
         written = make_shapes(**vars(args))
-    except OSError as error:
-        if isinstance(error, USER_ERRORS):
-            raise
-        raise StoppedError(f"{error}; {args.out} is not complete: make room, remove it and write it again") from error
     print(f"{written} images in {args.out} ({args.layout})")
     return 0

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
@@ -27,6 +27,9 @@ from hgkd.data import UnlabelledImages
 from hgkd.data.folders import UNFINISHED_EXTENSION, is_image_name, printable
 from hgkd.data.pixels import FORMATS
 from hgkd.errors import DataError, StoppedError
+
+if TYPE_CHECKING:
+    from webdataset import ShardWriter
 
 _MARK = f"packing{UNFINISHED_EXTENSION}"  # lies in the folder until all is packed
 
@@ -129,7 +132,7 @@ def _suffix(file: BinaryIO) -> str:
     return {"jpeg2000": ".jp2", "mpo": ".jpg"}.get(kind, f".{kind}")
 
 
-def _abandon(writer: Any, out: Path) -> None:
+def _abandon(writer: ShardWriter, out: Path) -> None:
     """Remove the shard that was begun, whose stream would otherwise write its rest when it is collected."""
     with suppress(AttributeError):
         writer.tarstream.tarstream.fileobj.closed = True

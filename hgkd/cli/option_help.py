@@ -1,4 +1,4 @@
-"""What the help of ``hgkd train`` and ``hgkd test`` says of options: generated from their tables."""
+"""Help texts of ``hgkd train`` and ``hgkd test`` about options, generated from the tables of options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hgkd.openmmlab.config import SHORT_OPTIONS as DOWNSTREAM_OPTIONS
 
 
 def help_text(examples: str, codes: Mapping[int, str]) -> str:
-    """What --help says after the arguments: the short options, how options win, examples and exit codes."""
+    """End of the --help page: short options, precedence of options, examples and exit codes."""
     lines = ["short options of pretraining and fine-tuning (for --cfg-options):"]
     lines += [f"  {name:<18} {option.help}" for name, option in SHORT_OPTIONS.items()]
     lines += ["", "short options of detectors and segmentors:"]

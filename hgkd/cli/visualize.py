@@ -115,7 +115,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(draw=draw)
         sub.add_argument("--images", nargs="+", required=True, metavar="PATH", help="files, or folders searched at any depth")
-        sub.add_argument("--limit", type=int, default=8, help="only so many images")
+        sub.add_argument("--limit", type=int, default=8, help="maximum number of images")
         sub.add_argument("--out", required=True, metavar="DIR", help=f"folder of the picture and of {PAGE}")
         if name != "predictions":
             sub.add_argument("--name", default=name, help=f"the picture's name ({name})")
@@ -144,16 +144,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             default=[None],
             help="CNN: 0 = the finest level; ViT: the block, 0 = the first; negative ones count from the end (the last)",
         )
-    sub = command(cam, "what speaks for a classifier's answer (Grad-CAM)", backbone=False)
+    sub = command(cam, "which image regions speak for a classifier's prediction (Grad-CAM)", backbone=False)
     sub.add_argument("--checkpoint", required=True, help="of a fine-tuned classifier, or its work folder")
-    sub.add_argument("--class", dest="class_name", metavar="NAME", help="a class (each image's own answer)")
+    sub.add_argument("--class", dest="class_name", metavar="NAME", help="a class (default: each image's own prediction)")
     sub.add_argument("--image-size", type=int, help="pixels of the centre crop (that of the training)")
     sub = command(neighbours, "which images are alike")
     sub.add_argument("--bank", required=True, metavar="FOLDER", help="images among which neighbours are sought")
     sub.add_argument("--k", type=int, default=5, help="neighbours of each image")
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--workers", type=int, default=2, help="processes that read images")
-    sub = command(reconstruction, "what a masked model makes of hidden positions", backbone=False)
+    sub = command(reconstruction, "reconstructions of hidden positions by a masked model", backbone=False)
     sub.add_argument("--checkpoint", required=True, help="of a run with PixelReconstruction or MAEPretraining, or a MAE file")
     sub.add_argument("--mask-ratio", type=float, help="share of hidden cells (that of the training)")
     sub.add_argument("--image-size", type=int, help="pixels of the centre crop (that of the training)")

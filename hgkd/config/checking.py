@@ -6,7 +6,7 @@ mmengine silently ignores top-level keys that it does not know. Here a key is re
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mmengine import registry as roots
@@ -108,7 +108,7 @@ def check_config(cfg: Config | Mapping[str, Any]) -> None:
         _check(value, key, _TOP_REGISTRIES.get(key))
 
 
-def _check(value: Any, path: str, registry: Registry | None) -> None:
+def _check(value: object, path: str, registry: Registry | None) -> None:
     if isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
             _check(item, f"{path}.{i}", registry)
@@ -128,12 +128,12 @@ def _check(value: Any, path: str, registry: Registry | None) -> None:
         _check(item, f"{path}.{key}", _KEY_REGISTRIES.get(key, registry))
 
 
-def _check_objectives(objectives: Any, path: str, registry: Registry) -> None:
+def _check_objectives(objectives: object, path: str, registry: Registry) -> None:
     for name, item in objectives.items() if isinstance(objectives, Mapping) else ():
         _check(item, f"{path}.{name}", registry)
 
 
-def _check_arguments(cls: Any, value: Mapping[str, Any], path: str, registry: Registry) -> None:
+def _check_arguments(cls: Callable[..., object], value: Mapping[str, Any], path: str, registry: Registry) -> None:
     accepted = _accepted(cls, registry)
     extra = {"type", "_scope_"}
     if registry is HOOKS:
@@ -174,7 +174,7 @@ def _chain(registry: Registry) -> Iterator[Registry]:
         node = node.parent
 
 
-def _find(registry: Registry, name: str, path: str) -> Any:
+def _find(registry: Registry, name: str, path: str) -> type:
     """The class registered as ``name``."""
     if "." in name:  # 'scope.Name' or a dotted import path
         found = registry.get(name)
@@ -191,14 +191,14 @@ def _find(registry: Registry, name: str, path: str) -> Any:
     return known[name]
 
 
-def _parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
+def _parameters(cls: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     parameters = dict(inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters)
     if inspect.isclass(cls):
         parameters.pop(next(iter(parameters)), None)  # self
     return parameters
 
 
-def _accepted(cls: Any, registry: Registry) -> set[str] | None:
+def _accepted(cls: Callable[..., object], registry: Registry) -> set[str] | None:
     """Names that the constructor takes; None: any name, because it hands ``**kwargs`` on to something unknown.
 
     A metric hands them to its base class, which is known.
@@ -213,11 +213,11 @@ def _accepted(cls: Any, registry: Registry) -> set[str] | None:
     return None
 
 
-def _required(cls: Any) -> list[str]:
+def _required(cls: Callable[..., object]) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [n for n, p in _parameters(cls).items() if p.default is p.empty and p.kind in kinds]
 
 
-def _short(value: Any, length: int = 80) -> str:
+def _short(value: object, length: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= length else text[: length - 3] + "..."

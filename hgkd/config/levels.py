@@ -1,4 +1,4 @@
-"""Who set a key of a config: which file of its ``_base_`` chain, a program, or the command line.
+"""Origin of a config's keys: a file of its ``_base_`` chain, a program, or the command line.
 
 mmengine merges a chain into one dict and forgets who said what. A short option such as ``batch_size`` and the place that it
 stands for (``train_dataloader.batch_size``) are one setting under two names, so what was said last can only be known from
@@ -19,14 +19,14 @@ from typing import Any
 
 from mmengine.config import Config
 
-MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing"})()
+MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _LOCK = threading.RLock()
 _ATTRIBUTE = "_hgkd_level"
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """What one source says, without what it inherits.
+    """Settings of one source, without those that it inherits.
 
     Attributes:
         name: for messages: a file, or 'the command line'.
@@ -46,10 +46,10 @@ class Level:
         return next((level for level in found if level is not None), None)
 
     def value(self, path: Sequence[str]) -> list[Any] | None:
-        """What this level itself says of a path: [value], [MISSING] where it replaces what is around by something without
+        """Value that this level itself gives a path: [value], [MISSING] where it replaces what is around by something without
         it, None where it says nothing.
         """
-        node: Any = self.own
+        node = self.own
         for step in path:
             if isinstance(node, Mapping):
                 if step not in node:
@@ -84,8 +84,8 @@ class Levels:
         except KeyError as error:  # an index beyond the end of a list
             raise ValueError(f"{', '.join(typed or ())}: {error.args[0]}") from error
 
-    def setter(self, path: Sequence[str], value: Any) -> Level:
-        """Who has set a path to the value that it has."""
+    def setter(self, path: Sequence[str], value: object) -> Level:
+        """Level that has set a path to the value that it has."""
         found = self._typed.setter(path)
         said = None if found is None else found.value(path)
         return self._program if found is None or said is None or not same(said[0], value) else found
@@ -104,7 +104,7 @@ def nested(options: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def same(left: Any, right: Any) -> bool:
+def same(left: object, right: object) -> bool:
     """Equal, where a tuple may be written as a list."""
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(same, left, right))
@@ -112,7 +112,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def read_levels(path: str) -> Config:
-    """As ``Config.fromfile``; :class:`Levels` then knows which file of the chain says what."""
+    """Read a config as ``Config.fromfile`` does, noting which file of the chain sets what; see :class:`Levels`."""
     with _LOCK, _noted() as root:
         cfg = Config.fromfile(path, import_custom_modules=False)
     import_custom_modules(cfg, root.folders())
@@ -122,7 +122,7 @@ def read_levels(path: str) -> Config:
 
 
 def import_custom_modules(cfg: Config, folders: Sequence[Path]) -> None:
-    """Import what ``custom_imports`` of a config names: a module on the path, or one beside the config.
+    """Import what ``custom_imports`` of a config names: a module on the path, or one next to the config.
 
     A folder whose module is imported goes to the end of ``sys.path``, so that processes which read images find it, too.
 
@@ -190,7 +190,7 @@ def _noted() -> Iterator[_Note]:
     read, merge = Config._file2dict, Config._merge_a_into_b
     thread, open_files = threading.get_ident(), [_Note("")]
 
-    def noting_read(filename: str, *args: Any, **options: Any) -> Any:
+    def noting_read(filename: str, *args: object, **options: object) -> object:
         if threading.get_ident() != thread:
             return read(filename, *args, **options)
         note = _Note(str(filename))
@@ -201,7 +201,7 @@ def _noted() -> Iterator[_Note]:
         finally:
             open_files.pop()
 
-    def noting_merge(a: Any, b: Any, *args: Any, **options: Any) -> Any:
+    def noting_merge(a: Mapping[str, Any], b: object, *args: object, **options: object) -> object:
         note = open_files[-1]
         if threading.get_ident() == thread and note.own is None:  # the first merge of a file is of the whole of it
             note.own = copy.deepcopy(dict(a))

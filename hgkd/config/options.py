@@ -1,4 +1,4 @@
-"""What a user types: ``--device``, and ``--cfg-options KEY=VALUE``.
+"""Parsing of ``--device`` and of ``--cfg-options KEY=VALUE``.
 
 Values are read as mmengine's ``DictAction`` does, except that texts stay as typed: it takes blanks out of every value,
 makes lists of what has a comma and numbers of folders that are called 2024.
@@ -21,7 +21,9 @@ _PATHS = ("_root", "_file", "_checkpoint", "_dir", "_from", "backbone", "checkpo
 class OptionsAction(DictAction):  # type: ignore[misc]
     """Collects KEY=VALUE pairs of one or more options into a dict; two values for one key are refused."""
 
-    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: str | Sequence[Any] | None, option_string: str | None = None
+    ) -> None:
         options = dict(getattr(namespace, self.dest, None) or {})
         for pair in values or ():
             key, equals, text = pair.partition("=")
@@ -43,7 +45,7 @@ class OptionsAction(DictAction):  # type: ignore[misc]
         setattr(namespace, self.dest, options)
 
 
-def option_value(key: str, text: str) -> Any:
+def option_value(key: str, text: str) -> object:
     """The value that was typed for ``key``.
 
     Quotes make a text of anything; brackets a list, tuple or dict, with Python's own meaning where it is Python. A path is a
@@ -59,14 +61,14 @@ def option_value(key: str, text: str) -> Any:
     return DictAction._parse_iterable(text) if "," in text else DictAction._parse_int_float_bool(text)
 
 
-def option_text(key: str, value: Any) -> str:
-    """What to type for a value: the inverse of :func:`option_value`, but that tuples become lists."""
+def option_text(key: str, value: object) -> str:
+    """Text to type for a value: the inverse of :func:`option_value`, except that tuples become lists."""
     if isinstance(value, str):
         return value if option_value(key, value) == value else repr(value)
     return _inside(value) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _inside(value: Any) -> str:
+def _inside(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(_inside, value))}]"
     return repr(value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def rate_entries(schedule: Any) -> tuple[int | None, int | None]:
+def rate_entries(schedule: object) -> tuple[int | None, int | None]:
     """Indices of the warm-up and of the main part in a ``param_scheduler``; None where there is no such part.
 
     Of two entries that change the learning rate the first is the warm-up; one alone is the main part.
@@ -34,7 +34,7 @@ def shorter_warmup(epochs: float, whole: bool) -> float:
     return epochs // 10 if whole else epochs / 10
 
 
-def without_empty_warmup(schedule: Any, steps: int) -> Any:
+def without_empty_warmup(schedule: Sequence[Any], steps: int) -> Sequence[Any]:
     """The schedule without a warm-up that is shorter than a step, which mmengine cannot build.
 
     Args:

@@ -34,7 +34,7 @@ class ShortOption:
     existing: tuple[str, ...] = ()
     kind: str = "text"
     linked: bool = False
-    idle: Any = None
+    idle: object = None
 
 
 _TRAIN, _BANK, _QUERY = "train_dataloader.dataset", "val_dataloader.dataset.bank", "val_dataloader.dataset.query"
@@ -43,7 +43,7 @@ _VAL = "val_dataloader.dataset"
 SHORT_OPTIONS: dict[str, ShortOption] = {
     "data_root": ShortOption((f"{_TRAIN}.data_root",), "folder of the training images"),
     "list_file": ShortOption((f"{_TRAIN}.list_file",), "text file naming the training images, one a line"),
-    "limit": ShortOption((f"{_TRAIN}.limit",), "use only so many training images", kind="whole"),
+    "limit": ShortOption((f"{_TRAIN}.limit",), "maximum number of training images", kind="whole"),
     "val_train_root": ShortOption((f"{_BANK}.data_root",), "labelled images, one folder a class: the k-NN's memory"),
     "val_test_root": ShortOption((f"{_QUERY}.data_root",), "labelled images that the k-NN must classify"),
     "image_size": ShortOption(
@@ -165,7 +165,7 @@ def _settle(cfg: Config, levels: Levels, name: str, option: ShortOption) -> Leve
     return level
 
 
-def _disagreement(name: str, value: Any, level: Level, place: str, found: Any, by: Level) -> str:
+def _disagreement(name: str, value: object, level: Level, place: str, found: object, by: Level) -> str:
     """Two settings of one thing, neither of which is later."""
     if level is by:
         return (
@@ -195,7 +195,7 @@ def _places_of(cfg: Config, option: ShortOption) -> dict[str, tuple[tuple[str, .
 def _locate(cfg: Config, place: str) -> tuple[tuple[str, ...], Any] | None:
     """The path of a place with indices of lists, and the dict that holds its last step; None when there is none."""
     *steps, last = place.split(".")
-    node: Any = cfg
+    node = cfg
     path: list[str] = []
     for step in steps:
         if isinstance(node, (list, tuple)):
@@ -219,8 +219,8 @@ def _index(entries: Sequence[Any], step: str) -> int | None:
     return next((i for i, entry in enumerate(entries) if isinstance(entry, Mapping) and entry.get("type") == step), None)
 
 
-def _write(cfg: Config, path: Sequence[str], value: Any) -> None:
-    node: Any = cfg
+def _write(cfg: Config, path: Sequence[str], value: object) -> None:
+    node = cfg
     for step in path[:-1]:
         node = node[int(step)] if isinstance(node, (list, tuple)) else node[step]
     if value is None:

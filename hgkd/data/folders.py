@@ -1,4 +1,4 @@
-"""What lies in a folder of images: pictures, tar shards, and what is neither, by name alone.
+"""Content of a folder of images, by name alone: pictures, tar shards, and files that are neither.
 
 Nothing is dropped without being counted: what belongs to a system (macOS, Windows, a NAS, Jupyter) is passed over, and what
 is no picture is told by its kind.
@@ -70,7 +70,7 @@ def printable(path: str) -> str:
 
 @dataclass
 class Content:
-    """What was found below a folder; names are relative to it and sorted.
+    """Files found below a folder; names are relative to it and sorted.
 
     Attributes:
         images: files named like images.
@@ -92,7 +92,7 @@ class Content:
         return not _OTHER_PICTURES.isdisjoint(self.left_out) or DOTTED in self.left_out
 
     def told(self) -> str:
-        """What was left out in words, '' when nothing was."""
+        """Sentence about files that were left out; '' when there are none."""
         parts = [f"{count} {kind}" for kind, count in self.left_out.most_common(_KINDS_TOLD)]
         rest = self.left_out.total() - sum(count for _, count in self.left_out.most_common(_KINDS_TOLD))
         parts += [f"{rest} of other kinds"] if rest else []

@@ -79,7 +79,7 @@ def read_crops(
 
 
 def decode_rgb(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = True) -> Image.Image:
-    """As :func:`read_rgb`, of an open file."""
+    """Decode an open image file; see :func:`read_rgb`."""
     return decode(file, value_range, use_alpha)
 
 

@@ -303,7 +303,7 @@ def _tiff_tags(file: BinaryIO) -> Any:
 
 @dataclass
 class Measured:
-    """What is unusual about one image.
+    """Unusual properties of one image.
 
     Attributes:
         kind: of its values when they have more than 8 bits: 'uint16', 'float32', ...; '' otherwise.
@@ -381,7 +381,7 @@ _MUCH = 0.5
 
 
 def warnings_of(images: Sequence[Measured], value_range: Range | None, use_alpha: bool) -> list[str]:
-    """What a user should know of some images that were looked at, before a run trains on them.
+    """Warnings about images that were looked at, for a user to read before a run trains on them.
 
     Values that would be nearly black, or cut, where no ``value_range`` is given; bands that are not read; transparency that
     hides half of the pictures and more.

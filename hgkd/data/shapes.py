@@ -7,22 +7,20 @@ tells the class. A scene depends on its seed and size only (``PCG64``, integers 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from hgkd.data.transforms import as_size
-from hgkd.writing import write_bytes
+from hgkd.writing import written_whole
 
 Floats = NDArray[np.float64]
 Distance = Callable[[Floats, Floats], Floats]
@@ -330,7 +328,7 @@ def write_coco(
     for split, content in contents.items():
         info = {"description": "hgkd generated shapes", "seed": seed}
         text = json.dumps({"info": info, "licenses": [], **content, "categories": categories})
-        with _whole(Path(root, "annotations", f"{split}.json")) as file:
+        with written_whole(Path(root, "annotations", f"{split}.json")) as file:
             file.write(text.encode())
     return train + test
 
@@ -350,7 +348,7 @@ def write_ade20k(
     """
     for split, number, scene in _scenes({"training": train, "validation": test}, image_size, seed, clutter):
         _save_jpeg(scene, Path(root, "images", split, f"{number:06d}.jpg"))
-        with _whole(Path(root, "annotations", split, f"{number:06d}.png")) as file:
+        with written_whole(Path(root, "annotations", split, f"{number:06d}.png")) as file:
             Image.fromarray(scene.label_map).save(file, format="PNG")
     return train + test
 
@@ -367,20 +365,8 @@ def _scenes(
 
 
 def _save_jpeg(scene: Scene, path: Path) -> None:
-    with _whole(path) as file:
+    with written_whole(path) as file:
         Image.fromarray(scene.image).save(file, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """Context with a stream to fill, which becomes a file of that name when it is complete, and nothing when that fails.
-
-    Pillow itself does not notice on a full disk that it has written a part only.
-    """
-    content = io.BytesIO()
-    yield content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, content.getvalue())
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:

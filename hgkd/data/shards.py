@@ -36,7 +36,7 @@ def find_shards(folder: str) -> list[str]:
 
 
 def kind_of(member: str) -> str:
-    """What follows the first dot of a member's name, that included: '.jpg', '.seg.png'; empty for hidden and undotted names."""
+    """Extension of a member's name, from its first dot on: '.jpg', '.seg.png'; empty for hidden and undotted names."""
     key, dot, kind = PurePosixPath(member).name.partition(".")
     return dot + kind.lower() if key else ""
 
@@ -85,7 +85,7 @@ def _left_out_kind(member: tarfile.TarInfo, kinds: Sequence[str]) -> str:
 
 
 class ShardIndex:
-    """Where every image of some shards lies.
+    """Index of images in shards: file, offset and size of each.
 
     Args:
         root: folder of the shards.

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -48,7 +50,7 @@ def dry_run(cfg: Config) -> str:
     cfg.resume, cfg.load_from = False, None
     with trial_folder() as folder:
         cfg.work_dir = folder
-        runner: Any = RUNNERS.build(cfg)
+        runner = RUNNERS.build(cfg)
         loop = runner.build_train_loop(runner._train_loop)
         runner._train_loop = loop
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -62,7 +64,7 @@ def dry_run(cfg: Config) -> str:
     return lines_of(plan | report)
 
 
-def _check_data(runner: Any) -> None:
+def _check_data(runner: Runner) -> None:
     """Build the loops of validation and test, and compare the data's classes."""
     _ = runner.val_loop, runner.test_loop
     for hook in runner.hooks:
@@ -70,8 +72,8 @@ def _check_data(runner: Any) -> None:
             hook.before_train(runner)
 
 
-def _measure(runner: Any, loop: Any) -> dict[str, Any]:
-    model: Any = plain_model(runner)
+def _measure(runner: Runner, loop: BaseLoop) -> dict[str, Any]:
+    model = plain_model(runner)
     loader = loop.dataloader
     on_gpu = next(model.parameters()).is_cuda
     images = loader.batch_size if on_gpu else min(loader.batch_size, _CPU_IMAGES)
@@ -118,7 +120,7 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
     return report
 
 
-def _student_text(model: Any) -> str:
+def _student_text(model: BaseModel) -> str:
     """A masked student in words: a network of timm, or a ViT."""
     student = model.student
     spec = getattr(student, "encoder_spec", None)
@@ -135,7 +137,7 @@ def _student_text(model: Any) -> str:
     )
 
 
-def _diverged(model: Any, batch: Any, losses: dict[str, float], step: int) -> DivergedError:
+def _diverged(model: BaseModel, batch: object, losses: dict[str, float], step: int) -> DivergedError:
     """The error of a step that is not finite, which says where that begins."""
     teacher = getattr(model, "teacher", None)
     data = model.data_preprocessor(batch, True)
@@ -166,7 +168,7 @@ def _wait(on_gpu: bool) -> None:
         torch.cuda.synchronize()
 
 
-def _shape(value: Any) -> str:
+def _shape(value: object) -> str:
     return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" if isinstance(value, Tensor) else str(type(value))
 
 

@@ -29,7 +29,7 @@ _SAMPLE = 32
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at.
+    """One check of the environment, and its result.
 
     Attributes:
         name: of the check.
@@ -121,7 +121,7 @@ def check_mm_forks(installed: Callable[[str], str | None] = _installed) -> Check
 
 
 def check_devices() -> Check:
-    """What a training will compute on."""
+    """Check of the devices that a training will compute on."""
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         precision = "bfloat16" if torch.cuda.is_bf16_supported() else "float16 with loss scaling"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.utils import import_modules_from_strings
 from torch.utils.data import default_collate
 
@@ -29,7 +30,7 @@ from hgkd.weights.run_folder import read_run_checkpoint
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """What a step did when it was done again.
+    """Result of a step that was done again.
 
     Attributes:
         step: its number, from 0.
@@ -63,7 +64,7 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
     """Do the steps of a dump again, each from the dump's weights, since none of them changed these.
 
     Args:
-        dump: ``nonfinite_step_<n>_rank_<r>.json``; the checkpoint that it names lies beside it.
+        dump: ``nonfinite_step_<n>_rank_<r>.json``; the checkpoint that it names lies next to it.
         trusted: the dump's config may import code of yours (``custom_imports``, types that are import paths).
 
     Raises:
@@ -86,7 +87,7 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
         import_modules_from_strings(**cfg.custom_imports)
     state = read_run_checkpoint(weights)["state_dict"]
     dataset = DATASETS.build({"_scope_": "hgkd", **cfg.train_dataloader.dataset})
-    model: Any = MODELS.build({"_scope_": "hgkd", **cfg.model}).to(device)
+    model = MODELS.build({"_scope_": "hgkd", **cfg.model}).to(device)
     found = []
     for entry in steps:
         load_strict(model, state, source=str(weights), finite=False)  # it may be what is looked for
@@ -100,7 +101,7 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
     return found
 
 
-def _replay_step(model: Any, batch: Mapping[str, Any], entry: Mapping[str, Any]) -> ReplayedStep:
+def _replay_step(model: BaseModel, batch: Mapping[str, Any], entry: Mapping[str, Any]) -> ReplayedStep:
     model.train()
     model.zero_grad(set_to_none=True)
     with watch_nonfinite(model) as seen:

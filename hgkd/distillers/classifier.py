@@ -1,4 +1,4 @@
-"""Fine-tuning: a backbone becomes a classifier, with labels alone or with a teacher beside them.
+"""Fine-tuning: a backbone becomes a classifier, with labels alone or with a teacher as well.
 
 One model for plain fine-tuning, G2SD's specific stage (arXiv 2302.14771: ``HardLabelKD`` or ``NKD``), logit distillation
 (``LogitKD``) and MGD for classification (``FeatureMapMGD``, arXiv 2205.01529), so that they differ in their objectives only.
@@ -106,9 +106,9 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
         """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""
 
     def forward(  # type: ignore[override]
-        self, inputs: Tensor, mode: str = "tensor", **data: Any
+        self, inputs: Tensor, mode: str = "tensor", **data: Tensor
     ) -> dict[str, Tensor] | list[ClassSample] | Tensor:
-        """Losses, answers or logits of a batch.
+        """Losses, predictions or logits of a batch.
 
         Args:
             inputs: uint8 (B, 3, H, W), RGB.
@@ -197,5 +197,5 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
             print_log(f"pixels are normalised as in the checkpoint: mean {spec.mean}, std {spec.std}", "current")
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
+        """Description of the network for checkpoints, under ``meta['hgkd']``."""
         return {"classifier": self.classifier.spec.to_dict(), "format": FORMAT}

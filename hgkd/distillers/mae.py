@@ -78,7 +78,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         """Nothing: the network has set its weights itself."""
 
     def forward(  # type: ignore[override]
-        self, inputs: Tensor, mode: str = "tensor", **data: Any
+        self, inputs: Tensor, mode: str = "tensor", **data: object
     ) -> dict[str, Tensor] | list[FeatureSample] | Tensor:
         """Loss, features or samples of a batch.
 
@@ -112,11 +112,11 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         return mae_loss(predicted, target, visible)
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint says about the network inside."""
+        """Description of the network for checkpoints."""
         return {"mae": asdict(self.network.arch), "pixels": self.pixels(), "format": FORMAT}
 
     def pixels(self) -> dict[str, Any]:
-        """What the network was trained on, for a file of its weights."""
+        """Pixel statistics that the network was trained with, for a file of its weights."""
         return {**self.pixel_values(), "norm_pix": self.norm_pix}
 
     def save_teacher(self, path: str | Path, overwrite: bool = False) -> Path:

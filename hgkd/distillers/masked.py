@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from mmengine.logging import print_log
@@ -132,7 +132,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         self.mask.check(self.mask_grid)
         self._check_hidden()
         self._check_counts()
-        teacher: Any = self.teacher
+        teacher = self.teacher
         info: TeacherInfo | None = None
         grid: tuple[int, int] | None = None
         if teacher is not None:
@@ -146,17 +146,17 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
                     f"objective {name!r} ({type(objective).__name__}) learns from a teacher, but the model has none; "
                     "set model.teacher, or use an objective without one such as PixelReconstruction"
                 )
-            if objective.needs is not None and objective.needs.decoder_block is not None:
+            if teacher is not None and objective.needs is not None and objective.needs.decoder_block is not None:
                 teacher.require_decoder()  # before the objective, whose message could not name the file
             objective.prepare(Setup(self.student, info, grid, self.mask_grid))
-            if objective.needs is not None:  # after prepare, which resolves negative block indices
+            if teacher is not None and objective.needs is not None:  # after prepare, which resolves negative block indices
                 teacher.check(objective.needs)
         if self.mask.guided and (teacher is None or not teacher.gives_attention):
             raise ValueError(
                 f"{type(self.mask).__name__} is guided by a teacher's attention, but the model has "
                 f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask"
             )
-        if self.mask.guided:
+        if teacher is not None and self.mask.guided:
             teacher.check_attention()
         asking: dict[str, TeacherNeeds] = {name: part.needs for name, part in parts.items() if part.needs is not None}
         if teacher is not None and not asking and not self.mask.guided:
@@ -228,7 +228,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         """Nothing: all weights are set when the parts are built, and pretrained ones must not be overwritten."""
 
     def forward(  # type: ignore[override]
-        self, inputs: Tensor, mode: str = "tensor", **data: Any
+        self, inputs: Tensor, mode: str = "tensor", **data: Tensor
     ) -> dict[str, Tensor] | list[FeatureSample] | Tensor:
         """Losses, features or samples of a batch.
 
@@ -273,7 +273,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         return losses, {name: weight * term.loss_of_mean() for name, (weight, term) in found.items()}
 
     def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
-        """What student and teacher make of a batch; the teacher's part by name of the objective."""
+        """Outputs of student and teacher for a batch; the teacher's by name of the objective."""
         check_size(images, self.image_size)
         # 1. mirror some of the images, and draw the visible cells of every view
         flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
@@ -323,7 +323,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def teach(
         self, images: Tensor, visible: Tensor, index: Tensor | None = None, flipped: Tensor | None = None
     ) -> dict[str, TeacherOutput]:
-        """What the teacher says to each objective that asked: objective name -> output.
+        """The teacher's outputs for the objectives that ask for one: objective name -> output.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
@@ -388,8 +388,11 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         return blocks
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint says about the network inside, under ``meta['hgkd']``."""
+        """Description of the network for checkpoints, under ``meta['hgkd']``."""
         return {**self.student.description(), "format": FORMAT}
+
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def _build(cfg: Mapping[str, Any]) -> Any:
@@ -397,7 +400,7 @@ def _build(cfg: Mapping[str, Any]) -> Any:
     return MODELS.build({"_scope_": "hgkd", **cfg})
 
 
-def _build_part(cfg: Mapping[str, Any], base: type[nn.Module], place: str, path: str) -> Any:
+def _build_part(cfg: Mapping[str, Any], base: type[Part], place: str, path: str) -> Part:
     """Build a part of the model, which must be derived from a base class.
 
     Raises:

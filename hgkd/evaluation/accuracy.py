@@ -1,4 +1,4 @@
-"""What a share of right answers says: by class, with a confidence interval, and against the answers of another run.
+"""Accuracy per class, its bootstrap interval, and paired tests between two runs.
 
 Interval: Efron's percentile bootstrap ("Bootstrap methods: another look at the jackknife", Annals of Statistics 1979).
 Paired test: McNemar's, exact (McNemar, Psychometrika 1947): of the images on which two runs differ, how many each has right.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 def percent(correct: NDArray[Any]) -> float:
-    """Share of right answers (N,), bool or shares in [0, 1], in percent."""
+    """Share of right predictions (N,), bool or shares in [0, 1], in percent."""
     return 100.0 * float(correct.sum()) / correct.size
 
 
@@ -28,7 +28,7 @@ def per_class_accuracy(correct: NDArray[Any], labels: NDArray[np.int64]) -> dict
 def bootstrap_interval(correct: NDArray[Any], seed: int = 0, n: int = 2000, level: float = 0.95) -> tuple[float, float]:
     """Percentile-bootstrap interval of an accuracy, in percent.
 
-    With every answer right (or wrong) no resampling can differ, and the interval is a point.
+    With every prediction right (or wrong) no resampling can differ, and the interval is a point.
 
     Args:
         correct: whether each test image was classified rightly (N,), bool; or in what share of several draws, in [0, 1].
@@ -47,7 +47,7 @@ def bootstrap_interval(correct: NDArray[Any], seed: int = 0, n: int = 2000, leve
 
 
 def _resampled_means(values: NDArray[np.float64], seed: int, n: int) -> NDArray[np.float64]:
-    """Means (n,) of so many draws of N from N values, with replacement.
+    """Means (n,) of n draws of N from N values, with replacement.
 
     Only how often each distinct value is drawn matters, which is multinomial: no index needs to be drawn.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from mmengine.evaluator import BaseMetric
@@ -23,18 +22,18 @@ class ClassificationMetric(BaseMetric):
     With K < 5 classes ``top5`` is 100. An image that is met twice (in place of an unreadable one) counts once.
 
     Attributes:
-        confusion: int64 (K, K) of the last evaluation, a row a right class, a column an answer; only in the main process.
+        confusion: int64 (K, K) of the last evaluation, a row a right class, a column a prediction; only in the main process.
         predictions: of the last evaluation, place of an image in its data set -> class index; only in the main process.
     """
 
     default_prefix = "accuracy"
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.confusion: NDArray[np.int64] | None = None
         self.predictions: dict[int, int] = {}
 
-    def process(self, data_batch: Any, data_samples: Sequence[ClassSample]) -> None:
+    def process(self, data_batch: object, data_samples: Sequence[ClassSample]) -> None:
         """Keep each image's five best classes.
 
         Raises:

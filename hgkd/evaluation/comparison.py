@@ -17,7 +17,7 @@ _FACTS = ("images", "train_seconds", "train_cpu_seconds", "images_per_s", "teach
 
 
 def trained(checkpoint: str | os.PathLike[str]) -> tuple[int | None, str]:
-    """What a run in one process leaves behind.
+    """Facts of a finished run in one process, from its checkpoint.
 
     Returns:
         How many images (repeats counted) it had seen when it wrote the checkpoint (None: the file does not say), and the
@@ -56,5 +56,5 @@ def write_csv(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:
 
 
 def value_of(score: Mapping[str, Any]) -> float:
-    """What a run is compared by: top-1 of an evaluation, or the value that it logged itself."""
+    """The number that a run is compared by: top-1 of an evaluation, or the value that it logged itself."""
     return float(score["top1"] if "top1" in score else score["value"])

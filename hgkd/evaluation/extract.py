@@ -1,15 +1,16 @@
 """Frozen features of any backbone that hgkd can name: students, exports, timm CNNs and ViTs, MAE files.
 
 One feature an image: the mean over places of the last level of a CNN, or of the patch tokens after one block of a ViT; of other
-timm models whatever they pool to by themselves. CNNs and ViTs also show where things are: maps of every level, and attention.
+timm models the output of their own pooling. CNNs and ViTs also show where things are: maps of every level, and attention.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
@@ -24,6 +25,10 @@ from hgkd.pixels import PixelNormalisation, pixel_statistics
 from hgkd.structures import TeacherNeeds
 from hgkd.weights.identify import MASKED_AUTOENCODERS, RUNS, WeightFile, identify
 from hgkd.weights.run_file import ClassifierSpec
+
+if TYPE_CHECKING:
+    from hgkd.networks import ImageClassifier
+    from hgkd.teachers import Teacher
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
 
@@ -77,7 +82,7 @@ class FeatureExtractor(nn.Module):
         raise ValueError(f"{self.settings.get('name')} gives no maps of features; take a CNN or a plain ViT")
 
     def attention(self, images: Tensor, level: int | None = None) -> Tensor:
-        """Where the network looks, (B, h, w), 0 or more; ``attention_name`` says what it is. See :meth:`maps`."""
+        """Attention map (B, h, w), 0 or more; ``attention_name`` says what it is. See :meth:`maps`."""
         raise ValueError(f"{self.settings.get('name')} gives no map of attention; take a CNN or a plain ViT")
 
     def _level(self, level: int, count: int, what: str) -> int:
@@ -120,7 +125,7 @@ class TokenExtractor(FeatureExtractor):
 
     attention_name = "attention of the class token to the patches, mean over heads (without a class token: of all patches)"
 
-    def __init__(self, teacher: Any, block: int | None, kind: str, settings: dict[str, Any]) -> None:
+    def __init__(self, teacher: Teacher, block: int | None, kind: str, settings: dict[str, Any]) -> None:
         depth = teacher.info.depth
         block = depth - 1 if block is None else block
         if not 0 <= block < depth:
@@ -132,7 +137,7 @@ class TokenExtractor(FeatureExtractor):
 
     def maps(self, images: Tensor, level: int | None = None) -> Tensor:
         block = self._prepared(images, level)
-        visible = torch.ones(len(images), *self.teacher.grid, dtype=torch.bool, device=images.device)
+        visible = torch.ones(len(images), *cast(tuple[int, int], self.teacher.grid), dtype=torch.bool, device=images.device)
         tokens: Tensor = self.teacher(images, visible, TeacherNeeds(blocks=(block,))).tokens[block]
         return tokens
 
@@ -154,7 +159,7 @@ class FineTunedViT(FeatureExtractor):
 
     attention_name = TokenExtractor.attention_name
 
-    def __init__(self, classifier: Any, block: int | None, settings: dict[str, Any]) -> None:
+    def __init__(self, classifier: ImageClassifier, block: int | None, settings: dict[str, Any]) -> None:
         super().__init__("classifier", settings)
         self.classifier = classifier.requires_grad_(False)
         self.block = self._level(-1 if block is None else block, len(classifier.network.blocks), "block")
@@ -179,10 +184,10 @@ class FineTunedViT(FeatureExtractor):
 
 
 class PooledExtractor(PixelNormalisation, FeatureExtractor):
-    """What any other timm model pools to by itself, at the size that it was made for."""
+    """Pooled features of any other timm model, by the model's own pooling, at the size that it was made for."""
 
     def __init__(self, model: nn.Module, kind: str, settings: dict[str, Any]) -> None:
-        cfg: Any = model.pretrained_cfg
+        cfg = cast(Mapping[str, Any], model.pretrained_cfg)
         self.input_size = tuple(cfg["input_size"][1:])
         super().__init__(kind, {**settings, "input_size": list(self.input_size)})
         self.model = model.eval().requires_grad_(False)

@@ -186,7 +186,7 @@ def _stack(samples: Sequence[_Row]) -> tuple[Tensor, Tensor]:
 class _FeatureMetric(BaseMetric):
     """Collects the features of :class:`FeatureSample`\\ s as (features, label, split), one row an image."""
 
-    def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
+    def process(self, data_batch: object, data_samples: Sequence[Any]) -> None:
         for sample in data_samples:
             if not isinstance(sample, FeatureSample):
                 raise TypeError(
@@ -210,7 +210,9 @@ class KNNMetric(_FeatureMetric):
 
     default_prefix = "knn"
 
-    def __init__(self, k: int | Sequence[int] = 20, temperature: float = 0.07, standardise: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, k: int | Sequence[int] = 20, temperature: float = 0.07, standardise: bool = True, **kwargs: object
+    ) -> None:
         super().__init__(**kwargs)
         self.ks = (k,) if isinstance(k, int) else tuple(k)
         if not self.ks or min(self.ks) < 1:

@@ -29,7 +29,7 @@ _WORK_OF_A_THREAD = 2**26  # multiplications in one pass over the features that 
 
 @dataclass
 class LinearResult:
-    """What a linear probe found.
+    """Result of a linear probe.
 
     Attributes:
         predictions: predicted class of every test image (N,).
@@ -38,7 +38,7 @@ class LinearResult:
         per_class: class index -> percent, classes of the test images only.
         chosen_c: scikit-learn's C (inverse strength of the L2 penalty) of the final fit.
         sweep: C -> accuracy in percent on the held-out part of the training images.
-        converged: whether L-BFGS ended by itself in the final fit.
+        converged: whether L-BFGS converged in the final fit.
     """
 
     predictions: NDArray[np.int64]

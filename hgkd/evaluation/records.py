@@ -14,7 +14,6 @@ import io
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,10 +24,7 @@ from numpy.typing import NDArray
 
 from hgkd.data import LabelledImages
 from hgkd.evaluation.accuracy import PairedTest, bootstrap_interval, paired_test, per_class_accuracy, percent
-from hgkd.writing import writing, written_beside
-
-if sys.platform != "win32":
-    import fcntl
+from hgkd.writing import locked, writing, written_beside
 
 CLASSIFIER = "classifier"  # the setting of a fine-tuned network: its own answers
 Results = Mapping[str, Mapping[str, Any]]  # method -> result
@@ -74,7 +70,7 @@ def make_result(
     train_images: int | None,
     settings: Mapping[str, Any],
     seed: int = 0,
-    **extra: Any,
+    **extra: object,
 ) -> dict[str, Any]:
     """The result of one method, see the module's header.
 
@@ -136,7 +132,7 @@ def write_json(results: Results, file: str | os.PathLike[str]) -> None:
 
 
 def read_json(file: str | os.PathLike[str]) -> Results:
-    """What :func:`write_json` wrote, by method.
+    """Read results that :func:`write_json` wrote, by method.
 
     Raises:
         FileNotFoundError: no such file.
@@ -229,7 +225,7 @@ def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
         WriteError: the disk does not take them; the file keeps its earlier lines, none of them cut off.
     """
     path = Path(file)
-    with writing(path), _opened(path) as handle, _locked(handle):
+    with writing(path), _opened(path) as handle, locked(path):
         handle.seek(0)
         is_new = _check_open_csv(handle, path)
         text = io.StringIO(newline="")
@@ -294,16 +290,3 @@ def _csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for setting, score in result["scores"].items()
     ]
-
-
-@contextmanager
-def _locked(handle: IO[str]) -> Iterator[None]:
-    if sys.platform == "win32":
-        yield
-        return
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        yield
-        handle.flush()
-    finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)

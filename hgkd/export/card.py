@@ -16,7 +16,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import timm
 import torch
@@ -80,8 +80,7 @@ def run_card(
         "notes": notes,
         "config": meta.get("cfg", absent),
     }
-    plain: dict[str, Any] = _plain(card)
-    return plain
+    return cast(dict[str, Any], _plain(card))
 
 
 def without_homes(text: str) -> str:
@@ -90,7 +89,7 @@ def without_homes(text: str) -> str:
     return _HOMES.sub("~", own.sub("~", text) if len(Path.home().parts) > 1 else text)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Values that JSON can hold, without home folders; whatever is none, as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -188,7 +187,7 @@ def _data(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     }
 
 
-def _files_of_run(kind: Any, dataset: Mapping[str, Any]) -> tuple[list[tuple[str, int]], str]:
+def _files_of_run(kind: Callable[..., Any], dataset: Mapping[str, Any]) -> tuple[list[tuple[str, int]], str]:
     """Names and sizes of the images that the run's own data set holds: its list, its limit, its shards."""
     found = kind(**{key: value for key, value in dataset.items() if key not in ("type", "_scope_")})
     paths = [os.path.relpath(found.path(i), found.data_root) for i in range(len(found))]
@@ -206,7 +205,7 @@ def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     if "model" in cfg and not model.get("teacher"):
         return {"name": "none: trained without a teacher", "file": "none", "sha256": "none"}
     teacher = model.get("teacher") or {}
-    if isinstance(teacher, str):  # a config file; its weights stand beside
+    if isinstance(teacher, str):  # a config file; its weights are a key of their own
         teacher = {"name": teacher}
     name = teacher.get("name") or teacher.get("type") or absent
     file = teacher.get("checkpoint") or model.get("teacher_checkpoint")
@@ -233,7 +232,7 @@ def _items(content: Mapping[str, Any] | list[Any], indent: str) -> list[str]:
 
 
 class Origin(Protocol):
-    """What a run card asks of anything that is exported."""
+    """Origin of an export, as run cards tell it."""
 
     @property
     def path(self) -> Path: ...

@@ -42,7 +42,7 @@ def export(
     labels: bool = False,
     value_range: Sequence[float] | None = None,
     licences: Mapping[str, str] | None = None,
-    **options: Any,
+    **options: object,
 ) -> ExportReport:
     """Write a student as a folder that others load, after reading it back and comparing outputs.
 
@@ -54,10 +54,10 @@ def export(
         part: 'backbone' (the encoder), 'student' (encoder and decoder), 'decoder', 'classifier' (a fine-tuned CNN with its
             head), or 'model': any whole model that mmengine trained, see :func:`hgkd.export.model.export_model`.
         force: replace an earlier export. A folder that holds anything else is never replaced.
-        encoder, prefix, allow: how to read a file of others; see :func:`hgkd.export.load_backbone`.
+        encoder, prefix, allow: how to read a file of another project; see :func:`hgkd.export.load_backbone`.
         images: folder of images, searched at any depth, that take part in the proof besides random ones, and calibrate and
             measure int8.
-        max_images: so many of them at most, spread over the sorted list.
+        max_images: maximum number of them, spread over the sorted list.
         labels: ``images`` holds one folder a class: lower precisions are measured by an accuracy, too.
         value_range: (low, high), the values of black and white in ``images`` of more than 8 bits.
         licences: of 'weights', 'teacher' and 'data', for the cards; what is not given is said to be unknown.

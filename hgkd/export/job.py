@@ -1,4 +1,4 @@
-"""What an export target is given, and what it gives back."""
+"""Input and result of an export target: job, written files, report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}  # of the librari
 
 
 class ExportError(StoppedError):
-    """What was written, read back, is not what went in; nothing was left on disk."""
+    """The export, read back, differs from its source; nothing was left on disk."""
 
 
 class MissingLibraryError(ValueError):
@@ -78,18 +78,18 @@ class Job:
         return pixels.normalise(images)
 
     def features(self, images: Tensor) -> Tensor:
-        """What a target must reproduce: the last feature map (B, C, h, w) of images in [0, 1]; of a classifier its logits."""
+        """Reference output for the proof: last feature map (B, C, h, w) of images in [0, 1], or logits of a classifier."""
         return self.run(self.network, self.normalise(images))
 
-    def run(self, network: Any, inputs: Tensor) -> Tensor:
-        """The same of any network of timm's, from normalised images."""
-        out: Tensor = network(inputs) if self.part == "classifier" else network.forward_features(inputs)
-        return out
+    def run(self, network: nn.Module, inputs: Tensor) -> Tensor:
+        """Last feature map, or logits, of any network of timm's, from normalised images."""
+        run = network if self.part == "classifier" else network.forward_features
+        return cast(Callable[[Tensor], Tensor], run)(inputs)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a target wrote, and how it reads it back.
+    """Files of a target, and how they are read back.
 
     Attributes:
         load_with: the lines by which a user reads the result.
@@ -115,7 +115,7 @@ class Written:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote and how it was proven.
+    """Result of an export, and its proof.
 
     Attributes:
         out: the folder.

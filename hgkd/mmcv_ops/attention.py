@@ -1,6 +1,6 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, arXiv 2010.04159): mmcv's own torch formulation on any device.
 
-mmcv uses it on the CPU by itself and asks for a compiled operator on a GPU; here both are the same. The gradient is autograd's,
+mmcv uses it on the CPU and asks for a compiled operator on a GPU; here both are the same. The gradient is autograd's,
 of the formulation computed again in the backward.
 """
 

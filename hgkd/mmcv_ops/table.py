@@ -9,12 +9,12 @@ from hgkd.mmcv_ops import attention, deform, focal, masked, nms, roi
 
 
 def get_compiler_version() -> str:
-    """What mmcv's environment report prints in place of the compiler's version."""
+    """Text for mmcv's environment report in place of the compiler's version."""
     return "none (hgkd.mmcv_ops)"
 
 
 def get_compiling_cuda_version() -> str:
-    """What mmcv's environment report prints in place of the CUDA version that its operators were compiled with."""
+    """Text for mmcv's environment report in place of the CUDA version of its compiled operators."""
     return "none (hgkd.mmcv_ops)"
 
 

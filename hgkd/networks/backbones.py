@@ -71,7 +71,7 @@ def read_source(
     prefix: str | None = None,
     allow: Sequence[str] = (),
 ) -> Source:
-    """What :func:`load_backbone` reads, with all that the file says about its origin; arguments and errors are the same."""
+    """Read a backbone as :func:`load_backbone` does, with its origin; arguments and errors are the same."""
     if encoder is None:
         found = Path(path).expanduser()
         if not found.exists() and not found.suffix:
@@ -129,7 +129,7 @@ class StudentCheckpoint:
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a dense encoder with its weights, and all that is known of its origin.
+    """Source of an export: a dense encoder with its weights, and all that is known of its origin.
 
     Attributes:
         path: the file.

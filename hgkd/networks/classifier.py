@@ -171,13 +171,13 @@ class ImageClassifier(PixelNormalisation):
 
     def forward(self, inputs: Tensor) -> ClassifierOutput:
         """Logits and the last feature map of normalised images (B, 3, H, W)."""
-        network: Any = self.network
+        network = self.network
         features = network.forward_features(inputs)
         return ClassifierOutput(*self._heads_logits(features), self._map(features, inputs))
 
     def _heads_logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of both heads, the same twice where there is one."""
-        network: Any = self.network
+        network = self.network
         if self.has_token:
             return network.forward_head(features) if self.training else _both_tokens(network, features)
         pooled = network.forward_head(features, pre_logits=True)
@@ -199,7 +199,7 @@ class ImageClassifier(PixelNormalisation):
         Raises:
             ValueError: a ViT that answers from its class token alone, of which the last patch tokens know nothing.
         """
-        network: Any = self.network
+        network = self.network
         with torch.no_grad():
             features = network.forward_features(inputs)
         with torch.enable_grad():
@@ -248,7 +248,7 @@ class ImageClassifier(PixelNormalisation):
     def _map(self, features: Tensor, inputs: Tensor) -> Tensor:
         if not self.is_vit:
             return features
-        network: Any = self.network
+        network = self.network
         patch = network.patch_embed.patch_size
         grid = (inputs.shape[2] // patch[0], inputs.shape[3] // patch[1])
         return features[:, network.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
@@ -314,7 +314,7 @@ class ImageClassifier(PixelNormalisation):
         Args:
             image_size: (H, W) that the file's positions are for; None: some square, as in the files of others.
         """
-        network: Any = self.network
+        network = self.network
         found = weights.get("pos_embed")
         if found is None or network.pos_embed is None:
             return dict(weights)

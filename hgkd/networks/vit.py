@@ -1,8 +1,8 @@
-"""What timm's networks are made of, as far as more than one part of hgkd asks."""
+"""Structure of timm's networks, for the parts of hgkd that ask about it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,8 +106,8 @@ def watch_nonfinite(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
     """Context that lists (name, 'NaN' or 'inf') of the modules whose output is not finite, in the order of their returns."""
     seen: list[tuple[str, str]] = []
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
             if isinstance(output, Tensor) and not is_finite(output):
                 seen.append((name, "NaN" if bool(output.detach().as_subclass(Tensor).isnan().any()) else "inf"))
 

@@ -1,4 +1,4 @@
-"""What brings a student's feature map to a teacher's: grid, channels, block indices."""
+"""Alignment of a student's feature map with a teacher's: grid, channels, block indices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROJECTORS = ("linear", "mlp", "mlp2")
 
 
 class DecodingStudent(Protocol):
-    """What objectives read of a student.
+    """Protocol of a student, as far as objectives read it.
 
     Attributes:
         decoded_channels, out_stride: channels of its decoder's output, image pixels per position there.
@@ -97,7 +97,7 @@ def encoder_map(student_out: StudentOutput, level: int, grid: tuple[int, int]) -
 
 
 def positions_count(layout: CellLayout, cells: int, grid: tuple[int, int]) -> int:
-    """Number of positions on a grid that so many mask cells cover."""
+    """Number of positions on a grid that ``cells`` mask cells cover."""
     return cells * (grid[0] // layout.grid[0]) * (grid[1] // layout.grid[1])
 
 

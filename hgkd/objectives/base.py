@@ -1,4 +1,4 @@
-"""What the two kinds of objective have in common: they are built in two steps."""
+"""Base of the two kinds of objective, which are built in two steps."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ REDUCTIONS = ("sum", "mean")
 
 
 def draw_visible(feature: Tensor, mask: str, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """What stays of a map (N, C, H, W), True = visible: bool (N, C, 1, 1) for 'channel', (N, 1, H, W) for 'position'.
+    """Draw which part of a map (N, C, H, W) is visible: bool (N, C, 1, 1) for 'channel', (N, 1, H, W) for 'position'.
 
     Each entry is hidden with probability ``ratio``, independently.
     """

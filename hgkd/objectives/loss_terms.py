@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an objective of masked distillation is built for.
+    """Student, teacher and grids that an objective of masked distillation is built for.
 
     Attributes:
         student: the student.
@@ -77,7 +77,7 @@ class MaskedObjective(Objective):
     :meth:`predict` and :meth:`target_map` as well, of which pictures are made during the training.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if cls.terms is not MaskedObjective.terms:
             absent = [name for name in ("predict", "target_map") if getattr(cls, name) is getattr(MaskedObjective, name)]
@@ -89,7 +89,7 @@ class MaskedObjective(Objective):
 
     @property
     def needs(self) -> TeacherNeeds | None:
-        """What the teacher must compute; None: the objective learns from no teacher."""
+        """Outputs that the teacher must compute; None: the objective learns from no teacher."""
         return None
 
     @property
@@ -114,7 +114,7 @@ class MaskedObjective(Objective):
         raise NotImplementedError(f"{type(self).__name__} gives no predict")
 
     def target_map(self, teacher_out: TeacherOutput, term: str | None = None) -> Tensor:
-        """What the teacher gives (B, D, h, w) for one of ``terms``."""
+        """The teacher's target (B, D, h, w) for one of ``terms``."""
         raise NotImplementedError(f"{type(self).__name__} gives no target_map")
 
     def reconstruct(self, student_out: StudentOutput, layout: CellLayout) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What hgkd adds to OpenMMLab's detectors and segmentors (mmdet, mmsegmentation, or the OneDL forks of the same names).
+"""Additions to OpenMMLab's detectors and segmentors (mmdet, mmsegmentation, or the OneDL forks of the same names).
 
 Importing this package imports neither mmcv, mmdet nor mmseg: the parts that need them do.
 

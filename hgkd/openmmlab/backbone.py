@@ -34,7 +34,7 @@ class TimmBackbone(BaseModule):
     Args:
         name: timm's name of the network.
         out_indices: which levels are given; 0 is the finest, of stride 4 in most networks.
-        frozen_stages: so many levels, from the finest, are neither trained nor updated (their norms keep their statistics).
+        frozen_stages: number of levels, from the finest, that are not trained and whose norms keep their statistics.
         norm_eval: batch normalisations keep their statistics in training.
         out_norm: a new LayerNorm on each output, as ConvNeXt's dense tasks have it.
         timm_kwargs: passed to ``timm.create_model``, e.g. ``drop_path_rate=0.4`` or ``output_stride=8``.
@@ -87,14 +87,14 @@ class TimmBackbone(BaseModule):
         self.train()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """See the class."""
+        """Maps of the levels in ``out_indices``, finest first."""
         maps = encoder_features(self.network, images, self._levels)
         if self.out_norms is not None:
             maps = [norm(level) for norm, level in zip(self.out_norms, maps, strict=True)]
         return tuple(maps)
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """As ever, but norms that are frozen, or all with ``norm_eval``, stay in eval mode."""
+        """Set the mode as torch does, except for norms that are frozen, or all with ``norm_eval``: they stay in eval mode."""
         super().train(mode)
         for layer in self._frozen_layers():
             layer.eval()
@@ -121,12 +121,12 @@ class TimmBackbone(BaseModule):
         return [layer for name, layer in layers if self.norm_eval or f"{name}.weight" in self._frozen]
 
 
-def _without_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _without_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
     for key in [key for key in state if key.startswith(prefix + _INNER)]:
         state[prefix + key[len(prefix + _INNER) :]] = state.pop(key)
 
 
-def _with_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def _with_inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *args: object) -> None:
     own = {
         key.removeprefix(_INNER) for key, _ in (*module.named_parameters(), *module.named_buffers()) if key.startswith(_INNER)
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
     cfg.merge_from_dict({key: value for key, value in paths.items() if not deleted or not key.startswith(deleted)})
 
 
-def _apply(cfg: Config, key: str, value: Any) -> None:
+def _apply(cfg: Config, key: str, value: object) -> None:
     if value is not None:  # None: not given
         _SETTERS[key](cfg, value)
 
@@ -118,7 +118,7 @@ def file_options(cfg: Config) -> dict[str, Any]:
     return found
 
 
-def _check_read(cfg: Config, path: str, value: Any) -> None:
+def _check_read(cfg: Config, path: str, value: object) -> None:
     """Refuse a variable by which a config file built its parts: they are built, and nobody reads it any more."""
     head, _, rest = path.partition(".")
     if head in _READ and not (head == "data_preprocessor" and head in cfg.model):  # then the runner takes the model's
@@ -133,7 +133,7 @@ def _check_read(cfg: Config, path: str, value: Any) -> None:
     )
 
 
-def _places(part: Any, value: Any, path: str) -> Iterator[str]:
+def _places(part: object, value: object, path: str) -> Iterator[str]:
     """Paths of what equals a value."""
     if type(part) is type(value) and part == value:
         yield path
@@ -150,7 +150,7 @@ def _check_path(cfg: Config, path: str, options: Mapping[str, Any]) -> None:
     place, *parts = path.split(".")
     if place not in cfg:
         return
-    level: Any = cfg[place]
+    level = cfg[place]
     for part in parts:
         if f"{place}._delete_" in options:  # mmengine's way to replace a part by another
             return
@@ -205,13 +205,15 @@ def _set_data_root(cfg: Config, value: str) -> None:
         dataset["data_root"] = root
 
 
-def _moved(part: Any, old: Collection[str], new: str) -> Any:
+def _moved(part: object, old: Collection[str], new: str) -> object:
     """A part of a config, with all paths inside the folders ``old`` inside the folder ``new`` instead."""
     if isinstance(part, Mapping):
         return type(part)({key: _moved(value, old, new) for key, value in part.items()})  # type: ignore[call-arg]
     if isinstance(part, (list, tuple)):
         return type(part)(_moved(value, old, new) for value in part)
-    above = [folder for folder in old if isinstance(part, str) and part.startswith(f"{folder}/")]
+    if not isinstance(part, str):
+        return part
+    above = [folder for folder in old if part.startswith(f"{folder}/")]
     return new + part.removeprefix(max(above, key=len)) if above else part
 
 
@@ -313,7 +315,7 @@ def datasets_of(cfg: Mapping[str, Any], loaders: Sequence[str] = LOADERS) -> Ite
             yield dataset
 
 
-def dataset_class(dataset: Mapping[str, Any], scope: str) -> Any:
+def dataset_class(dataset: Mapping[str, Any], scope: str) -> type:
     """The class of a data set's config, in the registry of mmdet or mmseg."""
     with roots.DATASETS.switch_scope_and_registry(scope) as registry:
         found = registry.get(dataset["type"])
@@ -322,7 +324,7 @@ def dataset_class(dataset: Mapping[str, Any], scope: str) -> Any:
     return found
 
 
-def _dicts(*parts: Any) -> Iterator[dict[str, Any]]:
+def _dicts(*parts: Mapping[str, Any] | Iterable[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
     for part in parts:
         if isinstance(part, Mapping):
             yield part  # type: ignore[misc]
@@ -379,7 +381,7 @@ def model_config(source: str | Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(cfg.model)
 
 
-def without_scope(part: Any, scope: str | None) -> Any:
+def without_scope(part: object, scope: str | None) -> Any:
     """A copy of a part of a config without the keys ``_scope_`` that name the scope which holds there anyway.
 
     mmengine marks with them what a file inherits from another package (``_base_ = "mmdet::..."``). Its registries drop the mark
@@ -393,7 +395,7 @@ def without_scope(part: Any, scope: str | None) -> Any:
     return type(part)({key: without_scope(value, scope) for key, value in part.items() if key != "_scope_"})
 
 
-def drop_downloads(model: Any, path: str = "model") -> list[str]:
+def drop_downloads(model: MutableMapping[str, Any], path: str = "model") -> list[str]:
     """Remove pretrained weights that would be fetched from the internet from a model's config, in place.
 
     Returns:

@@ -102,11 +102,11 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
             raise ValueError("nothing is learnt from the teacher; declare taps, or hard_label or logits for a segmentor")
         student_cfg, teacher_cfg = model_config(student), model_config(teacher)
         _check_preprocessing(student_cfg, teacher_cfg)
-        built: Any = roots.MODELS.build(student_cfg)
+        built = roots.MODELS.build(student_cfg)
         super().__init__(data_preprocessor=built.data_preprocessor)
         self.student = built
         self.inherit = inherit
-        frozen: Any = roots.MODELS.build(teacher_cfg)
+        frozen = roots.MODELS.build(teacher_cfg)
         if teacher_checkpoint is not None:
             load_strict(frozen, read_weights(teacher_checkpoint), source=str(teacher_checkpoint))
         self.keep_teacher(frozen.eval().requires_grad_(False))
@@ -126,9 +126,9 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
             inherit_head(self.student, self.teacher)
 
     def forward(  # type: ignore[override]
-        self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor"
-    ) -> dict[str, Tensor] | list[Any] | Any:
-        """As the student's, with the losses of the distillation added in mode 'loss'."""
+        self, inputs: Tensor, data_samples: object = None, mode: str = "tensor"
+    ) -> dict[str, Tensor] | list[Any] | Tensor:
+        """The student's forward, with the losses of the distillation added in mode 'loss'."""
         if mode != "loss":
             return self.student(inputs, data_samples, mode=mode)
         seen_by_teacher, teacher_logits = self._run_teacher(inputs)
@@ -156,7 +156,7 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
         paths = [tap.teacher or tap.student for tap in self.taps]
         whole = self._reads_logits or any(path.partition(".")[0] not in ("backbone", "neck") for path in paths)
 
-        def run() -> Any:
+        def run() -> object:
             return self.teacher(inputs, mode="tensor") if whole else self.teacher.extract_feat(inputs)
 
         with captured(self.teacher, paths) as seen:
@@ -190,7 +190,7 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
         return found
 
     def _build_second_head(self) -> nn.Module:
-        classifier: Any = self.student.get_submodule(_classifier_path(self.student))
+        classifier = self.student.get_submodule(_classifier_path(self.student))
         head = nn.Conv2d(classifier.in_channels, classifier.out_channels, 1)
         nn.init.normal_(head.weight, std=0.01)  # as mmseg's own classifiers
         nn.init.zeros_(head.bias)  # type: ignore[arg-type]
@@ -243,7 +243,7 @@ def inherit_head(student: nn.Module, teacher: nn.Module) -> tuple[list[str], lis
 
 @contextmanager
 def captured(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the modules at these paths give while the context is open; of a classifier ``conv_seg`` what it is given, too.
+    """Context that collects the outputs of modules by path, and of a classifier ``conv_seg`` its input, too.
 
     A module that gives several maps, or is called several times, has them in order.
 
@@ -259,7 +259,7 @@ def captured(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[
                 near = ", ".join(map(repr, nearest_names(path, known))) or ", ".join(name for name, _ in model.named_children())
                 raise ValueError(f"{type(model).__name__} has no module {path!r}; near: {near}")
 
-            def note(module: nn.Module, given: Any, output: Any, path: str = path) -> None:
+            def note(module: nn.Module, given: Sequence[Tensor], output: Any, path: str = path) -> None:
                 seen[path] += [given[0], output] if path.endswith(_CLASSIFIER) else _maps(output)
 
             handles.append(known[path].register_forward_hook(note))
@@ -272,7 +272,7 @@ def captured(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[
 _CLASSIFIER = "conv_seg"
 
 
-def _maps(output: Any) -> list[Tensor]:
+def _maps(output: object) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     return [entry for part in output for entry in _maps(part)] if isinstance(output, (list, tuple)) else []
@@ -289,7 +289,7 @@ def _chosen(maps: Sequence[Tensor], tap: Tap) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _dry_run(model: Any, paths: Sequence[str], image: Tensor) -> dict[str, list[Tensor]]:
+def _dry_run(model: BaseModel, paths: Sequence[str], image: Tensor) -> dict[str, list[Tensor]]:
     with evaluating(model), captured(model, paths) as seen:
         if all(path.partition(".")[0] in ("backbone", "neck") for path in paths):
             model.extract_feat(image)

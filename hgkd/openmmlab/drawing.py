@@ -14,6 +14,7 @@ from mmengine import registry as roots
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.device import get_device
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 
 from hgkd.config.reading import read_config
@@ -57,7 +58,7 @@ def draw_predictions(
         out: folder for the pictures, made when absent; a picture is called like its image, as .png, with the image's
             folders before where two have the same name.
         score: boxes of a lower score are left out.
-        limit: only so many images.
+        limit: maximum number of images.
         options: overrides of the config, as in training.
         device: where it is computed, e.g. 'cpu'; None: the GPU if there is one.
 
@@ -81,7 +82,7 @@ def draw_predictions(
         dataset = cfg.test_dataloader.dataset
         load_with_care(dataset.pipeline, {"required": True})
         pipeline = Compose([step for step in dataset.pipeline if step["type"] != "LoadAnnotations"])
-        visualizer: Any = roots.VISUALIZERS.build({**cfg.visualizer, "name": f"drawing_{id(model)}", "vis_backends": None})
+        visualizer = roots.VISUALIZERS.build({**cfg.visualizer, "name": f"drawing_{id(model)}", "vis_backends": None})
         visualizer.dataset_meta = _names(dataset, cfg.default_scope)
         pictures = []
         load: Any = LoadReadableImage(required=True)
@@ -126,10 +127,10 @@ def picture_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> Any:
+def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> BaseModel:
     described = without_scope(model_config(cfg.model), cfg.default_scope)
     drop_downloads(described)
-    model: Any = roots.MODELS.build(described)
+    model = roots.MODELS.build(described)
     content = read_checkpoint(checkpoint)
     state: Mapping[str, Any] = content.get("state_dict", {}) if isinstance(content, Mapping) else {}
     load_strict(model, student_weights(state), source=str(checkpoint))
@@ -138,7 +139,7 @@ def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> Any:
 
 def _names(dataset: Mapping[str, Any], scope: str) -> dict[str, Any]:
     """Class names and colours of a data set, without reading its files."""
-    cls: Any = dataset_class(dataset, scope)
+    cls = dataset_class(dataset, scope)
     names = {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
     names["classes"] = class_names(dataset, cls, "test_dataloader.dataset")
     palette = names.get("palette") or ()

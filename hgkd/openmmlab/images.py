@@ -38,7 +38,7 @@ class LoadReadableImage:
         DataError: when called with a required image that cannot be decoded.
     """
 
-    def __init__(self, report: str | None = None, required: bool = False, **arguments: Any) -> None:
+    def __init__(self, report: str | None = None, required: bool = False, **arguments: object) -> None:
         from mmcv.transforms import LoadImageFromFile  # needs mmcv, which importing hgkd.openmmlab does not
 
         self.report = report

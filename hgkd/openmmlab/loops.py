@@ -15,8 +15,10 @@ from typing import Any, cast
 
 from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook
+from mmengine.model import BaseModel
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hgkd.registry import HOOKS
 from hgkd.training.hooks.alarms import FiniteLossHook
@@ -30,7 +32,7 @@ _POSITION = "stopped_in_epoch"  # in the message hub, which checkpoints hold: [s
 
 
 def guarded_step(
-    model: Any, data_batch: Any, guard: GuardedOptimWrapper, stop: bool = False, look: Callable[[], None] | None = None
+    model: BaseModel, data_batch: object, guard: GuardedOptimWrapper, stop: bool = False, look: Callable[[], None] | None = None
 ) -> dict[str, Any]:
     """A training step whose update is left out when loss or gradient is not finite; what ``train_step`` returned.
 
@@ -61,7 +63,7 @@ class _Stoppable(BaseLoop):
     _iter: int
     stop_training: bool
 
-    def __init__(self, runner: Runner, dataloader: Any, **options: Any) -> None:
+    def __init__(self, runner: Runner, dataloader: DataLoader[Any] | dict[str, Any], **options: object) -> None:
         super().__init__(runner, dataloader, **options)
         self.interrupted = False
         self.guard: GuardedOptimWrapper | None = None
@@ -79,7 +81,7 @@ class _Stoppable(BaseLoop):
             self.guard.require_trained()
         return model
 
-    def _step(self, idx: int, data_batch: Any) -> None:
+    def _step(self, idx: int, data_batch: object) -> None:
         """mmengine's ``run_iter`` with the guard between model and optimiser."""
         guard = cast(GuardedOptimWrapper, self.guard)
         self.runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
@@ -93,16 +95,16 @@ class _Stoppable(BaseLoop):
         # while gradients are being accumulated, which no checkpoint holds, it goes on
         self.interrupted = guard.stop and (guard.updated or guard.skipped)
 
-    def _check_first(self, data_batch: Any) -> None:
+    def _check_first(self, data_batch: object) -> None:
         """What is to be known before the first step of this start."""
-        runner: Any = self.runner
+        runner = self.runner
         check_last_batch(plain_model(runner), self, data_batch)
         if get_world_size() > 1:
             guard = cast(GuardedOptimWrapper, self.guard)
             runner.say_idle_parameters(idle_in_any(runner.model, guard, data_batch, runner.seed or 0, self._iter))
 
     def _say_idle(self) -> None:
-        runner: Any = self.runner
+        runner = self.runner
         runner.say_idle_parameters(idle_parameters(runner.model))
 
     def _stop(self, steps: int, what_follows: str) -> None:
@@ -112,7 +114,7 @@ class _Stoppable(BaseLoop):
             steps: done of the running epoch.
             what_follows: on --resume, for the log.
         """
-        runner: Any = self.runner
+        runner = self.runner
         self.stop_training = True
         where = (
             f"stopped by a signal ({self._signals.received or 'to another process'}) after epoch {self._epoch}, step {steps}"
@@ -135,18 +137,7 @@ class StoppableEpochLoop(_Stoppable, EpochBasedTrainLoop):
     """mmengine's ``EpochBasedTrainLoop``, see the module's header."""
 
     def check_position(self, source: str, meta: Mapping[str, Any]) -> str | None:
-        """Refuse to go on in the middle of an epoch of other images or batches; after an epoch, count in this run's steps.
-
-        Args:
-            source: name of the checkpoint, for messages.
-            meta: the checkpoint's.
-
-        Returns:
-            What has changed between two epochs; None: nothing.
-
-        Raises:
-            ValueError: it was written in the middle of an epoch, and images, batch size or number of processes are others now.
-        """
+        """Compare positions as :meth:`hgkd.training.loop.ExactEpochLoop.check_position`, by mmengine's message hub."""
         done, steps = self.runner.message_hub.runtime_info.get(_POSITION, (0, 0))
         now, differ = len(self.dataloader), images_that_differ(meta, self.runner)
         if done and (differ or steps != now):
@@ -187,7 +178,7 @@ class StoppableEpochLoop(_Stoppable, EpochBasedTrainLoop):
         if self.interrupted:
             self._stop(0, "nothing is repeated")
 
-    def run_iter(self, idx: int, data_batch: Any) -> None:
+    def run_iter(self, idx: int, data_batch: object) -> None:
         """One step."""
         self._step(idx, data_batch)
 
@@ -196,7 +187,7 @@ class StoppableIterLoop(_Stoppable, IterBasedTrainLoop):
     """mmengine's ``IterBasedTrainLoop``, see the module's header."""
 
     def check_position(self, source: str, meta: Mapping[str, Any]) -> str | None:
-        """What has changed since the checkpoint with this ``meta`` was written; None: nothing. It goes on all the same."""
+        """Sentence about changes since the checkpoint with this ``meta``; None: nothing. The run goes on all the same."""
         differ = images_that_differ(meta, self.runner)
         if not differ:
             return None
@@ -205,7 +196,7 @@ class StoppableIterLoop(_Stoppable, IterBasedTrainLoop):
             "passed over, so some images are shown again, or left out, in the first pass"
         )
 
-    def run_iter(self, data_batch: Any) -> None:
+    def run_iter(self, data_batch: object) -> None:
         """One step."""
         self._step(self._iter, data_batch)
         self.interrupted = self.interrupted and self._iter < self.max_iters
@@ -217,7 +208,7 @@ class StoppableIterLoop(_Stoppable, IterBasedTrainLoop):
 class DownstreamFiniteLossHook(FiniteLossHook):
     """``FiniteLossHook`` that names the images by their files, and leaves no dump: steps of detectors cannot be replayed."""
 
-    def _images(self, data_batch: Any) -> list[Any]:
+    def _images(self, data_batch: object) -> list[Any]:
         samples = data_batch.get("data_samples") if isinstance(data_batch, Mapping) else None
         return [getattr(sample, "img_path", "?") for sample in samples] if isinstance(samples, (list, tuple)) else []
 

@@ -34,7 +34,7 @@ def type_name(part: Mapping[str, Any]) -> str:
 
 
 def coco_metrics(evaluator: Mapping[str, Any]) -> list[str]:
-    """What a CocoMetric measures: 'bbox', 'segm', ..."""
+    """Measures of a CocoMetric: 'bbox', 'segm', ..."""
     return _listed(evaluator.get("metric", "bbox"))
 
 
@@ -167,7 +167,7 @@ def check_pixel_heads(heads: Mapping[str, Mapping[str, Any]]) -> None:
                 )
 
 
-def _mentions_masks(part: Any) -> bool:
+def _mentions_masks(part: object) -> bool:
     """Whether a key of a model's config, but for the padding of images, has to do with masks."""
     if isinstance(part, Mapping):
         inner = {str(key): value for key, value in part.items() if key != "data_preprocessor" and value}
@@ -175,5 +175,5 @@ def _mentions_masks(part: Any) -> bool:
     return isinstance(part, (list, tuple)) and any(map(_mentions_masks, part))
 
 
-def _listed(given: Any) -> list[str]:
+def _listed(given: str | Sequence[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)

@@ -1,8 +1,8 @@
 """The runner of detectors and segmentors: mmengine's loops, with hgkd's checks, weights and checkpoints.
 
-From :class:`hgkd.training.runner.DistillRunner` come safe reading, sealed checkpoints written beside and renamed, gloo and
-synchronised norms without CUDA. Samplers and schedules are mmengine's own, as mmdet's and mmseg's configs expect, and its loops
-with what :mod:`hgkd.openmmlab.loops` adds.
+From :class:`hgkd.training.runner.DistillRunner` come safe reading, sealed checkpoints that appear complete or not at all, gloo
+and synchronised norms without CUDA. Samplers and schedules are mmengine's own, as mmdet's and mmseg's configs expect, and its
+loops with what :mod:`hgkd.openmmlab.loops` adds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import is_main_process
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.model import BaseModel
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -51,7 +52,10 @@ _LENGTHS = {"max_epochs", "max_iters", "val_interval", "val_begin"}
 
 @RUNNERS.register_module()
 class DownstreamRunner(DistillRunner):
-    """See the module's header. Reads the config's key ``backbone``: the file of the backbone's weights, or None."""
+    """Runner of detectors and segmentors, see the module's header.
+
+    Reads the config's key ``backbone``: the file of the backbone's weights, or None.
+    """
 
     @staticmethod
     def build_dataloader(
@@ -64,7 +68,7 @@ class DownstreamRunner(DistillRunner):
         return loader
 
     @classmethod
-    def from_cfg(cls, cfg: Any) -> DownstreamRunner:
+    def from_cfg(cls, cfg: Config) -> DownstreamRunner:
         """Build a runner; mmcv's operators are there afterwards, and nothing of mmdet or mmseg before.
 
         Raises:
@@ -93,7 +97,7 @@ class DownstreamRunner(DistillRunner):
         runner.logger.info(ops_notice())
         return runner
 
-    def build_train_loop(self, loop: Any) -> Any:
+    def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
         """mmengine's two loops with hgkd's stopping and guarding; any other as it is.
 
         Raises:
@@ -108,7 +112,7 @@ class DownstreamRunner(DistillRunner):
         name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
         if name in _LOOPS:
             options = {key: value for key, value in loop.items() if key not in _NOT_OPTIONS}
-            built: Any = _LOOPS[name](self, self._train_dataloader, **options)
+            built = _LOOPS[name](self, self._train_dataloader, **options)
             self.register_hook(DownstreamFiniteLossHook())
             if not any(isinstance(hook, LossAlarmHook) for hook in self.hooks):  # a config may bring its own, otherwise set
                 self.register_hook(LossAlarmHook())
@@ -121,8 +125,14 @@ class DownstreamRunner(DistillRunner):
         _check_steps(built, self.world_size)
         return built
 
-    def resume(self, filename: str, *args: Any, **options: Any) -> None:
-        super().resume(filename, *args, **options)
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: object = "default",
+    ) -> None:
+        super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
         # a batch sampler, as of COCO's recipes, hides the sampler whose seed is to be the checkpoint's
         sampler: Any = getattr(self.train_dataloader.batch_sampler, "sampler", None)
         if not self._randomness_cfg.get("diff_rank_seed", False) and hasattr(sampler, "seed"):
@@ -131,7 +141,7 @@ class DownstreamRunner(DistillRunner):
     def _init_model_weights(self) -> None:
         super()._init_model_weights()
         file = self.cfg.get("backbone")
-        model: Any = plain_model(self)
+        model: BaseModel = plain_model(self)
         model = getattr(model, "student", model)
         if file is not None:
             load_backbone_file(model.backbone, file)
@@ -165,7 +175,7 @@ class DownstreamRunner(DistillRunner):
             self.logger.info(f"the student alone is in {Path(self.work_dir) / STUDENT_FILE}")
 
     def load_checkpoint(
-        self, filename: str, map_location: Any = "cpu", strict: bool = True, revise_keys: Any = None
+        self, filename: str, map_location: object = "cpu", strict: bool = True, revise_keys: object = None
     ) -> dict[str, Any]:
         """Read a checkpoint of a detector or segmentor, ours or OpenMMLab's, and load its weights; both safe and strict.
 
@@ -200,7 +210,7 @@ def _start_worker(first: Callable[[int], None] | None, worker: int) -> None:
     ignore_first_signal(worker)
 
 
-def _check_steps(loop: Any, processes: int) -> None:
+def _check_steps(loop: BaseLoop, processes: int) -> None:
     """Refuse a training without a step.
 
     Raises:
@@ -236,7 +246,7 @@ def dry_run_downstream(cfg: Config) -> str:
     cfg.visualizer = {**cfg.visualizer, "vis_backends": None}
     with trial_folder() as folder:
         cfg.work_dir = folder
-        runner: Any = DownstreamRunner.from_cfg(cfg)
+        runner = DownstreamRunner.from_cfg(cfg)
         runner._train_loop = loop = runner.build_train_loop(runner._train_loop)
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)

@@ -182,13 +182,13 @@ def _plain_weights(file: WeightFile, network: nn.Module) -> dict[str, Tensor]:
 
 
 def _exported_name(file: Path) -> str:
-    """What the card beside an export says of its network."""
+    """Description of an export's network, from the card in its folder."""
     name = _card(file).get("name")
     return f"an exported {name}" if name else ""
 
 
 def _card(file: Path) -> dict[str, Any]:
-    """What the card beside an export says of its encoder (``name``, ``pixels`` and more); empty for other files."""
+    """Description of an export's encoder (``name``, ``pixels`` and more) from its card; empty for other files."""
     for name in ("config.json", "run_card.json"):
         card = file.parent / name
         if not card.is_file() or file.name not in _EXPORTED:

@@ -1,4 +1,4 @@
-"""What a data set in PASCAL VOC's format must be: mmdet leaves out in silence objects whose name is none of the classes."""
+"""Checks of data sets in PASCAL VOC's format, where mmdet silently leaves out objects whose name is none of the classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_xml_files(dataset: Mapping[str, Any], file: Path, classes: Sequence[st
         DataError: one cannot be read, or none holds an object of the classes.
         FileNotFoundError: a file that is listed is missing.
     """
-    built: Any = roots.DATASETS.build({**dataset, "lazy_init": True, "pipeline": []})
+    built = roots.DATASETS.build({**dataset, "lazy_init": True, "pipeline": []})
     try:
         entries = built.load_data_list()
     except FileNotFoundError as error:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
 from hgkd.evaluation.comparison import Run, value_of
 from hgkd.writing import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def write_picture(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:
@@ -50,7 +53,7 @@ def write_picture(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:
         figure.savefig(stream, format="png", dpi=110)
 
 
-def _draw_bars(axis: Any, rows: Mapping[str, Sequence[Run]], names: Sequence[str]) -> None:
+def _draw_bars(axis: Axes, rows: Mapping[str, Sequence[Run]], names: Sequence[str]) -> None:
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         for place, members in enumerate(rows.values()):

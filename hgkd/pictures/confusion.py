@@ -31,14 +31,14 @@ def write_class_report(folder: str | Path, confusion: NDArray[np.int64], classes
 
 
 def confusion_picture(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:
-    """Rows: right class, columns: answer, colour: share of the row; up to 40 classes are named and up to 20 numbered."""
+    """Rows: right class, columns: prediction, colour: share of the row; up to 40 classes are named and up to 20 numbered."""
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     few = len(classes) <= _NAMED
     side = 2.5 + 0.32 * len(classes) if few else 9.0
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    axes.set_xlabel("answer")
+    axes.set_xlabel("prediction")
     axes.set_ylabel("right class")
     if few:
         axes.set_xticks(range(len(classes)), classes, rotation=90)

@@ -1,18 +1,30 @@
-"""What student and teacher make of images, for every objective of a distillation."""
+"""Pictures of student and teacher, for every objective of a distillation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
+from mmengine.model import BaseModel
 from torch import Tensor
 
 from hgkd.pictures.columns import colour_basis, hide_cells, token_colours
 
 
+class _Shown(Protocol):
+    """What an objective gives for pictures of its terms; see ``hgkd.objectives.MaskedObjective``."""
+
+    @property
+    def terms(self) -> Sequence[str]: ...
+
+    def predict(self, student_out: object, term: str) -> Tensor: ...
+
+    def target_map(self, teacher_out: object, term: str) -> Tensor: ...
+
+
 @torch.no_grad()
-def distillation_columns(model: Any, inputs: Tensor, seed: int = 0) -> dict[str, Tensor]:
+def distillation_columns(model: BaseModel, inputs: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """Columns for :func:`hgkd.pictures.columns.picture_grid` of a ``MaskedDistiller``, computed in eval mode.
 
     Args:
@@ -45,8 +57,8 @@ def distillation_columns(model: Any, inputs: Tensor, seed: int = 0) -> dict[str,
     return columns
 
 
-def _feature_columns(name: str, objective: Any, student_out: Any, teacher_out: Any) -> dict[str, Tensor]:
-    terms: Sequence[str] = objective.terms
+def _feature_columns(name: str, objective: _Shown, student_out: object, teacher_out: object) -> dict[str, Tensor]:
+    terms = objective.terms
     columns = {}
     for term in terms:
         label = name if len(terms) == 1 else f"{name} {term}"

@@ -42,7 +42,7 @@ def pca_columns(extractor: FeatureExtractor, images: Tensor, levels: Sequence[in
 
 @torch.no_grad()
 def attention_columns(extractor: FeatureExtractor, images: Tensor, levels: Sequence[int | None] = (None,)) -> Columns:
-    """Where the network looks, dark = least and bright = most of that image; see ``FeatureExtractor.attention``.
+    """Attention as pictures, dark = least and bright = most of that image; see ``FeatureExtractor.attention``.
 
     Args:
         images, levels: see :func:`pca_columns`.
@@ -54,11 +54,11 @@ def attention_columns(extractor: FeatureExtractor, images: Tensor, levels: Seque
 
 
 def class_columns(classifier: ImageClassifier, images: Tensor, name: str | None = None) -> tuple[Columns, list[str]]:
-    """What speaks for a class, dark = least and bright = most of that image; see ``ImageClassifier.class_activation``.
+    """Class activation as pictures, dark = least and bright = most of that image; see ``ImageClassifier.class_activation``.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
-        name: of the class; None: of each image the one that the network answers.
+        name: of the class; None: of each image the one that the network predicts.
 
     Returns:
         The columns 'image' and 'class', and the name of each row's class.
@@ -121,7 +121,7 @@ def neighbour_columns(
         The columns 'query', '1' (nearest), '2', ..., and for every query its neighbours with their cosines.
 
     Raises:
-        ValueError: the bank has not so many other images.
+        ValueError: the bank has fewer other images.
     """
     own = [os.path.realpath(query_files[i]) for i in queries.indices.tolist()]
     known = [bank_files[i] for i in bank.indices.tolist()]

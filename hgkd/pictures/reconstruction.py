@@ -1,4 +1,4 @@
-"""What a masked model makes of hidden positions: MAE (arXiv 2111.06377), SparK (arXiv 2301.03580)."""
+"""Reconstructions of hidden positions by masked models: MAE (arXiv 2111.06377), SparK (arXiv 2301.03580)."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class _MAEPixels:
 def reconstruction_columns(
     model: Reconstructor, inputs: Tensor, mask_ratio: float | None = None, seed: int = 0
 ) -> tuple[Columns, float]:
-    """What a masked model makes of hidden positions, and the share of hidden cells that was used.
+    """Columns of reconstructed hidden positions, and the share of hidden cells that was used.
 
     Hidden positions are brought back to pixels with their own true mean and std where the model was trained on standardised
     ones (as MAE's and SparK's pictures are): colours and contrast are then given, only the structure is the model's.

@@ -107,7 +107,7 @@ def _embedded(png: bytes, caption: str) -> str:
 
 
 def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Section]) -> Path:
-    """Write the page, beside first and then renamed; returns its path.
+    """Write the page under a temporary name, then rename it; returns its path.
 
     Raises:
         WriteError: the disk does not take it; a page that was there is untouched.

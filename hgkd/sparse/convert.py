@@ -8,7 +8,7 @@ same way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from typing import Any, cast
 
@@ -63,7 +63,7 @@ def layer_rule(*layers: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
 
 
 class SparseModule:
-    """What :func:`sparsify` adds to the root of a network.
+    """Methods that :func:`sparsify` adds to the root of a network.
 
     Attributes:
         sparse_cell: side of a mask cell, pixels.
@@ -102,7 +102,7 @@ class SparseModule:
         kind = MaskedTensor if cells.all_visible else BACKENDS[self.sparse_backend]
         return kind.pack(images, cells)
 
-    def forward(self, images: Tensor, *args: Any, visible: Tensor | CellLayout | None = None, **kwargs: Any) -> Any:
+    def forward(self, images: Tensor, *args: object, visible: Tensor | CellLayout | None = None, **kwargs: object) -> object:
         """The network's own forward; with ``visible``, of the visible part only."""
         if visible is not None:
             images = self.pack(images, visible)
@@ -158,7 +158,7 @@ def _copy(module: nn.Module) -> nn.Module:
         raise
 
 
-def _computed(value: Any) -> bool:
+def _computed(value: object) -> bool:
     if isinstance(value, Tensor):
         return not value.is_leaf
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -199,7 +199,7 @@ def _rule_of(layer_type: type[nn.Module]) -> LayerRule | None:
 
 @cache
 def _twin_type(layer_type: type[nn.Module], rule: LayerRule) -> type[nn.Module]:
-    def forward(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, x: object, *args: object, **kwargs: object) -> object:
         if isinstance(x, SparseTensor):
             return rule(self, x)
         return layer_type.forward(self, x, *args, **kwargs)
@@ -216,7 +216,7 @@ def _root_type(module_type: type[nn.Module]) -> type[nn.Module]:
 
 
 @layer_rule(timm.layers.DropPath)
-def drop_path(layer: Any, x: SparseTensor) -> SparseTensor:
+def drop_path(layer: timm.layers.DropPath, x: SparseTensor) -> SparseTensor:
     """Stochastic depth drops whole images, not cells (arXiv 1603.09382)."""
     if layer.drop_prob == 0.0 or not layer.training:
         return x
@@ -228,7 +228,7 @@ def drop_path(layer: Any, x: SparseTensor) -> SparseTensor:
 
 
 @layer_rule(timm.layers.EcaModule)
-def efficient_channel_attention(layer: Any, x: SparseTensor) -> SparseTensor:
+def efficient_channel_attention(layer: timm.layers.EcaModule, x: SparseTensor) -> SparseTensor:
     """ECA (arXiv 1910.03151): a 1-D convolution over channels of the image's mean, which is over visible positions here."""
     mean = x.mean((2, 3))
     gate = layer.conv(mean.unsqueeze(1))
@@ -239,7 +239,7 @@ def efficient_channel_attention(layer: Any, x: SparseTensor) -> SparseTensor:
 
 
 @layer_rule(timm.layers.SplitAttn)
-def split_attention(layer: Any, x: SparseTensor) -> SparseTensor:
+def split_attention(layer: timm.layers.SplitAttn, x: SparseTensor) -> SparseTensor:
     """ResNeSt (arXiv 2004.08955): a weighted sum of groups of channels; the weights come from the image's mean."""
     x = layer.act0(layer.drop(layer.bn0(layer.conv(x))))
     parts = x.chunk(layer.radix, 1)
@@ -249,7 +249,7 @@ def split_attention(layer: Any, x: SparseTensor) -> SparseTensor:
 
 
 @layer_rule(timm.layers.SelectiveKernel)
-def selective_kernel(layer: Any, x: SparseTensor) -> SparseTensor:
+def selective_kernel(layer: timm.layers.SelectiveKernel, x: SparseTensor) -> SparseTensor:
     """SKNet (arXiv 1903.06586): a weighted sum of paths; the weights come from the mean of their sum."""
     inputs = x.chunk(layer.num_paths, 1) if layer.split_input else [x] * layer.num_paths
     paths = [path(part) for path, part in zip(layer.paths, inputs, strict=True)]
@@ -259,13 +259,13 @@ def selective_kernel(layer: Any, x: SparseTensor) -> SparseTensor:
     return _total([path * weight for path, weight in zip(paths, weights, strict=True)])
 
 
-def _total(parts: Any) -> SparseTensor:
+def _total(parts: Sequence[Tensor]) -> SparseTensor:
     """Sum of feature maps (Python's ``sum`` would start from 0, at the price of one more pass)."""
-    return reduce(torch.add, parts)
+    return cast(SparseTensor, reduce(torch.add, parts))
 
 
 @layer_rule(timm.layers.GlobalContext)
-def global_context(layer: Any, x: SparseTensor) -> SparseTensor:
+def global_context(layer: timm.layers.GlobalContext, x: SparseTensor) -> SparseTensor:
     """GCNet (arXiv 1904.11492): the softmax that weighs the positions runs over the image's visible ones."""
     if layer.conv_attn is None:
         context = x.mean((2, 3), keepdim=True)
@@ -294,6 +294,7 @@ def sync_batch_norm(layer: nn.SyncBatchNorm, x: SparseTensor) -> SparseTensor:
 
 
 @layer_rule(timm.layers.SyncBatchNormAct)
-def sync_batch_norm_act(layer: Any, x: SparseTensor) -> SparseTensor:
+def sync_batch_norm_act(layer: timm.layers.SyncBatchNormAct, x: SparseTensor) -> SparseTensor:
     """timm's norm with an activation, as its ``convert_sync_batchnorm`` leaves it."""
-    return cast(SparseTensor, layer.act(layer.drop(sync_batch_norm(layer, x))))
+    act, drop = cast(nn.Module, layer.act), cast(nn.Module, layer.drop)
+    return cast(SparseTensor, act(drop(sync_batch_norm(layer, x))))

@@ -1,19 +1,20 @@
-"""What the two backends share about convolution and pooling: reading the arguments, and that sizes keep to the grid."""
+"""Arguments of convolution and pooling, and the check that sizes keep to the grid, for all backends."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.kernels import ConvGeometry
-from hgkd.sparse.tensor import Padding
+from hgkd.sparse.tensor import Arguments, Options, Padding
 
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _MAX_POOL_NAMES = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
 _AVG_POOL_NAMES = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 
 
-def pair(value: Any) -> tuple[int, int]:
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """A number, or a list of one or two, as (vertical, horizontal)."""
     if isinstance(value, int):
         return value, value
@@ -21,13 +22,13 @@ def pair(value: Any) -> tuple[int, int]:
     return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
 
 
-def conv_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+def conv_arguments(args: Arguments, kwargs: Options) -> dict[str, Any]:
     """All arguments of ``conv2d`` by name, with its defaults."""
     defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     return defaults | dict(zip(_CONV_NAMES, args, strict=False)) | kwargs
 
 
-def max_pool_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+def max_pool_arguments(args: Arguments, kwargs: Options) -> dict[str, Any]:
     """All arguments of ``max_pool2d`` by name; ``stride`` filled in."""
     given = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
     given |= dict(zip(_MAX_POOL_NAMES, args, strict=False)) | kwargs
@@ -35,7 +36,7 @@ def max_pool_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
     return given
 
 
-def avg_pool_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+def avg_pool_arguments(args: Arguments, kwargs: Options) -> dict[str, Any]:
     """All arguments of ``avg_pool2d`` by name; ``stride`` filled in."""
     given = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
     given |= dict(zip(_AVG_POOL_NAMES, args, strict=False)) | kwargs
@@ -48,7 +49,7 @@ def window_geometry(
     what: str,
     s_in: int,
     size: tuple[int, int],
-    kernel: Any,
+    kernel: int | Sequence[int],
     given: dict[str, Any],
     pending: Padding | None = None,
 ) -> ConvGeometry:

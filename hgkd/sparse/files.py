@@ -1,4 +1,4 @@
-"""A sparse backbone as one file: its weights in safetensors, and beside them, as JSON, what is needed to use them.
+"""A sparse backbone as one file: its weights in safetensors, and its settings as JSON in the file's metadata.
 
 The weights have the dense network's own names, so that any other program reads the file as an ordinary dense checkpoint.
 """
@@ -37,7 +37,7 @@ def save_sparse(
 
     Args:
         network: made by :func:`hgkd.sparse.sparsify`.
-        path: of the file; written beside and renamed, so that it is never there in part.
+        path: of the file; written under a temporary name and renamed, so that it is never there in part.
         timm_model: timm name of the network. The file then suffices to load it, which is proven: it is read back and must
             give equal features. Without it :func:`load_sparse` needs the network itself.
         timm_kwargs: further arguments of ``timm.create_model`` that the network was made with; values that JSON can hold.

@@ -7,8 +7,8 @@ gradient sums over slices of the points and adds the partial sums in a fixed ord
 
 The idea is that of implicit GEMM for sparse convolution (traveller59/spconv 2.x; TorchSparse++, arXiv 2311.12862), written
 from scratch for a dense index. The products run on tensor cores, so fp32 takes part only where torch may use TF32; exact fp32
-stays with torch's kernels. The tile sizes are a guess: no session that worked on this had a GPU. Tested are the arithmetic, in
-Triton's interpreter, and that the kernels compile for sm_90.
+stays with torch's kernels. The tile sizes are a guess, not measured on a GPU. Tested are the arithmetic, in Triton's
+interpreter, and that the kernels compile for sm_90.
 """
 
 from __future__ import annotations

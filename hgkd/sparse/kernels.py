@@ -22,7 +22,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +171,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _fused(rows: Tensor) -> Any:
+def _fused(rows: Tensor) -> ModuleType | None:
     """The module of Triton kernels where they serve these rows, else None."""
     if not rows.is_cuda or not _has_triton():
         return None
@@ -346,7 +346,7 @@ def halo_tiles(packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outsi
 
 
 def _halo_size(geometry: ConvGeometry, axis: int, cells: int = 1) -> int:
-    """Positions along an axis that the outputs of so many cells in a row read."""
+    """Positions along an axis that the outputs of several cells in a row read."""
     return (cells * geometry.s_out - 1) * geometry.stride[axis] + (geometry.kernel[axis] - 1) * geometry.dilation[axis] + 1
 
 

@@ -113,7 +113,7 @@ class CellLayout:
         return self.cell // stride
 
     def keep(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
-        """What ``make()`` gave when ``key`` was first asked for: everything that follows from the mask is made once."""
+        """Result of ``make()`` when ``key`` was first asked for: everything that follows from the mask is made once."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
@@ -189,7 +189,7 @@ class CellLayout:
         )
 
     def look_up(self, key: tuple[object, ...], make: Callable[[], Stencil], size: int, taps: int, outside: int = 0) -> Tensor:
-        """What the points of a stencil read in every visible cell: ``packed index of the cell * size + value``.
+        """Indices that the points of a stencil read in every visible cell: ``packed index of the cell * size + value``.
 
         Args:
             key, make: see :meth:`keep`.
@@ -268,7 +268,7 @@ class CellLayout:
 
 @dataclass(frozen=True)
 class Stencil:
-    """What the points of a cell read: the same for every cell and mask, so it is made once a process.
+    """Neighbours that the points of a cell read: equal for every cell and mask, so made once a process.
 
     Attributes:
         reach: how many cells away at most.

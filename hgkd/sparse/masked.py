@@ -7,6 +7,7 @@ other backends hand over to it then.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from hgkd.sparse.kernels import ConvGeometry
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.packed import _side_of
 from hgkd.sparse.taps import renormalised, tap_factor
-from hgkd.sparse.tensor import Rule, SparseTensor, function_rule, plain_torch
+from hgkd.sparse.tensor import Arguments, Function, Options, Rule, SparseTensor, function_rule, plain_torch
 
 
 class MaskedTensor(SparseTensor):
@@ -66,7 +67,7 @@ class MaskedTensor(SparseTensor):
         return values
 
     def per_image(self, value: Tensor) -> Tensor:
-        """(B, ...) operands broadcast by themselves."""
+        """(B, ...) operands broadcast without reshaping."""
         if value.shape[0] != self.cells.batch:
             raise ValueError(f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images")
         return value
@@ -82,7 +83,7 @@ class MaskedTensor(SparseTensor):
 
 
 @function_rule("batch_norm", on=(MaskedTensor,))
-def _batch_norm(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _batch_norm(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     if owner.channel_dim != 1:
         raise NoSparseRuleError("batch_norm on a sparse feature map in channels-last order; permute first")
     x = args[0] if args else kwargs.pop("input")
@@ -99,7 +100,7 @@ def _batch_norm(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
 
 
 @function_rule("conv2d", on=(MaskedTensor,))
-def _conv2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _conv2d(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = conv_arguments(args, kwargs)
     x = given.pop("input")
     factor = tap_factor(x.cells, _check(x, "conv2d", given["weight"].shape[2:], given), x.dtype)
@@ -108,7 +109,7 @@ def _conv2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTen
 
 
 @function_rule("max_pool2d", on=(MaskedTensor,))
-def _max_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _max_pool2d(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = max_pool_arguments(args, kwargs)
     x = given.pop("input")
     _check(x, "max_pool2d", given["kernel_size"], given)
@@ -117,7 +118,7 @@ def _max_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
 
 
 @function_rule("avg_pool2d", on=(MaskedTensor,))
-def _avg_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _avg_pool2d(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = avg_pool_arguments(args, kwargs)
     x = given.pop("input")
     factor = tap_factor(x.cells, _check(x, "avg_pool2d", given["kernel_size"], given), x.dtype)
@@ -125,7 +126,7 @@ def _avg_pool2d(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
     return x.like(renormalised(factor, None, lambda _: F.avg_pool2d(x.zeroed, **given)))
 
 
-def _check(x: MaskedTensor, what: str, kernel: Any, given: dict[str, Any]) -> ConvGeometry:
+def _check(x: MaskedTensor, what: str, kernel: int | Sequence[int], given: dict[str, Any]) -> ConvGeometry:
     """The geometry, with the same refusals as the packed backend."""
     if x.channel_dim != 1:
         raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")

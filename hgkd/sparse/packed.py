@@ -6,6 +6,7 @@ the data; what reads neighbours goes through :mod:`hgkd.sparse.kernels`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from hgkd.sparse import kernels
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.taps import packed_tap_factor, renormalised
-from hgkd.sparse.tensor import Padding, Rule, SparseTensor, function_rule, plain_torch
+from hgkd.sparse.tensor import Arguments, Function, Options, Padding, Rule, SparseTensor, function_rule, plain_torch
 
 
 class PackedTensor(SparseTensor):
@@ -81,7 +82,7 @@ def _side_of(dense: Tensor, cells: CellLayout) -> int:
 
 
 @function_rule("batch_norm", on=(PackedTensor,))
-def _batch_norm(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _batch_norm(func: Function, owner: PackedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     if owner.channel_dim != 1:
         raise NoSparseRuleError("batch_norm on a sparse feature map in channels-last order; permute first")
     # the tiles hold the visible positions and nothing else, so the dense statistics are the sparse ones
@@ -90,7 +91,7 @@ def _batch_norm(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
 
 
 @function_rule("conv2d", on=(PackedTensor,))
-def _conv2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _conv2d(func: Function, owner: PackedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = conv_arguments(args, kwargs)
     x = given["input"]
     geometry = conv_geometry(x, given)
@@ -113,7 +114,7 @@ def conv_geometry(x: PackedTensor, given: dict[str, Any]) -> kernels.ConvGeometr
 
 
 @function_rule("max_pool2d", on=(PackedTensor,))
-def _max_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _max_pool2d(func: Function, owner: PackedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = max_pool_arguments(args, kwargs)
     x = given["input"]
     geometry = _geometry("max_pool2d", x, given["kernel_size"], given)
@@ -126,7 +127,7 @@ def _max_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
 
 
 @function_rule("avg_pool2d", on=(PackedTensor,))
-def _avg_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _avg_pool2d(func: Function, owner: PackedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = avg_pool_arguments(args, kwargs)
     x, divisor = given["input"], given["divisor_override"]
     geometry = _geometry("avg_pool2d", x, given["kernel_size"], given)
@@ -140,7 +141,7 @@ def _avg_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
     return x.like(renormalised(packed_tap_factor(x.cells, geometry, x.dtype), None, lambda _: pooled))
 
 
-def _geometry(what: str, x: PackedTensor, kernel: Any, given: dict[str, Any]) -> kernels.ConvGeometry:
+def _geometry(what: str, x: PackedTensor, kernel: int | Sequence[int], given: dict[str, Any]) -> kernels.ConvGeometry:
     if x.channel_dim != 1:
         raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")
     s = x.side

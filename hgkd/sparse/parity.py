@@ -6,6 +6,7 @@ For the tests, the table in ``docs/students.md``, and whoever has added a rule f
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,7 @@ def _run(network: nn.Module, images: Tensor, backend: str | None, cells: CellLay
     return [outputs, gradients, buffers]
 
 
-def _tensors(made: Any) -> list[Tensor]:
+def _tensors(made: Tensor | Iterable[Any]) -> list[Tensor]:
     return [made] if isinstance(made, Tensor) else [tensor for part in made for tensor in _tensors(part)]
 
 

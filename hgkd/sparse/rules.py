@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +12,26 @@ from torch import Tensor
 from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
-from hgkd.sparse.tensor import ELEMENTWISE, Padding, SparseTensor, calling_layer, function_rule, plain_torch
+from hgkd.sparse.tensor import (
+    ELEMENTWISE,
+    Arguments,
+    Function,
+    Options,
+    Padding,
+    SparseTensor,
+    calling_layer,
+    function_rule,
+    plain_torch,
+)
 
 BOTH = (PackedTensor, MaskedTensor)
 
 
-def _refuse(func: Any, why: str) -> NoSparseRuleError:
+def _refuse(func: Function, why: str) -> NoSparseRuleError:
     return NoSparseRuleError(f"{getattr(func, '__name__', func)} on a sparse feature map{calling_layer()}: {why}")
 
 
-def check_same_cells(func: Any, owner: SparseTensor, other: SparseTensor) -> None:
+def check_same_cells(func: Function, owner: SparseTensor, other: SparseTensor) -> None:
     """Refuse to mix two masks, or two orders of dimensions, in one operation."""
     if other.cells is not owner.cells:
         raise ValueError(
@@ -31,7 +42,7 @@ def check_same_cells(func: Any, owner: SparseTensor, other: SparseTensor) -> Non
         raise _refuse(func, "one operand is in channels-first and the other in channels-last order; permute one")
 
 
-def operand(func: Any, owner: SparseTensor, value: Tensor) -> Tensor:
+def operand(func: Function, owner: SparseTensor, value: Tensor) -> Tensor:
     """A plain tensor as partner of ``owner`` in an elementwise function.
 
     Allowed: one value; one value a channel; one value an image and channel, (B, C, 1, 1), which is repeated for each
@@ -54,7 +65,7 @@ def operand(func: Any, owner: SparseTensor, value: Tensor) -> Tensor:
 
 
 @function_rule("expand_as", on=BOTH)
-def _expand_as(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Tensor:
+def _expand_as(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> Tensor:
     value, target = args
     if isinstance(value, SparseTensor):
         return value
@@ -62,8 +73,8 @@ def _expand_as(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Tensor
     return value
 
 
-def _elementwise(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
-    def convert(value: Any) -> Any:
+def _elementwise(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:
+    def convert(value: object) -> object:
         if isinstance(value, SparseTensor):
             check_same_cells(func, owner, value)
         elif isinstance(value, Tensor):
@@ -83,7 +94,7 @@ for _kind in BOTH:
 
 
 @function_rule("permute", on=BOTH)
-def _permute(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _permute(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     dims = kwargs.get("dims", args[1:])
     dims = tuple(dims[0]) if len(dims) == 1 else tuple(dims)
     order = tuple(d % 4 for d in dims)
@@ -96,7 +107,7 @@ def _permute(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
 
 
 @function_rule("pad", on=BOTH)
-def _pad(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _pad(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     """Nothing is moved: the padding is remembered for the convolution or pooling that follows (timm's 'same' layers)."""
     given = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
     sides, mode = tuple(int(n) for n in given["pad"]), given.get("mode", "constant")
@@ -119,7 +130,7 @@ def _pad(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
 
 
 @function_rule("layer_norm", on=BOTH)
-def _layer_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _layer_norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
     if owner.channel_dim != 3 or len(tuple(shape)) != 1:
         raise _refuse(func, f"a layer norm over {tuple(shape)} spans positions; only the channel dimension is supported")
@@ -128,7 +139,7 @@ def _layer_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Spars
 
 
 @function_rule("linear", on=BOTH)
-def _linear(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _linear(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     if owner.channel_dim != 3:
         raise _refuse(func, "a linear layer acts on the last dimension, which holds positions; permute to channels last")
     with plain_torch():
@@ -136,9 +147,9 @@ def _linear(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTen
 
 
 @function_rule("cat", "concat", "concatenate", on=BOTH)
-def _cat(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _cat(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     tensors = args[0] if args else kwargs["tensors"]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    dim = cast(int, args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0)))
     if dim % 4 != owner.channel_dim:
         raise _refuse(func, f"concatenation along dimension {dim}; only the channel dimension is supported")
     for other in tensors:
@@ -150,8 +161,8 @@ def _cat(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
 
 
 @function_rule("chunk", "split", "split_with_sizes", "tensor_split", on=BOTH)
-def _split(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> tuple[SparseTensor, ...]:
-    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+def _split(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> tuple[SparseTensor, ...]:
+    dim = cast(int, kwargs.get("dim", args[2] if len(args) > 2 else 0))
     if dim % 4 != owner.channel_dim:
         raise _refuse(func, f"a split along dimension {dim}; only the channel dimension is supported")
     with plain_torch():
@@ -159,7 +170,7 @@ def _split(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> tuple[Spar
 
 
 @function_rule("__getitem__", on=BOTH)
-def _getitem(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _getitem(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     keeps = [isinstance(i, slice) and i == slice(None) for i in index]
     channels = [d for d, keep in enumerate(keeps) if not keep]
@@ -169,7 +180,7 @@ def _getitem(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
         return owner.like(func(*args, **kwargs))
 
 
-def _autograd(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+def _autograd(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:
     with plain_torch():
         return func(*args, **kwargs)
 
@@ -181,7 +192,7 @@ for _kind in BOTH:  # reentrant activation checkpointing calls it on the recompu
 # --- statistics over an image's visible positions --------------------------------------------------------------------------
 
 
-def _dims(owner: SparseTensor, args: Any, kwargs: Any) -> tuple[int, ...] | None:
+def _dims(owner: SparseTensor, args: Arguments, kwargs: Options) -> tuple[int, ...] | None:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
     if dim is None:
         return None
@@ -189,11 +200,11 @@ def _dims(owner: SparseTensor, args: Any, kwargs: Any) -> tuple[int, ...] | None
     return tuple(sorted(d % 4 for d in dims))
 
 
-def _keepdim(position: int, args: Any, kwargs: Any) -> bool:
+def _keepdim(position: int, args: Arguments, kwargs: Options) -> bool:
     return bool(args[position] if len(args) > position else kwargs.get("keepdim", False))
 
 
-def _over_image(func: Any, owner: SparseTensor, dims: tuple[int, ...] | None, keepdim: bool, values: Tensor) -> Tensor:
+def _over_image(func: Function, owner: SparseTensor, dims: tuple[int, ...] | None, keepdim: bool, values: Tensor) -> Tensor:
     """(B, C) statistics in the shape that the dense function would give."""
     if not keepdim:
         return values
@@ -201,7 +212,9 @@ def _over_image(func: Any, owner: SparseTensor, dims: tuple[int, ...] | None, ke
     return values.unsqueeze(min(y_dim, x_dim)).unsqueeze(max(y_dim, x_dim))
 
 
-def _reduce(func: Any, owner: SparseTensor, args: Any, kwargs: Any, position: int, image: Any) -> Any:
+def _reduce(
+    func: Function, owner: SparseTensor, args: Arguments, kwargs: Options, position: int, image: Callable[..., Tensor]
+) -> object:
     dims = _dims(owner, args, kwargs)
     keepdim = _keepdim(position, args, kwargs)
     if dims == owner.spatial_dims:
@@ -217,22 +230,22 @@ def _reduce(func: Any, owner: SparseTensor, args: Any, kwargs: Any, position: in
 
 
 @function_rule("mean", on=BOTH)
-def _mean(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+def _mean(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:
     return _reduce(func, owner, args, kwargs, 2, lambda: image_mean(owner))
 
 
 @function_rule("sum", on=BOTH)
-def _sum(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+def _sum(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:
     return _reduce(func, owner, args, kwargs, 2, lambda: owner.image_sum(owner.plain))
 
 
 @function_rule("amax", on=BOTH)
-def _amax(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+def _amax(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:
     return _reduce(func, owner, args, kwargs, 2, owner.image_max)
 
 
 @function_rule("norm", on=BOTH)
-def _norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
+def _norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:
     power = args[1] if len(args) > 1 else kwargs.get("p", 2)
     if power != 2:
         raise _refuse(func, f"the norm with p={power}; only p=2 is supported")
@@ -242,18 +255,18 @@ def _norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
 
 
 @function_rule("adaptive_avg_pool2d", on=BOTH)
-def _global_average(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Tensor:
+def _global_average(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> Tensor:
     _check_global(func, owner, args, kwargs)
     return image_mean(owner)[:, :, None, None]
 
 
 @function_rule("adaptive_max_pool2d", on=BOTH)
-def _global_maximum(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Tensor:
+def _global_maximum(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> Tensor:
     _check_global(func, owner, args, kwargs)
     return owner.image_max()[:, :, None, None]
 
 
-def _check_global(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> None:
+def _check_global(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> None:
     size = args[1] if len(args) > 1 else kwargs["output_size"]
     if owner.channel_dim != 1 or size not in (1, (1, 1), [1, 1]):
         raise _refuse(func, f"output size {size}; only global pooling (1) is defined over visible positions")
@@ -268,7 +281,7 @@ def image_mean(x: SparseTensor) -> Tensor:
 
 
 @function_rule("group_norm", on=BOTH)
-def _group_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _group_norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     names = ("input", "num_groups", "weight", "bias", "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
     groups, eps = given["num_groups"], given.get("eps", 1e-5)
@@ -287,7 +300,7 @@ def _group_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Spars
 
 
 @function_rule("interpolate", on=BOTH)
-def _interpolate(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _interpolate(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     names = ("input", "size", "scale_factor", "mode")
     given = dict(zip(names, args, strict=False)) | kwargs
     scale = given.get("scale_factor")

@@ -25,7 +25,7 @@ from hgkd.sparse.kernels import ConvGeometry
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.packed import PackedTensor, conv_geometry
 from hgkd.sparse.taps import packed_tap_factor, renormalised
-from hgkd.sparse.tensor import Rule, SparseTensor, function_rule
+from hgkd.sparse.tensor import Arguments, Function, Options, Rule, SparseTensor, function_rule
 
 # torch.func.functional_call lends the shared spconv module our weights for the time of one call
 _LENDING = threading.Lock()
@@ -48,7 +48,7 @@ class SpconvTensor(PackedTensor):
 
 
 @function_rule("conv2d", on=(SpconvTensor,))
-def _conv2d(func: Any, owner: SpconvTensor, args: Any, kwargs: Any) -> SparseTensor:
+def _conv2d(func: Function, owner: SpconvTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = conv_arguments(args, kwargs)
     x, weight, groups = given["input"], given["weight"], given["groups"]
     geometry = conv_geometry(x, given)
@@ -128,7 +128,7 @@ def _places(layout: CellLayout, s: int) -> Any:
     """spconv's tensor of the visible positions, without values; it keeps the tables of neighbours for all layers."""
     from spconv.pytorch import SparseConvTensor
 
-    def make() -> Any:
+    def make() -> object:
         indices = check_indices(layout.coordinates(s))
         shape = [layout.grid[0] * s, layout.grid[1] * s]
         return SparseConvTensor(torch.empty(len(indices), 0, device=layout.device), indices, shape, layout.batch)

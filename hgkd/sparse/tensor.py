@@ -11,7 +11,7 @@ recomputation of activation checkpointing (the non-reentrant kind, torch's recom
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.layout import CellLayout
 
+# a function of torch's, and what it was called with
+Function = Callable[..., Any]
+Arguments = Sequence[Any]
+Options = dict[str, Any]
 Rule = Callable[..., Any]
 T = TypeVar("T", bound="SparseTensor")
 
@@ -131,13 +135,13 @@ class SparseTensor(Tensor):
         """The two dimensions of positions."""
         return (2, 3) if self.channel_dim == 1 else (1, 2)
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
         with plain_torch():
             shape = tuple(self.shape)
         return f"{type(self).__name__}(shape={shape}, stride={self.stride}, {self.cells})"
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Function, types: object, args: Arguments = (), kwargs: Options | None = None) -> object:
         kwargs = kwargs or {}
         if func in _METADATA:
             with plain_torch():
@@ -172,7 +176,7 @@ def calling_layer() -> str:
     return ""
 
 
-def _sparse_in(values: Any) -> Iterator[SparseTensor]:
+def _sparse_in(values: Iterable[object]) -> Iterator[SparseTensor]:
     """The sparse tensors among arguments, looking into lists and tuples."""
     for value in values:
         if isinstance(value, SparseTensor):
@@ -181,7 +185,7 @@ def _sparse_in(values: Any) -> Iterator[SparseTensor]:
             yield from _sparse_in(value)
 
 
-# --- the table of functions that act on each value by itself -----------------------------------------------------------
+# --- the table of functions that act value by value ------------------------------------------------------------------
 
 _PROPERTIES = (
     "shape dtype device requires_grad grad_fn is_leaf ndim is_cuda is_sparse is_quantized is_meta grad itemsize _version "

@@ -1,4 +1,4 @@
-"""What every masked student has, for the model, the objectives, the hooks and the reports that ask it."""
+"""Base class of masked students: what model, objectives, hooks and reports ask of one."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ class Student(PixelNormalisation):
         return self.dense_features(images)[-1].mean(dim=(2, 3))
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint says about this student."""
+        """Description of this student for checkpoints."""
         return {} if self.encoder_spec is None else {"encoder": self.encoder_spec}

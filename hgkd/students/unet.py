@@ -53,7 +53,7 @@ class Densify(nn.Module):
         """(B, C, h, w) sparse -> (B, C', h, w) dense."""
         normed = cast(SparseTensor, self.norm(level))
         dense = normed.to_dense(fill=self.mask_token)
-        if level.cells.all_visible:  # no position takes the token: a zero gradient, for DDP waits for one
+        if level.cells.all_visible:  # the token is unused: a zero gradient, as DDP waits for one
             dense = dense + 0.0 * self.mask_token.view(1, -1, 1, 1)
         projected: Tensor = self.projection(dense)
         return projected

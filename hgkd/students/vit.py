@@ -164,7 +164,7 @@ class MaskedViT(Student):
         return self.dense_features(images)[-1].mean(dim=(2, 3))
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint says about this student: it reads as a MAE, for evaluation and as a teacher."""
+        """Description of this student for checkpoints, which read as a MAE, for evaluation and as a teacher."""
         return {"mae": asdict(self.network.arch), "pixels": self.pixel_values()}
 
     def _check_size(self, images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What every teacher has in common: frozen, in eval for good, own size and normalisation, no more blocks than asked for."""
+"""Base class of teachers: frozen, always in eval mode, own size and normalisation, no more blocks than asked for."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ class Teacher(PixelNormalisation):
 
     @torch.no_grad()
     def forward(self, images: Tensor, visible: Tensor | None = None, needs: TeacherNeeds | None = None) -> TeacherOutput:
-        """What the teacher sees in images.
+        """The teacher's outputs for images.
 
         Args:
             images: (B, 3, H, W) in [0, 1], RGB, any size.

@@ -90,7 +90,7 @@ class ClassifierTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> ClassifierOutput:
-        """What the teacher makes of images (B, 3, H, W) in [0, 1]; fp32. ``distilled`` is ``logits``, the heads' mean."""
+        """Logits and features of images (B, 3, H, W) in [0, 1]; fp32. ``distilled`` is ``logits``, the heads' mean."""
         if self.image_size is not None and tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images.float(), self.image_size, mode="bicubic", align_corners=False, antialias=True)
         with torch.autocast(images.device.type, enabled=False):

@@ -35,7 +35,7 @@ _STEPS = 30
 
 @dataclass(frozen=True)
 class WeightHealth:
-    """What the weights of a ViT say.
+    """Signs of training in the weights of a ViT.
 
     Attributes:
         spectrum: the score of the module's header; near 1 for random weights.
@@ -90,7 +90,7 @@ def _largest_over_edge(matrix: Tensor) -> float:
 
 @dataclass(frozen=True)
 class FeatureHealth:
-    """What a teacher's features say, beside those of a random network of its shape.
+    """Measures of a teacher's features, and of those of a random network of its shape.
 
     Attributes:
         rank, random_rank: effective rank of the images' mean tokens, at most images - 1 and channels.

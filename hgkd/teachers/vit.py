@@ -318,7 +318,7 @@ class TimmTeacher(Teacher):
 
     def _embed(self, images: Tensor) -> Tensor:
         """Class and register tokens and all patches, as they enter the first block, (B, prefix + N, D)."""
-        network: Any = self.network
+        network = self.network
         x = network.patch_embed(images)
         if x.dim() == 4:
             x = x.flatten(1, 2)
@@ -329,11 +329,11 @@ class TimmTeacher(Teacher):
         return embedded
 
     def _before_block(self, images: Tensor, block: int) -> tuple[Tensor, nn.Module, int]:
-        network: Any = self.network
+        network = self.network
         return network.blocks[:block](self._embed(images)), network.blocks[block], self._prefix_tokens
 
     def _forward(self, images: Tensor, ids_keep: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
-        network: Any = self.network
+        network = self.network
         x = self._embed(images)
         prefix = self._prefix_tokens
         if ids_keep is not None:

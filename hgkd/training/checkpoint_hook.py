@@ -32,9 +32,9 @@ class RunCheckpointHook(CheckpointHook):
 
     Args:
         interval: epochs between two checkpoints.
-        every_steps: also after so many steps; None: not by steps.
-        every_minutes: also after so many minutes without one; None: not by time.
-        max_keep_ckpts: so many are kept, at least 2, so that a damaged one has one before it; the best one comes on top.
+        every_steps: also after this number of steps; None: not by steps.
+        every_minutes: also after this number of minutes without one; None: not by time.
+        max_keep_ckpts: number kept, at least 2, so that a damaged one has one before it; the best one comes on top.
         save_best, rule: metric whose best checkpoint is kept, and 'greater' or 'less'.
 
     Raises:
@@ -74,9 +74,9 @@ class RunCheckpointHook(CheckpointHook):
                 write_text(Path(self.out_dir) / LIST_NAME, "")  # a new run in a used folder: what lies there is not its own
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        loop: Any = runner.train_loop
+        loop = runner.train_loop
         done = runner.iter + 1
         minutes = (time.monotonic() - self._saved_at) / 60
         self._due |= self.every_steps is not None and done % self.every_steps == 0
@@ -88,7 +88,7 @@ class RunCheckpointHook(CheckpointHook):
         self._write(runner, name, dict(epoch=runner.epoch, iter=done))
 
     def after_train_epoch(self, runner: Runner) -> None:
-        loop: Any = runner.train_loop
+        loop = runner.train_loop
         if self._due or loop.interrupted:
             self._save_checkpoint(runner)
         else:

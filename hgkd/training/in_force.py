@@ -1,4 +1,4 @@
-"""What a training is really going to do, read from the built parts and not from the config: said once before the first step.
+"""Facts of a training before its first step, read from the built parts and not from the config.
 
 Each line is made by one function here; :func:`in_force` gathers those that apply to a run, of pretraining, fine-tuning,
 detection or segmentation.
@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
+from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from hgkd.training.wrapping import plain_model
 
@@ -21,7 +26,7 @@ _ENDLESS = 10**9
 _MB = 2**20
 
 
-def in_force(runner: Any, loop: Any, work_dir: Path, checkpoint_bytes: int | None = None) -> dict[str, str]:
+def in_force(runner: Runner, loop: BaseLoop, work_dir: Path, checkpoint_bytes: int | None = None) -> dict[str, str]:
     """Name of a fact -> the fact.
 
     Args:
@@ -30,7 +35,7 @@ def in_force(runner: Any, loop: Any, work_dir: Path, checkpoint_bytes: int | Non
         work_dir: where the checkpoints are going to lie.
         checkpoint_bytes: size of one, if it is known; None: estimated.
     """
-    model: Any = plain_model(runner)
+    model = plain_model(runner)
     facts = {
         "rate": rate_text(
             runner.optim_wrapper, _all_schedulers(runner.param_schedulers), loop.iter, loop.max_iters, _epoch(loop)
@@ -53,18 +58,18 @@ def lines_of(facts: Mapping[str, Any]) -> str:
 # --- learning rate ------------------------------------------------------------------------------------------------------
 
 
-def _epoch(loop: Any) -> int:
+def _epoch(loop: BaseLoop) -> int:
     """Steps an epoch."""
     return max(len(loop.dataloader), 1)
 
 
-def _all_schedulers(schedulers: Any) -> list[Any]:
+def _all_schedulers(schedulers: Mapping[str, Any] | Sequence[Any] | None) -> list[Any]:
     if isinstance(schedulers, Mapping):  # of several optimisers
         return [one for part in schedulers.values() for one in _all_schedulers(part)]
     return list(schedulers or ())
 
 
-def rate_text(wrapper: Any, schedulers: Sequence[Any], done: int, total: int, per_epoch: int) -> str | None:
+def rate_text(wrapper: OptimWrapper, schedulers: Sequence[Any], done: int, total: int, per_epoch: int) -> str | None:
     """The learning rate that the optimiser holds, and how it is going to change.
 
     Args:
@@ -85,7 +90,7 @@ def rate_text(wrapper: Any, schedulers: Sequence[Any], done: int, total: int, pe
     return "; ".join(parts)
 
 
-def scheduler_text(scheduler: Any) -> str:
+def scheduler_text(scheduler: _ParamScheduler) -> str:
     """One scheduler in words: what, how, and when."""
     name = type(scheduler).__name__
     about = "" if scheduler.param_name == "lr" else f" of {scheduler.param_name}"
@@ -128,11 +133,11 @@ def normalisation(module: nn.Module) -> tuple[list[float], list[float]] | None:
     return None
 
 
-def cells_text(model: Any) -> str | None:
+def cells_text(model: BaseModel) -> str | None:
     """How many cells of an image a masked student sees."""
-    mask: Any = getattr(model, "mask", None)
+    mask = getattr(model, "mask", None)
     grid = getattr(model, "mask_grid", None)
-    if grid is None or not hasattr(mask, "describe"):
+    if grid is None or mask is None or not hasattr(mask, "describe"):
         return None
     size = getattr(model, "image_size", None)
     cells = f"{grid[0]} x {grid[1]}" + (f" of {size[0] // grid[0]} px" if size else "")
@@ -140,13 +145,13 @@ def cells_text(model: Any) -> str | None:
     return f"{mask.describe(grid)}{views}; grid {cells}"
 
 
-def images_text(loader: Any, processes: int, dataset: Mapping[str, Any]) -> str:
+def images_text(loader: DataLoader[Any], processes: int, dataset: Mapping[str, Any]) -> str:
     """How many images are used, and what leaves some of them out.
 
     Args:
         dataset: its config.
     """
-    total = len(loader.dataset)
+    total = len(cast(Sized, loader.dataset))
     limits = ("limit", "limit_per_class", "label_fraction", "indices", "list_file")
     given = [f"{key}={dataset[key]}" for key in limits if dataset.get(key) not in (None, 1.0)]
     text = f"{total} used" + (f" ({', '.join(given)})" if given else "")
@@ -159,8 +164,8 @@ def images_text(loader: Any, processes: int, dataset: Mapping[str, Any]) -> str:
 # --- disk ---------------------------------------------------------------------------------------------------------------
 
 
-def features_text(model: Any, hooks: Iterable[Any], images: int) -> str | None:
-    """What the store of the teacher's features takes."""
+def features_text(model: BaseModel, hooks: Iterable[Any], images: int) -> str | None:
+    """Disk space of the store of the teacher's features."""
     folder = next((hook.folder for hook in hooks if type(hook).__name__ == "TeacherCacheHook"), None)
     passes = getattr(model, "_passes", None)
     if folder is None or not passes:
@@ -176,8 +181,8 @@ def store_bytes(images: int, blocks: int, width: int, grid: tuple[int, int]) -> 
     return images * 2 * blocks * width * grid[0] * grid[1] * 2
 
 
-def checkpoints_text(runner: Any, loop: Any, work_dir: Path, each: int | None) -> str | None:
-    """What the checkpoints take, and what is free."""
+def checkpoints_text(runner: Runner, loop: BaseLoop, work_dir: Path, each: int | None) -> str | None:
+    """Disk space of the checkpoints, and free space."""
     hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
     if hook is None:
         return None
@@ -190,7 +195,7 @@ def checkpoints_text(runner: Any, loop: Any, work_dir: Path, each: int | None) -
     return f"{each / _MB:.0f} MB each, up to {count} at a time; {free / _MB:.0f} MB free at {work_dir}{enough}"
 
 
-def kept_at_once(hook: Any, loop: Any) -> int:
+def kept_at_once(hook: CheckpointHook, loop: BaseLoop) -> int:
     """Checkpoints that lie on disk at one time at most: those kept, the best ones, and the one that is being written."""
     best = hook.save_best
     bests = 0 if not best else len(best) if isinstance(best, (list, tuple)) else 1
@@ -200,7 +205,7 @@ def kept_at_once(hook: Any, loop: Any) -> int:
     return math.ceil(length / max(hook.interval, 1)) + bests
 
 
-def estimated_bytes(runner: Any) -> int:
+def estimated_bytes(runner: Runner) -> int:
     """Bytes of a checkpoint: weights, an average of them where there is one, and what the optimiser keeps."""
     model = plain_model(runner)
     weights = tensor_bytes(model.state_dict())
@@ -214,7 +219,7 @@ def estimated_bytes(runner: Any) -> int:
     return weights * (1 + copies) + state
 
 
-def tensor_bytes(value: Any) -> int:
+def tensor_bytes(value: object) -> int:
     """Bytes of all tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.model import BaseModel
+from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from torch import Tensor
 
 from hgkd.errors import coded
 from hgkd.training.wrapping import unchanged
 
 
-def check_last_batch(model: Any, loop: Any, batch: Any) -> None:
+def check_last_batch(model: BaseModel, loop: BaseLoop, batch: object) -> None:
     """Refuse a training by epochs whose last batch is too small for the model, by a forward pass of one of its size.
 
     Model, batch and random numbers stay what they were.

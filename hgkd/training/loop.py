@@ -26,9 +26,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from hgkd.data.sampler import EpochSampler, mixed_seed
 from hgkd.errors import DivergedError
@@ -49,7 +51,7 @@ def seed_step(seed: int, rank: int, step: int) -> None:
 
 
 def ignore_first_signal(worker: int) -> None:
-    """Let a reading process survive the signals that ask the whole job to stop, until the training process has saved.
+    """Keep a data-loader worker alive when the whole job is asked to stop, until the training process has saved.
 
     SIGINT is ignored, and SIGTERM once: the second one, e.g. of the training process that clears up, ends it.
     """
@@ -62,9 +64,10 @@ def ignore_first_signal(worker: int) -> None:
 
 
 def end_workers_at_exit() -> None:
-    """Let Python's exit end reading processes that :func:`ignore_first_signal`, however often this is called.
+    """Register one ``atexit`` handler that terminates data-loader workers, which ignore the first SIGTERM.
 
-    Those that persist are alive then, and multiprocessing sends one SIGTERM and waits for ever.
+    Workers that persist are alive at exit; without the handler multiprocessing would send one SIGTERM and wait for ever.
+    Calling this again changes nothing.
     """
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)
@@ -86,7 +89,7 @@ def _end_workers() -> None:
 
 
 class StopSignals:
-    """Context that notes SIGTERM and SIGINT instead of dying of them. A second one acts as ever.
+    """Context that notes SIGTERM and SIGINT instead of dying of them; a second one terminates the process (default handling).
 
     Outside the main thread, where Python allows no handlers, it notes nothing.
 
@@ -282,7 +285,7 @@ def idle_parameters(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
 
 
-def idle_in_any(parallel: Any, guard: GuardedOptimWrapper, data_batch: Any, seed: int, step: int) -> list[str]:
+def idle_in_any(parallel: object, guard: GuardedOptimWrapper, data_batch: object, seed: int, step: int) -> list[str]:
     """Names of the trained parameters that no process's loss of its batch reaches; nothing is changed.
 
     Before the first step that is data-parallel, since ``DistributedDataParallel`` waits for the gradients of all of them.
@@ -291,7 +294,7 @@ def idle_in_any(parallel: Any, guard: GuardedOptimWrapper, data_batch: Any, seed
         parallel: the model in its wrapper.
         seed, step: the random numbers are those that the step will have.
     """
-    model: Any = getattr(parallel, "module", parallel)
+    model: BaseModel = getattr(parallel, "module", parallel)
     with unchanged(model):
         seed_step(seed, get_rank(), step)
         with guard.wrapper.optim_context(model):
@@ -305,7 +308,7 @@ def idle_in_any(parallel: Any, guard: GuardedOptimWrapper, data_batch: Any, seed
 
 
 class ExactEpochLoop(EpochBasedTrainLoop):
-    """See the module's header; arguments are those of mmengine's ``EpochBasedTrainLoop``.
+    """Training loop by epochs with exact resuming, see the module's header; arguments as of mmengine's ``EpochBasedTrainLoop``.
 
     Attributes:
         interrupted: a signal asks this run to end after the step that is being done.
@@ -314,7 +317,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
 
     _iter: int
 
-    def __init__(self, runner: Runner, dataloader: Any, **options: Any) -> None:
+    def __init__(self, runner: Runner, dataloader: DataLoader[Any] | dict[str, Any], **options: object) -> None:
         super().__init__(runner, dataloader, **options)
         self.interrupted = False
         self.guard: GuardedOptimWrapper | None = None
@@ -414,13 +417,13 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         runner.call_hook("after_train_epoch")
         self._epoch += 1
 
-    def run_iter(self, idx: int, data_batch: Any) -> None:
+    def run_iter(self, idx: int, data_batch: object) -> None:
         """One step, which depends on (seed, process, step), the batch and the weights, and on nothing else.
 
         Hooks get the step's losses as numbers, already read from the device.
         """
         guard = cast(GuardedOptimWrapper, self.guard)
-        runner: Any = self.runner
+        runner = self.runner
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         first, self._first = self._first, False
         if first:
@@ -450,7 +453,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         runner.val_loop.run()
 
     def plan(self) -> str:
-        """What this run is about to do, in one line: images, batch, learning rate and its rule, steps."""
+        """Summary of what this run is about to do, in one line: images, batch, learning rate and its rule, steps."""
         runner = self.runner
         batch, processes = self.dataloader.batch_size, runner.world_size
         accumulated = runner.optim_wrapper._accumulative_counts

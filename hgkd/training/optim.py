@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine import registry as roots
@@ -154,12 +154,12 @@ class LayerDecayConstructor(DecayGroupsConstructor):
         groups.sort(key=lambda group: -group["lr_scale"])  # stable: heads of the network before other parts
         return self._wrapper([{**group, "lr": lr * group.pop("lr_scale")} for group in groups])
 
-    def _groups(self, network: Any) -> list[dict[str, Any]]:
+    def _groups(self, network: nn.Module) -> list[dict[str, Any]]:
         """Groups of a network's trained parameters with the factor of their rate, ``lr_scale``, from head to stem."""
-        layers: Any = _TrainedLayers(network, self.blocks_per_layer)
+        layers = _TrainedLayers(network, self.blocks_per_layer)
         keep: Callable[[], Iterable[str]] = getattr(network, "no_weight_decay", tuple)
         groups = param_groups_layer_decay(
-            layers,
+            cast(nn.Module, layers),
             weight_decay=self.optimizer_cfg.get("weight_decay", 0.0),
             no_weight_decay_list=list(keep()),
             layer_decay=self.layer_decay,
@@ -185,7 +185,7 @@ class _TrainedLayers:
     What is not trained, such as the norm of an unused head, would count as a layer behind the last.
     """
 
-    def __init__(self, network: Any, blocks_per_layer: Sequence[int] | None) -> None:
+    def __init__(self, network: nn.Module, blocks_per_layer: Sequence[int] | None) -> None:
         self._network = network
         heads = {p for part in classifier_heads(network) for p in part.parameters()}
         self._head_names = {name for name, p in network.named_parameters() if p in heads}
@@ -205,11 +205,11 @@ class _TrainedLayers:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self._network.named_parameters() if p.requires_grad)
 
-    def group_matcher(self, coarse: bool = False) -> Any:
+    def group_matcher(self, coarse: bool = False) -> object:
         """timm's patterns, or a function from a parameter's name to its layer."""
         if self._blocks is not None:
             return self._stage_layer
-        return _vit_layer if self._is_vit else self._network.group_matcher(coarse)
+        return _vit_layer if self._is_vit else cast(Callable[[bool], object], self._network.group_matcher)(coarse)
 
     def _stage_layer(self, name: str) -> tuple[int, ...]:
         found = _STAGE.match(name)

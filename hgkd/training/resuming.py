@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint, and what from its config.
+"""Resuming: which settings come from the checkpoint, and which from the config.
 
 mmengine 0.10.7 takes the settings of optimiser and schedule from the checkpoint, whatever the config says now: more epochs are
 trained at the last rate of the old schedule, and a lower ``lr`` changes nothing. Here the config is in force. What has been
@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmengine.hooks import EMAHook
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.optim import OptimWrapper
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 # of a scheduler's state: where it is, not what it does; base values are the groups' own
 _POSITION = frozenset({"last_step", "_global_step", "_last_value", "verbose", "base_values"})
 _SCALER_POSITION = frozenset({"scale", "_growth_tracker"})
 
 
-def images_of(runner: Any) -> dict[str, int]:
-    """What the order of a training's images depends on beside its seed, as checkpoints hold it in ``meta['images']``."""
+def images_of(runner: Runner) -> dict[str, int]:
+    """Facts that, with the seed, fix the order of a training's images, as checkpoints hold them in ``meta['images']``."""
     loader = runner.train_dataloader
     batch = getattr(loader.batch_sampler, "batch_size", loader.batch_size)  # of a loader with a batch sampler torch says None
     found = {"images": len(loader.dataset), "batch_size": batch, "processes": runner.world_size}
@@ -32,7 +33,7 @@ def images_of(runner: Any) -> dict[str, int]:
     return found if repeats == 1 else {**found, "repeats": repeats}
 
 
-def images_that_differ(meta: Mapping[str, Any], runner: Any) -> str:
+def images_that_differ(meta: Mapping[str, Any], runner: Runner) -> str:
     """How the images of a run differ from those of the checkpoint with this ``meta``, in words; empty: not as far as is "
     "known."""
     now, before = images_of(runner), meta.get("images")
@@ -64,7 +65,7 @@ class ConfiguredSettings:
         runner: whose optimiser wrapper and schedulers are built, and have not made a step.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Runner) -> None:
         self.runner = runner
         wrapper = runner.optim_wrapper
         self._kind = type(wrapper.optimizer).__name__
@@ -163,7 +164,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
-def _scaler_settings(wrapper: Any) -> dict[str, Any]:
+def _scaler_settings(wrapper: OptimWrapper) -> dict[str, Any]:
     state = wrapper.loss_scaler.state_dict() if hasattr(wrapper, "loss_scaler") else {}
     return {key: value for key, value in state.items() if key not in _SCALER_POSITION}
 
@@ -209,7 +210,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _words(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    def text(value: Any) -> str:
+    def text(value: object) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     return ", ".join(f"{name} {text(old)} -> {text(new)}" for name, (old, new) in changes.items())

@@ -3,7 +3,7 @@
 Against mmengine 0.10.7: checkpoints are read with ``weights_only=True`` on every torch; a checkpoint that does not fit the
 model is refused before anything is changed (mmengine loads what fits and only logs the rest); a run goes on in the middle of
 an epoch (:mod:`hgkd.training.loop`); data-parallel training and ``sync_bn`` work without CUDA (gloo); checkpoints are sealed
-with their hash, written beside and renamed (:mod:`hgkd.weights.run_folder`).
+with their hash, written under a temporary name and renamed (:mod:`hgkd.weights.run_folder`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import broadcast, is_distributed, is_main_process
+from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.optim import OptimWrapper
+from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
+from mmengine.runner import BaseLoop, Runner
+from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -87,14 +92,14 @@ def _data_parallel(model: nn.Module, find_unused: bool) -> MMDistributedDataPara
 
 @RUNNERS.register_module()
 class DistillRunner(Runner):
-    """See the module's header; arguments are those of ``mmengine.runner.Runner``."""
+    """Runner of all trainings of hgkd, see the module's header; arguments are those of ``mmengine.runner.Runner``."""
 
     _load_from: str | None
     model: nn.Module
     _read: ReadCheckpoint | None = None
 
     @classmethod
-    def from_cfg(cls, cfg: Any) -> DistillRunner:
+    def from_cfg(cls, cfg: Config) -> DistillRunner:
         """Build a runner; the work folder of a training is held from here to the end of :meth:`train`.
 
         Raises:
@@ -132,7 +137,7 @@ class DistillRunner(Runner):
             raise
         return remark
 
-    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+    def build_logger(self, *args: object, **kwargs: object) -> MMLogger:
         logger: MMLogger = super().build_logger(*args, **kwargs)
         # mmengine's advice to itself: its own hooks use these parts, a user can do nothing about it
         logger.addFilter(lambda record: "will be deprecated in future" not in record.getMessage())
@@ -165,7 +170,7 @@ class DistillRunner(Runner):
             self.model = _data_parallel(plain_model(self), True)  # otherwise torch ends the run in the second step
 
     def train(self) -> nn.Module:
-        """As mmengine's, with activation checkpointing that suits sparse tensors (:mod:`hgkd.training.recompute`)."""
+        """Train as mmengine's runner, with activation checkpointing for sparse tensors (:mod:`hgkd.training.recompute`)."""
         with tell_system_errors(self.work_dir), held_until_the_end(self.work_dir):
             recompute_activations(plain_model(self), self.cfg.get("activation_checkpointing") or [])
             self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
@@ -176,30 +181,30 @@ class DistillRunner(Runner):
     def _after_training(self) -> None:
         """What is left to do while the work folder is still held; nothing here."""
 
-    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+    def call_hook(self, fn_name: str, **kwargs: object) -> None:
         if fn_name not in ("before_run", "before_train"):
             return super().call_hook(fn_name, **kwargs)
         with configured():  # hooks build parts of theirs here, as EMAHook its average
             return super().call_hook(fn_name, **kwargs)
 
-    def register_hook(self, hook: Any, priority: Any = None) -> None:
+    def register_hook(self, hook: Hook | Mapping[str, Any], priority: object = None) -> None:
         if isinstance(hook, Mapping) and hook.get("type") == "IterTimerHook":
             hook = {**hook, "type": "hgkd.SteadyTimerHook"}
         super().register_hook(hook, priority)
 
-    def build_visualizer(self, visualizer: Any = None) -> Any:
+    def build_visualizer(self, visualizer: Visualizer | Mapping[str, Any] | None = None) -> Visualizer:
         built = super().build_visualizer(visualizer)
         for backend in built._vis_backends.values() if is_main_process() else ():
             _ = backend.experiment  # imports the library that it writes with, which the log would ask for later
         return built
 
-    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+    def build_optim_wrapper(self, optim_wrapper: object) -> OptimWrapper:
         if isinstance(optim_wrapper, Mapping):
             check_optim_config(optim_wrapper)
         with configured():
             return super().build_optim_wrapper(optim_wrapper)
 
-    def build_val_loop(self, loop: Any) -> Any:
+    def build_val_loop(self, loop: BaseLoop | Mapping[str, Any]) -> BaseLoop:
         with configured():
             return super().build_val_loop(loop)
 
@@ -216,7 +221,7 @@ class DistillRunner(Runner):
             end_workers_at_exit()
         return loader
 
-    def build_train_loop(self, loop: Any) -> Any:
+    def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
         if isinstance(loop, dict):
             if not loop.get("by_epoch"):
                 raise ValueError(
@@ -236,8 +241,8 @@ class DistillRunner(Runner):
             )
         return built
 
-    def build_param_scheduler(self, scheduler: Any) -> Any:
-        """As mmengine's, without a warm-up that is shorter than a step."""
+    def build_param_scheduler(self, scheduler: Sequence[Any]) -> list[_ParamScheduler]:
+        """Build mmengine's schedulers, without a warm-up that is shorter than a step."""
         kept = without_empty_warmup(scheduler, len(self.train_dataloader))
         if len(kept) < len(scheduler):
             self.logger.warning("the warm-up is left out: it is shorter than one step")
@@ -261,7 +266,7 @@ class DistillRunner(Runner):
         filename: str,
         resume_optimizer: bool = True,
         resume_param_scheduler: bool = True,
-        map_location: Any = "default",
+        map_location: object = "default",
     ) -> None:
         """Go on from a checkpoint: what was learnt is the checkpoint's, settings are the config's, see
         :mod:`hgkd.training.resuming`.
@@ -281,7 +286,7 @@ class DistillRunner(Runner):
             ) from error
         loop, read = self.train_loop, self._read
         assert read is not None
-        check: Any = getattr(loop, "check_position", None)
+        check = getattr(loop, "check_position", None)
         remarks = [check(filename, read.meta)] if check is not None else []
         if loop.iter > loop.max_iters:
             raise ValueError(
@@ -298,12 +303,12 @@ class DistillRunner(Runner):
         for remark in filter(None, remarks):
             self.logger.warning(remark)
         # with seed=None the order of the data was drawn before the checkpoint's seed was known
-        sampler: Any = self.train_dataloader.sampler
+        sampler = self.train_dataloader.sampler
         if not self._randomness_cfg.get("diff_rank_seed", False) and hasattr(sampler, "seed"):
             sampler.seed = self.seed
 
     def load_checkpoint(
-        self, filename: str, map_location: Any = "cpu", strict: bool = True, revise_keys: Any = None
+        self, filename: str, map_location: object = "cpu", strict: bool = True, revise_keys: object = None
     ) -> dict[str, Any]:
         """Read a checkpoint of this runner and load its weights; both safe and strict.
 
@@ -321,7 +326,7 @@ class DistillRunner(Runner):
             raise ValueError("DistillRunner loads checkpoints strictly; strict=False would leave weights random unseen")
         checkpoint = read_run_checkpoint(filename)
         self._read = ReadCheckpoint.of(checkpoint)
-        model: Any = plain_model(self)
+        model = plain_model(self)
         # a test has no objectives, whose trained parts are in the checkpoint
         unused = ("objectives.",) if self._train_loop is None else ()
         try:
@@ -340,14 +345,14 @@ class DistillRunner(Runner):
         return checkpoint
 
     def save_checkpoint(
-        self, out_dir: str, filename: str, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any
+        self, out_dir: str, filename: str, *args: object, meta: dict[str, Any] | None = None, **kwargs: object
     ) -> None:
-        """As mmengine's, with ``meta['hgkd']`` describing the network; written beside, sealed, and renamed when complete.
+        """Save as mmengine's runner, with ``meta['hgkd']`` describing the network; sealed, and renamed when complete.
 
         Raises:
             CheckpointWriteError: it cannot be written, e.g. because the disk is full.
         """
-        model: Any = plain_model(self)
+        model = plain_model(self)
         meta = {**(meta or {}), "steps_per_epoch": len(self.train_dataloader), "images": images_of(self)}
         meta["optimizer"] = type(self.optim_wrapper.optimizer).__name__
         if hasattr(model, "meta"):

@@ -81,7 +81,7 @@ def sync_batch_norms(model: nn.Module) -> int:
     Parameters, buffers and names stay.
 
     Raises:
-        ValueError: there is none, or one of another class, which would go on by itself.
+        ValueError: there is none, or one of another class, which would not be synchronised.
     """
     changed = 0
     for name, module in model.named_modules():

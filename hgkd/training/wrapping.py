@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 
-def plain_model(runner: Runner) -> nn.Module:
+def plain_model(runner: Runner) -> BaseModel:
     """The model without its data-parallel wrapper."""
-    model: nn.Module = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model: BaseModel = runner.model.module if is_model_wrapper(runner.model) else runner.model
     return model
 
 

@@ -49,7 +49,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _PREFIXES = ("module.", "network.", "backbone.", "encoder.")
 
 
-def _statistic_of_history(owner: Any, name: str) -> Any:
+def _statistic_of_history(owner: object, name: str) -> object:
     """Stands in for ``getattr``, by which a pickled ``HistoryBuffer`` names its statistics, and reaches nothing else."""
     if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr({owner!r}, {name!r})")
@@ -57,9 +57,9 @@ def _statistic_of_history(owner: Any, name: str) -> Any:
 
 
 def _under_name(function: Any, module: str, name: str) -> Callable[..., Any]:
-    """A function that a pickle finds as ``module.name``: numpy 1 and 2 have different homes for the same function."""
+    """``function`` under another import path: pickles of numpy 1 name ``numpy.core``, those of numpy 2 ``numpy._core``."""
 
-    def stand_in(*args: Any) -> Any:
+    def stand_in(*args: object) -> object:
         return function(*args)
 
     stand_in.__module__, stand_in.__name__, stand_in.__qualname__ = module, name, name
@@ -102,7 +102,7 @@ def safe_globals_for_mmengine() -> Iterator[None]:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """Whatever a file of ``torch.save`` or safetensors holds, on the CPU.
+    """Content of a file of ``torch.save`` or safetensors, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -203,7 +203,7 @@ def _inside(folder: Path) -> str:
 
 
 def _read_parts(index: Path) -> dict[str, Any]:
-    """A model that was saved in several files, from the index that Hugging Face's libraries write beside them."""
+    """A model that was saved in several files, from the index that Hugging Face's libraries write next to them."""
     try:
         names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -230,8 +230,8 @@ def read_weights(path: str | os.PathLike[str], entry: str | None = None) -> dict
     return tensors_of(read_checkpoint(path), source=str(path), entry=entry)
 
 
-def tensors_of(content: Any, *, source: str, entry: str | None = None) -> dict[str, Tensor]:
-    """What :func:`read_weights` makes of a file's content.
+def tensors_of(content: object, *, source: str, entry: str | None = None) -> dict[str, Tensor]:
+    """The weights in a file's content; see :func:`read_weights`.
 
     Args:
         content: see :func:`read_checkpoint`.
@@ -279,7 +279,7 @@ def tensors_of(content: Any, *, source: str, entry: str | None = None) -> dict[s
 def _usual_place(content: Mapping[Any, Any]) -> str:
     """Where a training script usually keeps its weights: names joined by dots, '' for the file itself."""
     place: list[str] = []
-    found: Any = content
+    found = content
     for _ in range(3):
         inner = next((k for k in _WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(k), Mapping)), None)
         if inner is None:
@@ -302,7 +302,7 @@ def _sets_of_tensors(content: Mapping[Any, Any], depth: int = 4) -> dict[str, Ma
 
 
 def part_of_several(source: str) -> str | None:
-    """What the name of a file says when it is one part of a model in several files; None otherwise."""
+    """A sentence about a file that is one part of a model in several files, by its name; None for other names."""
     part = re.search(r"-0*(\d+)-of-0*(\d+)", Path(source).name)
     return part and f"this is part {part[1]} of {part[2]}; give the index file (*.index.json) beside it, which names all parts"
 

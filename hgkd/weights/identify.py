@@ -36,7 +36,7 @@ _SPARK = ("mask_tokens.", "sparse_encoder.")
 
 
 class Kind(str, Enum):
-    """What a file is; the value says it in words."""
+    """Kind of a weight file; the value says it in words."""
 
     STUDENT = "CNN student of an hgkd run"
     VIT_STUDENT = "ViT student of an hgkd run"
@@ -104,7 +104,7 @@ class WeightFile(os.PathLike[str]):
 
     @cached_property
     def content(self) -> Any:
-        """What :func:`hgkd.weights.files.read_checkpoint` gives; an export folder's file is read when first asked for.
+        """Content by :func:`hgkd.weights.files.read_checkpoint`; an export folder's file is read when first asked for.
 
         Raises:
             WeightsError: a folder of no kind that is known; the message says which of its files to give.
@@ -113,12 +113,12 @@ class WeightFile(os.PathLike[str]):
 
     @property
     def meta(self) -> Mapping[str, Any]:
-        """What a runner wrote about the run; empty for other files."""
+        """The runner's notes about the run; empty for other files."""
         return meta_of(self.content)
 
     @property
     def hgkd(self) -> Mapping[str, Any]:
-        """What a run of hgkd wrote about its network; empty for other files."""
+        """Description of the network by a run of hgkd; empty for other files."""
         return hgkd_of(self.content)
 
     @cached_property
@@ -200,7 +200,7 @@ def _folder(path: Path) -> WeightFile:
     return WeightFile(path, Kind.EXPORT, detail=f"{part} for {target}", card=card)
 
 
-def _file(path: Path, content: Any, entry: str | None) -> WeightFile:
+def _file(path: Path, content: object, entry: str | None) -> WeightFile:
     hgkd = hgkd_of(content)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     names = [str(key) for key in state] if isinstance(state, Mapping) else []

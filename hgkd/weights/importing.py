@@ -1,4 +1,4 @@
-"""The way in: weights of others become students to continue from.
+"""Import of weight files of other projects into timm networks.
 
 SparK's, the official ConvNeXt's (v1, v2), mmpretrain's and its SparK's, torchvision's, transformers', timm's and hgkd's own
 files differ in the names of weights (:mod:`hgkd.weights.cnn_names`) and in what lies around them: a container, a prefix,

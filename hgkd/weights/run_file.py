@@ -1,4 +1,4 @@
-"""What a checkpoint of hgkd's runner says about itself: its network, its config, its results."""
+"""Description of a run in its checkpoint: network, config, results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_format(found: object, source: str) -> None:
     """Refuse a file of another version; ``source`` names it in the message.
 
     Args:
-        found: the number that the file notes beside its description.
+        found: the number that the file notes with its description.
 
     Raises:
         WeightsError: it is not ``FORMAT``.
@@ -37,7 +37,7 @@ def check_format(found: object, source: str) -> None:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What ``hgkd.students.build_encoder`` needs to make a student's dense encoder.
+    """Arguments of ``hgkd.networks.build_encoder`` for a student's dense encoder.
 
     Attributes:
         name: timm model name.
@@ -74,7 +74,7 @@ class EncoderSpec:
         return {"name": self.name, "stem": self.stem, "kwargs": dict(self.kwargs), **pixels}
 
     def to_student(self) -> dict[str, Any]:
-        """The same as arguments of ``SparseUNet``."""
+        """Arguments of ``SparseUNet`` for this encoder."""
         return {"encoder": self.name, "stem": self.stem, "encoder_kwargs": dict(self.kwargs)}
 
 
@@ -113,7 +113,7 @@ def literal_config(text: object) -> dict[str, Any]:
     return found
 
 
-def _literal(node: ast.expr) -> Any:
+def _literal(node: ast.expr) -> object:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
         return {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
     if isinstance(node, ast.List):
@@ -130,7 +130,7 @@ NETWORK_PREFIX = "classifier.network."
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """What rebuilds a classifier without its weights; ``meta['hgkd']['classifier']`` of its checkpoint.
+    """Description that rebuilds a classifier without its weights; ``meta['hgkd']['classifier']`` of its checkpoint.
 
     Attributes:
         name: timm's.

@@ -1,11 +1,11 @@
 """A run's checkpoints: sealed with their own hash, listed in its folder, the newest intact one found.
 
-A checkpoint is written beside, sealed, flushed to disk and renamed. ``work_dir/checkpoints.txt`` names those that are there,
-newest first; a new one is entered before it gets its name, so whenever a run is killed the list holds every complete
-checkpoint, and at worst one that does not exist yet. ``last_checkpoint`` is mmengine's own note, for tools that read it.
+A checkpoint is written under a temporary name, sealed, flushed to disk and renamed. ``work_dir/checkpoints.txt`` names those
+that are there, newest first; a new one is entered before it gets its name, so whenever a run is killed the list holds every
+complete checkpoint, and at worst one that does not exist yet. ``last_checkpoint`` is mmengine's own note for other tools.
 
 The seal is a SHA-256 in the comment field at the end of the zip file that ``torch.save`` writes (.ZIP application note 4.3.16);
-torch reads such a file as ever.
+torch reads such a file like any other.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def last_intact(work_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]
 
 
 def checkpoint_file(path: str | os.PathLike[str]) -> Path:
-    """What a user calls a checkpoint: a file, or a run's work folder, whose last checkpoint is meant; other paths as they are.
+    """Resolve a user's path: a work folder becomes its last checkpoint, other paths stay as they are.
 
     Raises:
         WeightsError: a work folder without an intact checkpoint.
@@ -162,7 +162,7 @@ def tell_system_errors(work_dir: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _worker_died(error: BaseException) -> bool:
-    """Whether a reading process of a data loader ended by itself; how that shows depends on what it was doing."""
+    """Whether a worker of a data loader died; how that shows depends on what it was doing."""
     if isinstance(error, RuntimeError):
         return re.search(r"DataLoader worker \(pid", str(error)) is not None
     place = error.__traceback__

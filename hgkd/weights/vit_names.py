@@ -229,7 +229,7 @@ def _some(weights: Mapping[str, Tensor]) -> str:
 
 
 def looks_like(weights: Mapping[str, Tensor]) -> str | None:
-    """What a file is that no teacher can be made of, by its entries; None where nothing tells."""
+    """Kind of a file that no teacher can be made of, by its entries; None where nothing tells."""
     for pattern, family in _FAMILIES:
         if any(re.search(pattern, key) for key in weights):
             return family

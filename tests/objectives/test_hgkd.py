@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from hgkd.objectives import Setup
 from hgkd.objectives.alignment import fit_grid
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
-from hgkd.objectives.masked.hgkd import HGKD, centred_target, hgkd_loss
+from hgkd.objectives.loss_terms import LossTerm
+from hgkd.objectives.masked.hgkd import HGKD, centred_target
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.sparse import CellLayout
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
@@ -91,7 +92,8 @@ class TestFunctions:
     def test_loss_counts_the_given_places(self) -> None:
         prediction = offsets([[1.0, 3.0], [0.0, 1.0]])  # per position over 2 channels: 0.125, 1, 0, 0.125
         positions = torch.tensor([[[True, True], [False, False]]])
-        assert hgkd_loss(prediction, TOKENS, positions).item() == pytest.approx((0.125 + 1.0) / 2, abs=1e-5)
+        term = LossTerm(prediction, layer_norm0(TOKENS), positions, positions.sum(), smooth_l1_by_position)
+        assert term.loss().item() == pytest.approx((0.125 + 1.0) / 2, abs=1e-5)
 
 
 class TestFullTarget:

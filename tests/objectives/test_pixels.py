@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.objectives import Setup
-from hgkd.objectives.masked.pixels import PixelReconstruction, cell_statistics, join_cells, pixel_error_by_cell, split_cells
+from hgkd.objectives.masked.pixels import (
+    PixelReconstruction,
+    cell_statistics,
+    join_cells,
+    split_cells,
+    squared_error_by_position,
+    standardised_cells,
+)
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.sparse import CellLayout
 from hgkd.structures import StudentOutput
@@ -76,12 +83,12 @@ def test_cell_statistics_are_unbiased_over_all_colours() -> None:
 def test_error_by_hand() -> None:
     # a cell of one pixel, colours (0, 1, 2): mean 1, variance 1, target (-1, 0, 1)
     image = torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1)
-    error = pixel_error_by_cell(torch.zeros(1, 3, 1, 1), image, 1)
+    error = squared_error_by_position(torch.zeros(1, 3, 1, 1), standardised_cells(image, 1))
     assert error.item() == pytest.approx(2 / 3, abs=1e-5)
 
 
 def test_flat_cell_has_target_zero() -> None:
-    assert pixel_error_by_cell(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.5), 2).item() == 0.0
+    assert standardised_cells(torch.full((1, 3, 2, 2), 0.5), 2).equal(torch.zeros(1, 12, 1, 1))
 
 
 @pytest.mark.parametrize("supervise", ["masked", "visible", "all"])
@@ -144,8 +151,6 @@ def test_refusals() -> None:
         prepared()(StudentOutput(torch.zeros(1, 3, 8, 12), images=torch.zeros(1, 3, 8, 12)), None, everything)
     with pytest.raises(ValueError, match="images is None"):
         prepared()(StudentOutput(torch.zeros(1, 3, 8, 12)), None, CellLayout(VISIBLE, 4))
-    with pytest.raises(ValueError, match="differ in shape"):
-        pixel_error_by_cell(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 8), 4)
 
 
 def test_is_registered_and_needs_no_teacher() -> None:

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import numpy as np
@@ -41,6 +41,9 @@ from hgkd.export.job import ExportError, Job, Target, Written, count_parameters,
 from hgkd.networks.encoder import encoder_levels
 from hgkd.pixels import PixelNormalisation, pixel_statistics
 from hgkd.weights.files import read_weights
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
 
 OUTPUTS = ("features", "pooled", "logits")
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -122,7 +125,7 @@ def write_onnx(
     graph, notes = fused_for_inference(trained)
     file = job.folder / "model.onnx"
     with quiet():
-        program: Any = torch.onnx.export(
+        program = torch.onnx.export(
             exported_program(job, graph),
             dynamo=True,
             opset_version=opset,
@@ -130,7 +133,7 @@ def write_onnx(
             output_names=[output],
             verbose=False,
         )
-        program.save(str(file))
+        cast(torch.onnx.ONNXProgram, program).save(str(file))
     written = {entry.domain: entry.version for entry in onnx.load(str(file), load_external_data=False).opset_import}[""]
     if written != opset:
         raise ValueError(
@@ -218,7 +221,7 @@ def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _options(threads: int = 1) -> Any:
+def _options(threads: int = 1) -> object:
     """onnxruntime's options: errors alone are printed."""
     (onnxruntime,) = need("onnx", "onnxruntime")
     options = onnxruntime.SessionOptions()
@@ -369,7 +372,7 @@ def _largest(values: np.ndarray) -> float:
     return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
 
 
-def _layer(node: Any) -> str:
+def _layer(node: NodeProto) -> str:
     """Where a node comes from: the path of its layer in the network, where torch has noted it."""
     scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
     path = next((scope for scope in reversed(ast.literal_eval(scopes)[:-1]) if scope), "")

@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pprint import pformat
+from types import ModuleType
 from typing import Any
 
 import torch
+from mmengine.model import BaseModel
 from mmengine.runner.checkpoint import load_checkpoint
 from torch import Tensor, nn
 
@@ -54,7 +56,7 @@ def write(library: str, job: Job) -> Written:
     owner, _, kind = backbone["type"].partition(".")
     module, version = optional(f"{owner}.models")
     last = _LAST.get(kind, _features)
-    network: Any
+    network: nn.Module
     if module is None:
         network = build_backbone(job.source.spec)
         import_weights(network, file)
@@ -80,7 +82,7 @@ def write(library: str, job: Job) -> Written:
     )
 
 
-def _features(network: Any, inputs: Tensor) -> Tensor:
+def _features(network: BaseModel, inputs: Tensor) -> Tensor:
     out: Tensor = network.forward_features(inputs)
     return out
 
@@ -130,7 +132,7 @@ def _native(library: str, job: Job) -> tuple[KeyStyle, dict[str, Any], list[str]
     return TIMM, {"type": f"{library}.{kind}", "depth": depth, "out_indices": (0, 1, 2, 3), "style": "pytorch", **grouped}, []
 
 
-def _load(library: Any, kind: str, backbone: dict[str, Any], file: str) -> nn.Module:
+def _load(library: ModuleType, kind: str, backbone: dict[str, Any], file: str) -> nn.Module:
     """The library's own network with the weights, by its own reader, strictly."""
     arguments = {key: value for key, value in backbone.items() if key != "type"}
     if kind == "ConvNeXt":

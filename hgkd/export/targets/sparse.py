@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +30,9 @@ from hgkd.students.unet import check_cell
 from hgkd.weights.cnn_names import TIMM, renamed
 from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE
 from hgkd.weights.run_file import FORMAT, literal_config
+
+if TYPE_CHECKING:
+    pass
 
 _GIVEN = {"student": "", "decoder": ", encoder='EXPORTED/BACKBONE'"}  # what load_student must be given besides the folder
 
@@ -79,10 +82,10 @@ def _write_student(job: Job, cell: int) -> Written:
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in kept.items()}
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
     _describe(job, {"cell": cell, job.part: arguments})
-    reference: Any = load_all(build_student(arguments, "masked"), dict(job.source.student), "hgkd.students.SparseUNet")
-    again: Any = load_student(job.folder, encoder=job.network if job.part == "decoder" else None)
+    reference = load_all(build_student(arguments, "masked"), dict(job.source.student), "hgkd.students.SparseUNet")
+    again = load_student(job.folder, encoder=job.network if job.part == "decoder" else None)
 
-    def decoded(student: Any, images: Tensor) -> Tensor:
+    def decoded(student: nn.Module, images: Tensor) -> Tensor:
         cropped, visible = _masked(job, images, cell, normalise=False)
         out: Tensor = student(cropped, visible).decoded
         return out
@@ -93,7 +96,8 @@ def _write_student(job: Job, cell: int) -> Written:
         reloaded=lambda images: decoded(again, images),
         expected=lambda images: decoded(reference, images),
         tensors=len(weights),
-        parameters=count_parameters(reference) - (count_parameters(reference.encoder) if job.part == "decoder" else 0),
+        parameters=count_parameters(reference)
+        - (count_parameters(reference.get_submodule("encoder")) if job.part == "decoder" else 0),
         notes=[f"cell {cell}; the decoder's output is what the objectives project, not an image"],
     )
 

@@ -42,7 +42,7 @@ _KEPT_CFG = (
 
 
 def write(job: Job) -> Written:
-    """See the module's header."""
+    """Write the export that the module's header describes."""
     spec = job.source.spec
     if job.part == "classifier" and spec.stem != "default":
         raise WeightsError(f"timm cannot build the {spec.stem} stem from a config; export this classifier to onnx or pt2")

@@ -1,6 +1,6 @@
 """torchvision: a state dict for its ResNet or ConvNeXt class.
 
-torchvision has no config files; ``build.py`` beside the weights is the few lines that make the network.
+torchvision has no config files; ``build.py`` next to the weights makes the network in a few lines.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ installed, else by hgkd's own reading, and the report says so. Facts from transf
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -24,7 +26,7 @@ from hgkd.weights.importing import import_weights
 
 
 def write(job: Job) -> Written:
-    """See the module's header."""
+    """Write the export that the module's header describes."""
     plan = plan_of(job.network, "transformers")
     style, config = _convnext(plan) if isinstance(plan, ConvNeXtPlan) else _resnet(plan)
     weights = {key: _shaped(key, value) for key, value in renamed(job.network, style).items()}
@@ -37,7 +39,7 @@ def write(job: Job) -> Written:
     write_json({"do_resize": True, "do_rescale": True, "do_normalize": True, **facts}, job.folder / "preprocessor_config.json")
 
     transformers, version = optional("transformers")
-    network: Any
+    network: nn.Module
     if transformers is None:
         network = build_backbone(job.source.spec)
         import_weights(network, job.folder / WEIGHTS_FILE)
@@ -46,7 +48,9 @@ def write(job: Job) -> Written:
 
     def again(images: Tensor) -> Tensor:
         inputs = job.normalise(images)
-        out: Tensor = network.forward_features(inputs) if transformers is None else network(inputs).last_hidden_state
+        if transformers is None:
+            return cast(Callable[[Tensor], Tensor], network.forward_features)(inputs)
+        out: Tensor = network(inputs).last_hidden_state
         return out
 
     absent = f"{version}, so it has not read this export itself; export again where it is installed"
@@ -103,7 +107,7 @@ def _convnext(plan: ConvNeXtPlan) -> tuple[KeyStyle, dict[str, Any]]:
     }
 
 
-def _load(transformers: Any, job: Job) -> nn.Module:
+def _load(transformers: ModuleType, job: Job) -> nn.Module:
     """The library's own network; every key of the file used, every entry of the network filled.
 
     Raises:

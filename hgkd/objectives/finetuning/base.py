@@ -1,4 +1,4 @@
-"""What every objective of fine-tuning has."""
+"""Base class of the objectives of fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Shape = tuple[int, int, int]
 
 
 class FinetuningObjective(Objective):
-    """What a classifier that is fine-tuned learns from a teacher; subclasses give :meth:`forward`.
+    """Loss by which a fine-tuned classifier learns from a teacher; subclasses give :meth:`forward`.
 
     Attributes:
-        needs_classes: the teacher must have the student's classes, because the objective compares answers.
+        needs_classes: the teacher must have the student's classes, because the objective compares predictions.
         teaches_class_head: of a student with two heads the class head learns from the teacher, not the second one.
     """
 

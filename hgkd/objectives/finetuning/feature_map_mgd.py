@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @FINETUNING_OBJECTIVES.register_module()
 class FeatureMapMGD(FinetuningObjective):
-    """See the module's header; the defaults are the published ones.
+    """MGD on the last feature map of classifiers, see the module's header; the defaults are the published ones.
 
     Args:
         normalise: compare with LN0 of the teacher's map over channels, of one scale for every teacher; False: as published.

@@ -1,4 +1,4 @@
-"""Hard-label distillation: the class that the teacher would answer is a second label.
+"""Hard-label distillation: the class that the teacher predicts is a second label.
 
 G2SD's specific stage (arXiv 2302.14771; pengzhiliang/G2SD, engine_finetune_dis.py, read for facts only), after DeiT
 (arXiv 2012.12877): with the label loss on the class head and this on the distillation head,
@@ -19,7 +19,7 @@ from hgkd.registry import FINETUNING_OBJECTIVES
 
 @FINETUNING_OBJECTIVES.register_module()
 class HardLabelKD(LogitObjective):
-    """Cross entropy between the student's second head and the teacher's answer. Term: ``logits``."""
+    """Cross entropy between the student's second head and the teacher's prediction. Term: ``logits``."""
 
     def value(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(student, teacher.argmax(1))

@@ -1,4 +1,4 @@
-"""What labels ask of a classifier: cross entropy, or one binary question a class, on labels that may be smoothed and mixed.
+"""Label losses of classifiers: cross entropy, or binary cross entropy by class, on labels that may be smoothed and mixed.
 
 Cross entropy -sum_k y_k log p_k and binary cross entropy ("ResNet strikes back", arXiv 2110.00476) come from ``timm.loss``,
 mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) from ``timm.data``.
@@ -23,7 +23,7 @@ class LabelLoss(nn.Module):
         loss: 'cross_entropy' or 'bce'.
         smoothing: share of the target that is spread evenly over all classes, in [0, 1).
         threshold: with 'bce', targets above it count as 1 and others as 0 (0.2 in timm's recipes A1 to A3), so that both
-            classes of a mixed image are right answers; None leaves them soft.
+            classes of a mixed image are right; None leaves them soft.
         mixup, cutmix: alpha of the two, 0 is off; with both on, one of them is drawn for each batch.
         mix_probability: share of the batches that are mixed.
 

@@ -14,7 +14,7 @@ from hgkd.registry import FINETUNING_OBJECTIVES
 
 @FINETUNING_OBJECTIVES.register_module()
 class LogitKD(LogitObjective):
-    """See the module's header.
+    """Distillation of logits at a temperature, see the module's header.
 
     Args:
         temperature: T, above 0.
@@ -29,8 +29,8 @@ class LogitKD(LogitObjective):
         self.temperature = temperature
 
     def value(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        answer, target = (F.log_softmax(logits / self.temperature, dim=1) for logits in (student, teacher))
-        return self.temperature**2 * F.kl_div(answer, target, reduction="batchmean", log_target=True)
+        prediction, target = (F.log_softmax(logits / self.temperature, dim=1) for logits in (student, teacher))
+        return self.temperature**2 * F.kl_div(prediction, target, reduction="batchmean", log_target=True)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

@@ -1,4 +1,4 @@
-"""What distillation on the logits of two classifiers has in common."""
+"""Base of distillation on the logits of two classifiers."""
 
 from __future__ import annotations
 

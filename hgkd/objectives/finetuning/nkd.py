@@ -22,11 +22,11 @@ from hgkd.registry import FINETUNING_OBJECTIVES
 
 @FINETUNING_OBJECTIVES.register_module()
 class NKD(LogitObjective):
-    """See the module's header. G2SD uses it without another label loss: ``label_weight=0``.
+    """Normalised knowledge distillation, see the module's header. G2SD uses it without another label loss: ``label_weight=0``.
 
     Args:
         temperature: T, above 0.
-        gamma: weight of the other classes' part; 1 in G2SD, 1.5 in the paper's ImageNet runs beside a label loss.
+        gamma: weight of the other classes' part; 1 in G2SD, 1.5 in the paper's ImageNet runs, which add a label loss.
 
     Term: ``logits``.
     """

@@ -5,8 +5,8 @@ facts only. For every tap (student layer s, teacher block t), with P a projector
 
     L = mean over visible positions and channels of | n( P(student_s) ) - n( teacher_t ) |       (or the square of it)
 
-The pixel loss that the paper adds is :class:`hgkd.objectives.masked.pixels.PixelReconstruction` beside this one. Teacher and
-student see the same visible patches, and the teacher runs only up to its deepest tap.
+The pixel loss that the paper adds is a second objective, :class:`hgkd.objectives.masked.pixels.PixelReconstruction`. Teacher
+and student see the same visible patches, and the teacher runs only up to its deepest tap.
 
 What differs: the released code runs the whole teacher, here the paper's abstract is followed; the released code compares the
 class tokens as well (one of 50 tokens), which a CNN does not have. With a CNN student the layer is the encoder level whose grid
@@ -45,7 +45,7 @@ def l1_of_directions(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def l2_of_directions(prediction: Tensor, target: Tensor) -> Tensor:
-    """As :func:`l1_of_directions`, of the squared difference."""
+    """Squared distance of directions; see :func:`l1_of_directions`."""
     return (F.normalize(prediction.float(), dim=1) - F.normalize(target.float(), dim=1)).square().mean(dim=1)
 
 
@@ -83,7 +83,7 @@ class DMAE(MaskedObjective):
 
     @property
     def needs(self) -> TeacherNeeds:
-        """What the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
+        """Outputs that the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
         return TeacherNeeds(blocks=tuple(block for _, block in self._taps), visible_only=True)
 
     def _build(self, setup: Setup) -> None:
@@ -106,7 +106,7 @@ class DMAE(MaskedObjective):
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, LossTerm]:
-        """See the class."""
+        """The terms that the class describes."""
         self.require_prepared()
         assert self._grid is not None
         assert teacher_out is not None

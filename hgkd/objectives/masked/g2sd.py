@@ -65,7 +65,7 @@ class G2SD(MaskedObjective):
 
     @property
     def needs(self) -> TeacherNeeds:
-        """What the teacher must compute."""
+        """Outputs that the teacher must compute."""
         return TeacherNeeds(decoder_block=self._block, visible_only=True)
 
     def _build(self, setup: Setup) -> None:
@@ -97,7 +97,7 @@ class G2SD(MaskedObjective):
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, LossTerm]:
-        """See the class; raises ValueError when not one position is supervised."""
+        """The terms that the class describes; raises ValueError when not one position is supervised."""
         assert teacher_out is not None
         count = positions_count(layout, supervised_cells(layout, self.supervise), self._grid)
         positions = supervised_positions(visible_on(layout.visible, self._grid), self.supervise)

@@ -43,7 +43,7 @@ from hgkd.objectives.alignment import (
 )
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
 from hgkd.objectives.loss_terms import Distance, LossTerm, MaskedObjective, Setup
-from hgkd.objectives.positions import check_supervise, mean_over, supervised_cells, supervised_positions, visible_on
+from hgkd.objectives.positions import check_supervise, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
@@ -51,18 +51,6 @@ if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
 
 TARGETS = ("full", "inferred")
-
-
-def hgkd_loss(prediction: Tensor, tokens: Tensor, positions: Tensor, *, beta: float = 2.0) -> Tensor:
-    """The loss as a function: scalar fp32.
-
-    Args:
-        prediction: (B, D, gh, gw).
-        tokens: raw teacher tokens (B, D, gh, gw); normalised here.
-        positions: bool (B, gh, gw), True where supervised; at least one.
-    """
-    values = smooth_l1_by_position(prediction, layer_norm0(tokens), beta)
-    return mean_over(values, positions, positions.sum())
 
 
 def cosine_by_position(prediction: Tensor, target: Tensor) -> Tensor:
@@ -76,7 +64,7 @@ def weighted(distance: Distance, weights: Tensor) -> Distance:
 
 
 def centred_target(normalised: Tensor) -> Tensor:
-    """What tells an image's tokens from those of the other images of the batch.
+    """Tokens without their mean over the batch, which all images share, and of std 1 in each channel.
 
     Tokens of small or briefly trained ViTs differ from position to position far more than from image to image, and a student
     scores by learning the positions alone. So each position's mean over the batch is subtracted, and each channel divided by
@@ -182,7 +170,7 @@ class HGKD(MaskedObjective):
 
     @property
     def needs(self) -> TeacherNeeds:
-        """What the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
+        """Outputs that the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
         return TeacherNeeds(
             blocks=() if self.terms == ("masked",) else tuple(self._blocks),
             decoder_block=self._decoder_block if "masked" in self.terms else None,
@@ -241,7 +229,7 @@ class HGKD(MaskedObjective):
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, LossTerm]:
-        """See the class; raises ValueError when not one position is supervised."""
+        """The terms that the class describes; raises ValueError when not one position is supervised."""
         assert teacher_out is not None
         cells = supervised_cells(layout, self.supervise)
         visible = visible_on(layout.visible, self._prepared_grid)

@@ -81,7 +81,7 @@ class MGD(MaskedObjective):
 
     @property
     def needs(self) -> TeacherNeeds:
-        """What the teacher must compute."""
+        """Outputs that the teacher must compute."""
         return TeacherNeeds(blocks=(self._block,))
 
     def _build(self, setup: Setup) -> None:
@@ -107,14 +107,14 @@ class MGD(MaskedObjective):
         return self.loss.restore(fit_grid(student_out.decoded, self._grid))
 
     def target_map(self, teacher_out: TeacherOutput, term: str | None = None) -> Tensor:
-        """What is to be generated, fp32 (B, D, gh, gw)."""
+        """The teacher's map that is to be generated, fp32 (B, D, gh, gw)."""
         tokens = block_tokens(teacher_out, self._block)
         return layer_norm0(tokens) if self.normalise else tokens.float()
 
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, LossTerm]:
-        """See the class; raises ValueError when not one position is supervised."""
+        """The terms that the class describes; raises ValueError when not one position is supervised."""
         prediction = self.predict(student_out)
         assert teacher_out is not None
         assert self.loss is not None

@@ -51,13 +51,6 @@ def cell_statistics(cells: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     return mean, (variance + eps).sqrt()
 
 
-def pixel_error_by_cell(reconstruction: Tensor, images: Tensor, cell: int) -> Tensor:
-    """Mean squared error to the standardised pixels of each cell, fp32: two (B, 3, H, W) -> (B, h, w)."""
-    if reconstruction.shape != images.shape:
-        raise ValueError(f"prediction {tuple(reconstruction.shape)} and images {tuple(images.shape)} differ in shape")
-    return squared_error_by_position(cell_maps(reconstruction, cell), standardised_cells(images, cell))
-
-
 def cell_maps(images: Tensor, cell: int) -> Tensor:
     """The values of each cell as channels, fp32: (B, C, H, W) -> (B, C * cell * cell, h, w)."""
     return split_cells(images.float(), cell).permute(0, 3, 1, 2)
@@ -119,7 +112,7 @@ class PixelReconstruction(MaskedObjective):
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, LossTerm]:
-        """See the class; ``teacher_out`` is not used. Raises ValueError when not one cell is supervised."""
+        """The term that the class describes; ``teacher_out`` is not used. Raises ValueError when not one cell is supervised."""
         prediction = cell_maps(self.predict(student_out), layout.cell)
         images = _images(student_out)
         make = standardised_cells if self.standardise else self._normalised_cells

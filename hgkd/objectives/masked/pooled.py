@@ -44,7 +44,7 @@ def standardised_mean(tokens: Tensor) -> Tensor:
 
 @MASKED_OBJECTIVES.register_module()
 class PooledFeature(MaskedObjective):
-    """See the module's header.
+    """Prediction of the teacher's mean token by the pooled encoder, see the module's header.
 
     Args:
         block: encoder block of the teacher; negative counts from the end.
@@ -79,7 +79,7 @@ class PooledFeature(MaskedObjective):
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
     ) -> dict[str, LossTerm]:
-        """See the class; an image is one position."""
+        """The term that the class describes; an image is one position."""
         assert teacher_out is not None
         self.require_prepared()
         assert self.head is not None

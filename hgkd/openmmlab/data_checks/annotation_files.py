@@ -1,4 +1,4 @@
-"""What a file in COCO's format must be for mmdet to train on it and for its evaluation to measure by it.
+"""Checks of annotation files in COCO's format, for training and evaluation by mmdet.
 
 mmdet numbers the classes as the file lists them, leaves out in silence a box that it cannot use, and looks keys up without
 asking, some of them only after the training: in the evaluation.
@@ -64,7 +64,7 @@ class BoxCounts:
 
 @dataclass(frozen=True)
 class AnnotationUse:
-    """What will read a file: the data set's class and pipeline, and the evaluators of its loader.
+    """Readers of an annotation file: the data set's class and pipeline, and the evaluators of its loader.
 
     Attributes:
         stock: mmdet's ``CocoDataset`` itself reads the file, and its rules hold.

@@ -1,7 +1,7 @@
 """Whether boxes lie in their images as they are read: x, y, width, height in pixels.
 
 Boxes of another order are numbers, too, and mmdet trains on them. What tells them is that many leave their images, and would
-not if they were read in another way; or the areas beside them.
+not if they were read in another way; or the areas that the file gives.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Places:
         return None
 
     def remarks(self) -> list[str]:
-        """What should be said of boxes that leave their images."""
+        """Remarks about boxes that leave their images."""
         if not self.leaving:
             return []
         return [f"{self.leaving} of {self.total} boxes leave their image by more than {SLACK} pixels ({self.example})"]

@@ -1,4 +1,4 @@
-"""What a data set must be before a detector or segmentor is trained on it: files, categories, label values.
+"""Checks of a data set before a detector or segmentor is trained on it: files, categories, label values.
 
 mmdet drops a class that the annotation file calls otherwise, mmsegmentation lets a label out of range reach the loss. Both are
 said here, with the file, before the model is built; so is an evaluator that measures something else than the data set.
@@ -199,7 +199,7 @@ def _check_padding(preprocessor: Mapping[str, Any], heads: Mapping[str, int], co
             )
 
 
-def _is_a(cls: Any, *names: str) -> bool:
+def _is_a(cls: type, *names: str) -> bool:
     return any(base.__name__ in names for base in cls.__mro__)
 
 
@@ -207,7 +207,7 @@ def _is_other_head(head: Mapping[str, Any]) -> bool:
     return type_name(head) in _OTHER_HEADS or "boundary_threshold" in head
 
 
-def class_names(dataset: Mapping[str, Any], cls: Any, name: str) -> tuple[str, ...]:
+def class_names(dataset: Mapping[str, Any], cls: type, name: str) -> tuple[str, ...]:
     """The names of a data set's classes, or none where only its files have them.
 
     Args:
@@ -230,7 +230,7 @@ def class_names(dataset: Mapping[str, Any], cls: Any, name: str) -> tuple[str, .
     return () if own is None else _names(own, f"{cls.__name__}.METAINFO['classes']")
 
 
-def _names(given: Any, place: str) -> tuple[str, ...]:
+def _names(given: Sequence[str] | str | None, place: str) -> tuple[str, ...]:
     if isinstance(given, str):
         if not os.path.isfile(given):  # mmengine takes a text for a file of names, or as it is: letters
             raise DataError(
@@ -264,7 +264,7 @@ def _check_palette(dataset: Mapping[str, Any], count: int, name: str) -> None:
         )
 
 
-def _class_counts(part: Any, path: str) -> Iterator[tuple[str, int]]:
+def _class_counts(part: object, path: str) -> Iterator[tuple[str, int]]:
     if isinstance(part, Mapping):
         if _is_other_head(part):
             return

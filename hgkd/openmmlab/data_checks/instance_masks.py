@@ -1,4 +1,4 @@
-"""What is wrong with an object's mask in COCO's format: polygons, or runs of pixels (RLE).
+"""Checks of objects' masks in COCO's format: polygons, or runs of pixels (RLE).
 
 pycocotools draws what it gets: a coordinate that is not a number takes all memory, runs that do not cover the image are read
 from memory that is not theirs, a list of four numbers is a box.
@@ -14,7 +14,7 @@ FAR = 10
 """So many times the longer side of its image a polygon may reach, drawing takes memory by its length."""
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value of a JSON file is a finite number."""
     try:
         return isinstance(value, (int, float)) and math.isfinite(value)
@@ -22,8 +22,8 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def mask_problem(mask: Any, image: Mapping[str, Any]) -> str | None:
-    """What is wrong with an annotation's ``segmentation``, to be read after its name, or None.
+def mask_problem(mask: object, image: Mapping[str, Any]) -> str | None:
+    """Problem of an annotation's ``segmentation``, to be read after its name, or None.
 
     Args:
         mask: as the file has it.
@@ -41,7 +41,7 @@ def mask_problem(mask: Any, image: Mapping[str, Any]) -> str | None:
     return next(filter(None, (_polygon_problem(polygon, reach) for polygon in mask)), None)
 
 
-def _polygon_problem(polygon: Any, reach: float) -> str | None:
+def _polygon_problem(polygon: object, reach: float) -> str | None:
     needed = "needed are the x and y of three corners or more: x1, y1, x2, y2, x3, y3"
     if not isinstance(polygon, list):
         return f"has {_short(polygon)} as a polygon, {needed}"
@@ -72,7 +72,7 @@ def _rle_problem(mask: Mapping[str, Any], size: list[Any]) -> str | None:
     return None
 
 
-def _runs(counts: Any) -> Sequence[int] | None:
+def _runs(counts: object) -> Sequence[int] | None:
     """Run lengths of a mask, or None where there are none.
 
     COCO's text form has five bits a character, from '0' on, the lowest first; a sixth says that more follow. From the fourth
@@ -99,6 +99,6 @@ def _runs(counts: Any) -> Sequence[int] | None:
     return runs if not bits else None
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""What label maps must be for mmsegmentation to train and to measure on them: readable, in range, of their image's size.
+"""Checks of label maps for training and evaluation by mmsegmentation: readable, in range, of their image's size.
 
 A value out of range is an index error in the loss, on a GPU a dead device; one that the evaluation does not ignore lowers the
 measure in silence.
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from mmengine import registry as roots
+from mmengine.dataset import BaseDataset
 from PIL import Image
 
 from hgkd.errors import DataError, abbreviate
@@ -34,7 +35,7 @@ IGNORED = 255
 
 @dataclass(frozen=True)
 class LabelMap:
-    """What is seen of a label map: the values that occur in it, its size and its image's as (width, height)."""
+    """Facts of a label map: the values that occur in it, its size and its image's as (width, height)."""
 
     values: list[int]
     size: tuple[int, int]
@@ -55,7 +56,7 @@ def check_label_maps(dataset: Mapping[str, Any], count: int, ignored: Mapping[st
         DataError: see the module's header.
         FileNotFoundError: no images, or a label map is missing.
     """
-    built: Any = roots.DATASETS.build({**dataset, "lazy_init": True, "pipeline": [], "test_mode": False})
+    built = roots.DATASETS.build({**dataset, "lazy_init": True, "pipeline": [], "test_mode": False})
     entries = built.load_data_list()
     if not entries:
         raise FileNotFoundError(
@@ -96,7 +97,7 @@ def check_label_maps(dataset: Mapping[str, Any], count: int, ignored: Mapping[st
     return remarks, labelled
 
 
-def _check_zero_label(built: Any, pipeline: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+def _check_zero_label(built: BaseDataset, pipeline: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     """Look at what becomes of the value 0; what should be said, without being an error.
 
     Raises:
@@ -118,7 +119,7 @@ def _check_zero_label(built: Any, pipeline: Sequence[Mapping[str, Any]], name: s
     return []
 
 
-def _check_partners(built: Any, pairs: Sequence[tuple[Path, Path]], name: str) -> list[str]:
+def _check_partners(built: BaseDataset, pairs: Sequence[tuple[Path, Path]], name: str) -> list[str]:
     """Look for images of a list that are not there, or for maps whose image has another suffix."""
     if built.ann_file and not os.path.isdir(built.ann_file):
         return check_images(Path(built.ann_file), Path(), [str(image) for _, image in pairs], name)
@@ -134,7 +135,7 @@ def _check_partners(built: Any, pairs: Sequence[tuple[Path, Path]], name: str) -
     ]
 
 
-def _why_lost(built: Any, file: str) -> str:
+def _why_lost(built: BaseDataset, file: str) -> str:
     """What a list of names has instead of the name of a label map, as a part of a sentence, or nothing."""
     folder = Path(built.data_prefix["seg_map_path"])
     line = os.path.relpath(file, folder).removesuffix(built.seg_map_suffix)
@@ -180,7 +181,9 @@ def _label(value: int, from_one: bool, label_map: Mapping[int, int] | None) -> i
     return value if label_map is None else label_map.get(value, value)
 
 
-def _check_ignored(value: int, label: int, file: Path, built: Any, count: int, ignored: Mapping[str, int], name: str) -> None:
+def _check_ignored(
+    value: int, label: int, file: Path, built: BaseDataset, count: int, ignored: Mapping[str, int], name: str
+) -> None:
     key = next((key for key, index in ignored.items() if index != label), None)
     if key is None:
         return

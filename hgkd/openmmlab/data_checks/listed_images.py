@@ -18,7 +18,7 @@ MISSING_SHARE = 0.1
 UNREADABLE_SHARE = 0.5
 """More of the training images may not be unreadable: those are left out one by one, and counted."""
 MAX_FILES = 30_000
-"""So many files of a data set are opened, evenly spaced."""
+"""Upper limit of files opened per data set (an evenly spaced sample)."""
 _ORIENTATION = 274  # EXIF
 _TURNED = (5, 6, 7, 8)  # a quarter: width and height change places
 
@@ -70,7 +70,7 @@ def absent(folder: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 def why_absent(folder: Path, name: str) -> str:
-    """What is there instead of an absent file, as a part of a sentence, or nothing."""
+    """Part of a sentence about what is there instead of an absent file, or nothing."""
     if name.startswith("\ufeff"):
         return "; the list begins with a byte order mark (BOM), which is read with the name: save it as UTF-8 without one"
     reasons = [

@@ -31,11 +31,11 @@ DUMP = "nonfinite_step_"  # how the names of its files begin
 class FiniteLossHook(Hook):
     """Counts the steps that were left out because loss or gradient was not finite, and ends the run after several in a row.
 
-    It then leaves ``work_dir/nonfinite_step_<n>.pth``, the state before the first of them, and beside it for every process
+    It then leaves ``work_dir/nonfinite_step_<n>.pth``, the state before the first of them, and next to it for every process
     ``nonfinite_step_<n>_rank_<r>.json``, from which ``hgkd replay`` does these steps again.
 
     Args:
-        patience: so many updates in a row may be left out; the one after ends the run.
+        patience: number of consecutive skipped updates that is tolerated; one more ends the run.
     """
 
     priority = "VERY_HIGH"
@@ -48,9 +48,9 @@ class FiniteLossHook(Hook):
         self._skipped = 0
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        guard: Any = runner.train_loop.guard
+        guard = runner.train_loop.guard
         if guard.updated:
             self._steps, self._skipped = [], 0
             return
@@ -78,7 +78,7 @@ class FiniteLossHook(Hook):
         )
         raise DivergedError(f"{what}. {self._skipped} updates in a row were left out. {advice}; {self._end(runner)}")
 
-    def _images(self, data_batch: Any) -> list[Any]:
+    def _images(self, data_batch: object) -> list[Any]:
         """What tells the images of a batch, for the message and the dump."""
         return [int(i) for i in data_batch.get("index", [])] if isinstance(data_batch, Mapping) else []
 
@@ -107,8 +107,8 @@ class FiniteLossHook(Hook):
         return dump
 
 
-def not_finite_before_the_student(runner: Runner, data_batch: Any) -> str | None:
-    """What is not finite in a step of this batch that no setting of the student's training can mend, and the remedy.
+def not_finite_before_the_student(runner: Runner, data_batch: object) -> str | None:
+    """Find values of a step that are not finite for reasons outside the student (images, teacher), and the remedy.
 
     The batch's loss is computed once more, without gradients, on the weights of before the step, and what the model's teacher
     says is looked at. Running statistics and random numbers stay what they were.
@@ -116,8 +116,8 @@ def not_finite_before_the_student(runner: Runner, data_batch: Any) -> str | None
     Returns:
         A sentence without its full stop; None: images and teacher are finite, or there is no teacher.
     """
-    model: Any = plain_model(runner)
-    teacher: Any = getattr(model, "teacher", None)
+    model = plain_model(runner)
+    teacher = getattr(model, "teacher", None)
     if not isinstance(teacher, nn.Module):
         return None
     said: list[bool] = []
@@ -142,7 +142,7 @@ def not_finite_before_the_student(runner: Runner, data_batch: Any) -> str | None
     )
 
 
-def _all_finite(value: Any) -> bool:
+def _all_finite(value: object) -> bool:
     """Whether all numbers in tensors, containers and dataclasses are finite; anything else counts as finite."""
     if isinstance(value, Tensor):
         return is_finite(value)
@@ -165,7 +165,7 @@ class LossAlarmHook(Hook):
         spike: alarm when the loss exceeds this multiple of its median over the last ``window`` steps, or of the training's
             first loss; at most once in a window.
         window: steps.
-        patience: so many steps in a row that far above the first loss end the run; None: never.
+        patience: number of consecutive steps that far above the first loss that ends the run; None: never.
     """
 
     def __init__(self, spike: float = 5.0, window: int = 50, patience: int | None = 20) -> None:
@@ -182,7 +182,7 @@ class LossAlarmHook(Hook):
         self._idle: set[str] = set()
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict[str, Any] | None = None
     ) -> None:
         for name, value in (outputs or {}).items():
             if not name.endswith("loss"):
@@ -260,11 +260,11 @@ class SteadyTimerHook(IterTimerHook):
     def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
         self.t = time.perf_counter()
 
-    def _before_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = "train") -> None:
+    def _before_iter(self, runner: Runner, batch_idx: int, data_batch: object = None, mode: str = "train") -> None:
         runner.message_hub.update_scalar(f"{mode}/data_time", time.perf_counter() - self.t)
 
     def _after_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None, mode: str = "train"
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: object = None, mode: str = "train"
     ) -> None:
         now = time.perf_counter()
         seconds, self.t = now - self.t, now
@@ -288,7 +288,7 @@ class CollapseAlarmHook(Hook):
     Args:
         drop: alarm when a value falls below this share of the highest one so far.
         min_feature_std: alarm below this spread.
-        min_effective_rank: alarm below so many directions.
+        min_effective_rank: alarm below this number of directions.
     """
 
     def __init__(self, drop: float = 0.25, min_feature_std: float = 0.01, min_effective_rank: float = 2.0) -> None:

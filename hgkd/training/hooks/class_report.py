@@ -1,14 +1,16 @@
-"""What a run that trains a classifier checks before it starts, and leaves behind after a validation."""
+"""Checks of classes before a classifier is trained, and reports after a validation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from mmengine.dataset import BaseDataset
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
+from torch.utils.data import DataLoader
 
 from hgkd.evaluation.classification import ClassificationMetric
 from hgkd.pictures.confusion import write_class_report
@@ -34,7 +36,7 @@ class ClassReportHook(Hook):
         self._in_file = (hgkd_of(checkpoint).get("classifier") or {}).get("classes") or ()
 
     def before_train(self, runner: Runner) -> None:
-        model: Any = plain_model(runner)
+        model = plain_model(runner)
         classes = _classes(runner.train_dataloader)
         model.set_classes(classes)
         model.check_heads()
@@ -44,7 +46,7 @@ class ClassReportHook(Hook):
             _compare("the validation images", _classes(runner.val_dataloader), "the training images", classes)
 
     def before_test(self, runner: Runner) -> None:
-        model: Any = plain_model(runner)
+        model = plain_model(runner)
         classes = _classes(runner.test_dataloader)
         if self._in_file:
             _compare("the test images", classes, "the checkpoint", self._in_file)
@@ -57,15 +59,15 @@ class ClassReportHook(Hook):
         self._write(runner, runner.test_loop)
 
     @master_only
-    def _write(self, runner: Runner, loop: Any) -> None:
-        model: Any = plain_model(runner)
+    def _write(self, runner: Runner, loop: BaseLoop) -> None:
+        model = plain_model(runner)
         for metric in loop.evaluator.metrics:
             if isinstance(metric, ClassificationMetric) and metric.confusion is not None:
                 write_class_report(Path(runner.work_dir), metric.confusion, model.classifier.spec.classes)
 
 
-def _classes(loader: Any) -> Sequence[str]:
-    return tuple(loader.dataset.metainfo["classes"])
+def _classes(loader: DataLoader[Any]) -> Sequence[str]:
+    return tuple(cast(BaseDataset, loader.dataset).metainfo["classes"])
 
 
 def _compare(what: str, found: Sequence[str], other: str, expected: Sequence[str]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from hgkd.data import UnlabelledImages
 from hgkd.digests import files_digest
 from hgkd.errors import coded
 from hgkd.registry import HOOKS
@@ -55,7 +55,7 @@ class TeacherCacheHook(Hook):
         if self.folder is None:
             return "not stored"
         _fixed_transform(runner)
-        model: Any = plain_model(runner)
+        model = plain_model(runner)
         images = len(runner.train_loop.dataloader.dataset)
         free = shutil.disk_usage(next(p for p in (self.folder.absolute(), *self.folder.absolute().parents) if p.exists())).free
         planned = model.stored_bytes(images)
@@ -79,12 +79,12 @@ def _fixed_transform(runner: Runner) -> str:
 
 
 def _open(runner: Runner, folder: Path, transform: str) -> None:
-    dataset: Any = runner.train_loop.dataloader.dataset
+    dataset: UnlabelledImages = runner.train_loop.dataloader.dataset
     root = Path(dataset.data_root)
     paths = [Path(dataset.path(i)) for i in range(len(dataset))]
     names = [str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in paths]
     sizes = [dataset.size(i) for i in range(len(dataset))]
-    identity = {"files": files_digest(zip(names, sizes, strict=True)), "transform": transform}
+    identity: dict[str, object] = {"files": files_digest(zip(names, sizes, strict=True)), "transform": transform}
     identity |= {"reading": dataset.reading} if hasattr(dataset, "reading") else {}
-    model: Any = plain_model(runner)
+    model = plain_model(runner)
     model.store_features(folder, len(dataset), identity)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.dist import all_gather_object, get_world_size, is_main_process
@@ -27,8 +27,8 @@ class MaskScheduleHook(Hook):
 
     priority = "ABOVE_NORMAL"  # before the logger
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        mask: Any = getattr(plain_model(runner), "mask", None)
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
+        mask = getattr(plain_model(runner), "mask", None)
         if mask is not None:
             mask.progress = runner.iter / max(runner.max_iters - 1, 1)
             runner.message_hub.update_scalar("train/mask_ratio", mask.current_ratio)
@@ -53,10 +53,10 @@ class ThroughputHook(Hook):
         self._teacher = getattr(plain_model(runner), "teacher_seconds", 0.0)
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict[str, Any] | None = None
     ) -> None:
         now = time.perf_counter()
-        images = len(data_batch["inputs"]) * get_world_size()
+        images = len(cast(Mapping[str, Any], data_batch)["inputs"]) * get_world_size()
         seconds = max(now - self._last, 1e-9)
         runner.message_hub.update_scalar("train/images_per_s", images / seconds)
         self._last = now
@@ -76,7 +76,7 @@ class MemoryHook(Hook):
     priority = "ABOVE_NORMAL"
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict[str, Any] | None = None
     ) -> None:
         if not torch.cuda.is_available() and sys.platform != "win32":
             runner.message_hub.update_scalar("train/peak_memory_mb", peak_memory_mb())
@@ -96,7 +96,7 @@ class UnreadableFilesHook(Hook):
     """Lists in ``work_dir/unreadable_files.txt``, at the end of a run, the training images that could not be read."""
 
     def after_train(self, runner: Runner) -> None:
-        dataset: Any = runner.train_loop.dataloader.dataset
+        dataset = runner.train_loop.dataloader.dataset
         found: list[list[str]] = all_gather_object(dataset.bad_files()) if hasattr(dataset, "bad_files") else []
         if is_main_process():
             report_unreadable(runner, chain.from_iterable(found))

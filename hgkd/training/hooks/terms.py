@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from mmengine.hooks import Hook
@@ -59,7 +58,7 @@ class TermShareHook(Hook):
     Args:
         interval: steps between two measurements.
         min_share: warn when a term stays below this share...
-        patience: ...for so many steps; or when it stays no better than the mean for as many.
+        patience: ...for this number of steps; or when it stays no better than the mean for as many.
     """
 
     priority = "ABOVE_NORMAL"  # before the logger
@@ -80,10 +79,10 @@ class TermShareHook(Hook):
         if not hasattr(model, "term_report"):
             raise ValueError(f"TermShareHook measures a distillation, but a {type(model).__name__} is none; remove the hook")
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         if runner.iter % self.interval:
             return
-        model: Any = plain_model(runner)
+        model = plain_model(runner)
         with untouched(model), runner.optim_wrapper.optim_context(model):
             data = model.data_preprocessor(data_batch, True)
             losses, vs_mean = model.term_report(data["inputs"], data.get("index"))
