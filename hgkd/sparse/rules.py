@@ -159,12 +159,36 @@ def _split(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> tuple[Spar
 @function_rule("__getitem__", on=BOTH)
 def _getitem(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if Ellipsis in index:
+        missing = 4 - sum(i is not Ellipsis for i in index)
+        at = index.index(Ellipsis)
+        index = (*index[:at], *(slice(None),) * missing, *index[at + 1 :])
+    step = _phase_step(owner, index)
+    if step:
+        with plain_torch():
+            return owner.like(func(args[0], index))
     keeps = [isinstance(i, slice) and i == slice(None) for i in index]
     channels = [d for d, keep in enumerate(keeps) if not keep]
-    if Ellipsis in index or channels not in ([], [owner.channel_dim]) or not all(isinstance(i, slice) for i in index):
+    if channels not in ([], [owner.channel_dim]) or not all(isinstance(i, slice) for i in index):
         raise _refuse(func, f"index {args[1]} selects places or images; only a slice of channels is supported")
     with plain_torch():
         return owner.like(func(*args, **kwargs))
+
+
+def _phase_step(owner: SparseTensor, index: tuple[Any, ...]) -> int:
+    """n of an index that takes every n-th place along both sides, from within the first n (YOLO's Focus); 0: another index.
+
+    Cells begin at multiples of their side, which n must divide, so each cell gives its own places.
+    """
+    if len(index) != 4 or not all(isinstance(part, slice) for part in index):
+        return 0
+    rest = [part for dim, part in enumerate(index) if dim not in owner.spatial_dims]
+    rows, columns = (index[dim] for dim in owner.spatial_dims)
+    step = rows.step or 1
+    side = owner.cells.side(owner.stride)
+    inside = all(part.stop is None and 0 <= (part.start or 0) < step for part in (rows, columns))
+    fits = step > 1 and columns.step == step and inside and side % step == 0
+    return step if fits and all(part == slice(None) for part in rest) else 0
 
 
 def _autograd(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Any:
