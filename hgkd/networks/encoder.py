@@ -19,7 +19,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from hgkd.errors import coded
-from hgkd.networks.libraries import build_library_network, library_of
+from hgkd.networks.libraries import HOW_TO_NAME, build_library_network, library_of
 from hgkd.networks.taps import Tapped
 from hgkd.networks.vit import check_timm_name
 from hgkd.pixels import check_channels
@@ -66,7 +66,12 @@ def build_encoder(
     """
     if library_of(name) is not None:
         return _build_foreign(name, stem, checkpoint, pretrained, timm_kwargs)
-    check_timm_name("encoder", name)
+    try:
+        check_timm_name("encoder", name)
+    except ValueError as error:
+        if timm.is_model(name.partition(".")[0]):
+            raise
+        raise coded("encoder-unknown", ValueError(f"{error} {HOW_TO_NAME}")) from error
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
     taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]
@@ -90,9 +95,7 @@ def build_encoder(
     return model
 
 
-def _build_foreign(
-    name: str, stem: str, checkpoint: str | Path | None, pretrained: bool, kwargs: dict[str, Any]
-) -> nn.Module:
+def _build_foreign(name: str, stem: str, checkpoint: str | Path | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """The same of a network that is not timm's."""
     if stem != "default":
         raise coded("stem-of-timm", ValueError(f"stem={stem!r} is for timm's ResNets, not for {name!r}; use stem='default'"))

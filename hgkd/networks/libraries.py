@@ -1,7 +1,7 @@
 """Encoders of other libraries, and a user's own: ``mmdet.CSPNeXt``, ``torchvision.resnet18``, ``MyNetwork``.
 
-Names: ``mmdet.``, ``mmseg.`` or ``mmpretrain.`` before a backbone's class; ``torchvision.`` before a model's name; the name under
-which a class or function of the user is registered in ``hgkd.registry.MODELS``, in a module that ``custom_imports`` names. All
+Names: ``mmdet.``, ``mmseg.`` or ``mmpretrain.`` before a backbone's class; ``torchvision.`` before a model's name; or the name
+under which a class or function of the user is registered in ``hgkd.registry.MODELS``, by a module of ``custom_imports``. All
 become :class:`hgkd.networks.taps.Tapped`. The libraries are imported when one of their networks is asked for.
 """
 
@@ -26,6 +26,10 @@ LIBRARIES = (*OPENMMLAB, "torchvision")
 _PACKAGES = {"mmseg": "mmsegmentation"}
 _HEADS = ("fc", "classifier", "head", "heads")  # torchvision's names of what follows the last map
 OWN = "a user's own"
+HOW_TO_NAME = (
+    "(other libraries' networks have theirs before the name: mmdet.CSPNeXt, torchvision.resnet18; one of your own is registered "
+    "by a module in the config's custom_imports, and hgkd export takes that config with --config)"
+)
 
 
 def library_of(name: str) -> str | None:
@@ -57,7 +61,7 @@ def build_library_network(name: str, *, taps: Sequence[str] | None = None, **kwa
     _check_arguments(name, make, kwargs)
     own = make(**kwargs)
     if not isinstance(own, nn.Module):
-        raise coded("encoder-no-module", ValueError(f"{name!r} gives a {type(own).__name__}, and an encoder is a torch.nn.Module"))
+        raise coded("encoder-no-module", ValueError(f"{name!r} gives a {type(own).__name__}, an encoder is a torch.nn.Module"))
     return tap(own, name, taps)
 
 

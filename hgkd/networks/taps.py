@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import coded, few, nearest_names
+from hgkd.errors import code_of, coded, few, nearest_names
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
 
 DRY_SHAPE = (128, 192)  # not square: a pooled map of one place then has two strides, and is no level
@@ -108,7 +108,9 @@ def last_channels(network: nn.Module) -> int:
 
 @cache
 def _tapped_type(network_type: type[nn.Module]) -> type[nn.Module]:
-    return type("Tapped" + network_type.__name__, (Tapped, network_type), {"__doc__": network_type.__doc__, "__module__": __name__})
+    return type(
+        "Tapped" + network_type.__name__, (Tapped, network_type), {"__doc__": network_type.__doc__, "__module__": __name__}
+    )
 
 
 def maps_of(output: Any) -> list[Tensor]:
@@ -126,7 +128,8 @@ def read_taps(network: nn.Module, images: Tensor, taps: Sequence[str], to_the_en
     """The outputs of the named submodules in one call of the network, in the order of the names.
 
     Args:
-        to_the_end: run what comes behind the last tap, too, which finds a tap that is passed twice.
+        to_the_end: run what comes behind the last tap, too, which finds a tap that is passed twice; it may fail, as a head for
+            one size of image does.
 
     Raises:
         ValueError: a tap is passed twice, or not at all.
@@ -137,7 +140,7 @@ def read_taps(network: nn.Module, images: Tensor, taps: Sequence[str], to_the_en
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if name in found:
-                raise coded("tap-passed-twice", ValueError(f"tap {name!r} is called more than once a forward; tap another part"))
+                raise coded("tap-passed-twice", ValueError(f"tap {name!r} is called twice in a forward; tap another part"))
             found[name] = output
             if len(found) == len(taps) and not whole:
                 raise _AllRead
@@ -149,6 +152,9 @@ def read_taps(network: nn.Module, images: Tensor, taps: Sequence[str], to_the_en
         network(images)
     except _AllRead:
         pass
+    except Exception as error:
+        if not to_the_end or len(found) < len(taps) or code_of(error) is not None:
+            raise
     finally:
         for handle in handles:
             handle.remove()
@@ -174,13 +180,14 @@ def _dry_run(network: nn.Module, name: str, images: Tensor, taps: Sequence[str])
     try:
         return read_taps(network, images, taps, to_the_end=True) if taps else maps_of(network(images))
     except (AssertionError, AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        if getattr(error, "code", None) is not None:
+        if code_of(error) is not None:
             raise
         raise coded(
             "encoder-does-not-run",
             ValueError(
                 f"{name!r} does not run on a {images.shape[2]} x {images.shape[3]} image ({' '.join(str(error).split())}); an "
-                "encoder takes images (B, 3, H, W) of any size that its total stride divides"
+                "encoder takes images (B, 3, H, W) of any size that its total stride divides. Where a head wants one size, declare "
+                "the levels before it: taps=[...] in encoder_kwargs, names of submodules, finest first"
             ),
         ) from error
 
@@ -233,8 +240,8 @@ def find_taps(network: nn.Module, name: str, images: Tensor) -> tuple[str, ...]:
         raise coded(
             "no-levels-found",
             ValueError(
-                f"{name!r} shows fewer than two levels in a run on a {height} x {width} image: {seen}; declare them: taps=[...] "
-                "in encoder_kwargs, names of submodules, finest first, each giving (B, C, H/s, W/s)"
+                f"{name!r} shows fewer than two levels on a {height} x {width} image: {seen}; declare them: taps=[...] in "
+                "encoder_kwargs, names of submodules, finest first, each giving (B, C, H/s, W/s)"
             ),
         )
     return tuple(last[step] for step in sorted(last))

@@ -63,7 +63,8 @@ def test_recipe_builds_its_model_and_optimiser(recipe, monkeypatch):
     rates = {group["lr"] for group in optimiser.param_groups}
     assert (len(rates) > 1) == ("convnext" in recipe)
     for highest, last in zip(*rates_along(cfg, optimiser), strict=True):
-        assert last <= highest / 15  # OpenMMLab ends at a twentieth, or a little above; a floor above a group's own rate would undo its decay
+        # OpenMMLab ends at a twentieth, or a little above; a floor above a group's own rate would undo its decay
+        assert last <= highest / 15
 
 
 TIMM_TO_PUBLISHED = [

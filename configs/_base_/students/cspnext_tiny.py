@@ -1,7 +1,7 @@
-"""RTMDet's smallest backbone as a sparse student, decoder and mask as in resnet18.py. Needs mmdet: pip install 'hgkd[downstream]'.
+"""RTMDet's smallest backbone as a sparse student, decoder and mask as in resnet18.py. Needs hgkd[downstream].
 
-The settings are those of mmdet's rtmdet_tiny (deepen_factor, widen_factor; plain BN, whose eps and momentum are torch's there, not
-those of CSPNeXt's own default), so that an export is the stock detector's backbone.
+The settings are those of mmdet's rtmdet_tiny, so that an export is the stock detector's backbone: depth, width, and norms with
+torch's eps and momentum, not those of CSPNeXt's own default.
 """
 
 mask_ratio = 0.6

@@ -1,7 +1,7 @@
 """torch: the weights of a network that is not timm's under its own names, and what builds it again.
 
-``model.safetensors`` and ``config.json``: any network of :mod:`hgkd.networks.libraries`, a user's own module before all. Who has
-the class loads the file with ``load_state_dict``; hgkd reads the folder back by itself.
+``model.safetensors`` and ``config.json``: any network of :mod:`hgkd.networks.libraries`, a user's own module before all. Who
+has the class loads the file with ``load_state_dict``; hgkd reads the folder back.
 """
 
 from __future__ import annotations
