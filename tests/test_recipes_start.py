@@ -22,6 +22,7 @@ VIT = dict(embed_dim=32, num_heads=2)
 THIN = {
     "resnet": dict(channels=(8, 16, 32, 64), layers=(1, 1, 1, 1)),
     "convnext": dict(dims=(8, 16, 32, 64), depths=(1, 1, 1, 1)),
+    "mmdet.CSPNeXt": dict(widen_factor=0.125),
     "vit": VIT,
     "deit": VIT,
 }

@@ -27,8 +27,8 @@ _PACKAGES = {"mmseg": "mmsegmentation"}
 _HEADS = ("fc", "classifier", "head", "heads")  # torchvision's names of what follows the last map
 OWN = "a user's own"
 HOW_TO_NAME = (
-    "(other libraries' networks have theirs before the name: mmdet.CSPNeXt, torchvision.resnet18; one of your own is registered "
-    "by a module in the config's custom_imports, and hgkd export takes that config with --config)"
+    "(other libraries' networks have theirs before the name: mmdet.CSPNeXt, torchvision.resnet18; your own is registered by "
+    "a module in the config's custom_imports, and hgkd export takes that config with --config)"
 )
 
 
@@ -108,7 +108,7 @@ def _openmmlab(library: str, kind: str, kwargs: Mapping[str, Any]) -> nn.Module:
         )
     _check_arguments(name, found, kwargs)
     # mmdet's ResNets hold their norms' statistics by default, which nothing has set yet
-    still = {"norm_eval": False} if "norm_eval" in _parameters(found) else {}
+    still = {"norm_eval": False} if "norm_eval" in defaults_of(found) else {}
     network: Any = found(**{**still, **kwargs})
     network._dump_init_info = lambda: None  # mmengine's, which logs three lines a parameter
     network.init_weights()
@@ -135,6 +135,17 @@ def _torchvision(kind: str, kwargs: Mapping[str, Any]) -> tuple[nn.Module, list[
     for head in heads:
         setattr(network, head, nn.Identity())
     return network, heads
+
+
+def defaults_of(network_type: type) -> dict[str, Any]:
+    """Defaults of a class's arguments, those that its bases take as ``**kwargs`` included."""
+    found: dict[str, Any] = {}
+    for base in network_type.__mro__:
+        if "__init__" in vars(base):
+            for name, parameter in inspect.signature(base.__init__).parameters.items():
+                if parameter.default is not parameter.empty:
+                    found.setdefault(name, parameter.default)
+    return found
 
 
 def _parameters(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -86,7 +86,7 @@ def tap(network: nn.Module, name: str, taps: Sequence[str] | None = None, classi
             module.training = training
     own = getattr(network, "pretrained_cfg", None) or {}
     tapped: Any = network
-    tapped.__class__ = _tapped_type(type(network))
+    tapped.__class__ = _tapped_type(type(network))  # type: ignore[arg-type]
     tapped.taps = chosen
     tapped.pretrained_cfg = {
         "architecture": name,
@@ -186,8 +186,8 @@ def _dry_run(network: nn.Module, name: str, images: Tensor, taps: Sequence[str])
             "encoder-does-not-run",
             ValueError(
                 f"{name!r} does not run on a {images.shape[2]} x {images.shape[3]} image ({' '.join(str(error).split())}); an "
-                "encoder takes images (B, 3, H, W) of any size that its total stride divides. Where a head wants one size, declare "
-                "the levels before it: taps=[...] in encoder_kwargs, names of submodules, finest first"
+                "encoder takes images (B, 3, H, W) of any size that its total stride divides. Where a head wants one size, "
+                "declare the levels before it: taps=[...] in encoder_kwargs, names of submodules, finest first"
             ),
         ) from error
 

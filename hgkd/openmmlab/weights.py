@@ -95,7 +95,7 @@ def _check_norms(network: nn.Module, file: Path, path: str) -> None:
                 WeightsError(
                     f"backbone={path} was trained with eps={layer.eps:g} in its norms, this config's backbone has "
                     f"eps={norms[name]:g}: its features would be others. Set --cfg-options model.backbone.norm_cfg.eps="
-                    f"{layer.eps:g} model.backbone.norm_cfg.momentum={layer.momentum:g} (a distillation: model.student.backbone)"
+                    f"{layer.eps:g} model.backbone.norm_cfg.momentum={layer.momentum:g} (distillation: model.student.backbone)"
                 ),
             )
 

@@ -179,7 +179,7 @@ def _lay_out_weights(module: nn.Module) -> None:
 def _rule_of(layer_type: type[nn.Module]) -> LayerRule | None:
     for base in layer_type.__mro__:
         rule = LAYER_RULES.get(base) or _RULES_BY_NAME.get(_full_name(base))
-        if rule is not None and layer_type.forward is base.forward:
+        if rule is not None and layer_type.forward is cast(Any, base).forward:
             return rule
     return None
 

@@ -77,7 +77,7 @@ def test_the_head_behind_the_last_tap_is_not_run(registered):
             return self.head(self.stages(x).flatten(1))  # for one size of image
 
     registered("Fixed", Fixed)
-    with pytest.raises(ValueError, match="'Fixed' does not run on a 128 x 192 image .*one size, declare the levels"):
+    with pytest.raises(ValueError, match=r"'Fixed' does not run on a 128 x 192 image .*one size, declare the levels"):
         build_encoder("Fixed")
     network = build_encoder("Fixed", taps=["stages.0", "stages.2"])
     assert [level.stride for level in encoder_levels(network)] == [4, 16]
@@ -202,7 +202,7 @@ def test_a_library_that_is_not_there_is_named_with_the_remedy(monkeypatch):
         build_encoder("mmdet.CSPNeXt")
     with pytest.raises(ValueError, match=r"mmseg\.\* needs mmsegmentation, which is not installed"):
         build_encoder("mmseg.ResNetV1c", depth=18)
-    with pytest.raises(ValueError, match="needs mmpretrain, which is not installed; pip install mmpretrain"):
+    with pytest.raises(ValueError, match=r"needs mmpretrain, which is not installed; pip install mmpretrain"):
         build_encoder("mmpretrain.ResNet")
 
 
@@ -236,5 +236,5 @@ def test_torchvision_loses_its_head_and_takes_its_own_files(tmp_path):
     images = torch.randn(1, 3, 64, 64)
     trunk = nn.Sequential(*list(source.children())[:-2]).eval()
     torch.testing.assert_close(network.forward_features(images), trunk(images))
-    with pytest.raises(NoSparseRuleError, match="called by layer stage2.0: InvertedResidual"):
+    with pytest.raises(NoSparseRuleError, match=r"called by layer stage2.0: InvertedResidual"):
         SparseUNet("torchvision.shufflenet_v2_x0_5")

@@ -11,7 +11,6 @@ reading (:mod:`hgkd.weights.importing`) into timm's network, and the report says
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from pprint import pformat
@@ -25,7 +24,7 @@ from hgkd.export.foreign import level_reader, same_norms
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, optional
 from hgkd.export.plans import ConvNeXtPlan, UnsupportedLayerError, plan_of
 from hgkd.networks.backbones import build_backbone
-from hgkd.networks.libraries import OPENMMLAB, library_of
+from hgkd.networks.libraries import OPENMMLAB, defaults_of, library_of
 from hgkd.pixels import pixel_statistics
 from hgkd.weights.cnn_names import MMPRETRAIN_CONVNEXT, TIMM, KeyStyle, renamed
 from hgkd.weights.importing import import_weights
@@ -93,9 +92,9 @@ def _write_own(library: str, job: Job) -> Written:
     if module is None:
         raise ExportError(f"{version}, and its {kind} cannot be written without it")
     arguments = {key: value for key, value in job.source.spec.kwargs.items() if key != "taps"}
-    defaults = inspect.signature(getattr(module, kind)).parameters
+    defaults = defaults_of(getattr(module, kind))
     # eps and momentum of the norms are in no weight file, and the libraries' configs have others than their classes
-    arguments |= {key: defaults[key].default for key in ("norm_cfg",) if key in defaults and key not in arguments}
+    arguments |= {key: defaults[key] for key in ("norm_cfg",) if key in defaults and key not in arguments}
     backbone = {"type": name, **arguments}
     weights = renamed(job.network, TIMM)
     file = job.folder / WEIGHTS_FILE
