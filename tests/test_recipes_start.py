@@ -8,7 +8,7 @@ import copy
 import pytest
 import timm
 from safetensors.torch import save_file
-from tiny_runs import ROOT, write_images
+from tiny_runs import ROOT, need_library, write_images
 
 from hgkd.api import test as test_api
 from hgkd.api import train as train_tool
@@ -105,6 +105,7 @@ def start(recipe, options, folder):
 
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_pretraining_starts(recipe, images, tmp_path, monkeypatch):
+    need_library(recipe)
     monkeypatch.chdir(tmp_path)
     cfg = train_tool.Config.fromfile(recipe)
     options = small(images, val_train_root=images, val_test_root=images, **shrink(cfg), **teacher_options(cfg, tmp_path))
