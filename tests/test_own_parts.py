@@ -57,7 +57,7 @@ PARTS = {
 }
 HOOKS = """
 custom_hooks = [
-    dict(type="PictureHook", num_images=2),
+    dict(type="VisualizationHook", num_images=2),
     dict(type="TermShareHook", interval=1),
     dict(type="MaskScheduleHook"),
 ]
@@ -107,7 +107,7 @@ def test_an_own_network_is_exported_under_its_own_names(home, images, tmp_path):
         image = torch.randn(1, 3, 64, 64)
         expected = load_backbone(tmp_path / "out").forward_features(image)
         assert torch.equal(own.eval().stages(image), expected)
-    with pytest.raises(WeightsError, match="timm has no Towers; export it to torch, onnx, program or sparse"):
+    with pytest.raises(WeightsError, match="timm has no Towers; export it to torch, onnx, pt2 or sparse"):
         export(tmp_path / "run/epoch_1.pth", tmp_path / "other", to="timm")
     command = [sys.executable, "-m", "hgkd", "export", str(tmp_path / "run/epoch_1.pth"), "--to", "torch", "--out", "typed"]
     alone = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -165,12 +165,12 @@ def test_a_fine_tuning_objective_of_a_users_own(home, images, tmp_path):
 def test_an_objective_of_the_wrong_kind_is_refused_by_name_in_fine_tuning(kind, home, images, tmp_path):
     path, options = finetuning(home, f"wrong_{kind}", images, dict(type=kind))
     with pytest.raises(
-        ValueError, match=rf"{kind} is a masked objective .*fine-tuning objective; .*HardLabel.*MeanFeature.*NKD"
+        ValueError, match=rf"{kind} is a masked objective .*fine-tuning objective; .*HardLabelKD.*MeanFeature.*NKD"
     ):
         load_config(path, tmp_path, options=options)
 
 
-@pytest.mark.parametrize("kind", ["MeanFeature", "HardLabel"])
+@pytest.mark.parametrize("kind", ["MeanFeature", "HardLabelKD"])
 def test_an_objective_of_the_wrong_kind_is_refused_by_name_in_masked_distillation(kind, home, images, tmp_path):
     path = config(home, f"wrong_{kind}", SPARK, f"model = dict(objectives=dict(own=dict(type={kind!r})))\n")
     with pytest.raises(ValueError, match=rf"{kind} is a fine-tuning objective .*masked objective; .*HGKD.*MeanToken"):

@@ -13,5 +13,5 @@ model = dict(
         bbox_head=dict(_base_.model.bbox_head, in_channels=128, feat_channels=128),
     ),
     teacher_checkpoint=None,
-    taps=[dict(student="neck", loss=dict(mask="place", ratio=0.65, alpha=1.0, reduction="mean"))],
+    taps=[dict(student="neck", loss=dict(mask="position", ratio=0.65, alpha=1.0, reduction="mean"))],
 )

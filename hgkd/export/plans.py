@@ -37,7 +37,7 @@ _CONVNEXT = (
     timm.layers.GlobalResponseNormMlp,
     timm.layers.NormMlpClassifierHead,
 )
-_REMEDY = "export it to timm, onnx, program or sparse, which take any student"
+_REMEDY = "export it to timm, onnx, pt2 or sparse, which take any student"
 
 
 class UnsupportedLayerError(WeightsError):
@@ -112,7 +112,7 @@ def home_of(name: str) -> str:
     """Where a student of another library, or of the user, goes."""
     library = library_of(name)
     home = f"{library} or torch" if library in LIBRARIES else "torch"
-    return f"export it to {home}, onnx, program or sparse"
+    return f"export it to {home}, onnx, pt2 or sparse"
 
 
 def _resnet_plan(network: nn.Module, library: str) -> ResNetPlan:

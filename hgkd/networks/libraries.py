@@ -16,7 +16,7 @@ from typing import Any, cast
 import timm
 from torch import nn
 
-from hgkd.errors import coded, few, nearest_names, unknown_name_message
+from hgkd.errors import abbreviate, coded, nearest_names, unknown_name_message
 from hgkd.mmcv_ops import register_ops
 from hgkd.networks.taps import tap
 from hgkd.registry import MODELS
@@ -165,5 +165,5 @@ def _check_arguments(name: str, make: Callable[..., Any], kwargs: Mapping[str, A
             near = nearest_names(key, parameters) or [known for known in parameters if known != "self"]
             raise coded(
                 "encoder-argument-unknown",
-                ValueError(f"{name} takes no {key!r} (encoder_kwargs); arguments that it takes: {few(near)}, taps"),
+                ValueError(f"{name} takes no {key!r} (encoder_kwargs); arguments that it takes: {abbreviate(near)}, taps"),
             )

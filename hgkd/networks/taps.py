@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import code_of, coded, few, nearest_names
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
+from hgkd.errors import abbreviate, code_of, coded, nearest_names
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 DRY_SHAPE = (128, 192)  # not square: a pooled map of one place then has two strides, and is no level
 _INPUT_SIZE = (3, 224, 224)
@@ -92,7 +92,7 @@ def tap(network: nn.Module, name: str, taps: Sequence[str] | None = None, classi
         "architecture": name,
         "input_size": _INPUT_SIZE,
         "mean": IMAGENET_MEAN,
-        "std": IMAGENET_DEVIATION,
+        "std": IMAGENET_STD,
         "classifier": tuple(classifier),
         **own,
         "num_features": int(given[-1].shape[1]),
@@ -172,7 +172,7 @@ def check_taps(network: nn.Module, name: str, taps: Sequence[str]) -> None:
             near = nearest_names(entry, known) or [path for path, _ in network.named_children()]
             raise coded(
                 "tap-absent",
-                ValueError(f"tap {entry!r}: {name!r} has no part of that name; parts that it has: {few(near)}"),
+                ValueError(f"tap {entry!r}: {name!r} has no part of that name; parts that it has: {abbreviate(near)}"),
             )
 
 

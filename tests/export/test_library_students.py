@@ -96,7 +96,7 @@ class Small(nn.Module):
         return self.head(self.second(self.first(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("to", ["torch", "sparse", "program"])
+@pytest.mark.parametrize("to", ["torch", "sparse", "pt2"])
 def test_other_targets_take_networks_that_are_read_by_taps(tmp_path, monkeypatch, to):
     monkeypatch.setitem(MODELS.module_dict, "Small", Small)
     source = written(tmp_path, "Small", {})
@@ -115,7 +115,7 @@ def test_other_targets_take_networks_that_are_read_by_taps(tmp_path, monkeypatch
                 net.forward_features(net.pack(IMAGES, visible.repeat_interleave(4, 1).repeat_interleave(4, 2))).to_dense(),
                 expected,
             )
-        if to == "program":
+        if to == "pt2":
             images = (IMAGES + 1) / 2
             pooled = torch.export.load(tmp_path / "out/model.pt2").module()(images)
             mean, std = (torch.tensor(source.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
@@ -125,7 +125,7 @@ def test_other_targets_take_networks_that_are_read_by_taps(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("name", "kwargs", "to", "message"),
     [
-        ("mmdet.CSPNeXt", CSPNEXT, "timm", r"timm has no mmdet\.CSPNeXt; export it to mmdet or torch, onnx, program or sparse"),
+        ("mmdet.CSPNeXt", CSPNEXT, "timm", r"timm has no mmdet\.CSPNeXt; export it to mmdet or torch, onnx, pt2 or sparse"),
         ("mmdet.CSPNeXt", CSPNEXT, "torchvision", r"torchvision has no mmdet\.CSPNeXt; export it to mmdet"),
         ("torchvision.resnet18", {}, "mmdet", r"mmdet has no torchvision\.resnet18; export it to torchvision"),
         ("torchvision.resnet18", {}, "transformers", r"transformers has no torchvision\.resnet18"),

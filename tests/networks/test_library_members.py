@@ -92,8 +92,8 @@ def test_stochastic_depth_of_the_libraries_drops_whole_images():
     for layer in (DropPath(0.5), StochasticDepth(0.5, "row"), StochasticDepth(0.5, "batch")):
         torch.manual_seed(0)
         found = sparsify(Dropped(layer).train(), 4)(torch.ones(16, 1, 8, 8), visible=visible).to_dense().flatten(1)
-        kept = found.amax(1)
-        assert set(kept.tolist()) == ({0.0, 2.0} if getattr(layer, "mode", "row") == "row" else {kept[0].item()})
+        ids_keep = found.amax(1)
+        assert set(ids_keep.tolist()) == ({0.0, 2.0} if getattr(layer, "mode", "row") == "row" else {ids_keep[0].item()})
         assert torch.equal(found.sum(1), kept * 48)  # 3 of 4 cells of 16 places, all or none
         still = sparsify(Dropped(layer).eval(), 4)(torch.ones(16, 1, 8, 8), visible=visible).to_dense().flatten(1)
         assert torch.equal(still.sum(1), torch.full((16,), 48.0))

@@ -33,7 +33,7 @@ def write(job: Job) -> Written:
     return Written(
         load_with=f"network.load_state_dict(safetensors.torch.load_file('{job.out / WEIGHTS_FILE}'))",
         proven_with=f"{spec.name}, built anew",
-        again=found,
+        reloaded=found,
         expected=expected,
         tensors=len(weights),
         parameters=count_parameters(job.network),
