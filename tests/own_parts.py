@@ -167,6 +167,28 @@ class OneLevel(Student):
         return [self.encoder(self.normalise(images))]
 
 
+# --- encoder
+@MODELS.register_module()
+class Towers(nn.Module):
+    """Three stages and a head; `taps` names the parts whose outputs are the levels, finest first."""
+
+    taps = ("stages.0", "stages.1", "stages.2")
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.stages = nn.Sequential(
+            self.stage(3, width, 4), self.stage(width, 2 * width, 2), self.stage(2 * width, 4 * width, 2)
+        )
+        self.head = nn.Linear(4 * width, 10)  # behind the last tap: it is not run, and does not train
+
+    def stage(self, before, after, stride):
+        convolution = nn.Conv2d(before, after, 5, stride, padding=2, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.SiLU())
+
+    def forward(self, images):
+        return self.head(self.stages(images).mean((2, 3)))
+
+
 # --- mask generator
 from hgkd.masking import CountedMask, highest  # noqa: E402
 

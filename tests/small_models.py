@@ -23,7 +23,7 @@ _NARROW = {  # of a backbone that is 64 channels wide in its first stage
 _SIDES = ("scale", "scales", "crop_size", "img_scale", "size", "random_size_range", "pad_size")
 _WIDTHS = ("num_groups", "embed_dims", "num_feats")
 # something is found, and not much, by a detector that has learnt nothing
-_FEW = dict(score_thr=0.0, nms_pre=50, max_per_img=10, mask_thr=0.0, filter_thr=0.0, update_thr=0.0)
+_FEW = dict(score_thr=0.0, nms_pre=50, max_per_img=10, mask_thr=0.0, filter_thr=0.0, update_thr=0.0, min_bbox_size=-1)
 
 
 def shrink(cfg: Config) -> Config:

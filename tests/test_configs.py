@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS
+from tiny_runs import need_library
 
 from hgkd.config import apply_short_options, check_config
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
@@ -40,6 +41,7 @@ PUBLISHED = {
 
 
 def load(name):
+    need_library(name)
     cfg = Config.fromfile(CONFIGS / name)
     apply_short_options(cfg)
     return cfg

@@ -13,7 +13,8 @@ from tiny_runs import BLOCKS, HGKD, ROOT, SPARK, tiny, write_images
 
 from hgkd.api.train import load_config, train
 from hgkd.diagnosis.dry_run import dry_run
-from hgkd.export import export
+from hgkd.errors import WeightsError
+from hgkd.export import export, load_backbone
 from hgkd.weights.files import read_checkpoint
 
 OWN = Path(__file__).with_name("own_parts.py")
@@ -52,6 +53,7 @@ PARTS = {
     "student and teacher": (HGKD, "model = dict(student=dict(_delete_=True, type='OneLevel', width=8))\n"),
     "mask generator": (SPARK, "model = dict(mask=dict(_delete_=True, type='CentreMask', mask_ratio=0.5))\n"),
     "layer rule": (SPARK, "student = 'gated_resnet'\n"),
+    "encoder": (HGKD, "student = 'Towers'\nmodel = dict(student=dict(encoder_kwargs=dict(width=4)))\n"),
 }
 HOOKS = """
 custom_hooks = [
@@ -64,7 +66,7 @@ custom_hooks = [
 
 def run_options(part, images):
     options = tiny(images, epochs=1, warmup_epochs=0)
-    if "student" in part or part == "layer rule":
+    if "student" in part or part in ("layer rule", "encoder"):
         options.pop("student")
     if "student" in part:
         options.pop("model.student.decoder_width")
@@ -92,6 +94,26 @@ def test_a_part_of_a_users_own_trains_is_pictured_and_dry_runs(part, home, image
     assert not any("teacher" in name for name in checkpoint["state_dict"])
     resumed = train(path, tmp_path / "run", resume=True, options={**options, "epochs": 2})
     assert resumed.iter == 4
+
+
+def test_an_own_network_is_exported_under_its_own_names(home, images, tmp_path):
+    path = config(home, "towers", SPARK, "student = 'Towers'\n")
+    train(path, tmp_path / "run", options=run_options("encoder", images))
+    report = export(tmp_path / "run/epoch_1.pth", tmp_path / "out", to="torch")
+    assert (report.network["name"], report.max_difference) == ("Towers", 0.0)
+    own = sys.modules["own_parts_of_a_user"].Towers()
+    own.load_state_dict(load_file(tmp_path / "out/model.safetensors"))  # strict, the head included
+    with torch.no_grad():
+        image = torch.randn(1, 3, 64, 64)
+        expected = load_backbone(tmp_path / "out").forward_features(image)
+        assert torch.equal(own.eval().stages(image), expected)
+    with pytest.raises(WeightsError, match="timm has no Towers; export it to torch, onnx, pt2 or sparse"):
+        export(tmp_path / "run/epoch_1.pth", tmp_path / "other", to="timm")
+    command = [sys.executable, "-m", "hgkd", "export", str(tmp_path / "run/epoch_1.pth"), "--to", "torch", "--out", "typed"]
+    alone = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert alone.returncode == 2
+    assert "unknown encoder 'Towers'" in alone.stderr
+    assert "custom_imports" in alone.stderr
 
 
 def test_an_own_target_exports_an_own_student(home, images, tmp_path):

@@ -8,7 +8,7 @@ import copy
 import pytest
 import timm
 from safetensors.torch import save_file
-from tiny_runs import ROOT, write_images
+from tiny_runs import ROOT, need_library, write_images
 
 from hgkd.api import test as test_api
 from hgkd.api import train as train_tool
@@ -22,6 +22,7 @@ VIT = dict(embed_dim=32, num_heads=2)
 THIN = {
     "resnet": dict(channels=(8, 16, 32, 64), layers=(1, 1, 1, 1)),
     "convnext": dict(dims=(8, 16, 32, 64), depths=(1, 1, 1, 1)),
+    "mmdet.CSPNeXt": dict(widen_factor=0.125),
     "vit": VIT,
     "deit": VIT,
 }
@@ -104,6 +105,7 @@ def start(recipe, options, folder):
 
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_pretraining_starts(recipe, images, tmp_path, monkeypatch):
+    need_library(recipe)
     monkeypatch.chdir(tmp_path)
     cfg = train_tool.Config.fromfile(recipe)
     options = small(images, val_train_root=images, val_test_root=images, **shrink(cfg), **teacher_options(cfg, tmp_path))

@@ -1,4 +1,4 @@
-"""Fill the table of docs/students.md: every family of ``hgkd.sparse.families``, how exact and how fast.
+"""Fill the tables of docs/students.md: every family of timm, and members of other libraries, how exact and how fast.
 
     python tools/students_table.py [--only resnet18 ...] [--repeats 3]
 
@@ -23,6 +23,7 @@ import torch
 
 from hgkd.api.benchmark import encoder_step, measure_times
 from hgkd.masking import RandomMask
+from hgkd.networks.members import LIBRARY_FAMILIES, LIBRARY_REFUSED, Member
 from hgkd.sparse import measure_parity, sparsify
 from hgkd.sparse.families import FAMILIES, REFUSED, Family
 
@@ -32,13 +33,13 @@ BEGIN, END = "<!-- tools/students_table.py -->\n", "<!-- end -->\n"
 SIZE, CELL, BATCH, MASK_RATIO = 128, 32, 4, 0.75
 
 
-def parity_error(family: Family) -> float:
+def parity_error(family: Family | Member) -> float:
     """Largest relative error of the shortened member."""
     torch.manual_seed(0)
     return measure_parity(family.build(short=True)).worst
 
 
-def speedup(family: Family, repeats: int) -> float:
+def speedup(family: Family | Member, repeats: int) -> float:
     """Step of the dense network over that of the sparse one."""
     torch.manual_seed(0)
     model = family.build(short=False).to(memory_format=torch.channels_last).train()
@@ -66,7 +67,7 @@ def _apart(function: Callable[..., float], *args: Any) -> float | None:
             return None
 
 
-def families_table(families: Sequence[Family], repeats: int) -> str:
+def families_table(families: Sequence[Family | Member], repeats: int) -> str:
     """The table of supported families, markdown."""
     lines = ["| family | member | parity error | step over dense |", "|---|---|---|---|"]
     for family in families:
@@ -81,6 +82,7 @@ def refused_table() -> str:
     """The table of refused members, markdown."""
     lines = ["| member | layer that is named | why |", "|---|---|---|"]
     lines += [f"| `{member}` | {layer} | {why} |" for member, (layer, why) in REFUSED.items()]
+    lines += [f"| `{member}` | {layer} | {why} |" for member, (_, layer, why) in LIBRARY_REFUSED.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="MEMBER", help="print the rows of these members, change no file")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
-    chosen = [family for family in FAMILIES if args.only is None or family.member in args.only]
+    chosen = [family for family in (*FAMILIES, *LIBRARY_FAMILIES) if args.only is None or family.member in args.only]
     if args.only is not None:
         families_table(chosen, args.repeats)
         return 0

@@ -13,6 +13,8 @@ randomness = dict(seed=0)
 _trained = dict(frozen_stages=-1, norm_eval=False, init_cfg=None)
 resnet18 = dict(depth=18, **_trained)
 resnet50 = dict(depth=50, **_trained)
+# how students of hgkd take images; RTMDet's own configs give BGR, YOLOX's BGR from 0 to 255
+pixels = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
 # ConvNeXt, arXiv 2201.03545, appendix A.3: drop path 0.4, a norm on each output
 convnext_tiny = dict(_delete_=True, type="hgkd.TimmBackbone", name="convnext_tiny", drop_path_rate=0.4, out_norm=True)
 widths = dict(resnet18=[64, 128, 256, 512], resnet50=[256, 512, 1024, 2048], convnext_tiny=[96, 192, 384, 768])

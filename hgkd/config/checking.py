@@ -56,7 +56,7 @@ _TOP_REGISTRIES: dict[str, Registry] = {
     "log_processor": roots.LOG_PROCESSORS,
     "model_wrapper_cfg": roots.MODEL_WRAPPERS,
 }
-_KEY_REGISTRIES: dict[str, Registry] = {
+_KEY_REGISTRIES: dict[str, Registry | None] = {
     "dataset": DATASETS,
     "sampler": roots.DATA_SAMPLERS,
     "batch_sampler": roots.DATA_SAMPLERS,
@@ -64,6 +64,7 @@ _KEY_REGISTRIES: dict[str, Registry] = {
     "worker_init_fn": roots.FUNCTIONS,
     "optimizer": roots.OPTIMIZERS,
     "vis_backends": roots.VISBACKENDS,
+    "encoder_kwargs": None,  # of another library's network, e.g. its norm_cfg; checked when that is built
 }
 # sections without a `type` whose keys mmengine reads by name, ignoring others
 _PLAIN_SECTIONS: dict[str, frozenset[str]] = {

@@ -61,7 +61,7 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
         "[low,high], the values of black and white in images of more than 8 bits",
         existing=(f"{_VAL}.value_range",),
     ),
-    "student": ShortOption(("model.student.encoder", "model.classifier.name"), "timm name of the student"),
+    "student": ShortOption(("model.student.encoder", "model.classifier.name"), "name of the student's network"),
     "teacher": ShortOption(("model.teacher.name",), "timm name of the teacher"),
     "teacher_checkpoint": ShortOption(("model.teacher.checkpoint",), "weight file of the teacher"),
     "teacher_features": ShortOption(

@@ -109,10 +109,12 @@ class CNNExtractor(PixelNormalisation, FeatureExtractor):
             levels = encoder_levels(self.model)
             return encoder_features(self.model, images, [levels[self._level(level, len(levels), "level")]])[0]
         last: Tensor = self.model.forward_features(images)  # type: ignore[operator]
-        if last.ndim != 4 or last.shape[1] != self.model.num_features:
+        from hgkd.networks.taps import last_channels
+
+        if last.ndim != 4 or last.shape[1] != last_channels(self.model):
             raise ValueError(
                 f"{self.settings.get('name')} gives features of shape {tuple(last.shape)}, expected (B, "
-                f"{self.model.num_features}, h, w); only CNNs, and ViTs with a block, can be evaluated"
+                f"{last_channels(self.model)}, h, w); only CNNs, and ViTs with a block, can be evaluated"
             )
         return last
 

@@ -16,6 +16,8 @@ from timm.models import convnext, resnet
 from torch import nn
 
 from hgkd.errors import WeightsError
+from hgkd.networks.libraries import LIBRARIES, library_of
+from hgkd.networks.taps import Tapped
 
 _PLAIN = (nn.Conv2d, nn.Identity, nn.Sequential, nn.Flatten, nn.Dropout, timm.layers.DropPath, timm.layers.SelectAdaptivePool2d)
 _RESNET = (*_PLAIN, resnet.ResNet, resnet.BasicBlock, resnet.Bottleneck, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
@@ -97,10 +99,20 @@ def plan_of(network: nn.Module, library: str) -> ResNetPlan | ConvNeXtPlan:
     for kind, describe in _FAMILIES.items():
         if isinstance(network, kind):
             return describe(network, library)
+    if isinstance(network, Tapped):
+        name = str(network.pretrained_cfg["architecture"])
+        raise UnsupportedLayerError(f"{library} has no {name}; {home_of(name)}")
     known = " and ".join(kind.__name__ for kind in _FAMILIES)
     raise UnsupportedLayerError(
         f"for {library}, hgkd writes {known}, and this student is a {type(network).__name__}; {_REMEDY}"
     )
+
+
+def home_of(name: str) -> str:
+    """Where a student of another library, or of the user, goes."""
+    library = library_of(name)
+    home = f"{library} or torch" if library in LIBRARIES else "torch"
+    return f"export it to {home}, onnx, pt2 or sparse"
 
 
 def _resnet_plan(network: nn.Module, library: str) -> ResNetPlan:

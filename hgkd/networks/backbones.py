@@ -30,7 +30,7 @@ from hgkd.weights.run_file import (
 
 
 def build_backbone(spec: EncoderSpec) -> nn.Module:
-    """The dense timm encoder that a spec describes, with random weights, in eval mode."""
+    """The dense encoder that a spec describes, with random weights, in eval mode."""
     network: Any = build_encoder(spec.name, stem=spec.stem, **spec.kwargs).eval()
     if spec.pixels is not None:
         network.pretrained_cfg = {**network.pretrained_cfg, "mean": spec.pixels[0], "std": spec.pixels[1]}

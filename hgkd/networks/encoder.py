@@ -1,4 +1,4 @@
-"""Students' encoders: any convolutional network of timm, its levels found by a dry run.
+"""Students' encoders: any convolutional network of timm, of another library or of the user, its levels found by a dry run.
 
 timm (huggingface/pytorch-image-models, Apache-2.0) is the model zoo; the network keeps timm's own module and
 parameter names, so that its weights leave as they are. The CIFAR stem (3x3, stride 1, no pooling) is that of the
@@ -18,6 +18,9 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from hgkd.errors import coded
+from hgkd.networks.libraries import HOW_TO_NAME, build_library_network, library_of
+from hgkd.networks.taps import Tapped
 from hgkd.networks.vit import check_timm_name
 from hgkd.pixels import check_channels
 from hgkd.weights.importing import import_weights
@@ -44,22 +47,31 @@ def build_encoder(
     pretrained: bool = False,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """A timm CNN without classifier and pooling; ``model(x)`` gives its last feature map (B, C, h, w).
+    """A CNN without classifier and pooling; ``model.forward_features(x)`` gives its last feature map (B, C, h, w).
 
     Args:
-        name: timm's name, e.g. 'resnet50', 'convnext_tiny', 'resnet50.a1_in1k'.
+        name: timm's name, e.g. 'resnet50', 'convnext_tiny', 'resnet50.a1_in1k'; or one of :mod:`hgkd.networks.libraries`, e.g.
+            'mmdet.CSPNeXt', 'torchvision.resnet18'.
         stem: 'cifar' replaces a ResNet's stem by a 3x3 stride-1 convolution without pooling: total stride 8.
         checkpoint: local weight file to start from, in timm's naming or another of :mod:`hgkd.weights.cnn_names` (SparK,
             ConvNeXt, mmpretrain, torchvision, transformers), or a folder of ``hgkd export --to timm``; loaded strictly;
             only what an encoder has no place for, a classifier say, is left out.
         pretrained: ask timm for its pretrained weights (a download, unless timm has them already).
-        timm_kwargs: passed to ``timm.create_model``, e.g. ``drop_path_rate=0.1``.
+        timm_kwargs: passed to ``timm.create_model``, e.g. ``drop_path_rate=0.1``, or to the other library's class; there
+            ``taps`` names the submodules whose outputs are the levels.
 
     Raises:
         ValueError: unknown name or stem, a network that is no hierarchical CNN, or options that exclude each other.
         WeightsError: the checkpoint does not fit.
     """
-    check_timm_name("encoder", name)
+    if library_of(name) is not None:
+        return _build_foreign(name, stem, checkpoint, pretrained, timm_kwargs)
+    try:
+        check_timm_name("encoder", name)
+    except ValueError as error:
+        if timm.is_model(name.partition(".")[0]):
+            raise
+        raise coded("encoder-unknown", ValueError(f"{error} {HOW_TO_NAME}")) from error
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
     taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]
@@ -83,6 +95,22 @@ def build_encoder(
     return model
 
 
+def _build_foreign(name: str, stem: str, checkpoint: str | Path | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """The same of a network that is not timm's."""
+    if stem != "default":
+        raise coded("stem-of-timm", ValueError(f"stem={stem!r} is for timm's ResNets, not for {name!r}; use stem='default'"))
+    if pretrained:
+        raise coded(
+            "pretrained-of-timm",
+            ValueError(f"pretrained=True asks timm, which has no {name!r}; give a weight file: encoder_checkpoint=FILE"),
+        )
+    model = build_library_network(name, **kwargs)
+    encoder_levels(model)  # refuses what is no CNN
+    if checkpoint is not None:
+        import_weights(model, checkpoint)
+    return model
+
+
 def encoder_levels(model: nn.Module, image_size: int | tuple[int, int] = _DRY_SIZE) -> list[Level]:
     """The levels of an encoder, finest first, by running it once on an image of zeros.
 
@@ -93,8 +121,8 @@ def encoder_levels(model: nn.Module, image_size: int | tuple[int, int] = _DRY_SI
         ValueError: the network is no hierarchical CNN that works at any image size.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    kind = type(model).__name__
-    advice = "a student must be a hierarchical CNN of timm, e.g. 'resnet50' or 'convnext_tiny'"
+    kind = str(model.pretrained_cfg["architecture"]) if isinstance(model, Tapped) else type(model).__name__
+    advice = "a student must be a hierarchical CNN, of timm e.g. 'resnet50' or 'convnext_tiny'"
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"{kind} has no forward_intermediates to read features from; {advice}")
     try:

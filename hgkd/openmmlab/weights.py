@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hgkd.errors import WeightsError, coded
+from hgkd.networks.libraries import LIBRARIES, build_library_network, library_of
 from hgkd.openmmlab.backbone import TimmBackbone
 from hgkd.pixels import pixel_statistics
 from hgkd.weights.identify import WeightFile, identify
@@ -58,6 +59,7 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
     network: nn.Module = backbone.network if isinstance(backbone, TimmBackbone) else backbone
     weights = _plain_weights(file, network)
     check_finite(Path(path), {key: value for key, value in weights.items() if not key.startswith(_CLASSIFIER)})
+    _check_norms(network, file.path, str(path))
     try:
         return import_weights(network, file, prefix="", allow=_CLASSIFIER)
     except WeightsError as error:
@@ -73,6 +75,29 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
         if holds == needs:
             raise WeightsError(f"backbone={path} holds {holds} as this config needs it, but not all fits. {reason}") from error
         raise WeightsError(f"backbone={path} holds {holds}, and this config's backbone is {needs}. {reason}") from error
+
+
+def _check_norms(network: nn.Module, file: Path, path: str) -> None:
+    """Compare eps of the norms, which no weight file holds, with those of an exported network that is not timm's.
+
+    Raises:
+        WeightsError: they differ: mmdet's configs give its backbones other norms than their classes have by default.
+    """
+    encoder = _card(file)
+    if not encoder or library_of(str(encoder["name"])) not in LIBRARIES:
+        return
+    trained = build_library_network(str(encoder["name"]), **(encoder.get("kwargs") or {}))
+    norms = {name: layer.eps for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)}
+    for name, layer in trained.named_modules():
+        if isinstance(layer, _BatchNorm) and norms.get(name, layer.eps) != layer.eps:
+            raise coded(
+                "backbone-norms-differ",
+                WeightsError(
+                    f"backbone={path} was trained with eps={layer.eps:g} in its norms, this config's backbone has "
+                    f"eps={norms[name]:g}: its features would be others. Set --cfg-options model.backbone.norm_cfg.eps="
+                    f"{layer.eps:g} model.backbone.norm_cfg.momentum={layer.momentum:g} (distillation: model.student.backbone)"
+                ),
+            )
 
 
 def check_start(backbone: nn.Module) -> None:
@@ -119,6 +144,9 @@ def describe(weights: Mapping[str, Any]) -> str:
         stem = next((weights[key] for key in ("stem.0.weight", "downsample_layers.0.0.weight") if key in weights), None)
         width = f", {len(stem)} channels in the stem" if isinstance(stem, Tensor) else ""
         return f"a ConvNeXt or kin (blocks {'-'.join(map(str, _depths(blocks)))}{width})"
+    for sample, kind in (("stem.conv.conv.weight", "CSPDarknet"), ("stem.2.conv.weight", "CSPNeXt")):
+        if isinstance(weights.get(sample), Tensor) and any(key.startswith("stage1.0.") for key in weights):
+            return f"a {kind} ({weights[sample].shape[0]} channels in the stem)"
     return ""
 
 

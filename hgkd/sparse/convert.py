@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import timm.layers
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from hgkd.errors import NoSparseRuleError, coded
@@ -40,7 +41,11 @@ _REFUSED = (
     nn.Conv3d,
     nn.PixelShuffle,
     nn.PixelUnshuffle,
+    torchvision.ops.DeformConv2d,
 )
+# the same of libraries that are not imported here, by module and name
+_REFUSED_NAMES = ("mmcv.ops.deform_conv.DeformConv2d", "mmcv.ops.modulated_deform_conv.ModulatedDeformConv2d")
+_RULES_BY_NAME: dict[str, LayerRule] = {}
 
 
 def layer_rule(*layers: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
@@ -171,7 +176,7 @@ def _give_rules(module: nn.Module) -> None:
         rule = _rule_of(type(layer))
         if rule is not None:
             layer.__class__ = _twin_type(type(layer), rule)  # type: ignore[arg-type]
-        elif isinstance(layer, _REFUSED):
+        elif isinstance(layer, _REFUSED) or any(_full_name(base) in _REFUSED_NAMES for base in type(layer).__mro__):
             raise NoSparseRuleError(
                 f"layer {path!r} ({type(layer).__name__}) mixes positions and has no sparse rule; register one with "
                 "hgkd.sparse.layer_rule, or choose another network"
@@ -192,9 +197,14 @@ def _lay_out_weights(module: nn.Module) -> None:
 
 def _rule_of(layer_type: type[nn.Module]) -> LayerRule | None:
     for base in layer_type.__mro__:
-        if base in LAYER_RULES and layer_type.forward is base.forward:
-            return LAYER_RULES[base]
+        rule = LAYER_RULES.get(base) or _RULES_BY_NAME.get(_full_name(base))
+        if rule is not None and layer_type.forward is cast(Any, base).forward:
+            return rule
     return None
+
+
+def _full_name(layer_type: type) -> str:
+    return f"{layer_type.__module__}.{layer_type.__qualname__}"
 
 
 @cache
@@ -225,6 +235,29 @@ def drop_path(layer: timm.layers.DropPath, x: SparseTensor) -> SparseTensor:
     if keep > 0.0 and layer.scale_by_keep:
         kept = kept / keep
     return cast(SparseTensor, x * kept)
+
+
+@layer_rule(torchvision.ops.StochasticDepth)
+def stochastic_depth(layer: Any, x: SparseTensor) -> SparseTensor:
+    """torchvision's, of single images (mode 'row') or of the batch at once."""
+    if layer.p == 0.0 or not layer.training:
+        return x
+    rows = x.cells.batch if layer.mode == "row" else 1
+    keep = 1.0 - layer.p
+    kept = torch.empty(rows, 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
+    return cast(SparseTensor, x * (kept / keep if keep > 0.0 else kept))
+
+
+def openmmlab_drop_path(layer: Any, x: SparseTensor) -> SparseTensor:
+    """mmcv's, of single images."""
+    if layer.drop_prob == 0.0 or not layer.training:
+        return x
+    keep = 1.0 - layer.drop_prob
+    kept = torch.empty(x.cells.batch, 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
+    return cast(SparseTensor, x * (kept / keep))
+
+
+_RULES_BY_NAME["mmcv.cnn.bricks.drop.DropPath"] = openmmlab_drop_path
 
 
 @layer_rule(timm.layers.EcaModule)

@@ -14,6 +14,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
 
 from hgkd.differences import largest_difference
 from hgkd.sparse.convert import BACKENDS, sparsify
@@ -72,7 +73,7 @@ def measure_parity(
     generator = torch.Generator().manual_seed(seed)
     network = copy.deepcopy(network).to(dtype).train()
     for module in network.modules():
-        if isinstance(module, (_DropoutNd, DropPath)):
+        if isinstance(module, (_DropoutNd, DropPath, StochasticDepth)):
             module.eval()
     with torch.no_grad():
         for parameter in network.parameters():

@@ -172,12 +172,37 @@ def _split(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options
 @function_rule("__getitem__", on=BOTH)
 def _getitem(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if Ellipsis in index:
+        missing = 4 - sum(i is not Ellipsis for i in index)
+        at = index.index(Ellipsis)
+        index = (*index[:at], *(slice(None),) * missing, *index[at + 1 :])
+    step = _phase_step(owner, index)
+    if step:
+        with plain_torch():
+            return owner.like(func(args[0], index))
     keeps = [isinstance(i, slice) and i == slice(None) for i in index]
     channels = [d for d, keep in enumerate(keeps) if not keep]
-    if Ellipsis in index or channels not in ([], [owner.channel_dim]) or not all(isinstance(i, slice) for i in index):
+    if channels not in ([], [owner.channel_dim]) or not all(isinstance(i, slice) for i in index):
         raise _refuse(func, f"index {args[1]} selects positions or images; only a slice of channels is supported")
     with plain_torch():
         return owner.like(func(*args, **kwargs))
+
+
+def _phase_step(owner: SparseTensor, index: tuple[object, ...]) -> int:
+    """n of an index that takes every n-th place along both sides, from within the first n (YOLO's Focus); 0: another index.
+
+    Cells begin at multiples of their side, which n must divide, so each cell gives its own positions.
+    """
+    slices = [part for part in index if isinstance(part, slice)]
+    if not len(slices) == len(index) == 4:
+        return 0
+    rest = [part for dim, part in enumerate(slices) if dim not in owner.spatial_dims]
+    rows, columns = (slices[dim] for dim in owner.spatial_dims)
+    step = int(rows.step or 1)
+    side = owner.cells.side(owner.stride)
+    inside = all(part.stop is None and 0 <= (part.start or 0) < step for part in (rows, columns))
+    fits = step > 1 and columns.step == step and inside and side % step == 0
+    return step if fits and all(part == slice(None) for part in rest) else 0
 
 
 def _autograd(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:

@@ -15,7 +15,7 @@ keeps them there and halves them in the stage's second convolution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,12 +91,12 @@ class DecoderStage(nn.Module):
 
 @MODELS.register_module()
 class SparseUNet(Student):
-    """A masked student made of any timm CNN.
+    """A masked student made of any CNN of timm, of another library or of the user.
 
     Args:
-        encoder: timm's name of the network.
+        encoder: the network's name; see :func:`hgkd.students.build_encoder`.
         stem: 'default', or 'cifar' for ResNets on small images; see :func:`hgkd.students.build_encoder`.
-        encoder_kwargs: further arguments of ``timm.create_model``.
+        encoder_kwargs: further arguments of ``timm.create_model``, or of the other library's class.
         encoder_checkpoint: local weights to start the encoder from.
         pretrained: start from timm's own pretrained weights.
         cell: side of a mask cell in pixels, a multiple of the encoder's total stride; None is the total stride itself.
@@ -143,7 +143,7 @@ class SparseUNet(Student):
                 f"decoder widths must satisfy 1 <= min_decoder_width <= decoder_width, "
                 f"got {min_decoder_width} and {decoder_width}"
             )
-        kwargs = dict(encoder_kwargs or {})
+        kwargs = plain_values(encoder_kwargs or {})
         network = build_encoder(encoder, stem=stem, checkpoint=encoder_checkpoint, pretrained=pretrained, **kwargs)
         self._levels = encoder_levels(network)
         total = self._levels[-1].stride
@@ -231,6 +231,13 @@ class SparseUNet(Student):
         with evaluating(self.encoder):
             packed = cast(Any, self.encoder).pack(torch.zeros(1, 3, side, side), visible)
             encoder_features(self.encoder, packed, self._levels)
+
+
+def plain_values(value: Any) -> Any:
+    """A config's value in plain dictionaries and lists: files of hgkd hold nothing else."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(inner) for key, inner in value.items()}
+    return type(value)(map(plain_values, value)) if type(value) in (list, tuple) else value
 
 
 def check_cell(cell: int, total_stride: int) -> int:

@@ -11,7 +11,7 @@ from hgkd.errors import WeightsError
 from hgkd.weights.run_file import EncoderSpec
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-READABLE = ("timm", "sparse")  # targets whose folders are read back
+READABLE = ("timm", "sparse", "torch")  # targets whose folders are read back
 
 
 # what exports before 0.2.0 call a target; they also call the part ``what``

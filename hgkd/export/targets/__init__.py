@@ -1,9 +1,9 @@
 """The table of targets, a module a family. An option that only one target has also needs a line in hgkd/cli/export.py."""
 
 from hgkd.export.job import Target
-from hgkd.export.targets import edge, graphs, openmmlab, sparse, timm, torchvision, transformers
+from hgkd.export.targets import edge, graphs, openmmlab, own, sparse, timm, torchvision, transformers
 
-_FAMILIES = (timm, torchvision, openmmlab, transformers, graphs, edge, sparse)
+_FAMILIES = (timm, torchvision, openmmlab, transformers, graphs, edge, sparse, own)
 TARGETS: dict[str, Target] = {target.name: target for family in _FAMILIES for target in family.TARGETS}
 
 

@@ -39,6 +39,7 @@ from hgkd.differences import largest_difference
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.networks.encoder import encoder_levels
+from hgkd.networks.taps import last_channels
 from hgkd.pixels import PixelNormalisation, pixel_statistics
 from hgkd.weights.files import read_weights
 
@@ -249,7 +250,7 @@ def _linear(file: Path, network: nn.Module) -> nn.Linear:
     if not file.is_file():
         raise FileNotFoundError(f"classifier {file} does not exist; expected safetensors with weight (K, C) and bias (K)")
     state = read_weights(file)
-    channels = int(cast(int, network.num_features))
+    channels = last_channels(network)
     weight = state.get("weight")
     if set(state) != {"weight", "bias"} or weight is None or weight.dim() != 2 or weight.shape[1] != channels:
         found = {key: tuple(value.shape) for key, value in state.items()}

@@ -15,16 +15,18 @@ from collections.abc import Callable
 from functools import partial
 from pprint import pformat
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.model import BaseModel
 from mmengine.runner.checkpoint import load_checkpoint
 from torch import Tensor, nn
 
+from hgkd.export.foreign import level_reader, same_norms
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, optional
 from hgkd.export.plans import ConvNeXtPlan, UnsupportedLayerError, plan_of
 from hgkd.networks.backbones import build_backbone
+from hgkd.networks.libraries import OPENMMLAB, defaults_of, library_of
 from hgkd.pixels import pixel_statistics
 from hgkd.weights.cnn_names import MMPRETRAIN_CONVNEXT, TIMM, KeyStyle, renamed
 from hgkd.weights.importing import import_weights
@@ -47,6 +49,8 @@ def write(library: str, job: Job) -> Written:
     Args:
         library: 'mmdet', 'mmseg' or 'mmpretrain'.
     """
+    if library_of(job.source.spec.name) in OPENMMLAB:
+        return _write_own(library, job)
     style, backbone, notes = _backbone(library, job)
     weights = renamed(job.network, style)
     file = job.folder / WEIGHTS_FILE
@@ -76,6 +80,37 @@ def write(library: str, job: Job) -> Written:
         proven_with=proven_with,
         reloaded=again,
         expected=lambda images: last(job.network, job.normalise(images)),
+        tensors=len(weights),
+        parameters=count_parameters(job.network),
+        notes=notes,
+    )
+
+
+def _write_own(library: str, job: Job) -> Written:
+    """The same of a student that is a backbone of one of the libraries by name, with its settings in full."""
+    name, taps = job.source.spec.name, cast(Any, job.network).taps
+    owner, _, kind = name.partition(".")
+    module, version = optional(f"{owner}.models")
+    if module is None:
+        raise ExportError(f"{version}, and its {kind} cannot be written without it")
+    arguments = {key: value for key, value in job.source.spec.kwargs.items() if key != "taps"}
+    defaults = defaults_of(getattr(module, kind))
+    # eps and momentum of the norms are in no weight file, and the libraries' configs have others than their classes
+    arguments |= {key: defaults[key] for key in ("norm_cfg",) if key in defaults and key not in arguments}
+    backbone = {"type": name, **arguments}
+    weights = renamed(job.network, TIMM)
+    file = job.folder / WEIGHTS_FILE
+    torch.save({"meta": {}, "state_dict": weights}, file)
+    (job.folder / CONFIG_PAGE).write_text(_config_page(library, job, backbone), encoding="utf-8")
+    network = _load(module, kind, backbone, str(file))
+    same_norms(job.network, network)
+    notes = ["all levels were compared; eps and momentum of the norms are those of the student"]
+    notes += [f"its levels in training were the outputs of {', '.join(taps)}"] if taps else []
+    return Written(
+        load_with=f"# copy model.backbone and data_preprocessor from\n# {job.out / CONFIG_PAGE}",
+        proven_with=version,
+        reloaded=level_reader(job, network),
+        expected=level_reader(job, job.network),
         tensors=len(weights),
         parameters=count_parameters(job.network),
         notes=notes,
@@ -157,7 +192,8 @@ def _config_page(library: str, job: Job, backbone: dict[str, Any]) -> str:
         f"# lines for a config of {library}; with a _base_ of another backbone, add _delete_=True to this one. The path in",
         "# init_cfg is right where this file lies; copied to another config, it must name the folder of this export",
     ]
-    lines += ["custom_imports = dict(imports=['mmpretrain.models'], allow_failed_imports=False)"] if foreign else []
+    owner = backbone["type"].partition(".")[0]
+    lines += [f"custom_imports = dict(imports=['{owner}.models'], allow_failed_imports=False)"] if foreign else []
     lines.append(f"backbone = {pformat({**backbone, 'init_cfg': pretrained}, sort_dicts=False)}")
     lines.append(
         f"data_preprocessor = {preprocessor}" if library == "mmpretrain" else f"# in data_preprocessor: {preprocessor}"
@@ -168,7 +204,8 @@ def _config_page(library: str, job: Job, backbone: dict[str, Any]) -> str:
 TARGETS = tuple(
     Target(
         library,
-        f"a checkpoint and config lines for {library}: ResNet, ResNeXt, ConvNeXt; --part model: a whole model",
+        f"a checkpoint and config lines for {library}: ResNet, ResNeXt, ConvNeXt, students named {library}.*; --part model: a "
+        "whole model",
         partial(write, library),
         ("backbone", "model"),
     )

@@ -20,7 +20,9 @@ from torch import nn
 from hgkd.errors import WeightsError
 from hgkd.export.card import write_json
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters
+from hgkd.export.plans import UnsupportedLayerError, home_of
 from hgkd.networks.backbones import load_backbone
+from hgkd.networks.libraries import library_of
 from hgkd.weights.cnn_names import TIMM, renamed
 from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE
 from hgkd.weights.run_file import FORMAT, EncoderSpec
@@ -44,6 +46,8 @@ _KEPT_CFG = (
 def write(job: Job) -> Written:
     """Write the export that the module's header describes."""
     spec = job.source.spec
+    if library_of(spec.name) is not None:
+        raise UnsupportedLayerError(f"timm has no {spec.name}; {home_of(spec.name)}")
     if job.part == "classifier" and spec.stem != "default":
         raise WeightsError(f"timm cannot build the {spec.stem} stem from a config; export this classifier to onnx or pt2")
     weights = renamed(job.network, TIMM)

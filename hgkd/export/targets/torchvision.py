@@ -6,20 +6,25 @@ torchvision has no config files; ``build.py`` next to the weights makes the netw
 from __future__ import annotations
 
 import runpy
+from typing import Any, cast
 
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import convnext, resnet
 
+from hgkd.export.foreign import level_reader, same_norms
 from hgkd.export.job import Job, Target, Written, count_parameters, load_all
 from hgkd.export.plans import ConvNeXtPlan, ResNetPlan, UnsupportedLayerError, plan_of
+from hgkd.networks.libraries import library_of
 from hgkd.weights.cnn_names import TIMM, TORCHVISION_CONVNEXT, fitted, renamed
 from hgkd.weights.export_folder import WEIGHTS_FILE
 
 
 def write(job: Job) -> Written:
     """``model.safetensors`` in torchvision's naming, without classifier, and ``build.py`` that makes the network."""
+    if library_of(job.source.spec.name) == "torchvision":
+        return _write_own(job)
     plan = plan_of(job.network, "torchvision")
     resnet_like = isinstance(plan, ResNetPlan)
     recipe = _resnet_recipe(plan) if isinstance(plan, ResNetPlan) else _convnext_recipe(plan)
@@ -38,6 +43,32 @@ def write(job: Job) -> Written:
         tensors=len(weights),
         parameters=count_parameters(job.network),
         notes=["the classifier is replaced by nn.Identity(); calling the model gives pooled features"],
+    )
+
+
+def _write_own(job: Job) -> Written:
+    """The same of a student that is a model of torchvision by name."""
+    spec = job.source.spec
+    kwargs = {key: value for key, value in spec.kwargs.items() if key != "taps"}
+    heads = [head for head in cast(Any, job.network).pretrained_cfg["classifier"] if hasattr(job.network, head)]
+    lines = ["from torch import nn", "from torchvision.models import get_model", ""]
+    lines.append(f"model = get_model({spec.name.partition('.')[2]!r}, weights=None, **{kwargs!r})")
+    lines += [f"model.{head} = nn.Identity()" for head in heads]
+    (job.folder / "build.py").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    model: nn.Module = runpy.run_path(str(job.folder / "build.py"))["model"]
+    weights = renamed(job.network, TIMM)
+    save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    load_all(model, load_file(job.folder / WEIGHTS_FILE), "torchvision")
+    same_norms(job.network, model)
+    return Written(
+        load_with=f"from build import model  # {job.out}/build.py\n"
+        f"model.load_state_dict(safetensors.torch.load_file('{job.out / WEIGHTS_FILE}'))",
+        proven_with=f"torchvision {torchvision.__version__}",
+        reloaded=level_reader(job, model),
+        expected=level_reader(job, job.network),
+        tensors=len(weights),
+        parameters=count_parameters(job.network),
+        notes=["the classifier is replaced by nn.Identity(); all levels were compared"],
     )
 
 
@@ -69,4 +100,4 @@ def _convnext_recipe(plan: ConvNeXtPlan) -> str:
     )
 
 
-TARGETS = (Target("torchvision", "weights for torchvision's ResNet or ConvNeXt", write),)
+TARGETS = (Target("torchvision", "weights for torchvision's ResNet or ConvNeXt, or any student named torchvision.*", write),)
