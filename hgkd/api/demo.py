@@ -40,7 +40,7 @@ class Plan:
     test: int = 800
     teacher_epochs: int | None = None
     student_epochs: int | None = None
-    probe: int = 200
+    probe: int = 150
 
 
 FULL = Plan()
