@@ -32,7 +32,8 @@ class Plan:
 
     Attributes:
         train, test: images drawn; the training images serve pretraining (without labels) and the probes (with them).
-        teacher_epochs, student_epochs: passes over the training images, where they are not the configs'.
+        teacher_epochs, student_epochs: passes over the training images, where they are not the configs'; both students get the
+            same.
         probe: labelled training images a class for k-NN and linear probe.
     """
 
