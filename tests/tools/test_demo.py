@@ -4,11 +4,11 @@ import os
 import signal
 
 import pytest
-import torch
 
 from hgkd.api import demo as demo_api
 from hgkd.cli import demo as demo_tool
 from hgkd.export import load_backbone
+from hgkd.weights.files import read_checkpoint
 from hgkd.weights.run_folder import find_last_checkpoint
 
 TOY = demo_api.Plan(train=64, test=32, teacher_epochs=2, student_epochs=2, probe=8)
@@ -26,7 +26,7 @@ def test_chain_at_toy_size(tmp_path, capsys):
             assert 0 <= found[method]["top1"] <= 100
     assert load_backbone(summary["export"]).num_features == 512
 
-    last = [torch.load(find_last_checkpoint(out / "runs" / run), weights_only=True) for run in ("hgkd", "pixels")]
+    last = [read_checkpoint(find_last_checkpoint(out / "runs" / run)) for run in ("hgkd", "pixels")]
     assert [saved["meta"]["iter"] for saved in last] == [2 * 64 // 16] * 2  # the control learns for as many steps as H-GKD
 
     page = summary["report"].read_text(encoding="utf-8")
