@@ -7,8 +7,9 @@ _base_ = [
     "../_base_/data/shapes.py",
 ]
 
-epochs = 2
-lr = 2e-3
+epochs = 1
+warmup_epochs = 0.1
+lr = 4e-3
 mask_ratio = 0.5
 
 model = dict(

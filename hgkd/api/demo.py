@@ -16,6 +16,7 @@ from rich.table import Table
 from hgkd.api.evaluate import evaluate
 from hgkd.api.train import load_config
 from hgkd.data.shapes import write_imagefolder
+from hgkd.errors import StoppedError, coded
 from hgkd.export import export
 from hgkd.pictures.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report
 from hgkd.registry import RUNNERS
@@ -32,7 +33,8 @@ class Plan:
 
     Attributes:
         train, test: images drawn; the training images serve pretraining (without labels) and the probes (with them).
-        teacher_epochs, student_epochs: passes over the training images, where they are not the configs'.
+        teacher_epochs, student_epochs: passes over the training images, where they are not the configs'; both students get the
+            same.
         probe: labelled training images a class for k-NN and linear probe.
     """
 
@@ -40,7 +42,7 @@ class Plan:
     test: int = 800
     teacher_epochs: int | None = None
     student_epochs: int | None = None
-    probe: int = 200
+    probe: int = 150
 
 
 FULL = Plan()
@@ -72,6 +74,7 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
 
     Raises:
         ValueError: ``out`` is not empty.
+        StoppedError: SIGTERM or SIGINT while a network was trained, see also :func:`hgkd.train`.
     """
     plan = plan or (QUICK if quick else FULL)
     out = Path(out).expanduser().resolve()
@@ -158,6 +161,9 @@ def _train(config: str, work_dir: Path, options: dict[str, Any]) -> Runner:
     runner: Runner = RUNNERS.build(cfg)
     runner.register_hook(_Progress())
     runner.train()
+    if runner.train_loop.interrupted:  # type: ignore[union-attr]
+        told = f"a signal ended the demo in the training {work_dir.name!r}, so there is no table and no report"
+        raise coded("demo-stopped", StoppedError(f"{told}; delete {work_dir.parents[1]}, or give another --out, and restart"))
     return runner
 
 

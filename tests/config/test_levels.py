@@ -232,7 +232,7 @@ def test_a_dumped_config_is_the_same_run(path, keys, data):
         typed.pop("teacher_features", None)
     if "workers" in typed:
         typed.pop("train_dataloader.num_workers", None)
-    if typed.get("warmup_epochs", 0) >= typed.get("epochs", 2):
+    if typed.get("warmup_epochs", 0) >= typed.get("epochs", READ[path].epochs):
         typed.pop("warmup_epochs")
     cfg = copy.deepcopy(READ[path])
     apply_short_options(cfg, typed)

@@ -131,7 +131,7 @@ def test_a_resumed_run_says_the_rate_that_it_has(images, tmp_path):
     logs = sorted((tmp_path / "run").glob("*/*.log"))
     rate = re.search(r"^rate +(.*)$", logs[-1].read_text(), re.MULTILINE)
     assert rate
-    assert rate[1].endswith("; 0.00025 now, after step 2")
+    assert rate[1].endswith("; 0.0005 now, after step 2")
 
 
 def test_finetuning_says_it_too(images, tmp_path):

@@ -47,7 +47,9 @@ def test_one_epoch_is_all_that_needs_to_be_said(count, tmp_path, capsys, monkeyp
     options = tiny(images, epochs=1, batch_size=2, val_train_root=None, val_test_root=None)
     options.pop("warmup_epochs")
     arguments = [f"{key}={value}" for key, value in options.items()]
-    assert train_command.main([str(SPARK), "--work-dir", "run", "--cfg-options", *arguments]) == 0
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"_base_ = [{str(SPARK)!r}]\nepochs = 10\nwarmup_epochs = 1\n")
+    assert train_command.main([str(recipe), "--work-dir", "run", "--cfg-options", *arguments]) == 0
     note = "note: the warm-up of 1 epochs is not shorter than epochs=1: it takes 0.1 now (warmup_epochs=... sets it)"
     assert note in capsys.readouterr().err
     (log,) = (tmp_path / "run").glob("*/*.log")

@@ -1,4 +1,4 @@
-"""Generated shapes: hgkd make-shapes data/shapes --plain --image-size 64 --train 2500 --test 800."""
+"""Generated shapes: hgkd make-shapes data/shapes --plain --image-size 64 --train 3000 --test 800."""
 
 _base_ = ["./image_folder.py"]
 
@@ -6,4 +6,4 @@ data_root = "data/shapes/train"
 val_train_root = "data/shapes/train"
 val_test_root = "data/shapes/test"
 image_size = 64
-batch_size = 32
+batch_size = 16
