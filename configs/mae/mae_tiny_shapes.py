@@ -14,7 +14,7 @@ _base_ = [
     "../_base_/data/shapes.py",
 ]
 
-epochs = 8
+epochs = 10
 warmup_epochs = 0.5
 lr = 4e-3
 
