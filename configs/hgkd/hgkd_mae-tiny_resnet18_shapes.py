@@ -2,8 +2,8 @@
 
 Clipping at 5: SparK (arXiv 2301.03580); half of the cells are hidden, for there are only four. Smooth L1 with beta 2 on
 normalised tokens: G2SD (arXiv 2302.14771). The teacher's last block: best by k-NN in a teacher of four. The rest is this
-project's. The target is centred, because the tokens of a briefly trained MAE hold much of their place. One epoch of 16 images a step with a short warm-up: as many steps as two epochs
-of 32, at half the cost.
+project's. The target is centred, because the tokens of a briefly trained MAE hold much of their place. One epoch of 16
+images a step with a short warm-up: as many steps as two epochs of 32, at half the cost.
 
 teacher_checkpoint: the last checkpoint of mae_tiny_shapes.
 """
