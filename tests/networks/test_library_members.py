@@ -70,7 +70,7 @@ def test_focus_is_exact_at_any_step_that_divides_the_cell():
 @pytest.mark.parametrize("focus", [Focus(3), Focus(2, last=-1)], ids=["step 3", "without the last column"])
 def test_phases_that_leave_the_cells_are_refused(focus):
     visible = torch.tensor([[[True, False], [False, True]]])
-    with pytest.raises(NoSparseRuleError, match="selects places or images"):
+    with pytest.raises(NoSparseRuleError, match="selects positions or images"):
         sparsify(focus, 8)(torch.zeros(1, 3, 16, 16), visible=visible)
 
 
