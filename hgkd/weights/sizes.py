@@ -54,8 +54,13 @@ def other_sizes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     """In what sizes a file's weights are of another network than the one expected; None: in none that is known.
 
     >>> import torch
-    >>> other_sizes({"blocks.0.a": torch.ones(1), "p": torch.ones(8, 3, 4, 4)}, {"p": torch.ones(8, 3, 4, 4)})
-    'it has 1 blocks, width 8, 4-pixel patches of 3 channels, the network no blocks, width 8, 4-pixel patches of 3 channels'
+    >>> small, large = ({"p": torch.ones(width, 3, 4, 4), "blocks.0.a": torch.ones(1)} for width in (8, 16))
+    >>> other_sizes(small, large)
+    'it has 1 blocks, width 8, 4-pixel patches of 3 channels, the network 1 blocks, width 16, 4-pixel patches of 3 channels'
     """
     there, here = sizes_of(found), sizes_of(expected)
-    return None if there is None or there == here else f"it has {there}, the network {here}"
+    if there is None or here is None or there == here or bool(there.blocks) != bool(here.blocks):
+        return None
+    if len(there.blocks) != len(here.blocks):  # entries of something else are left over
+        return None
+    return f"it has {there}, the network {here}"

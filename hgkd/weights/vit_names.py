@@ -124,23 +124,6 @@ NAMINGS = (
         keys_without_bias=True,
     ),
     Naming(
-        "Hugging Face DINOv3",
-        "embeddings.patch_embeddings.weight",
-        (
-            (r"embeddings\.cls_token", "cls_token"),
-            (r"embeddings\.register_tokens", "reg_token"),
-            (r"embeddings\.patch_embeddings\.", "patch_embed.proj."),
-            (_HF_LAYER + r"attention\.(q|k|v)_proj\.", r"blocks.\1.attn.\2."),
-            (_HF_LAYER + r"attention\.o_proj\.", r"blocks.\1.attn.proj."),
-            (_HF_LAYER + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
-            (_HF_LAYER + r"(norm[12])\.", r"blocks.\1.\2."),
-            (_HF_LAYER + r"mlp\.gate_proj\.", r"blocks.\1.mlp.fc1_g."),
-            (_HF_LAYER + r"mlp\.up_proj\.", r"blocks.\1.mlp.fc1."),  # the other half of the gated one, see _gated
-            (_HF_LAYER + r"mlp\.down_proj\.", r"blocks.\1.mlp.fc2."),
-        ),
-        unused=(r"rope_embeddings\..*",),
-    ),
-    Naming(
         "Apple AIMv2",
         "preprocessor.patchifier.proj.weight",
         (
@@ -187,6 +170,23 @@ NAMINGS = (
         ),
         beside=("decoder.",),
         positions_of_class=True,
+    ),
+    Naming(
+        "Hugging Face DINOv3",
+        "embeddings.register_tokens",  # which DINOv2's have too, but these are looked for before
+        (
+            (r"embeddings\.cls_token", "cls_token"),
+            (r"embeddings\.register_tokens", "reg_token"),
+            (r"embeddings\.patch_embeddings\.", "patch_embed.proj."),
+            (_HF_LAYER + r"attention\.(q|k|v)_proj\.", r"blocks.\1.attn.\2."),
+            (_HF_LAYER + r"attention\.o_proj\.", r"blocks.\1.attn.proj."),
+            (_HF_LAYER + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+            (_HF_LAYER + r"(norm[12])\.", r"blocks.\1.\2."),
+            (_HF_LAYER + r"mlp\.gate_proj\.", r"blocks.\1.mlp.fc1_g."),
+            (_HF_LAYER + r"mlp\.up_proj\.", r"blocks.\1.mlp.fc1."),  # the other half of the gated one, see _gated
+            (_HF_LAYER + r"mlp\.down_proj\.", r"blocks.\1.mlp.fc2."),
+        ),
+        unused=(r"rope_embeddings\..*",),
     ),
     Naming(
         "Hugging Face CLIP",  # and SigLIP's, SigLIP2's

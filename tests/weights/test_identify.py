@@ -78,7 +78,7 @@ FILES: dict[str, tuple[Any, Kind, str, str]] = {
     ),
     "dinov3": (
         weights("patch_embed.proj.weight", "rope_embed.periods", "blocks.0.norm1.weight"),
-        Kind.UNKNOWN,
+        Kind.VIT,
         "timm",
         "DINOv3",
     ),
@@ -96,7 +96,7 @@ FILES: dict[str, tuple[Any, Kind, str, str]] = {
         "CLIP",
     ),
     "vit_of_transformers": (weights(HF, "embeddings.cls_token"), Kind.VIT, "Hugging Face ViT", ""),
-    "swin": (weights("patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight"), Kind.UNKNOWN, "timm", "Swin"),
+    "swin": (weights("patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight"), Kind.NETWORK, "timm", "Swin"),
     "resnet": (RESNET, Kind.CNN, "timm", "ResNet"),
     "resnet_of_transformers": (cnn(cnn_names.TRANSFORMERS_RESNET, "resnet18"), Kind.CNN, "transformers ResNet", "a ResNet"),
     **{
