@@ -184,8 +184,8 @@ class RotaryViT(_ViT):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
-        # in fp32 whatever precision the teacher gets, as timm's own buffers are
-        self._rope: Any = None if self.network.rope is None else copy.deepcopy(self.network.rope).float()
+        # in fp32 whatever precision the teacher gets, as timm's own buffers are; in training some move the grid at random
+        self._rope: Any = None if self.network.rope is None else copy.deepcopy(self.network.rope).float().eval()
         self._mixed = bool(getattr(self.network, "rope_mixed", False))  # angles of their own in every block and head
         self._angles: Tensor | None = None
 
