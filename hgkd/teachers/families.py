@@ -306,7 +306,7 @@ class Levels(Family):
         stride = list(levels)[level]
         deepest = maps[levels[stride][-1]][1]
         self._features = [index for index in levels[stride] if maps[index][1] == deepest]
-        self.levels = tuple(known)
+        self.level, self.levels = level, tuple(known)
         self.width, self.depth, self.patch_size = deepest, len(self._features), stride
         self._native = {
             key: value.detach().clone().float()

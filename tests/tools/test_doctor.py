@@ -148,6 +148,39 @@ def test_other_families_end_in_their_name(tmp_path: Path, kind: str, capsys: pyt
     assert "looks like " + {"h": "Hiera", "s": "a Swin"}[kind[0]] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs", "attention"),
+    [
+        ("vit_small_patch16_dinov3", {}, "yes"),
+        ("vit_pe_core_tiny_patch16_384", {"img_size": 64}, "yes"),
+        ("eva02_tiny_patch14_224", {"img_size": 56}, "yes"),
+        ("aimv2_large_patch14_224", {"img_size": 56}, "yes"),
+    ],
+)
+def test_a_rotary_vit_s_file_needs_no_name(tmp_path: Path, name: str, kwargs: dict[str, Any], attention: str) -> None:
+    found = doctor.examine_teacher(saved(tmp_path, name, **kwargs))
+    given = [found.targets[target] for target in ("HGKD target='full'", "MGD", "DMAE", "AttentionMask")]
+    assert given == ["yes", "yes", "yes", attention]
+    assert found.health is not None
+    assert found.health.looks_random
+
+
+def test_a_hierarchical_teacher_s_file_is_examined_by_its_name(tmp_path: Path, images: Path) -> None:
+    torch.save(timm.create_model("convnext_atto", num_classes=3).state_dict(), tmp_path / "a.pth")
+    found = doctor.examine_teacher(str(tmp_path / "a.pth"), "convnext_atto", str(images), image_size=64)
+    assert "3 (stride 32, 320 channels)" in found.kind
+    assert found.targets["MGD"] == "yes"
+    assert "sees whole images alone" in found.targets["DMAE"]
+    assert "RandomMask" in found.targets["AttentionMask"]
+    assert found.health is not None
+    assert found.health.looks_random
+    assert found.features is not None
+    found = doctor.examine_teacher(str(tmp_path / "a.pth"), "convnext_femto")
+    assert (
+        "width 40, 4-pixel patches of 3 channels, the network 4 stages of 2, 2, 6, 2 blocks, width 48" in found.targets["MGD"]
+    )
+
+
 def test_the_name_counts_without_images_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "vit.pth"
     torch.save(timm.create_model("vit_tiny_patch16_384", num_classes=0).state_dict(), path)

@@ -268,6 +268,21 @@ def test_a_vit_of_others_is_named_with_its_network(tmp_path: Path) -> None:
         load_extractor(tmp_path / "vit.pth")
 
 
+def test_moco_v3_is_no_mae(tmp_path: Path) -> None:
+    """MoCo v3 has MAE's positions; its projection of patches is as it was initialised, bias 0, for good."""
+    state = mae(decoder=False).state_dict()
+    weight = state["patch_embed.proj.weight"]
+    bound = (6 / (3 * 16 * 16 + 64)) ** 0.5
+    weight.copy_((torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1) * bound)
+    state["patch_embed.proj.bias"].zero_()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "moco.pth")
+    found = identify(tmp_path / "moco.pth")
+    assert (found.kind, found.detail[:7]) == (Kind.VIT, "MoCo v3")
+    state["patch_embed.proj.bias"][3] = 0.01  # trained
+    torch.save(state, tmp_path / "mae.pth")
+    assert identify(tmp_path / "mae.pth").kind is Kind.MAE_ENCODER
+
+
 @pytest.mark.parametrize(("name", "what"), [("unet_student.pth", "backbone"), ("classifier.pth", "classifier")])
 def test_export_reads_a_checkpoint_once(tmp_path: Path, reads: Counter[str], name: str, what: str) -> None:
     export(GOLDEN / name, tmp_path / "out", what=what)
