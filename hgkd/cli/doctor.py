@@ -130,7 +130,7 @@ def _is_levels(name: str) -> bool:
 
 def _examine_levels(file: WeightFile, name: str, images: str | None, limit: int, image_size: int, entry: str | None) -> Finding:
     network = build_network(name)
-    obstacle, health, family = None, None, None
+    obstacle, health = None, None
     try:
         load_network(network, file, entry)
     except WeightsError as error:
@@ -138,13 +138,13 @@ def _examine_levels(file: WeightFile, name: str, images: str | None, limit: int,
     else:
         weights = network.state_dict()
         health = weight_health(weights) if can_be_judged(weights) else None
-        family = family_of(network, name)
+    family = Levels(network)
     teacher = None if images is None else TimmTeacher(name, checkpoint=file, allow_random=True, entry=entry)
     return Finding(
-        kind=f"{file.naming or 'timm'}, {name}" + (f" with the levels {'; '.join(family.levels)}" if family else ""),
-        width=family.width if family else 0,
-        depth=family.depth if family else 0,
-        patch_size=family.patch_size if family else 0,
+        kind=f"{file.naming or 'timm'}, {name} with the levels {'; '.join(family.levels)}",
+        width=family.width,
+        depth=family.depth,
+        patch_size=family.patch_size,
         grid=None,
         decoder=None,
         prefix_tokens=0,

@@ -98,7 +98,7 @@ def _eva(weights: Mapping[str, Tensor], sizes: dict[str, Any], gated: bool) -> E
     heads = max(1, width // 64) if width % 64 == 0 else 1
     heads = heads if key_norm is None else width // key_norm.shape[0]
     split, fused_bias = "blocks.0.attn.q_proj.weight" in weights, "blocks.0.attn.qkv.bias" in weights
-    layer = {"norm_layer": RmsNorm} if "blocks.0.norm1.bias" not in weights else {}
+    layer: dict[str, Any] = {"norm_layer": RmsNorm} if "blocks.0.norm1.bias" not in weights else {}
     return Eva(
         img_size=_image(patches, patch),
         num_heads=heads if frequencies is None else frequencies.shape[2],
