@@ -123,9 +123,10 @@ class Teacher(PixelNormalisation):
     def capabilities(self) -> Capabilities:
         """What this teacher can be asked for, and why not the rest."""
         attention = "" if self._has_attention() else f"{type(self).__name__} gives no attention; use a ViT teacher"
-        if not attention and type(self)._before_block is not Teacher._before_block:
+        blocks = getattr(self.network, "blocks", None)
+        if not attention and blocks is not None and type(self)._before_block is not Teacher._before_block:
             try:
-                check_attention_is_read(self.network.blocks[-1])
+                check_attention_is_read(blocks[-1])
             except ValueError as error:
                 attention = str(error)
         return Capabilities(

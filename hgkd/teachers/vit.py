@@ -13,48 +13,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
-import torch
-from mmengine.logging import print_log
 from torch import Tensor
 
-from hgkd.errors import WeightsError, coded, unknown_name_message
+from hgkd.errors import WeightsError, coded
+from hgkd.networks.vit import check_timm_name
 from hgkd.pixels import check_channels, check_normalize
 from hgkd.registry import MODELS
 from hgkd.structures import Capabilities, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
-from hgkd.teachers.families import Family, Levels, advice, family_for
-from hgkd.weights.files import average_entry
-from hgkd.weights.identify import WeightFile, identify
+from hgkd.teachers.families import Family, Levels, family_for
+from hgkd.weights.identify import WeightFile, chosen_entry
 from hgkd.weights.importing import import_weights
 from hgkd.weights.loading import LoadReport, load_strict, match
 from hgkd.weights.sizes import other_sizes
-from hgkd.weights.vit_names import count_blocks, to_timm_names
+from hgkd.weights.vit_names import count_blocks, in_dialect, to_timm_names
 
 _AFTER = ("norm.", "fc_norm.", "attn_pool.", "head.norm.", "norms.", "projectors.", "neck.")
 """No feature comes from what follows the blocks: norms, which some files call otherwise, and pooling."""
-_LAYER_SCALES = (
-    (r"^blocks\.(\d+)\.ls([12])\.gamma$", r"blocks.\1.gamma_\2"),
-    (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),
-)
-_PERIODS = "rope_embed.periods"
 
 
 def build_network(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     """timm's network of that name without its classifier.
 
     Raises:
-        ValueError: unknown name (the nearest are named), options that timm's network does not take, or no RGB images.
+        ValueError: unknown name or tag (the nearest are named), or no RGB images.
     """
-    if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(unknown_name_message("teacher", name, timm.list_models()))
+    check_timm_name("teacher", name)
     check_channels(kwargs.get("in_chans", 3), "model.teacher.in_chans")
-    network: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-    if not hasattr(network, "forward_intermediates"):
-        raise coded(
-            "teacher-without-grid",
-            ValueError(f"teacher {name!r} is timm's {type(network).__name__}, which gives no maps of features; {advice(name)}"),
-        )
-    return network
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
 
 
 def family_of(network: Any, name: str, level: int | None = None, image_size: tuple[int, int] | None = None) -> Family:
@@ -109,10 +95,9 @@ def load_vit(network: Any, weights: Mapping[str, Tensor], source: str, dry: bool
         WeightsError: they do not fit; the message says what the difference means, where it is a known one.
     """
     own = network.state_dict()
-    weights = _in_dialect(own, weights, source)
-    _check_periods(network, weights, source)
+    weights = in_dialect(network, weights, source)
     parts = ("head", "head_dist", "fc_norm", "norm", "lm_head", "attn_pool")
-    unused = ("mask_token", "rope_embed.", *(f"{part}." for part in parts if not any(k.startswith(f"{part}.") for k in own)))
+    unused = ("mask_token", *(f"{part}." for part in parts if not any(k.startswith(f"{part}.") for k in own)))
     load = match if dry else load_strict
     try:
         return load(network, weights, source=source, ignore_missing=_AFTER, ignore_unexpected=unused)
@@ -127,42 +112,6 @@ def load_vit(network: Any, weights: Mapping[str, Tensor], source: str, dry: bool
         raise coded(
             "weights-of-another-network", WeightsError(f"{error}{'. ' if meaning else ''}{'; '.join(meaning)}")
         ) from error
-
-
-def _in_dialect(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Weights as the network at hand calls them: timm's ViT and its Eva have two names for a layer scale."""
-    found = dict(weights)
-    for theirs, ours in _LAYER_SCALES:
-        found = {_if_known(own, re.sub(theirs, ours, key), key): value for key, value in found.items()}
-    biases = [key for key in found if re.fullmatch(r"blocks\.\d+\.attn\.[qv]_bias", key)]
-    if biases and not any(key in own for key in biases):
-        if "blocks.0.attn.q_proj.weight" in own:
-            found = {re.sub(r"(\.attn\.[qv])_bias$", r"\1_proj.bias", key): value for key, value in found.items()}
-        elif not any(bool(found[key].any()) for key in biases if found[key].device.type != "meta"):
-            print_log(f"{source}: its biases of queries and values are all 0 and left aside", "current")
-            found = {key: value for key, value in found.items() if key not in biases}
-    return found
-
-
-def _if_known(own: Mapping[str, Tensor], name: str, otherwise: str) -> str:
-    return name if name in own else otherwise
-
-
-def _check_periods(network: Any, weights: Mapping[str, Tensor], source: str) -> None:
-    """Refuse rotary positions of other wave lengths than the network's, which no shape of a weight would show."""
-    theirs, ours = weights.get(_PERIODS), getattr(getattr(network, "rope", None), "periods", None)
-    if theirs is None or ours is None or "meta" in (ours.device.type, theirs.device.type):
-        return
-    theirs, ours = theirs.float().flatten(), ours.float().flatten()
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.02):  # files round them to bfloat16
-        raise coded(
-            "other-rotary-positions",
-            WeightsError(
-                f"{source} has rotary positions of {len(theirs)} periods from {theirs.min():.3g} to {theirs.max():.3g}, the "
-                f"network {len(ours)} from {ours.min():.3g} to {ours.max():.3g}: they would turn everything wrongly; set "
-                "model.teacher.name to the file's own network"
-            ),
-        )
 
 
 def _meaning(network: Any, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
@@ -286,19 +235,3 @@ class TimmTeacher(Teacher):
             grid=self.grid,
             cls=None if cls is None else cls.float(),
         )
-
-
-def chosen_entry(checkpoint: str | os.PathLike[str], entry: str | None, ema: bool) -> tuple[WeightFile, str | None]:
-    """A file, and the entry of it that was asked for by name or as its moving average.
-
-    Raises:
-        ValueError: both were.
-        FileNotFoundError, WeightsError: the file is absent or damaged, or holds no average.
-    """
-    if not ema:
-        return identify(checkpoint, entry), entry
-    if entry is not None:
-        raise ValueError(f"entry={entry!r} and ema=True both choose a set of weights of {checkpoint}; give one of them")
-    file = identify(checkpoint)
-    entry = average_entry(file.content, str(file))
-    return file, entry

@@ -23,7 +23,7 @@ from torch import Tensor
 from hgkd.errors import WeightsError
 from hgkd.weights.cnn_names import find_cnn
 from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE, read_card, read_config, read_spec
-from hgkd.weights.files import read_checkpoint, read_metadata, tensors_of
+from hgkd.weights.files import average_entry, read_checkpoint, read_metadata, tensors_of
 from hgkd.weights.run_file import STUDENT_PREFIX, ClassifierSpec, EncoderSpec
 from hgkd.weights.run_folder import last_intact
 from hgkd.weights.vit_names import family_of, find_naming, looks_like
@@ -190,6 +190,22 @@ def identify(path: str | os.PathLike[str], entry: str | None = None) -> WeightFi
         return _file(found, read_checkpoint(found), entry)
     last = last_intact(found)
     return _folder(found) if last is None else _file(*last, entry)
+
+
+def chosen_entry(checkpoint: str | os.PathLike[str], entry: str | None, ema: bool) -> tuple[WeightFile, str | None]:
+    """A file, and the entry of it that was asked for by name or as its moving average.
+
+    Raises:
+        ValueError: both were.
+        FileNotFoundError, WeightsError: the file is absent or damaged, or holds no average.
+    """
+    if not ema:
+        return identify(checkpoint, entry), entry
+    if entry is not None:
+        raise ValueError(f"entry={entry!r} and ema=True both choose a set of weights of {checkpoint}; give one of them")
+    file = identify(checkpoint)
+    entry = average_entry(file.content, str(file))
+    return file, entry
 
 
 def _folder(path: Path) -> WeightFile:

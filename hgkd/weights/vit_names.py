@@ -19,15 +19,20 @@ from dataclasses import dataclass
 
 import torch
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 
 # heads, training remainders and what is computed anyway: no feature comes from there
 _UNUSED = (
     r"head\..*|classifier\..*|lm_head\..*|pooler\..*|layernorm_head\..*",
     r".*relative_position_index",
     r"embeddings\.position_ids|embeddings\.mask_token",
+)
+_PERIODS = "rope_embed.periods"  # of DINOv3; other families note none
+_LAYER_SCALES = (
+    (r"^blocks\.(\d+)\.ls([12])\.gamma$", r"blocks.\1.gamma_\2"),
+    (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),
 )
 _HF_LAYER = r"(?:model\.|encoder\.)?layer\.(\d+)\."  # DINOv3's, of several versions of transformers
 _HF_BLOCK = r"encoder\.layer\.(\d+)\."
@@ -277,6 +282,52 @@ def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict
             f"entries: {_some(weights)}; {KNOWN_FILES}"
         )
     return naming.kind, found
+
+
+def in_dialect(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A file's weights as the network at hand calls them: timm's ViT and its Eva differ in names of layer scales and biases.
+
+    Args:
+        network: timm's.
+        weights: of :func:`to_timm_names`.
+
+    Raises:
+        WeightsError: its rotary positions have other wave lengths than the network's.
+    """
+    own = network.state_dict()
+    _check_periods(network, weights, source)
+    found = {key: value for key, value in weights.items() if key != _PERIODS}
+    for theirs, ours in _LAYER_SCALES:
+        found = {_if_known(own, re.sub(theirs, ours, key), key): value for key, value in found.items()}
+    biases = [key for key in found if re.fullmatch(r"blocks\.\d+\.attn\.[qv]_bias", key)]
+    if biases and not any(key in own for key in biases):
+        if "blocks.0.attn.q_proj.weight" in own:
+            found = {re.sub(r"(\.attn\.[qv])_bias$", r"\1_proj.bias", key): value for key, value in found.items()}
+        elif not any(bool(found[key].any()) for key in biases if found[key].device.type != "meta"):
+            print_log(f"{source}: its biases of queries and values are all 0 and left aside", "current")
+            found = {key: value for key, value in found.items() if key not in biases}
+    return found
+
+
+def _if_known(own: Mapping[str, Tensor], name: str, otherwise: str) -> str:
+    return name if name in own else otherwise
+
+
+def _check_periods(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse rotary positions of other wave lengths than the network's, which no shape of a weight would show."""
+    theirs, ours = weights.get(_PERIODS), getattr(getattr(network, "rope", None), "periods", None)
+    if theirs is None or ours is None or "meta" in (ours.device.type, theirs.device.type):
+        return
+    theirs, ours = theirs.float().flatten(), ours.float().flatten()
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.02):  # files round them to bfloat16
+        raise coded(
+            "other-rotary-positions",
+            WeightsError(
+                f"{source} has rotary positions of {len(theirs)} periods from {theirs.min():.3g} to {theirs.max():.3g}, the "
+                f"network {len(ours)} from {ours.min():.3g} to {ours.max():.3g}: they would turn everything wrongly; set "
+                "model.teacher.name to the file's own network"
+            ),
+        )
 
 
 def _unused(naming: Naming) -> tuple[str, ...]:

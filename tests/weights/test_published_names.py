@@ -18,7 +18,7 @@ from timm.models import convnext, eva, vision_transformer
 from torch import Tensor
 
 from hgkd.errors import WeightsError, code_of
-from hgkd.networks import build_encoder
+from hgkd.networks import ImageClassifier, build_encoder
 from hgkd.networks.encoder import encoder_features, encoder_levels
 from hgkd.structures import TeacherNeeds
 from hgkd.teachers import TimmTeacher
@@ -382,3 +382,13 @@ def test_convnexts_teach_and_start_a_student(weights: Weights, naming: str, tmp_
         wanted = reference.forward_intermediates(images, intermediates_only=True)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_fine_tuning_starts_from_official_dinov3(tmp_path: Path) -> None:
+    torch.save(official_dinov3(), tmp_path / "a.pth")
+    sizes = {key: value for key, value in SIZES.items() if key != "img_size"}
+    model = ImageClassifier("vit_small_patch16_dinov3_qkvb", 3, 64, backbone=tmp_path / "a.pth", **sizes)
+    weights = official_dinov3()
+    assert torch.equal(model.network.blocks[1].gamma_2, weights["blocks.1.ls2.gamma"])
+    assert torch.equal(model.network.blocks[1].attn.v_bias, weights["blocks.1.attn.qkv.bias"][64:])
+    assert torch.equal(model.network.reg_token, weights["storage_tokens"])
