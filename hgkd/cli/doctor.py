@@ -236,6 +236,7 @@ _EVALUATE = "hgkd evaluate ... --backbone {file}"
 _OTHERS = "hgkd evaluate ... --backbone NAME --checkpoint {file} (NAME: timm's name of the network)"
 _TEACHER = "hgkd doctor teacher {file} (what it can teach)"
 _MAE_TEACHER = "model.teacher.type=MAETeacher model.teacher.checkpoint={file} of a distillation"
+_DISTIL = "model.teacher.name=NAME model.teacher.checkpoint={file} of a distillation"
 _CNN = (
     _OTHERS,
     "hgkd export {file} --encoder NAME --to TARGET --out FOLDER",
@@ -252,12 +253,12 @@ USES: dict[Kind, tuple[str, ...]] = {
     Kind.MAE: (_EVALUATE, _START, _TEACHER, _MAE_TEACHER),
     Kind.MAE_ENCODER: (_EVALUATE, _START, _TEACHER),
     Kind.SPARK: _CNN,
-    Kind.CNN: _CNN,
-    Kind.VIT: (_OTHERS, _TEACHER, _START),
+    Kind.CNN: (*_CNN, _DISTIL),
+    Kind.VIT: (_OTHERS, _TEACHER, _DISTIL, _START),
     Kind.NETWORK: (
         _OTHERS,
         "hgkd doctor teacher {file} --name NAME (what it can teach)",
-        "model.teacher.name=NAME model.teacher.checkpoint={file} of a distillation",
+        _DISTIL,
     ),
     Kind.UNKNOWN: (),
 }

@@ -226,9 +226,12 @@ def _read_parts(index: Path) -> dict[str, Any]:
         content.update(_read_file(part))
     absent = [name for name in places if name not in content]
     if absent:
-        raise WeightsError(
-            f"{index} names {len(absent)} weights that are in none of its {len(names)} files, e.g. {absent[0]}: a file is of "
-            "another model or version; download all of them again, with the index"
+        raise coded(
+            "parts-of-another-model",
+            WeightsError(
+                f"{index} names {len(absent)} weights that are in none of its {len(names)} files, e.g. {absent[0]}: a file is "
+                "of another model or version; download all of them again, with the index"
+            ),
         )
     return content
 
