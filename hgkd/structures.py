@@ -56,7 +56,7 @@ class Capabilities:
         registers: tokens besides that are no patches.
         no_dropping: why it cannot see the visible patches alone, as DMAE and the target 'inferred' ask.
         no_attention: why its attention cannot guide masks.
-        no_decoder: why it cannot infer hidden places, as the target 'inferred' and G2SD ask.
+        no_decoder: why it cannot infer hidden positions, as the target 'inferred' and G2SD ask.
     """
 
     class_token: bool

@@ -139,7 +139,7 @@ def difference(member: Member) -> tuple[float, tuple[int, int]]:
     images = torch.rand(1, 3, *teacher.input_size)
     block = teacher.info.depth - 1
     found = teacher(images, None, TeacherNeeds(blocks=(block,))).tokens[block]
-    features = reference.forward_intermediates((images - teacher.mean) / teacher.deviation, intermediates_only=True)
+    features = reference.forward_intermediates((images - teacher.mean) / teacher.std, intermediates_only=True)
     expected = [feature for feature in features if feature.shape == found.shape][-1]
     return float((found - expected).abs().max() / expected.abs().max()), grid
 

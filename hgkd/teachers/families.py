@@ -81,12 +81,12 @@ class Family:
         """
         raise NotImplementedError
 
-    def tokens(self, images: Tensor, kept: Tensor | None, blocks: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
+    def tokens(self, images: Tensor, ids_keep: Tensor | None, blocks: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
         """Tokens (B, n, D) of the patches after each of the blocks, and the class token after the deepest, (B, D).
 
         Args:
             images: normalised, of the size that :meth:`set_grid` was called for.
-            kept: int64 (B, n), the patches that are seen; None: all of them.
+            ids_keep: int64 (B, n), the patches that are seen; None: all of them.
             blocks: ascending or not; none beyond the deepest is run.
         """
         raise NotImplementedError
@@ -137,18 +137,18 @@ class _ViT(Family):
         """Class and register tokens and all patches, as they enter the first block, (B, prefix + N, D)."""
         raise NotImplementedError
 
-    def arguments(self, block: int, kept: Tensor | None) -> dict[str, Any]:
+    def arguments(self, block: int, ids_keep: Tensor | None) -> dict[str, Any]:
         """What a block takes beside the tokens."""
         return {}
 
-    def tokens(self, images: Tensor, kept: Tensor | None, blocks: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
+    def tokens(self, images: Tensor, ids_keep: Tensor | None, blocks: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
         x, prefix = self.embed(images), self.prefix
-        if kept is not None:
-            patches = x[:, prefix:].gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+        if ids_keep is not None:
+            patches = x[:, prefix:].gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
             x = torch.cat([x[:, :prefix], patches], 1)
         found = {}
         for i, block in enumerate(self.network.blocks[: max(blocks, default=-1) + 1]):
-            x = block(x, **self.arguments(i, kept))
+            x = block(x, **self.arguments(i, ids_keep))
             if i in blocks:
                 found[i] = x[:, prefix:]
         return found, x[:, 0] if self.has_class_token else None
@@ -212,18 +212,18 @@ class RotaryViT(_ViT):
         embedded: Tensor = network.norm_pre(x)
         return embedded
 
-    def arguments(self, block: int, kept: Tensor | None) -> dict[str, Any]:
+    def arguments(self, block: int, ids_keep: Tensor | None) -> dict[str, Any]:
         if self._angles is None:
             return {}
         device = self.network.patch_embed.proj.weight.device
         if self._angles.device != device:
             self._angles = self._angles.to(device)
         angles = self._angles[block] if self._mixed else self._angles  # ([heads,] N, 2c)
-        if kept is None:
+        if ids_keep is None:
             return {"rope": angles}
         if self._mixed:
-            return {"rope": angles[:, kept].transpose(0, 1)}  # (B, heads, n, 2c)
-        return {"rope": angles[kept][:, None]}  # (B, 1, n, 2c)
+            return {"rope": angles[:, ids_keep].transpose(0, 1)}  # (B, heads, n, 2c)
+        return {"rope": angles[ids_keep][:, None]}  # (B, 1, n, 2c)
 
 
 class BiasViT(_ViT):
@@ -259,7 +259,7 @@ class BiasViT(_ViT):
         x = torch.cat([self.network.cls_token.expand(len(x), -1, -1), x], 1)
         return x if self.network.pos_embed is None else x + self.network.pos_embed
 
-    def arguments(self, block: int, kept: Tensor | None) -> dict[str, Any]:
+    def arguments(self, block: int, ids_keep: Tensor | None) -> dict[str, Any]:
         shared = self.network.rel_pos_bias
         return {} if shared is None else {"shared_rel_pos_bias": shared()}
 
@@ -324,8 +324,8 @@ class Levels(Family):
             raise self._refusal(size, f"its feature has {shape[2]} x {shape[3]} places then")
         self._size = size
 
-    def tokens(self, images: Tensor, kept: Tensor | None, blocks: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
-        assert kept is None  # refused by no_dropping
+    def tokens(self, images: Tensor, ids_keep: Tensor | None, blocks: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
+        assert ids_keep is None  # refused by no_dropping
         wanted = sorted(set(blocks))
         found = self._run(images, [self._features[block] for block in wanted]) if wanted else []
         return {block: value.flatten(2).transpose(1, 2) for block, value in zip(wanted, found, strict=True)}, None

@@ -154,7 +154,7 @@ class TimmTeacher(Teacher):
             naming.
         pretrained: take timm's own weights, which may download them; the only way to any download.
         dtype: 'float32', 'float16' or 'bfloat16'.
-        normalize: (mean, deviation) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
+        normalize: (mean, std) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what timm notes for the name.
         allow_random: accept a network without weights, or with some that look random (tests and baselines).
         entry: which entry of a file that holds several sets of weights, e.g. 'state_dict_ema'; None takes the usual one
@@ -192,10 +192,10 @@ class TimmTeacher(Teacher):
         network = build_network(name, pretrained=pretrained, **kwargs)
         cfg: Any = network.pretrained_cfg
         if normalize is None:
-            mean, deviation = cfg["mean"], cfg["std"]
+            mean, std = cfg["mean"], cfg["std"]
         else:
-            mean, deviation = check_normalize(normalize, "model.teacher.normalize")
-        super().__init__(dtype, mean, deviation)
+            mean, std = check_normalize(normalize, "model.teacher.normalize")
+        super().__init__(dtype, mean, std)
         if checkpoint is not None:
             file, entry = chosen_entry(checkpoint, entry, ema)
             load_network(network, file, entry)
@@ -227,11 +227,11 @@ class TimmTeacher(Teacher):
     def _patch_attention(self, images: Tensor, block: int) -> Tensor:
         return self.family.attention(images, block)
 
-    def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
-        tokens, cls = self.family.tokens(images, kept, needs.blocks)
+    def _forward(self, images: Tensor, ids_keep: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+        tokens, cls = self.family.tokens(images, ids_keep, needs.blocks)
         assert self.grid is not None
         return TeacherOutput(
-            tokens={block: self.on_grid(value, kept) for block, value in tokens.items()},
+            tokens={block: self.on_grid(value, ids_keep) for block, value in tokens.items()},
             grid=self.grid,
             cls=None if cls is None else cls.float(),
         )

@@ -6,7 +6,7 @@ SigLIP2 and AIMv2. A naming is recognised by one entry that it alone has, its an
 before the anchor's name is the network's place in a larger model, whose other parts are left aside and counted in the log.
 
 Facts from the projects' public code: DINOv2 with registers stores a position for the class token, which timm adds to the token;
-BEiT's and DINOv3's keys have no bias (DINOv3's files have a masked place for it); CLIP keeps class token and positions
+BEiT's and DINOv3's keys have no bias (DINOv3's files have a masked position for it); CLIP keeps class token and positions
 without a batch axis; SigLIP2's NaFlex files project patches by a linear layer over (row, column, channel).
 """
 

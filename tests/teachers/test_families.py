@@ -57,7 +57,7 @@ def _teacher(name: str, **kwargs: Any) -> TimmTeacher:
 
 def _expected(teacher: TimmTeacher, images: Tensor, index: int) -> Tensor:
     with torch.no_grad():
-        inputs = (images - teacher.mean) / teacher.deviation
+        inputs = (images - teacher.mean) / teacher.std
         found: Tensor = teacher.reference.forward_intermediates(inputs, norm=False, intermediates_only=True)[index]
     return found
 
@@ -85,10 +85,10 @@ def test_a_permutation_of_the_kept_patches_permutes_their_tokens(name: str) -> N
     @given(st.permutations(range(7)), st.integers(0, 2**16))
     def holds(order: list[int], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        kept = torch.stack([torch.randperm(16, generator=generator)[:7] for _ in range(2)])  # of each image others
+        ids_keep = torch.stack([torch.randperm(16, generator=generator)[:7] for _ in range(2)])  # of each image others
         with torch.no_grad():
-            first, cls = teacher.family.tokens(inputs, kept, (1,))
-            second, same = teacher.family.tokens(inputs, kept[:, order], (1,))
+            first, cls = teacher.family.tokens(inputs, ids_keep, (1,))
+            second, same = teacher.family.tokens(inputs, ids_keep[:, order], (1,))
         torch.testing.assert_close(second[1], first[1][:, order], rtol=1e-4, atol=1e-4)
         if cls is not None:
             torch.testing.assert_close(cls, same, rtol=1e-4, atol=1e-4)
@@ -178,7 +178,7 @@ def test_levels_are_timms_features(
     reference.load_state_dict(teacher.network.state_dict())
     images = torch.rand(1, 3, grid[0] * stride, grid[1] * stride)
     with torch.no_grad():
-        inputs = (images - teacher.mean) / teacher.deviation
+        inputs = (images - teacher.mean) / teacher.std
         expected = reference.forward_intermediates(inputs, intermediates_only=True)[index]
     torch.testing.assert_close(teacher(images).tokens[depth - 1], expected, rtol=1e-5, atol=1e-5)
 
@@ -199,7 +199,7 @@ def test_what_levels_cannot_do_is_refused_with_its_reason() -> None:
     with pytest.raises(ValueError, match=r"sees whole images alone: .*HGKD target='full'.*vit_small_patch16_dinov3") as caught:
         teacher.check(TeacherNeeds(blocks=(0,), visible_only=True))
     assert code_of(caught.value) == "teacher-sees-whole-images"
-    with pytest.raises(ValueError, match="has no decoder, so it cannot infer hidden places"):
+    with pytest.raises(ValueError, match="has no decoder, so it cannot infer hidden positions"):
         teacher.check(TeacherNeeds(decoder_block=0))
     with pytest.raises(ValueError, match=r"gives no attention to guide masks; use RandomMask"):
         teacher.check_attention()

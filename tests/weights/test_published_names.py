@@ -51,7 +51,7 @@ def same_tokens(file: Path, reference: Any, name: str, **kwargs: Any) -> TimmTea
     images = torch.rand(2, 3, 64, 64)
     out = teacher(images, None, TeacherNeeds(blocks=(0, 1)))
     with torch.no_grad():
-        inputs = (images - teacher.mean) / teacher.deviation
+        inputs = (images - teacher.mean) / teacher.std
         expected = reference.forward_intermediates(inputs, indices=[0, 1], norm=False, intermediates_only=True)
     for block in (0, 1):
         torch.testing.assert_close(out.tokens[block], expected[block], rtol=1e-5, atol=1e-5)
@@ -374,7 +374,7 @@ def test_convnexts_teach_and_start_a_student(weights: Weights, naming: str, tmp_
     assert teacher.prepare((4, 4), 16) == (4, 4)
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        expected = reference.forward_intermediates((images - teacher.mean) / teacher.deviation, intermediates_only=True)
+        expected = reference.forward_intermediates((images - teacher.mean) / teacher.std, intermediates_only=True)
     torch.testing.assert_close(teacher(images).tokens[0], expected[2], rtol=1e-5, atol=1e-5)
     student = build_encoder("convnext_tiny", checkpoint=tmp_path / "a.pth", **CONVNEXT).eval()
     with torch.no_grad():
