@@ -47,6 +47,25 @@ class TeacherInfo:
     decoder_depth: int = 0
 
 
+@dataclass(frozen=True)
+class Capabilities:
+    """What a teacher can be asked for. A reason is '' where it can, else it says in words why it cannot.
+
+    Attributes:
+        class_token: it gives one (:attr:`TeacherOutput.cls`).
+        registers: tokens besides that are no patches.
+        no_dropping: why it cannot see the visible patches alone, as DMAE and the target 'inferred' ask.
+        no_attention: why its attention cannot guide masks.
+        no_decoder: why it cannot infer hidden positions, as the target 'inferred' and G2SD ask.
+    """
+
+    class_token: bool
+    registers: int
+    no_dropping: str = ""
+    no_attention: str = ""
+    no_decoder: str = ""
+
+
 @dataclass
 class TeacherOutput:
     """Result of ``teacher(images, visible, needs)``.

@@ -27,20 +27,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_file
-from timm.models import VisionTransformer
-from timm.models.beit import Beit
-from torch import Tensor
+from torch import Tensor, nn
 
 from hgkd.cli.common import command, command_parser
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.diagnosis.environment import check_environment, exit_code
 from hgkd.errors import DataError, WeightsError
 from hgkd.networks.mae import MaskedAutoencoder, arch_of, read_mae
-from hgkd.networks.vit import check_attention_is_read
 from hgkd.pixels import check_channels
 from hgkd.teachers import MAETeacher, Teacher, TimmTeacher
-from hgkd.teachers.health import FeatureHealth, WeightHealth, feature_health, weight_health
-from hgkd.teachers.vit import build_vit, load_vit, vit_of
+from hgkd.teachers.described import vit_of
+from hgkd.teachers.families import Family, Levels, family_for
+from hgkd.teachers.health import FeatureHealth, WeightHealth, can_be_judged, feature_health, weight_health
+from hgkd.teachers.vit import build_network, family_of, load_network, load_vit
 from hgkd.weights.export_folder import READABLE
 from hgkd.weights.files import read_weights
 from hgkd.weights.identify import Kind, WeightFile, identify
@@ -99,6 +98,8 @@ def examine_teacher(
         FileNotFoundError, WeightsError, DataError, ValueError: something about the file or the images is wrong.
     """
     identified = identify(file, entry)
+    if name is not None and _is_levels(name):
+        return _examine_levels(identified, name, images, limit, image_size, entry)
     kind, weights = _read(identified, entry)
     patches = weights["patch_embed.proj.weight"]
     decoder = None
@@ -106,6 +107,7 @@ def examine_teacher(
         decoder = (count_blocks(weights, "decoder_blocks."), weights["decoder_embed.weight"].shape[0])
     network, obstacle = _network(file, name, weights)
     prefix = sum(weights[key].shape[1] for key in ("cls_token", "reg_token") if key in weights)
+    family = network if obstacle or isinstance(network, MaskedAutoencoder) else family_of(network, name or file)
     return Finding(
         kind=kind,
         width=patches.shape[0],
@@ -115,8 +117,40 @@ def examine_teacher(
         decoder=decoder,
         prefix_tokens=prefix,
         health=None if obstacle else weight_health(weights),
-        targets=_targets(network, obstacle, decoder is not None),
+        targets=_targets(family, obstacle, decoder is not None),
         features=None if images is None else _features(_build(identified, name, weights, entry), images, limit, image_size),
+    )
+
+
+def _is_levels(name: str) -> bool:
+    """Whether timm's network of that name is one whose levels can teach, no ViT of equal blocks."""
+    with torch.device("meta"):
+        return family_for(build_network(name)) is Levels
+
+
+def _examine_levels(file: WeightFile, name: str, images: str | None, limit: int, image_size: int, entry: str | None) -> Finding:
+    network = build_network(name)
+    obstacle, health = None, None
+    try:
+        load_network(network, file, entry)
+    except WeightsError as error:
+        obstacle = str(error)
+    else:
+        weights = network.state_dict()
+        health = weight_health(weights) if can_be_judged(weights) else None
+    family = Levels(network)
+    teacher = None if images is None else TimmTeacher(name, checkpoint=file, allow_random=True, entry=entry)
+    return Finding(
+        kind=f"{file.naming or 'timm'}, {name} with the levels {'; '.join(family.levels)}",
+        width=family.width,
+        depth=family.depth,
+        patch_size=family.patch_size,
+        grid=None,
+        decoder=None,
+        prefix_tokens=0,
+        health=health,
+        targets=_targets(family, obstacle, False),
+        features=None if teacher is None else _features(teacher, images or "", limit, image_size),
     )
 
 
@@ -141,7 +175,7 @@ def _network(file: str, name: str | None, weights: Mapping[str, Tensor]) -> tupl
                 network = MaskedAutoencoder(arch)
                 match(network, weights, source=file)
             else:
-                network = build_vit(name) if name is not None else vit_of(weights, file)
+                network = build_network(name) if name is not None else vit_of(weights, file)
                 load_vit(network, weights, file, dry=True)
         except WeightsError as error:
             unnamed = "" if name is not None else "; if timm has this network, give its name with --name"
@@ -160,18 +194,15 @@ def _grid(weights: Mapping[str, Tensor], prefix: int) -> tuple[int, int] | None:
     return None
 
 
-def _targets(network: VisionTransformer | Beit, obstacle: str | None, decoder: bool) -> dict[str, str]:
+def _targets(network: nn.Module, obstacle: str | None, decoder: bool) -> dict[str, str]:
     if obstacle is not None:
         return dict.fromkeys(TARGETS, f"no: {obstacle}")
-    beit = isinstance(network, Beit)
     inferred = "yes" if decoder else "no: the file has no decoder; it needs the full MAE checkpoint"
-    attention = "yes"
-    try:
-        check_attention_is_read(network.blocks[-1])
-    except ValueError as error:
-        attention = f"no: {error}"
-    whole = "no: BEiT's position biases are for its whole grid" if beit else "yes"
-    return dict(zip(TARGETS, ("yes", "yes", inferred, inferred, whole, attention), strict=True))
+    dropping, attention = "yes", "yes"
+    if isinstance(network, Family):
+        dropping = f"no: {network.no_dropping}" if network.no_dropping else "yes"
+        attention = f"no: {network.no_attention}" if network.no_attention else "yes"
+    return dict(zip(TARGETS, ("yes", "yes", inferred, inferred, dropping, attention), strict=True))
 
 
 def _build(file: WeightFile, name: str | None, weights: Mapping[str, Tensor], entry: str | None) -> Teacher:
@@ -205,6 +236,7 @@ _EVALUATE = "hgkd evaluate ... --backbone {file}"
 _OTHERS = "hgkd evaluate ... --backbone NAME --checkpoint {file} (NAME: timm's name of the network)"
 _TEACHER = "hgkd doctor teacher {file} (what it can teach)"
 _MAE_TEACHER = "model.teacher.type=MAETeacher model.teacher.checkpoint={file} of a distillation"
+_DISTIL = "model.teacher.name=NAME model.teacher.checkpoint={file} of a distillation"
 _CNN = (
     _OTHERS,
     "hgkd export {file} --encoder NAME --to TARGET --out FOLDER",
@@ -221,8 +253,13 @@ USES: dict[Kind, tuple[str, ...]] = {
     Kind.MAE: (_EVALUATE, _START, _TEACHER, _MAE_TEACHER),
     Kind.MAE_ENCODER: (_EVALUATE, _START, _TEACHER),
     Kind.SPARK: _CNN,
-    Kind.CNN: _CNN,
-    Kind.VIT: (_OTHERS, _TEACHER, _START),
+    Kind.CNN: (*_CNN, _DISTIL),
+    Kind.VIT: (_OTHERS, _TEACHER, _DISTIL, _START),
+    Kind.NETWORK: (
+        _OTHERS,
+        "hgkd doctor teacher {file} --name NAME (what it can teach)",
+        _DISTIL,
+    ),
     Kind.UNKNOWN: (),
 }
 
@@ -266,7 +303,7 @@ def extract_entry(file: str, entry: str, out: str) -> int:
 
 def table_of(file: str, found: Finding) -> Table:
     table = Table(title=escape(file), show_header=False)
-    grid = "relative positions" if found.grid is None else f"{found.grid[0]} x {found.grid[1]}"
+    grid = "no absolute positions" if found.grid is None else f"{found.grid[0]} x {found.grid[1]}"
     decoder = "no" if found.decoder is None else f"{found.decoder[0]} blocks x {found.decoder[1]}"
     rows = {
         "kind": found.kind,

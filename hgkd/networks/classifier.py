@@ -42,7 +42,7 @@ from hgkd.pixels import (
 from hgkd.weights.identify import Kind, WeightFile, identify
 from hgkd.weights.loading import load_strict
 from hgkd.weights.run_file import ClassifierSpec, EncoderSpec, network_state
-from hgkd.weights.vit_names import to_timm_names
+from hgkd.weights.vit_names import in_dialect, to_timm_names
 
 _PREFIX = "classifier."
 _Pixels = tuple[Sequence[float], Sequence[float]]
@@ -271,6 +271,7 @@ class ImageClassifier(PixelNormalisation):
                 raise WeightsError(
                     f"{path} has {heads} attention heads, the network to be trained {own_heads}; set student to it"
                 )
+            weights = in_dialect(self.network, weights, str(path))
             self._load(self.fit_positions(weights, str(path)), str(path))
             return pixels
         described = path.is_dir() or "hgkd" in file.meta

@@ -91,7 +91,7 @@ def build_encoder(
     encoder_levels(model)  # refuses what is no CNN
     if checkpoint is not None:
         # a norm after pooling, which no level of a student sees; DINOv3's and EUPE's ConvNeXt files hold it twice
-        import_weights(model, checkpoint, allow=("head.norm.", "norms."))
+        import_weights(model, checkpoint, allow=("head.norm.", "norms.", "projectors."))
     return model
 
 

@@ -8,11 +8,19 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from hgkd.errors import unknown_name_message
+
+_ROTARY = (EvaAttention.forward, AttentionRope.forward)
+_POST_NORM = (ResPostBlock.forward, EvaBlockPostNorm.forward)  # they normalise what their attention gives, not what it gets
+_READ = {
+    *((block.forward, Attention.forward) for block in (Block, ResPostBlock)),
+    *((block.forward, attention) for block in (EvaBlock, EvaBlockPostNorm) for attention in _ROTARY),
+}
 
 
 def check_timm_name(what: str, name: str) -> None:
@@ -59,8 +67,7 @@ def check_attention_is_read(block: nn.Module) -> None:
         ValueError: another kind of block, or of attention in it; it is named.
     """
     attn = getattr(block, "attn", None)
-    known_block = type(block).forward in (Block.forward, ResPostBlock.forward)
-    if not known_block or type(attn).forward is not Attention.forward:  # type: ignore[union-attr]
+    if (type(block).forward, getattr(type(attn), "forward", None)) not in _READ:
         kind = " with ".join(f"{type(part).__module__}.{type(part).__name__}" for part in (block, attn) if part is not None)
         raise ValueError(
             f"the attention of blocks of the kind {kind} is not read, so it can neither guide a mask nor be shown; "
@@ -74,7 +81,9 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in network.named_modules() if id(module) in heads)
 
 
-def patch_attention(block: nn.Module, tokens: Tensor, prefix: int, has_class_token: bool) -> Tensor:
+def patch_attention(
+    block: nn.Module, tokens: Tensor, prefix: int, has_class_token: bool, rotary: Tensor | None = None
+) -> Tensor:
     """How much the class token attends to each patch in a ViT's block, mean over heads; without one, how much all tokens do.
 
     Args:
@@ -82,6 +91,8 @@ def patch_attention(block: nn.Module, tokens: Tensor, prefix: int, has_class_tok
         tokens: that enter it, (B, prefix + N, D).
         prefix: how many of them are no patches.
         has_class_token: the first of them is the class token.
+        rotary: sine and cosine of every patch's place, (N, 2 * channels of a head), or of every head;
+            None: no rotary positions.
 
     Returns:
         (B, N), fp32.
@@ -92,13 +103,38 @@ def patch_attention(block: nn.Module, tokens: Tensor, prefix: int, has_class_tok
     check_attention_is_read(block)
     layer: Any = block
     attn: Any = layer.attn
-    # a post-norm block normalises what its attention gives, not what it gets
-    inputs = tokens if type(block).forward is ResPostBlock.forward else layer.norm1(tokens)
-    qkv = attn.qkv(inputs).unflatten(2, (3, attn.num_heads, -1))
-    query, key, _ = qkv.permute(2, 0, 3, 1, 4)
-    query = attn.q_norm(query[:, :, :1] if has_class_token else query)
-    weights: Tensor = (query @ attn.k_norm(key).transpose(-2, -1) * attn.scale).float().softmax(-1)
+    inputs = tokens if type(block).forward in _POST_NORM else layer.norm1(tokens)
+    if type(attn).forward in _ROTARY:
+        query, key = _rotary_query_key(attn, inputs, rotary)
+        query = query[:, :, :1] if has_class_token else query
+    else:
+        qkv = attn.qkv(inputs).unflatten(2, (3, attn.num_heads, -1))
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4)
+        query = attn.q_norm(query[:, :, :1] if has_class_token else query)
+        key = attn.k_norm(key)
+    weights: Tensor = (query @ key.transpose(-2, -1) * attn.scale).float().softmax(-1)
     return weights[..., prefix:].mean((1, 2))
+
+
+def _rotary_query_key(attn: Any, inputs: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Query and key (B, heads, prefix + N, c) of timm's attentions with rotary positions, as their products see them."""
+    if attn.qkv is not None:
+        fused = attn.qkv(inputs)
+        if getattr(attn, "q_bias", None) is not None:
+            fused = fused + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        query, key, _ = fused.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    else:
+        query, key = (layer(inputs).unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for layer in (attn.q_proj, attn.k_proj))
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    if rotary is not None:
+        prefix, half = attn.num_prefix_tokens, attn.rotate_half
+        query, key = (
+            torch.cat([part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rotary, half=half)], 2).type_as(part)
+            for part in (query, key)
+        )
+    if query.shape[1] != key.shape[1]:  # several heads of queries share one of keys
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return query, key
 
 
 @contextmanager

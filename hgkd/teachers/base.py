@@ -14,8 +14,8 @@ from hgkd.errors import WeightsError, coded
 from hgkd.masking import expand, ids_keep_of
 from hgkd.networks.vit import check_attention_is_read, patch_attention
 from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
-from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
-from hgkd.teachers.health import check_outputs, weight_health
+from hgkd.structures import Capabilities, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.teachers.health import can_be_judged, check_outputs, weight_health
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -77,6 +77,11 @@ class Teacher(PixelNormalisation):
         """
         raise NotImplementedError
 
+    def _patch_attention(self, images: Tensor, block: int) -> Tensor:
+        """How much the class token of normalised whole images attends to each patch in a block, (B, N), fp32."""
+        tokens, layer, prefix = self._before_block(images, block)
+        return patch_attention(layer, tokens, prefix, self.has_class_token)
+
     # --- protocol ---------------------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
@@ -94,7 +99,8 @@ class Teacher(PixelNormalisation):
         """Refuse what this teacher cannot give.
 
         Raises:
-            ValueError: a block out of range, or a decoder that is not there.
+            ValueError: a block out of range, a decoder that is not there, or visible patches alone where whole images are
+                needed.
         """
         for block in needs.blocks:
             if not 0 <= block < self.info.depth:
@@ -102,6 +108,8 @@ class Teacher(PixelNormalisation):
                     f"teacher block {block} does not exist: this teacher has {self.info.depth} blocks, "
                     f"indices 0 to {self.info.depth - 1}"
                 )
+        if needs.visible_only and self.capabilities.no_dropping:
+            raise coded("teacher-sees-whole-images", ValueError(self.capabilities.no_dropping))
         if needs.decoder_block is None:
             return
         self.require_decoder()
@@ -112,18 +120,36 @@ class Teacher(PixelNormalisation):
             )
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What this teacher can be asked for, and why not the rest."""
+        attention = "" if self._has_attention() else f"{type(self).__name__} gives no attention; use a ViT teacher"
+        blocks = getattr(self.network, "blocks", None)
+        if not attention and blocks is not None and type(self)._before_block is not Teacher._before_block:
+            try:
+                check_attention_is_read(blocks[-1])
+            except ValueError as error:
+                attention = str(error)
+        return Capabilities(
+            class_token=self.has_class_token,
+            registers=0,
+            no_attention=attention,
+            no_decoder="" if self.info.decoder_depth else self._no_decoder(),
+        )
+
+    def _has_attention(self) -> bool:
+        """Whether a subclass gives attention in one of the ways that there are."""
+        ways = ("_before_block", "_patch_attention", "attention")
+        return any(getattr(type(self), way) is not getattr(Teacher, way) for way in ways)
+
+    @property
     def gives_attention(self) -> bool:
         """Whether :meth:`attention` is there."""
-        own = type(self)
-        return own._before_block is not Teacher._before_block or own.attention is not Teacher.attention
+        return self._has_attention()
 
-    def check_attention(self, block: int = -1) -> None:
-        """Raise ValueError when :meth:`attention` of a block cannot be had."""
-        if not self.gives_attention:
-            raise ValueError(f"{type(self).__name__} gives no attention; use a ViT teacher")
-        if type(self).attention is not Teacher.attention:  # a subclass's own
-            return
-        check_attention_is_read(self.network.blocks[block])
+    def check_attention(self) -> None:
+        """Raise ValueError when :meth:`attention` cannot be had; the message says why."""
+        if type(self).attention is Teacher.attention and self.capabilities.no_attention:  # else a subclass's own
+            raise coded("teacher-without-attention", ValueError(self.capabilities.no_attention))
 
     def require_decoder(self) -> None:
         """Raise ValueError, naming the file and the one to use instead, when there is no decoder."""
@@ -133,10 +159,10 @@ class Teacher(PixelNormalisation):
     def require_trained(self) -> None:
         """Raise WeightsError when the weights look random and nobody said that this is wanted.
 
-        Only those of a ViT under timm's names can be judged; others pass.
+        Only those of networks with attention blocks or ConvNeXt's under timm's names can be judged; others pass.
         """
         weights = {} if self.allow_random else self.network.state_dict()
-        health = weight_health(weights) if any(name.startswith("blocks.") for name in weights) else None
+        health = weight_health(weights) if can_be_judged(weights) else None
         if health is not None and health.looks_random:
             raise coded(
                 "teacher-looks-random",
@@ -231,10 +257,9 @@ class Teacher(PixelNormalisation):
             block: whose attention; negative counts from the end.
         """
         assert self.grid is not None
-        self.check_attention(block)
+        self.check_attention()
         with torch.autocast(images.device.type, enabled=False):
-            tokens, layer, prefix = self._before_block(self._inputs(images), block % self.info.depth)
-            patches = patch_attention(layer, tokens, prefix, self.has_class_token)
+            patches = self._patch_attention(self._inputs(images), block % self.info.depth)
         return F.avg_pool2d(patches.view(len(images), 1, *self.grid), self.ratio)[:, 0]
 
     def patch_mask(self, visible: Tensor) -> Tensor:

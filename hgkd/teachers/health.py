@@ -31,6 +31,7 @@ from hgkd.structures import TeacherNeeds
 RANDOM_BELOW = 1.02
 _MATRICES = 12
 _STEPS = 30
+_MATRIX = re.compile(r"(^|\.)blocks\.\d+\.(.*\.)?(qkv|[qk]_proj|fc1(_[gx])?|fc2|attn\.proj)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,22 @@ class WeightHealth:
         return f"{verdict}: spectral score {self.spectrum:.2f} (random networks: below 1.00, alarm below {RANDOM_BELOW})"
 
 
+def _is_matrix(value: Tensor) -> bool:
+    return value.ndim == 2 or (value.ndim == 4 and value.shape[2:] == (1, 1))
+
+
+def can_be_judged(weights: Mapping[str, Tensor]) -> bool:
+    """Whether :func:`weight_health` finds blocks among these weights."""
+    return any(name.startswith("blocks.") or _MATRIX.search(name) for name in weights)
+
+
 def weight_health(weights: Mapping[str, Tensor]) -> WeightHealth:
     """The spectral score of a ViT's weights under timm's names.
 
     Raises:
         ValueError: there are no blocks in it.
     """
-    names = [
-        name
-        for name, value in weights.items()
-        if name.startswith("blocks.") and name.endswith((".qkv.weight", ".fc1.weight", ".fc2.weight", ".attn.proj.weight"))
-    ]
+    names = [name for name, value in weights.items() if _MATRIX.search(name) and _is_matrix(value)]
     if not names:  # blocks that fuse these products with others (timm's parallel ones)
         names = [name for name, value in weights.items() if name.startswith("blocks.") and value.ndim == 2]
     if not names:
@@ -76,7 +82,7 @@ def weight_health(weights: Mapping[str, Tensor]) -> WeightHealth:
 
 def _largest_over_edge(matrix: Tensor) -> float:
     """Largest singular value, by power iteration, divided by that of random entries of the same std."""
-    values = matrix.detach().float().cpu()
+    values = matrix.detach().float().cpu().flatten(1)
     values = values - values.mean()
     std = float(values.std())
     if std == 0.0 or not math.isfinite(std):
@@ -132,7 +138,7 @@ def _random_twin(teacher: Any) -> Any:
     """A copy whose blocks are initialised anew, always the same way."""
     twin = copy.deepcopy(teacher)
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in twin.network.blocks.named_parameters():
+    for name, parameter in getattr(twin.network, "blocks", twin.network).named_parameters():
         if parameter.ndim > 1:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
         else:  # biases 0; norms and layer scales 1

@@ -14,6 +14,7 @@ from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_norma
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
+from hgkd.weights.identify import chosen_entry
 from hgkd.weights.loading import load_strict
 
 
@@ -46,7 +47,7 @@ class MAETeacher(Teacher):
         normalize: (mean, std) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what the file tells, else ImageNet's, as in the official files.
         allow_random: distil from weights that look random (tests and baselines).
-        entry: which entry of a file that holds several sets of weights; see :class:`TimmTeacher`.
+        entry, ema: which set of weights of a file that holds several; see :class:`TimmTeacher`.
 
     Attributes:
         kind: one line about the file.
@@ -64,9 +65,11 @@ class MAETeacher(Teacher):
         normalize: Sequence[Sequence[float]] | None = None,
         allow_random: bool = False,
         entry: str | None = None,
+        ema: bool = False,
     ) -> None:
         if checkpoint is None:
             raise ValueError("MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file")
+        checkpoint, entry = chosen_entry(checkpoint, entry, ema)
         arch, weights, pixels = read_mae(checkpoint, num_heads, decoder_num_heads, entry)
         check_channels(arch.in_chans, f"the number of channels of {checkpoint}")
         of_file = (pixels.get("mean", IMAGENET_MEAN), pixels.get("std", IMAGENET_STD))

@@ -6,7 +6,9 @@ have timm's names as they are. Read off the sources, no code taken:
 
 - official ConvNeXt (facebookresearch/ConvNeXt, ConvNeXt-V2; arXiv 2201.03545, 2301.00808), which SparK's ConvNeXt follows;
 - mmpretrain 1.2 (``models/backbones/convnext.py``; its SparK's ``sparse_convnext.py`` has the same without a last norm);
-- torchvision (``models/convnext.py``); transformers (``models/resnet``, ``models/convnext``, ``models/convnextv2``).
+- torchvision (``models/convnext.py``); transformers (``models/resnet``, ``models/convnext``, ``models/convnextv2``,
+  ``models/dinov3_convnext``). DINOv3's and EUPE's own ConvNeXt files (facebookresearch/dinov3, facebookresearch/eupe) have the
+  official names, with norms of features (``norms.N``) and distillation's ``projectors`` beside them.
 
 What stays different are shapes of equal content: a linear layer for a 1x1 convolution, (1, 1, 1, C) or (C, 1, 1) for (C,).
 :func:`fitted` bridges those and nothing else.
@@ -108,6 +110,19 @@ TRANSFORMERS_CONVNEXT = KeyStyle(
         (r"^head\.norm\.", "layernorm."),
     ),
 )
+TRANSFORMERS_DINOV3_CONVNEXT = KeyStyle(
+    "transformers DINOv3 ConvNeXt",
+    ConvNeXt,
+    (
+        (r"^stem\.", "stages.0.downsample_layers."),
+        (r"^(stages\.\d+)\.downsample\.", r"\1.downsample_layers."),
+        (r"^(stages\.\d+)\.blocks\.", r"\1.layers."),
+        (r"\.conv_dw\.", ".depthwise_conv."),
+        (r"(layers\.\d+)\.norm\.", r"\1.layer_norm."),
+        (r"\.mlp\.fc", ".pointwise_conv"),
+        (r"^head\.norm\.", "layer_norm."),
+    ),
+)
 TRANSFORMERS_RESNET = KeyStyle(
     "transformers ResNet",
     ResNet,
@@ -128,6 +143,7 @@ STYLES = (
     MMPRETRAIN_CONVNEXT,
     TORCHVISION_CONVNEXT,
     TRANSFORMERS_CONVNEXT,
+    TRANSFORMERS_DINOV3_CONVNEXT,
     TRANSFORMERS_RESNET,
 )
 

@@ -45,8 +45,10 @@ _HOW_TO_CHOOSE = (
     "for one of these set model.teacher.entry={entry} (a teacher), or write it to a file of its own: "
     "hgkd doctor extract {source} {entry} OUT.safetensors"
 )
+_AVERAGE = re.compile(r"(^|[._])(ema|averaged?)([._]|$)", re.IGNORECASE)
+_WRAPPER_NAMES = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # torch.compile's and DistributedDataParallel's
 _LFS_POINTER = b"version https://git-lfs"
-_PREFIXES = ("module.", "network.", "backbone.", "encoder.")
+_PREFIXES = ("network.", "backbone.", "encoder.")
 
 
 def _statistic_of_history(owner: object, name: str) -> object:
@@ -106,9 +108,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: damaged, not such a file, or holding types other than tensors and plain data.
+        WeightsError: damaged, not such a file, one part of a model in several files, or holding types other than tensors and
+            plain data.
     """
-    path = Path(path).expanduser()
+    alone = part_of_several(str(path))
+    if alone is not None and Path(path).expanduser().is_file():
+        raise coded("one-part-of-several", WeightsError(f"{path} holds a part of a model only: {alone}"))
+    return _read_file(Path(path).expanduser())
+
+
+def _read_file(path: Path) -> Any:
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; expected a weight file (.safetensors, .pth, .pt or .bin){_inside(path)}")
     if not path.is_file():
@@ -205,7 +214,8 @@ def _inside(folder: Path) -> str:
 def _read_parts(index: Path) -> dict[str, Any]:
     """A model that was saved in several files, from the index that Hugging Face's libraries write next to them."""
     try:
-        names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names = dict.fromkeys(places.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is no index of a model in several files ({type(error).__name__}: {error})") from error
     content: dict[str, Any] = {}
@@ -213,7 +223,16 @@ def _read_parts(index: Path) -> dict[str, Any]:
         part = index.parent / Path(name).name  # nothing outside the index's folder is read
         if part.suffix not in _SUFFIXES:
             raise WeightsError(f"{index} names {name!r}, which is no weight file ({', '.join(_SUFFIXES)})")
-        content.update(read_checkpoint(part))
+        content.update(_read_file(part))
+    absent = [name for name in places if name not in content]
+    if absent:
+        raise coded(
+            "parts-of-another-model",
+            WeightsError(
+                f"{index} names {len(absent)} weights that are in none of its {len(names)} files, e.g. {absent[0]}: a file is "
+                "of another model or version; download all of them again, with the index"
+            ),
+        )
     return content
 
 
@@ -266,7 +285,12 @@ def tensors_of(content: object, *, source: str, entry: str | None = None) -> dic
     others = [name for name in places if name and name != place]
     if others and place and entry is None:
         how = _HOW_TO_CHOOSE.format(source=source, entry=others[0])
-        notes.append(f"it also holds {', '.join(map(repr, others))}, not taken by default; {how}")
+        average = "; model.teacher.ema=True takes the average" if any(map(_AVERAGE.search, others)) else ""
+        notes.append(f"it also holds {', '.join(map(repr, others))}, not taken by default{average}; {how}")
+    plain = {_WRAPPER_NAMES.sub("", key): value for key, value in weights.items()}
+    if len(plain) == len(weights) and plain.keys() != weights.keys():
+        weights = plain
+        notes.append("'module.' and '_orig_mod.' removed from its names")
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in weights):
             weights = {key.removeprefix(prefix): value for key, value in weights.items()}
@@ -274,6 +298,26 @@ def tensors_of(content: object, *, source: str, entry: str | None = None) -> dic
     if notes:
         print_log(f"{source}: {'; '.join(notes)}", "current")
     return weights
+
+
+def average_entry(content: Any, source: str) -> str:
+    """The entry of a file that holds the moving average of its weights, to be given as ``entry`` of :func:`tensors_of`.
+
+    Raises:
+        WeightsError: it has none; the message names the sets of weights that it has.
+    """
+    places = _sets_of_tensors(content) if isinstance(content, Mapping) else {}
+    found = next((place for place in places if _AVERAGE.search(place)), None)
+    if found is None:
+        known = ", ".join(map(repr, filter(None, places))) or "one alone, without a name"
+        raise coded(
+            "no-average-of-weights",
+            WeightsError(
+                f"{source} holds no moving average of its weights (an entry such as 'state_dict_ema' or 'model_ema'); the sets "
+                f"of weights in it: {known}. Leave ema=True out, or name one with entry=..."
+            ),
+        )
+    return found
 
 
 def _usual_place(content: Mapping[Any, Any]) -> str:
@@ -304,7 +348,14 @@ def _sets_of_tensors(content: Mapping[Any, Any], depth: int = 4) -> dict[str, Ma
 def part_of_several(source: str) -> str | None:
     """A sentence about a file that is one part of a model in several files, by its name; None for other names."""
     part = re.search(r"-0*(\d+)-of-0*(\d+)", Path(source).name)
-    return part and f"this is part {part[1]} of {part[2]}; give the index file (*.index.json) beside it, which names all parts"
+    if part is None or int(part[2]) < 2:
+        return None
+    indices = sorted(Path(source).expanduser().absolute().parent.glob("*.index.json"))
+    index = f": {indices[0]}" if len(indices) == 1 else ""
+    return (
+        f"this is part {part[1]} of {part[2]}; give the index file (*.index.json) beside it, which names all parts{index}"
+        + ("" if indices else ". There is none in its folder: download it too, with all parts")
+    )
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ say what a file is. The kind says what can be done with a file; ``naming`` says 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -19,10 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 from hgkd.weights.cnn_names import find_cnn
 from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE, read_card, read_config, read_spec
-from hgkd.weights.files import read_checkpoint, read_metadata, tensors_of
+from hgkd.weights.files import average_entry, read_checkpoint, read_metadata, tensors_of
 from hgkd.weights.run_file import STUDENT_PREFIX, ClassifierSpec, EncoderSpec
 from hgkd.weights.run_folder import last_intact
 from hgkd.weights.vit_names import family_of, find_naming, looks_like
@@ -51,6 +52,7 @@ class Kind(str, Enum):
     SPARK = "SparK pretraining"
     CNN = "CNN of another project"
     VIT = "ViT of another project"
+    NETWORK = "network of another project"
     UNKNOWN = "unknown"
 
     def __str__(self) -> str:
@@ -190,6 +192,25 @@ def identify(path: str | os.PathLike[str], entry: str | None = None) -> WeightFi
     return _folder(found) if last is None else _file(*last, entry)
 
 
+def chosen_entry(checkpoint: str | os.PathLike[str], entry: str | None, ema: bool) -> tuple[WeightFile, str | None]:
+    """A file, and the entry of it that was asked for by name or as its moving average.
+
+    Raises:
+        ValueError: both were.
+        FileNotFoundError, WeightsError: the file is absent or damaged, or holds no average.
+    """
+    if not ema:
+        return identify(checkpoint, entry), entry
+    if entry is not None:
+        raise coded(
+            "entry-and-average",
+            ValueError(f"entry={entry!r} and ema=True both choose a set of weights of {checkpoint}; give one of them"),
+        )
+    file = identify(checkpoint)
+    entry = average_entry(file.content, str(file))
+    return file, entry
+
+
 def _folder(path: Path) -> WeightFile:
     card = read_card(path)
     if not card and not (path / CONFIG_FILE).is_file():
@@ -239,7 +260,10 @@ def _by_names(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tup
         if any(key.endswith("decoder_embed.weight") for key in weights):
             return Kind.MAE, naming.kind, "with its decoder", place
         if other is not None:
-            return Kind.UNKNOWN, naming.kind, f"it looks like {other}", place
+            return Kind.NETWORK, naming.kind, f"it looks like {other}", place
+        moco = _looks_like_moco(weights, place)
+        if moco:
+            return Kind.VIT, naming.kind, moco, place
         if _computed_positions(weights, place):
             return Kind.MAE_ENCODER, naming.kind, "positions are computed, as MAE's are", place
         return Kind.VIT, naming.kind, family_of(weights), place
@@ -247,7 +271,9 @@ def _by_names(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tup
         style, prefix, network = cnn
         spark = any(key.startswith(_SPARK) for key in weights)
         return Kind.SPARK if spark else Kind.CNN, style.name, network, prefix
-    return Kind.UNKNOWN, "", f"it looks like {other}" if other else f"its first names are {', '.join(list(weights)[:3])}", ""
+    if other is not None:
+        return Kind.NETWORK, "", f"it looks like {other}", ""
+    return Kind.UNKNOWN, "", f"its first names are {', '.join(list(weights)[:3])}", ""
 
 
 def _computed_positions(weights: Mapping[str, Tensor], place: str) -> bool:
@@ -261,3 +287,18 @@ def _computed_positions(weights: Mapping[str, Tensor], place: str) -> bool:
     quarters = found[0, 1].float().chunk(4)
     waves = all(bool((part - value).abs().max() < 1e-3) for part, value in zip(quarters, (0, 1, 0, 1), strict=False))
     return waves and bool(found[0, 0].abs().max() < 1e-3)
+
+
+def _looks_like_moco(weights: Mapping[str, Tensor], place: str) -> str:
+    """Words when a ViT with computed positions is MoCo v3's and no MAE; '' otherwise.
+
+    MoCo v3 (arXiv 2104.02057) never trains its projection of patches: the bias stays 0, and the weights fill evenly what Glorot
+    and Bengio's bound allows. MAE trains both.
+    """
+    weight, bias = (weights.get(f"{place}patch_embed.proj.{part}") for part in ("weight", "bias"))
+    if not _computed_positions(weights, place) or weight is None or bias is None or weight.ndim != 4 or bool(bias.any()):
+        return ""
+    bound = math.sqrt(6.0 / (weight[0].numel() + weight.shape[0]))
+    values = weight.float()
+    even = abs(float(values.std()) * math.sqrt(3.0) / bound - 1.0) < 0.02 and float(values.abs().max()) <= 1.001 * bound
+    return "MoCo v3 (computed positions, and a projection of patches that was never trained)" if even else ""

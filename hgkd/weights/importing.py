@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 from hgkd.weights.cnn_names import KeyStyle, fitted, styles_for
 from hgkd.weights.export_folder import read_spec
 from hgkd.weights.identify import identify
-from hgkd.weights.loading import LoadReport, NoPlainNumbersError, load_strict
+from hgkd.weights.loading import LoadReport, NoPlainNumbersError, load_strict, match
+from hgkd.weights.sizes import other_sizes
 
 _LEAST_SHARE = 0.5
 _COUNTER = "num_batches_tracked"  # files of before 2018 lack it; no output depends on it
@@ -58,6 +59,8 @@ def import_weights(
     *,
     prefix: str | None = None,
     allow: Sequence[str] = (),
+    entry: str | None = None,
+    dry: bool = False,
 ) -> ImportReport:
     """Load a weight file of any known key style into a timm network, all or nothing, and log the report.
 
@@ -67,6 +70,8 @@ def import_weights(
             :func:`hgkd.weights.identify.identify` said of it.
         prefix: what stands before the encoder's names; None finds it.
         allow: beginnings of names that may be missing (timm's names) or left over (the file's, without the prefix).
+        entry: see :func:`hgkd.weights.files.tensors_of`.
+        dry: only look whether the weights fit, as networks on the meta device need.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -75,7 +80,7 @@ def import_weights(
     file = identify(path)
     if file.path.is_dir():
         read_spec(file)  # refuses what is no such folder
-    weights, source = file.tensors(), file.source
+    weights, source = file.tensors(entry), file.source
     style, prefix = find_style(network, weights, source=source, prefix=prefix)
     own = network.state_dict()
     timm_name = {style.rename(key): key for key in own}
@@ -87,10 +92,17 @@ def import_weights(
     filled = counters if not any(key in state for key in counters) else []
     state.update({key: own[key] * 0 for key in filled})
     try:
-        loaded = load_strict(network, state, source=source, ignore_missing=allow, ignore_unexpected=allow)
+        load = match if dry else load_strict
+        loaded = load(network, state, source=source, ignore_missing=allow, ignore_unexpected=allow)
     except NoPlainNumbersError:
         raise
     except WeightsError as error:
+        sizes = other_sizes(state, own)
+        if sizes is not None:
+            raise coded(
+                "weights-of-other-sizes",
+                WeightsError(f"{source} is of another {type(network).__name__}: {sizes}; name the file's own network"),
+            ) from error
         raise WeightsError(
             f"{error} (key style {style.name}, prefix {prefix!r}); nothing was loaded. Where this is meant, allow=(...) of "
             "load_backbone, or --allow of hgkd export, takes the beginnings of the names that may be missing or left over; "

@@ -1,24 +1,27 @@
 """Weight files of ViTs in other namings, brought to timm's names by one table.
 
-Known: timm and what shares its names (official MAE, DINO, DINOv2, BEiT and BEiTv2), OpenAI's CLIP (and open_clip), and Hugging
-Face's ViT, DINO, MAE, DINOv2, BEiT and CLIP. A naming is recognised by one entry that it alone has, its anchor; what stands
+Known: timm and what shares its names (official MAE, DINO, DINOv2, BEiT and BEiTv2), the official DINOv3 and EUPE, OpenAI's CLIP
+(and open_clip, the Perception Encoder), Apple's AIMv2, and Hugging Face's ViT, DINO, MAE, DINOv2, DINOv3, BEiT, CLIP, SigLIP,
+SigLIP2 and AIMv2. A naming is recognised by one entry that it alone has, its anchor; what stands
 before the anchor's name is the network's place in a larger model, whose other parts are left aside and counted in the log.
 
 Facts from the projects' public code: DINOv2 with registers stores a position for the class token, which timm adds to the token;
-BEiT's keys have no bias; CLIP keeps class token and positions without a batch axis.
+BEiT's and DINOv3's keys have no bias (DINOv3's files have a masked position for it); CLIP keeps class token and positions
+without a batch axis; SigLIP2's NaFlex files project patches by a linear layer over (row, column, channel).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 
-from hgkd.errors import WeightsError
+from hgkd.errors import WeightsError, coded
 
 # heads, training remainders and what is computed anyway: no feature comes from there
 _UNUSED = (
@@ -26,6 +29,12 @@ _UNUSED = (
     r".*relative_position_index",
     r"embeddings\.position_ids|embeddings\.mask_token",
 )
+_PERIODS = "rope_embed.periods"  # of DINOv3; other families note none
+_LAYER_SCALES = (
+    (r"^blocks\.(\d+)\.ls([12])\.gamma$", r"blocks.\1.gamma_\2"),
+    (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),
+)
+_HF_LAYER = r"(?:model\.|encoder\.)?layer\.(\d+)\."  # DINOv3's, of several versions of transformers
 _HF_BLOCK = r"encoder\.layer\.(\d+)\."
 _HF_ATTENTION = (
     (_HF_BLOCK + r"attention\.attention\.(q)uery\.", r"blocks.\1.attn.\2."),
@@ -44,10 +53,8 @@ _HF_ATTENTION = (
     (_HF_BLOCK + r"mlp\.weights_out\.", r"blocks.\1.mlp.fc2."),
 )
 
-# an entry that a family alone has -> what it is; looked at in this order
+# an entry that a family alone has -> what it is; looked at in this order. They are read by timm's name of the network
 _FAMILIES = (
-    (r"rope_embed\.periods|storage_tokens|(^|\.)layer\.\d+\.attention\.o_proj\.", "DINOv3 (rotary positions)"),
-    (r"(^|\.)blocks\.\d+\.attn\.rope|(^|\.)rope\.freqs", "EVA or another ViT with rotary positions"),
     (r"rel_pos_[hw]$", "the ViT of SAM, ViTDet or MViT (relative positions in windows)"),
     (r"patch_embed\.backbone\.", "a hybrid ViT (its patches come out of a CNN)"),
     (r"(^|\.)pixel_pos$", "TNT (a transformer in a transformer)"),
@@ -65,12 +72,23 @@ _FAMILIES = (
 )
 # likewise for what is read
 _READ_FAMILIES = (
-    (r"relative_position_bias_table$|blocks\.\d+\.gamma_1$|lambda_1$", "BEiT"),
+    (r"rope_embed\.periods|storage_tokens|(^|\.)layer\.\d+\.attention\.o_proj\.", "DINOv3 or EUPE (rotary positions)"),
+    (r"preprocessor\.patchifier\.|embeddings\.rms_norm\.|blocks\.\d+\.mlp\.fc1_g\.", "AIMv2, or another ViT with gated layers"),
+    (r"relative_position_bias_table$|lambda_1$", "BEiT"),
     (r"blocks\.\d+\.(\d+\.)?ls1\.gamma$|layer_scale1\.lambda1$", "DINOv2, or another ViT with layer scale"),
-    (r"in_proj_weight$|pre_layrnorm\.|norm_pre\.", "CLIP"),
+    (
+        r"blocks\.\d+\.attn\.q_bias$|blocks\.\d+\.gamma_1$|(^|\.)rope\.freqs$",
+        "EVA, DINOv3, or another ViT with layer scale",
+    ),
+    (r"resblocks\.\d+\.ls_1\.gamma$", "the Perception Encoder (rotary positions), or CLIP with layer scale"),
+    (r"in_proj_weight$|pre_layrnorm\.|norm_pre\.", "CLIP, or the Perception Encoder"),
+    (r"vision_model\.head\.probe$|(^|\.)attn_pool\.latent$", "SigLIP"),
     (r"dino_head\.|^head\.(mlp|last_layer)\.", "DINO"),
 )
-KNOWN_FILES = "known are plain ViTs with absolute positions (DINO, DINOv2, MAE, CLIP, SigLIP, DeiT, AugReg) and BEiT"
+_VIDEO = "a video or volume ViT (patches of three dimensions)"
+_NO_VIDEO = "no teacher of pictures can be made of it"
+KNOWN_FILES = "known are ViTs (DINO, DINOv2, DINOv3, EUPE, EVA, MAE, CLIP, SigLIP, AIMv2, DeiT, AugReg), BEiT and BEiTv2"
+BY_NAME = "a file of that kind is read by timm's name of its network: model.teacher.name (doctor: --name)"
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,8 @@ class Naming:
         renames: (pattern at the beginning of a name, replacement); the first that fits counts.
         beside: beginnings of entries outside the network's own place that belong to it as well.
         positions_of_class: the positions include the class token's although the network has registers.
+        unused: further entries (patterns of whole names) that no feature comes from.
+        keys_without_bias: a third of ``qkv.bias`` is a place without effect.
     """
 
     kind: str
@@ -90,9 +110,53 @@ class Naming:
     renames: tuple[tuple[str, str], ...]
     beside: tuple[str, ...] = ()
     positions_of_class: bool = False
+    unused: tuple[str, ...] = ()
+    keys_without_bias: bool = False
 
 
 NAMINGS = (
+    Naming(
+        "official DINOv3",  # and EUPE's
+        "storage_tokens",
+        (
+            (r"storage_tokens", "reg_token"),
+            (r"blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # training checkpoints group their blocks
+            (r"blocks\.(\d+)\.mlp\.w1\.", r"blocks.\1.mlp.fc1_g."),
+            (r"blocks\.(\d+)\.mlp\.w2\.", r"blocks.\1.mlp.fc1_x."),
+            (r"blocks\.(\d+)\.mlp\.w3\.", r"blocks.\1.mlp.fc2."),
+        ),
+        unused=(r"mask_token", r"blocks\.[\d.]+\.attn\.qkv\.bias_mask", r"(local_)?cls_norm\..*", r"projectors\..*"),
+        keys_without_bias=True,
+    ),
+    Naming(
+        "Apple AIMv2",
+        "preprocessor.patchifier.proj.weight",
+        (
+            (r"preprocessor\.patchifier\.", "patch_embed."),
+            (r"preprocessor\.pos_embed", "pos_embed"),
+            (r"trunk\.blocks\.(\d+)\.norm_([12])\.", r"blocks.\1.norm\2."),
+            (r"trunk\.blocks\.(\d+)\.mlp\.fc1\.", r"blocks.\1.mlp.fc1_g."),
+            (r"trunk\.blocks\.(\d+)\.mlp\.fc3\.", r"blocks.\1.mlp.fc1_x."),
+            (r"trunk\.post_trunk_norm\.", "norm."),
+            (r"trunk\.", ""),
+        ),
+    ),
+    Naming(
+        "Hugging Face AIMv2",
+        "embeddings.patch_embed.weight",
+        (
+            (r"embeddings\.patch_embed\.", "patch_embed.proj."),
+            (r"embeddings\.rms_norm\.", "patch_embed.norm."),
+            (r"embeddings\.position_embedding\.weight", "pos_embed"),
+            (r"encoder\.layers\.(\d+)\.attention\.(q|k|v)_proj\.", r"blocks.\1.attn.\2."),
+            (r"encoder\.layers\.(\d+)\.attention\.out_proj\.", r"blocks.\1.attn.proj."),
+            (r"encoder\.layers\.(\d+)\.rms_norm([12])\.", r"blocks.\1.norm\2."),
+            (r"encoder\.layers\.(\d+)\.ffn\.gate_proj\.", r"blocks.\1.mlp.fc1_g."),
+            (r"encoder\.layers\.(\d+)\.ffn\.up_proj\.", r"blocks.\1.mlp.fc1_x."),
+            (r"encoder\.layers\.(\d+)\.ffn\.down_proj\.", r"blocks.\1.mlp.fc2."),
+            (r"rms_norm\.", "norm."),
+        ),
+    ),
     Naming(
         "Hugging Face ViT",
         "embeddings.patch_embeddings.projection.weight",
@@ -113,7 +177,24 @@ NAMINGS = (
         positions_of_class=True,
     ),
     Naming(
-        "Hugging Face CLIP",
+        "Hugging Face DINOv3",
+        "embeddings.register_tokens",  # which DINOv2's have too, but these are looked for before
+        (
+            (r"embeddings\.cls_token", "cls_token"),
+            (r"embeddings\.register_tokens", "reg_token"),
+            (r"embeddings\.patch_embeddings\.", "patch_embed.proj."),
+            (_HF_LAYER + r"attention\.(q|k|v)_proj\.", r"blocks.\1.attn.\2."),
+            (_HF_LAYER + r"attention\.o_proj\.", r"blocks.\1.attn.proj."),
+            (_HF_LAYER + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+            (_HF_LAYER + r"(norm[12])\.", r"blocks.\1.\2."),
+            (_HF_LAYER + r"mlp\.gate_proj\.", r"blocks.\1.mlp.fc1_g."),
+            (_HF_LAYER + r"mlp\.up_proj\.", r"blocks.\1.mlp.fc1."),  # the other half of the gated one, see _gated
+            (_HF_LAYER + r"mlp\.down_proj\.", r"blocks.\1.mlp.fc2."),
+        ),
+        unused=(r"rope_embeddings\..*",),
+    ),
+    Naming(
+        "Hugging Face CLIP",  # and SigLIP's, SigLIP2's
         "embeddings.patch_embedding.weight",
         (
             (r"embeddings\.class_embedding", "cls_token"),
@@ -142,7 +223,9 @@ NAMINGS = (
             (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"blocks.\1.norm\2."),
             (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"blocks.\1.mlp.fc1."),
             (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
+            (r"transformer\.resblocks\.(\d+)\.ls_([12])\.gamma", r"blocks.\1.ls\2.gamma"),
         ),
+        unused=(r"attn_pool\..*",),  # the Perception Encoder's
     ),
     Naming(
         "DINOv2 with registers",
@@ -187,8 +270,12 @@ def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict
     renamed = {_rename(naming, key): value for key, value in inside.items()}
     family = looks_like(weights)
     if family is not None:
-        raise WeightsError(f"{source} looks like {family}, which cannot be a teacher here; {KNOWN_FILES}")
-    found = _reshape(_fuse(renamed), naming.positions_of_class)
+        raise WeightsError(
+            f"{source} looks like {family}; {_NO_VIDEO if family == _VIDEO else BY_NAME}; otherwise {KNOWN_FILES}"
+        )
+    found = _reshape(_gated(_fuse(renamed)), naming.positions_of_class)
+    if naming.keys_without_bias:
+        found = _keys_without_bias(found)
     if "patch_embed.proj.weight" not in found or count_blocks(found) == 0:
         raise WeightsError(
             f"{source} has names of {naming.kind}, but no row of blocks (blocks.0, blocks.1, ...) behind its patches; its "
@@ -197,9 +284,55 @@ def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict
     return naming.kind, found
 
 
+def in_dialect(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A file's weights as the network at hand calls them: timm's ViT and its Eva differ in names of layer scales and biases.
+
+    Args:
+        network: timm's.
+        weights: of :func:`to_timm_names`.
+
+    Raises:
+        WeightsError: its rotary positions have other wave lengths than the network's.
+    """
+    own = network.state_dict()
+    _check_periods(network, weights, source)
+    found = {key: value for key, value in weights.items() if key != _PERIODS}
+    for theirs, ours in _LAYER_SCALES:
+        found = {_if_known(own, re.sub(theirs, ours, key), key): value for key, value in found.items()}
+    biases = [key for key in found if re.fullmatch(r"blocks\.\d+\.attn\.[qv]_bias", key)]
+    if biases and not any(key in own for key in biases):
+        if "blocks.0.attn.q_proj.weight" in own:
+            found = {re.sub(r"(\.attn\.[qv])_bias$", r"\1_proj.bias", key): value for key, value in found.items()}
+        elif not any(bool(found[key].any()) for key in biases if found[key].device.type != "meta"):
+            print_log(f"{source}: its biases of queries and values are all 0 and left aside", "current")
+            found = {key: value for key, value in found.items() if key not in biases}
+    return found
+
+
+def _if_known(own: Mapping[str, Tensor], name: str, otherwise: str) -> str:
+    return name if name in own else otherwise
+
+
+def _check_periods(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse rotary positions of other wave lengths than the network's, which no shape of a weight would show."""
+    theirs, ours = weights.get(_PERIODS), getattr(getattr(network, "rope", None), "periods", None)
+    if theirs is None or ours is None or "meta" in (ours.device.type, theirs.device.type):
+        return
+    theirs, ours = theirs.float().flatten(), ours.float().flatten()
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.02):  # files round them to bfloat16
+        raise coded(
+            "other-rotary-positions",
+            WeightsError(
+                f"{source} has rotary positions of {len(theirs)} periods from {theirs.min():.3g} to {theirs.max():.3g}, the "
+                f"network {len(ours)} from {ours.min():.3g} to {ours.max():.3g}: they would turn everything wrongly; set "
+                "model.teacher.name to the file's own network"
+            ),
+        )
+
+
 def _unused(naming: Naming) -> tuple[str, ...]:
     # timm's own head is judged by the loader, which knows the network
-    return _UNUSED[1:2] if naming.kind == "timm" else _UNUSED
+    return _UNUSED[1:2] if naming.kind == "timm" else (*_UNUSED, *naming.unused)
 
 
 def find_naming(weights: Mapping[str, Tensor]) -> tuple[Naming, str] | None:
@@ -229,13 +362,13 @@ def _some(weights: Mapping[str, Tensor]) -> str:
 
 
 def looks_like(weights: Mapping[str, Tensor]) -> str | None:
-    """Kind of a file that no teacher can be made of, by its entries; None where nothing tells."""
+    """Kind of a file that is no ViT of equal blocks, by its entries; None where nothing tells."""
     for pattern, family in _FAMILIES:
         if any(re.search(pattern, key) for key in weights):
             return family
     patches = next((value for key, value in weights.items() if key.endswith("patch_embed.proj.weight")), None)
     if patches is not None and patches.ndim == 5:
-        return "a video or volume ViT (patches of three dimensions)"
+        return _VIDEO
     return None
 
 
@@ -279,11 +412,38 @@ def _fuse(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def _gated(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A gated layer's second half called ``fc1_x`` where the file calls it as it calls the only half of plain ones."""
+    out = {}
+    for key, value in weights.items():
+        gate = key.replace(".mlp.fc1.", ".mlp.fc1_g.")
+        out[key.replace(".mlp.fc1.", ".mlp.fc1_x.") if gate != key and gate in weights else key] = value
+    return out
+
+
+def _keys_without_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``qkv.bias`` as ``q_bias`` and ``v_bias``."""
+    out = {}
+    for key, value in weights.items():
+        if not key.endswith(".attn.qkv.bias"):
+            out[key] = value
+            continue
+        query, _, values = value.chunk(3)
+        place = key.removesuffix("qkv.bias")
+        out[f"{place}q_bias"], out[f"{place}v_bias"] = query.contiguous(), values.contiguous()
+    return out
+
+
 def _reshape(weights: dict[str, Tensor], positions_of_class: bool) -> dict[str, Tensor]:
     for name in ("cls_token", "pos_embed", "reg_token"):
         if name in weights:
             value = weights[name]
             weights[name] = value.reshape((1,) * (3 - value.ndim) + tuple(value.shape))
+    patches = weights.get("patch_embed.proj.weight")
+    if patches is not None and patches.ndim == 2:  # a linear layer over (row, column, channel)
+        side = math.isqrt(patches.shape[1] // 3)
+        if 3 * side * side == patches.shape[1]:
+            weights["patch_embed.proj.weight"] = patches.reshape(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
     if positions_of_class and {"reg_token", "pos_embed", "cls_token"} <= set(weights):
         positions = weights["pos_embed"]
         weights["cls_token"] = weights["cls_token"] + positions[:, :1]

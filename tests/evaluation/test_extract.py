@@ -53,6 +53,24 @@ def test_student_and_export_give_the_encoders_own_features(tmp_path: Path) -> No
     assert exported.settings["weights"] == str(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_dinov3_qkvb", "eva02_tiny_patch14_224", "test_vit_relpos"])
+def test_rotary_and_relative_vits_give_their_tokens(name: str, tmp_path: Path) -> None:
+    reference = timm.create_model(name, num_classes=0).eval()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in reference.state_dict().items()}}, tmp_path / "w.pth")
+    extractor = load_extractor(name, checkpoint=tmp_path / "w.pth")
+    images = torch.rand(2, 3, *reference.patch_embed.img_size)
+    mean, std = (torch.tensor(reference.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = reference.forward_intermediates((images - mean) / std, norm=False, intermediates_only=True)
+    torch.testing.assert_close(extractor(images), expected[-1].mean((2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extractor.maps(images, 1), expected[1], rtol=1e-4, atol=1e-5)
+    if name == "test_vit_relpos":
+        with pytest.raises(ValueError, match="gives no attention"):
+            extractor.attention(images)
+    else:
+        assert extractor.attention(images).shape == (2, *reference.patch_embed.grid_size)
+
+
 def test_timm_name_with_a_file_or_a_seed(tmp_path: Path) -> None:
     source = randomised(timm.create_model("test_resnet", num_classes=10))
     safetensors.torch.save_file(source.state_dict(), tmp_path / "w.safetensors")

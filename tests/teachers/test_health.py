@@ -81,7 +81,7 @@ def test_features_against_those_of_a_random_network() -> None:
                 value.mul_(0.0 if name.endswith(("proj.weight", "fc2.weight")) else 1.0)
             elif name == "pos_embed":
                 value.zero_()
-        teacher._native_positions.zero_()
+        teacher.family.native_positions.zero_()
     teacher.prepare((2, 2), 16)
     labels = torch.arange(4).repeat(5)
     colours = torch.eye(4)[:, :3][labels].view(20, 3, 1, 1)

@@ -13,6 +13,7 @@ from teaching import ARCH
 
 from hgkd.cli import doctor
 from hgkd.distillers import MAEPretraining, MaskedDistiller
+from hgkd.errors import WeightsError
 from hgkd.teachers import TimmTeacher
 
 SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
@@ -47,7 +48,7 @@ def test_an_encoder_alone(tmp_path: Path) -> None:
 def test_beit(tmp_path: Path) -> None:
     found = doctor.examine_teacher(saved(tmp_path, "beit_base_patch16_224", img_size=64))
     assert found.grid is None
-    assert found.targets["DMAE"].startswith("no: BEiT")
+    assert found.targets["DMAE"].startswith("no: a BEiT teacher")
     assert found.targets["MGD"] == "yes"
 
 
@@ -136,8 +137,8 @@ def test_half_a_model_in_several_files_serves_nothing(tmp_path: Path) -> None:
     weights = timm.create_model("vit_tiny_patch16_224", **SIZES).state_dict()
     part = {key: value for key, value in weights.items() if "blocks.0.mlp" not in key}
     save_file(part, tmp_path / "model-00002-of-00002.safetensors")
-    found = doctor.examine_teacher(str(tmp_path / "model-00002-of-00002.safetensors"))
-    assert answers(found) == {"no"}
+    with pytest.raises(WeightsError, match="this is part 2 of 2; give the index file"):
+        doctor.examine_teacher(str(tmp_path / "model-00002-of-00002.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["hiera_tiny_224", "swin_tiny_patch4_window7_224"])
@@ -145,6 +146,39 @@ def test_other_families_end_in_their_name(tmp_path: Path, kind: str, capsys: pyt
     torch.save(timm.create_model(kind, num_classes=0).state_dict(), tmp_path / "vit.pth")
     assert doctor.main(["teacher", str(tmp_path / "vit.pth")]) == 2
     assert "looks like " + {"h": "Hiera", "s": "a Swin"}[kind[0]] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "attention"),
+    [
+        ("vit_small_patch16_dinov3", {}, "yes"),
+        ("vit_pe_core_tiny_patch16_384", {"img_size": 64}, "yes"),
+        ("eva02_tiny_patch14_224", {"img_size": 56}, "yes"),
+        ("aimv2_large_patch14_224", {"img_size": 56}, "yes"),
+    ],
+)
+def test_a_rotary_vit_s_file_needs_no_name(tmp_path: Path, name: str, kwargs: dict[str, Any], attention: str) -> None:
+    found = doctor.examine_teacher(saved(tmp_path, name, **kwargs))
+    given = [found.targets[target] for target in ("HGKD target='full'", "MGD", "DMAE", "AttentionMask")]
+    assert given == ["yes", "yes", "yes", attention]
+    assert found.health is not None
+    assert found.health.looks_random
+
+
+def test_a_hierarchical_teacher_s_file_is_examined_by_its_name(tmp_path: Path, images: Path) -> None:
+    torch.save(timm.create_model("convnext_atto", num_classes=3).state_dict(), tmp_path / "a.pth")
+    found = doctor.examine_teacher(str(tmp_path / "a.pth"), "convnext_atto", str(images), image_size=64)
+    assert "3 (stride 32, 320 channels)" in found.kind
+    assert found.targets["MGD"] == "yes"
+    assert "sees whole images alone" in found.targets["DMAE"]
+    assert "RandomMask" in found.targets["AttentionMask"]
+    assert found.health is not None
+    assert found.health.looks_random
+    assert found.features is not None
+    found = doctor.examine_teacher(str(tmp_path / "a.pth"), "convnext_femto")
+    assert (
+        "width 40, 4-pixel patches of 3 channels, the network 4 stages of 2, 2, 6, 2 blocks, width 48" in found.targets["MGD"]
+    )
 
 
 def test_the_name_counts_without_images_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,8 +190,8 @@ def test_the_name_counts_without_images_too(tmp_path: Path, capsys: pytest.Captu
     assert "model.teacher.img_size=384" in found.targets["MGD"]
     assert doctor.main(["teacher", str(path), "--name", "vit_tiny_patch16_24"]) == 2
     assert "did you mean 'vit_tiny_patch16_224'" in capsys.readouterr().err
-    assert doctor.main(["teacher", str(path), "--name", "vit_small_patch16_dinov3"]) == 2
-    assert "rotary positions" in capsys.readouterr().err
+    found = doctor.examine_teacher(str(path), "vit_small_patch16_dinov3")
+    assert "12 blocks, width 192, 16-pixel patches of 3 channels, the network 12 blocks, width 384" in found.targets["MGD"]
 
 
 def test_parallel_blocks_are_named_where_attention_is_asked_for(tmp_path: Path) -> None:

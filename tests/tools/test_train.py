@@ -82,6 +82,32 @@ def test_hgkd_trains_and_keeps_its_teacher_out_of_the_checkpoint(images, tmp_pat
     assert (tmp_path / "pictures/epoch_1.png").is_file()
 
 
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        {"teacher": "vit_small_patch16_dinov3", "model.teacher.embed_dim": 32, "model.teacher.num_heads": 2},
+        {
+            "teacher": "convnext_tiny.dinov3_lvd1689m",
+            "model.teacher.depths": (1, 1, 1, 1),
+            "model.teacher.dims": (8, 8, 16, 16),
+            "model.teacher.level": 2,
+            "model.objectives.hgkd.block": -1,
+            "model.objectives.pooled.block": -1,
+        },
+    ],
+    ids=lambda teacher: teacher["teacher"],
+)
+def test_a_teacher_of_dinov3_trains_a_student(teacher, images, tmp_path):
+    options = tiny_hgkd(images, epochs=1, warmup_epochs=0, val_train_root=None, val_test_root=None)
+    options = {key: value for key, value in options.items() if not key.startswith(("teacher", "model.teacher"))}
+    options |= {"teacher_features": None, "model.teacher.allow_random": True, **teacher}
+    given = [f"{key}={value}" for key, value in options.items()]
+    assert train_command.main([str(HGKD), "--work-dir", str(tmp_path), "--cfg-options", *given]) == 0
+    checkpoint = read_checkpoint(tmp_path / "epoch_1.pth")
+    assert checkpoint["meta"]["iter"] == 2
+    assert not [key for key in checkpoint["state_dict"] if "teacher" in key]
+
+
 def test_mae_pretraining_makes_the_teacher_of_the_shapes_recipe(images, tmp_path):
     common = {"data_root": str(images), "val_train_root": str(images), "val_test_root": str(images)}
     common |= {"image_size": 64, "batch_size": 8, "workers": 0, "epochs": 1, "warmup_epochs": 0}

@@ -78,7 +78,7 @@ FILES: dict[str, tuple[Any, Kind, str, str]] = {
     ),
     "dinov3": (
         weights("patch_embed.proj.weight", "rope_embed.periods", "blocks.0.norm1.weight"),
-        Kind.UNKNOWN,
+        Kind.VIT,
         "timm",
         "DINOv3",
     ),
@@ -96,7 +96,7 @@ FILES: dict[str, tuple[Any, Kind, str, str]] = {
         "CLIP",
     ),
     "vit_of_transformers": (weights(HF, "embeddings.cls_token"), Kind.VIT, "Hugging Face ViT", ""),
-    "swin": (weights("patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight"), Kind.UNKNOWN, "timm", "Swin"),
+    "swin": (weights("patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight"), Kind.NETWORK, "timm", "Swin"),
     "resnet": (RESNET, Kind.CNN, "timm", "ResNet"),
     "resnet_of_transformers": (cnn(cnn_names.TRANSFORMERS_RESNET, "resnet18"), Kind.CNN, "transformers ResNet", "a ResNet"),
     **{
@@ -270,6 +270,21 @@ def test_a_vit_of_others_is_named_with_its_network(tmp_path: Path) -> None:
     torch.save(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), tmp_path / "vit.pth")
     with pytest.raises(WeightsError, match=r"ViT of another project.*--checkpoint .*vit.pth --backbone NAME"):
         load_extractor(tmp_path / "vit.pth")
+
+
+def test_moco_v3_is_no_mae(tmp_path: Path) -> None:
+    """MoCo v3 has MAE's positions; its projection of patches is as it was initialised, bias 0, for good."""
+    state = mae(decoder=False).state_dict()
+    weight = state["patch_embed.proj.weight"]
+    bound = (6 / (3 * 16 * 16 + 64)) ** 0.5
+    weight.copy_((torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1) * bound)
+    state["patch_embed.proj.bias"].zero_()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "moco.pth")
+    found = identify(tmp_path / "moco.pth")
+    assert (found.kind, found.detail[:7]) == (Kind.VIT, "MoCo v3")
+    state["patch_embed.proj.bias"][3] = 0.01  # trained
+    torch.save(state, tmp_path / "mae.pth")
+    assert identify(tmp_path / "mae.pth").kind is Kind.MAE_ENCODER
 
 
 @pytest.mark.parametrize(("name", "part"), [("unet_student.pth", "backbone"), ("classifier.pth", "classifier")])

@@ -29,7 +29,7 @@ def test_no_two_weights_share_a_name(name: str) -> None:
 def test_styles_are_told_apart() -> None:
     network = timm.create_model("convnextv2_atto", num_classes=0, global_pool="")
     names = [frozenset(renamed(network, style)) for style in styles_for(network)]
-    assert len(names) == len(set(names)) == 5
+    assert len(names) == len(set(names)) == 6
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.lists(st.integers(1, 4), min_size=1, max_size=4))

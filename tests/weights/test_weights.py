@@ -18,7 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hgkd.errors import WeightsError
-from hgkd.weights.files import part_of_several, read_checkpoint, read_metadata, read_weights, safe_globals_for_mmengine
+from hgkd.weights.files import (
+    average_entry,
+    part_of_several,
+    read_checkpoint,
+    read_metadata,
+    read_weights,
+    safe_globals_for_mmengine,
+)
 from hgkd.weights.loading import load_strict
 
 
@@ -58,8 +65,16 @@ def test_containers_and_a_common_prefix_are_removed_and_told(tmp_path: Path, wra
 
 
 def test_a_prefix_that_only_some_names_have_stays(tmp_path: Path) -> None:
-    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "w.pth")
-    assert set(read_weights(tmp_path / "w.pth")) == {"module.a", "b"}
+    torch.save({"backbone.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "w.pth")
+    assert set(read_weights(tmp_path / "w.pth")) == {"backbone.a", "b"}
+
+
+def test_what_compiling_and_data_parallel_training_add_is_removed_wherever_it_stands(tmp_path: Path) -> None:
+    names = ("_orig_mod.a", "backbone._orig_mod.b", "module.c", "blocks.0._orig_mod.module.d", "my_module.e", "f")
+    torch.save({name: torch.ones(1) for name in names}, tmp_path / "w.pth")
+    assert set(read_weights(tmp_path / "w.pth")) == {"a", "backbone.b", "c", "blocks.0.d", "my_module.e", "f"}
+    torch.save({"module.a": torch.ones(1), "a": torch.zeros(1)}, tmp_path / "w.pth")  # two of one name: nothing is dropped
+    assert set(read_weights(tmp_path / "w.pth")) == {"module.a", "a"}
 
 
 def test_a_checkpoint_of_mmengine_with_its_log_is_read(tmp_path: Path) -> None:
@@ -199,8 +214,12 @@ def test_of_two_sets_of_weights_the_usual_one_is_taken_and_the_other_named(tmp_p
     assert f"hgkd doctor extract {file} state_dict_ema OUT.safetensors" in said
     assert "optimizer" not in said
     assert read_weights(file, "state_dict_ema")["a"] == 1
+    assert "model.teacher.ema=True takes the average" in said
+    assert average_entry(read_checkpoint(file), "f") == "state_dict_ema"
     with pytest.raises(WeightsError, match=r"no entry 'ema' .* 'state_dict', 'state_dict_ema'"):
         read_weights(file, "ema")
+    with pytest.raises(WeightsError, match=r"f holds no moving average .* in it: 'model'\. Leave ema=True out"):
+        average_entry({"model": {"a": torch.ones(1)}, "schema": 1}, "f")
 
 
 def test_the_only_set_of_weights_is_taken_wherever_it_is(tmp_path: Path) -> None:
@@ -246,6 +265,13 @@ def test_a_model_in_several_files_is_read_from_its_index(tmp_path: Path) -> None
         "this is part 1 of 2; give the index file"
     )
     assert part_of_several(str(index)) is None
+    alone = rf"m-00001-of-00002\.safetensors holds a part of a model only: this is part 1 of 2; give .*: {index}$"
+    with pytest.raises(WeightsError, match=alone):
+        read_weights(tmp_path / "m-00001-of-00002.safetensors")
+    of_another = {key: part for key, part in json.loads(index.read_text())["weight_map"].items()}
+    index.write_text(json.dumps({"weight_map": {**of_another, "blocks.9.x": "m-00001-of-00002.safetensors"}}))
+    with pytest.raises(WeightsError, match=r"names 1 weights that are in none of its 2 files, e\.g\. blocks\.9\.x"):
+        read_weights(index)
     (tmp_path / "m-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="m-00002-of-00002"):
         read_weights(index)

@@ -87,7 +87,7 @@ class HGKD(MaskedObjective):
     """H-GKD's objective.
 
     Args:
-        target: 'full' (any ViT teacher) or 'inferred' (an MAE teacher with decoder; see the module's header).
+        target: 'full' (any teacher) or 'inferred' (an MAE teacher with decoder; see the module's header).
         block: encoder block whose output is the target; negative counts from the end, -1 is the last. With 'full' it may be
             a sequence: several blocks, one term each.
         stride: scale of the student's decoder that predicts, in image pixels per position; None is its finest. As many as
