@@ -194,7 +194,7 @@ def _grid(weights: Mapping[str, Tensor], prefix: int) -> tuple[int, int] | None:
     return None
 
 
-def _targets(network: nn.Module, obstacle: str | None, decoder: bool) -> dict[str, str]:
+def _targets(network: nn.Module | Family, obstacle: str | None, decoder: bool) -> dict[str, str]:
     if obstacle is not None:
         return dict.fromkeys(TARGETS, f"no: {obstacle}")
     inferred = "yes" if decoder else "no: the file has no decoder; it needs the full MAE checkpoint"
