@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import Any
 
 from hgkd.export.exporter import PARTS, export
 from hgkd.export.job import ExportError, ExportReport, Job, MissingLibraryError, Target, Written
@@ -42,7 +43,8 @@ __all__ = [
 class _Callable(types.ModuleType):
     """Lets the package be called: ``hgkd.export(checkpoint, out, to="timm")`` is :func:`hgkd.export.export`."""
 
-    __call__ = staticmethod(export)
+    def __call__(self, *args: Any, **kwargs: Any) -> ExportReport:
+        return export(*args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -33,7 +33,7 @@ class WithATargetMap(SmallestObjective):
 
 
 @pytest.mark.parametrize("kind", ["SmallestObjective", "WithATargetMap"])
-def test_an_objective_of_its_comparisons_alone_trains_and_is_pictured(kind: str) -> None:
+def test_an_objective_of_its_loss_terms_alone_trains_and_is_pictured(kind: str) -> None:
     model = MaskedDistiller(
         dict(type="SparseUNet", encoder="test_resnet", decoder_width=16, min_decoder_width=8),
         dict(own=dict(type=kind)),
