@@ -18,7 +18,15 @@ from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import check_size, feature_samples
 from hgkd.masking import RandomMask, expand, grid_of, kept_indices
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelNormalisation, check_channels, check_pixels, to_unit_range
+from hgkd.pixels import (
+    IMAGENET_DEVIATION,
+    IMAGENET_MEAN,
+    PixelNormalisation,
+    check_in_chans,
+    check_pixels,
+    require_statistics,
+    to_unit_range,
+)
 from hgkd.registry import MODELS
 from hgkd.structures import FeatureSample
 from hgkd.weights.run_file import FORMAT
@@ -35,8 +43,9 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         mask_ratio: share of hidden patches, MAE's 0.75; the number of visible cells is truncated, as there.
         mask_cell: side of the cells that are hidden as a whole, a multiple of ``patch_size``; None: one patch.
         norm_pix: predict pixels standardised patch by patch.
-        mean, deviation: of the pixels, RGB in [0, 1].
+        mean, deviation: of the pixels in [0, 1], a number a channel; None: ImageNet's, RGB.
         data_preprocessor: see mmengine's ``BaseModel``.
+        in_chans: channels of the images; None: that of the arch, 3 where it does not say.
 
     Raises:
         ValueError: sizes that do not fit, or a ratio that leaves nothing visible or nothing to predict.
@@ -50,9 +59,10 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         mask_ratio: float = 0.75,
         mask_cell: int | None = None,
         norm_pix: bool = True,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        deviation: Sequence[float] = IMAGENET_DEVIATION,
+        mean: Sequence[float] | None = None,
+        deviation: Sequence[float] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
+        in_chans: int | None = None,
     ) -> None:
         super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
         self.cell = patch_size if mask_cell is None else mask_cell
@@ -65,11 +75,19 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         self.mask_grid = grid_of(self.image_size, self.cell)
         self.mask.check(self.mask_grid)
         self.norm_pix = norm_pix
-        sizes = make_arch(arch, patch_size=patch_size, image_size=self.image_size)
+        counted = {} if in_chans is None else {"in_chans": in_chans}
+        sizes = make_arch(arch, patch_size=patch_size, image_size=self.image_size, **counted)
         if sizes.decoder_depth < 1:
             raise ValueError("MAE pretraining needs a decoder, but decoder_depth is 0; set it to at least 1")
-        check_channels(sizes.in_chans, "model.arch.in_chans")
-        mean, deviation = check_pixels(mean, deviation, "model.mean and deviation")
+        channels = check_in_chans(sizes.in_chans, "model.in_chans")
+        known = None if mean is None or deviation is None else (mean, deviation)
+        require_statistics(channels, known, "model.mean and model.deviation")
+        mean, deviation = check_pixels(
+            IMAGENET_MEAN if mean is None else mean,
+            IMAGENET_DEVIATION if deviation is None else deviation,
+            "model.mean and deviation",
+            channels,
+        )
         self.network = MaskedAutoencoder(sizes)
         self.set_pixels(mean, deviation)
 
@@ -82,7 +100,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         """Loss, features or samples of a batch.
 
         Args:
-            inputs: uint8 (B, 3, H, W), RGB.
+            inputs: uint8 (B, C, H, W), or float in [0, 1].
             mode: 'loss' -> {'mae_loss': scalar}; 'tensor' -> (B, 1 + N, D) encoder output of whole images; 'predict' -> one
                 ``FeatureSample`` an image, the mean patch token.
 

@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.networks.mae import MAEArch, MaskedAutoencoder, positions_of, read_mae, set_positions
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_normalize
+from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_normalize, require_statistics
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
@@ -68,9 +68,9 @@ class MAETeacher(Teacher):
         if checkpoint is None:
             raise ValueError("MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file")
         arch, weights, pixels = read_mae(checkpoint, num_heads, decoder_num_heads, entry)
-        check_channels(arch.in_chans, f"the number of channels of {checkpoint}")
+        require_statistics(arch.in_chans, normalize or pixels.get("mean"), "model.teacher.normalize")
         of_file = (pixels.get("mean", IMAGENET_MEAN), pixels.get("deviation", IMAGENET_DEVIATION))
-        mean, deviation = of_file if normalize is None else check_normalize(normalize, "model.teacher.normalize")
+        mean, deviation = of_file if normalize is None else check_normalize(normalize, "model.teacher.normalize", arch.in_chans)
         super().__init__(dtype, mean, deviation)
         self.kind = _kind(arch, weights, pixels)
         print_log(f"{checkpoint}: {self.kind}", "current")
