@@ -151,7 +151,7 @@ def test_arrays_that_are_no_such_images(tmp_path, values, in_chans, told):
 
 def test_an_array_of_python_objects_is_not_opened(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="Python objects|allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"Python objects|allow_pickle=False"):
         read(tmp_path / "a.npy", 1)
 
 
