@@ -46,13 +46,15 @@ DOWNSTREAM = [
 ]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"]
 SHARDS = ["webdataset>=1.0"]
-TEST = [*EXPORT, *DOWNSTREAM, *SHARDS, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
+TIFF = ["tifffile>=2023.8.12"]
+TEST = [*EXPORT, *DOWNSTREAM, *SHARDS, *TIFF, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
 EXTRAS = {
     "downstream": DOWNSTREAM,
     # any spconv build serves; this one has wheels up to Python 3.11
     "spconv": ["spconv-cu120>=2.3.6; python_version < '3.12'", "spconv-cu126>=2.3.8; python_version >= '3.12'"],
     "export": EXPORT,
     "shards": SHARDS,  # to write them; reading needs nothing
+    "tiff": TIFF,  # TIFFs of several bands, where in_chans says how many
     "test": TEST,
     "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],
 }
