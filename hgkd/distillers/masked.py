@@ -139,31 +139,39 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         for name, part in self.teachers.items():
             if len(self.teachers) > 1:
                 print_log(f"teacher {name!r}:", "current")
-            part.require_trained()
-            grids[name] = part.prepare(self.mask_grid, self.student.cell)
+            with _told_of(self._place_of(name)):
+                part.require_trained()
+                grids[name] = part.prepare(self.mask_grid, self.student.cell)
         asked: dict[str, dict[str, TeacherNeeds]] = {name: {} for name in self.teachers}
         parts: dict[str, Any] = dict(self.objectives.items())
         for name, objective in parts.items():
             chosen = self._teacher_of(name, objective, named.get(name))
             teacher: Any = self.teachers.get(chosen) if chosen is not None else None
             if objective.needs is not None and objective.needs.decoder_block is not None:
-                teacher.require_decoder()  # before the objective, whose message could not name the file
+                with _told_of(self._place_of(chosen)):
+                    teacher.require_decoder()  # before the objective, whose message could not name the file
             info: TeacherInfo | None = None if teacher is None else teacher.info
             objective.prepare(Setup(self.student, info, grids.get(chosen), self.mask_grid))
             if objective.needs is not None and chosen is not None:  # after prepare, which resolves negative block indices
-                teacher.check(objective.needs)
+                with _told_of(self._place_of(chosen)):
+                    teacher.check(objective.needs)
                 asked[chosen][name] = objective.needs
         self._guide = self._guide_of_masks(mask_teacher)
         idle = [name for name, needs in asked.items() if not needs and name != self._guide]
         if idle:
-            place = "model.teacher" if self.teacher is not None else f"model.teachers.{idle[0]}"
-            raise ValueError(f"{place} is set, but no objective learns from it; remove it or add such an objective")
+            raise ValueError(
+                f"{self._place_of(idle[0])} is set, but no objective learns from it; remove it or add such an objective"
+            )
         self._passes: dict[str, list[TeacherNeeds]] = {}  # of each teacher
         self._pass_of: dict[str, tuple[str, int]] = {}  # objective -> teacher, and which of its passes
         for teacher_name, needs in asked.items():
             self._passes[teacher_name], owner = merge_needs(list(needs.values()))
             self._pass_of |= {name: (teacher_name, i) for name, i in zip(needs, owner, strict=True)}
         print_log(f"student: {self._seen()}", "current")
+
+    def _place_of(self, teacher: str | None) -> str:
+        """Where a teacher stands in the config."""
+        return "model.teacher" if self.teacher is not None else f"model.teachers.{teacher}"
 
     def _teacher_of(self, name: str, objective: Any, chosen: str | None) -> str | None:
         """Name of the teacher that an objective learns from; None where there is none to choose."""
@@ -449,11 +457,20 @@ def _build_teachers(single: Mapping[str, Any] | None, several: Mapping[str, Mapp
     built = {}
     for name, cfg in (several or {}).items():
         place = f"model.teachers.{name}"
-        try:
+        with _told_of(place):
             built[name] = _build_part(cfg, Teacher, place, "hgkd.teachers.Teacher")
-        except (ValueError, FileNotFoundError) as error:  # whose messages speak of model.teacher
-            raise type(error)(f"{place}: {str(error).replace('model.teacher.', f'{place}.')}") from error
     return built
+
+
+@contextmanager
+def _told_of(place: str) -> Iterator[None]:
+    """Context in which errors of a teacher, whose messages speak of ``model.teacher``, name its own place in the config."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if place == "model.teacher":
+            raise
+        raise type(error)(f"{place}: {str(error).replace('model.teacher.', f'{place}.')}") from error
 
 
 def _teacher_channels(

@@ -240,3 +240,11 @@ def test_a_file_that_is_absent_is_named_with_its_teacher(tmp_path):
         teachers = dict(dino=VIT, other={**VIT, "checkpoint": str(tmp_path / file)})
         with pytest.raises(kind, match=r"model\.teachers\.other: "):
             make(dict(a=DINO), teachers=teachers)
+
+
+def test_a_teacher_that_looks_random_is_named(mae):
+    objectives = dict(a=DINO, b=dict(DINO, teacher="other"))
+    told = r"^model\.teachers\.other: .* looks random.* set model\.teachers\.other\.allow_random=True"
+    with pytest.raises(ValueError, match=told) as error:
+        make(objectives, teachers=dict(dino=VIT, other={**mae, "allow_random": False}))
+    assert code_of(error.value) == "teacher-looks-random"
