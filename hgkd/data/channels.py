@@ -16,7 +16,6 @@ that are no colours, into one of 8 bits without a word; NumPy ``.npy``.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -94,7 +93,7 @@ def decode_channels(file: BinaryIO, in_chans: int, value_range: Range | None = N
     scaled = np.empty(values.shape, dtype=np.float32)
     low, high = known_range(values) if value_range is None else value_range
     for channel in range(in_chans):  # one at a time: of a mapped array the others stay on the disk
-        part = values[..., channel].astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+        part: Values = values[..., channel].astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
         if values.dtype.kind == "f":
             part = np.nan_to_num(part, nan=low, posinf=high, neginf=low)
         scaled[..., channel] = np.clip((part - low) / (high - low), 0.0, 1.0)
@@ -268,14 +267,6 @@ def _image_values(file: BinaryIO) -> tuple[Values, int]:
         if _is_deep(image):
             return _pillow_values(image), turn
         if image.mode in ("P", "PA", "1", "YCbCr"):  # numbers of colours, or another coding of RGB
-            image = image.convert("L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB")
+            plain = image.convert("L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB")
+            return np.asarray(plain), turn
         return np.asarray(image), turn
-
-
-def shown_channels(channels: int, chosen: Sequence[int] | None = None) -> list[int | None]:
-    """The three channels that a picture shows as red, green and blue: the chosen ones, else the first three.
-
-    One channel is shown three times; of two the third colour is None, black.
-    """
-    known: list[int | None] = list(range(channels)) if chosen is None else list(chosen)
-    return known * 3 if len(known) == 1 else [*known, None, None][:3]
