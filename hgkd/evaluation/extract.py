@@ -63,7 +63,7 @@ class FeatureExtractor(nn.Module):
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        parts = (self, getattr(self, "teacher", None), getattr(self, "classifier", None))
+        parts: tuple[Any, ...] = (self, getattr(self, "teacher", None), getattr(self, "classifier", None))
         return next((int(part.in_chans) for part in parts if hasattr(part, "in_chans")), 3)
 
     @property
