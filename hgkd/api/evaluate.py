@@ -119,12 +119,12 @@ def evaluate(
             if in_chans is not None:
                 network: Any = getattr(extractor, "teacher", extractor)
                 options["in_chans"] = in_chans
-                options["model.classifier.normalize"] = [network.mean.flatten().tolist(), network.deviation.flatten().tolist()]
+                options["model.classifier.normalize"] = [network.mean.flatten().tolist(), network.std.flatten().tolist()]
                 options["train_dataloader.dataset.transform"] = {"kind": "train", "scale": [0.35, 1.0]}  # timm's is for RGB
             options |= {f"train_dataloader.dataset.{key}": value for key, value in data.items()}
             model = fine_tune(extractor, len(bank.classes), {**options, **(finetune_options or {})})
-            answers = extract(model, queries, batch_size, workers, device)
-            correct, extra, settings = _fine_tuned(answers, model.settings["epochs"], finetune_options or {})
+            predictions = extract(model, queries, batch_size, workers, device)
+            correct, extra, settings = _fine_tuned(predictions, model.settings["epochs"], finetune_options or {})
         results[method] = make_result(
             method,
             backbone,

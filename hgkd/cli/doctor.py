@@ -12,7 +12,7 @@ What a teacher file can teach is found by building its network without weights a
 ``--name``, else the one that the file's own shapes describe. The score of the weights needs the file alone. With a folder of
 images its features are compared with those of a random network of the same shape; with one sub-folder a class, by k-NN too.
 Files other than MAE's need timm's name for that. ``pixels`` reads all images of a folder and prints the mean and standard
-deviation of every channel as options of a config. ``extract`` writes one of several sets of weights to a file of its own.
+std of every channel as options of a config. ``extract`` writes one of several sets of weights to a file of its own.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def pixel_lines(
 
     Raises:
         FileNotFoundError, DataError: see there; or a channel is the same everywhere, so nothing can be divided by its
-        deviation.
+        std.
     """
     dataset = UnlabelledImages(
         folder, list_file, transform={"kind": "eval"}, limit=limit, value_range=value_range, in_chans=in_chans
@@ -238,8 +238,8 @@ def pixel_lines(
         *lines,
         f"model.student.normalize=[{mean},{std}]",
         f"# a classifier: model.classifier.normalize=[{mean},{std}]",
-        f"# a ViT student: model.student.mean={mean} model.student.deviation={std}",
-        f"# MAE pretraining: model.mean={mean} model.deviation={std}",
+        f"# a ViT student: model.student.mean={mean} model.student.std={std}",
+        f"# MAE pretraining: model.mean={mean} model.std={std}",
     ]
 
 
@@ -262,7 +262,7 @@ USES: dict[Kind, tuple[str, ...]] = {
     Kind.VIT_STUDENT: (_EVALUATE, _START, _MAE_TEACHER),
     Kind.MAE_RUN: (_EVALUATE, "hgkd visualize reconstruction --checkpoint {file} ...", _START, _MAE_TEACHER),
     Kind.CLASSIFIER: (_EVALUATE, "hgkd visualize cam --checkpoint {file} ...", "hgkd test CONFIG {file}", _START),
-    Kind.DISTILLED_MODEL: ("hgkd test CONFIG {file}", "hgkd export {file} --what model --to mmdet (or mmseg) --out FOLDER"),
+    Kind.DISTILLED_MODEL: ("hgkd test CONFIG {file}", "hgkd export {file} --part model --to mmdet (or mmseg) --out FOLDER"),
     Kind.MODEL: ("hgkd test CONFIG {file}", "load_from={file} of a downstream training"),
     Kind.SPARSE: ("hgkd.sparse.load_sparse({file!r}, NETWORK) in Python",),
     Kind.MAE: (_EVALUATE, _START, _TEACHER, _MAE_TEACHER),
@@ -275,7 +275,7 @@ USES: dict[Kind, tuple[str, ...]] = {
 
 
 def _uses_of_export(file: WeightFile) -> tuple[str, ...]:
-    target, what = file.card.get("target", "timm"), file.card.get("what", "backbone")
+    target, what = file.card.get("target", "timm"), file.card.get("part", "backbone")
     uses: tuple[str, ...] = (_EVALUATE, _START) if target in READABLE and what != "decoder" else ()
     if target in ("timm", "mmdet", "mmseg", "torchvision") and what == "backbone":
         uses += ("backbone={file} of a downstream training",)

@@ -35,9 +35,9 @@ class PixelSums:
 
     @property
     def std(self) -> Floats:
-        """Standard deviation of every channel, (C,)."""
-        deviations: Floats = np.sqrt(self.squares / max(self.pixels, 1))
-        return deviations
+        """Standard std of every channel, (C,)."""
+        stds: Floats = np.sqrt(self.squares / max(self.pixels, 1))
+        return stds
 
     def add(self, values: NDArray[Any]) -> None:
         """Count an image's pixels (C, H, W)."""

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import check_size, feature_samples
-from hgkd.masking import RandomMask, expand, grid_of, kept_indices
+from hgkd.masking import RandomMask, expand, grid_of, ids_keep_of
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
 from hgkd.pixels import (
-    IMAGENET_DEVIATION,
     IMAGENET_MEAN,
+    IMAGENET_STD,
     PixelNormalisation,
     check_in_chans,
     check_pixels,
@@ -43,7 +43,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         mask_ratio: share of hidden patches, MAE's 0.75; the number of visible cells is truncated, as there.
         mask_cell: side of the cells that are hidden as a whole, a multiple of ``patch_size``; None: one patch.
         norm_pix: predict pixels standardised patch by patch.
-        mean, deviation: of the pixels in [0, 1], a number a channel; None: ImageNet's, RGB.
+        mean, std: of the pixels in [0, 1], a number a channel; None: ImageNet's, RGB.
         data_preprocessor: see mmengine's ``BaseModel``.
         in_chans: channels of the images; None: that of the arch, 3 where it does not say.
 
@@ -60,7 +60,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         mask_cell: int | None = None,
         norm_pix: bool = True,
         mean: Sequence[float] | None = None,
-        deviation: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
         in_chans: int | None = None,
     ) -> None:
@@ -80,16 +80,16 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         if sizes.decoder_depth < 1:
             raise ValueError("MAE pretraining needs a decoder, but decoder_depth is 0; set it to at least 1")
         channels = check_in_chans(sizes.in_chans, "model.in_chans")
-        known = None if mean is None or deviation is None else (mean, deviation)
-        require_statistics(channels, known, "model.mean and model.deviation")
-        mean, deviation = check_pixels(
+        known = None if mean is None or std is None else (mean, std)
+        require_statistics(channels, known, "model.mean and model.std")
+        mean, std = check_pixels(
             IMAGENET_MEAN if mean is None else mean,
-            IMAGENET_DEVIATION if deviation is None else deviation,
-            "model.mean and deviation",
+            IMAGENET_STD if std is None else std,
+            "model.mean and std",
             channels,
         )
         self.network = MaskedAutoencoder(sizes)
-        self.set_pixels(mean, deviation)
+        self.set_pixels(mean, std)
 
     def init_weights(self) -> None:
         """Nothing: the network has set its weights itself."""
@@ -123,8 +123,8 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         ratio = self.cell // self.network.arch.patch_size
         cells = self.mask(len(images), self.mask_grid, device=images.device)
         visible = expand(cells, ratio).flatten(1)
-        kept = kept_indices(visible)
-        predicted = self.network.predict_pixels(self.network.encode(images, kept), kept)
+        ids_keep = ids_keep_of(visible)
+        predicted = self.network.predict_pixels(self.network.encode(images, ids_keep), ids_keep)
         target = pixel_target(images, self.network.arch.patch_size, self.norm_pix)
         return mae_loss(predicted, target, visible)
 

@@ -45,7 +45,7 @@ def operand(func: Any, owner: SparseTensor, value: Tensor) -> Tensor:
     if not sizes or sizes[y_dim] != 1 or sizes[x_dim] != 1:
         raise _refuse(
             func,
-            f"the other operand, of shape {tuple(value.shape)}, differs from place to place; pack it with the same "
+            f"the other operand, of shape {tuple(value.shape)}, differs from position to position; pack it with the same "
             "CellLayout first",
         )
     if sizes[0] == 1:
@@ -90,7 +90,7 @@ def _permute(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
     moves = {(0, 1, 2, 3): {1: 1, 3: 3}, (0, 2, 3, 1): {1: 3}, (0, 3, 1, 2): {3: 1}}
     channel_dim = moves.get(order, {}).get(owner.channel_dim)
     if channel_dim is None:
-        raise _refuse(func, f"permute{dims} separates the places; only a move of the channel dimension is supported")
+        raise _refuse(func, f"permute{dims} separates the positions; only a move of the channel dimension is supported")
     with plain_torch():
         return owner.like(torch.permute(args[0], order), channel_dim)
 
@@ -101,7 +101,7 @@ def _pad(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
     given = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
     sides, mode = tuple(int(n) for n in given["pad"]), given.get("mode", "constant")
     if len(sides) not in (2, 4) or owner.channel_dim != 1 or mode not in ("constant", "reflect") or min(sides) < 0:
-        raise _refuse(func, f"padding {sides} with mode={mode!r}; only places may be padded, with a constant or by reflection")
+        raise _refuse(func, f"padding {sides} with mode={mode!r}; only positions may be padded, with a constant or by reflection")
     if owner.pending is not None:
         raise _refuse(func, "it is padded already; pad once")
     left, right, top, bottom = (*sides, 0, 0)[:4]
@@ -110,7 +110,7 @@ def _pad(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
     if mode == "reflect" and (
         max(padding.sides[:2]) >= owner.cells.grid[1] * s or max(padding.sides[2:]) >= owner.cells.grid[0] * s
     ):
-        raise ValueError(f"reflection of {sides} places on a map of {owner.cells.grid[0] * s} x {owner.cells.grid[1] * s}")
+        raise ValueError(f"reflection of {sides} positions on a map of {owner.cells.grid[0] * s} x {owner.cells.grid[1] * s}")
     out = owner.like(owner.plain)
     out.pending = padding if any(sides) else None
     return out
@@ -120,7 +120,7 @@ def _pad(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
 def _layer_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
     shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
     if owner.channel_dim != 3 or len(tuple(shape)) != 1:
-        raise _refuse(func, f"a layer norm over {tuple(shape)} spans places; only the channel dimension is supported")
+        raise _refuse(func, f"a layer norm over {tuple(shape)} spans positions; only the channel dimension is supported")
     with plain_torch():
         return owner.like(func(*args, **kwargs))
 
@@ -128,7 +128,7 @@ def _layer_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Spars
 @function_rule("linear", on=BOTH)
 def _linear(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
     if owner.channel_dim != 3:
-        raise _refuse(func, "a linear layer acts on the last dimension, which holds places; permute to channels last")
+        raise _refuse(func, "a linear layer acts on the last dimension, which holds positions; permute to channels last")
     with plain_torch():
         return owner.like(func(*args, **kwargs))
 
@@ -162,7 +162,7 @@ def _getitem(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
     keeps = [isinstance(i, slice) and i == slice(None) for i in index]
     channels = [d for d, keep in enumerate(keeps) if not keep]
     if Ellipsis in index or channels not in ([], [owner.channel_dim]) or not all(isinstance(i, slice) for i in index):
-        raise _refuse(func, f"index {args[1]} selects places or images; only a slice of channels is supported")
+        raise _refuse(func, f"index {args[1]} selects positions or images; only a slice of channels is supported")
     with plain_torch():
         return owner.like(func(*args, **kwargs))
 
@@ -176,7 +176,7 @@ for _kind in BOTH:  # reentrant activation checkpointing calls it on the recompu
     _kind.rules[torch.autograd.backward] = _autograd
 
 
-# --- statistics over an image's visible places --------------------------------------------------------------------------
+# --- statistics over an image's visible positions --------------------------------------------------------------------------
 
 
 def _dims(owner: SparseTensor, args: Any, kwargs: Any) -> tuple[int, ...] | None:
@@ -209,7 +209,7 @@ def _reduce(func: Any, owner: SparseTensor, args: Any, kwargs: Any, position: in
             return owner.like(func(*args, **kwargs))
     raise _refuse(
         func,
-        f"a reduction over dimensions {dims}; supported are the two dimensions of places ({owner.spatial_dims}, gives one "
+        f"a reduction over dimensions {dims}; supported are the two dimensions of positions ({owner.spatial_dims}, gives one "
         f"value an image and channel) and the channel dimension with keepdim=True",
     )
 
@@ -254,15 +254,15 @@ def _global_maximum(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> T
 def _check_global(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> None:
     size = args[1] if len(args) > 1 else kwargs["output_size"]
     if owner.channel_dim != 1 or size not in (1, (1, 1), [1, 1]):
-        raise _refuse(func, f"output size {size}; only global pooling (1) is defined over visible places")
+        raise _refuse(func, f"output size {size}; only global pooling (1) is defined over visible positions")
 
 
 def image_mean(x: SparseTensor) -> Tensor:
-    """Mean over each image's visible places, (B, C)."""
+    """Mean over each image's visible positions, (B, C)."""
     s = x.cells.side(x.stride)
-    places = (x.cells.cells_per_image * (s * s)).unsqueeze(1)
+    positions = (x.cells.cells_per_image * (s * s)).unsqueeze(1)
     total = x.image_sum(x.plain)
-    return total / places.to(total.dtype)
+    return total / positions.to(total.dtype)
 
 
 @function_rule("group_norm", on=BOTH)

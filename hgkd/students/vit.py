@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_in_chans, check_pixels, require_statistics
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_in_chans, check_pixels, require_statistics
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import StudentOutput
@@ -36,12 +36,12 @@ class MaskedViT(Student):
         patch_size: side of a patch in pixels; None: that of the arch.
         cell: side of a mask cell in pixels, a multiple of ``patch_size``; None is one patch, as in MAE.
         checkpoint: MAE file to start from, of the same sizes; when it has no decoder, that starts at random.
-        mean, deviation: of the pixels in [0, 1], a number a channel; None: ImageNet's, RGB.
+        mean, std: of the pixels in [0, 1], a number a channel; None: ImageNet's, RGB.
         in_chans: channels of the images; None: that of the arch, 3 where it does not say.
 
     Attributes:
         network: the :class:`hgkd.networks.mae.MaskedAutoencoder`.
-        cell, out_stride: pixels a mask cell, and a place of the decoder's output (one patch).
+        cell, out_stride: pixels a mask cell, and a position of the decoder's output (one patch).
         decoded_channels: width of the decoder, whose raw hidden state (no norm) is ``decoded``.
         pyramid_channels: {out_stride: decoded_channels}, the only scale.
         feature_channels, feature_strides: of the encoder's blocks.
@@ -58,7 +58,7 @@ class MaskedViT(Student):
         cell: int | None = None,
         checkpoint: str | Path | None = None,
         mean: Sequence[float] | None = None,
-        deviation: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         in_chans: int | None = None,
     ) -> None:
         super().__init__()
@@ -67,12 +67,12 @@ class MaskedViT(Student):
         if sizes.decoder_depth < 1:
             raise ValueError("a masked ViT needs a decoder, but decoder_depth is 0; set it to at least 1")
         channels = check_in_chans(sizes.in_chans, "model.student.in_chans")
-        known = None if mean is None or deviation is None else (mean, deviation)
-        require_statistics(channels, known, "model.student.mean and model.student.deviation")
-        mean, deviation = check_pixels(
+        known = None if mean is None or std is None else (mean, std)
+        require_statistics(channels, known, "model.student.mean and model.student.std")
+        mean, std = check_pixels(
             IMAGENET_MEAN if mean is None else mean,
-            IMAGENET_DEVIATION if deviation is None else deviation,
-            "model.student.mean and deviation",
+            IMAGENET_STD if std is None else std,
+            "model.student.mean and std",
             channels,
         )
         patch = sizes.patch_size
@@ -93,7 +93,7 @@ class MaskedViT(Student):
         self.feature_strides = (patch,) * sizes.depth
         self._native_positions = positions_of(self.network)
         self._native_grid = self.network.arch.grid
-        self.set_pixels(mean, deviation)
+        self.set_pixels(mean, std)
 
     def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
         """The mask grid (h, w) of images of this size, for which the positions are fitted.
@@ -139,15 +139,15 @@ class MaskedViT(Student):
                 f"cells need {(len(images), *grid)}"
             )
         layout = CellLayout(visible, self.cell)
-        kept = kept_patches(layout, network.arch.patch_size)
+        ids_keep = ids_keep_of_cells(layout, network.arch.patch_size)
         side = self.cell // network.arch.patch_size
-        x = network.embed(self.normalise(images), kept)
+        x = network.embed(self.normalise(images), ids_keep)
         features = []
         for block in network.blocks:
             x = block(x)
             tiles = x[:, 1:].reshape(layout.num_cells, side, side, x.shape[2]).permute(0, 3, 1, 2)
             features.append(PackedTensor.wrap(tiles, layout))
-        hidden = network.decode(network.norm(x), kept)
+        hidden = network.decode(network.norm(x), ids_keep)
         decoded = hidden[:, 1:].transpose(1, 2).unflatten(2, network.arch.grid)
         pixels = None
         if self._gives_pixels:
@@ -196,7 +196,7 @@ class MaskedViT(Student):
         load_strict(self.network, weights, source=str(checkpoint), ignore_missing=() if found.decoder_depth else decoder)
 
 
-def kept_patches(layout: CellLayout, patch_size: int) -> Tensor:
+def ids_keep_of_cells(layout: CellLayout, patch_size: int) -> Tensor:
     """Visible patches of each image, cell by cell and row by row in a cell, int64 (B, n).
 
     Raises:

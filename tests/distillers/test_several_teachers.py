@@ -162,7 +162,7 @@ def test_each_teacher_sees_channels_of_its_own(mae):
 
 def test_a_mae_of_as_many_channels_sees_all_of_them(tmp_path):
     sizes = dict(depth=2, embed_dim=48, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
-    statistics = dict(mean=[0.1, 0.2, 0.3, 0.4], deviation=[0.2] * 4)
+    statistics = dict(mean=[0.1, 0.2, 0.3, 0.4], std=[0.2] * 4)
     MAEPretraining(sizes, 64, in_chans=4, **statistics).save_teacher(tmp_path / "mae.safetensors")
     teacher = dict(type="MAETeacher", checkpoint=str(tmp_path / "mae.safetensors"), allow_random=True)
     model = make(dict(hgkd={**DINO, "teacher": None}), teacher=teacher, in_chans=4)

@@ -254,9 +254,9 @@ def test_request_refusals(tmp_path: Path) -> None:
 
     refused("unknown export target 'tim'; did you mean 'timm'", "tim")
     refused("unknown export target 'torchvison'; did you mean 'torchvision'", "torchvison")
-    refused("unknown part of a student 'backbon'; did you mean 'backbone'", what="backbon")
-    refused("target 'timm' holds the backbone or classifier, not the student; targets for it: sparse", what="student")
-    refused("target 'onnx' holds the backbone or classifier, not the decoder; targets for it: sparse", "onnx", what="decoder")
+    refused("unknown part of a student 'backbon'; did you mean 'backbone'", part="backbon")
+    refused("target 'timm' holds the backbone or classifier, not the student; targets for it: sparse", part="student")
+    refused("target 'onnx' holds the backbone or classifier, not the decoder; targets for it: sparse", "onnx", part="decoder")
     refused("target 'timm' has no option 'opset'; it takes: none", opset=18)
     refused("target 'onnx' has no option 'cell'; it takes: output, classifier, opset, precision", "onnx", cell=32)
     refused("unknown licence field 'weight'; did you mean 'weights'", licences={"weight": "mit"})
@@ -302,7 +302,7 @@ def test_every_target_is_described() -> None:
     for name, target in TARGETS.items():
         assert target.name == name
         assert target.summary
-        assert set(target.what) <= set(PARTS)
+        assert set(target.part) <= set(PARTS)
 
 
 def test_round_trip_through_training(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_padding_is_for_the_next_window_only() -> None:
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
-        (lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), "only places may be padded"),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), "only positions may be padded"),
         (lambda x: F.pad(x, (1, 1), mode="circular"), "mode='circular'"),
         (lambda x: F.pad(F.pad(x, (1, 1)), (1, 1)), "padded already"),
         (lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), value=2.0), torch.randn(4, 4, 3, 3)), "value=2.0"),
@@ -194,8 +194,8 @@ def test_outputs_of_an_input_by_hand() -> None:
     """Kernel 3, stride 2, padding 1: an even place is the middle of one window, an odd one the end of two."""
     geometry = ConvGeometry(4, (3, 3), (2, 2), (1, 1), (1, 1))
     output, tap, fits = kernels._outputs_of(geometry, 0, torch.device("cpu"))
-    places = torch.stack([output, tap, fits], 2).tolist()
-    found = [[(o, k) for o, k, fit in place if fit] for place in places]
+    positions = torch.stack([output, tap, fits], 2).tolist()
+    found = [[(o, k) for o, k, fit in place if fit] for place in positions]
     assert found == [[(0, 1)], [(1, 0), (0, 2)], [(1, 1)], [(2, 0), (1, 2)]]
 
 
@@ -252,7 +252,7 @@ def test_pooling(batch, h, w, share, seed, kernel, stride, factor, average, ceil
 
 @pytest.mark.parametrize("kind", [PackedTensor, MaskedTensor])
 def test_max_pool_counts_hidden_places_as_zero_and_the_border_as_nothing(kind) -> None:
-    """Hand-computed: all values -1; a window that touches a hidden place gives 0, one at the image's border -1."""
+    """Hand-computed: all values -1; a window that touches a hidden position gives 0, one at the image's border -1."""
     visible = torch.tensor([[[True, False]]])
     layout = CellLayout(visible, 2)
     out = F.max_pool2d(kind.pack(torch.full((1, 1, 2, 4), -1.0), layout), 3, 1, 1).to_dense(fill=7.0)
@@ -387,10 +387,10 @@ def packed(channels: int = 4) -> PackedTensor:
         (lambda x: x.flatten(1), "flatten has no sparse rule"),
         (lambda x: x.sum(), "reduction over dimensions None"),
         (lambda x: x.mean(2), r"reduction over dimensions \(2,\)"),
-        (lambda x: x[:1], "selects places or images"),
-        (lambda x: x.permute(1, 0, 2, 3), "separates the places"),
-        (lambda x: x + torch.randn(2, 4, 8, 8), "differs from place to place"),
-        (lambda x: F.layer_norm(x, (4, 4, 4)), "spans places"),
+        (lambda x: x[:1], "selects positions or images"),
+        (lambda x: x.permute(1, 0, 2, 3), "separates the positions"),
+        (lambda x: x + torch.randn(2, 4, 8, 8), "differs from position to position"),
+        (lambda x: F.layer_norm(x, (4, 4, 4)), "spans positions"),
         (lambda x: F.linear(x, torch.randn(4, 4)), "permute to channels last"),
         (lambda x: torch.cat([x, x], 0), "only the channel dimension"),
         (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), "mode='nearest'"),
@@ -404,7 +404,7 @@ def test_operations_that_would_be_wrong_are_refused(operation, message: str) -> 
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
-        (lambda x: F.conv2d(x, torch.randn(4, 4, 3, 3)), "makes 6 places of 8"),
+        (lambda x: F.conv2d(x, torch.randn(4, 4, 3, 3)), "makes 6 positions of 8"),
         (lambda x: F.conv2d(x, torch.randn(4, 3, 1, 1)), "expects 3 channels, the feature map has 4"),
         (lambda x: F.max_pool2d(x, 8, 8), "cells must be a multiple of the network's total stride"),
         (lambda x: x + packed(), "two different masks"),

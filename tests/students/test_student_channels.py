@@ -49,9 +49,9 @@ def test_the_sparse_engine_is_exact(channels):
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 def test_the_pixel_objective_rebuilds_all_channels(channels, kind):
-    mean, deviation = statistics(channels)
-    cnn = dict(type="SparseUNet", encoder="test_resnet", decoder_width=32, in_chans=channels, normalize=(mean, deviation))
-    vit = dict(type="MaskedViT", arch=VIT, cell=32, in_chans=channels, mean=mean, deviation=deviation)
+    mean, std = statistics(channels)
+    cnn = dict(type="SparseUNet", encoder="test_resnet", decoder_width=32, in_chans=channels, normalize=(mean, std))
+    vit = dict(type="MaskedViT", arch=VIT, cell=32, in_chans=channels, mean=mean, std=std)
     model = MaskedDistiller(
         student=cnn if kind == "cnn" else vit,
         objectives=dict(pixels=dict(type="PixelReconstruction")),
@@ -70,8 +70,8 @@ def test_the_pixel_objective_rebuilds_all_channels(channels, kind):
 
 
 def test_a_mae_of_four_channels_predicts_all_of_them():
-    mean, deviation = statistics(4)
-    model = MAEPretraining(VIT, 64, in_chans=4, mean=mean, deviation=deviation, norm_pix=False)
+    mean, std = statistics(4)
+    model = MAEPretraining(VIT, 64, in_chans=4, mean=mean, std=std, norm_pix=False)
     images = torch.rand(2, 4, 64, 64)
     predicted = model.network.predict_pixels(model.network.encode(model.normalise(images)))
     assert predicted.shape == patchify(images, 16).shape == (2, 16, 16 * 16 * 4)

@@ -14,7 +14,7 @@ from hgkd.training import (
     FiniteLossHook,
     LossAlarmHook,
     MaskScheduleHook,
-    PictureHook,
+    VisualizationHook,
     ThroughputHook,
     UnreadableFilesHook,
 )
@@ -230,7 +230,7 @@ def test_peak_memory_is_plausible():
 
 def test_picture_hook_refuses_zero():
     with pytest.raises(ValueError, match="interval and num_images must be 1 or more"):
-        PictureHook(interval=0)
+        VisualizationHook(interval=0)
 
 
 @pytest.mark.parametrize(("step", "ratio"), [(0, 0.6), (5, 0.3), (10, 0.0)])
