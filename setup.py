@@ -47,7 +47,8 @@ DOWNSTREAM = [
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"]
 EDGE = ["openvino>=2025.0", "nncf>=2.17", "ncnn>=1.0.20250503", "pnnx>=20250530"]
 SHARDS = ["webdataset>=1.0"]
-TEST = [*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
+TIFF = ["tifffile>=2023.8.12"]
+TEST = [*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, *TIFF, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
 EXTRAS = {
     "downstream": DOWNSTREAM,
     # any spconv build serves; this one has wheels up to Python 3.11
@@ -55,6 +56,7 @@ EXTRAS = {
     "export": EXPORT,
     "edge": EDGE,
     "shards": SHARDS,  # to write them; reading needs nothing
+    "tiff": TIFF,  # TIFFs of several bands, where in_chans says how many
     "test": TEST,
     "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],
 }

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from torch import Tensor, nn
 
-Triple = tuple[float, float, float]
-PixelStatistics = tuple[Triple, Triple]
+from hgkd.errors import coded
+
+PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 CHANNELS = 3
 
 
-def check_pixels(mean: object, std: object, where: str) -> PixelStatistics:
-    """Mean and standard deviation as two triples of floats.
+def check_pixels(mean: object, std: object, where: str, channels: int = CHANNELS) -> PixelStatistics:
+    """Mean and standard deviation as two tuples of floats.
 
     Args:
-        mean, std: three numbers each, RGB; 0 <= mean <= 1 and 0 < std <= 1.
+        mean, std: a number for each channel (three: RGB); 0 <= mean <= 1 and 0 < std <= 1.
         where: the option that they come from, for the message.
+        channels: of the images.
 
     Raises:
-        ValueError: not three numbers each, not finite, or out of range; says so when they are of pixels in 0..255.
+        ValueError: another number of them, not finite, or out of range; says so when they are of pixels in 0..255.
     """
-    means, stds = (_triple(name, given, where) for name, given in (("mean", mean), ("std", std)))
+    means, stds = (_numbers(name, given, where, channels) for name, given in (("mean", mean), ("std", std)))
     inside = all(0.0 <= value <= 1.0 for value in means) and all(0.0 < value <= 1.0 for value in stds)
     if inside:
         return means, stds
@@ -36,30 +38,98 @@ def check_pixels(mean: object, std: object, where: str) -> PixelStatistics:
             f"{found} are of pixels in 0..255, expected those of pixels in [0, 1]; divide by 255: mean {by_255[0]}, "
             f"std {by_255[1]}"
         )
-    raise ValueError(f"{found} cannot be of RGB pixels in [0, 1], of which 0 <= mean <= 1 and 0 < std <= 1")
+    kind = "RGB " if channels == CHANNELS else ""
+    raise ValueError(f"{found} cannot be of {kind}pixels in [0, 1], of which 0 <= mean <= 1 and 0 < std <= 1")
 
 
-def check_normalize(normalize: object, where: str) -> PixelStatistics:
+def check_normalize(normalize: object, where: str, channels: int = CHANNELS) -> PixelStatistics:
     """Check a user's ``normalize=(mean, std)``; see :func:`check_pixels`.
 
     Raises:
-        ValueError: it is not a pair of triples, or they are wrong.
+        ValueError: it is not a pair of such tuples, or they are wrong.
     """
     pair = _numbers_or_lists(normalize)
+    if channels != CHANNELS and (pair is None or len(pair) != 2):
+        raise ValueError(
+            f"{where} must be the means and the standard deviations of {channels} channels, of pixels in [0, 1], as 'hgkd "
+            f"doctor pixels FOLDER --in-chans {channels}' prints them; got {normalize!r}"
+        )
     if pair is None or len(pair) != 2:
         raise ValueError(
             f"{where} must be a mean and a standard deviation of three numbers each, RGB in [0, 1], e.g. "
             f"((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)); got {normalize!r}"
         )
-    return check_pixels(pair[0], pair[1], where)
+    return check_pixels(pair[0], pair[1], where, channels)
+
+
+def check_in_chans(channels: Any, where: str) -> int:
+    """The number of channels of a network's images, a whole number from 1.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"{where} is the number of channels of the images, a whole number from 1, got {channels!r}")
+    return channels
+
+
+def channels_of(network: nn.Module) -> int:
+    """Channels of the images that a network of timm takes; 3 where it does not say."""
+    size = (getattr(network, "pretrained_cfg", None) or {}).get("input_size") or (CHANNELS,)
+    return int(size[0])
+
+
+def note_pixels(
+    network: nn.Module, channels: int | None = None, pixels: tuple[Sequence[float], Sequence[float]] | None = None
+) -> None:
+    """Let a network of timm say what images it takes, in its ``pretrained_cfg``, which all others ask.
+
+    Args:
+        channels: of the images; None: as it says already.
+        pixels: mean and std; None: as it says already.
+    """
+    config: dict[str, Any] = dict(getattr(network, "pretrained_cfg", None) or {})
+    if channels is not None:
+        config["input_size"] = (channels, *tuple(config.get("input_size") or (CHANNELS, 224, 224))[1:])
+    if pixels is not None:
+        config |= {"mean": tuple(pixels[0]), "std": tuple(pixels[1])}
+    cast(Any, network).pretrained_cfg = config
+
+
+def require_statistics(channels: int, normalize: Any, where: str) -> None:
+    """Refuse images of other channels than RGB without their statistics, which no network and no habit tells.
+
+    Raises:
+        ValueError: with the command that measures them.
+    """
+    if channels != CHANNELS and normalize is None:
+        raise coded(
+            "channels-without-statistics",
+            ValueError(
+                f"in_chans={channels} needs the mean and standard deviation of the images' channels: measure them with 'hgkd "
+                f"doctor pixels FOLDER --in-chans {channels}' and set {where}"
+            ),
+        )
+
+
+def check_images(images: Tensor, channels: int, what: str = "the model was built for", remedy: str = "") -> None:
+    """Raise ValueError when images (B, C, H, W) have other channels than a network takes."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise coded(
+            "channels-differ",
+            ValueError(
+                f"the images have {images.shape[1] if images.ndim == 4 else tuple(images.shape)} channels, {what} {channels}; "
+                f"{remedy or 'set in_chans of data and model alike'}"
+            ),
+        )
 
 
 def check_channels(channels: object, where: str) -> None:
-    """Raise ValueError when a network is for other images than RGB ones, which is what every data set here gives."""
+    """Raise ValueError when a network that can only be for RGB images is for others."""
     if channels != CHANNELS:
         raise ValueError(
-            f"{where} is {channels!r}, but images are RGB, {CHANNELS} channels (a grey image is read as three equal ones); "
-            f"use a network for {CHANNELS} channels and leave in_chans out"
+            f"{where} is {channels!r}, but it must be {CHANNELS}: it sees RGB images, or three channels of others, which "
+            "model.teacher_channels names; leave in_chans out"
         )
 
 
@@ -69,15 +139,18 @@ def pixels_text(mean: object, std: object) -> str:
     return f"pixels normalised by mean {means}, std {stds}"
 
 
-def _triple(name: str, given: object, where: str) -> Triple:
+def _numbers(name: str, given: object, where: str, channels: int) -> tuple[float, ...]:
     values = _numbers_or_lists(given)
     try:
         numbers = [] if values is None else [float(value) for value in values]
     except (TypeError, ValueError):
         numbers = []
-    if len(numbers) != CHANNELS or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{where}: {name} must be three finite numbers, one each for red, green and blue, got {given!r}")
-    return numbers[0], numbers[1], numbers[2]
+    if len(numbers) != channels or not all(map(math.isfinite, numbers)):
+        wanted = "three finite numbers, one each for red, green and blue"
+        if channels != CHANNELS:
+            wanted = f"{channels} finite numbers, one for each channel"
+        raise ValueError(f"{where}: {name} must be {wanted}, got {given!r}")
+    return tuple(numbers)
 
 
 def _numbers_or_lists(given: object) -> list[Any] | None:
@@ -100,11 +173,12 @@ def pixel_statistics(model: nn.Module) -> PixelStatistics:
     config = getattr(model, "pretrained_cfg", None) or {}
     mean = config.get("mean") or timm.data.IMAGENET_DEFAULT_MEAN
     std = config.get("std") or timm.data.IMAGENET_DEFAULT_STD
-    return check_pixels(mean, std, f"the pixels of {config.get('architecture') or type(model).__name__}")
+    name = config.get("architecture") or type(model).__name__
+    return check_pixels(mean, std, f"the pixels of {name}", channels_of(model))
 
 
 def to_unit_range(inputs: Tensor) -> Tensor:
-    """Images as float in [0, 1]: uint8 (B, 3, H, W) is divided by 255, float is taken as it is.
+    """Images as float in [0, 1]: uint8 (B, C, H, W) is divided by 255, float is taken as it is.
 
     Raises:
         TypeError: another type, whose range cannot be known.
@@ -125,7 +199,7 @@ class PixelNormalisation(nn.Module):
     """Base of modules that normalise the pixels they are given; a subclass calls :meth:`set_pixels` when it is built.
 
     Attributes:
-        mean, std: of the pixels in [0, 1], (1, 3, 1, 1).
+        mean, std: of the pixels in [0, 1], (1, C, 1, 1); C is 3 for RGB.
         pixels_in_state: whether the two are entries of ``state_dict``; they are buffers in any case.
     """
 
@@ -140,8 +214,18 @@ class PixelNormalisation(nn.Module):
             device = None if before is None else before.device
             self.register_buffer(name, torch.tensor(list(values), device=device).view(1, -1, 1, 1), self.pixels_in_state)
 
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.mean.shape[1]
+
     def normalise(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1] -> what the network expects, (B, 3, H, W)."""
+        """Pixels in [0, 1] -> what the network expects, (B, C, H, W).
+
+        Raises:
+            ValueError: images of other channels; without this one channel would be taken for all.
+        """
+        check_images(images, self.in_chans)
         return (images - self.mean) / self.std
 
     def denormalise(self, inputs: Tensor) -> Tensor:

@@ -55,11 +55,11 @@ def test_there_are_recipes():
 def load_with_teacher(name, mae_file):
     """The recipe with a teacher that exists: a random ViT, or an untrained MAE, deep and narrow."""
     cfg = load(name)
-    if cfg.model.get("teacher"):
-        if cfg.model.teacher.type == "MAETeacher":
-            cfg.model.teacher.checkpoint = mae_file
-        cfg.model.teacher.allow_random = True
-        cfg.model.teacher.pop("dtype", None)  # bfloat16 is slow on the CPU
+    for teacher in [cfg.model.teacher] if cfg.model.get("teacher") else (cfg.model.get("teachers") or {}).values():
+        if teacher.type == "MAETeacher":
+            teacher.checkpoint = mae_file
+        teacher.allow_random = True
+        teacher.pop("dtype", None)  # bfloat16 is slow on the CPU
     return cfg
 
 

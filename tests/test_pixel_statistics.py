@@ -91,25 +91,16 @@ def test_nan_is_refused() -> None:
         check_pixels((0.5, float("nan"), 0.5), (0.2, 0.2, 0.2), "here")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: TimmTeacher("vit_tiny_patch16_224", in_chans=1, **VIT),
-        lambda: SparseUNet("test_resnet", encoder_kwargs={"in_chans": 1}),
-        lambda: MaskedViT({**ARCH, "in_chans": 1}),
-        lambda: MAEPretraining({**ARCH, "in_chans": 1}, 64),
-        lambda: ImageClassifier("test_resnet", 2, in_chans=1),
-    ],
-)
-def test_networks_for_other_than_rgb_images_are_refused_when_built(make: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=r"in_chans.* is 1, but images are RGB"):
-        make()
+def test_a_teacher_of_timm_for_other_than_rgb_images_is_refused_when_built() -> None:
+    with pytest.raises(ValueError, match=r"in_chans.* is 1, but it must be 3: .* which model\.teacher_channels names"):
+        TimmTeacher("vit_tiny_patch16_224", in_chans=1, **VIT)
 
 
-def test_a_file_for_other_channels_is_refused(tmp_path: Path) -> None:
+def test_a_file_for_other_channels_needs_their_statistics(tmp_path: Path) -> None:
     file = save_mae(MaskedAutoencoder(make_arch({**ARCH, "in_chans": 6})), tmp_path / "six.safetensors")
-    with pytest.raises(ValueError, match=r"channels of .*six\.safetensors is 6"):
+    with pytest.raises(ValueError, match=r"in_chans=6 needs the mean .* set model\.teacher\.normalize"):
         MAETeacher(file, allow_random=True)
+    assert MAETeacher(file, allow_random=True, normalize=([0.5] * 6, [0.2] * 6)).in_chans == 6
     check_channels(3, "here")
 
 

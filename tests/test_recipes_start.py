@@ -69,24 +69,31 @@ def shrink(cfg):
 
 def teacher_options(cfg, folder):
     """A teacher of random weights, thin and as deep as its recipe taps it."""
-    teacher = cfg.model.get("teacher")
-    if not teacher:
-        return {}
-    file = folder / "teacher.safetensors"
-    found = {"teacher_checkpoint": str(file), "model.teacher.allow_random": True}
+    several = cfg.model.get("teachers") or {}
+    if several:
+        return {key: value for name in several for key, value in _options_of(cfg, folder, name).items()}
+    return _options_of(cfg, folder) if cfg.model.get("teacher") else {}
+
+
+def _options_of(cfg, folder, name=None):
+    """Of the only teacher, or of one of several."""
+    place = "model.teacher" if name is None else f"model.teachers.{name}"
+    teacher = cfg.model.teacher if name is None else cfg.model.teachers[name]
+    file = folder / f"{name or 'teacher'}.safetensors"
+    found = {"teacher_checkpoint" if name is None else f"{place}.checkpoint": str(file), f"{place}.allow_random": True}
     if teacher.type == "MAETeacher":
         depth = 24 if "-l16" in cfg.filename else 12
         MAEPretraining({**MAE, "depth": depth}, 64).save_teacher(file)
         return found
-    name = teacher.get("name", "resnet18")
-    sizes = {} if name == "resnet34" else thin(name)
+    network_name = teacher.get("name", "resnet18")
+    sizes = {} if network_name == "resnet34" else thin(network_name)
     pooled = {key: teacher[key] for key in ("global_pool",) if key in teacher}
     classes = 0 if teacher.type == "TimmTeacher" or teacher.get("backbone_only") else 2
-    network = timm.create_model(name, num_classes=classes, **sizes, **pooled)
+    network = timm.create_model(network_name, num_classes=classes, **sizes, **pooled)
     save_file({key: value.contiguous() for key, value in network.state_dict().items()}, file)
-    found |= {f"model.teacher.{key}": value for key, value in sizes.items()}
+    found |= {f"{place}.{key}": value for key, value in sizes.items()}
     if teacher.type == "ClassifierTeacher":
-        found["model.teacher.name"] = name
+        found["model.teacher.name"] = network_name
     return found
 
 

@@ -262,7 +262,8 @@ def benchmark_distill(
         torch.manual_seed(0)
         student = {**cfg.model.student, **({} if backend == "dense" else {"backend": backend})}
         model = MODELS.build({"_scope_": "hgkd", **cfg.model, "student": student}).to(device).train()
-        pixels = torch.randint(0, 256, (batch_size, 3, *model.image_size), dtype=torch.uint8, device=device)
+        shape = (batch_size, model.student.in_chans, *model.image_size)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         if backend == "dense":
             images = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
             encoder = model.student.encoder.to(memory_format=torch.channels_last)

@@ -73,8 +73,10 @@ def evaluate(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    bank = _labelled(train, data_root, image_size, limit_per_class, value_range)
-    queries = _labelled(test, data_root, image_size, test_limit_per_class, value_range)
+    extractor = load_extractor(backbone, checkpoint, block, pretrained=pretrained, seed=seed)
+    in_chans = extractor.reads_channels
+    bank = _labelled(train, data_root, image_size, limit_per_class, value_range, in_chans)
+    queries = _labelled(test, data_root, image_size, test_limit_per_class, value_range, in_chans)
     if list(bank.classes) != list(queries.classes):
         only = sorted(set(bank.classes) ^ set(queries.classes))
         raise DataError(f"{train} and {test} must have the same classes; {only[:5]} are in one of them only")
@@ -89,7 +91,6 @@ def evaluate(
     if "fewshot" in methods:
         check_shots(shots, bank.labels)
 
-    extractor = load_extractor(backbone, checkpoint, block, pretrained=pretrained, seed=seed)
     known, asked = (extract(extractor, part, batch_size, workers, device) for part in (bank, queries))
 
     shared = {
@@ -115,6 +116,11 @@ def evaluate(
             data = {"limit_per_class": limit_per_class, **source}
             options = {"data_root": bank.data_root, "image_size": image_size, "workers": workers, "seed": seed}
             options["value_range"] = bank.value_range
+            if in_chans is not None:
+                network: Any = getattr(extractor, "teacher", extractor)
+                options["in_chans"] = in_chans
+                options["model.classifier.normalize"] = [network.mean.flatten().tolist(), network.std.flatten().tolist()]
+                options["train_dataloader.dataset.transform"] = {"kind": "train", "scale": [0.35, 1.0]}  # timm's is for RGB
             options |= {f"train_dataloader.dataset.{key}": value for key, value in data.items()}
             model = fine_tune(extractor, len(bank.classes), {**options, **(finetune_options or {})})
             predictions = extract(model, queries, batch_size, workers, device)
@@ -172,13 +178,20 @@ def fine_tune(extractor: FeatureExtractor, num_classes: int, options: Mapping[st
 
 
 def _labelled(
-    source: str, data_root: str | None, image_size: int, limit_per_class: int | None, value_range: Sequence[float] | None
+    source: str,
+    data_root: str | None,
+    image_size: int,
+    limit_per_class: int | None,
+    value_range: Sequence[float] | None,
+    in_chans: int | None,
 ) -> LabelledImages:
     path = Path(source).expanduser()
     root, list_file = path, None
     if path.is_file():
         root, list_file = Path(path.parent if data_root is None else data_root), path
-    return LabelledImages(root, image_size, limit_per_class=limit_per_class, list_file=list_file, value_range=value_range)
+    return LabelledImages(
+        root, image_size, limit_per_class=limit_per_class, list_file=list_file, value_range=value_range, in_chans=in_chans
+    )
 
 
 _Found = tuple[dict[str, NDArray[np.bool_]], dict[str, Any], dict[str, Any]]

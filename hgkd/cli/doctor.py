@@ -4,13 +4,15 @@
     hgkd doctor environment --work-dir work_dirs/mine --images ~/photos
     hgkd doctor teacher mae_pretrain_vit_base_full.pth
     hgkd doctor teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
+    hgkd doctor pixels FOLDER --in-chans 8 --value-range 0 4095
     hgkd doctor extract run.pth state_dict_ema averaged.safetensors
 
 ``file`` takes any weight file, work folder or export and says what it is and which commands take it.
 What a teacher file can teach is found by building its network without weights and matching every entry: the network of
 ``--name``, else the one that the file's own shapes describe. The score of the weights needs the file alone. With a folder of
 images its features are compared with those of a random network of the same shape; with one sub-folder a class, by k-NN too.
-Files other than MAE's need timm's name for that. ``extract`` writes one of several sets of weights to a file of its own.
+Files other than MAE's need timm's name for that. ``pixels`` reads all images of a folder and prints the mean and standard
+std of every channel as options of a config. ``extract`` writes one of several sets of weights to a file of its own.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from torch import Tensor, nn
 
 from hgkd.cli.common import command, command_parser
 from hgkd.data import LabelledImages, UnlabelledImages
+from hgkd.data.statistics import PixelSums, measure_pixels
 from hgkd.diagnosis.environment import check_environment, exit_code
 from hgkd.errors import DataError, WeightsError
 from hgkd.networks.libraries import library_of
 from hgkd.networks.mae import MaskedAutoencoder, arch_of, read_mae
-from hgkd.pixels import check_channels
 from hgkd.teachers import MAETeacher, Teacher, TimmTeacher
 from hgkd.teachers.described import vit_of
 from hgkd.teachers.families import Family, Levels, family_for
@@ -172,7 +174,6 @@ def _network(file: str, name: str | None, weights: Mapping[str, Tensor]) -> tupl
                 if name is not None:
                     raise ValueError(f"{file} is a MAE with its decoder, whose network it describes itself; leave --name out")
                 arch = arch_of(weights, file, 1, 1)  # heads change no shape
-                check_channels(arch.in_chans, f"the number of channels of {file}")
                 network = MaskedAutoencoder(arch)
                 match(network, weights, source=file)
             else:
@@ -230,6 +231,52 @@ def _features(teacher: Teacher, folder: str, limit: int, image_size: int) -> Fea
     side = max(1, round(image_size / teacher.info.patch_size))
     teacher.prepare((side, side), teacher.info.patch_size)
     return feature_health(teacher, images, labels)
+
+
+def pixel_lines(
+    folder: str,
+    in_chans: int | None = None,
+    value_range: Sequence[float] | None = None,
+    list_file: str | None = None,
+    limit: int | None = None,
+) -> list[str]:
+    """What ``hgkd doctor pixels`` prints: statistics of every channel over all pixels, and the options that they are for.
+
+    Args:
+        in_chans: channels of the images; None: 8-bit RGB.
+        value_range, list_file, limit: see :class:`hgkd.data.UnlabelledImages`.
+
+    Raises:
+        FileNotFoundError, DataError: see there; or a channel is the same everywhere, so nothing can be divided by its
+        std.
+    """
+    dataset = UnlabelledImages(
+        folder, list_file, transform={"kind": "eval"}, limit=limit, value_range=value_range, in_chans=in_chans
+    )
+    sums, unreadable = measure_pixels(dataset)
+    constant = [str(channel) for channel, std in enumerate(sums.std) if std == 0]
+    if constant:
+        raise DataError(
+            f"channel {', '.join(constant)} of the {sums.images} images in {folder} is {sums.mean[int(constant[0])]:.4g} at "
+            "every pixel and has no standard deviation; leave it out of the files, or look at value_range"
+        )
+    rows = [f"{c:>7}  {m:.4f}  {s:.4f}  {low:.4f}  {high:.4f}" for c, (m, s, low, high) in enumerate(_columns(sums))]
+    mean, std = ("[" + ",".join(f"{value:.6g}" for value in values) + "]" for values in (sums.mean, sums.std))
+    lines = [f"# {sums.images} images, {sums.pixels} pixels in [0, 1]; {len(unreadable)} files cannot be read"]
+    lines += [f"# {row}" for row in ("channel  mean    std     lowest  highest", *rows)]
+    lines += [] if in_chans is None else [f"in_chans={in_chans}"]
+    lines += [] if dataset.value_range is None else ["value_range=[{:g},{:g}]".format(*dataset.value_range)]
+    return [
+        *lines,
+        f"model.student.normalize=[{mean},{std}]",
+        f"# a classifier: model.classifier.normalize=[{mean},{std}]",
+        f"# a ViT student: model.student.mean={mean} model.student.std={std}",
+        f"# MAE pretraining: model.mean={mean} model.std={std}",
+    ]
+
+
+def _columns(sums: PixelSums) -> list[tuple[float, ...]]:
+    return list(zip(*(map(float, part) for part in (sums.mean, sums.std, sums.low, sums.high)), strict=True))
 
 
 _START = "backbone={file} of a fine-tuning (hgkd train)"
@@ -341,6 +388,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     teacher.add_argument("--images", help="folder of images, or of one folder a class")
     teacher.add_argument("--limit", type=int, default=200, help="maximum number of images")
     teacher.add_argument("--image-size", type=int, default=224, help="side of the images in pixels")
+    pixels = commands.add_parser("pixels", help="measure mean and standard deviation of every channel of a folder's images")
+    pixels.add_argument("folder", help="folder of images, searched at any depth, or of .tar shards")
+    pixels.add_argument("--in-chans", type=int, help="channels of the images (default: read as 8-bit RGB)")
+    pixels.add_argument(
+        "--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="black and white in images of more than 8 bits"
+    )
+    pixels.add_argument("--list-file", help="text file naming the images, one a line")
+    pixels.add_argument("--limit", type=int, help="only so many images, drawn at random (default: all)")
     extract = commands.add_parser("extract", help="write one of several sets of weights to a file of its own")
     extract.add_argument("file", help="weight file")
     extract.add_argument("entry", help="name of the set, e.g. state_dict_ema; inner ones behind a dot")
@@ -360,6 +415,9 @@ def main(argv: Sequence[str]) -> int:
         checks = check_environment(args.work_dir, args.images, args.planned_mb)
         print(*checks, sep="\n")
         return exit_code(checks)
+    if args.command == "pixels":
+        print(*pixel_lines(args.folder, args.in_chans, args.value_range, args.list_file, args.limit), sep="\n")
+        return 0
     if args.command == "extract":
         print(f"{extract_entry(args.file, args.entry, args.out)} tensors of {args.entry!r} written to {args.out}")
         return 0

@@ -60,8 +60,8 @@ def graphs_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def with_latency(report: ExportReport, side: int, repeats: int = 20) -> list[dict[str, Any]]:
-    """The report's table with the median time of one image (1, 3, side, side) on one and two CPU threads, in milliseconds."""
-    images = torch.rand(1, 3, side, side)
+    """The report's table with the median time of one image (1, C, side, side) on one and two CPU threads, in milliseconds."""
+    images = torch.rand(1, report.channels, side, side)
     runner = TARGETS[report.target].runner
     assert runner is not None
     runs = [[runner(report.out / row["file"], threads=threads) for threads in (1, 2)] for row in report.table]

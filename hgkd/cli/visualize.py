@@ -29,25 +29,29 @@ from hgkd.networks.classifier import load_classifier
 from hgkd.pictures.features import attention_columns, class_columns, neighbour_columns, pca_columns
 from hgkd.pictures.files import PAGE, ImageFiles, find_files, save_picture, write_page
 from hgkd.pictures.reconstruction import load_reconstructor, reconstruction_columns
+from hgkd.pixels import to_unit_range
 
 
 def pca(args: argparse.Namespace) -> Path:
-    files = find_files(args.images, args.limit)
-    columns = pca_columns(_extractor(args), _images(files, args.image_size, args), args.level)
+    extractor = _extractor(args)
+    files = _files(args, extractor.reads_channels)
+    columns = pca_columns(extractor, _images(files, args.image_size, args, extractor.reads_channels), args.level)
     caption = f"{_who(args)}: main directions of the features as colours; {_which(files)}"
     return save_picture(columns, args.out, args.name, caption)
 
 
 def attention(args: argparse.Namespace) -> Path:
-    files, extractor = find_files(args.images, args.limit), _extractor(args)
-    columns = attention_columns(extractor, _images(files, args.image_size, args), args.level)
+    extractor = _extractor(args)
+    files = _files(args, extractor.reads_channels)
+    columns = attention_columns(extractor, _images(files, args.image_size, args, extractor.reads_channels), args.level)
     return save_picture(columns, args.out, args.name, f"{_who(args)}: {extractor.attention_name}; {_which(files)}")
 
 
 def cam(args: argparse.Namespace) -> Path:
-    files, classifier = find_files(args.images, args.limit), load_classifier(args.checkpoint).to(args.device)
-    size = args.image_size or classifier.spec.image_size
-    columns, names = class_columns(classifier, _images(files, size, args), args.class_name)
+    classifier = load_classifier(args.checkpoint).to(args.device)
+    in_chans = None if classifier.in_chans == 3 else classifier.in_chans
+    files, size = _files(args, in_chans), args.image_size or classifier.spec.image_size
+    columns, names = class_columns(classifier, _images(files, size, args, in_chans), args.class_name)
     caption = f"{args.checkpoint}: Grad-CAM of {', '.join(dict.fromkeys(names))}; {_which(files)}"
     for file, name in zip(files, names, strict=True):
         print(f"{file}: {name}")
@@ -55,12 +59,18 @@ def cam(args: argparse.Namespace) -> Path:
 
 
 def neighbours(args: argparse.Namespace) -> Path:
-    files, bank, extractor = find_files(args.images, args.limit), find_files([args.bank]), _extractor(args)
+    extractor = _extractor(args)
+    in_chans = extractor.reads_channels
+    files, bank = _files(args, in_chans), find_files([args.bank], arrays=in_chans is not None)
     known, asked = (
-        extract(extractor, ImageFiles(part, args.image_size, args.value_range), args.batch_size, args.workers, args.device)
+        extract(
+            extractor, ImageFiles(part, args.image_size, args.value_range, in_chans), args.batch_size, args.workers, args.device
+        )
         for part in (bank, files)
     )
-    columns, found = neighbour_columns(asked, files, known, bank, args.image_size, args.k, value_range=args.value_range)
+    columns, found = neighbour_columns(
+        asked, files, known, bank, args.image_size, args.k, value_range=args.value_range, in_chans=in_chans
+    )
     for file, row in zip(files, found, strict=True):
         print(f"{file}: " + ", ".join(f"{path} ({cosine:.2f})" for path, cosine in row))
     caption = f"{_who(args)}: nearest of {len(bank)} images in {args.bank}, nearest first; {_which(files)}"
@@ -68,8 +78,10 @@ def neighbours(args: argparse.Namespace) -> Path:
 
 
 def reconstruction(args: argparse.Namespace) -> Path:
-    files, model = find_files(args.images, args.limit), load_reconstructor(args.checkpoint)
-    inputs = read_crops(files, args.image_size or model.image_size, args.value_range)
+    model = load_reconstructor(args.checkpoint)
+    in_chans = None if model.in_chans == 3 else model.in_chans
+    files = _files(args, in_chans)
+    inputs = read_crops(files, args.image_size or model.image_size, args.value_range, in_chans)
     columns, ratio = reconstruction_columns(model, inputs, args.mask_ratio, args.seed)
     caption = (
         f"{args.checkpoint}: {ratio:.0%} hidden; colours and contrast of hidden positions are given where the model was "
@@ -94,8 +106,12 @@ def _extractor(args: argparse.Namespace) -> FeatureExtractor:
     return load_extractor(args.backbone, args.checkpoint, pretrained=args.pretrained).to(args.device)
 
 
-def _images(files: Sequence[Path], image_size: int | Sequence[int], args: argparse.Namespace) -> Tensor:
-    return read_crops(files, image_size, args.value_range).to(args.device) / 255
+def _files(args: argparse.Namespace, in_chans: int | None) -> list[Path]:
+    return find_files(args.images, args.limit, arrays=in_chans is not None)
+
+
+def _images(files: Sequence[Path], image_size: int | Sequence[int], args: argparse.Namespace, in_chans: int | None) -> Tensor:
+    return to_unit_range(read_crops(files, image_size, args.value_range, in_chans).to(args.device))
 
 
 def _who(args: argparse.Namespace) -> str:

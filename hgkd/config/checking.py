@@ -142,7 +142,7 @@ def _check_arguments(cls: Callable[..., object], value: Mapping[str, Any], path:
     if registry is roots.OPTIM_WRAPPERS:
         extra |= {"constructor", "paramwise_cfg"}
     if path.startswith("model.objectives."):
-        extra.add("weight")
+        extra |= {"weight", "teacher"} if registry is MASKED_OBJECTIVES else {"weight"}
     if accepted is not None:
         for key, item in value.items():
             if key not in accepted and key not in extra:

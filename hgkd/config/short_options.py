@@ -61,6 +61,19 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
         "[low,high], the values of black and white in images of more than 8 bits",
         existing=(f"{_VAL}.value_range",),
     ),
+    "in_chans": ShortOption(
+        (
+            "model.student.in_chans",
+            "model.classifier.in_chans",
+            *(f"{place}.in_chans" for place in (_TRAIN, _BANK, _QUERY)),
+        ),
+        "channels of the images; of others than RGB all are read, see docs/data.md",
+        existing=("model.in_chans", f"{_VAL}.in_chans"),
+        kind="whole",
+    ),
+    "teacher_channels": ShortOption(
+        ("model.teacher_channels",), "the channels that a teacher sees, in its order, e.g. [2,1,0]; a single one is repeated"
+    ),
     "student": ShortOption(("model.student.encoder", "model.classifier.name"), "name of the student's network"),
     "teacher": ShortOption(("model.teacher.name",), "timm name of the teacher"),
     "teacher_checkpoint": ShortOption(("model.teacher.checkpoint",), "weight file of the teacher"),

@@ -30,6 +30,8 @@ IMAGE_EXTENSIONS = (
     *((".avif",) if HAS_AVIF else ()),
     *((".heic", ".heif") if HAS_HEIF else ()),
 )
+ARRAY_EXTENSION = ".npy"
+"""Of NumPy arrays, which are images where a data set says how many channels they have."""
 EXTENSION_LIST = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
 
 # pictures and what is often taken for them; leaving these out is worth a warning
@@ -59,8 +61,8 @@ def is_system(name: str) -> bool:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a name has the extension of an image, upper or lower case."""
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+    """Whether a name has the extension of an image or an array, upper or lower case."""
+    return name.lower().endswith((*IMAGE_EXTENSIONS, ARRAY_EXTENSION))
 
 
 def printable(path: str) -> str:
@@ -101,11 +103,12 @@ class Content:
         return ", ".join(parts) + ("; to read .heic: pip install pillow-heif" if heif else "")
 
 
-def search(folder: str, passed_over: Iterable[Identity | None] = ()) -> Content:
+def search(folder: str, passed_over: Iterable[Identity | None] = (), extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> Content:
     """Everything below ``folder``; links are followed, each folder is entered once, so that cycles end.
 
     Args:
         passed_over: :func:`folder_identity` of folders that are not entered, nor through links to them.
+        extensions: of images, in lower case.
 
     Raises:
         DataError: a folder that cannot be listed, as of its images nothing would be known.
@@ -123,7 +126,7 @@ def search(folder: str, passed_over: Iterable[Identity | None] = ()) -> Content:
         subfolders[:] = sorted(name for name in subfolders if not is_system(name))
         for name in names:
             if not is_system(name):
-                _sort_in(found, os.path.relpath(os.path.join(here, name), folder), name.lower())
+                _sort_in(found, os.path.relpath(os.path.join(here, name), folder), name.lower(), extensions)
     found.images.sort()
     found.shards.sort()
     return found
@@ -137,8 +140,8 @@ def kind_name(name: str) -> str:
     return printable(extension) if extension else "without an extension"
 
 
-def _sort_in(found: Content, path: str, name: str) -> None:
-    if name.endswith(IMAGE_EXTENSIONS):
+def _sort_in(found: Content, path: str, name: str, extensions: tuple[str, ...]) -> None:
+    if name.endswith(extensions):
         found.images.append(path)
     elif name.endswith(SHARD_EXTENSION):
         found.shards.append(path)

@@ -24,7 +24,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hgkd.data.channels import READING_CHANNELS, check_in_chans, decode_channels, measure_channels
 from hgkd.data.folders import (
+    ARRAY_EXTENSION,
     EXTENSION_LIST,
     IMAGE_EXTENSIONS,
     SHARD_EXTENSION,
@@ -36,7 +38,17 @@ from hgkd.data.folders import (
     search,
 )
 from hgkd.data.lists import read_labels, read_list
-from hgkd.data.pixels import READING, BandsError, Range, as_value_range, decode, measure, open_image, warnings_of
+from hgkd.data.pixels import (
+    READING,
+    BandsError,
+    Range,
+    as_value_range,
+    check_value_range,
+    decode,
+    measure,
+    open_image,
+    warnings_of,
+)
 from hgkd.data.sampler import image_seed, seeded
 from hgkd.data.shards import ShardIndex, index_shards
 from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
@@ -45,6 +57,7 @@ from hgkd.registry import DATASETS
 
 _Item = TypeVar("_Item")
 _LOOKED_AT = 16
+_CHANNEL_EXTENSIONS = (*IMAGE_EXTENSIONS, ARRAY_EXTENSION)
 
 
 def read_rgb(path: str | os.PathLike[str], value_range: Range | None = None, use_alpha: bool = True) -> Image.Image:
@@ -59,9 +72,15 @@ def read_rgb(path: str | os.PathLike[str], value_range: Range | None = None, use
 
 
 def read_crops(
-    files: Sequence[str | os.PathLike[str]], image_size: int | Sequence[int], value_range: Sequence[float] | None = None
+    files: Sequence[str | os.PathLike[str]],
+    image_size: int | Sequence[int],
+    value_range: Sequence[float] | None = None,
+    in_chans: int | None = None,
 ) -> Tensor:
-    """Centre crops of image files, uint8 (B, 3, H, W); ``value_range`` as for :class:`UnlabelledImages`.
+    """Centre crops of image files, uint8 (B, 3, H, W), or with ``in_chans`` float (B, C, H, W) in [0, 1].
+
+    Args:
+        value_range, in_chans: as for :class:`UnlabelledImages`.
 
     Raises:
         DataError: a file cannot be read.
@@ -70,7 +89,11 @@ def read_crops(
     crops = []
     for file in files:
         try:
-            crops.append(crop(read_rgb(file, limits)))
+            if in_chans is None:
+                crops.append(crop(read_rgb(file, limits)))
+            else:
+                with open_image(file) as opened:
+                    crops.append(crop(decode_channels(opened, in_chans, limits)))
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
             raise DataError(
                 f"image {printable(os.fspath(file))} cannot be read ({type(error).__name__}: {error}); leave it out"
@@ -83,8 +106,11 @@ def decode_rgb(file: BinaryIO, value_range: Range | None = None, use_alpha: bool
     return decode(file, value_range, use_alpha)
 
 
-def find_images(folder: str) -> list[str]:
+def find_images(folder: str, arrays: bool = False) -> list[str]:
     """Paths of all image files below ``folder``, relative to it, sorted; links are followed, cycles are not.
+
+    Args:
+        arrays: NumPy arrays (.npy) are images, too.
 
     Whether a name belongs to an image is told by its extension, upper or lower case. Hidden names and those of a system
     (``._x.jpg``, ``.ipynb_checkpoints``, ``__MACOSX``, ``@eaDir``, ``#recycle``) are passed over.
@@ -92,7 +118,7 @@ def find_images(folder: str) -> list[str]:
     Raises:
         DataError: a folder that cannot be listed.
     """
-    return search(folder).images
+    return search(folder, extensions=_CHANNEL_EXTENSIONS if arrays else IMAGE_EXTENSIONS).images
 
 
 class _PathTable:
@@ -136,10 +162,11 @@ class _ImageFiles(Dataset[dict[str, Any]]):
     Args:
         root: absolute folder; relative ``paths`` are below it.
         paths: relative or absolute.
-        transform: PIL RGB image -> uint8 tensor (3, H, W).
+        transform: PIL RGB image -> uint8 tensor (3, H, W); with ``in_chans`` float tensor (C, H, W) -> one.
         max_bad_share: share of the files, in [0, 1], that may turn out unreadable.
         value_range, use_alpha: see :func:`hgkd.data.pixels.decode`.
         shards: where the images lie when they are no files of their own; ``paths`` are then names for messages.
+        in_chans: number of channels, see :func:`hgkd.data.channels.decode_channels`; None: 8-bit RGB.
     """
 
     def __init__(
@@ -151,11 +178,13 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         value_range: Sequence[float] | None = None,
         use_alpha: bool = True,
         shards: ShardIndex | None = None,
+        in_chans: int | None = None,
     ) -> None:
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share is a share of the images in [0, 1], got {max_bad_share}")
         self.value_range = as_value_range(value_range)
         self.use_alpha = use_alpha
+        self.in_chans = in_chans
         self.data_root = root
         self.transform = transform
         self.max_bad_share = max_bad_share
@@ -184,15 +213,20 @@ class _ImageFiles(Dataset[dict[str, Any]]):
     @property
     def reading(self) -> dict[str, Any]:
         """How files become pixels, as plain values: what is stored of pixels belongs to it."""
+        if self.in_chans is not None:
+            return {"channels": self.in_chans, "rules": READING_CHANNELS, "value_range": self.value_range}
         return {"rules": READING, "value_range": self.value_range, "use_alpha": self.use_alpha}
 
     def open(self, index: int) -> BinaryIO:
         """The file of an image, from wherever it lies."""
         return open_image(self.path(index)) if self._shards is None else io.BytesIO(self._shards.read(index))
 
-    def image(self, index: int) -> Image.Image:
-        """An image, decoded as 8-bit RGB and no more; errors as :func:`read_rgb`."""
+    def image(self, index: int) -> Image.Image | Tensor:
+        """An image, decoded and no more: 8-bit RGB, or with ``in_chans`` a float tensor (C, H, W); errors as
+        :func:`read_rgb`."""
         with self.open(index) as file:
+            if self.in_chans is not None:
+                return decode_channels(file, self.in_chans, self.value_range)
             return decode_rgb(file, self.value_range, self.use_alpha)
 
     def bad_files(self) -> list[str]:
@@ -233,7 +267,8 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         """Measure some images, spread over all, and warn of what they have in common.
 
         Raises:
-            DataError: more of them than ``max_bad_share`` have too many bands.
+            DataError: more of them than ``max_bad_share`` have other bands than can be read, or than ``in_chans``.
+            ValueError: a ``value_range`` that makes all of them black or white.
         """
         count = min(_LOOKED_AT, len(self))
         measured, refused = [], []
@@ -241,13 +276,26 @@ class _ImageFiles(Dataset[dict[str, Any]]):
             index = place * len(self) // count
             try:
                 with self.open(index) as file:
-                    measured.append(measure(file))
+                    measured.append(
+                        measure(file, self.value_range)
+                        if self.in_chans is None
+                        else measure_channels(file, self.in_chans, self.value_range)
+                    )
             except BandsError as error:
                 refused.append(f"{printable(self.path(index))}: {error}")
             except Exception:  # damaged: replaced and counted in its turn
                 continue
         if len(refused) > self.max_bad_share * count:
-            raise DataError(f"{len(refused)} of {count} images looked at have too many bands, e.g. {refused[0]}")
+            if self.in_chans is None:
+                raise DataError(f"{len(refused)} of {count} images looked at have too many bands, e.g. {refused[0]}")
+            raise coded(
+                "images-of-other-channels",
+                DataError(
+                    f"{len(refused)} of {count} images looked at cannot be read with in_chans={self.in_chans}, e.g. "
+                    f"{refused[0]}"
+                ),
+            )
+        check_value_range(measured, self.value_range)
         for warning in warnings_of(measured, self.value_range, self.use_alpha):
             print_log(f"{printable(self.data_root)}: {warning}", logger="current", level=logging.WARNING)
 
@@ -307,6 +355,9 @@ class UnlabelledImages(_ImageFiles):
         value_range: (low, high), the values of black and white in images of more than 8 bits; see
             :func:`hgkd.data.pixels.decode`.
         use_alpha: False leaves out a band that is tagged as transparency.
+        in_chans: number of channels that every file has. The items' ``inputs`` are then float (C, H, W) in [0, 1], with all
+        bits
+            of the file, and NumPy arrays (.npy) are images, too; see :func:`hgkd.data.channels.decode_channels`. None: RGB.
 
     Raises:
         FileNotFoundError: the folder or the list does not exist.
@@ -325,20 +376,22 @@ class UnlabelledImages(_ImageFiles):
         limit: int | None = None,
         value_range: Sequence[float] | None = None,
         use_alpha: bool = True,
+        in_chans: int | None = None,
     ) -> None:
         _check_limit("limit", limit)
-        built = build_transform(image_size, transform)
+        extensions = _extensions(in_chans)
+        built = build_transform(image_size, transform, in_chans)
         root = _existing_folder(data_root)
         index: ShardIndex | None = None
         if list_file is not None:
             paths = _first_shuffled(read_list(os.path.expanduser(os.fspath(list_file)), root), limit)
         else:
-            found = search(root)
+            found = search(root, extensions=extensions)
             if found.shards or found.unfinished:
-                paths, index = _from_shards(root, found, limit)
+                paths, index = _from_shards(root, found, limit, extensions)
             else:
                 paths = _first_shuffled(_images_of(root, found), limit)
-        super().__init__(root, paths, built, max_bad_share, value_range, use_alpha, index)
+        super().__init__(root, paths, built, max_bad_share, value_range, use_alpha, index, in_chans)
         self.metainfo: dict[str, Any] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -365,7 +418,7 @@ class LabelledImages(_ImageFiles):
         label_fraction: keep this share of the images of every class, at least one, as drawn with ``label_seed``; logged.
         label_seed: of that draw.
         split: tag that every item carries, so that a metric can tell memory and test images apart.
-        max_bad_share: see :class:`UnlabelledImages`.
+        max_bad_share, value_range, use_alpha, in_chans: see :class:`UnlabelledImages`.
 
     Attributes:
         classes: class names, sorted; a label is an index into them.
@@ -393,17 +446,25 @@ class LabelledImages(_ImageFiles):
         label_seed: int = 0,
         value_range: Sequence[float] | None = None,
         use_alpha: bool = True,
+        in_chans: int | None = None,
     ) -> None:
         _check_limit("limit_per_class", limit_per_class)
+        extensions = _extensions(in_chans)
         if not 0 < label_fraction <= 1:
             raise ValueError(f"label_fraction is the share of the labelled images to use, in (0, 1], got {label_fraction}")
         if transform is not None and resize_ratio != 1.0:
             raise ValueError(
                 f"resize_ratio={resize_ratio} is for the centre crop; with transform={dict(transform)} leave it out"
             )
-        built = eval_transform(image_size, resize_ratio) if transform is None else build_transform(image_size, transform)
+        built = (
+            eval_transform(image_size, resize_ratio) if transform is None else build_transform(image_size, transform, in_chans)
+        )
         root = _existing_folder(data_root)
-        found = _class_folders(root) if list_file is None else read_labels(os.path.expanduser(os.fspath(list_file)), root)
+        found = (
+            _class_folders(root, extensions)
+            if list_file is None
+            else read_labels(os.path.expanduser(os.fspath(list_file)), root)
+        )
         found = {printable(name): paths for name, paths in found.items()}  # names go into logs, tables and files
         self.classes = sorted(found)
         self.split = split
@@ -417,7 +478,7 @@ class LabelledImages(_ImageFiles):
             paths += kept
             labels += [label] * len(kept)
         self.labels = np.array(labels, dtype=np.int64)
-        super().__init__(root, paths, built, max_bad_share, value_range, use_alpha)
+        super().__init__(root, paths, built, max_bad_share, value_range, use_alpha, in_chans=in_chans)
         if label_fraction < 1:
             counts = np.bincount(self.labels)
             print_log(
@@ -459,7 +520,17 @@ def _images_of(root: str, found: Content) -> list[str]:
     return found.images
 
 
-def _from_shards(root: str, found: Content, limit: int | None) -> tuple[list[str], ShardIndex]:
+def _extensions(in_chans: int | None) -> tuple[str, ...]:
+    """Of the files that are images."""
+    if in_chans is None:
+        return IMAGE_EXTENSIONS
+    check_in_chans(in_chans)
+    return _CHANNEL_EXTENSIONS
+
+
+def _from_shards(
+    root: str, found: Content, limit: int | None, extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+) -> tuple[list[str], ShardIndex]:
     """Names of the images in the shards, and where they lie."""
     where = printable(root)
     if found.unfinished:
@@ -474,7 +545,7 @@ def _from_shards(root: str, found: Content, limit: int | None) -> tuple[list[str
             "away, or name the images in a list_file"
         )
     left_out = Content(left_out=found.left_out.copy(), system=found.system)
-    shards, names, places = index_shards(root, IMAGE_EXTENSIONS, left_out)
+    shards, names, places = index_shards(root, extensions, left_out)
     if not names:
         raise DataError(
             f"no images below {where}; looked for files ending in {EXTENSION_LIST} and for members of its {len(shards)} .tar "
@@ -498,7 +569,7 @@ def _tell(root: str, count: int, found: Content) -> None:
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
 
 
-def _class_folders(root: str) -> dict[str, list[str]]:
+def _class_folders(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> dict[str, list[str]]:
     """Class name -> its images, relative to ``root``."""
     where = printable(root)
     with os.scandir(root) as entries:
@@ -527,7 +598,7 @@ def _class_folders(root: str) -> dict[str, list[str]]:
             )
         taken[identities[name]] = name
         # a link from one class into another would give images two classes
-        found = search(folder, {folder_identity(root), *identities.values()} - {identities[name]})
+        found = search(folder, {folder_identity(root), *identities.values()} - {identities[name]}, extensions)
         if not found.images:
             told = f"; there are {found.told()}" if found.told() else ""
             raise DataError(

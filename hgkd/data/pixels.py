@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedIm
 from PIL.ExifTags import Base
 
 from hgkd.data.folders import HAS_AVIF, HAS_HEIF, printable
+from hgkd.errors import coded
 
 READING = 2
 """Number of the rules below, raised when the same file gives other pixels: 1 did not heed the EXIF orientation."""
@@ -110,6 +111,7 @@ def decode(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = T
     except UnidentifiedImageError:
         values = _foreign_values(file)
         if values is None:
+            _refuse_array(file)
             raise
         tags = _tiff_tags(file) or {}
         return _turned(_as_rgb(values, value_range, use_alpha), int(tags.get(Base.Orientation, 1)))
@@ -240,9 +242,16 @@ def _bands(image: Image.Image) -> int:
 def _check_bands(bands: int, what: str = "") -> None:
     if bands > _MAX_BANDS:
         raise BandsError(
-            f"{bands} bands{what}; read are 1 (grey), 3 (red, green, blue) and 4 (with transparency): save three of them, e.g. "
-            "gdal_translate -b 3 -b 2 -b 1 IN.tif OUT.tif"
+            f"{bands} bands{what}; read are 1 (grey), 3 (red, green, blue) and 4 (with transparency): train on all of them "
+            f"with in_chans={bands}, or save three of them, e.g. gdal_translate -b 3 -b 2 -b 1 IN.tif OUT.tif"
         )
+
+
+def _refuse_array(file: BinaryIO) -> None:
+    """Raise BandsError for a NumPy array, which is no picture until somebody says how many channels it has."""
+    file.seek(0)
+    if file.read(6) == b"\x93NUMPY":
+        raise BandsError("a NumPy array, which is read where in_chans says the number of its channels")
 
 
 def _foreign_values(file: BinaryIO) -> Values | None:
@@ -313,6 +322,7 @@ class Measured:
         hidden: share of the pixels that a band of transparency hides at least in part, where colours differ beneath.
         bands, passed_over: in the file, and how many of them are not read.
         frames: whether there are several (pages, an animation).
+        cut: share of the values that lie beyond ``value_range``, where one was given.
     """
 
     kind: str = ""
@@ -325,10 +335,14 @@ class Measured:
     bands: int = 3
     passed_over: int = 0
     frames: bool = False
+    cut: float = 0.0
 
 
-def measure(file: BinaryIO) -> Measured:
+def measure(file: BinaryIO, value_range: Range | None = None) -> Measured:
     """Depth, bands and transparency of an open image file; of usual images the header alone is read.
+
+    Args:
+        value_range: with which it is going to be read.
 
     Raises:
         BandsError: more than four bands.
@@ -339,18 +353,19 @@ def measure(file: BinaryIO) -> Measured:
     except UnidentifiedImageError:
         values = _foreign_values(file)
         if values is None:
+            _refuse_array(file)
             raise
-        return _measured(values)
+        return _measured(values, value_range)
     with image:
         bands = _bands(image)
         _check_bands(bands)
         found = Measured()
         if _is_packed_deep(image):
-            found = _measured(_cv2_values(file))
+            found = _measured(_cv2_values(file), value_range)
             file.seek(0)
             image = Image.open(file, formats=FORMATS)
         elif _is_deep(image):
-            found = _measured(_pillow_values(image))
+            found = _measured(_pillow_values(image), value_range)
         if image.mode == "RGBA":
             found.hidden = _hidden(np.asarray(image.reduce(max(1, max(image.size) // 256))))
         found.bands, found.passed_over = bands, bands - len(image.getbands())
@@ -358,7 +373,14 @@ def measure(file: BinaryIO) -> Measured:
         return found
 
 
-def _measured(values: Values) -> Measured:
+def share_beyond(values: Values, value_range: Range | None) -> float:
+    """Share of the values that ``value_range`` cuts off; NaN is none of them."""
+    if value_range is None or not values.size:
+        return 0.0
+    return float(np.mean((values < value_range[0]) | (values > value_range[1])))
+
+
+def _measured(values: Values, value_range: Range | None = None) -> Measured:
     colours = values[..., :3] if values.ndim == 3 else values
     colours = colours[:: -(-len(colours) // _MEASURED_ROWS)]
     finite = colours[np.isfinite(colours)] if colours.dtype.kind == "f" else colours
@@ -366,7 +388,8 @@ def _measured(values: Values) -> Measured:
     black, white = _range(colours)
     scale = 255 / (white - black)
     kind = "" if colours.dtype == np.uint8 else str(colours.dtype)
-    return Measured(kind, low, high, finite.size < colours.size, (low - black) * scale, (high - black) * scale)
+    cut = share_beyond(colours, value_range)
+    return Measured(kind, low, high, finite.size < colours.size, (low - black) * scale, (high - black) * scale, cut=cut)
 
 
 def _hidden(pixels: NDArray[np.uint8]) -> float:
@@ -378,6 +401,50 @@ def _hidden(pixels: NDArray[np.uint8]) -> float:
 
 _DARK = 64  # of 255: where the brightest value of all is below, the files have likely more bits than their content
 _MUCH = 0.5
+_CUT = 0.05  # of the values: sensors have some bright points, and windows are often percentiles
+
+
+def check_value_range(images: Sequence[Measured], value_range: Range | None) -> None:
+    """Refuse a ``value_range`` by which each image that was looked at is all black or all white.
+
+    Raises:
+        ValueError: with the values that were found.
+    """
+    deep = [image for image in images if image.kind]
+    if value_range is None or not deep:
+        return
+    low, high = min(image.low for image in deep), max(image.high for image in deep)
+    if low == high:  # one colour, whatever the range
+        return
+    if high <= value_range[0] or low >= value_range[1]:
+        colour = "black" if high <= value_range[0] else "white"
+        raise coded(
+            "value-range-misses-the-data",
+            ValueError(
+                f"value_range={list(value_range)} makes every image {colour}: the {len(deep)} that were looked at hold values "
+                f"from {low:.6g} to {high:.6g}; set value_range to about these, e.g. value_range=[{low:.6g},{high:.6g}]"
+            ),
+        )
+
+
+def _range_warnings(deep: Sequence[Measured], value_range: Range, count: str) -> list[str]:
+    """Where a given ``value_range`` is much too wide, or much too narrow."""
+    (black, white), low, high = value_range, min(image.low for image in deep), max(image.high for image in deep)
+    told = []
+    found = f"{len(deep)} of {count} hold values from {low:.6g} to {high:.6g}"
+    highest = (high - black) / (white - black)
+    if low < high and highest < _DARK / 255:
+        told.append(
+            f"{found}, which fill the lowest {highest:.1%} of value_range=[{black:.6g},{white:.6g}] only: the pictures are "
+            f"nearly black; e.g. value_range=[{low:.6g},{high:.6g}]"
+        )
+    cut = float(np.mean([image.cut for image in deep]))
+    if cut > _CUT:
+        told.append(
+            f"{found}; value_range=[{black:.6g},{white:.6g}] cuts off {cut:.0%} of them, which become black or white. If that "
+            f"is not meant, set e.g. value_range=[{low:.6g},{high:.6g}]"
+        )
+    return told
 
 
 def warnings_of(images: Sequence[Measured], value_range: Range | None, use_alpha: bool) -> list[str]:
@@ -402,6 +469,8 @@ def warnings_of(images: Sequence[Measured], value_range: Range | None, use_alpha
                 f"read as {black:.0f} to {white:.0f}, where 0 is black, 255 white, and all beyond is cut. Say which values are "
                 f"black and white, e.g. value_range=[{low:.6g},{high:.6g}]"
             )
+    if deep and value_range is not None:
+        told += _range_warnings(deep, value_range, count)
     partly = [image for image in images if image.passed_over]
     if partly:
         told.append(

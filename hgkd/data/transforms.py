@@ -1,5 +1,8 @@
 """Image transforms from plain options: a PIL RGB image in, a uint8 tensor (3, H, W) out.
 
+A float tensor (C, H, W) in [0, 1], as images of other channels than RGB are read, is taken as well and gives one; resizing is
+torch's bicubic then, with the same smoothing.
+
 Every random draw comes from torch's default generator, so seeding torch in a loader's worker governs all of it.
 Resizing is PIL's bicubic, which smooths when it shrinks.
 """
@@ -21,9 +24,10 @@ from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from hgkd.errors import unknown_name_message
+from hgkd.errors import coded, unknown_name_message
 
-ImageTransform = Callable[[Image.Image], Tensor]
+ImageTransform = Callable[[Any], Tensor]
+"""From a PIL RGB image to uint8 (3, H, W), from a float tensor (C, H, W) in [0, 1] to one of the result's size."""
 
 _BICUBIC = v2.InterpolationMode.BICUBIC
 _MAX_ASPECT = 16  # a 1 x 30000 strip would otherwise be blown up to gigabytes before its centre is cut out
@@ -49,6 +53,17 @@ def as_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+class PILToTensor(v2.PILToTensor):
+    """A PIL image as a uint8 tensor (3, H, W); a tensor as it is, but cut at 0 and 1, which bicubic resizing overshoots.
+
+    Called like torchvision's own, because stores of a teacher's features depend on the names of the steps.
+    """
+
+    def forward(self, image: Any) -> Tensor:
+        tensor: Tensor = image.clamp(0.0, 1.0) if isinstance(image, Tensor) else super().forward(image)
+        return tensor
+
+
 class CentreCropToSize(nn.Module):
     """Resize until the image just covers ``size`` times ``resize_ratio``, then cut out the centre.
 
@@ -65,15 +80,17 @@ class CentreCropToSize(nn.Module):
         self.size = size
         self.resize_ratio = resize_ratio
 
-    def forward(self, image: Image.Image) -> Image.Image:
+    def forward(self, image: Any) -> Any:
         h, w = self.size
-        limit_w = max(1, min(image.width, image.height * _MAX_ASPECT * w // h))
-        limit_h = max(1, min(image.height, image.width * _MAX_ASPECT * h // w))
-        if (limit_w, limit_h) != image.size:
+        height, width = v2.functional.get_size(image)
+        limit_w = max(1, min(width, height * _MAX_ASPECT * w // h))
+        limit_h = max(1, min(height, width * _MAX_ASPECT * h // w))
+        if (limit_h, limit_w) != (height, width):
             image = v2.functional.center_crop(image, [limit_h, limit_w])
-        scale = self.resize_ratio * max(h / image.height, w / image.width)
+            height, width = limit_h, limit_w
+        scale = self.resize_ratio * max(h / height, w / width)
         # rounded down as torchvision and timm do, but 29.999999 is 30
-        resized = [max(h, int(image.height * scale + 1e-6)), max(w, int(image.width * scale + 1e-6))]
+        resized = [max(h, int(height * scale + 1e-6)), max(w, int(width * scale + 1e-6))]
         image = v2.functional.resize(image, resized, interpolation=_BICUBIC, antialias=True)
         return v2.functional.center_crop(image, [h, w])
 
@@ -113,7 +130,7 @@ def train_transform(
         steps.append(v2.RandomHorizontalFlip(hflip))
     if color_jitter > 0:
         steps.append(v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter))
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return v2.Compose([*steps, PILToTensor()])
 
 
 def eval_transform(image_size: int | Sequence[int], resize_ratio: float = 1.0) -> ImageTransform:
@@ -131,7 +148,7 @@ def eval_transform(image_size: int | Sequence[int], resize_ratio: float = 1.0) -
     """
     if resize_ratio < 1:
         raise ValueError(f"resize_ratio must be 1 or more (below, the crop would show padding), got {resize_ratio}")
-    return v2.Compose([CentreCropToSize(as_size(image_size), resize_ratio), v2.PILToTensor()])
+    return v2.Compose([CentreCropToSize(as_size(image_size), resize_ratio), PILToTensor()])
 
 
 @contextmanager
@@ -221,21 +238,40 @@ _KINDS: dict[str, Callable[..., ImageTransform]] = {
 }
 
 
-def build_transform(image_size: int | Sequence[int], options: Mapping[str, Any] | None = None) -> ImageTransform:
+def build_transform(
+    image_size: int | Sequence[int], options: Mapping[str, Any] | None = None, in_chans: int | None = None
+) -> ImageTransform:
     """The transform that a config's ``transform`` dict describes.
 
     Args:
         image_size: result side in pixels, or (H, W).
         options: the arguments of :func:`train_transform`, with ``kind='augment'`` of :func:`augment_transform`, with
             ``kind='eval'`` of :func:`eval_transform`; None: :func:`train_transform` as it is.
+        in_chans: channels of the float tensors that are going to be transformed; None: PIL RGB images are.
 
     Raises:
-        ValueError: an unknown kind or option, with the nearest name.
+        ValueError: an unknown kind or option, with the nearest name, or one that is for RGB images alone.
     """
     arguments = dict(options or {})
     kind = arguments.pop("kind", "train")
     if kind not in _KINDS:
         raise ValueError(unknown_name_message("transform kind", str(kind), _KINDS))
+    if in_chans is not None and kind == "augment":
+        raise coded(
+            "augmentation-for-rgb",
+            ValueError(
+                f"transform kind 'augment' is timm's, whose operations are for 8-bit RGB; with in_chans={in_chans} use "
+                "kind='train' (crop and flip)"
+            ),
+        )
+    if in_chans not in (None, 3) and arguments.get("color_jitter"):
+        raise coded(
+            "augmentation-for-rgb",
+            ValueError(
+                f"color_jitter={arguments['color_jitter']} changes colours, which images of in_chans={in_chans} channels do "
+                "not have; set color_jitter=0"
+            ),
+        )
     known = [name for name in inspect.signature(_KINDS[kind]).parameters if name != "image_size"]
     for name in arguments:
         if name not in known:

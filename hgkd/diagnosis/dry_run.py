@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from hgkd.data.sampler import SeededIndex, epoch_seed
 from hgkd.errors import DivergedError
+from hgkd.networks.guest import teachers_of
 from hgkd.networks.vit import watch_nonfinite
 from hgkd.registry import RUNNERS
 from hgkd.training.hooks.class_report import ClassReportHook
@@ -105,8 +106,10 @@ def _measure(runner: Runner, loop: BaseLoop) -> dict[str, Any]:
     if getattr(model, "student", None) is not None:
         report["student"] = _student_text(model)
     report["trained"] = f"{_count(model, trained=True)} of {_count(model)}"
-    teacher = getattr(model, "teacher", None)
-    report["teacher"] = "none" if teacher is None else f"{_count(teacher)}, {teacher.info}"
+    teachers = teachers_of(model)
+    report |= {} if teachers else {"teacher": "none"}
+    for name, teacher in teachers.items():
+        report["teacher" if len(teachers) == 1 else f"teacher {name}"] = f"{_count(teacher)}, {teacher.info}"
     for hook in runner.hooks:
         if isinstance(hook, TeacherCacheHook):
             report["teacher's features"] = hook.planned(runner)
@@ -139,19 +142,22 @@ def _student_text(model: BaseModel) -> str:
 
 def _diverged(model: BaseModel, batch: object, losses: dict[str, float], step: int) -> DivergedError:
     """The error of a step that is not finite, which says where that begins."""
-    teacher = getattr(model, "teacher", None)
+    teachers = teachers_of(model)
     data = model.data_preprocessor(batch, True)
     told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    with watch_nonfinite(model) as own, watch_nonfinite(teacher or nn.Module()) as taught, torch.no_grad():
+    with watch_nonfinite(model) as own, watch_nonfinite(nn.ModuleDict(teachers)) as taught, torch.no_grad():
         model(**data, mode="loss")
     if taught:
-        dtype = str(getattr(teacher, "dtype", "float32")).removeprefix("torch.")
+        name, _, module = taught[0][0].partition(".")
+        dtype = str(getattr(teachers.get(name), "dtype", "float32")).removeprefix("torch.")
+        place = "model.teacher" if len(teachers) == 1 else f"model.teachers.{name}"
         remedy = (
-            "set model.teacher.dtype='bfloat16', or 'float32'"
+            f"set {place}.dtype='bfloat16', or 'float32'"
             if dtype == "float16"
             else "look at its weights with hgkd doctor teacher"
         )
-        why = f"the teacher's module {taught[0][0]} gives values that are not finite in {dtype}; {remedy}"
+        whose = "the teacher's" if len(teachers) == 1 else f"teacher {name!r}'s"
+        why = f"{whose} module {module} gives values that are not finite in {dtype}; {remedy}"
     elif own:
         why = (
             f"module {own[0][0]} is the first whose output is not finite; look at the weights that it starts from, and at --amp"

@@ -18,7 +18,15 @@ from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import check_size, feature_samples
 from hgkd.masking import RandomMask, expand, grid_of, ids_keep_of
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
-from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelNormalisation, check_channels, check_pixels, to_unit_range
+from hgkd.pixels import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PixelNormalisation,
+    check_in_chans,
+    check_pixels,
+    require_statistics,
+    to_unit_range,
+)
 from hgkd.registry import MODELS
 from hgkd.structures import FeatureSample
 from hgkd.weights.run_file import FORMAT
@@ -35,8 +43,9 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         mask_ratio: share of hidden patches, MAE's 0.75; the number of visible cells is truncated, as there.
         mask_cell: side of the cells that are hidden as a whole, a multiple of ``patch_size``; None: one patch.
         norm_pix: predict pixels standardised patch by patch.
-        mean, std: of the pixels, RGB in [0, 1].
+        mean, std: of the pixels in [0, 1], a number a channel; None: ImageNet's, RGB.
         data_preprocessor: see mmengine's ``BaseModel``.
+        in_chans: channels of the images; None: that of the arch, 3 where it does not say.
 
     Raises:
         ValueError: sizes that do not fit, or a ratio that leaves nothing visible or nothing to predict.
@@ -50,9 +59,10 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         mask_ratio: float = 0.75,
         mask_cell: int | None = None,
         norm_pix: bool = True,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
+        in_chans: int | None = None,
     ) -> None:
         super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
         self.cell = patch_size if mask_cell is None else mask_cell
@@ -66,11 +76,19 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         self.mask.check(self.mask_grid)
         self.mask.count(self.mask_grid)  # refuses a ratio for each image: the encoder takes as many patches of all
         self.norm_pix = norm_pix
-        sizes = make_arch(arch, patch_size=patch_size, image_size=self.image_size)
+        counted = {} if in_chans is None else {"in_chans": in_chans}
+        sizes = make_arch(arch, patch_size=patch_size, image_size=self.image_size, **counted)
         if sizes.decoder_depth < 1:
             raise ValueError("MAE pretraining needs a decoder, but decoder_depth is 0; set it to at least 1")
-        check_channels(sizes.in_chans, "model.arch.in_chans")
-        mean, std = check_pixels(mean, std, "model.mean and std")
+        channels = check_in_chans(sizes.in_chans, "model.in_chans")
+        known = None if mean is None or std is None else (mean, std)
+        require_statistics(channels, known, "model.mean and model.std")
+        mean, std = check_pixels(
+            IMAGENET_MEAN if mean is None else mean,
+            IMAGENET_STD if std is None else std,
+            "model.mean and std",
+            channels,
+        )
         self.network = MaskedAutoencoder(sizes)
         self.set_pixels(mean, std)
 
@@ -83,7 +101,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         """Loss, features or samples of a batch.
 
         Args:
-            inputs: uint8 (B, 3, H, W), RGB.
+            inputs: uint8 (B, C, H, W), or float in [0, 1].
             mode: 'loss' -> {'mae_loss': scalar}; 'tensor' -> (B, 1 + N, D) encoder output of whole images; 'predict' -> one
                 ``FeatureSample`` an image, the mean patch token.
 

@@ -21,12 +21,12 @@ from mmengine.registry import Registry
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.errors import coded
+from hgkd.errors import coded, unknown_name_message
 from hgkd.masking import CountedMask, MaskGenerator, Randomness
 from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.base import Objective
 from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
-from hgkd.pixels import pixels_text, to_unit_range
+from hgkd.pixels import check_images, pixels_text, to_unit_range
 from hgkd.registry import MASKED_OBJECTIVES, MODELS, unknown_objective_message
 from hgkd.structures import FeatureSample, StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.students.base import Student
@@ -64,15 +64,20 @@ def merge_needs(needs: Sequence[TeacherNeeds]) -> tuple[list[TeacherNeeds], list
 class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     """Wires student, teacher, mask and objectives together.
 
-    The teacher is no submodule; see :class:`hgkd.networks.guest.TeacherOwner`.
+    A teacher is no submodule; see :class:`hgkd.networks.guest.TeacherOwner`.
 
     Args:
         student: config of a student, e.g. ``dict(type='SparseUNet', encoder='resnet18')``.
         objectives: name -> config of an objective. Names prefix the logged losses; an extra key ``weight`` (default 1.0)
-            multiplies all terms of that objective.
+            multiplies all terms of that objective, an extra key ``teacher`` names the one of ``teachers`` that it learns from.
         mask: config of a generator of visible cells.
         image_size: side in pixels of the training images, or (H, W); a multiple of the student's cell.
         teacher: config of a teacher; None when no objective needs one.
+        teachers: name -> config of a teacher, in place of ``teacher``.
+        teacher_channels: which of the images' channels a teacher sees, in its own order, e.g. (2, 1, 0) for red, green and blue
+            of images that begin with blue; a single one is repeated. A dict gives them by the teacher's name. None: all, where
+            there are as many as it takes; of one channel the same repeated.
+        mask_teacher: the one of ``teachers`` whose attention guides the mask.
         flip: probability of mirroring a training image left to right here, rather than in the data's transform, so that
             stored teacher features (see :meth:`store_features`) can tell a picture from its mirror image.
         masks_per_image: number of masks drawn for each training image, different cells where the generator can; the student
@@ -82,8 +87,10 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device.
 
     Attributes:
-        teacher_seconds: wall time that the teacher (or the reading of its stored features) has taken so far; on a GPU that of
-            launching it.
+        teachers: all teachers by name; a single one is called 'teacher', and is also the attribute ``teacher``.
+        teacher_seconds: wall time that the teachers (or the reading of their stored features) have taken so far; on a GPU
+        that of
+            launching them.
 
     Raises:
         ValueError: anything that does not fit together, before the first step.
@@ -102,6 +109,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         masks_per_image: int = 1,
         whole_view: bool = False,
         data_preprocessor: Mapping[str, Any] | None = None,
+        teachers: Mapping[str, Mapping[str, Any]] | None = None,
+        teacher_channels: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        mask_teacher: str | None = None,
     ) -> None:
         super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
         if not 0.0 <= flip <= 1.0:
@@ -114,56 +124,131 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         self.flip = flip
         self.masks_per_image = masks_per_image
         self.whole_view = whole_view
-        self.feature_cache: FeatureCache | None = None
+        self.feature_caches: dict[str, FeatureCache] = {}
         self.teacher_seconds = 0.0
         self.image_size = as_size(image_size)
         self.student: Student = _build_part(student, Student, "model.student", "hgkd.students.Student")
         self.mask: MaskGenerator = _build(mask)
         if not objectives:
             raise ValueError("objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))")
-        self.objectives, self.weights = build_objectives(objectives, MASKED_OBJECTIVES, MaskedObjective)
-        built_teacher = None if teacher is None else _build_part(teacher, Teacher, "model.teacher", "hgkd.teachers.Teacher")
-        self.keep_teacher(built_teacher)
-        self._prepare()
+        named = {name: cfg["teacher"] for name, cfg in objectives.items() if cfg.get("teacher") is not None}
+        unnamed = {name: {key: value for key, value in cfg.items() if key != "teacher"} for name, cfg in objectives.items()}
+        self.objectives, self.weights = build_objectives(unnamed, MASKED_OBJECTIVES, MaskedObjective)
+        self.teachers: dict[str, Teacher] = _build_teachers(teacher, teachers)
+        self.keep_teacher(self.teachers["teacher"] if teacher is not None else None)
+        self._channels = _teacher_channels(self.teachers, teacher_channels, self.student.in_chans)
+        self._prepare(named, mask_teacher)
 
-    def _prepare(self) -> None:
-        """Find all grids and let every part check that it fits the others."""
+    def _prepare(self, named: Mapping[str, str], mask_teacher: str | None) -> None:
+        """Find all grids and let every part check that it fits the others.
+
+        Args:
+            named: objective -> name of the teacher, where its config gives one.
+            mask_teacher: see the class.
+        """
         self.mask_grid: tuple[int, int] = self.student.prepare(self.image_size)
         self.mask.check(self.mask_grid)
         self._check_hidden()
         self._check_counts()
-        teacher = self.teacher
-        info: TeacherInfo | None = None
-        grid: tuple[int, int] | None = None
-        if teacher is not None:
-            teacher.require_trained()
-            grid = teacher.prepare(self.mask_grid, self.student.cell)
-            info = teacher.info
+        grids: dict[str | None, tuple[int, int]] = {}
+        for name, part in self.teachers.items():
+            if len(self.teachers) > 1:
+                print_log(f"teacher {name!r}:", "current")
+            with _told_of(self._place_of(name)):
+                part.require_trained()
+                grids[name] = part.prepare(self.mask_grid, self.student.cell)
+        asked: dict[str, dict[str, TeacherNeeds]] = {name: {} for name in self.teachers}
         parts: dict[str, Any] = dict(self.objectives.items())
         for name, objective in parts.items():
-            if objective.needs is not None and teacher is None:
-                raise ValueError(
-                    f"objective {name!r} ({type(objective).__name__}) learns from a teacher, but the model has none; "
-                    "set model.teacher, or use an objective without one such as PixelReconstruction"
+            chosen = self._teacher_of(name, objective, named.get(name))
+            teacher: Any = self.teachers.get(chosen) if chosen is not None else None
+            if objective.needs is not None and objective.needs.decoder_block is not None:
+                with _told_of(self._place_of(chosen)):
+                    teacher.require_decoder()  # before the objective, whose message could not name the file
+            info: TeacherInfo | None = None if teacher is None else teacher.info
+            objective.prepare(Setup(self.student, info, grids.get(chosen), self.mask_grid))
+            if objective.needs is not None and chosen is not None:  # after prepare, which resolves negative block indices
+                with _told_of(self._place_of(chosen)):
+                    teacher.check(objective.needs)
+                asked[chosen][name] = objective.needs
+        self._guide = self._guide_of_masks(mask_teacher)
+        idle = [name for name, needs in asked.items() if not needs and name != self._guide]
+        if idle:
+            raise ValueError(
+                f"{self._place_of(idle[0])} is set, but no objective learns from it; remove it or add such an objective"
+            )
+        self._passes: dict[str, list[TeacherNeeds]] = {}  # of each teacher
+        self._pass_of: dict[str, tuple[str, int]] = {}  # objective -> teacher, and which of its passes
+        for teacher_name, needs in asked.items():
+            self._passes[teacher_name], owner = merge_needs(list(needs.values()))
+            self._pass_of |= {name: (teacher_name, i) for name, i in zip(needs, owner, strict=True)}
+        print_log(f"student: {self._seen()}", "current")
+
+    def _place_of(self, teacher: str | None) -> str:
+        """Where a teacher stands in the config."""
+        return "model.teacher" if self.teacher is not None else f"model.teachers.{teacher}"
+
+    def _teacher_of(self, name: str, objective: Any, chosen: str | None) -> str | None:
+        """Name of the teacher that an objective learns from; None where there is none to choose."""
+        kind, place = type(objective).__name__, f"model.objectives.{name}.teacher"
+        if objective.needs is None:
+            if chosen is not None:
+                raise coded(
+                    "teacher-not-needed",
+                    ValueError(f"{place}={chosen!r}: a {kind} learns from no teacher; leave it out"),
                 )
-            if teacher is not None and objective.needs is not None and objective.needs.decoder_block is not None:
-                teacher.require_decoder()  # before the objective, whose message could not name the file
-            objective.prepare(Setup(self.student, info, grid, self.mask_grid))
-            if teacher is not None and objective.needs is not None:  # after prepare, which resolves negative block indices
-                teacher.check(objective.needs)
-        if self.mask.guided and (teacher is None or not teacher.gives_attention):
+            return next(iter(self.teachers), None) if len(self.teachers) == 1 else None
+        if not self.teachers:
+            raise ValueError(
+                f"objective {name!r} ({kind}) learns from a teacher, but the model has none; "
+                "set model.teacher, or use an objective without one such as PixelReconstruction"
+            )
+        if chosen is not None and chosen not in self.teachers:
+            raise coded("teacher-unknown", ValueError(f"{place}: {unknown_name_message('teacher', chosen, self.teachers)}"))
+        if chosen is None and len(self.teachers) > 1:
+            raise coded(
+                "teacher-not-named",
+                ValueError(
+                    f"objective {name!r} ({kind}) learns from a teacher, and the model has several "
+                    f"({', '.join(self.teachers)}); "
+                    f"say which: {place}={next(iter(self.teachers))!r}"
+                ),
+            )
+        return chosen or next(iter(self.teachers))
+
+    def _guide_of_masks(self, chosen: str | None) -> str | None:
+        """Name of the teacher whose attention guides the mask."""
+        if not self.mask.guided:
+            if chosen is not None:
+                raise coded(
+                    "teacher-not-needed",
+                    ValueError(
+                        f"model.mask_teacher={chosen!r}: a {type(self.mask).__name__} is guided by no teacher; leave it out, "
+                        "or use AttentionMask"
+                    ),
+                )
+            return None
+        if chosen is not None and chosen not in self.teachers:
+            raise coded(
+                "teacher-unknown", ValueError(f"model.mask_teacher: {unknown_name_message('teacher', chosen, self.teachers)}")
+            )
+        if chosen is None and len(self.teachers) > 1:
+            raise coded(
+                "teacher-not-named",
+                ValueError(
+                    f"{type(self.mask).__name__} is guided by a teacher's attention, and the model has several "
+                    f"({', '.join(self.teachers)}); say which: model.mask_teacher={next(iter(self.teachers))!r}"
+                ),
+            )
+        guide = chosen or next(iter(self.teachers), None)
+        teacher = None if guide is None else self.teachers[guide]
+        if teacher is None or not teacher.gives_attention:
             raise ValueError(
                 f"{type(self.mask).__name__} is guided by a teacher's attention, but the model has "
                 f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask"
             )
-        if teacher is not None and self.mask.guided:
-            teacher.check_attention()
-        asking: dict[str, TeacherNeeds] = {name: part.needs for name, part in parts.items() if part.needs is not None}
-        if teacher is not None and not asking and not self.mask.guided:
-            raise ValueError("model.teacher is set, but no objective learns from it; remove it or add such an objective")
-        self._passes, owner = merge_needs(list(asking.values()))
-        self._pass_of = dict(zip(asking, owner, strict=True))
-        print_log(f"student: {self._seen()}", "current")
+        teacher.check_attention()
+        return guide
 
     def _check_hidden(self) -> None:
         """Raise ValueError when an objective learns from hidden cells alone, and there are steps in which nothing is hidden."""
@@ -212,12 +297,12 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         return text + ("; and the whole image" if self.whole_view else "")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDistiller:
-        """A copy that shares the teacher and its stored features, which no training changes.
+        """A copy that shares the teachers and their stored features, which no training changes.
 
         mmengine's ``EMAHook`` copies the model for its average of the weights, and a second teacher would cost its memory. Only
         the student and the objectives are averaged; the copy's teacher follows whichever of the two was moved last.
         """
-        for shared in (self.teacher, self.feature_cache):
+        for shared in (*self.teachers.values(), *self.feature_caches.values()):
             memo[id(shared)] = shared
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
@@ -233,7 +318,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         """Losses, features or samples of a batch.
 
         Args:
-            inputs: uint8 (B, 3, H, W), RGB.
+            inputs: uint8 (B, C, H, W), of three channels RGB, or float in [0, 1].
             mode: 'loss', 'predict' or 'tensor'.
             data: further entries of the batch; 'predict' reads ``label`` and ``index`` (B,), and ``split``.
 
@@ -252,7 +337,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         raise ValueError(f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
 
     def encode(self, images: Tensor) -> Tensor:
-        """Last-level encoder features (B, C, h, w) of whole images (B, 3, H, W) in [0, 1]: the dense network."""
+        """Last-level encoder features (B, D, h, w) of whole images (B, C, H, W) in [0, 1]: the dense network."""
         features: Tensor = self.student.dense_features(images)[-1]
         return features
 
@@ -275,6 +360,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """Outputs of student and teacher for a batch; the teacher's by name of the objective."""
         check_size(images, self.image_size)
+        check_images(images, self.student.in_chans)
         # 1. mirror some of the images, and draw the visible cells of every view
         flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         if self.flip > 0.0:
@@ -286,10 +372,15 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         student_out: StudentOutput = self.student(images if views == 1 else images.repeat(views, 1, 1, 1), visible)
         return student_out, self.teach(images, visible, index, flipped)
 
-    def _teacher(self) -> Teacher:
-        """The teacher, where the parts have been checked to need one and to have one."""
-        assert self.teacher is not None
-        return self.teacher
+    @property
+    def shown_channels(self) -> Sequence[int] | None:
+        """The images' channels that a teacher sees as red, green and blue, for pictures; None where none has been chosen."""
+        return next((chosen for chosen in self._channels.values() if chosen is not None and len(chosen) == 3), None)
+
+    def _seen_by(self, name: str, images: Tensor) -> Tensor:
+        """The channels of images that a teacher sees."""
+        chosen = self._channels[name]
+        return images if chosen is None else images[:, list(chosen)]
 
     @contextmanager
     def _teacher_at_work(self) -> Iterator[None]:
@@ -299,20 +390,25 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The visible cells of a batch, bool (B, h, w), on the images' device."""
-        with self._teacher_at_work():
-            scores = self._teacher().attention(images) if self.mask.guided else None
+        scores = self._mask_scores(images)
         device = images.device if generator is None else generator.device
         drawn = self.mask(len(images), self.mask_grid, device=device, generator=generator, scores=scores)
         return drawn.to(images.device)
+
+    def _mask_scores(self, images: Tensor) -> Tensor | None:
+        """Attention of the teacher that guides the mask, (B, h, w); None without one."""
+        guide = self._guide
+        if guide is None:
+            return None
+        with self._teacher_at_work():
+            return self.teachers[guide].attention(self._seen_by(guide, images))
 
     def draw_views(self, images: Tensor) -> Tensor:
         """The visible cells of every view that a step trains on, bool (views * B, h, w): view after view."""
         if self.masks_per_image == 1 or getattr(self.mask, "in_unmasked_end", False):
             drawn = self.draw_mask(images)
         elif isinstance(self.mask, CountedMask):
-            with self._teacher_at_work():
-                scores = self._teacher().attention(images) if self.mask.guided else None
-            at = Randomness(images.device)
+            at, scores = Randomness(images.device), self._mask_scores(images)
             drawn = self.mask.draw_views(self.masks_per_image, len(images), self.mask_grid, at, scores)
         else:
             drawn = torch.cat([self.draw_mask(images) for _ in range(self.masks_per_image)])
@@ -323,30 +419,35 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def teach(
         self, images: Tensor, visible: Tensor, index: Tensor | None = None, flipped: Tensor | None = None
     ) -> dict[str, TeacherOutput]:
-        """The teacher's outputs for the objectives that ask for one: objective name -> output.
+        """The teachers' outputs for the objectives that ask for one: objective name -> output.
 
         Args:
-            images: (B, 3, H, W) in [0, 1].
+            images: (B, C, H, W) in [0, 1].
             visible: bool (B, h, w), or (views * B, h, w), view after view.
             index, flipped: which picture each image is, (B,); with these, stored features are used where there are any.
         """
         with self._teacher_at_work():
-            outs = [self._teacher_pass(needs, images, visible, index, flipped) for needs in self._passes]
-        return {name: outs[i] for name, i in self._pass_of.items()}
+            outs = {
+                name: [self._teacher_pass(name, needs, images, visible, index, flipped) for needs in passes]
+                for name, passes in self._passes.items()
+            }
+        return {name: outs[teacher][i] for name, (teacher, i) in self._pass_of.items()}
 
     def _teacher_pass(
-        self, needs: TeacherNeeds, images: Tensor, visible: Tensor, index: Tensor | None, flipped: Tensor | None
+        self, name: str, needs: TeacherNeeds, images: Tensor, visible: Tensor, index: Tensor | None, flipped: Tensor | None
     ) -> TeacherOutput:
-        teacher, views = self._teacher(), len(visible) // len(images)
+        teacher, views, images = self.teachers[name], len(visible) // len(images), self._seen_by(name, images)
         if needs.visible_only:
             seen: TeacherOutput = teacher(images if views == 1 else images.repeat(views, 1, 1, 1), visible, needs)
             return seen
-        return self._whole_pass(needs, images, index, flipped).repeat(views)
+        return self._whole_pass(name, needs, images, index, flipped).repeat(views)
 
-    def _whole_pass(self, needs: TeacherNeeds, images: Tensor, index: Tensor | None, flipped: Tensor | None) -> TeacherOutput:
-        """Tokens of whole images: read where they are stored, computed else."""
-        teacher = self._teacher()
-        if self.feature_cache is None or index is None or flipped is None or needs.decoder_block is not None:
+    def _whole_pass(
+        self, name: str, needs: TeacherNeeds, images: Tensor, index: Tensor | None, flipped: Tensor | None
+    ) -> TeacherOutput:
+        """Tokens of whole images, of the channels that the teacher sees: read where they are stored, computed else."""
+        teacher, cache = self.teachers[name], self.feature_caches.get(name)
+        if cache is None or index is None or flipped is None or needs.decoder_block is not None:
             out: TeacherOutput = teacher(images, None, needs)
             return out
 
@@ -354,10 +455,10 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             found: TeacherOutput = teacher(images[selection.to(images.device)], None, needs)
             return found
 
-        return self.feature_cache.tokens(index.to(images.device), flipped, needs.blocks, compute)
+        return cache.tokens(index.to(images.device), flipped, needs.blocks, compute)
 
     def store_features(self, folder: str | Path, pictures: int, data_identity: Mapping[str, Any]) -> None:
-        """Keep the tokens of whole images on disk from now on; see :mod:`hgkd.teachers.cache`.
+        """Keep each teacher's tokens of whole images on disk from now on; see :mod:`hgkd.teachers.cache`.
 
         Args:
             folder: where.
@@ -367,19 +468,29 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         Raises:
             ValueError: no objective uses tokens of whole images, so there is nothing to store.
         """
-        teacher, blocks = self._teacher(), self._stored_blocks()
-        assert teacher.grid is not None
-        identity = {"teacher": weights_digest(teacher), "input_size": list(teacher.input_size), **data_identity}
-        self.feature_cache = FeatureCache(folder, identity, pictures, blocks, teacher.info.width, teacher.grid)
+        for name, blocks in self._stored_blocks().items():
+            teacher, chosen = self.teachers[name], self._channels[name]
+            assert teacher.grid is not None
+            identity = {"teacher": weights_digest(teacher), "input_size": list(teacher.input_size), **data_identity}
+            identity |= {} if chosen is None else {"channels_seen": list(chosen)}
+            self.feature_caches[name] = FeatureCache(folder, identity, pictures, blocks, teacher.info.width, teacher.grid)
 
     def stored_bytes(self, pictures: int) -> int:
         """Disk space that :meth:`store_features` takes, in bytes."""
-        teacher = self._teacher()
-        assert teacher.grid is not None
-        return store_bytes(pictures, len(self._stored_blocks()), teacher.info.width, teacher.grid)
+        total = 0
+        for name, blocks in self._stored_blocks().items():
+            teacher = self.teachers[name]
+            assert teacher.grid is not None
+            total += store_bytes(pictures, len(blocks), teacher.info.width, teacher.grid)
+        return total
 
-    def _stored_blocks(self) -> list[int]:
-        blocks = sorted({b for needs in self._passes if not needs.visible_only for b in needs.blocks})
+    def _stored_blocks(self) -> dict[str, list[int]]:
+        """Blocks whose tokens of whole images are asked for, of each teacher that has any."""
+        found = {
+            name: sorted({block for needs in passes if not needs.visible_only for block in needs.blocks})
+            for name, passes in self._passes.items()
+        }
+        blocks = {name: indices for name, indices in found.items() if indices}
         if not blocks:
             raise ValueError(
                 "no objective uses the teacher's tokens of whole images, so there is nothing to store; "
@@ -410,6 +521,97 @@ def _build_part(cfg: Mapping[str, Any], base: type[Part], place: str, path: str)
     if not isinstance(part, base):
         raise ValueError(f"{place} is a {type(part).__name__}, which is no {path}; use one that is, or derive yours from it")
     return part
+
+
+def _build_teachers(single: Mapping[str, Any] | None, several: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Teacher]:
+    """The teachers by name; a single one is 'teacher'.
+
+    Raises:
+        ValueError: both are given, or what building one raises, with the place in the config.
+    """
+    if single is not None and several:
+        raise coded(
+            "teacher-and-teachers",
+            ValueError(
+                f"the model has a teacher and teachers ({', '.join(several)}); put all of them into model.teachers, under names"
+            ),
+        )
+    if single is not None:
+        return {"teacher": _build_part(single, Teacher, "model.teacher", "hgkd.teachers.Teacher")}
+    built = {}
+    for name, cfg in (several or {}).items():
+        place = f"model.teachers.{name}"
+        with _told_of(place):
+            built[name] = _build_part(cfg, Teacher, place, "hgkd.teachers.Teacher")
+    return built
+
+
+@contextmanager
+def _told_of(place: str) -> Iterator[None]:
+    """Context in which errors of a teacher, whose messages speak of ``model.teacher``, name its own place in the config."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if place == "model.teacher":
+            raise
+        raise type(error)(f"{place}: {str(error).replace('model.teacher.', f'{place}.')}") from error
+
+
+def _teacher_channels(
+    teachers: Mapping[str, Teacher], given: Sequence[int] | Mapping[str, Sequence[int]] | None, in_chans: int
+) -> dict[str, tuple[int, ...] | None]:
+    """Which channels each teacher sees; None: all, as they are.
+
+    Raises:
+        ValueError: none is said where it must be, or what is said does not fit the images or the teacher.
+    """
+    named = given if isinstance(given, Mapping) else dict.fromkeys(teachers, given)
+    for name in named:
+        if name not in teachers:
+            raise coded(
+                "teacher-unknown", ValueError(f"model.teacher_channels: {unknown_name_message('teacher', name, teachers)}")
+            )
+    if given is not None and not teachers:
+        raise coded("teacher-not-needed", ValueError("model.teacher_channels is set, but there is no teacher; leave it out"))
+    found = {}
+    for name, teacher in teachers.items():
+        found[name] = _seen_channels(named.get(name), in_chans, teacher.in_chans, name)
+        if found[name] is not None:
+            print_log(f"{name} sees the channels {', '.join(map(str, found[name] or ()))} of {in_chans}", "current")
+    return found
+
+
+def _seen_channels(given: Sequence[int] | None, in_chans: int, wanted: int, name: str) -> tuple[int, ...] | None:
+    if given is None:
+        if in_chans in (wanted, 1):
+            return None if in_chans == wanted else (0,) * wanted
+        example = list(range(wanted))[:in_chans] if in_chans >= wanted else [0]
+        raise coded(
+            "teacher-channels-missing",
+            ValueError(
+                f"the images have {in_chans} channels, and {name} sees {wanted}: say which ones it is shown, in its order (of "
+                f"most teachers red, green, blue), e.g. model.teacher_channels={example}; a single one is repeated"
+            ),
+        )
+    whole = isinstance(given, Sequence) and all(isinstance(c, int) and not isinstance(c, bool) for c in given)
+    if not whole or isinstance(given, str) or len(given) not in (1, wanted):
+        raise coded(
+            "teacher-channels-wrong",
+            ValueError(
+                f"model.teacher_channels={given!r} must be {wanted} numbers of channels, one for each that {name} sees, or a "
+                "single one, which is repeated"
+            ),
+        )
+    beyond = [channel for channel in given if not 0 <= channel < in_chans]
+    if beyond:
+        raise coded(
+            "teacher-channels-wrong",
+            ValueError(
+                f"model.teacher_channels={list(given)} names channel {beyond[0]}, but the images have {in_chans}, numbered 0 "
+                f"to {in_chans - 1}"
+            ),
+        )
+    return tuple(given) * (wanted if len(given) == 1 else 1)
 
 
 def build_objectives(

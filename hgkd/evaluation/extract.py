@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hgkd.errors import DataError, unknown_name_message
 from hgkd.networks.vit import check_timm_name, is_vit, patch_attention
-from hgkd.pixels import PixelNormalisation, pixel_statistics
+from hgkd.pixels import PixelNormalisation, pixel_statistics, to_unit_range
 from hgkd.structures import TeacherNeeds
 from hgkd.weights.identify import MASKED_AUTOENCODERS, RUNS, WeightFile, identify
 from hgkd.weights.run_file import ClassifierSpec
@@ -64,6 +64,17 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.kind = kind
         self.settings = {"kind": kind, **settings}
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        parts: tuple[Any, ...] = (self, getattr(self, "teacher", None), getattr(self, "classifier", None))
+        return next((int(part.in_chans) for part in parts if hasattr(part, "in_chans")), 3)
+
+    @property
+    def reads_channels(self) -> int | None:
+        """``in_chans`` of the data sets for this network: None, where they are RGB images."""
+        return None if self.channels == 3 else self.channels
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB, in [0, 1] -> features (B, C)."""
@@ -354,7 +365,7 @@ def extract(
     """Features and labels of a whole data set, in order.
 
     Args:
-        dataset: items ``{'inputs': uint8 (3, H, W), 'label': int, 'index': int}``. An index that comes twice is an
+        dataset: items ``{'inputs': uint8 (C, H, W) or float, 'label': int, 'index': int}``. An index that comes twice is an
             image that took the place of an unreadable one; it counts once.
         batch_size: images at once.
         workers: processes that read images; 0 reads in this one.
@@ -364,7 +375,7 @@ def extract(
     extractor = extractor.to(device).eval()
     features, labels, indices = [], [], []
     for batch in loader:
-        images = batch["inputs"].to(device).float() / 255
+        images = to_unit_range(batch["inputs"].to(device))
         features.append(extractor(images).float().cpu())
         labels.append(batch["label"])
         indices += batch["index"]

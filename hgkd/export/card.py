@@ -202,6 +202,9 @@ def _files_below(folder: Path) -> tuple[list[tuple[str, int]], str]:
 
 def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     model = cfg.get("model") or {}
+    several = model.get("teachers") or {}
+    if several:
+        return {name: _teacher({"model": {"teacher": teacher}}, absent) for name, teacher in several.items()}
     if "model" in cfg and not model.get("teacher"):
         return {"name": "none: trained without a teacher", "file": "none", "sha256": "none"}
     teacher = model.get("teacher") or {}

@@ -38,8 +38,9 @@ def read_classifier(path: str | os.PathLike[str]) -> Source:
         with torch.no_grad():
             head.weight.add_(second.weight).div_(2)
             head.bias.add_(second.bias).div_(2)
-    trained_with = {"input_size": (3, *spec.image_size), "mean": spec.mean, "std": spec.std}
+    trained_with = {"input_size": (model.in_chans, *spec.image_size), "mean": spec.mean, "std": spec.std}
     network.pretrained_cfg = {**network.pretrained_cfg, **trained_with}
-    encoder = EncoderSpec(spec.name, spec.stem, dict(spec.kwargs))
+    pixels = None if model.in_chans == 3 else (spec.mean, spec.std)  # of three channels timm's own are noted
+    encoder = EncoderSpec(spec.name, spec.stem, dict(spec.kwargs), pixels)
     meta, metrics = dict(file.meta), run_metrics(file.content)
     return Source(path, encoder, network.eval(), meta=meta, metrics=metrics, classes=spec.classes)

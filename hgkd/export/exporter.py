@@ -20,6 +20,7 @@ from hgkd.export.job import ExportError, ExportReport, Job, Target, Written
 from hgkd.export.model import export_model
 from hgkd.export.targets import TARGETS
 from hgkd.networks.backbones import Source, read_source
+from hgkd.pixels import channels_of, to_unit_range
 from hgkd.weights.loading import check_finite
 from hgkd.weights.run_file import EncoderSpec
 
@@ -133,7 +134,9 @@ def _read_images(
     A class is the place of its folder among the classes that the source knows, or else among the sorted folders.
     """
     root = Path(folder).expanduser()
-    names = find_images(str(root)) if root.is_dir() else []
+    channels, height, width = source.network.pretrained_cfg["input_size"]  # type: ignore[index]
+    in_chans = None if channels == 3 else int(channels)
+    names = find_images(str(root), arrays=in_chans is not None) if root.is_dir() else []
     if not names:
         raise DataError(f"{root} holds no images to compare outputs on; give a folder of .jpg, .png or others, at any depth")
     if limit < 1:
@@ -151,8 +154,7 @@ def _read_images(
     classes = list(source.classes) or classes
     count = min(len(names), limit)
     names = [names[i * len(names) // count] for i in range(count)]  # spread over the list, so that every class folder is met
-    _, height, width = source.network.pretrained_cfg["input_size"]  # type: ignore[index]
-    images = read_crops([root / name for name in names], (height, width), value_range).float() / 255
+    images = to_unit_range(read_crops([root / name for name in names], (height, width), value_range, in_chans))
     return images, torch.tensor([classes.index(name.split(os.sep)[0]) for name in names]) if labelled else None
 
 
@@ -164,7 +166,8 @@ def _prove_equal(job: Job, written: Written) -> float:
         ExportError: outputs differ in shape, or by more than the tolerance, or are not finite.
     """
     height, width = job.image_size
-    batches = [torch.rand(2, 3, height, width), torch.rand(1, 3, 2 * height, width)]
+    channels = channels_of(job.network)
+    batches = [torch.rand(2, channels, height, width), torch.rand(1, channels, 2 * height, width)]
     if job.images is not None:
         batches += list(job.images.split(8))
     expect = written.expected or job.features
@@ -205,11 +208,16 @@ def _describe(
         "load_with": usage,
         "proven_with": written.proven_with,
         "max_difference": difference,
+        "input_channels": channels_of(job.network),
         "real_images": images,
         "table": written.table,
     }
     read_as = job.source.read_as.replace(str(job.source.path), job.source.path.name)
-    notes = [*([read_as] if read_as else []), *written.notes]
+    channels = channels_of(job.network)
+    taken = (
+        [] if channels == 3 else [f"takes images of {channels} channels, (B, {channels}, H, W), in the order of the training's"]
+    )
+    notes = [*([read_as] if read_as else []), *taken, *written.notes]
     card = run_card(job.source, facts, job.folder, licences, notes)
     write_cards(card, job.folder)
     if target.hub_library is not None:
@@ -225,6 +233,7 @@ def _describe(
         proven_with=written.proven_with,
         max_difference=difference,
         images=images,
+        channels=channels,
         source_sha256=card["source"]["sha256"],
         files={name: entry["bytes"] for name, entry in card["files"].items()},
         notes=notes,

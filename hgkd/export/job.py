@@ -132,6 +132,7 @@ class ExportReport:
         files: name -> size in bytes.
         notes: what a user should know.
         table: rows about the files, e.g. agreement of quantised graphs.
+        channels: of the images that the network takes.
     """
 
     out: Path
@@ -148,6 +149,7 @@ class ExportReport:
     files: dict[str, int]
     notes: list[str] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
+    channels: int = 3
 
 
 @dataclass(frozen=True)

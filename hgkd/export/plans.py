@@ -18,6 +18,7 @@ from torch import nn
 from hgkd.errors import WeightsError
 from hgkd.networks.libraries import home_of
 from hgkd.networks.taps import Tapped
+from hgkd.pixels import channels_of
 
 _PLAIN = (nn.Conv2d, nn.Identity, nn.Sequential, nn.Flatten, nn.Dropout, timm.layers.DropPath, timm.layers.SelectAdaptivePool2d)
 _RESNET = (*_PLAIN, resnet.ResNet, resnet.BasicBlock, resnet.Bottleneck, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
@@ -96,6 +97,11 @@ def plan_of(network: nn.Module, library: str) -> ResNetPlan | ConvNeXtPlan:
     Raises:
         UnsupportedLayerError: the network is neither, or has a layer that ``library`` lacks; it is named.
     """
+    if channels_of(network) != 3:
+        raise UnsupportedLayerError(
+            f"for {library}, whose loaders give RGB images, hgkd writes networks of 3 channels, and this student takes "
+            f"{channels_of(network)}; {_REMEDY}"
+        )
     for kind, describe in _FAMILIES.items():
         if isinstance(network, kind):
             return describe(network, library)

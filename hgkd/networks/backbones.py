@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hgkd.errors import WeightsError
 from hgkd.networks.encoder import build_encoder
 from hgkd.networks.vit import head_names
-from hgkd.pixels import pixel_statistics
+from hgkd.pixels import channels_of, note_pixels, pixel_statistics
 from hgkd.weights.export_folder import read_spec
 from hgkd.weights.identify import MASKED_AUTOENCODERS, Kind, WeightFile, identify
 from hgkd.weights.importing import import_weights
@@ -31,10 +31,10 @@ from hgkd.weights.run_file import (
 
 def build_backbone(spec: EncoderSpec) -> nn.Module:
     """The dense encoder that a spec describes, with random weights, in eval mode."""
-    network: Any = build_encoder(spec.name, stem=spec.stem, **spec.kwargs).eval()
+    network = build_encoder(spec.name, stem=spec.stem, **spec.kwargs).eval()
     if spec.pixels is not None:
-        network.pretrained_cfg = {**network.pretrained_cfg, "mean": spec.pixels[0], "std": spec.pixels[1]}
-    return cast(nn.Module, network)
+        note_pixels(network, pixels=spec.pixels)
+    return network
 
 
 def load_backbone(
@@ -191,7 +191,7 @@ def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -
         entries = network_state(checkpoint, str(path))
         inside = {key: value for key, value in entries.items() if not key.startswith(head_names(encoder))}
         pixels = (classifier.mean, classifier.std)
-        noted = pixel_statistics(encoder)
+        noted = pixel_statistics(encoder) if channels_of(encoder) == len(pixels[0]) == 3 else None
         spec = EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs), None if pixels == noted else pixels)
         return StudentCheckpoint(path, spec, inside, {}, dict(meta), run_metrics(checkpoint))
     spec = EncoderSpec.parse(meta["hgkd"], str(path))

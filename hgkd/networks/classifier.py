@@ -35,10 +35,13 @@ from hgkd.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     PixelNormalisation,
-    check_channels,
+    channels_of,
+    check_in_chans,
     check_normalize,
     check_pixels,
+    note_pixels,
     pixel_statistics,
+    require_statistics,
 )
 from hgkd.weights.identify import Kind, WeightFile, identify
 from hgkd.weights.loading import load_strict
@@ -113,7 +116,7 @@ class ImageClassifier(PixelNormalisation):
         check_timm_name("classifier", name)
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
-        check_channels(kwargs.get("in_chans", 3), f"in_chans of {name!r}")
+        channels = check_in_chans(kwargs.get("in_chans", 3), f"in_chans of {name!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be 1 or more, got {num_classes}; set it to the number of class folders")
         if not 0.0 <= drop_path < 1.0:
@@ -130,6 +133,8 @@ class ImageClassifier(PixelNormalisation):
             option = "drop_path" if unknown[1] == "drop_path_rate" else unknown[1]
             remedy = "set model.classifier.drop_path=0" if option == "drop_path" else "leave it out"
             raise ValueError(f"timm's {name} takes no {option}={kwargs.get(unknown[1])!r}; {remedy}") from error
+        if channels != 3:
+            note_pixels(network, channels)
         if stem == "cifar":
             use_cifar_stem(network, name)
         self.network = network
@@ -147,7 +152,8 @@ class ImageClassifier(PixelNormalisation):
             nn.init.zeros_(class_head.bias)
         pixels = None if backbone is None else self._start_from(_existing(backbone), stem)
         if normalize is not None:
-            pixels = check_normalize(normalize, f"normalize of {name!r}")
+            pixels = check_normalize(normalize, f"normalize of {name!r}", channels)
+        require_statistics(channels, pixels, "model.classifier.normalize")
         mean, std = pixels or pixel_statistics(network)
         self.spec = ClassifierSpec(name, num_classes, size, stem, two_heads, kwargs)
         self.set_pixels(mean, std)
@@ -167,7 +173,7 @@ class ImageClassifier(PixelNormalisation):
 
     def set_pixels(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise with these statistics of the pixels in [0, 1], RGB, from now on."""
-        mean, std = check_pixels(mean, std, f"the pixels of {self.spec.name!r}")
+        mean, std = check_pixels(mean, std, f"the pixels of {self.spec.name!r}", channels_of(self.network))
         self.spec = replace(self.spec, mean=mean, std=std)
         super().set_pixels(mean, std)
 
@@ -232,7 +238,7 @@ class ImageClassifier(PixelNormalisation):
         height, width = as_size(image_size)
         try:
             with evaluating(self), torch.no_grad():
-                feature = self(torch.zeros(1, 3, height, width, device=self.mean.device)).feature
+                feature = self(torch.zeros(1, self.in_chans, height, width, device=self.mean.device)).feature
         except (AssertionError, RuntimeError) as error:
             why = (str(error).splitlines() or [""])[0]
             raise ValueError(

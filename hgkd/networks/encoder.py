@@ -22,7 +22,7 @@ from hgkd.errors import coded
 from hgkd.networks.libraries import HOW_TO_NAME, build_library_network, library_of
 from hgkd.networks.taps import Tapped
 from hgkd.networks.vit import check_timm_name
-from hgkd.pixels import check_channels
+from hgkd.pixels import channels_of, check_in_chans, note_pixels
 from hgkd.weights.importing import import_weights
 
 STEMS = ("default", "cifar")
@@ -77,7 +77,7 @@ def build_encoder(
     taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]
     if taken:
         raise ValueError(f"{', '.join(taken)} cannot be passed on to timm for an encoder: hgkd sets it itself")
-    check_channels(timm_kwargs.get("in_chans", 3), f"in_chans of encoder {name!r}")
+    channels = check_in_chans(timm_kwargs.get("in_chans", 3), f"in_chans of encoder {name!r}")
     if pretrained and checkpoint is not None:
         raise ValueError("give either pretrained=True or a checkpoint, not both: the second would overwrite the first")
     if pretrained and stem != "default":
@@ -86,6 +86,8 @@ def build_encoder(
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **timm_kwargs)
     except AssertionError as error:  # e.g. inception_next: "Cannot disable pooling"
         raise ValueError(f"timm cannot build {name!r} without its classifier and pooling: {error}") from error
+    if channels != 3:
+        note_pixels(model, channels)
     if stem == "cifar":
         use_cifar_stem(model, name)
     encoder_levels(model)  # refuses what is no CNN
@@ -127,7 +129,7 @@ def encoder_levels(model: nn.Module, image_size: int | tuple[int, int] = _DRY_SI
         raise ValueError(f"{kind} has no forward_intermediates to read features from; {advice}")
     try:
         with evaluating(model), torch.no_grad():
-            features = _intermediates(model, torch.zeros(1, 3, *size), None)
+            features = _intermediates(model, torch.zeros(1, channels_of(model), *size), None)
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{kind} does not run on a {size[0]} x {size[1]} image ({error}); {advice}") from error
     levels: dict[int, Level] = {}
@@ -161,7 +163,7 @@ def freeze_unused(model: nn.Module, levels: Iterable[Level]) -> list[str]:
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     with evaluating(model), torch.enable_grad():
-        features = encoder_features(model, torch.zeros(1, 3, _DRY_SIZE, _DRY_SIZE), levels)
+        features = encoder_features(model, torch.zeros(1, channels_of(model), _DRY_SIZE, _DRY_SIZE), levels)
         total = torch.stack([feature.sum() for feature in features]).sum()
         gradients = torch.autograd.grad(total, [parameter for _, parameter in named], allow_unused=True)
     unused = [(name, parameter) for (name, parameter), grad in zip(named, gradients, strict=True) if grad is None]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,8 +13,17 @@ if TYPE_CHECKING:
 Guest = TypeVar("Guest")
 
 
+def teachers_of(model: Any) -> dict[str, Any]:
+    """All teachers of a model by name: of one with ``teachers`` these, a single one as 'teacher', none of any other model."""
+    several = getattr(model, "teachers", None)
+    if isinstance(several, Mapping):
+        return dict(several)
+    one = getattr(model, "teacher", None)
+    return {} if one is None else {"teacher": one}
+
+
 class TeacherOwner(nn.Module, Generic[Guest]):
-    """Base of models with a teacher that is no submodule.
+    """Base of models with a teacher that is no submodule, or several in a dict ``teachers``.
 
     The teacher is absent from ``parameters()``, ``state_dict()``, ``train()`` and DDP, but follows the model from device to
     device.
@@ -31,7 +40,6 @@ class TeacherOwner(nn.Module, Generic[Guest]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        teacher = getattr(self, "teacher", None)
-        if teacher is not None:  # the device only: a teacher keeps the precision that it was built with
+        for teacher in teachers_of(self).values():  # the device only: a teacher keeps the precision that it was built with
             teacher.to(next(self.parameters()).device)
         return self

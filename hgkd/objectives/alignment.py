@@ -23,6 +23,7 @@ class DecodingStudent(Protocol):
         pyramid_channels: stride -> channels, of every scale of the decoder.
         feature_channels, feature_strides: of the encoder's levels, or of a ViT's blocks.
         cell: pixels per mask cell.
+        in_chans: channels of its images.
     """
 
     decoded_channels: int
@@ -31,6 +32,9 @@ class DecodingStudent(Protocol):
     feature_channels: tuple[int, ...]
     feature_strides: tuple[int, ...]
     cell: int
+
+    @property
+    def in_chans(self) -> int: ...
 
     def give_pixels(self) -> bool:
         """Whether the student predicts pixels itself from now on."""

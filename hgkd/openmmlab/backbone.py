@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hgkd.errors import coded
 from hgkd.networks.encoder import Level, build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
+from hgkd.pixels import channels_of
 from hgkd.registry import MODELS
 
 _INNER = "network."
@@ -109,7 +110,8 @@ class TimmBackbone(BaseModule):
             return frozenset()
         named = [(name, parameter) for name, parameter in self.network.named_parameters() if parameter.requires_grad]
         with evaluating(self.network), torch.enable_grad():
-            total = torch.stack([m.sum() for m in encoder_features(self.network, torch.zeros(1, 3, 64, 64), levels)]).sum()
+            image = torch.zeros(1, channels_of(self.network), 64, 64)
+            total = torch.stack([m.sum() for m in encoder_features(self.network, image, levels)]).sum()
             gradients = torch.autograd.grad(total, [parameter for _, parameter in named], allow_unused=True)
         upstream = [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is not None]
         for name in upstream:

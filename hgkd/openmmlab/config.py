@@ -16,6 +16,7 @@ from mmengine import registry as roots
 from mmengine.config import Config, ConfigDict
 
 from hgkd.config.levels import level_of, same
+from hgkd.data.pixels import as_value_range
 from hgkd.errors import unknown_name_message
 from hgkd.training.hooks.progress import UNREADABLE
 
@@ -30,6 +31,7 @@ SHORT_OPTIONS = {
     "iterations": "training steps of a config that counts steps; the schedule is stretched to them",
     "batch_size": "training images a step and process",
     "lr": "learning rate",
+    "value_range": "[low,high], the values of black and white in images of more than 8 bits",
     "workers": "processes that read images; 0 = none extra",
     "seed": "of everything random",
 }
@@ -276,6 +278,14 @@ def _set_workers(cfg: Config, value: int) -> None:
             cfg[name].persistent_workers = workers > 0
 
 
+def _set_value_range(cfg: Config, value: Any) -> None:
+    limits = as_value_range(value)
+    for dataset in datasets_of(cfg):
+        for step in dataset.get("pipeline") or []:
+            if step["type"] in ("LoadImageFromFile", "hgkd.LoadReadableImage"):
+                step["value_range"] = None if limits is None else list(limits)
+
+
 def _set_seed(cfg: Config, value: int) -> None:
     cfg.randomness = {**(cfg.get("randomness") or {}), "seed": whole_number("seed", value, least=0)}
 
@@ -299,6 +309,7 @@ _SETTERS: dict[str, Callable[[Config, Any], None]] = {
     "iterations": _set_iterations,
     "batch_size": _set_batch_size,
     "lr": _set_lr,
+    "value_range": _set_value_range,
     "workers": _set_workers,
     "seed": _set_seed,
 }

@@ -85,7 +85,8 @@ def draw_predictions(
         visualizer = roots.VISUALIZERS.build({**cfg.visualizer, "name": f"drawing_{id(model)}", "vis_backends": None})
         visualizer.dataset_meta = _names(dataset, cfg.default_scope)
         pictures = []
-        load: Any = LoadReadableImage(required=True)
+        reading: Any = next((step for step in dataset.pipeline if step["type"] == "hgkd.LoadReadableImage"), {})
+        load: Any = LoadReadableImage(required=True, value_range=reading.get("value_range"))
         for file, name in zip(files, picture_names(files), strict=True):
             data = pipeline({"img_path": str(file), "img_id": 0})
             result = model.test_step({"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]})[0]

@@ -58,6 +58,7 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
     file = identify(_weight_file(Path(path).expanduser()))
     network: nn.Module = backbone.network if isinstance(backbone, TimmBackbone) else backbone
     weights = _plain_weights(file, network)
+    _refuse_other_channels(network, weights, path)
     check_finite(Path(path), {key: value for key, value in weights.items() if not key.startswith(_CLASSIFIER)})
     _check_norms(network, file.path, str(path))
     try:
@@ -98,6 +99,22 @@ def _check_norms(network: nn.Module, file: Path, path: str) -> None:
                     f"{layer.eps:g} model.backbone.norm_cfg.momentum={layer.momentum:g} (distillation: model.student.backbone)"
                 ),
             )
+
+
+def _refuse_other_channels(network: nn.Module, weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raise WeightsError for weights of images with other channels than mmdet's and mmseg's loaders read."""
+    name, first = next(((name, part) for name, part in network.named_modules() if isinstance(part, nn.Conv2d)), ("", None))
+    stem = weights.get(f"{name}.weight")
+    if first is None or not isinstance(stem, Tensor) or stem.ndim != 4 or stem.shape[1] == first.in_channels:
+        return
+    raise coded(
+        "channels-differ",
+        WeightsError(
+            f"backbone={path} takes images of {stem.shape[1]} channels, this config's backbone {first.in_channels}: mmdet and "
+            "mmseg read images as 8-bit BGR. Train the student on RGB images, or give the config a loader, a data_preprocessor "
+            "and a backbone of your own for as many channels"
+        ),
+    )
 
 
 def check_start(backbone: nn.Module) -> None:

@@ -7,7 +7,7 @@ colours mean equal features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,7 +83,9 @@ def picture_grid(columns: Mapping[str, Tensor]) -> np.ndarray:
     """One picture: a row an image, a titled column an entry.
 
     Args:
-        columns: title -> (B, 3, h, w) in [0, 1]; smaller maps are enlarged to the largest without smoothing.
+        columns: title -> (B, 3, h, w) in [0, 1], of other numbers of channels see :func:`as_rgb`; smaller maps are enlarged
+        to the
+            largest without smoothing.
 
     Returns:
         uint8 array (height, width, 3), RGB.
@@ -99,6 +101,7 @@ def picture_grid(columns: Mapping[str, Tensor]) -> np.ndarray:
     width = max(maps.shape[-1] for maps in columns.values())
     canvas = np.full((_TITLE + rows * (height + _GAP), len(columns) * (width + _GAP), 3), 255, dtype=np.uint8)
     for c, maps in enumerate(columns.values()):
+        maps = maps if maps.shape[1] == 3 else as_rgb(maps)
         tiles = F.interpolate(maps.detach().float().cpu(), size=(height, width), mode="nearest")
         pixels = tiles.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
         left = c * (width + _GAP)
@@ -116,6 +119,17 @@ def _rows(tokens: Tensor) -> Tensor:
     if tokens.ndim != 4:
         raise ValueError(f"expected token maps (B, D, h, w), got shape {tuple(tokens.shape)}")
     return tokens.permute(0, 2, 3, 1).reshape(-1, tokens.shape[1])
+
+
+def as_rgb(images: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+    """Three channels of images (B, C, H, W) for a picture: the chosen ones as red, green and blue, else the first three.
+
+    One channel is shown as grey; of two the third colour is black.
+    """
+    known = list(range(images.shape[1]))[:3] if chosen is None else list(chosen)
+    if len(known) == 2:
+        return torch.cat([images[:, known], torch.zeros_like(images[:, :1])], dim=1)
+    return images[:, known * 3 if len(known) == 1 else known]
 
 
 Columns = dict[str, Tensor]

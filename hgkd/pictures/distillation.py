@@ -9,7 +9,7 @@ import torch
 from mmengine.model import BaseModel
 from torch import Tensor
 
-from hgkd.pictures.columns import colour_basis, hide_cells, token_colours
+from hgkd.pictures.columns import as_rgb, colour_basis, hide_cells, token_colours
 
 
 class _Shown(Protocol):
@@ -28,7 +28,8 @@ def distillation_columns(model: BaseModel, inputs: Tensor, seed: int = 0) -> dic
     """Columns for :func:`hgkd.pictures.columns.picture_grid` of a ``MaskedDistiller``, computed in eval mode.
 
     Args:
-        inputs: uint8 (B, 3, H, W).
+        inputs: uint8 (B, C, H, W), or float in [0, 1]; of other channels than RGB those are shown that the teacher sees, else
+            the first three.
         seed: of the mask.
 
     Returns:
@@ -39,18 +40,21 @@ def distillation_columns(model: BaseModel, inputs: Tensor, seed: int = 0) -> dic
     model.mask.progress = 0.0  # pictures of different epochs hide the same cells
     try:
         device = next(model.parameters()).device
-        images = inputs.to(device).float() / 255
+        images = inputs.to(device)
+        images = images if images.is_floating_point() else images.float() / 255
         generator = torch.Generator().manual_seed(seed)
         visible = model.draw_mask(images, generator)
         student_out = model.student(images, visible)
         teacher_outs = model.teach(images, visible)
-        columns = {"image": images, "seen": hide_cells(images, visible)}
+        shown: Sequence[int] | None = getattr(model, "shown_channels", None)
+        pictures = as_rgb(images, shown) if shown is not None or images.shape[1] != 3 else images
+        columns = {"image": pictures, "seen": hide_cells(pictures, visible)}
         for name, objective in model.objectives.items():
             if objective.terms:
                 columns.update(_feature_columns(name, objective, student_out, teacher_outs[name]))
             reconstruction = objective.reconstruct(student_out, student_out.layout)
             if reconstruction is not None:
-                columns[name] = reconstruction
+                columns[name] = as_rgb(reconstruction, shown) if pictures is not images else reconstruction
     finally:
         model.train(training)
         model.mask.progress = progress

@@ -107,6 +107,7 @@ def neighbour_columns(
     k: int = 5,
     standardise: bool = True,
     value_range: Sequence[float] | None = None,
+    in_chans: int | None = None,
 ) -> tuple[Columns, list[list[tuple[Path, float]]]]:
     """The images of a bank that are nearest to each query, by cosine, as in the k-NN.
 
@@ -115,7 +116,7 @@ def neighbour_columns(
         image_size: of the crops that are shown.
         k: neighbours; a query that is in the bank itself is left out.
         standardise: see ``hgkd.evaluation.knn_scores``.
-        value_range: see :func:`hgkd.data.images.read_crops`.
+        value_range, in_chans: see :func:`hgkd.data.images.read_crops`.
 
     Returns:
         The columns 'query', '1' (nearest), '2', ..., and for every query its neighbours with their cosines.
@@ -133,7 +134,12 @@ def neighbour_columns(
     for query, row, values in zip(own, places.tolist(), cosines.tolist(), strict=True):
         others = [(known[i], value) for i, value in zip(row, values, strict=True) if real[i] != query]
         found.append(others[:k])
-    columns = {"query": read_crops([query_files[i] for i in queries.indices.tolist()], image_size, value_range) / 255}
+
+    def shown(files: Sequence[Path]) -> Tensor:
+        crops = read_crops(files, image_size, value_range, in_chans)
+        return crops if crops.is_floating_point() else crops / 255
+
+    columns = {"query": shown([query_files[i] for i in queries.indices.tolist()])}
     for rank in range(k):
-        columns[str(rank + 1)] = read_crops([row[rank][0] for row in found], image_size, value_range) / 255
+        columns[str(rank + 1)] = shown([row[rank][0] for row in found])
     return columns, found

@@ -21,8 +21,11 @@ PAGE = "pictures.html"  # not report.html, which a demo or comparison may have w
 _CAPTION = "Description"  # PNG's own keyword for it
 
 
-def find_files(sources: Sequence[str | os.PathLike[str]], limit: int | None = None) -> list[Path]:
+def find_files(sources: Sequence[str | os.PathLike[str]], limit: int | None = None, arrays: bool = False) -> list[Path]:
     """Image files among ``sources``: files as they are, folders searched at any depth, by name; at most ``limit``.
+
+    Args:
+        arrays: NumPy arrays (.npy) are images, too.
 
     Raises:
         FileNotFoundError: a source does not exist.
@@ -31,7 +34,7 @@ def find_files(sources: Sequence[str | os.PathLike[str]], limit: int | None = No
     found: list[Path] = []
     for source in map(lambda path: Path(path).expanduser(), sources):
         if source.is_dir():
-            found += [source / name for name in find_images(str(source))]
+            found += [source / name for name in find_images(str(source), arrays)]
         elif source.is_file():
             found.append(source)
         else:
@@ -76,14 +79,20 @@ class ImageFiles(Dataset[dict[str, Any]]):
     """Given files as a data set for ``hgkd.evaluation.extract``; an unreadable one raises DataError."""
 
     def __init__(
-        self, files: Sequence[Path], image_size: int | Sequence[int], value_range: Sequence[float] | None = None
+        self,
+        files: Sequence[Path],
+        image_size: int | Sequence[int],
+        value_range: Sequence[float] | None = None,
+        in_chans: int | None = None,
     ) -> None:
         self.files = list(files)
         self.image_size = image_size
         self.value_range = value_range
+        self.in_chans = in_chans
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"inputs": read_crops([self.files[index]], self.image_size, self.value_range)[0], "label": -1, "index": index}
+        crops = read_crops([self.files[index]], self.image_size, self.value_range, self.in_chans)
+        return {"inputs": crops[0], "label": -1, "index": index}

@@ -28,10 +28,12 @@ class Reconstructor(Protocol):
     Attributes:
         image_size: (H, W) that it was trained with.
         mask_ratio: share of hidden cells in its training; of files that do not say, MAE's 0.75.
+        in_chans: channels of its images.
     """
 
     image_size: tuple[int, int]
     mask_ratio: float
+    in_chans: int
 
     def columns(self, inputs: Tensor, mask_ratio: float, seed: int) -> Columns:
         """Image, what is seen of it, and the reconstruction, of uint8 images (B, 3, H, W)."""
@@ -78,13 +80,19 @@ class _DistilledPixels:
         size = self.model["image_size"]
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         self.mask_ratio = float((self.model.get("mask") or {}).get("mask_ratio", 0.6))
+        student = self.model["student"]
+        arch = student.get("arch")
+        inside = (student.get("encoder_kwargs"), arch if isinstance(arch, Mapping) else None)
+        self.in_chans = int(
+            student.get("in_chans") or next((part["in_chans"] for part in inside if part and "in_chans" in part), 3)
+        )
 
     def columns(self, inputs: Tensor, mask_ratio: float, seed: int) -> Columns:
         started_from = ("encoder_checkpoint", "checkpoint", "pretrained")  # the weights are in the checkpoint
         config = {
             "type": "MaskedDistiller",
             "student": {key: value for key, value in self.model["student"].items() if key not in started_from},
-            "objectives": {self.name: self.model["objectives"][self.name]},
+            "objectives": {self.name: {k: v for k, v in self.model["objectives"][self.name].items() if k != "teacher"}},
             "mask": {"type": "RandomMask", "mask_ratio": mask_ratio},
             "image_size": tuple(inputs.shape[-2:]),
         }
@@ -108,7 +116,7 @@ class _MAEPixels:
         self.teacher = MAETeacher(file, allow_random=True)
         self.teacher.require_decoder()
         self.norm_pix = pixels.get("norm_pix") is not False  # files that do not say: MAE's default
-        self.image_size = arch.image_size
+        self.image_size, self.in_chans = arch.image_size, arch.in_chans
         self.cell = int(model.get("mask_cell") or arch.patch_size)
         self.mask_ratio = float(model.get("mask_ratio", 0.75))
 
@@ -119,7 +127,7 @@ class _MAEPixels:
         patch = self.teacher.info.patch_size
         cells = grid_of((inputs.shape[-2], inputs.shape[-1]), self.cell)
         grid = self.teacher.prepare(cells, self.cell)
-        images = inputs.float() / 255
+        images = inputs if inputs.is_floating_point() else inputs.float() / 255
         generator = torch.Generator().manual_seed(seed)
         visible = RandomMask(mask_ratio, rounding="floor")(len(images), cells, device="cpu", generator=generator)
         patches = self.teacher.patch_mask(visible)
@@ -144,7 +152,7 @@ def reconstruction_columns(
     ones (as MAE's and SparK's pictures are): colours and contrast are then given, only the structure is the model's.
 
     Args:
-        inputs: uint8 (B, 3, H, W).
+        inputs: uint8 (B, C, H, W), or float in [0, 1].
         mask_ratio: share of hidden cells in (0, 1); None: that of its training.
         seed: of the mask.
 

@@ -20,6 +20,7 @@ from hgkd.differences import largest_difference
 from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.sparse.convert import BACKENDS, SparseModule, sparsify
 from hgkd.sparse.layout import CellLayout
+from hgkd.sparse.parity import image_channels
 from hgkd.writing import written_beside
 
 _KEY = "hgkd_sparse"
@@ -128,7 +129,9 @@ def _check_equal(network: Any, path: Path) -> None:
     found: Any = loaded.to(parameter.device, parameter.dtype)
     cell = network.sparse_cell
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, 2 * cell, 2 * cell, generator=generator).to(parameter.device, parameter.dtype)
+    image = torch.randn(1, image_channels(network), 2 * cell, 2 * cell, generator=generator).to(
+        parameter.device, parameter.dtype
+    )
     layout = CellLayout(torch.eye(2, dtype=torch.bool, device=parameter.device)[None], cell, network.sparse_renormalize)
     modes = {module: module.training for module in network.modules()}
     try:

@@ -46,6 +46,11 @@ class Parity:
         return max(self.outputs, self.gradients, self.statistics, self.dense)
 
 
+def image_channels(network: nn.Module) -> int:
+    """Channels of the images that a network takes: those of its first convolution; 3 where it has none."""
+    return next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), 3)
+
+
 def measure_parity(
     network: nn.Module,
     cell: int = 32,
@@ -61,7 +66,7 @@ def measure_parity(
     network has it, so a pooling head is left out.
 
     Args:
-        network: takes images (B, 3, H, W).
+        network: takes images (B, C, H, W).
         cell: side of a mask cell, pixels.
         backend: the one to be checked.
         dtype: of parameters and images.
@@ -79,7 +84,7 @@ def measure_parity(
         for parameter in network.parameters():
             if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
                 parameter.uniform_(0.5, 1.5, generator=generator)
-    images = torch.randn(3, 3, 2 * cell, 3 * cell, dtype=dtype, generator=generator)
+    images = torch.randn(3, image_channels(network), 2 * cell, 3 * cell, dtype=dtype, generator=generator)
     some = torch.zeros(3, 2, 3, dtype=torch.bool)
     some[0, 1, 1] = some[1, 0, 0] = some[1, 0, 1] = some[1, 1, 2] = True
     some[2] = True

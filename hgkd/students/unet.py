@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import coded
 from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
-from hgkd.pixels import pixel_statistics
+from hgkd.pixels import check_in_chans, check_normalize, note_pixels, pixel_statistics, require_statistics
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, SparseTensor, sparsify
 from hgkd.structures import StudentOutput
@@ -105,10 +105,14 @@ class SparseUNet(Student):
         out_stride: image pixels per position of the decoder's output; a power of two up to the total stride.
         skips: 'all' levels feed the decoder, or the 'last' only.
         backend, renormalize: of :func:`hgkd.sparse.sparsify`.
+        in_chans: channels of the images; with ``pretrained`` timm spreads its weights of three over them.
+        normalize: (mean, std) of the pixels in [0, 1], a number each for every channel; None: what timm notes for the name,
+            which is for three channels only.
 
     Attributes:
         encoder: the sparsified network; its ``state_dict`` is timm's own.
-        encoder_spec: {'name', 'stem', 'kwargs'}, what :func:`build_encoder` needs to build it again.
+        encoder_spec: {'name', 'stem', 'kwargs'}, what :func:`build_encoder` needs to build it again; with ``normalize`` also
+            'pixels'.
         cell, out_stride: as above.
         decoded_channels: channels of the decoder's output.
         pyramid_channels: stride -> channels, of every scale of the decoder.
@@ -134,6 +138,8 @@ class SparseUNet(Student):
         skips: str = "all",
         backend: str = "gather",
         renormalize: bool = False,
+        in_chans: int | None = None,
+        normalize: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         if skips not in SKIPS:
@@ -144,10 +150,21 @@ class SparseUNet(Student):
                 f"got {min_decoder_width} and {decoder_width}"
             )
         kwargs = plain_values(encoder_kwargs or {})
+        channels = check_in_chans(kwargs.get("in_chans", 3) if in_chans is None else in_chans, "model.student.in_chans")
+        if kwargs.get("in_chans", channels) != channels:
+            raise ValueError(
+                f"in_chans={channels} and encoder_kwargs.in_chans={kwargs['in_chans']} of the student differ; set one of them"
+            )
+        require_statistics(channels, normalize, "model.student.normalize")
+        kwargs |= {"in_chans": channels} if channels != 3 or "in_chans" in kwargs else {}
+        pixels = None if normalize is None else check_normalize(normalize, "model.student.normalize", channels)
         network = build_encoder(encoder, stem=stem, checkpoint=encoder_checkpoint, pretrained=pretrained, **kwargs)
         self._levels = encoder_levels(network)
         total = self._levels[-1].stride
-        self.encoder_spec = {"name": encoder, "stem": stem, "kwargs": kwargs}
+        if pixels is not None:
+            note_pixels(network, pixels=pixels)
+        noted = {} if pixels is None else {"pixels": [list(values) for values in pixels]}
+        self.encoder_spec = {"name": encoder, "stem": stem, "kwargs": kwargs, **noted}
         self.cell = check_cell(total if cell is None else cell, total)
         self.out_stride = check_out_stride(out_stride, total)
         self.feature_channels = tuple(level.channels for level in self._levels)
@@ -183,7 +200,7 @@ class SparseUNet(Student):
         """Encode the visible cells and decode the whole image.
 
         Args:
-            images: (B, 3, H, W) in [0, 1], RGB; H and W multiples of ``cell``.
+            images: (B, C, H, W) in [0, 1], of three channels RGB; H and W multiples of ``cell``.
             visible: bool (B, H/cell, W/cell), True = visible; None: everything.
         """
         grid = self.prepare(tuple(images.shape[-2:]))
@@ -229,7 +246,7 @@ class SparseUNet(Student):
         visible = torch.tensor([[[True, False], [False, True]]])
         side = 2 * self.cell
         with evaluating(self.encoder):
-            packed = cast(Any, self.encoder).pack(torch.zeros(1, 3, side, side), visible)
+            packed = cast(Any, self.encoder).pack(torch.zeros(1, self.in_chans, side, side), visible)
             encoder_features(self.encoder, packed, self._levels)
 
 

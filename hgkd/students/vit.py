@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
-from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_pixels
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_in_chans, check_pixels, require_statistics
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import StudentOutput
@@ -36,7 +36,8 @@ class MaskedViT(Student):
         patch_size: side of a patch in pixels; None: that of the arch.
         cell: side of a mask cell in pixels, a multiple of ``patch_size``; None is one patch, as in MAE.
         checkpoint: MAE file to start from, of the same sizes; when it has no decoder, that starts at random.
-        mean, std: of the pixels, RGB in [0, 1].
+        mean, std: of the pixels in [0, 1], a number a channel; None: ImageNet's, RGB.
+        in_chans: channels of the images; None: that of the arch, 3 where it does not say.
 
     Attributes:
         network: the :class:`hgkd.networks.mae.MaskedAutoencoder`.
@@ -58,15 +59,24 @@ class MaskedViT(Student):
         patch_size: int | None = None,
         cell: int | None = None,
         checkpoint: str | Path | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        in_chans: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = make_arch(arch, **({} if patch_size is None else {"patch_size": patch_size}))
+        given = {"patch_size": patch_size, "in_chans": in_chans}
+        sizes = make_arch(arch, **{key: value for key, value in given.items() if value is not None})
         if sizes.decoder_depth < 1:
             raise ValueError("a masked ViT needs a decoder, but decoder_depth is 0; set it to at least 1")
-        check_channels(sizes.in_chans, "model.student.arch.in_chans")
-        mean, std = check_pixels(mean, std, "model.student.mean and std")
+        channels = check_in_chans(sizes.in_chans, "model.student.in_chans")
+        known = None if mean is None or std is None else (mean, std)
+        require_statistics(channels, known, "model.student.mean and model.student.std")
+        mean, std = check_pixels(
+            IMAGENET_MEAN if mean is None else mean,
+            IMAGENET_STD if std is None else std,
+            "model.student.mean and std",
+            channels,
+        )
         patch = sizes.patch_size
         self.cell = patch if cell is None else cell
         if self.cell < patch or self.cell % patch:
@@ -178,7 +188,7 @@ class MaskedViT(Student):
     def _start_from(self, checkpoint: str | Path) -> None:
         own = self.network.arch
         found, weights, _ = read_mae(checkpoint, own.num_heads, own.decoder_num_heads)
-        for size in ("embed_dim", "depth", "patch_size"):
+        for size in ("embed_dim", "depth", "patch_size", "in_chans"):
             there, here = getattr(found, size), getattr(own, size)
             if there != here:
                 raise ValueError(f"{checkpoint} has {size} {there}, the student {here}; give the student the file's arch")

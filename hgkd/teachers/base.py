@@ -48,7 +48,7 @@ class Teacher(PixelNormalisation):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype = DTYPES[dtype]
-        self.set_pixels(*check_pixels(mean, std, "the teacher's normalize (model.teacher.normalize)"))
+        self.set_pixels(*check_pixels(mean, std, "the teacher's normalize (model.teacher.normalize)", len(mean)))
         self.grid: tuple[int, int] | None = None
         self.input_size = (0, 0)
         self.ratio = 1

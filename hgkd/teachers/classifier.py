@@ -85,7 +85,7 @@ class ClassifierTeacher(nn.Module):
         if self.image_size is None and self.classifier.is_vit and tuple(image_size) != self.classifier.spec.image_size:
             self._build(tuple(image_size))
         with torch.autocast(self.classifier.mean.device.type, enabled=False), torch.no_grad():
-            probe = torch.zeros(1, 3, *image_size, device=self.classifier.mean.device)
+            probe = torch.zeros(1, self.classifier.in_chans, *image_size, device=self.classifier.mean.device)
             return tuple(self(probe).feature.shape[1:])  # type: ignore[return-value]
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.networks.mae import MAEArch, MaskedAutoencoder, positions_of, read_mae, set_positions
-from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_normalize
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_normalize, require_statistics
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
@@ -71,9 +71,9 @@ class MAETeacher(Teacher):
             raise ValueError("MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file")
         checkpoint, entry = chosen_entry(checkpoint, entry, ema)
         arch, weights, pixels = read_mae(checkpoint, num_heads, decoder_num_heads, entry)
-        check_channels(arch.in_chans, f"the number of channels of {checkpoint}")
+        require_statistics(arch.in_chans, normalize or pixels.get("mean"), "model.teacher.normalize")
         of_file = (pixels.get("mean", IMAGENET_MEAN), pixels.get("std", IMAGENET_STD))
-        mean, std = of_file if normalize is None else check_normalize(normalize, "model.teacher.normalize")
+        mean, std = of_file if normalize is None else check_normalize(normalize, "model.teacher.normalize", arch.in_chans)
         super().__init__(dtype, mean, std)
         self.kind = _kind(arch, weights, pixels)
         print_log(f"{checkpoint}: {self.kind}", "current")

@@ -20,6 +20,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hgkd.networks.guest import teachers_of
 from hgkd.training.wrapping import plain_model
 
 _ENDLESS = 10**9
@@ -41,6 +42,7 @@ def in_force(runner: Runner, loop: BaseLoop, work_dir: Path, checkpoint_bytes: i
             runner.optim_wrapper, _all_schedulers(runner.param_schedulers), loop.iter, loop.max_iters, _epoch(loop)
         ),
         "pixels": pixels_text(model),
+        "teachers": teachers_text(model),
         "cells": cells_text(model),
         "images": images_text(loop.dataloader, runner.world_size, runner.cfg.train_dataloader.get("dataset") or {}),
         "features": features_text(model, runner.hooks, len(loop.dataloader.dataset)),
@@ -107,12 +109,15 @@ def scheduler_text(scheduler: _ParamScheduler) -> str:
 
 
 def pixels_text(model: nn.Module) -> str | None:
-    """Size and normalisation of the images that student and teacher see."""
-    teacher = getattr(model, "teacher", None)
-    parts = [("student" if teacher is not None else "model", model, getattr(model, "image_size", None))]
-    if teacher is not None:
+    """Size, channels and normalisation of the images that student and teachers see."""
+    teachers = teachers_of(model)
+    parts: list[tuple[str, nn.Module, Any]] = [("student" if teachers else "model", model, getattr(model, "image_size", None))]
+    chosen: Mapping[str, Any] = getattr(model, "_channels", {})
+    for name, teacher in teachers.items():
         # a classifier as teacher may take the student's size
-        parts.append(("teacher", teacher, getattr(teacher, "input_size", None) or getattr(teacher, "image_size", None)))
+        size = getattr(teacher, "input_size", None) or getattr(teacher, "image_size", None)
+        seen = "" if chosen.get(name) is None else f" (channels {' '.join(map(str, chosen[name]))})"
+        parts.append((name + seen, teacher, size))
     texts = []
     for name, part, size in parts:
         found = normalisation(part)
@@ -121,6 +126,20 @@ def pixels_text(model: nn.Module) -> str | None:
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in found)
         texts.append(f"{name} {f'{size[0]} x {size[1]} px, ' if size else ''}mean {mean}, std {std}")
     return "; ".join(texts) or None
+
+
+def teachers_text(model: Any) -> str | None:
+    """Which objective learns from which of several teachers, and which of them guides the mask."""
+    teachers, owners = teachers_of(model), getattr(model, "_pass_of", None)
+    if len(teachers) < 2 or owners is None:
+        return None
+    texts = []
+    for name, teacher in teachers.items():
+        taught = [objective for objective, (owner, _) in owners.items() if owner == name]
+        taught += ["the mask"] if getattr(model, "_guide", None) == name else []
+        info = teacher.info
+        texts.append(f"{name} ({info.kind}, {info.depth} blocks, width {info.width}) for {', '.join(taught)}")
+    return "; ".join(texts)
 
 
 def normalisation(module: nn.Module) -> tuple[list[float], list[float]] | None:
@@ -167,13 +186,16 @@ def images_text(loader: DataLoader[Any], processes: int, dataset: Mapping[str, A
 def features_text(model: BaseModel, hooks: Iterable[Any], images: int) -> str | None:
     """Disk space of the store of the teacher's features."""
     folder = next((hook.folder for hook in hooks if type(hook).__name__ == "TeacherCacheHook"), None)
-    passes = getattr(model, "_passes", None)
+    passes: Mapping[str, Any] = getattr(model, "_passes", {})
     if folder is None or not passes:
         return None
-    blocks = {block for needs in passes if not needs.visible_only for block in needs.blocks}
-    teacher = model.teacher
-    size = store_bytes(images, len(blocks), teacher.info.width, teacher.grid)
-    return f"of the teacher take {size / _MB:.0f} MB in {folder} ({size / images / 1024:.0f} KB an image)"
+    size = 0
+    for name, asked in passes.items():
+        blocks = {block for needs in asked if not needs.visible_only for block in needs.blocks}
+        teacher = model.teachers[name]
+        size += store_bytes(images, len(blocks), teacher.info.width, teacher.grid)
+    whose = "teacher" if len(passes) == 1 else "teachers"
+    return f"of the {whose} take {size / _MB:.0f} MB in {folder} ({size / images / 1024:.0f} KB an image)"
 
 
 def store_bytes(images: int, blocks: int, width: int, grid: tuple[int, int]) -> int:

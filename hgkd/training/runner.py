@@ -44,7 +44,7 @@ from hgkd.training.recompute import recompute_activations
 from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, images_of
 from hgkd.training.sync_norm import sync_batch_norms
 from hgkd.training.work_folder import check_unused, held_until_the_end, lock_folder, release_folder
-from hgkd.training.wrapping import plain_model
+from hgkd.training.wrapping import check_channels, plain_model
 from hgkd.weights.identify import describe_network, hgkd_of
 from hgkd.weights.loading import load_strict, match
 from hgkd.weights.run_folder import find_last_checkpoint, read_run_checkpoint, seal, tell_system_errors
@@ -206,7 +206,9 @@ class DistillRunner(Runner):
 
     def build_val_loop(self, loop: BaseLoop | Mapping[str, Any]) -> BaseLoop:
         with configured():
-            return super().build_val_loop(loop)
+            built = super().build_val_loop(loop)
+        check_channels(plain_model(self), getattr(built, "dataloader", None), "val_dataloader")
+        return built
 
     @staticmethod
     def build_dataloader(
@@ -231,6 +233,7 @@ class DistillRunner(Runner):
             options = {key: value for key, value in loop.items() if key != "by_epoch"}
             loop = ExactEpochLoop(self, self._train_dataloader, **options)
         built = super().build_train_loop(loop)
+        check_channels(plain_model(self), built.dataloader, "train_dataloader")
         if built.max_epochs < 1:
             raise ValueError(f"epochs (train_cfg.max_epochs) is {built.max_epochs}; it must be 1 or more")
         if built.max_iters < 1:

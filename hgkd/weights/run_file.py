@@ -43,7 +43,8 @@ class EncoderSpec:
         name: timm model name, or one of another library (``mmdet.CSPNeXt``) or of the user.
         stem: 'default', or 'cifar' for a 3x3 stride-1 stem without pooling.
         kwargs: further arguments of the network.
-        pixels: mean and std of the pixels in [0, 1], RGB, where they are not those that timm notes for the name.
+        pixels: mean and std of the pixels in [0, 1], a number a channel, where they are not those that timm notes for
+            the name.
     """
 
     name: str
@@ -75,7 +76,8 @@ class EncoderSpec:
 
     def to_student(self) -> dict[str, Any]:
         """Arguments of ``SparseUNet`` for this encoder."""
-        return {"encoder": self.name, "stem": self.stem, "encoder_kwargs": dict(self.kwargs)}
+        pixels = {} if self.pixels is None else {"normalize": [list(values) for values in self.pixels]}
+        return {"encoder": self.name, "stem": self.stem, "encoder_kwargs": dict(self.kwargs), **pixels}
 
 
 def run_metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def test_a_student_that_is_not_finite_is_named(images, monkeypatch):
 
     prepare = module.MaskedDistiller._prepare
 
-    def broken(self):
-        prepare(self)
+    def broken(self, *given):
+        prepare(self, *given)
         with torch.no_grad():
             self.student.encoder.layer1[0].conv1.weight.fill_(float("nan"))
 

@@ -75,7 +75,7 @@ def test_graphs_are_timed(tmp_path: Path) -> None:
     graph = onnx.helper.make_graph([node], "tiny", ends[:1], ends[1:])
     opset = onnx.helper.make_opsetid("", 18)
     onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "model.onnx")
-    report = SimpleNamespace(out=tmp_path, target="onnx", table=[{"file": "model.onnx", "bytes": 100}])
+    report = SimpleNamespace(out=tmp_path, target="onnx", channels=3, table=[{"file": "model.onnx", "bytes": 100}])
     (row,) = export.with_latency(report, 32)
     assert (row["file"], row["bytes"]) == ("model.onnx", 100)
     assert row["ms"] > 0

@@ -38,6 +38,7 @@ from hgkd.export.targets.graphs import (
     graph_of,
     quiet,
 )
+from hgkd.pixels import channels_of
 
 _TOLERANCE = 1e-4  # kernels of another library (Winograd's products, fused activations) round in another order
 
@@ -64,7 +65,7 @@ def write_openvino(
         model = openvino.convert_model(exported_program(job, graph))
         model.inputs[0].get_tensor().set_names({"images"})
         model.outputs[0].get_tensor().set_names({trained.output})
-        model.reshape({0: openvino.PartialShape([-1, 3, -1, -1])})
+        model.reshape({0: openvino.PartialShape([-1, channels_of(job.network), -1, -1])})
         openvino.save_model(model, job.folder / "model.xml", compress_to_fp16=False)
         for name in extra:
             lower = model
@@ -76,7 +77,7 @@ def write_openvino(
     run = openvino_runner(files["fp32"])
     return Written(
         load_with=f"model = openvino.Core().compile_model('{job.out / 'model.xml'}', 'CPU')\n"
-        "model(images)[0]  # float32 in [0, 1], (B, 3, H, W)",
+        "model(images)[0]  # float32 in [0, 1], (B, C, H, W)",
         proven_with=f"openvino {openvino.get_version()}",
         reloaded=run,
         expected=trained,
@@ -103,7 +104,7 @@ def _unreported() -> Iterator[None]:
 
 
 def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
-    """A graph of OpenVINO's on the CPU, in fp32: images in [0, 1] (B, 3, H, W) -> its output."""
+    """A graph of OpenVINO's on the CPU, in fp32: images in [0, 1] (B, C, H, W) -> its output."""
     with _unreported():
         (openvino,) = need("openvino", "openvino")
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
@@ -129,7 +130,8 @@ def write_ncnn(
     ncnn, pnnx = need("ncnn", "ncnn", "pnnx")
     graph, notes = fused_for_inference(trained)
     height, width = job.image_size
-    shapes = [(1, 3, height, width), (1, 3, height + 64, width + 128)]  # what differs between the two is free
+    channels = channels_of(job.network)
+    shapes = [(1, channels, height, width), (1, channels, height + 64, width + 128)]  # what differs between the two is free
     traced = job.folder / "traced.pt"
     with quiet(), torch.no_grad():
         torch.jit.trace(graph, torch.rand(shapes[0])).save(str(traced))
@@ -140,20 +142,20 @@ def write_ncnn(
     return Written(
         load_with=f"net = ncnn.Net(); net.load_param('{job.out / files['fp32'].name}'); "
         f"net.load_model('{job.out / files['fp32'].with_suffix('.bin').name}')\n"
-        "take = net.create_extractor(); take.input('in0', ncnn.Mat(image)); take.extract('out0')  # image (3, H, W) in [0, 1]",
+        "take = net.create_extractor(); take.input('in0', ncnn.Mat(image)); take.extract('out0')  # image (C, H, W) in [0, 1]",
         proven_with=f"ncnn {ncnn.__version__}",
         reloaded=ncnn_runner(files["fp32"]),
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input 'in0': one image (3, H, W) in [0, 1], any size; output 'out0': {trained.output}", *notes],
+        notes=[f"input 'in0': one image (C, H, W) in [0, 1], any size; output 'out0': {trained.output}", *notes],
         table=_table(job, trained.output, files, ncnn_runner),
         tolerance=_TOLERANCE,
     )
 
 
 def ncnn_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
-    """A network of ncnn's on the CPU, in fp32: images in [0, 1] (B, 3, H, W), one after the other -> its output.
+    """A network of ncnn's on the CPU, in fp32: images in [0, 1] (B, C, H, W), one after the other -> its output.
 
     Raises:
         ExportError: ncnn does not take the file, or cannot run a layer.

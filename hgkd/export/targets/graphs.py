@@ -40,7 +40,7 @@ from hgkd.errors import WeightsError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.networks.encoder import encoder_levels
 from hgkd.networks.taps import last_channels
-from hgkd.pixels import PixelNormalisation, pixel_statistics
+from hgkd.pixels import PixelNormalisation, channels_of, pixel_statistics
 from hgkd.weights.files import read_weights
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def write_torchscript(job: Job, *, output: str | None = None, classifier: str | 
     graph, notes = fused_for_inference(trained)
     file = job.folder / "model.ts"
     with quiet():
-        traced = torch.jit.trace(graph, torch.rand(2, 3, *job.image_size))
+        traced = torch.jit.trace(graph, torch.rand(2, channels_of(job.network), *job.image_size))
         memory = io.BytesIO()  # see above
         torch.jit.save(traced, memory)
         file.write_bytes(memory.getbuffer())
@@ -317,7 +317,7 @@ def exported_program(job: Job, graph: Graph) -> ExportedProgram:
     """The graph for any batch and image size."""
     height, width = job.image_size
     # sides that differ from each other and from those of the proof, so that neither is taken for a constant
-    example = torch.rand(2, 3, height, 2 * width)
+    example = torch.rand(2, channels_of(job.network), height, 2 * width)
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with _exportable_padding():
         return torch.export.export(graph, (example,), dynamic_shapes={"images": free})
@@ -331,7 +331,9 @@ def _write_fp16(job: Job, file: Path, lower: Path) -> list[str]:
     """
     onnx, float16, models = need("onnx", "onnx", "onnxruntime.transformers.float16", "onnxruntime.transformers.onnx_model")
     images = (
-        torch.rand(2, 3, *job.image_size) if job.images is None else torch.cat([job.images, torch.rand_like(job.images[:1])])
+        torch.rand(2, channels_of(job.network), *job.image_size)
+        if job.images is None
+        else torch.cat([job.images, torch.rand_like(job.images[:1])])
     )
     largest, where = _reach(file, images)
     if not largest <= FP16_LARGEST:

@@ -23,6 +23,7 @@ from hgkd.export.job import ExportError, Job, Target, Written, count_parameters
 from hgkd.export.plans import UnsupportedLayerError
 from hgkd.networks.backbones import load_backbone
 from hgkd.networks.libraries import home_of, library_of
+from hgkd.pixels import channels_of
 from hgkd.weights.cnn_names import TIMM, renamed
 from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE
 from hgkd.weights.run_file import FORMAT, EncoderSpec
@@ -97,6 +98,8 @@ def _config(spec: EncoderSpec, source: nn.Module, classes: Sequence[str]) -> dic
     architecture = spec.name.partition(".")[0]  # what follows the dot names weights of timm's
     known = cast(Mapping[str, Any], source.pretrained_cfg)
     cfg = {key: known[key] for key in _KEPT_CFG if known.get(key) is not None or key == "classifier"}
+    if channels_of(source) != 3:
+        cfg.pop("first_conv", None)  # timm would take the weights for ones of three channels, to be converted, and drop them
     return {
         "architecture": architecture if spec.stem == "default" else f"{architecture} with hgkd's {spec.stem} stem",
         "num_classes": source.num_classes,

@@ -91,6 +91,7 @@ class PixelReconstruction(MaskedObjective):
         self.supervise = check_supervise(supervise)
         self.standardise = standardise
         self.head: nn.Conv2d | None = None  # None with a student that gives pixels
+        self._channels = 3
 
     def _build(self, setup: Setup) -> None:
         """Build the head."""
@@ -98,7 +99,8 @@ class PixelReconstruction(MaskedObjective):
             for name in ("mean", "std"):
                 self.register_buffer(name, getattr(setup.student, name).detach().clone(), persistent=False)
         if not setup.student.give_pixels():
-            self.head = nn.Conv2d(setup.student.decoded_channels, 3 * setup.student.out_stride**2, 1)
+            self.head = nn.Conv2d(setup.student.decoded_channels, setup.student.in_chans * setup.student.out_stride**2, 1)
+        self._channels = setup.student.in_chans
 
     def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
         """The predicted pixels, standardised or normalised as the target is, (B, 3, H, W)."""
@@ -107,7 +109,7 @@ class PixelReconstruction(MaskedObjective):
         self.require_prepared()
         assert self.head is not None
         predicted = self.head(student_out.decoded)
-        return F.pixel_shuffle(predicted, math.isqrt(predicted.shape[1] // 3))
+        return F.pixel_shuffle(predicted, math.isqrt(predicted.shape[1] // self._channels))
 
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from hgkd.errors import DivergedError
+from hgkd.networks.guest import teachers_of
 from hgkd.networks.vit import is_finite
 from hgkd.registry import HOOKS
 from hgkd.training.wrapping import plain_model, unchanged
@@ -117,11 +118,15 @@ def not_finite_before_the_student(runner: Runner, data_batch: object) -> str | N
         A sentence without its full stop; None: images and teacher are finite, or there is no teacher.
     """
     model = plain_model(runner)
-    teacher = getattr(model, "teacher", None)
-    if not isinstance(teacher, nn.Module):
+    teachers = {name: part for name, part in teachers_of(model).items() if isinstance(part, nn.Module)}
+    if not teachers:
         return None
-    said: list[bool] = []
-    handle = teacher.register_forward_hook(lambda *call: said.append(_all_finite(call[2])))
+    said: dict[str, list[bool]] = {name: [] for name in teachers}
+
+    def listen(name: str) -> Any:
+        return teachers[name].register_forward_hook(lambda *call: said[name].append(_all_finite(call[2])))
+
+    handles = [listen(name) for name in teachers]
     try:
         with torch.no_grad(), unchanged(model):
             data = model.data_preprocessor(copy.deepcopy(data_batch), True)
@@ -132,12 +137,15 @@ def not_finite_before_the_student(runner: Runner, data_batch: object) -> str | N
                 )
             model(**data, mode="loss")
     finally:
-        handle.remove()
-    if all(said):
+        for handle in handles:
+            handle.remove()
+    broken = next((name for name, heard in said.items() if not all(heard)), None)
+    if broken is None:
         return None
+    who, place = ("the teacher", "model.teacher") if len(said) == 1 else (f"teacher {broken!r}", f"model.teachers.{broken}")
     return (
-        "what the teacher says (the target) is not finite, in which the student's lr, clipping and --amp have no part: compute "
-        "the teacher in another precision (model.teacher.dtype=float32, or bfloat16 where it is float16), and look at its "
+        f"what {who} says (the target) is not finite, in which the student's lr, clipping and --amp have no part: compute "
+        f"the teacher in another precision ({place}.dtype=float32, or bfloat16 where it is float16), and look at its "
         "weight file"
     )
 
