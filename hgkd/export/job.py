@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from hgkd.errors import StoppedError
+from hgkd.errors import Refusal, StoppedError
 from hgkd.mmcv_ops import register_ops
 from hgkd.networks.backbones import Source
 from hgkd.pixels import PixelNormalisation, pixel_statistics
@@ -26,7 +26,7 @@ class ExportError(StoppedError):
     """What was written, read back, is not what went in; nothing was left on disk."""
 
 
-class MissingLibraryError(ValueError):
+class MissingLibraryError(Refusal, ValueError):
     """A target needs a library that is not installed."""
 
 

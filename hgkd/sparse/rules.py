@@ -16,8 +16,8 @@ from hgkd.sparse.tensor import ELEMENTWISE, Padding, SparseTensor, calling_layer
 BOTH = (PackedTensor, MaskedTensor)
 
 
-def _refuse(func: Any, why: str) -> NoSparseRuleError:
-    return NoSparseRuleError(f"{getattr(func, '__name__', func)} on a sparse feature map{calling_layer()}: {why}")
+def _refuse(code: str, func: Any, why: str) -> NoSparseRuleError:
+    return NoSparseRuleError(code, f"{getattr(func, '__name__', func)} on a sparse feature map{calling_layer()}: {why}")
 
 
 def check_same_cells(func: Any, owner: SparseTensor, other: SparseTensor) -> None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from hgkd.errors import coded
+from hgkd.errors import Refusal, coded
 from hgkd.weights.run_folder import known_checkpoints
 
 try:
@@ -31,7 +31,7 @@ _RESULTS = ("epoch_*.pth", "iter_*.pth", "best_*.pth", "student.pth")
 _held: dict[str, IO[str]] = {}  # a second handle of the same file would, when closed by this process, end the lock of the first
 
 
-class FolderInUseError(ValueError):
+class FolderInUseError(Refusal, ValueError):
     """Another training writes into the work folder."""
 
 
