@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+
 class Refusal(Exception):
     """Base of the errors that users see: a stable code, and words that may be improved.
 
@@ -109,7 +110,9 @@ def configured() -> Iterator[None]:
         if not text or _module_of(error).partition(".")[0] == "hgkd":
             raise
         package = _module_of(error).partition(".")[0]
-        raise ValueError(f"the config cannot be built, says {package}: {' '.join(text.split())}") from error
+        raise InvalidValueError(
+            "config-not-buildable", f"the config cannot be built, says {package}: {' '.join(text.split())}"
+        ) from error
 
 
 def _module_of(error: BaseException) -> str:

@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidTypeError, InvalidValueError
+
 Triple = tuple[float, float, float]
 PixelStatistics = tuple[Triple, Triple]
 CHANNELS = 3
@@ -32,11 +34,14 @@ def check_pixels(mean: Any, deviation: Any, where: str) -> PixelStatistics:
     found = f"{where}: mean {_text(means)} and std {_text(deviations)}"
     if min(means) >= 0.0 and min(deviations) > 0.0 and max(*means, *deviations) <= 255.0:
         by_255 = [_text(value / 255 for value in values) for values in (means, deviations)]
-        raise ValueError(
+        raise InvalidValueError(
+            "pixels-of-255",
             f"{found} are of pixels in 0..255, expected those of pixels in [0, 1]; divide by 255: mean {by_255[0]}, "
-            f"std {by_255[1]}"
+            f"std {by_255[1]}",
         )
-    raise ValueError(f"{found} cannot be of RGB pixels in [0, 1], of which 0 <= mean <= 1 and 0 < std <= 1")
+    raise InvalidValueError(
+        "pixels-out-of-range", f"{found} cannot be of RGB pixels in [0, 1], of which 0 <= mean <= 1 and 0 < std <= 1"
+    )
 
 
 def check_normalize(normalize: Any, where: str) -> PixelStatistics:
@@ -47,9 +52,10 @@ def check_normalize(normalize: Any, where: str) -> PixelStatistics:
     """
     pair = _numbers_or_lists(normalize)
     if pair is None or len(pair) != 2:
-        raise ValueError(
+        raise InvalidValueError(
+            "normalize-not-mean-and-std",
             f"{where} must be a mean and a standard deviation of three numbers each, RGB in [0, 1], e.g. "
-            f"((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)); got {normalize!r}"
+            f"((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)); got {normalize!r}",
         )
     return check_pixels(pair[0], pair[1], where)
 
@@ -57,9 +63,10 @@ def check_normalize(normalize: Any, where: str) -> PixelStatistics:
 def check_channels(channels: Any, where: str) -> None:
     """Raise ValueError when a network is for other images than RGB ones, which is what every data set here gives."""
     if channels != CHANNELS:
-        raise ValueError(
+        raise InvalidValueError(
+            "channels-not-rgb",
             f"{where} is {channels!r}, but images are RGB, {CHANNELS} channels (a grey image is read as three equal ones); "
-            f"use a network for {CHANNELS} channels and leave in_chans out"
+            f"use a network for {CHANNELS} channels and leave in_chans out",
         )
 
 
@@ -76,7 +83,10 @@ def _triple(name: str, given: Any, where: str) -> Triple:
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) != CHANNELS or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{where}: {name} must be three finite numbers, one each for red, green and blue, got {given!r}")
+        raise InvalidValueError(
+            "pixels-not-three-numbers",
+            f"{where}: {name} must be three finite numbers, one each for red, green and blue, got {given!r}",
+        )
     return numbers[0], numbers[1], numbers[2]
 
 
@@ -113,7 +123,7 @@ def to_unit_range(inputs: Tensor) -> Tensor:
         return inputs.float().div_(255.0)
     if inputs.is_floating_point():
         return inputs
-    raise TypeError(f"images must be uint8 in [0, 255] or float in [0, 1], got {inputs.dtype}")
+    raise InvalidTypeError("images-dtype", f"images must be uint8 in [0, 255] or float in [0, 1], got {inputs.dtype}")
 
 
 class PixelNormalisation(nn.Module):

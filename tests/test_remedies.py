@@ -287,11 +287,11 @@ def test_a_remedy_that_is_followed_literally_serves(name, images, files, tmp_pat
     case.run(place, options_of(case, remedy[1]))
 
 
-def test_codes_are_shown_with_debug(tmp_path, capsys):
+def test_codes_are_shown_with_and_without_debug(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("")
     command = [str(tmp_path), "--train", "2", "--test", "2"]
     assert make_shapes(command) == 2
-    assert "folder-not-empty" not in capsys.readouterr().err
+    assert "[folder-not-empty]\n" in capsys.readouterr().err
     with pytest.raises(FileExistsError):
         make_shapes([*command, "--debug"])
     assert "error code: folder-not-empty" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from hgkd.api.train import load_config
 from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
 from hgkd.distillers import MaskedDistiller
-from hgkd.errors import unknown_name_message
+from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.masking import RandomMask, grid_of, visible_count
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, sparsify
@@ -194,7 +194,7 @@ def benchmark_sparse(
 ) -> dict[str, Any]:
     """Measure an encoder; returns ``{"limit", "settings", "results": [{"backend", "step_ms", ...}]}``."""
     if not timm.is_model(student):
-        raise ValueError(unknown_name_message("student", student, timm.list_models()))
+        raise InvalidValueError("student-unknown", unknown_name_message("student", student, timm.list_models()))
     grid = grid_of((image_size, image_size), cell)
     torch.manual_seed(0)
     model: Any = timm.create_model(student, num_classes=0, global_pool="")
@@ -240,8 +240,9 @@ def benchmark_distill(
     """
     cfg = load_config(config, options=options)
     if cfg.model.get("type") != "MaskedDistiller":
-        raise ValueError(
-            f"benchmark distill measures recipes of a MaskedDistiller, {config} builds a {cfg.model.get('type')!r}"
+        raise InvalidValueError(
+            "recipe-not-measured",
+            f"benchmark distill measures recipes of a MaskedDistiller, {config} builds a {cfg.model.get('type')!r}",
         )
     steps = {}
     for backend in backends:
@@ -280,8 +281,9 @@ def benchmark_data(
     Each round does all of it one after the other, so that a busy machine slows all alike; rates are medians over the rounds.
     """
     if workers < 1 or images < 1 or batch_size < 1 or repeats < 1:
-        raise ValueError(
-            f"workers, images, batch_size and repeats must be 1 or more, got {workers}, {images}, {batch_size}, {repeats}"
+        raise InvalidValueError(
+            "count-not-positive",
+            f"workers, images, batch_size and repeats must be 1 or more, got {workers}, {images}, {batch_size}, {repeats}",
         )
     dataset = UnlabelledImages(data_root, image_size=image_size, max_bad_share=0.0, limit=images)
     count = len(dataset)

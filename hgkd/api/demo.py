@@ -16,6 +16,7 @@ from rich.table import Table
 from hgkd.api.evaluate import evaluate
 from hgkd.api.train import load_config
 from hgkd.data.shapes import write_imagefolder
+from hgkd.errors import InvalidValueError
 from hgkd.export import export
 from hgkd.pictures.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report
 from hgkd.registry import RUNNERS
@@ -76,7 +77,7 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
     plan = plan or (QUICK if quick else FULL)
     out = Path(out).expanduser().resolve()
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give --out another folder, or delete it")
+        raise InvalidValueError("output-not-empty", f"{out} is not empty; give --out another folder, or delete it")
     stage = Stages(7)
     runs, data = out / "runs", out / "shapes"
 

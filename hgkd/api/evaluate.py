@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hgkd.api.train import train as launch
 from hgkd.data import LabelledImages
 from hgkd.data.images import shared_images
-from hgkd.errors import DataError
+from hgkd.errors import DataError, InvalidValueError
 from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, linear_probe, load_extractor
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS, check_shots
 from hgkd.evaluation.knn import knn_predictions
@@ -77,9 +77,13 @@ def evaluate(
     queries = _labelled(test, data_root, image_size, test_limit_per_class, value_range)
     if list(bank.classes) != list(queries.classes):
         only = sorted(set(bank.classes) ^ set(queries.classes))
-        raise DataError(f"{train} and {test} must have the same classes; {only[:5]} are in one of them only")
+        raise DataError(
+            "test-classes-differ", f"{train} and {test} must have the same classes; {only[:5]} are in one of them only"
+        )
     if "knn" in methods and not 1 <= min(ks) <= max(ks) <= len(bank):
-        raise ValueError(f"k must lie in 1 .. {len(bank)}, the number of training images, got {list(ks)}")
+        raise InvalidValueError(
+            "neighbours-out-of-range", f"k must lie in 1 .. {len(bank)}, the number of training images, got {list(ks)}"
+        )
 
     both = shared_images(bank, queries)
     if both:
@@ -153,8 +157,9 @@ def fine_tune(extractor: FeatureExtractor, num_classes: int, options: Mapping[st
     """
     name, weights, stem = (extractor.settings.get(key) for key in ("name", "weights", "stem"))
     if name == "mae" and "student" not in options:
-        raise ValueError(
-            "a MAE file does not say its network's timm name; give it, e.g. --finetune-options student=vit_tiny_patch16_224"
+        raise InvalidValueError(
+            "network-name-missing",
+            "a MAE file does not say its network's timm name; give it, e.g. --finetune-options student=vit_tiny_patch16_224",
         )
     start: dict[str, Any] = {"student": name, "num_classes": num_classes, "val_root": None}
     start["default_hooks.checkpoint.save_best"] = None
@@ -209,9 +214,10 @@ def _few_shot(known: FeatureSet, asked: FeatureSet, shots: Sequence[int], draws:
 def _fine_tuned(logits: FeatureSet, epochs: int, options: Mapping[str, Any]) -> _Found:
     broken = int((~logits.features.isfinite()).any(dim=1).sum())
     if broken:
-        raise ValueError(
+        raise InvalidValueError(
+            "logits-not-finite",
             f"the fine-tuned network gives NaN or infinite logits for {broken} of {len(logits.features)} test images: it has "
-            "diverged; lower the rate, e.g. --finetune-options lr=1e-4"
+            "diverged; lower the rate, e.g. --finetune-options lr=1e-4",
         )
     predicted = logits.features.argmax(1)
     correct = {CLASSIFIER: (predicted == logits.labels).numpy()[None]}

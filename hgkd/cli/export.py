@@ -23,6 +23,7 @@ from rich.table import Table
 
 from hgkd.cli.common import command, command_parser
 from hgkd.config.reading import read_config
+from hgkd.errors import InvalidValueError
 from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS, onnx_runner
 
@@ -117,9 +118,11 @@ def main(argv: Sequence[str]) -> int:
     if own is not None:
         read_config(own)  # imports what it names
     if side is not None and args["to"] != "onnx":
-        raise ValueError(f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}")
+        raise InvalidValueError(
+            "latency-needs-onnx", f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}"
+        )
     if side is not None and side < 1:
-        raise ValueError(f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
+        raise InvalidValueError("latency-size", f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
     report = export(**args, licences=dict(_pair(text) for text in licences), **options)
     console = Console()
     console.print(table_of(report))
@@ -131,5 +134,5 @@ def main(argv: Sequence[str]) -> int:
 def _pair(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator:
-        raise ValueError(f"--licence takes FIELD=TEXT, e.g. weights=apache-2.0, got {text!r}")
+        raise InvalidValueError("licence-not-a-pair", f"--licence takes FIELD=TEXT, e.g. weights=apache-2.0, got {text!r}")
     return name, value

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hgkd.cli.common import command, command_parser
 from hgkd.data.shapes import CLASSES, write_ade20k, write_coco, write_imagefolder
-from hgkd.errors import USER_ERRORS, StoppedError, coded, unknown_name_message
+from hgkd.errors import USER_ERRORS, ExistingFileError, InvalidValueError, StoppedError, unknown_name_message
 
 WRITERS = {"imagefolder": write_imagefolder, "coco": write_coco, "ade20k": write_ade20k}
 
@@ -55,15 +55,13 @@ def make_shapes(
         ValueError: unknown layout, or a number out of range.
     """
     if layout not in WRITERS:
-        raise ValueError(unknown_name_message("layout", layout, WRITERS))
+        raise InvalidValueError("layout-unknown", unknown_name_message("layout", layout, WRITERS))
     if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}")
+        raise InvalidValueError("seed-negative", f"seed must be 0 or more, got {seed}")
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; give a folder")
+        raise ExistingFileError("output-is-a-file", f"{out} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise coded(
-            "folder-not-empty", FileExistsError(f"{out} is not empty; give a new folder, or --force to write into this one")
-        )
+        raise ExistingFileError("folder-not-empty", f"{out} is not empty; give a new folder, or --force to write into this one")
     return WRITERS[layout](out, train=train, test=test, image_size=image_size, seed=seed, clutter=clutter)
 
 
@@ -75,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         if isinstance(error, USER_ERRORS):
             raise
-        raise StoppedError(f"{error}; {args.out} is not complete: make room, remove it and write it again") from error
+        raise StoppedError(
+            "writing-not-complete", f"{error}; {args.out} is not complete: make room, remove it and write it again"
+        ) from error
     print(f"{written} images in {args.out} ({args.layout})")
     return 0

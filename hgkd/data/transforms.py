@@ -21,7 +21,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from hgkd.errors import unknown_name_message
+from hgkd.errors import InvalidTypeError, InvalidValueError, unknown_name_message
 
 ImageTransform = Callable[[Image.Image], Tensor]
 
@@ -43,9 +43,11 @@ def as_size(image_size: int | Sequence[int]) -> tuple[int, int]:
         or len(sides) != 2
         or any(isinstance(side, bool) or not isinstance(side, int) for side in sides)
     ):
-        raise TypeError(f"image_size must be a number of pixels or (height, width), got {image_size!r}")
+        raise InvalidTypeError(
+            "image-size-not-a-size", f"image_size must be a number of pixels or (height, width), got {image_size!r}"
+        )
     if min(sides) < 1:
-        raise ValueError(f"image_size must be 1 pixel or more, got {image_size!r}")
+        raise InvalidValueError("image-size-not-positive", f"image_size must be 1 pixel or more, got {image_size!r}")
     return sides[0], sides[1]
 
 
@@ -103,11 +105,11 @@ def train_transform(
     size = as_size(image_size)
     scale, ratio = _pair("scale", scale), _pair("ratio", ratio)
     if scale[1] > 1:
-        raise ValueError(f"scale is a share of the image's area, at most 1, got {scale}")
+        raise InvalidValueError("crop-scale-out-of-range", f"scale is a share of the image's area, at most 1, got {scale}")
     if not 0 <= hflip <= 1:
-        raise ValueError(f"hflip is a probability in [0, 1], got {hflip}")
+        raise InvalidValueError("flip-out-of-range", f"hflip is a probability in [0, 1], got {hflip}")
     if color_jitter < 0:
-        raise ValueError(f"color_jitter must be 0 (off) or positive, got {color_jitter}")
+        raise InvalidValueError("color-jitter-negative", f"color_jitter must be 0 (off) or positive, got {color_jitter}")
     steps: list[nn.Module] = [v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=_BICUBIC, antialias=True)]
     if hflip > 0:
         steps.append(v2.RandomHorizontalFlip(hflip))
@@ -130,7 +132,9 @@ def eval_transform(image_size: int | Sequence[int], resize_ratio: float = 1.0) -
         TypeError, ValueError: an option out of range.
     """
     if resize_ratio < 1:
-        raise ValueError(f"resize_ratio must be 1 or more (below, the crop would show padding), got {resize_ratio}")
+        raise InvalidValueError(
+            "resize-ratio-too-small", f"resize_ratio must be 1 or more (below, the crop would show padding), got {resize_ratio}"
+        )
     return v2.Compose([CentreCropToSize(as_size(image_size), resize_ratio), v2.PILToTensor()])
 
 
@@ -189,7 +193,10 @@ def augment_transform(
     scale, ratio = _pair("scale", scale), _pair("ratio", ratio)
     trivial = auto_augment == "trivial"
     if auto_augment is not None and color_jitter > 0:
-        raise ValueError(f"color_jitter={color_jitter} has no effect with auto_augment={auto_augment!r}; set one of them")
+        raise InvalidValueError(
+            "color-jitter-without-effect",
+            f"color_jitter={color_jitter} has no effect with auto_augment={auto_augment!r}; set one of them",
+        )
     try:
         crop, policy, final = create_transform(
             size,
@@ -204,7 +211,10 @@ def augment_transform(
             separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"timm has no augmentation policy {auto_augment!r} ({error}); e.g. 'rand-m9-mstd0.5-inc1'") from error
+        raise InvalidValueError(
+            "augmentation-policy-unknown",
+            f"timm has no augmentation policy {auto_augment!r} ({error}); e.g. 'rand-m9-mstd0.5-inc1'",
+        ) from error
     if trivial:
         policy = v2.TrivialAugmentWide(interpolation=_BICUBIC)
     for step in getattr(policy, "transforms", ()):
@@ -235,17 +245,19 @@ def build_transform(image_size: int | Sequence[int], options: Mapping[str, Any] 
     arguments = dict(options or {})
     kind = arguments.pop("kind", "train")
     if kind not in _KINDS:
-        raise ValueError(unknown_name_message("transform kind", str(kind), _KINDS))
+        raise InvalidValueError("transform-kind-unknown", unknown_name_message("transform kind", str(kind), _KINDS))
     known = [name for name in inspect.signature(_KINDS[kind]).parameters if name != "image_size"]
     for name in arguments:
         if name not in known:
-            raise ValueError(unknown_name_message(f"option of the {kind} transform", str(name), known))
+            raise InvalidValueError(
+                "transform-option-unknown", unknown_name_message(f"option of the {kind} transform", str(name), known)
+            )
     return _KINDS[kind](image_size, **arguments)
 
 
 def _pair(name: str, value: Sequence[float]) -> tuple[float, float]:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise TypeError(f"{name} must be two numbers (low, high), got {value!r}")
+        raise InvalidTypeError("range-not-a-pair", f"{name} must be two numbers (low, high), got {value!r}")
     if not 0 < value[0] <= value[1]:
-        raise ValueError(f"{name} must be (low, high) with 0 < low <= high, got {value!r}")
+        raise InvalidValueError("range-empty", f"{name} must be (low, high) with 0 < low <= high, got {value!r}")
     return float(value[0]), float(value[1])

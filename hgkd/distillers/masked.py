@@ -21,6 +21,7 @@ from mmengine.registry import Registry
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
+from hgkd.errors import InvalidValueError
 from hgkd.masking import CountedMask, MaskGenerator
 from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.base import Objective
@@ -98,7 +99,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     ) -> None:
         super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
         if not 0.0 <= flip <= 1.0:
-            raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
+            raise InvalidValueError("flip-out-of-range", f"flip must be a probability in [0, 1], got {flip}")
         self.flip = flip
         self.feature_cache: FeatureCache | None = None
         self.teacher_seconds = 0.0
@@ -106,7 +107,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         self.student: Student = _build_part(student, Student, "model.student", "hgkd.students.Student")
         self.mask: MaskGenerator = _build(mask)
         if not objectives:
-            raise ValueError("objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))")
+            raise InvalidValueError(
+                "objectives-empty", "objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))"
+            )
         self.objectives, self.weights = build_objectives(objectives, MASKED_OBJECTIVES, MaskedObjective)
         built_teacher = None if teacher is None else _build_part(teacher, Teacher, "model.teacher", "hgkd.teachers.Teacher")
         self.keep_teacher(built_teacher)
@@ -126,9 +129,10 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         parts: dict[str, Any] = dict(self.objectives.items())
         for name, objective in parts.items():
             if objective.needs is not None and teacher is None:
-                raise ValueError(
+                raise InvalidValueError(
+                    "objective-without-teacher",
                     f"objective {name!r} ({type(objective).__name__}) learns from a teacher, but the model has none; "
-                    "set model.teacher, or use an objective without one such as PixelReconstruction"
+                    "set model.teacher, or use an objective without one such as PixelReconstruction",
                 )
             if objective.needs is not None and objective.needs.decoder_block is not None:
                 teacher.require_decoder()  # before the objective, whose message could not name the file
@@ -136,15 +140,19 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             if objective.needs is not None:  # after prepare, which resolves negative block indices
                 teacher.check(objective.needs)
         if self.mask.guided and (teacher is None or not teacher.gives_attention):
-            raise ValueError(
+            raise InvalidValueError(
+                "mask-without-attention",
                 f"{type(self.mask).__name__} is guided by a teacher's attention, but the model has "
-                f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask"
+                f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask",
             )
         if self.mask.guided:
             teacher.check_attention()
         asking: dict[str, TeacherNeeds] = {name: part.needs for name, part in parts.items() if part.needs is not None}
         if teacher is not None and not asking and not self.mask.guided:
-            raise ValueError("model.teacher is set, but no objective learns from it; remove it or add such an objective")
+            raise InvalidValueError(
+                "teacher-without-objective",
+                "model.teacher is set, but no objective learns from it; remove it or add such an objective",
+            )
         self._passes, owner = merge_needs(list(asking.values()))
         self._pass_of = dict(zip(asking, owner, strict=True))
         print_log(f"student: {self._seen()}", "current")
@@ -195,7 +203,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             return feature_samples(self.student.pooled(images).float(), data)
         if mode == "tensor":
             return self.encode(images)
-        raise ValueError(f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
+        raise InvalidValueError("mode-unknown", f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
 
     def encode(self, images: Tensor) -> Tensor:
         """Last-level encoder features (B, C, h, w) of whole images (B, 3, H, W) in [0, 1]: the dense network."""
@@ -304,9 +312,10 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def _stored_blocks(self) -> list[int]:
         blocks = sorted({b for needs in self._passes if not needs.visible_only for b in needs.blocks})
         if not blocks:
-            raise ValueError(
+            raise InvalidValueError(
+                "nothing-to-store",
                 "no objective uses the teacher's tokens of whole images, so there is nothing to store; "
-                "set teacher_features=None"
+                "set teacher_features=None",
             )
         return blocks
 
@@ -328,7 +337,10 @@ def _build_part(cfg: Mapping[str, Any], base: type[nn.Module], place: str, path:
     """
     part = _build(cfg)
     if not isinstance(part, base):
-        raise ValueError(f"{place} is a {type(part).__name__}, which is no {path}; use one that is, or derive yours from it")
+        raise InvalidValueError(
+            "part-of-wrong-kind",
+            f"{place} is a {type(part).__name__}, which is no {path}; use one that is, or derive yours from it",
+        )
     return part
 
 
@@ -349,7 +361,9 @@ def build_objectives(
         found = registry.get(kind) if isinstance(kind, str) else kind
         if not isinstance(found, type) or not issubclass(found, base):
             told = unknown_objective_message(registry, getattr(found, "__name__", str(kind)))
-            raise ValueError(f"objective {name!r}: {told}; derive yours from hgkd.objectives.{base.__name__}")
+            raise InvalidValueError(
+                "objective-of-wrong-kind", f"objective {name!r}: {told}; derive yours from hgkd.objectives.{base.__name__}"
+            )
         objectives[name] = registry.build({"_scope_": "hgkd", **cfg})
     return objectives, weights
 
@@ -357,9 +371,10 @@ def build_objectives(
 def check_size(images: Tensor, size: tuple[int, int]) -> None:
     """Raise ValueError when images (B, 3, H, W) are not of the size (H, W) that a model was built for."""
     if tuple(images.shape[-2:]) != size:
-        raise ValueError(
+        raise InvalidValueError(
+            "images-of-another-size",
             f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, the model was built for {size[0]} x {size[1]}; "
-            "set image_size of model and data alike"
+            "set image_size of model and data alike",
         )
 
 

@@ -179,7 +179,7 @@ def need(target: str, *modules: str) -> list[ModuleType]:
             top = module.partition(".")[0]
             name = f"'hgkd[{EXTRAS[top]}]'" if top in EXTRAS else top
             raise MissingLibraryError(
-                f"--to {target} needs {top}, which does not import ({error}); pip install {name}"
+                "target-library-missing", f"--to {target} needs {top}, which does not import ({error}); pip install {name}"
             ) from error
     return found
 
@@ -209,7 +209,7 @@ def load_all(module: nn.Module, state: Mapping[str, Tensor], library: str) -> nn
     try:
         module.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:
-        raise ExportError(f"{library} does not take the weights: {error}") from error
+        raise ExportError("library-refuses-weights", f"{library} does not take the weights: {error}") from error
     return module.eval()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine import registry as roots
 
-from hgkd.errors import DataError, few
+from hgkd.errors import DataError, MissingFileError, few
 from hgkd.openmmlab.data_checks.listed_images import check_images, why_absent
 
 
@@ -28,19 +28,22 @@ def check_xml_files(dataset: Mapping[str, Any], file: Path, classes: Sequence[st
         entries = built.load_data_list()
     except FileNotFoundError as error:
         lost = Path(str(error.filename))
-        raise FileNotFoundError(
-            f"{name}: {lost} does not exist{why_absent(lost.parent, lost.name)}; {file} lists names without suffix, one a line"
+        raise MissingFileError(
+            "voc-file-missing",
+            f"{name}: {lost} does not exist{why_absent(lost.parent, lost.name)}; {file} lists names without suffix, one a line",
         ) from error
     except (ElementTree.ParseError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise DataError(
-            f"{name}: a file that {file} lists is no annotation in PASCAL VOC's format ({type(error).__name__}: {error})"
+            "voc-file-unreadable",
+            f"{name}: a file that {file} lists is no annotation in PASCAL VOC's format ({type(error).__name__}: {error})",
         ) from error
     found = {label for entry in entries for label in _labels(entry["xml_path"])}
     strangers = sorted(found - set(classes))
     if not any(entry["instances"] for entry in entries):
         raise DataError(
+            "voc-classes-absent",
             f"{name}: no object in the {len(entries)} files of {file} is one of the classes {few(classes)}; they are called "
-            f"{few(strangers)}. Blanks, and upper and lower case, count: set the data set's metainfo.classes"
+            f"{few(strangers)}. Blanks, and upper and lower case, count: set the data set's metainfo.classes",
         )
     remarks = (
         [f"{name}: {few(strangers)} of {file} are not among the config's classes and will be left out"] if strangers else []

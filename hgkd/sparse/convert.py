@@ -16,7 +16,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import NoSparseRuleError
+from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.sparse.kernels import gathers
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
@@ -112,10 +112,10 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
         NoSparseRuleError: a layer is known to mix places without a rule, or cannot be copied; it is named.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown sparse backend {backend!r}; known: {', '.join(BACKENDS)}")
+        raise InvalidValueError("sparse-backend-unknown", f"unknown sparse backend {backend!r}; known: {', '.join(BACKENDS)}")
     BACKENDS[backend].require()
     if cell < 1:
-        raise ValueError(f"cell must be a positive number of pixels, got {cell}")
+        raise InvalidValueError("cell-not-positive", f"cell must be a positive number of pixels, got {cell}")
     module = _copy(module)
     _give_rules(module)
     if backend == "gather":
@@ -133,8 +133,9 @@ def _copy(module: nn.Module) -> nn.Module:
             kept = [name for name, value in vars(layer).items() if _computed(value)]
             if kept:
                 raise NoSparseRuleError(
+                    "layer-with-computed-tensors",
                     f"layer {path!r} ({type(layer).__name__}) keeps computed tensors ({kept[0]}) from one forward to the next, "
-                    "so the network cannot be copied; convert it before its first forward, or choose another network"
+                    "so the network cannot be copied; convert it before its first forward, or choose another network",
                 ) from error
         raise
 
@@ -154,8 +155,9 @@ def _give_rules(module: nn.Module) -> None:
             layer.__class__ = _twin_type(type(layer), rule)  # type: ignore[arg-type]
         elif isinstance(layer, _REFUSED):
             raise NoSparseRuleError(
+                "layer-without-sparse-rule",
                 f"layer {path!r} ({type(layer).__name__}) mixes places and has no sparse rule; register one with "
-                "hgkd.sparse.layer_rule, or choose another network"
+                "hgkd.sparse.layer_rule, or choose another network",
             )
         layer.__dict__["sparse_path"] = path
 

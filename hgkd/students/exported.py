@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hgkd.errors import WeightsError
+from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.networks.backbones import build_backbone, load_backbone
 from hgkd.sparse import load_sparse as load_sparse_file
 from hgkd.students.unet import SparseUNet
@@ -52,10 +52,11 @@ def load_student(
     what = "student" if encoder is None else "decoder"
     section = _section(path, "student", "decoder")
     if what not in section:
-        raise ValueError(
+        raise InvalidValueError(
+            "export-part-and-encoder",
             f"{path} holds a decoder alone; give the network to put it on with encoder="
             if encoder is None
-            else f"{path} holds a whole student; leave encoder out"
+            else f"{path} holds a whole student; leave encoder out",
         )
     file = Path(path).expanduser() / WEIGHTS_FILE
     weights = read_checkpoint(file)
@@ -76,5 +77,5 @@ def _section(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     section = read_config(Path(path).expanduser()).get("hgkd") or {}
     if not any(key in section for key in keys):
         what = "".join(f" --what {key}" for key in keys[:1] if key != "cell")
-        raise WeightsError(f"{path} is no export that hgkd export wrote with --to sparse{what}")
+        raise WeightsError("export-not-sparse", f"{path} is no export that hgkd export wrote with --to sparse{what}")
     return dict(section)

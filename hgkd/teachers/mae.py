@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.networks.mae import MAEArch, MaskedAutoencoder, positions_of, read_mae, set_positions
 from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_normalize
 from hgkd.registry import MODELS
@@ -66,7 +67,10 @@ class MAETeacher(Teacher):
         entry: str | None = None,
     ) -> None:
         if checkpoint is None:
-            raise ValueError("MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file")
+            raise InvalidValueError(
+                "teacher-without-weights",
+                "MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file",
+            )
         arch, weights, pixels = read_mae(checkpoint, num_heads, decoder_num_heads, entry)
         check_channels(arch.in_chans, f"the number of channels of {checkpoint}")
         of_file = (pixels.get("mean", IMAGENET_MEAN), pixels.get("deviation", IMAGENET_DEVIATION))

@@ -20,7 +20,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError, coded, unknown_name_message
+from hgkd.errors import InvalidValueError, WeightsError, unknown_name_message
 from hgkd.networks.positions import positions_for
 from hgkd.pixels import check_channels, check_normalize
 from hgkd.registry import MODELS
@@ -58,16 +58,18 @@ def build_vit(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
         ValueError: unknown name (the nearest are named), another kind of network (and in what it differs), or no RGB images.
     """
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(unknown_name_message("teacher", name, timm.list_models("*vit*")))
+        raise InvalidValueError("teacher-unknown", unknown_name_message("teacher", name, timm.list_models("*vit*")))
     check_channels(kwargs.get("in_chans", 3), "model.teacher.in_chans")
     network: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     plain = isinstance(network, (VisionTransformer, Beit)) and type(network.patch_embed) is PatchEmbed
     if not plain:
         kind = type(network).__name__
         why = _WHY_NOT.get(kind, "its tokens are not patches in a row of equal blocks, or its positions are not absolute ones")
-        raise ValueError(f"teacher {name!r} is timm's {kind}, which cannot be a teacher here: {why}; {_SERVE}")
+        raise InvalidValueError(
+            "teacher-not-usable", f"teacher {name!r} is timm's {kind}, which cannot be a teacher here: {why}; {_SERVE}"
+        )
     if network.pos_embed is None and not isinstance(network, Beit):
-        raise ValueError(f"teacher {name!r} has no absolute position embedding; {_SERVE}")
+        raise InvalidValueError("teacher-without-positions", f"teacher {name!r} has no absolute position embedding; {_SERVE}")
     return network
 
 
@@ -95,9 +97,7 @@ def load_vit(network: Any, weights: Mapping[str, Tensor], source: str, dry: bool
         )
     except WeightsError as error:
         meaning = _meaning(network, own, weights, source)
-        raise coded(
-            "weights-of-another-network", WeightsError(f"{error}{'. ' if meaning else ''}{'; '.join(meaning)}")
-        ) from error
+        raise WeightsError("weights-of-another-network", f"{error}{'. ' if meaning else ''}{'; '.join(meaning)}") from error
 
 
 def _meaning(network: Any, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> list[str]:
@@ -148,11 +148,11 @@ def vit_of(weights: Mapping[str, Tensor], source: str) -> Any:
     fc1, fc2 = weights.get("blocks.0.mlp.fc1.weight"), weights.get("blocks.0.mlp.fc2.weight")
     if patches.ndim != 4 or patches.shape[-2] != patch or fc1 is None or fc2 is None:
         shapes = f"patches {tuple(patches.shape)}" + ("" if fc1 is not None else ", blocks without mlp.fc1")
-        raise WeightsError(f"{source} is of no plain ViT: {shapes}; {_SERVE}")
+        raise WeightsError("file-not-plain-vit", f"{source} is of no plain ViT: {shapes}; {_SERVE}")
     try:
         check_channels(patches.shape[1], f"the number of channels of {source}")
     except ValueError as error:
-        raise WeightsError(str(error)) from error
+        raise WeightsError("channels-not-rgb", str(error)) from error
     sizes: dict[str, Any] = {
         "patch_size": patch,
         "embed_dim": width,
@@ -186,7 +186,8 @@ def _beit(weights: Mapping[str, Tensor], tables: Sequence[str], sizes: dict[str,
 def _vit(weights: Mapping[str, Tensor], sizes: dict[str, Any], source: str) -> VisionTransformer:
     if "pos_embed" not in weights:
         raise WeightsError(
-            f"{source} has no absolute positions (pos_embed): DINOv3, EVA and others have rotary or relative ones; {_SERVE}"
+            "file-without-positions",
+            f"{source} has no absolute positions (pos_embed): DINOv3, EVA and others have rotary or relative ones; {_SERVE}",
         )
     width, patch = sizes["embed_dim"], sizes["patch_size"]
     class_token, registers = "cls_token" in weights, weights["reg_token"].shape[1] if "reg_token" in weights else 0
@@ -246,12 +247,15 @@ class TimmTeacher(Teacher):
         **kwargs: Any,
     ) -> None:
         if checkpoint is None and not pretrained and not allow_random:
-            raise ValueError(
+            raise InvalidValueError(
+                "teacher-without-weights",
                 f"teacher {name!r} has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file, or "
-                "pretrained=True to let timm download them"
+                "pretrained=True to let timm download them",
             )
         if checkpoint is not None and pretrained:
-            raise ValueError("checkpoint and pretrained both name weights for the teacher; give one of them")
+            raise InvalidValueError(
+                "weights-named-twice", "checkpoint and pretrained both name weights for the teacher; give one of them"
+            )
         network = build_vit(name, pretrained=pretrained, **kwargs)
         cfg: Any = network.pretrained_cfg
         if normalize is None:
@@ -262,7 +266,9 @@ class TimmTeacher(Teacher):
         if checkpoint is not None:
             _, weights = to_timm_names(identify(checkpoint, entry).tensors(entry), str(checkpoint))
             if "decoder_embed.weight" in weights:
-                raise WeightsError(f"{checkpoint} is an MAE file with its decoder; load it with type='MAETeacher'")
+                raise WeightsError(
+                    "mae-with-decoder", f"{checkpoint} is an MAE file with its decoder; load it with type='MAETeacher'"
+                )
             load_vit(network, weights, str(checkpoint))
         self.source, self.allow_random = str(checkpoint or name), allow_random
         self._is_beit = isinstance(network, Beit)
@@ -291,11 +297,14 @@ class TimmTeacher(Teacher):
     def check(self, needs: TeacherNeeds) -> None:
         super().check(needs)
         if self._is_beit and needs.visible_only:
-            raise ValueError(BEIT_SEES_WHOLE_IMAGES)
+            raise InvalidValueError("beit-sees-whole-images", BEIT_SEES_WHOLE_IMAGES)
 
     def check_attention(self, block: int = -1) -> None:
         if self._is_beit:
-            raise ValueError("the attention of a BEiT teacher cannot guide masks (its biases are inside timm's layer)")
+            raise InvalidValueError(
+                "beit-attention-not-read",
+                "the attention of a BEiT teacher cannot guide masks (its biases are inside timm's layer)",
+            )
         super().check_attention(block)
 
     def _set_grid(self, grid: tuple[int, int]) -> None:

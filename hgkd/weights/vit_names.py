@@ -187,12 +187,15 @@ def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict
     renamed = {_rename(naming, key): value for key, value in inside.items()}
     family = looks_like(weights)
     if family is not None:
-        raise WeightsError(f"{source} looks like {family}, which cannot be a teacher here; {KNOWN_FILES}")
+        raise WeightsError(
+            "vit-family-not-usable", f"{source} looks like {family}, which cannot be a teacher here; {KNOWN_FILES}"
+        )
     found = _reshape(_fuse(renamed), naming.positions_of_class)
     if "patch_embed.proj.weight" not in found or count_blocks(found) == 0:
         raise WeightsError(
+            "vit-without-blocks",
             f"{source} has names of {naming.kind}, but no row of blocks (blocks.0, blocks.1, ...) behind its patches; its "
-            f"entries: {_some(weights)}; {KNOWN_FILES}"
+            f"entries: {_some(weights)}; {KNOWN_FILES}",
         )
     return naming.kind, found
 
@@ -221,7 +224,9 @@ def _recognise(weights: Mapping[str, Tensor], source: str) -> tuple[Naming, str]
     family = looks_like(weights)
     looks = "" if family is None else f"; it looks like {family}"
     known = ", ".join(naming.kind for naming in NAMINGS)
-    raise WeightsError(f"{source} is no ViT in a known naming ({known}){looks}; its first entries: {_some(weights)}")
+    raise WeightsError(
+        "vit-naming-unknown", f"{source} is no ViT in a known naming ({known}){looks}; its first entries: {_some(weights)}"
+    )
 
 
 def _some(weights: Mapping[str, Tensor]) -> str:

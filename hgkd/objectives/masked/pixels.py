@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.objectives.places import check_supervise, supervised_cells, supervised_places, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
@@ -54,7 +55,9 @@ def cell_statistics(cells: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
 def pixel_error_by_cell(reconstruction: Tensor, images: Tensor, cell: int) -> Tensor:
     """Mean squared error to the standardised pixels of each cell, fp32: two (B, 3, H, W) -> (B, h, w)."""
     if reconstruction.shape != images.shape:
-        raise ValueError(f"prediction {tuple(reconstruction.shape)} and images {tuple(images.shape)} differ in shape")
+        raise InvalidValueError(
+            "shapes-differ", f"prediction {tuple(reconstruction.shape)} and images {tuple(images.shape)} differ in shape"
+        )
     return squared_error_by_place(cell_maps(reconstruction, cell), standardised_cells(images, cell))
 
 
@@ -154,5 +157,8 @@ class PixelReconstruction(MaskedObjective):
 
 def _images(student_out: StudentOutput) -> Tensor:
     if student_out.images is None:
-        raise ValueError("StudentOutput.images is None; pixel targets are made from the images the student was given")
+        raise InvalidValueError(
+            "student-images-missing",
+            "StudentOutput.images is None; pixel targets are made from the images the student was given",
+        )
     return student_out.images
