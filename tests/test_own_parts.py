@@ -112,6 +112,21 @@ def test_an_own_target_exports_an_own_student(home, images, tmp_path):
     assert "--config" in found.stderr
 
 
+def test_an_own_network_is_evaluated_and_pictured_with_its_config(home, images, tmp_path):
+    path = config(home, "evaluated", SPARK, PARTS["layer rule"][1])
+    train(path, tmp_path / "run", options=run_options("layer rule", images))
+    backbone = ["--backbone", str(tmp_path / "run/epoch_1.pth"), "--image-size", "32"]
+    evaluated = ["evaluate", "knn", *backbone, "--train", str(images), "--test", str(images), "--k", "1", "--workers", "0"]
+    pictured = ["visualize", "pca", *backbone, "--images", str(images), "--limit", "2", "--out", "pictures"]
+    for command in (evaluated, pictured):
+        command = [sys.executable, "-m", "hgkd", *command]
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert found.returncode == 2
+        found = subprocess.run([*command, "--config", str(path)], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr
+    assert (tmp_path / "pictures/pca.png").is_file()
+
+
 def finetuning(home, name, images, objective):
     teacher = dict(type="ClassifierTeacher", name="test_resnet", allow_random=True)
     text = f"model = dict(teacher={teacher}, objectives=dict(own={objective}))\n"

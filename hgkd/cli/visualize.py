@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hgkd.cli.common import command, command_parser
 from hgkd.config.options import OptionsAction, device_name
+from hgkd.config.reading import read_config
 from hgkd.data.images import read_crops
 from hgkd.errors import InvalidValueError
 from hgkd.evaluation import FeatureExtractor, extract, load_extractor
@@ -120,6 +121,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sub.add_argument("--limit", type=int, default=8, help="only so many images")
         sub.add_argument("--out", required=True, metavar="DIR", help=f"folder of the picture and of {PAGE}")
         if name != "predictions":
+            sub.add_argument("--config", metavar="FILE", help="config whose custom_imports bring a network of your own")
             sub.add_argument("--name", default=name, help=f"the picture's name ({name})")
             sub.add_argument(
                 "--value-range",
@@ -174,6 +176,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     if args.limit < 1:
         raise InvalidValueError("count-not-positive", f"--limit must be 1 or more, got {args.limit}")
+    if args.draw is not predictions and args.config is not None:
+        read_config(args.config)  # imports what it names
     path = args.draw(args)
     print(f"{path}, page {Path(args.out) / PAGE}")
     return 0

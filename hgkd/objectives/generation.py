@@ -74,7 +74,7 @@ class MGDLoss(nn.Module):
             )
         if reduction == "mean" and alpha < 1e-2:
             raise InvalidValueError(
-                "alpha-too-large-for-mean", f"alpha {alpha} is for reduction='sum'; with 'mean', which is near 1, use 1.0"
+                "alpha-of-sum", f"alpha {alpha} is for reduction='sum'; with 'mean', which is near 1, use 1.0"
             )
         self.mask = mask
         self.ratio = ratio
