@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from full_disk import full_disk
+from refusals import refused
 
 from hgkd.pictures.columns import colour_basis, hide_cells, picture_grid, token_colours
 from hgkd.pictures.comparison import write_picture
@@ -67,9 +68,9 @@ def test_grid_places_rows_and_columns():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="expected token maps"):
+    with refused(ValueError, "token-maps-shape"):
         colour_basis(torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="same number of images"):
+    with refused(ValueError, "picture-counts-differ"):
         picture_grid({"a": torch.zeros(1, 3, 2, 2), "b": torch.zeros(2, 3, 2, 2)})
 
 
