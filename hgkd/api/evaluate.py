@@ -22,11 +22,13 @@ from hgkd.evaluation.fewshot import DEFAULT_SHOTS, check_shots
 from hgkd.evaluation.knn import knn_predictions
 from hgkd.evaluation.linear import DEFAULT_GRID
 from hgkd.evaluation.records import CLASSIFIER, make_result
+from hgkd.weights.files import reading_once
 
 METHODS = ("knn", "linear", "fewshot", "finetune")
 RECIPE = "downstream/classification/resnet18_10e_cifar128"  # for any network
 
 
+@reading_once()  # fine-tuning starts from the file that the features were extracted with
 def evaluate(
     methods: Sequence[str],
     backbone: str,

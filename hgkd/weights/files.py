@@ -14,6 +14,7 @@ import pickletools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from hgkd.errors import MissingFileError, WeightsError
 
+_READ: ContextVar[dict[tuple[Path, int, int], Any] | None] = ContextVar("read", default=None)  # see reading_once
 _WRAPPERS = ("state_dict", "model", "module", "network", "teacher")
 _FOREIGN_TYPE = re.compile(
     r"(?:GLOBAL|class|recognized function|instantiate|for) ([\w.<>' ]*[\w.>])(?: whose| which| was|,|$|\()"
@@ -101,8 +103,22 @@ def safe_globals_for_mmengine() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Context, or decorator, in which a file that is asked for again is not read again, unless it was written since.
+
+    What was read stays in memory until the end.
+    """
+    before = _READ.get()
+    token = _READ.set({} if before is None else before)
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """Whatever a file of ``torch.save`` or safetensors holds, on the CPU.
+    """Whatever a file of ``torch.save`` or safetensors holds, on the CPU; within :func:`reading_once` it is not to be changed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -120,6 +136,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         )
     if path.stat().st_size == 0:
         raise WeightsError("weight-file-empty", f"{path} is empty (0 bytes); copy or download it again")
+    kept = _READ.get()
+    if kept is None:
+        return _content(path)
+    state = path.stat()
+    key = (path.resolve(), state.st_size, state.st_mtime_ns)
+    if key not in kept:
+        kept[key] = _content(path)
+    return kept[key]
+
+
+def _content(path: Path) -> Any:
     if path.name.endswith(".index.json"):
         return _read_parts(path)
     with path.open("rb") as file:

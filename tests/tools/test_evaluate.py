@@ -195,10 +195,13 @@ def test_fine_tuning_is_the_launchers_and_is_compared_like_the_others(
     monkeypatch.setattr(evaluate_api, "launch", launch)
     weights = squares / "weights.pth"
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), weights)
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, *args, **kwargs: (read.append(path), load(path, *args, **kwargs))[1])
     start = ["finetune", "--backbone", "test_resnet", "--checkpoint", str(weights)]
     options = ["--finetune-options", "epochs=12", "batch_size=6", "warmup_epochs=1", "lr=0.05"]
     for name in ("a", "b"):
         assert run(squares, *start, "--json", f"{squares}/{name}.json", "--csv", f"{squares}/all.csv", *options) == 0
+    assert read.count(weights) == 2  # once a command
     found = json.loads((squares / "a.json").read_text())
     assert found["top1"] == 100  # three colours
     assert (list(found["scores"]), found["settings"]["epochs"]) == (["classifier"], 12)

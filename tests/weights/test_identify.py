@@ -1,6 +1,8 @@
 """What every kind of weight file is, and how often a command reads one."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -292,6 +294,22 @@ def test_fine_tuning_reads_its_start_once(name: str, reads: Counter[str]) -> Non
     sizes = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     ImageClassifier("vit_tiny_patch16_224", 2, 64, backbone=GOLDEN / name, **sizes)
     assert reads == {name: 1}
+
+
+def test_a_file_is_read_once_for_features_and_for_fine_tuning(tmp_path: Path, reads: Counter[str]) -> None:
+    """As in ``hgkd evaluate finetune``; a file that was written since is read again."""
+    sizes = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    path = Path(shutil.copy(GOLDEN / "mae.safetensors", tmp_path))
+    with files.reading_once():
+        load_extractor(path)
+        with files.reading_once():
+            ImageClassifier("vit_tiny_patch16_224", 2, 64, backbone=path, **sizes)
+        assert reads == {"mae.safetensors": 1}
+        os.utime(path, (1, 1))
+        load_extractor(path)
+        assert reads == {"mae.safetensors": 2}
+    load_extractor(path)
+    assert reads == {"mae.safetensors": 3}
 
 
 def test_the_answer_stands_for_its_path(tmp_path: Path, reads: Counter[str]) -> None:
