@@ -97,7 +97,7 @@ def window_geometry(
             made -= 1  # torch drops a last window that would start beyond the image
         if made != size[axis] // stride[axis]:
             raise InvalidValueError(
-                "window-moves-places",
+                "window-moves-positions",
                 f"{what} with kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation} makes {made} places "
                 f"of {size[axis]}; a sparse layer must make {size[axis] // stride[axis]}, so that its places stay "
                 "aligned with the mask cells (usual remedy: padding = dilation * (kernel - 1) / 2)",

@@ -95,7 +95,9 @@ def _permute(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
     channel_dim = moves.get(order, {}).get(owner.channel_dim)
     if channel_dim is None:
         raise _refuse(
-            "permute-of-places", func, f"permute{dims} separates the places; only a move of the channel dimension is supported"
+            "permute-of-positions",
+            func,
+            f"permute{dims} separates the places; only a move of the channel dimension is supported",
         )
     with plain_torch():
         return owner.like(torch.permute(args[0], order), channel_dim)
@@ -134,7 +136,9 @@ def _layer_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Spars
     shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
     if owner.channel_dim != 3 or len(tuple(shape)) != 1:
         raise _refuse(
-            "norm-over-places", func, f"a layer norm over {tuple(shape)} spans places; only the channel dimension is supported"
+            "norm-over-positions",
+            func,
+            f"a layer norm over {tuple(shape)} spans places; only the channel dimension is supported",
         )
     with plain_torch():
         return owner.like(func(*args, **kwargs))
@@ -144,7 +148,7 @@ def _layer_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Spars
 def _linear(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor:
     if owner.channel_dim != 3:
         raise _refuse(
-            "linear-over-places",
+            "linear-over-positions",
             func,
             "a linear layer acts on the last dimension, which holds places; permute to channels last",
         )
@@ -158,7 +162,7 @@ def _cat(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     if dim % 4 != owner.channel_dim:
         raise _refuse(
-            "concatenation-of-places", func, f"concatenation along dimension {dim}; only the channel dimension is supported"
+            "concatenation-of-positions", func, f"concatenation along dimension {dim}; only the channel dimension is supported"
         )
     for other in tensors:
         if not isinstance(other, SparseTensor):
@@ -172,7 +176,7 @@ def _cat(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
 def _split(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> tuple[SparseTensor, ...]:
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
     if dim % 4 != owner.channel_dim:
-        raise _refuse("split-of-places", func, f"a split along dimension {dim}; only the channel dimension is supported")
+        raise _refuse("split-of-positions", func, f"a split along dimension {dim}; only the channel dimension is supported")
     with plain_torch():
         return tuple(owner.like(part) for part in func(*args, **kwargs))
 
@@ -184,7 +188,7 @@ def _getitem(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
     channels = [d for d, keep in enumerate(keeps) if not keep]
     if Ellipsis in index or channels not in ([], [owner.channel_dim]) or not all(isinstance(i, slice) for i in index):
         raise _refuse(
-            "index-of-places", func, f"index {args[1]} selects places or images; only a slice of channels is supported"
+            "index-of-positions", func, f"index {args[1]} selects places or images; only a slice of channels is supported"
         )
     with plain_torch():
         return owner.like(func(*args, **kwargs))
@@ -231,7 +235,7 @@ def _reduce(func: Any, owner: SparseTensor, args: Any, kwargs: Any, position: in
         with plain_torch():
             return owner.like(func(*args, **kwargs))
     raise _refuse(
-        "reduction-of-places",
+        "reduction-of-positions",
         func,
         f"a reduction over dimensions {dims}; supported are the two dimensions of places ({owner.spatial_dims}, gives one "
         f"value an image and channel) and the channel dimension with keepdim=True",

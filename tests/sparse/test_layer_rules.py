@@ -392,14 +392,14 @@ def packed(channels: int = 4) -> PackedTensor:
     [
         (lambda x: torch.fft.fft2(x), ("operation-without-sparse-rule", "fft_fft2")),
         (lambda x: x.flatten(1), ("operation-without-sparse-rule", "flatten")),
-        (lambda x: x.sum(), ("reduction-of-places", "None")),
-        (lambda x: x.mean(2), ("reduction-of-places", "(2,)")),
-        (lambda x: x[:1], ("index-of-places",)),
-        (lambda x: x.permute(1, 0, 2, 3), ("permute-of-places",)),
+        (lambda x: x.sum(), ("reduction-of-positions", "None")),
+        (lambda x: x.mean(2), ("reduction-of-positions", "(2,)")),
+        (lambda x: x[:1], ("index-of-positions",)),
+        (lambda x: x.permute(1, 0, 2, 3), ("permute-of-positions",)),
         (lambda x: x + torch.randn(2, 4, 8, 8), ("dense-operand",)),
-        (lambda x: F.layer_norm(x, (4, 4, 4)), ("norm-over-places",)),
-        (lambda x: F.linear(x, torch.randn(4, 4)), ("linear-over-places",)),
-        (lambda x: torch.cat([x, x], 0), ("concatenation-of-places",)),
+        (lambda x: F.layer_norm(x, (4, 4, 4)), ("norm-over-positions",)),
+        (lambda x: F.linear(x, torch.randn(4, 4)), ("linear-over-positions",)),
+        (lambda x: torch.cat([x, x], 0), ("concatenation-of-positions",)),
         (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), ("interpolation-not-nearest", "mode='nearest'")),
     ],
 )
@@ -411,7 +411,7 @@ def test_operations_that_would_be_wrong_are_refused(operation, refusal: tuple[st
 @pytest.mark.parametrize(
     ("operation", "refusal"),
     [
-        (lambda x: F.conv2d(x, torch.randn(4, 4, 3, 3)), ("window-moves-places", "6", "8")),
+        (lambda x: F.conv2d(x, torch.randn(4, 4, 3, 3)), ("window-moves-positions", "6", "8")),
         (lambda x: F.conv2d(x, torch.randn(4, 3, 1, 1)), ("conv-channels-differ", "3", "4")),
         (lambda x: F.max_pool2d(x, 8, 8), ("cells-too-small-for-stride",)),
         (lambda x: x + packed(), ("masks-differ",)),
