@@ -144,7 +144,7 @@ def check_annotation_file(
         remarks += _check_sizes(entries, folder, dataset.get("pipeline") or [], file, name)
         problem = boxes.places.problem()
         if problem and boxes.usable:
-            raise DataError("coco-mask-damaged", f"{where}: {problem}")
+            raise DataError("coco-boxes-misplaced", f"{where}: {problem}")
         remarks += [f"{where}: {remark}" for remark in boxes.places.remarks()]
     return remarks, boxes
 
