@@ -36,8 +36,8 @@ class Refusal(Exception):
 
 def code_of(error: BaseException) -> str | None:
     """The code of an error, or of the one that caused it; None: it has none."""
-    code = getattr(error, "code", None)
-    return code if isinstance(code, str) or error.__cause__ is None else code_of(error.__cause__)
+    code = error.code if isinstance(error, Refusal) else None
+    return code if code is not None or error.__cause__ is None else code_of(error.__cause__)
 
 
 class InvalidValueError(Refusal, ValueError):

@@ -86,7 +86,7 @@ def template(message: ast.expr, texts: Mapping[str, ast.expr] = MappingProxyType
     if isinstance(message, ast.Call) and ast.unparse(message.func) == "unknown_name_message":
         return f"unknown {template(message.args[0])} {template(message.args[1])}; did you mean {{...}}?"
     name = ast.unparse(message.func if isinstance(message, ast.Call) else message).removeprefix("self.")
-    if name in texts:
+    if name in texts and not isinstance(message, ast.Attribute):
         return template(texts[name])
     if isinstance(message, ast.Name):
         return f"{{{name.strip('_').lower()}}}"
