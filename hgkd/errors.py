@@ -84,7 +84,7 @@ class DivergedError(StoppedError):
     """The loss is no finite number any more, or far above where it began; more steps would only damage the weights."""
 
 
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NoSparseRuleError, StoppedError)
+USER_ERRORS = (Refusal, ValueError, TypeError, FileNotFoundError, FileExistsError)
 """What the tools print as one line and answer with exit code 2; anything else is a fault of ours and shows where it is."""
 
 

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from PIL import Image
 from refusals import refused
+from student_checkpoints import write_student
 from tiny_runs import SPARK, tiny, write_images
 
 from hgkd.api.compare import read_plan
@@ -33,11 +35,13 @@ from hgkd.data.transforms import augment_transform
 from hgkd.diagnosis.dry_run import dry_run
 from hgkd.distillers import MAEPretraining
 from hgkd.errors import USER_ERRORS, InvalidValueError, code_of
+from hgkd.evaluation.records import check_outputs
 from hgkd.export import export
 from hgkd.masking import grid_of, visible_count
 from hgkd.mmcv_ops import register_ops
 from hgkd.networks.backbones import load_backbone
 from hgkd.networks.classifier import ImageClassifier
+from hgkd.networks.encoder import build_encoder
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.objectives import HGKD
 from hgkd.objectives.generation import MGDLoss
@@ -215,6 +219,46 @@ def examined_mae(place: Place, options: dict[str, Any]) -> None:
 def small_mae() -> MaskedAutoencoder:
     arch = dict(embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     return MaskedAutoencoder(make_arch(arch, image_size=(32, 32)))
+
+
+def other_stem(place: Place, options: dict[str, Any]) -> None:
+    small = dict(layers=(1, 1, 1, 1), channels=(8, 12, 16, 24))
+    encoder = build_encoder("resnet18", stem="cifar", **small)
+    write_student(place.folder / "cifar.pth", "resnet18", "cifar", small, encoder)
+    own = {key.removeprefix("model.classifier."): value for key, value in options.items()}
+    ImageClassifier("resnet18", 3, 64, backbone=place.folder / "cifar.pth", **small, **own)
+
+
+def mae_teacher(place: Place, options: dict[str, Any]) -> None:
+    save_mae(small_mae(), place.folder / "mae.safetensors", overwrite=True)
+    kind = str(options.get("type", "TimmTeacher"))
+    own = {} if options else dict(name=VIT, **SMALL)
+    MODELS.build(dict(_scope_="hgkd", type=kind, checkpoint=str(place.folder / "mae.safetensors"), allow_random=True, **own))
+
+
+def written_elsewhere(place: Place, options: dict[str, Any]) -> None:
+    (place.folder / "mine.csv").write_text("a,b\n1,2\n")
+    check_outputs(None, place.folder / ("another.csv" if "--csv" in options else "mine.csv"))
+
+
+def exported_onto(name: str) -> Run:
+    """An export, forced, to a place that holds something of the user's."""
+
+    def run(place: Place, options: dict[str, Any]) -> None:
+        (place.folder / "folder").mkdir(exist_ok=True)
+        for file in ("file", "folder/thesis.tex"):
+            (place.folder / file).write_text("mine")
+        torch.save(timm.create_model("test_resnet", num_classes=0, global_pool="").state_dict(), place.folder / "net.pth")
+        out = place.folder / ("another" if "--out" in options else name)
+        export(place.folder / "net.pth", out, encoder="test_resnet", force=True)
+
+    return run
+
+
+def fast_backend(place: Place, options: dict[str, Any]) -> None:
+    if find_spec("spconv"):
+        pytest.skip("spconv is installed")
+    sparsify(torch.nn.Conv2d(3, 4, 3, padding=1), 8, backend=str(options.get("backend", "spconv")))
 
 
 def planned(place: Place, options: dict[str, Any]) -> None:
@@ -452,6 +496,12 @@ CASES = {
     "--licence": Case(licensed, r"e\.g\. (weights=apache-2\.0)", "licence-not-a-pair"),
     "prefix": Case(two_networks, r"under '([^']+)'.*; name one with prefix=", "network-found-several-times", "prefix"),
     "--name of a MAE": Case(examined_mae, r"leave (--name) out", "name-not-needed"),
+    "stem": Case(other_stem, r"set (model\.classifier\.stem=cifar)", "stem-differs"),
+    "type of a teacher": Case(mae_teacher, r"load it with (type='MAETeacher')", "mae-with-decoder"),
+    "--csv": Case(written_elsewhere, r"give (--csv) another file", "csv-columns-differ"),
+    "--out, not a file": Case(exported_onto("file"), r"choose another (--out)", "output-is-a-file"),
+    "--out, not a folder of yours": Case(exported_onto("folder"), r"choose another (--out)", "force-on-other-things"),
+    "backend": Case(fast_backend, r"or use (backend='gather')", "spconv-missing"),
     "--set": Case(planned, r": (--set data=)\.\.\.", "plan-value-missing"),
     "frozen_stages of mmdet's": Case(
         downstream_backbone("ResNet", norm_eval=True, frozen_stages=1),
