@@ -335,7 +335,7 @@ def test_share_of_bad_files(total, bad, share, stops, tmp_path):
     if not stops:
         assert [item["index"] for item in dataset][:bad] == [bad] * bad
         return
-    with refused(DataError, "too-many-bad-images", bad, total, "max_bad_share", share, "0"):
+    with refused(DataError, "too-many-bad-images", bad, total, "max_bad_share", share, "0.png"):
         list(dataset)
 
 

@@ -123,9 +123,9 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     before = file.read_bytes(), table.read_bytes()
     many = {f"m{i}": result([1, 0], f"m{i}") for i in range(200)}
     with full_disk(4096):
-        with pytest.raises(WriteError, match=r"cannot write .*result.json: File too large, .* MB are free on its disk"):
+        with refused(WriteError, "file-not-written", "result.json"):
             write_json(many, file)
-        with pytest.raises(WriteError, match=r"cannot write .*results.csv"):
+        with refused(WriteError, "file-not-written", "results.csv"):
             append_csv(many, table)
     assert (file.read_bytes(), table.read_bytes()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "results.csv"]

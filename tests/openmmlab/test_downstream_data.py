@@ -52,7 +52,7 @@ def test_folder_missing(coco, tmp_path):
     with refused(FileNotFoundError, "data-folder-missing", "nowhere", "--cfg-options", "data_root=DIR"):
         check_data(detector(tmp_path / "nowhere"), BOTH)
     cfg = detector(coco, **{"val_dataloader.dataset.data_prefix.img": "pictures"})
-    with refused(FileNotFoundError, "data-prefix-missing", "val_dataloader", "pictures", "data_prefix.img='pictures"):
+    with refused(FileNotFoundError, "data-prefix-missing", "val_dataloader", "pictures", "data_prefix.img='pictures'"):
         check_data(cfg, BOTH)
 
 
@@ -338,12 +338,12 @@ def test_the_schedule_is_stretched():
         (SEGMENTOR, {"epochs": 3}, ("schedule-option-without-place", "epochs=3", "iterations")),
         (DETECTOR, {"epochs": 0}, ("option-not-a-whole-number", "epochs=0", "1")),
         (DETECTOR, {"epochs": 1.5}, ("option-not-a-whole-number", "epochs=1.5", "1")),
-        (DETECTOR, {"epochs": "abc"}, ("option-not-a-whole-number", "epochs='abc", "1")),
+        (DETECTOR, {"epochs": "abc"}, ("option-not-a-whole-number", "epochs='abc'", "1")),
         (SEGMENTOR, {"iterations": True}, ("option-not-a-whole-number", "iterations=True")),
         (DETECTOR, {"batch_size": 0}, ("option-not-a-whole-number", "batch_size=0", "1")),
         (DETECTOR, {"workers": -1}, ("option-not-a-whole-number", "workers=-1", "0")),
-        (DETECTOR, {"seed": "x"}, ("option-not-a-whole-number", "seed='x", "0")),
-        (DETECTOR, {"lr": "fast"}, ("option-not-a-number", "lr='fast", "number")),
+        (DETECTOR, {"seed": "x"}, ("option-not-a-whole-number", "seed='x'", "0")),
+        (DETECTOR, {"lr": "fast"}, ("option-not-a-number", "lr='fast'", "number")),
         (
             DETECTOR,
             {"image_scale": (9, 9)},

@@ -140,7 +140,7 @@ def test_palettes_that_opencv_would_read_as_colours(root):
     """https://github.com/open-mmlab/mmsegmentation/issues/2486 asks how palettes are read: as numbers, by Pillow."""
     Image.open(root / VAL).convert("P").save(root / VAL)
     options = {"val_dataloader.dataset.pipeline.2.imdecode_backend": "cv2"}
-    with refused(DataError, "label-map-palette", "000000.png", "imdecode_backend='cv2", "LoadAnnotations"):
+    with refused(DataError, "label-map-palette", "000000.png", "imdecode_backend='cv2'", "LoadAnnotations"):
         check_data(segmentor(root, **options), BOTH)
     options["val_dataloader.dataset.pipeline.2.imdecode_backend"] = "pillow"
     assert check_data(segmentor(root, **options), BOTH) == []

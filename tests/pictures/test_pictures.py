@@ -98,6 +98,6 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch, name):
-    with full_disk(500), pytest.raises(WriteError, match=f"cannot write .*{name}: .* MB are free on its disk; free some"):
+    with full_disk(500), refused(WriteError, "file-not-written", name):
         WRITERS[name](tmp_path, monkeypatch)
     assert [file for file in tmp_path.rglob("*.png") if os.path.isfile(file)] == []

@@ -291,7 +291,7 @@ def test_attention_of_post_norm_blocks_is_theirs() -> None:
 def test_attention_of_other_blocks_is_refused_by_name_when_the_model_is_built(name: str, kind: str) -> None:
     teacher = _teacher(name)
     teacher.prepare((2, 2), 2 * PATCH)
-    with refused(ValueError, "attention-not-read", kind, "RandomMask"):
+    with pytest.raises(ValueError, match=rf"attention of blocks of the kind timm.*{kind} is not read.*RandomMask"):
         teacher.attention(torch.rand(1, 3, 64, 64))
     size = {key: value for key, value in SMALL.items() if key != "img_size"}
     model = dict(
@@ -300,7 +300,7 @@ def test_attention_of_other_blocks_is_refused_by_name_when_the_model_is_built(na
         image_size=64,
         teacher=dict(type="TimmTeacher", name=name, allow_random=True, **size),
     )
-    with refused(ValueError, "attention-not-read", kind):
+    with pytest.raises(ValueError, match=rf"{kind} is not read"):
         MaskedDistiller(mask=dict(type="AttentionMask"), **model)
     MaskedDistiller(mask=dict(type="RandomMask"), **model)
 
@@ -415,7 +415,7 @@ def test_the_other_set_of_weights_in_a_file_can_be_taken(tmp_path: Path) -> None
     ],
 )
 def test_why_a_network_cannot_be_a_teacher_is_said(name: str, why: str) -> None:
-    with torch.device("meta"), refused(ValueError, "teacher-not-usable", why, "vit_small_patch14_dinov2"):
+    with torch.device("meta"), pytest.raises(ValueError, match=rf"{why}.*vit_small_patch14_dinov2"):
         build_vit(name)
 
 

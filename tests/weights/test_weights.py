@@ -218,7 +218,7 @@ def test_entries_that_are_not_finite_are_named_when_they_are_loaded() -> None:
     before = {key: value.clone() for key, value in net.state_dict().items()}
     state["0.weight"][0, 0] = float("nan")
     state["1.running_var"][1] = float("inf")
-    with refused(WeightsError, "weights-not-finite", "w.pth", "2", "0", "1", "running_var"):
+    with refused(WeightsError, "weights-not-finite", "w.pth", "2", "0.weight", "1.running_var"):
         load_strict(net, state, source="w.pth")
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     load_strict(net, state, source="w.pth", finite=False)
