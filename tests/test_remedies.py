@@ -489,7 +489,7 @@ CASES = {
         "teacher-without-classifier",
     ),
     "--to of an export": Case(
-        lambda place, options: read_spec(exported(place) if "--to timm" in options else exported(place, to="program")),
+        lambda place, options: read_spec(exported(place) if "--to timm" in options else exported(place, to="torchscript")),
         r"again with (--to timm)",
         "export-of-another-target",
     ),

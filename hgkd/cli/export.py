@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
         read_config(own)  # imports what it names
     if side is not None and args["to"] != "onnx":
         raise InvalidValueError(
-            "latency-needs-onnx", f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}"
+            "latency-needs-graphs", f"--latency times ONNX graphs; use --to onnx, or leave it out for --to {args['to']}"
         )
     if side is not None and side < 1:
         raise InvalidValueError("latency-size", f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
