@@ -356,7 +356,7 @@ CASES = {
     ),
     "supervise": Case(
         configured(**{"model.objectives.pixels.supervise": "masked", "model.mask.mask_ratio": 0.0}, steps=True),
-        r"use (supervise='all')",
+        r"((?:model\.objectives\.pixels\.)?supervise='all')",
         "nothing-supervised",
         "model.objectives.pixels.supervise",
     ),
@@ -396,7 +396,12 @@ CASES = {
         "out-stride-not-reached",
         "out_stride",
     ),
-    "a name": Case(configured(student="test_resnte"), r"did you mean '(\w+)'", "timm-name-unknown", "student"),
+    "a name": Case(
+        finetuned(classifier=dict(name="test_resnte"), num_classes=2),
+        r"did you mean '(\w+)'",
+        "timm-name-unknown",
+        "model.classifier.name",
+    ),
     "a key": Case(
         lambda place, options: configured(**(options or {"epoch": 2}))(place, {}),
         r"did you mean '(epochs)'",
