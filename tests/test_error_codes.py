@@ -111,7 +111,7 @@ def test_the_page_shows_messages_with_their_values():
     assert (
         "| `mask-ratio-too-high` | InvalidValueError | `masking` | mask\\_ratio {mask\\_ratio} leaves no visible cell" in text
     )
-    assert "| `teacher-unknown` | InvalidValueError | `teachers.vit` | unknown teacher {name}; did you mean {...}? |" in text
+    assert "| `layout-unknown` | InvalidValueError | `cli.make_shapes` | unknown layout {layout}; did you mean {...}? |" in text
 
 
 def test_codes_can_be_searched(capsys):
