@@ -46,7 +46,7 @@ UNCODED = {
     "hgkd.training.runner._raise_current": ("error", SIGNAL),
     "hgkd.weights.files._statistic_of_history": ("pickle.UnpicklingError", "what pickle asks of its readers"),
 }
-MADE_ELSEWHERE = {"_diverged"}  # functions whose result is raised and that give the code themselves
+MADE_ELSEWHERE = {"_diverged", "self._refusal"}  # functions whose result is raised and that give the code themselves
 
 
 def raises(node: ast.AST, inside: str) -> Iterator[tuple[str, ast.expr]]:
