@@ -143,6 +143,6 @@ def unknown_name_message(what: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {what} {name!r}; {hint}"
 
 
-def few(names: Sequence[object], most: int = 6) -> str:
+def abbreviate(names: Sequence[object], most: int = 6) -> str:
     """The first of some names, and how many more there are."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -10,7 +10,7 @@ from hgkd.errors import InvalidValueError
 
 
 def channel_statistics(bank: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (C,) of features (N, C); channels that never change get deviation 1, so they become 0."""
+    """Mean and std (C,) of features (N, C); channels that never change get std 1, so they become 0."""
     mean = bank.mean(dim=0)
     std = bank.std(dim=0, unbiased=False)
     constant = std <= 1e-6 * bank.abs().amax(dim=0).clamp_min(1e-30)  # rounding leaves a little of a constant channel
@@ -30,7 +30,7 @@ def _check_finite(what: str, features: Tensor) -> None:
 def feature_spread(features: Tensor) -> float:
     """How far features (N, C) of length 1 differ from one another: 0 = all the same, 1 = every direction alike.
 
-    It is sqrt(C) times the mean over channels of the deviation over images, so it does not depend on scale or width.
+    It is sqrt(C) times the mean over channels of the std over images, so it does not depend on scale or width.
 
     Raises:
         ValueError: a feature is NaN or infinite.

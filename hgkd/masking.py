@@ -277,7 +277,7 @@ def expand(visible: Tensor, ratio: int | tuple[int, int]) -> Tensor:
     return visible.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
 
 
-def kept_indices(patches: Tensor) -> Tensor:
+def ids_keep_of(patches: Tensor) -> Tensor:
     """bool (B, N) with equally many True in each row -> their indices, ascending, int64 (B, n)."""
     return patches.nonzero()[:, 1].view(len(patches), -1)
 

@@ -17,23 +17,23 @@ PixelStatistics = tuple[Triple, Triple]
 CHANNELS = 3
 
 
-def check_pixels(mean: Any, deviation: Any, where: str) -> PixelStatistics:
+def check_pixels(mean: Any, std: Any, where: str) -> PixelStatistics:
     """Mean and standard deviation as two triples of floats.
 
     Args:
-        mean, deviation: three numbers each, RGB; 0 <= mean <= 1 and 0 < deviation <= 1.
+        mean, std: three numbers each, RGB; 0 <= mean <= 1 and 0 < std <= 1.
         where: the option that they come from, for the message.
 
     Raises:
         ValueError: not three numbers each, not finite, or out of range; says so when they are of pixels in 0..255.
     """
-    means, deviations = (_triple(name, given, where) for name, given in (("mean", mean), ("std", deviation)))
-    inside = all(0.0 <= value <= 1.0 for value in means) and all(0.0 < value <= 1.0 for value in deviations)
+    means, stds = (_triple(name, given, where) for name, given in (("mean", mean), ("std", std)))
+    inside = all(0.0 <= value <= 1.0 for value in means) and all(0.0 < value <= 1.0 for value in stds)
     if inside:
-        return means, deviations
-    found = f"{where}: mean {_text(means)} and std {_text(deviations)}"
-    if min(means) >= 0.0 and min(deviations) > 0.0 and max(*means, *deviations) <= 255.0:
-        by_255 = [_text(value / 255 for value in values) for values in (means, deviations)]
+        return means, stds
+    found = f"{where}: mean {_text(means)} and std {_text(stds)}"
+    if min(means) >= 0.0 and min(stds) > 0.0 and max(*means, *stds) <= 255.0:
+        by_255 = [_text(value / 255 for value in values) for values in (means, stds)]
         raise InvalidValueError(
             "pixels-of-255",
             f"{found} are of pixels in 0..255, expected those of pixels in [0, 1]; divide by 255: mean {by_255[0]}, "
@@ -45,7 +45,7 @@ def check_pixels(mean: Any, deviation: Any, where: str) -> PixelStatistics:
 
 
 def check_normalize(normalize: Any, where: str) -> PixelStatistics:
-    """What a user gives as ``normalize=(mean, deviation)``; see :func:`check_pixels`.
+    """What a user gives as ``normalize=(mean, std)``; see :func:`check_pixels`.
 
     Raises:
         ValueError: it is not a pair of triples, or they are wrong.
@@ -70,10 +70,10 @@ def check_channels(channels: Any, where: str) -> None:
         )
 
 
-def pixels_text(mean: Any, deviation: Any) -> str:
+def pixels_text(mean: Any, std: Any) -> str:
     """Statistics, given as numbers or tensors, for the log."""
-    means, deviations = (_text(torch.as_tensor(values).flatten().tolist()) for values in (mean, deviation))
-    return f"pixels normalised by mean {means}, std {deviations}"
+    means, stds = (_text(torch.as_tensor(values).flatten().tolist()) for values in (mean, std))
+    return f"pixels normalised by mean {means}, std {stds}"
 
 
 def _triple(name: str, given: Any, where: str) -> Triple:
@@ -98,19 +98,19 @@ def _text(values: Iterable[float]) -> str:
     return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
 
 
-IMAGENET_MEAN, IMAGENET_DEVIATION = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+IMAGENET_MEAN, IMAGENET_STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
 
 def pixel_statistics(model: nn.Module) -> PixelStatistics:
-    """Mean and deviation of the pixels in [0, 1] that timm, or the file that the network is from, says it expects.
+    """Mean and std of the pixels in [0, 1] that timm, or the file that the network is from, says it expects.
 
     Raises:
         ValueError: see :func:`hgkd.pixels.check_pixels`; an export's config or ``pretrained_cfg`` may say anything.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     mean = config.get("mean") or timm.data.IMAGENET_DEFAULT_MEAN
-    deviation = config.get("std") or timm.data.IMAGENET_DEFAULT_STD
-    return check_pixels(mean, deviation, f"the pixels of {config.get('architecture') or type(model).__name__}")
+    std = config.get("std") or timm.data.IMAGENET_DEFAULT_STD
+    return check_pixels(mean, std, f"the pixels of {config.get('architecture') or type(model).__name__}")
 
 
 def to_unit_range(inputs: Tensor) -> Tensor:
@@ -130,29 +130,29 @@ class PixelNormalisation(nn.Module):
     """Base of modules that normalise the pixels they are given; a subclass calls :meth:`set_pixels` when it is built.
 
     Attributes:
-        mean, deviation: of the pixels in [0, 1], (1, 3, 1, 1).
+        mean, std: of the pixels in [0, 1], (1, 3, 1, 1).
         pixels_in_state: whether the two are entries of ``state_dict``; they are buffers in any case.
     """
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
     pixels_in_state = False
 
-    def set_pixels(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+    def set_pixels(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise with these statistics of the pixels in [0, 1], RGB, from now on; on the device of those before."""
-        for name, values in (("mean", mean), ("deviation", deviation)):
+        for name, values in (("mean", mean), ("std", std)):
             before = self._buffers.get(name)
             device = None if before is None else before.device
             self.register_buffer(name, torch.tensor(list(values), device=device).view(1, -1, 1, 1), self.pixels_in_state)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] -> what the network expects, (B, 3, H, W)."""
-        return (images - self.mean) / self.deviation
+        return (images - self.mean) / self.std
 
     def denormalise(self, inputs: Tensor) -> Tensor:
         """The inverse of :meth:`normalise`."""
-        return inputs * self.deviation + self.mean
+        return inputs * self.std + self.mean
 
     def pixel_values(self) -> dict[str, list[float]]:
-        """``mean`` and ``deviation`` as numbers, as files note them."""
-        return {"mean": self.mean.flatten().tolist(), "deviation": self.deviation.flatten().tolist()}
+        """``mean`` and ``std`` as numbers, as files note them."""
+        return {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}

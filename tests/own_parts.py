@@ -34,7 +34,7 @@ def gated_resnet(pretrained=False, **kwargs):
 
 
 # --- masked objective
-from hgkd.objectives import Comparison, MaskedObjective  # noqa: E402
+from hgkd.objectives import LossTerm, MaskedObjective  # noqa: E402
 from hgkd.registry import MASKED_OBJECTIVES  # noqa: E402
 from hgkd.structures import TeacherNeeds  # noqa: E402
 
@@ -48,11 +48,11 @@ class MeanToken(MaskedObjective):
     def _build(self, setup):  # once, before the optimiser is made
         self.head = nn.Linear(setup.student.decoded_channels, setup.teacher_info.width)
 
-    def comparisons(self, student_out, teacher_out, layout):
+    def loss_terms(self, student_out, teacher_out, layout):
         prediction = self.head(student_out.decoded.mean((2, 3)))[:, :, None, None]
         target = teacher_out.tokens[1].mean((2, 3), keepdim=True)
-        places = torch.ones(len(target), 1, 1, dtype=torch.bool, device=target.device)
-        return {"mean": Comparison(prediction, target, places, len(target), squared_error)}
+        positions = torch.ones(len(target), 1, 1, dtype=torch.bool, device=target.device)
+        return {"mean": LossTerm(prediction, target, positions, len(target), squared_error)}
 
 
 def squared_error(prediction, target):
@@ -61,12 +61,12 @@ def squared_error(prediction, target):
 
 # --- objective with pictures
 from hgkd.objectives.alignment import fit_grid  # noqa: E402
-from hgkd.objectives.places import visible_on  # noqa: E402
+from hgkd.objectives.positions import visible_on  # noqa: E402
 
 
 @MASKED_OBJECTIVES.register_module()
 class VisibleTokens(MaskedObjective):
-    """The decoder's map predicts the teacher's tokens at visible places; both are shown as colours during the training."""
+    """The decoder's map predicts the teacher's tokens at visible positions; both are shown as colours during the training."""
 
     needs = TeacherNeeds(blocks=(1,))
     terms = ("tokens",)
@@ -81,10 +81,10 @@ class VisibleTokens(MaskedObjective):
     def target_map(self, teacher_out, term=None):
         return teacher_out.tokens[1]
 
-    def comparisons(self, student_out, teacher_out, layout):
-        places = visible_on(layout.visible, self.grid)
+    def loss_terms(self, student_out, teacher_out, layout):
+        positions = visible_on(layout.visible, self.grid)
         prediction, target = self.predict(student_out), self.target_map(teacher_out)
-        return {"tokens": Comparison(prediction, target, places, places.sum(), squared_error)}
+        return {"tokens": LossTerm(prediction, target, positions, positions.sum(), squared_error)}
 
 
 # --- fine-tuning objective
@@ -117,12 +117,12 @@ class PatchTeacher(Teacher):
     """Two convolutions on patches of 16 pixels. A real one would load its weights here."""
 
     def __init__(self, width=12, dtype="float32"):
-        super().__init__(dtype, mean=(0.5, 0.5, 0.5), deviation=(0.25, 0.25, 0.25))
+        super().__init__(dtype, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
         self.info = TeacherInfo("patches", width=width, depth=2, patch_size=16)
         self.network = nn.ModuleList([nn.Conv2d(3, width, 16, stride=16), nn.Conv2d(width, width, 1)])
         self.freeze()  # last: no gradients, eval mode, the precision asked for
 
-    def _forward(self, images, kept, needs):  # normalised images of self.input_size
+    def _forward(self, images, ids_keep, needs):  # normalised images of self.input_size
         tokens = {}
         for index, block in enumerate(self.network):
             images = block(images).relu()
@@ -133,7 +133,7 @@ class PatchTeacher(Teacher):
 
 # --- student
 from hgkd.networks import build_encoder  # noqa: E402
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN  # noqa: E402
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 from hgkd.sparse import CellLayout, sparsify  # noqa: E402
 from hgkd.structures import StudentOutput  # noqa: E402
 from hgkd.students import Student  # noqa: E402
@@ -153,7 +153,7 @@ class OneLevel(Student):
         self.decoder = nn.Conv2d(channels, width, 3, padding=1)
         self.decoded_channels, self.pyramid_channels = width, {self.out_stride: width}
         self.feature_channels, self.feature_strides = (channels,), (self.out_stride,)
-        self.set_pixels(IMAGENET_MEAN, IMAGENET_DEVIATION)
+        self.set_pixels(IMAGENET_MEAN, IMAGENET_STD)
 
     def forward(self, images, visible=None):
         if visible is None:
@@ -173,7 +173,7 @@ from hgkd.masking import CountedMask, highest  # noqa: E402
 
 @MODELS.register_module()
 class CentreMask(CountedMask):
-    """Shows the cells next to a random place."""
+    """Shows the cells next to a random position."""
 
     def __call__(self, batch, grid, *, device, generator=None, scores=None):
         centre = torch.rand(batch, 2, 1, 1, generator=generator, device=device)
@@ -198,7 +198,7 @@ def write_halves(job, *, suffix="half"):
     return Written(
         load_with=f"safetensors.torch.load_file('{job.out / file.name}')",
         proven_with="safetensors",
-        again=lambda images: job.run(again, job.normalise(images)),
+        reloaded=lambda images: job.run(again, job.normalise(images)),
         tensors=len(again.state_dict()),
         parameters=sum(p.numel() for p in again.parameters()),
         tolerance=0.02,

@@ -37,16 +37,16 @@ def run(student: nn.Module) -> tuple[StudentOutput, CellLayout]:
 
 
 def teacher_out(blocks: tuple[int, ...] = (0, 1, 2, 3), visible_only: bool = False) -> TeacherOutput:
-    shown = on_places(CELLS)[:, None] if visible_only else 1.0
+    shown = on_positions(CELLS)[:, None] if visible_only else 1.0
     tokens = {block: torch.randn(2, INFO.width, *GRID) * shown for block in blocks}
     return TeacherOutput(tokens, GRID, decoded=torch.randn(2, 10, *GRID))
 
 
-def on_places(cells: Tensor) -> Tensor:
+def on_positions(cells: Tensor) -> Tensor:
     """Mask of cells (B, 2, 2) on the teacher's grid."""
     return cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
 
-def rows(feature: Tensor, places: Tensor) -> Tensor:
-    """(B, C, h, w) at the places (B, h, w) -> (N, C)."""
-    return feature.permute(0, 2, 3, 1)[places]
+def rows(feature: Tensor, positions: Tensor) -> Tensor:
+    """(B, C, h, w) at the positions (B, h, w) -> (N, C)."""
+    return feature.permute(0, 2, 3, 1)[positions]

@@ -227,10 +227,10 @@ def test_published_models():
     lamb = spark.optim_wrapper.optimizer
     assert (lamb.max_grad_norm, lamb.always_adapt, lamb.bias_correction) == (1e7, True, False)
     g2sd = load("vit-s16_g2sd_200e_imagenet.py").model
-    assert (g2sd.label_weight, g2sd.objectives.to_dict()) == (0.5, dict(hard=dict(type="HardLabel", weight=0.5)))
+    assert (g2sd.label_weight, g2sd.objectives.to_dict()) == (0.5, dict(hard=dict(type="HardLabelKD", weight=0.5)))
     assert g2sd.classifier.name == "deit_small_distilled_patch16_224"
     mgd = load("resnet18_mgd_100e_imagenet.py")
-    assert mgd.model.objectives.mgd == dict(type="LastMapMGD", mask="channel", ratio=0.15, alpha=7e-5, reduction="sum")
+    assert mgd.model.objectives.mgd == dict(type="FeatureMapMGD", mask="channel", ratio=0.15, alpha=7e-5, reduction="sum")
     assert (mgd.train_cfg.max_epochs, mgd.param_scheduler[0].milestones) == (100, [30, 60, 90])
     assert mgd.optim_wrapper.optimizer == dict(type="SGD", momentum=0.9, weight_decay=1e-4, lr=0.1)
     assert 8 * mgd.train_dataloader.batch_size == mgd.auto_scale_lr.base_batch_size == 256

@@ -18,7 +18,7 @@ from hgkd.masking import (
     expand,
     grid_of,
     highest,
-    kept_indices,
+    ids_keep_of,
     visible_count,
 )
 from hgkd.registry import MODELS
@@ -279,7 +279,7 @@ def test_cells_on_a_finer_grid_and_the_indices_of_the_visible_ones(h: int, w: in
         assert torch.equal(fine, expand(visible, rows))
     patches = fine.flatten(1)
     expected = [[i for i, seen in enumerate(row) if seen] for row in patches.tolist()]
-    assert kept_indices(patches).tolist() == expected
+    assert ids_keep_of(patches).tolist() == expected
 
 
 def test_a_generator_of_ones_own_gives_draw_alone() -> None:

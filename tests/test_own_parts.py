@@ -56,7 +56,7 @@ PARTS = {
 }
 HOOKS = """
 custom_hooks = [
-    dict(type="PictureHook", num_images=2),
+    dict(type="VisualizationHook", num_images=2),
     dict(type="TermShareHook", interval=1),
     dict(type="MaskScheduleHook"),
 ]
@@ -159,11 +159,11 @@ def test_a_fine_tuning_objective_of_a_users_own(home, images, tmp_path):
 @pytest.mark.parametrize("kind", ["MeanToken", "HGKD"])
 def test_an_objective_of_the_wrong_kind_is_refused_by_name_in_fine_tuning(kind, home, images, tmp_path):
     path, options = finetuning(home, f"wrong_{kind}", images, dict(type=kind))
-    with refused(ValueError, "type-not-found", kind, "fine-tuning", "HardLabel", "MeanFeature", "NKD"):
+    with refused(ValueError, "type-not-found", kind, "fine-tuning", "HardLabelKD", "MeanFeature", "NKD"):
         load_config(path, tmp_path, options=options)
 
 
-@pytest.mark.parametrize("kind", ["MeanFeature", "HardLabel"])
+@pytest.mark.parametrize("kind", ["MeanFeature", "HardLabelKD"])
 def test_an_objective_of_the_wrong_kind_is_refused_by_name_in_masked_distillation(kind, home, images, tmp_path):
     path = config(home, f"wrong_{kind}", SPARK, f"model = dict(objectives=dict(own=dict(type={kind!r})))\n")
     with refused(ValueError, "type-not-found", kind, "fine-tuning", "HGKD", "MeanToken"):

@@ -44,8 +44,8 @@ PLACES: dict[str, Callable[[Path, Any, Any], object]] = {
         name="test_resnet", normalize=(mean, std), allow_random=True
     ),
     "CNN student": lambda folder, mean, std: SparseUNet("test_resnet", encoder_kwargs=overlaid(mean, std)),
-    "ViT student": lambda folder, mean, std: MaskedViT(ARCH, mean=mean, deviation=std),
-    "MAE": lambda folder, mean, std: MAEPretraining(ARCH, 64, mean=mean, deviation=std),
+    "ViT student": lambda folder, mean, std: MaskedViT(ARCH, mean=mean, std=std),
+    "MAE": lambda folder, mean, std: MAEPretraining(ARCH, 64, mean=mean, std=std),
 }
 
 
@@ -117,19 +117,19 @@ def test_a_file_for_other_channels_is_refused(tmp_path: Path) -> None:
 def test_every_network_normalises_by_the_same_formula_and_keeps_its_buffers_out_of_the_state() -> None:
     pixels = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     images = torch.rand(2, 3, 32, 32)
-    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in pixels)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in pixels)
     made: list[PixelNormalisation] = [
         SparseUNet("test_resnet", encoder_kwargs=overlaid(*pixels)),
-        MaskedViT(ARCH, mean=pixels[0], deviation=pixels[1]),
-        MAEPretraining(ARCH, 32, 8, mean=pixels[0], deviation=pixels[1]),
+        MaskedViT(ARCH, mean=pixels[0], std=pixels[1]),
+        MAEPretraining(ARCH, 32, 8, mean=pixels[0], std=pixels[1]),
         ImageClassifier("test_resnet", 2, 32, normalize=pixels),
         TimmTeacher("test_vit", allow_random=True, normalize=pixels, dtype="float16"),
     ]
     for module in made:
-        torch.testing.assert_close(module.normalise(images), (images - mean) / deviation, rtol=0, atol=0)
+        torch.testing.assert_close(module.normalise(images), (images - mean) / std, rtol=0, atol=0)
         torch.testing.assert_close(module.denormalise(module.normalise(images)), images)
-        assert {"mean", "deviation"} <= dict(module.named_buffers()).keys()
-        assert not {"mean", "deviation"} & module.state_dict().keys()
+        assert {"mean", "std"} <= dict(module.named_buffers()).keys()
+        assert not {"mean", "std"} & module.state_dict().keys()
 
 
 def test_new_statistics_replace_those_before_on_their_device() -> None:
@@ -137,8 +137,8 @@ def test_new_statistics_replace_those_before_on_their_device() -> None:
     pixels.set_pixels((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     pixels.to("meta")
     pixels.set_pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert pixels.mean.device.type == pixels.deviation.device.type == "meta"
+    assert pixels.mean.device.type == pixels.std.device.type == "meta"
     pixels = PixelNormalisation()
     for values in ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5)):
         pixels.set_pixels(values, values)
-    assert pixels.pixel_values() == {"mean": [0.5] * 3, "deviation": [0.5] * 3}
+    assert pixels.pixel_values() == {"mean": [0.5] * 3, "std": [0.5] * 3}

@@ -46,7 +46,7 @@ from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.objectives import HGKD
 from hgkd.objectives.generation import MGDLoss
 from hgkd.openmmlab.backbone import TimmBackbone
-from hgkd.openmmlab.data_checks.checks import _check_heads, _check_padding, _check_palette, _check_readers
+from hgkd.openmmlab.data_checks.checks import _check_heads, _check_padding, _check_palette, _check_workers
 from hgkd.openmmlab.measures import check_all_measured, check_coco_metric
 from hgkd.openmmlab.weights import check_start
 from hgkd.pixels import check_pixels
@@ -533,13 +533,13 @@ CASES = {
         "padding-value-not-ignored",
     ),
     "drop_last of a validation": Case(
-        checked(_check_readers, "", "val_dataloader", drop_last=True),
+        checked(_check_workers, "", "val_dataloader", drop_last=True),
         r"set it to (False)",
         "test-loader-drops-images",
         "drop_last",
     ),
     "persistent_workers": Case(
-        checked(_check_readers, "val_dataloader", "val_dataloader", persistent_workers=True),
+        checked(_check_workers, "val_dataloader", "val_dataloader", persistent_workers=True),
         r"set (val_dataloader\.persistent_workers=False)",
         "persistent-without-workers",
     ),

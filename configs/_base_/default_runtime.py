@@ -27,7 +27,7 @@ custom_hooks = [
     dict(type="ThroughputHook"),
     dict(type="MemoryHook"),
     dict(type="CollapseAlarmHook"),
-    dict(type="PictureHook", interval=5),
+    dict(type="VisualizationHook", interval=5),
 ]
 
 log_processor = dict(type="LogProcessor", window_size=20, by_epoch=True, mean_pattern=r".*(loss|time|grad_norm|images_per_s).*")

@@ -1,6 +1,6 @@
 """Recommended for one GPU: DMAE's alignment for a CNN, ResNet-50 from a DINOv2 ViT-B/14, pixels beside it.
 
-Loss: DMAE (arXiv 2208.12256) at visible places, from the stage of stride 16; teacher block at 3/4 of its depth, as published.
+Loss: DMAE (arXiv 2208.12256) at visible positions, from the stage of stride 16; teacher block at 3/4 of its depth, as published.
 A two-layer projector, because CNN and ViT features differ more than those of two ViTs, and the weight 10, because the mean L1
 of unit vectors of 768 channels is near 0.03: this project's guesses, never run.
 """

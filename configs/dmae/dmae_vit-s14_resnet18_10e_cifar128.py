@@ -1,4 +1,4 @@
-"""DMAE on CIFAR-10 at 128 pixels: ResNet-18 from a DINOv2 ViT-S/14, aligned at visible places, with the pixel loss.
+"""DMAE on CIFAR-10 at 128 pixels: ResNet-18 from a DINOv2 ViT-S/14, aligned at visible positions, with the pixel loss.
 
 Linear projector and L1: DMAE's script. Teacher block index 8 of 12, its place in depth as published (17 of 24). The weight 10
 is this project's guess (the mean L1 of unit vectors of 384 channels is near 0.04). The rest as

@@ -3,7 +3,7 @@
 Source of every number: pengzhiliang/G2SD, GD.sh and the defaults of main_distill.py: 300 epochs, 10 of warm-up, learning rate
 1.5e-4 per 256 down to 2.5e-6, weight decay 0.05, beta2 0.95, clipping at 3, batch 4096 (there 8 x 256 x 2 accumulated steps),
 mask ratio 0.75, smooth L1, target after decoder block 4 (index 3), student decoder 4 blocks x 256 with 8 heads. Paper and
-code differ: the paper supervises masked places, the released run all of them (supervise_all True), and so does this.
+code differ: the paper supervises masked positions, the released run all of them (supervise_all True), and so does this.
 
     torchrun --nproc_per_node 8 -m hgkd train FILE --launcher pytorch --amp --cfg-options data_root=... teacher_checkpoint=...
 

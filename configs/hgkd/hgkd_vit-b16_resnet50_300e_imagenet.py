@@ -1,7 +1,7 @@
 """Starting point, never run: H-GKD at full scale, ResNet-50 from an MAE ViT-B/16 on ImageNet-1k, 8 GPUs x 512 images.
 
 The paper publishes ResNet-50 (sparse) 76.98 -> 80.01 % but, as far as its abstract tells, none of the numbers below. Ours come
-from: 300 epochs, learning rate 1.5e-4 per 256 images, weight decay 0.05, smooth L1 with beta 2, masked places: G2SD's first
+from: 300 epochs, learning rate 1.5e-4 per 256 images, weight decay 0.05, smooth L1 with beta 2, masked positions: G2SD's first
 stage (arXiv 2302.14771); batch 4096, mask ratio 0.6, 40 epochs of warm-up, clipping at 5: SparK (arXiv 2301.03580); AdamW's
 betas: MAE (arXiv 2111.06377). The target block is a guess.
 

@@ -1,7 +1,7 @@
 """Recommended for one GPU: MGD as the objective of masked distillation, ResNet-50 from a DINOv2 ViT-B/14.
 
 MGD (arXiv 2205.01529) is published beside a supervised loss on labelled images; this is its generation of the teacher's map
-alone, mean-reduced, on normalised tokens, with the ratio of hidden places of its detection setting. The rest is a guess,
+alone, mean-reduced, on normalised tokens, with the ratio of hidden positions of its detection setting. The rest is a guess,
 never run.
 """
 
@@ -17,5 +17,5 @@ teacher_checkpoint = None
 
 model = dict(
     teacher=dict(type="TimmTeacher", name="vit_base_patch14_dinov2", dtype="bfloat16"),
-    objectives=dict(mgd=dict(type="MGD", feature="decoded", block=9, supervise="all", mask="place", ratio=0.65)),
+    objectives=dict(mgd=dict(type="MGD", feature="decoded", block=9, supervise="all", mask="position", ratio=0.65)),
 )

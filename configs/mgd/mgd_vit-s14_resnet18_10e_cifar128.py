@@ -20,5 +20,5 @@ custom_hooks = [*_base_.custom_hooks, dict(type="TeacherCacheHook")]
 model = dict(
     flip=0.5,
     teacher=dict(type="TimmTeacher", name="vit_small_patch14_dinov2"),
-    objectives=dict(mgd=dict(type="MGD", feature="decoded", block=9, supervise="all", mask="place", ratio=0.65)),
+    objectives=dict(mgd=dict(type="MGD", feature="decoded", block=9, supervise="all", mask="position", ratio=0.65)),
 )

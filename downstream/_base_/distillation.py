@@ -11,10 +11,10 @@ backbone = None
 randomness = dict(seed=0)
 find_unused_parameters = True
 
-_one_stage = dict(mask="place", ratio=0.65, alpha=2e-5)
-_two_stage = dict(mask="place", ratio=0.45, alpha=5e-7)
+_one_stage = dict(mask="position", ratio=0.65, alpha=2e-5)
+_two_stage = dict(mask="position", ratio=0.45, alpha=5e-7)
 mgd_fpn = [dict(student="neck", loss=_one_stage)]  # every level of the FPN
 mgd_fpn_two_stage = [dict(student="neck", levels=(0, 1, 2, 3), loss=_two_stage)]  # without the pooled one
 # the convolution alone, before a normalisation that the FPN may have
 mgd_fpn_convolutions = [dict(student=f"neck.fpn_convs.{level}.conv", loss=_one_stage) for level in range(5)]
-mgd_last_map = [dict(student="backbone", levels=(-1,), loss=dict(mask="place", ratio=0.75, alpha=2e-5))]
+mgd_last_map = [dict(student="backbone", levels=(-1,), loss=dict(mask="position", ratio=0.75, alpha=2e-5))]

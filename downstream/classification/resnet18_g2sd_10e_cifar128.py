@@ -13,5 +13,5 @@ model = dict(
     classifier=dict(two_heads=True),
     label_weight=0.5,
     teacher=dict(type="ClassifierTeacher"),
-    objectives=dict(hard=dict(type="HardLabel", weight=0.5)),
+    objectives=dict(hard=dict(type="HardLabelKD", weight=0.5)),
 )

@@ -10,5 +10,5 @@ teacher_checkpoint = None
 model = dict(
     label_weight=0.5,
     teacher=dict(type="ClassifierTeacher"),
-    objectives=dict(kd=dict(type="SoftLabel", temperature=4.0, weight=0.5)),
+    objectives=dict(kd=dict(type="LogitKD", temperature=4.0, weight=0.5)),
 )

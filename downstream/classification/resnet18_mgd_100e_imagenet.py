@@ -20,7 +20,7 @@ model = dict(
     type="ClassifierTraining",
     classifier=dict(name="resnet18"),
     teacher=dict(type="ClassifierTeacher", name="resnet34"),
-    objectives=dict(mgd=dict(type="LastMapMGD", mask="channel", ratio=0.15, alpha=7e-5, reduction="sum")),
+    objectives=dict(mgd=dict(type="FeatureMapMGD", mask="channel", ratio=0.15, alpha=7e-5, reduction="sum")),
 )
 train_dataloader = dict(dataset=dict(transform=dict(_delete_=True, kind="train", scale=(0.08, 1.0))))
 val_dataloader = dict(dataset=dict(resize_ratio=256 / 224))

@@ -11,5 +11,5 @@ _base_ = ["./resnet18_10e_cifar128.py"]
 teacher_checkpoint = None
 model = dict(
     teacher=dict(type="ClassifierTeacher", name="vit_small_patch14_dinov2", backbone_only=True, image_size=112),
-    objectives=dict(mgd=dict(type="LastMapMGD", normalise=True, mask="channel", ratio=0.15, alpha=1.0, reduction="mean")),
+    objectives=dict(mgd=dict(type="FeatureMapMGD", normalise=True, mask="channel", ratio=0.15, alpha=1.0, reduction="mean")),
 )

@@ -20,7 +20,7 @@ model = dict(
     classifier=dict(name="deit_small_distilled_patch16_224"),
     label_weight=0.5,
     teacher=dict(type="ClassifierTeacher", name="vit_base_patch16_224.mae", global_pool="avg", dtype="bfloat16"),
-    objectives=dict(hard=dict(type="HardLabel", weight=0.5)),
+    objectives=dict(hard=dict(type="HardLabelKD", weight=0.5)),
 )
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.75))
 param_scheduler = [

@@ -12,5 +12,5 @@ model = dict(
         neck=dict(_base_.model.neck, in_channels=_base_.widths.resnet50),
     ),
     teacher_checkpoint=None,
-    taps=[dict(student="neck", loss=dict(mask="place", ratio=0.65, alpha=1.0, reduction="mean"))],
+    taps=[dict(student="neck", loss=dict(mask="position", ratio=0.65, alpha=1.0, reduction="mean"))],
 )

@@ -13,5 +13,5 @@ model = dict(
         auxiliary_head=dict(_base_.model.auxiliary_head, in_channels=1024),
     ),
     teacher_checkpoint=None,
-    taps=[dict(student="backbone", levels=(-1,), loss=dict(mask="place", ratio=0.75, alpha=1.0, reduction="mean"))],
+    taps=[dict(student="backbone", levels=(-1,), loss=dict(mask="position", ratio=0.75, alpha=1.0, reduction="mean"))],
 )

@@ -283,7 +283,7 @@ def _log(job: Job) -> dict[str, Any]:
 
 
 def table_of(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line a row of the plan, mean +- deviation over seeds (one seed: its bootstrap interval), then commands.
+    """Markdown: a line a row of the plan, mean +- std over seeds (one seed: its bootstrap interval), then commands.
 
     Of runs that measured themselves there is no interval, but the curve of their first score, mean over seeds.
     """

@@ -123,8 +123,8 @@ def evaluate(
             options["value_range"] = bank.value_range
             options |= {f"train_dataloader.dataset.{key}": value for key, value in data.items()}
             model = fine_tune(extractor, len(bank.classes), {**options, **(finetune_options or {})})
-            answers = extract(model, queries, batch_size, workers, device)
-            correct, extra, settings = _fine_tuned(answers, model.settings["epochs"], finetune_options or {})
+            predictions = extract(model, queries, batch_size, workers, device)
+            correct, extra, settings = _fine_tuned(predictions, model.settings["epochs"], finetune_options or {})
         results[method] = make_result(
             method,
             backbone,

@@ -111,7 +111,7 @@ def classifier_result(runner: Any, checkpoint: str | os.PathLike[str], metrics: 
     """The result of a tested classifier as :mod:`hgkd.evaluation.records` has it."""
     metric = next(part for part in runner.test_loop.evaluator.metrics if isinstance(part, ClassificationMetric))
     images = runner.test_dataloader.dataset
-    indices, predicted = list(metric.answers), list(metric.answers.values())
+    indices, predicted = list(metric.predictions), list(metric.predictions.values())
     correct = np.asarray(predicted) == np.asarray(images.labels)[indices]
     model: Any = plain_model(runner)
     spec = model.classifier.spec

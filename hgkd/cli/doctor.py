@@ -223,7 +223,7 @@ USES: dict[Kind, tuple[str, ...]] = {
     Kind.VIT_STUDENT: (_EVALUATE, _START, _MAE_TEACHER),
     Kind.MAE_RUN: (_EVALUATE, "hgkd visualize reconstruction --checkpoint {file} ...", _START, _MAE_TEACHER),
     Kind.CLASSIFIER: (_EVALUATE, "hgkd visualize cam --checkpoint {file} ...", "hgkd test CONFIG {file}", _START),
-    Kind.DISTILLED_MODEL: ("hgkd test CONFIG {file}", "hgkd export {file} --what model --to mmdet (or mmseg) --out FOLDER"),
+    Kind.DISTILLED_MODEL: ("hgkd test CONFIG {file}", "hgkd export {file} --part model --to mmdet (or mmseg) --out FOLDER"),
     Kind.MODEL: ("hgkd test CONFIG {file}", "load_from={file} of a downstream training"),
     Kind.SPARSE: ("hgkd.sparse.load_sparse({file!r}, NETWORK) in Python",),
     Kind.MAE: (_EVALUATE, _START, _TEACHER, _MAE_TEACHER),
@@ -236,7 +236,7 @@ USES: dict[Kind, tuple[str, ...]] = {
 
 
 def _uses_of_export(file: WeightFile) -> tuple[str, ...]:
-    target, what = file.card.get("target", "timm"), file.card.get("what", "backbone")
+    target, what = file.card.get("target", "timm"), file.card.get("part", "backbone")
     uses: tuple[str, ...] = (_EVALUATE, _START) if target in READABLE and what != "decoder" else ()
     if target in ("timm", "mmdet", "mmseg", "torchvision") and what == "backbone":
         uses += ("backbone={file} of a downstream training",)

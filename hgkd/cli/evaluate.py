@@ -44,7 +44,7 @@ def table_of(results: dict[str, dict[str, Any]]) -> Table:
     for method, result in results.items():
         worst = min(result["per_class"], key=result["per_class"].get)
         for i, (setting, score) in enumerate(result["scores"].items()):
-            spread = f" +- {score['deviation']:.1f} over {result['settings']['draws']} draws" if "deviation" in score else ""
+            spread = f" +- {score['std']:.1f} over {result['settings']['draws']} draws" if "std" in score else ""
             table.add_row(
                 method if i == 0 else "",
                 setting,

@@ -33,7 +33,7 @@ _OPTIONS = ("cell", "output", "classifier", "opset", "precision")
 def table_of(report: ExportReport) -> Table:
     table = Table(title=f"exported to {report.out}", show_header=False)
     compared = "random images" + (f" and {report.images} real ones" if report.images else "")
-    outputs = "" if report.what == "model" else f"; outputs on {compared} differ by {report.max_difference:.1e}"
+    outputs = "" if report.part == "model" else f"; outputs on {compared} differ by {report.max_difference:.1e}"
     rows = {
         "network": ", ".join(str(value) for value in report.network.values() if value),
         "weights": f"{report.tensors} tensors, {report.parameters:,} parameters",
@@ -80,7 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help=".pth file that hgkd train wrote; with --encoder, a weight file of others")
     parser.add_argument("--to", default="timm", help="; ".join(f"{name}: {t.summary}" for name, t in TARGETS.items()))
     parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--what", default="backbone", help=f"what of the checkpoint: {', '.join(PARTS)}")
+    parser.add_argument("--part", default="backbone", help=f"what of the checkpoint: {', '.join(PARTS)}")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument("--images", metavar="DIR", help="images for the proof, and for int8's calibration")
     parser.add_argument("--max-images", type=int, default=64, metavar="N", help="so many of them at most (default 64)")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from hgkd.cli.common import command, command_parser
 from hgkd.diagnosis.replay import ReplayedStep, replay
-from hgkd.errors import few
+from hgkd.errors import abbreviate
 
 
 def describe(step: ReplayedStep) -> str:
@@ -25,7 +25,7 @@ def describe(step: ReplayedStep) -> str:
     if step.first_module:
         lines.append(f"  the first output that is not finite is that of {step.first_module}")
     if step.parameters:
-        lines.append(f"  gradients that are not finite: {few(step.parameters, 5)}")
+        lines.append(f"  gradients that are not finite: {abbreviate(step.parameters, 5)}")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from hgkd.cli.common import add_config_options, add_launcher, command, command_p
 from hgkd.cli.option_help import help_text
 from hgkd.diagnosis.dry_run import dry_run
 from hgkd.openmmlab.config import is_downstream
-from hgkd.openmmlab.runner import rehearse
+from hgkd.openmmlab.runner import dry_run_downstream
 from hgkd.training.loop import told_signals
 
 TRAIN_EXAMPLES = """\
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     if args.dry_run:
         cfg = load_config(args.config, args.work_dir, False, args.amp, args.cfg_options, args.launcher)
-        print(rehearse(cfg) if is_downstream(cfg) else dry_run(cfg))
+        print(dry_run_downstream(cfg) if is_downstream(cfg) else dry_run(cfg))
         return 0
     with told_signals():
         train(args.config, args.work_dir, args.resume, args.amp, args.cfg_options, args.launcher)

@@ -74,7 +74,7 @@ def reconstruction(args: argparse.Namespace) -> Path:
     inputs = read_crops(files, args.image_size or model.image_size, args.value_range)
     columns, ratio = reconstruction_columns(model, inputs, args.mask_ratio, args.seed)
     caption = (
-        f"{args.checkpoint}: {ratio:.0%} hidden; colours and contrast of hidden places are given where the model was trained "
+        f"{args.checkpoint}: {ratio:.0%} hidden; colours and contrast of hidden positions are given where the model was trained "
         f"on standardised pixels; {_which(files)}"
     )
     return save_picture(columns, args.out, args.name, caption)
@@ -157,7 +157,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--k", type=int, default=5, help="neighbours of each image")
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--workers", type=int, default=2, help="processes that read images")
-    sub = command(reconstruction, "what a masked model makes of hidden places", backbone=False)
+    sub = command(reconstruction, "what a masked model makes of hidden positions", backbone=False)
     sub.add_argument("--checkpoint", required=True, help="of a run with PixelReconstruction or MAEPretraining, or a MAE file")
     sub.add_argument("--mask-ratio", type=float, help="share of hidden cells (that of the training)")
     sub.add_argument("--image-size", type=int, help="pixels of the centre crop (that of the training)")

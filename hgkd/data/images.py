@@ -40,7 +40,7 @@ from hgkd.data.pixels import READING, BandsError, Range, as_value_range, decode,
 from hgkd.data.sampler import image_seed, seeded
 from hgkd.data.shards import ShardIndex, index_shards
 from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
-from hgkd.errors import DataError, InvalidValueError, MissingFileError, few
+from hgkd.errors import DataError, InvalidValueError, MissingFileError, abbreviate
 from hgkd.registry import DATASETS
 
 _Item = TypeVar("_Item")
@@ -275,7 +275,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
 
     def _report(self, verdict: str) -> str:
         bad = self._bad.indices()
-        files = few([printable(self.path(i)) for i in bad], 3)
+        files = abbreviate([printable(self.path(i)) for i in bad], 3)
         return (
             f"{len(bad)} of {len(self)} images ({len(bad) / len(self):.2%}) in {printable(self.data_root)} cannot be read, "
             f"{verdict}: {files}. The first: {self._reason(bad[0])}. Repair or remove these files (the log gives all reasons), "

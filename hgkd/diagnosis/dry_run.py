@@ -21,7 +21,7 @@ from hgkd.training.hooks.feature_cache import TeacherCacheHook
 from hgkd.training.hooks.progress import peak_memory_mb
 from hgkd.training.in_force import in_force, lines_of
 from hgkd.training.last_batch import check_last_batch
-from hgkd.training.loop import StepGuard, seed_step
+from hgkd.training.loop import GuardedOptimWrapper, seed_step
 from hgkd.training.work_folder import trial_folder
 from hgkd.training.wrapping import plain_model
 
@@ -81,7 +81,7 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
     batch = default_collate([loader.dataset[SeededIndex(i % len(loader.dataset), base)] for i in range(images)])
     reading = (time.perf_counter() - started) / images
     # 2. one step to warm up, one to measure
-    guard = StepGuard(runner.optim_wrapper, runner.model)
+    guard = GuardedOptimWrapper(runner.optim_wrapper, runner.model)
     runner.model.train()
     for step in range(2):
         seed_step(runner.seed or 0, 0, step)
@@ -94,8 +94,8 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
     seconds = (time.perf_counter() - started) * loader.batch_size / images
     check_last_batch(model, loop, batch)
     # 3. what that means for the whole
-    readers = max(loader.num_workers, 1)
-    waiting = reading * loader.batch_size / readers
+    workers = max(loader.num_workers, 1)
+    waiting = reading * loader.batch_size / workers
     a_step = max(seconds, waiting) if loader.num_workers else seconds + waiting
     remaining = a_step * loop.max_iters
     memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb()
@@ -111,7 +111,7 @@ def _measure(runner: Any, loop: Any) -> dict[str, Any]:
     report["losses"] = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
     report["finite"] = "yes"
     report["a step"] = (
-        f"{seconds:.2f} s to compute (measured with {images} images), {waiting:.2f} s to read by {readers} process(es)"
+        f"{seconds:.2f} s to compute (measured with {images} images), {waiting:.2f} s to read by {workers} process(es)"
     )
     report["memory"] = f"{memory:.0f} MB at most" + (f" on the GPU, {images} images" if on_gpu else f", {images} images")
     report["whole run"] = f"about {_duration(remaining)} for {loop.max_iters} steps, validations not counted"

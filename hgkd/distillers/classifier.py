@@ -1,7 +1,7 @@
 """Fine-tuning: a backbone becomes a classifier, with labels alone or with a teacher beside them.
 
-One model for plain fine-tuning, G2SD's specific stage (arXiv 2302.14771: ``HardLabel`` or ``NKD``), logit distillation
-(``SoftLabel``) and MGD for classification (``LastMapMGD``, arXiv 2205.01529), so that they differ in their objectives only.
+One model for plain fine-tuning, G2SD's specific stage (arXiv 2302.14771: ``HardLabelKD`` or ``NKD``), logit distillation
+(``LogitKD``) and MGD for classification (``FeatureMapMGD``, arXiv 2205.01529), so that they differ in their objectives only.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
             raise InvalidValueError(
                 "teacher-classes-needed",
                 f"the teacher ({teacher.info}) must be fine-tuned on the {num_classes} classes of this training, because "
-                f"objective {needing[0]!r} learns from its answers; give another teacher_checkpoint, or use LastMapMGD",
+                f"objective {needing[0]!r} learns from its answers; give another teacher_checkpoint, or use FeatureMapMGD",
             )
         taught = teacher.prepare(self.image_size)
         for part in self.objectives.values():
@@ -162,7 +162,7 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
         second_head = any(not part.teaches_class_head for part in kinds)
         if spec.two_heads and not (class_head and second_head):
             idle, remedy = (
-                ("class", "set label_weight above 0") if second_head else ("second", "add an objective such as HardLabel")
+                ("class", "set label_weight above 0") if second_head else ("second", "add an objective such as HardLabelKD")
             )
             raise InvalidValueError(
                 "head-not-trained",
@@ -195,12 +195,12 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
             )
         self.classifier.spec = replace(spec, classes=tuple(classes))
 
-    def take_meta(self, meta: Mapping[str, Any]) -> None:
+    def load_meta(self, meta: Mapping[str, Any]) -> None:
         """Normalise as the checkpoint that has been loaded did: its weights expect these pixels, whatever the config says."""
         spec, own = ClassifierSpec.parse({"hgkd": meta}), self.classifier.spec
-        if spec is not None and (spec.mean, spec.deviation) != (own.mean, own.deviation):
-            self.classifier.set_pixels(spec.mean, spec.deviation)
-            print_log(f"pixels are normalised as in the checkpoint: mean {spec.mean}, deviation {spec.deviation}", "current")
+        if spec is not None and (spec.mean, spec.std) != (own.mean, own.std):
+            self.classifier.set_pixels(spec.mean, spec.std)
+            print_log(f"pixels are normalised as in the checkpoint: mean {spec.mean}, std {spec.std}", "current")
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the network inside, under ``meta['hgkd']``."""

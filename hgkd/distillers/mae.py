@@ -17,9 +17,9 @@ from torch import Tensor
 from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import check_size, feature_samples
 from hgkd.errors import InvalidValueError
-from hgkd.masking import RandomMask, expand, grid_of, kept_indices
+from hgkd.masking import RandomMask, expand, grid_of, ids_keep_of
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelNormalisation, check_channels, check_pixels, to_unit_range
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelNormalisation, check_channels, check_pixels, to_unit_range
 from hgkd.registry import MODELS
 from hgkd.structures import FeatureSample
 from hgkd.weights.run_file import FORMAT
@@ -36,7 +36,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         mask_ratio: share of hidden patches, MAE's 0.75; the number of visible cells is truncated, as there.
         mask_cell: side of the cells that are hidden as a whole, a multiple of ``patch_size``; None: one patch.
         norm_pix: predict pixels standardised patch by patch.
-        mean, deviation: of the pixels, RGB in [0, 1].
+        mean, std: of the pixels, RGB in [0, 1].
         data_preprocessor: see mmengine's ``BaseModel``.
 
     Raises:
@@ -52,7 +52,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         mask_cell: int | None = None,
         norm_pix: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
-        deviation: Sequence[float] = IMAGENET_DEVIATION,
+        std: Sequence[float] = IMAGENET_STD,
         data_preprocessor: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
@@ -77,9 +77,9 @@ class MAEPretraining(PixelNormalisation, BaseModel):
                 "decoder-missing", "MAE pretraining needs a decoder, but decoder_depth is 0; set it to at least 1"
             )
         check_channels(sizes.in_chans, "model.arch.in_chans")
-        mean, deviation = check_pixels(mean, deviation, "model.mean and deviation")
+        mean, std = check_pixels(mean, std, "model.mean and std")
         self.network = MaskedAutoencoder(sizes)
-        self.set_pixels(mean, deviation)
+        self.set_pixels(mean, std)
 
     def init_weights(self) -> None:
         """Nothing: the network has set its weights itself."""
@@ -113,8 +113,8 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         ratio = self.cell // self.network.arch.patch_size
         cells = self.mask(len(images), self.mask_grid, device=images.device)
         visible = expand(cells, ratio).flatten(1)
-        kept = kept_indices(visible)
-        predicted = self.network.predict_pixels(self.network.encode(images, kept), kept)
+        ids_keep = ids_keep_of(visible)
+        predicted = self.network.predict_pixels(self.network.encode(images, ids_keep), ids_keep)
         target = pixel_target(images, self.network.arch.patch_size, self.norm_pix)
         return mae_loss(predicted, target, visible)
 

@@ -25,7 +25,7 @@ from hgkd.errors import InvalidValueError
 from hgkd.masking import CountedMask, MaskGenerator
 from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.base import Objective
-from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.pixels import pixels_text, to_unit_range
 from hgkd.registry import MASKED_OBJECTIVES, MODELS, unknown_objective_message
 from hgkd.structures import FeatureSample, StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
@@ -163,7 +163,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         text = f"mask grid {height} x {width}"
         if isinstance(self.mask, CountedMask):
             text += f", {self.mask.count(self.mask_grid)} of {height * width} cells visible"
-        return f"{text}; {pixels_text(self.student.mean, self.student.deviation)}"
+        return f"{text}; {pixels_text(self.student.mean, self.student.std)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDistiller:
         """A copy that shares the teacher and its stored features, which no training changes.
@@ -197,7 +197,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         """
         images = to_unit_range(inputs)
         if mode == "loss":
-            found = self._comparisons(images, data.get("index"))
+            found = self._loss_terms(images, data.get("index"))
             return {name: weight * comparison.loss() for name, (weight, comparison) in found.items()}
         if mode == "predict":
             return feature_samples(self.student.pooled(images).float(), data)
@@ -210,19 +210,19 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         features: Tensor = self.student.dense_features(images)[-1]
         return features
 
-    def _comparisons(self, images: Tensor, index: Tensor | None) -> dict[str, tuple[float, Comparison]]:
+    def _loss_terms(self, images: Tensor, index: Tensor | None) -> dict[str, tuple[float, LossTerm]]:
         """Name of a loss -> its weight, and what it compares."""
         student_out, teacher_outs = self._see(images, index)
         parts: dict[str, Any] = dict(self.objectives.items())
         return {
             f"{name}_{term}_loss": (self.weights[name], found)
             for name, objective in parts.items()
-            for term, found in objective.comparisons(student_out, teacher_outs.get(name), student_out.layout).items()
+            for term, found in objective.loss_terms(student_out, teacher_outs.get(name), student_out.layout).items()
         }
 
     def term_report(self, inputs: Tensor, index: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses of a batch, and what each would be, were the prediction everywhere the batch's mean target."""
-        found = self._comparisons(to_unit_range(inputs), index)
+        found = self._loss_terms(to_unit_range(inputs), index)
         losses = {name: weight * comparison.loss() for name, (weight, comparison) in found.items()}
         return losses, {name: weight * comparison.loss_of_mean() for name, (weight, comparison) in found.items()}
 

@@ -25,7 +25,7 @@ class ClassificationMetric(BaseMetric):
 
     Attributes:
         confusion: int64 (K, K) of the last evaluation, a row a right class, a column an answer; only in the main process.
-        answers: of the last evaluation, place of an image in its data set -> class index; only in the main process.
+        predictions: of the last evaluation, place of an image in its data set -> class index; only in the main process.
     """
 
     default_prefix = "accuracy"
@@ -33,7 +33,7 @@ class ClassificationMetric(BaseMetric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.confusion: NDArray[np.int64] | None = None
-        self.answers: dict[int, int] = {}
+        self.predictions: dict[int, int] = {}
 
     def process(self, data_batch: Any, data_samples: Sequence[ClassSample]) -> None:
         """Keep each image's five best classes.
@@ -54,10 +54,10 @@ class ClassificationMetric(BaseMetric):
     def compute_metrics(self, results: list[tuple[int, int, list[int], int]]) -> dict[str, float]:
         rows = {index: (label, best) for index, label, best, _ in reversed(results)}
         labels = np.array([label for label, _ in rows.values()])
-        answers = np.array([best[0] for _, best in rows.values()])
-        self.confusion = confusion_matrix(labels, answers, labels=range(results[0][3]))
-        self.answers = dict(sorted((index, best[0]) for index, (_, best) in rows.items()))
-        correct = labels == answers
+        predictions = np.array([best[0] for _, best in rows.values()])
+        self.confusion = confusion_matrix(labels, predictions, labels=range(results[0][3]))
+        self.predictions = dict(sorted((index, best[0]) for index, (_, best) in rows.items()))
+        correct = labels == predictions
         low, high = bootstrap_interval(correct)
         among = np.mean([label in best for label, best in rows.values()])
         return {

@@ -94,7 +94,7 @@ class FeatureExtractor(nn.Module):
 
 
 class CNNExtractor(PixelNormalisation, FeatureExtractor):
-    """Mean over places of ``model.forward_features``; the model's own mean and deviation normalise the images."""
+    """Mean over places of ``model.forward_features``; the model's own mean and std normalise the images."""
 
     attention_name = "activation energy (Zagoruyko & Komodakis, arXiv 1612.03928): squares, summed over channels"
 

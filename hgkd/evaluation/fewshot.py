@@ -5,7 +5,7 @@ centred and brought to length 1, a class is the mean of its images, and a query 
 is nothing to tune, which with one image a class could not be done honestly.
 
 What differs: the centre is the mean of all training images instead of those of other classes, and channels are brought to
-deviation 1 too, as in our k-NN. No label is needed for either.
+std 1 too, as in our k-NN. No label is needed for either.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def few_shot(
             "too-few-classes", f"few-shot classification needs training images of two classes or more, got {len(classes)}"
         )
     if draws < 2:
-        raise InvalidValueError("too-few-draws", f"draws must be 2 or more, else there is no deviation over them, got {draws}")
+        raise InvalidValueError("too-few-draws", f"draws must be 2 or more, else there is no std over them, got {draws}")
     check_shots(shots, labels)
-    mean, deviation = channel_statistics(train)
-    known, asked = (F.normalize((features - mean) / deviation, dim=1) for features in (train, test))
+    mean, std = channel_statistics(train)
+    known, asked = (F.normalize((features - mean) / std, dim=1) for features in (train, test))
 
     rng = np.random.default_rng(seed)
     found: dict[int, list[NDArray[np.bool_]]] = {count: [] for count in shots}

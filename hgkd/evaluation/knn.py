@@ -5,7 +5,7 @@ settings of Caron et al., DINO (arXiv 2104.14294): features of length 1, votes e
 Effective rank: Roy & Vetterli, "The effective rank", EUSIPCO 2007. Spread of the features: Chen & He, SimSiam
 (arXiv 2011.10566, section 4.1), times sqrt(C).
 
-Differences from DINO: channels are standardised with the bank's mean and deviation first (default;
+Differences from DINO: channels are standardised with the bank's mean and std first (default;
 ``standardise=False`` gives DINO's own), because pooled CNN features after a ReLU all point into one corner, where
 cosines hardly differ; and the votes of a query are divided by their sum, which keeps every temperature in range and leaves the
 order of the classes.
@@ -53,7 +53,7 @@ def knn_scores(
         k: number of neighbours, at most N.
         temperature: a neighbour at cosine s votes with exp(s / temperature); the smaller, the more the nearest counts.
         num_classes: None takes the largest label of the bank + 1.
-        standardise: bring both to the bank's channel mean 0 and deviation 1 first.
+        standardise: bring both to the bank's channel mean 0 and std 1 first.
 
     Returns:
         Scores (Q, num_classes) in [0, 1]; every row sums to 1.

@@ -65,7 +65,7 @@ def linear_probe(
     """Fit a linear classifier on the training features and measure it on the test features.
 
     Args:
-        train, test: features (N, C); both are standardised with the mean and deviation of ``train``.
+        train, test: features (N, C); both are standardised with the mean and std of ``train``.
         train_labels, test_labels: classes (N,).
         grid: candidates of C. The best on the held-out part wins, the smallest (strongest penalty) among equals; the
             final fit then uses all training images. A single candidate is taken as it is.

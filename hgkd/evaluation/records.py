@@ -2,7 +2,7 @@
 
 A result is a dict of plain values: ``method``, ``backbone``, ``top1`` and ``ci95`` (percent, of the first setting),
 ``per_class``, ``train_images``, ``test_images``, ``test_list`` (see :func:`list_digest`), ``settings``, and ``scores``:
-setting -> ``top1``, ``ci95``, ``correct`` and, with several draws, ``deviation``. ``correct`` holds one number a test image:
+setting -> ``top1``, ``ci95``, ``correct`` and, with several draws, ``std``. ``correct`` holds one number a test image:
 1 right, 0 wrong, or the share of draws in which it was right.
 """
 
@@ -48,7 +48,7 @@ CSV_COLUMNS = (
     "test_images",
     "seed",
     "top1",
-    "deviation",
+    "std",
     "ci95_low",
     "ci95_high",
 )
@@ -113,7 +113,7 @@ def _score(drawn: NDArray[np.bool_], seed: int) -> dict[str, Any]:
     correct = drawn.mean(axis=0)
     score: dict[str, Any] = {"top1": percent(correct), "ci95": list(bootstrap_interval(correct, seed=seed))}
     if len(drawn) > 1:
-        score["deviation"] = float(100.0 * drawn.mean(axis=1).std(ddof=1))
+        score["std"] = float(100.0 * drawn.mean(axis=1).std(ddof=1))
         return {**score, "correct": [round(share, 6) for share in correct.tolist()]}
     return {**score, "correct": drawn[0].astype(int).tolist()}
 
@@ -302,7 +302,7 @@ def _csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             **shared,
             "setting": setting,
             "top1": f"{score['top1']:.2f}",
-            "deviation": f"{score['deviation']:.2f}" if "deviation" in score else "",
+            "std": f"{score['std']:.2f}" if "std" in score else "",
             "ci95_low": f"{score['ci95'][0]:.2f}",
             "ci95_high": f"{score['ci95'][1]:.2f}",
         }

@@ -1,4 +1,4 @@
-"""``--what classifier``: a fine-tuned CNN with its head, from a checkpoint of fine-tuning (docs/finetuning.md).
+"""``--part classifier``: a fine-tuned CNN with its head, from a checkpoint of fine-tuning (docs/finetuning.md).
 
 A second head on the same pooled feature (G2SD's, for hard labels) counts in the mean of both heads' logits; the mean of two
 linear layers is one, so it is folded into the first, exactly, and the result is a plain classifier of timm's.
@@ -40,7 +40,7 @@ def read_classifier(path: str | os.PathLike[str]) -> Source:
         with torch.no_grad():
             head.weight.add_(second.weight).div_(2)
             head.bias.add_(second.bias).div_(2)
-    trained_with = {"input_size": (3, *spec.image_size), "mean": spec.mean, "std": spec.deviation}
+    trained_with = {"input_size": (3, *spec.image_size), "mean": spec.mean, "std": spec.std}
     network.pretrained_cfg = {**network.pretrained_cfg, **trained_with}
     encoder = EncoderSpec(spec.name, spec.stem, dict(spec.kwargs))
     meta, metrics = dict(file.meta), run_metrics(file.content)

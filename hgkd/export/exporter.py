@@ -32,7 +32,7 @@ def export(
     out: str | os.PathLike[str],
     to: str = "timm",
     *,
-    what: str = "backbone",
+    part: str = "backbone",
     force: bool = False,
     encoder: str | EncoderSpec | None = None,
     prefix: str | None = None,
@@ -51,7 +51,7 @@ def export(
             weight file of another project.
         out: folder to make. It appears complete or not at all.
         to: target, a key of ``hgkd.export.TARGETS``.
-        what: 'backbone' (the encoder), 'student' (encoder and decoder), 'decoder', 'classifier' (a fine-tuned CNN with its
+        part: 'backbone' (the encoder), 'student' (encoder and decoder), 'decoder', 'classifier' (a fine-tuned CNN with its
             head), or 'model': any whole model that mmengine trained, see :func:`hgkd.export.model.export_model`.
         force: replace an earlier export. A folder that holds anything else is never replaced.
         encoder, prefix, allow: how to read a file of others; see :func:`hgkd.export.load_backbone`.
@@ -73,27 +73,27 @@ def export(
         DataError: ``images`` holds no image that can be read.
         ExportError: the written folder does not give the source's outputs.
     """
-    target = _check_request(to, what, options, licences or {})
-    if what in ("classifier", "model") and (encoder is not None or prefix is not None or allow):
+    target = _check_request(to, part, options, licences or {})
+    if part in ("classifier", "model") and (encoder is not None or prefix is not None or allow):
         raise InvalidValueError(
             "backbone-options-for-model",
-            f"encoder, prefix and allow are for backbones of other projects; leave them out with what={what!r}",
+            f"encoder, prefix and allow are for backbones of other projects; leave them out with part={part!r}",
         )
-    if what == "model" and (images is not None or labels):
+    if part == "model" and (images is not None or labels):
         raise InvalidValueError(
             "model-takes-no-images", "a whole model is proven by its weights, not on images; leave images and labels out"
         )
     out = Path(out).expanduser().absolute()
     check_free(out, force)
-    if what == "model":
+    if part == "model":
         return export_model(checkpoint, out, to, licences or {})
-    if what == "classifier":
+    if part == "classifier":
         source = read_classifier(checkpoint)
     else:
         source = read_source(checkpoint, encoder, prefix=prefix, allow=allow)
-    decoded = what in ("student", "decoder")
+    decoded = part in ("student", "decoder")
     if decoded and not source.student:
-        raise WeightsError("decoder-not-in-file", f"{source.path} holds an encoder without decoder; use what='backbone'")
+        raise WeightsError("decoder-not-in-file", f"{source.path} holds an encoder without decoder; use part='backbone'")
     check_finite(source.path, source.student if decoded else source.network.state_dict())
     if value_range is not None and images is None:
         raise InvalidValueError(
@@ -107,7 +107,7 @@ def export(
     real, classes = (None, None) if images is None else _read_images(images, max_images, source, labels, value_range)
 
     with new_folder(out) as work:
-        job = Job(source, work, out, what, real, classes)
+        job = Job(source, work, out, part, real, classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             written = target.write(job, **options)
@@ -115,17 +115,17 @@ def export(
         return _describe(job, target, written, difference, options, licences or {})
 
 
-def _check_request(to: str, what: str, options: Mapping[str, Any], licences: Mapping[str, str]) -> Target:
+def _check_request(to: str, part: str, options: Mapping[str, Any], licences: Mapping[str, str]) -> Target:
     if to not in TARGETS:
         own = "one of your own comes with the module that registers it (--config FILE, of your custom_imports)"
         raise InvalidValueError("target-unknown", f"{unknown_name_message('export target', to, TARGETS)}; {own}")
     target = TARGETS[to]
-    if what not in PARTS:
-        raise InvalidValueError("part-unknown", unknown_name_message("part of a student", what, PARTS))
-    if what not in target.what:
-        able = ", ".join(name for name, other in TARGETS.items() if what in other.what)
+    if part not in PARTS:
+        raise InvalidValueError("part-unknown", unknown_name_message("part of a student", part, PARTS))
+    if part not in target.part:
+        able = ", ".join(name for name, other in TARGETS.items() if part in other.part)
         raise InvalidValueError(
-            "target-without-part", f"target {to!r} holds the {' or '.join(target.what)}, not the {what}; targets for it: {able}"
+            "target-without-part", f"target {to!r} holds the {' or '.join(target.part)}, not the {part}; targets for it: {able}"
         )
     for name in options:
         if name not in target.options:
@@ -187,23 +187,23 @@ def _prove_equal(job: Job, written: Written) -> float:
     expect = written.expected or job.features
     difference = 0.0
     for images in batches:
-        expected, found = expect(images), written.again(images)
+        expected, found = expect(images), written.reloaded(images)
         if expected.shape != found.shape:
             raise ExportError(
                 "export-shape-differs",
-                f"{job.what} gives {tuple(found.shape)} after reading back with {written.proven_with}, "
+                f"{job.part} gives {tuple(found.shape)} after reading back with {written.proven_with}, "
                 f"{tuple(expected.shape)} before",
             )
         if not expected.isfinite().all():
             raise ExportError(
                 "source-outputs-not-finite",
-                f"the {job.what} of {job.source.path} gives NaN or infinite values before any export; "
+                f"the {job.part} of {job.source.path} gives NaN or infinite values before any export; "
                 "export an earlier checkpoint",
             )
         if not found.isfinite().all():
             raise ExportError(
                 "export-outputs-not-finite",
-                f"{job.what} gives NaN or infinite values after reading back with {written.proven_with}",
+                f"{job.part} gives NaN or infinite values after reading back with {written.proven_with}",
             )
         difference = max(difference, largest_difference(found, expected))
     tolerance = TOLERANCE if written.tolerance is None else written.tolerance
@@ -223,7 +223,7 @@ def _describe(
     images = 0 if job.images is None else len(job.images)
     facts = {
         "target": target.name,
-        "what": job.what,
+        "part": job.part,
         "options": {key: str(value) if isinstance(value, os.PathLike) else value for key, value in options.items()},
         "load_with": usage,
         "proven_with": written.proven_with,
@@ -240,7 +240,7 @@ def _describe(
     return ExportReport(
         out=job.out,
         target=target.name,
-        what=job.what,
+        part=job.part,
         network=job.source.describe(),
         tensors=written.tensors,
         parameters=written.parameters,

@@ -38,7 +38,7 @@ class Job:
         source: the student, with its network.
         folder: where to write; it becomes ``out`` when the proof has passed.
         out: the folder that the user asked for, for messages.
-        what: which part of the student.
+        part: which part of the student.
         images: real images in [0, 1], (N, 3, H, W), or None when none were given.
         labels: classes of ``images`` (N,), or None when they lie in no class folders.
     """
@@ -46,7 +46,7 @@ class Job:
     source: Source
     folder: Path
     out: Path
-    what: str
+    part: str
     images: Tensor | None = None
     labels: Tensor | None = None
 
@@ -73,7 +73,7 @@ class Job:
 
     def run(self, network: Any, inputs: Tensor) -> Tensor:
         """The same of any network of timm's, from normalised images."""
-        out: Tensor = network(inputs) if self.what == "classifier" else network.forward_features(inputs)
+        out: Tensor = network(inputs) if self.part == "classifier" else network.forward_features(inputs)
         return out
 
 
@@ -84,7 +84,7 @@ class Written:
     Attributes:
         load_with: the lines by which a user reads the result.
         proven_with: what read it back for the proof: a library and its version.
-        again: images in [0, 1] (B, 3, H, W) -> outputs of what was read back.
+        reloaded: images in [0, 1] (B, 3, H, W) -> outputs of what was read back.
         expected: the same of the source; None: :meth:`Job.features`.
         tensors, parameters: how many were written; parameters are trainable values.
         notes: what a user should know.
@@ -94,7 +94,7 @@ class Written:
 
     load_with: str
     proven_with: str
-    again: Callable[[Tensor], Tensor]
+    reloaded: Callable[[Tensor], Tensor]
     tensors: int
     parameters: int
     expected: Callable[[Tensor], Tensor] | None = None
@@ -110,7 +110,7 @@ class ExportReport:
     Attributes:
         out: the folder.
         target: e.g. 'timm'.
-        what: which part was written.
+        part: which part was written.
         network: what it is: the encoder's description (name, stem, kwargs), or the model's name.
         tensors: number of tensors written.
         parameters: number of trainable values among them.
@@ -126,7 +126,7 @@ class ExportReport:
 
     out: Path
     target: str
-    what: str
+    part: str
     network: dict[str, Any]
     tensors: int
     parameters: int
@@ -148,14 +148,14 @@ class Target:
         name: as users give it.
         summary: one line.
         write: ``write(job, **options) -> Written``; fills ``job.folder``. Its keyword-only arguments are the target's options.
-        what: parts of a student that it can hold.
+        part: parts of a student that it can hold.
         hub_library: ``library_name`` of the Hugging Face hub for folders of this target; None: no such layout, no model card.
     """
 
     name: str
     summary: str
     write: Callable[..., Written]
-    what: tuple[str, ...] = ("backbone",)
+    part: tuple[str, ...] = ("backbone",)
     hub_library: str | None = None
 
     @property

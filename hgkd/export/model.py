@@ -1,4 +1,4 @@
-"""``--what model``: the whole network of a checkpoint that mmengine's runner wrote, without what only its training needed.
+"""``--part model``: the whole network of a checkpoint that mmengine's runner wrote, without what only its training needed.
 
 For detectors, segmentors and any other model of mmengine: ``model.pth`` (mmengine's layout, for ``load_checkpoint`` and
 ``init_model``) and ``model.safetensors``, both under the model's own names. Of a distillation the student alone is kept, its
@@ -105,9 +105,9 @@ def _refuse_own(path: Path, described: object) -> None:
     if not isinstance(described, Mapping):
         return
     if "encoder" in described:
-        way = "a student of pretraining; --what backbone exports its encoder for mmdet, mmseg or mmpretrain"
+        way = "a student of pretraining; --part backbone exports its encoder for mmdet, mmseg or mmpretrain"
     elif "classifier" in described:
-        way = "a classifier of hgkd; --what classifier exports it with its head, --what backbone without"
+        way = "a classifier of hgkd; --part classifier exports it with its head, --part backbone without"
     else:
         way = f"a masked autoencoder of hgkd, which is a teacher: model.teacher.checkpoint={path}"
     raise WeightsError("model-of-another-kind", f"{path} holds no model of mmdet, mmseg or mmpretrain but {way}")
@@ -158,13 +158,13 @@ def export_model(checkpoint: str | os.PathLike[str], out: Path, library: str, li
             source.config
         )
         usage = load_with.replace(str(out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
-        facts = {"target": library, "what": "model", "load_with": usage, "proven_with": proven_with, "max_difference": 0.0}
+        facts = {"target": library, "part": "model", "load_with": usage, "proven_with": proven_with, "max_difference": 0.0}
         card = run_card(source, facts, work, licences, notes)
         write_cards(card, work)
         return ExportReport(
             out=out,
             target=library,
-            what="model",
+            part="model",
             network=source.describe(),
             tensors=len(state),
             parameters=sum(

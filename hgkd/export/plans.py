@@ -35,7 +35,7 @@ _CONVNEXT = (
     timm.layers.GlobalResponseNormMlp,
     timm.layers.NormMlpClassifierHead,
 )
-_REMEDY = "export it to timm, onnx, program or sparse, which take any student"
+_REMEDY = "export it to timm, onnx, pt2 or sparse, which take any student"
 
 
 class UnsupportedLayerError(WeightsError):

@@ -200,7 +200,7 @@ def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -
         encoder = build_backbone(EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs)))
         entries = network_state(checkpoint, str(path))
         inside = {key: value for key, value in entries.items() if not key.startswith(head_names(encoder))}
-        pixels = (classifier.mean, classifier.deviation)
+        pixels = (classifier.mean, classifier.std)
         noted = pixel_statistics(encoder)
         spec = EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs), None if pixels == noted else pixels)
         return StudentCheckpoint(path, spec, inside, {}, dict(meta), run_metrics(checkpoint))

@@ -31,8 +31,8 @@ from hgkd.networks.mae import read_mae
 from hgkd.networks.positions import positions_for
 from hgkd.networks.vit import check_timm_name, classifier_heads, head_names, is_vit
 from hgkd.pixels import (
-    IMAGENET_DEVIATION,
     IMAGENET_MEAN,
+    IMAGENET_STD,
     PixelNormalisation,
     check_channels,
     check_normalize,
@@ -63,7 +63,7 @@ class ClassifierOutput:
     feature: Tensor
 
     @property
-    def answer(self) -> Tensor:
+    def prediction(self) -> Tensor:
         """The logits (B, K) that count when the network is used: the heads' mean."""
         return self.logits if self.distilled is self.logits else (self.logits + self.distilled) / 2
 
@@ -78,10 +78,10 @@ class ImageClassifier(PixelNormalisation):
         stem: 'cifar' for a ResNet with a 3x3 stride-1 stem.
         two_heads: see the module's header.
         drop_path: rate of stochastic depth, in [0, 1).
-        head_std: deviation of the class head's initial weights, with bias 0 (MAE fine-tunes from 2e-5); None: timm's.
+        head_std: std of the class head's initial weights, with bias 0 (MAE fine-tunes from 2e-5); None: timm's.
         backbone: file or export that the network starts from; also a work folder, whose last checkpoint is taken.
             None: timm's random weights.
-        normalize: (mean, deviation) of the pixels in [0, 1], RGB; None: the file's, else what timm notes for the name.
+        normalize: (mean, std) of the pixels in [0, 1], RGB; None: the file's, else what timm notes for the name.
         kwargs: further arguments of ``timm.create_model``, e.g. ``global_pool='avg'``.
 
     Attributes:
@@ -151,9 +151,9 @@ class ImageClassifier(PixelNormalisation):
         pixels = None if backbone is None else self._start_from(_existing(backbone), stem)
         if normalize is not None:
             pixels = check_normalize(normalize, f"normalize of {name!r}")
-        mean, deviation = pixels or pixel_statistics(network)
+        mean, std = pixels or pixel_statistics(network)
         self.spec = ClassifierSpec(name, num_classes, size, stem, two_heads, kwargs)
-        self.set_pixels(mean, deviation)
+        self.set_pixels(mean, std)
 
     @classmethod
     def from_spec(cls, spec: ClassifierSpec, image_size: int | Sequence[int] | None = None) -> ImageClassifier:
@@ -164,15 +164,15 @@ class ImageClassifier(PixelNormalisation):
             image_size or spec.image_size,
             spec.stem,
             spec.two_heads,
-            normalize=(spec.mean, spec.deviation),
+            normalize=(spec.mean, spec.std),
             **spec.kwargs,
         )
 
-    def set_pixels(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+    def set_pixels(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise with these statistics of the pixels in [0, 1], RGB, from now on."""
-        mean, deviation = check_pixels(mean, deviation, f"the pixels of {self.spec.name!r}")
-        self.spec = replace(self.spec, mean=mean, deviation=deviation)
-        super().set_pixels(mean, deviation)
+        mean, std = check_pixels(mean, std, f"the pixels of {self.spec.name!r}")
+        self.spec = replace(self.spec, mean=mean, std=std)
+        super().set_pixels(mean, std)
 
     def forward(self, inputs: Tensor) -> ClassifierOutput:
         """Logits and the last feature map of normalised images (B, 3, H, W)."""
@@ -209,7 +209,7 @@ class ImageClassifier(PixelNormalisation):
             features = network.forward_features(inputs)
         with torch.enable_grad():
             features.requires_grad_()
-            logits = ClassifierOutput(*self._heads_logits(features), features).answer
+            logits = ClassifierOutput(*self._heads_logits(features), features).prediction
             classes = logits.argmax(1) if classes is None else classes
             (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), features)
         gradient = self._map(gradient, inputs)
@@ -223,9 +223,9 @@ class ImageClassifier(PixelNormalisation):
         return (weights * self._map(features.detach(), inputs)).sum(dim=1).relu(), classes
 
     def predict(self, inputs: Tensor) -> Tensor:
-        """The ``answer`` to normalised images (B, 3, H, W): logits (B, K)."""
+        """The ``prediction`` to normalised images (B, 3, H, W): logits (B, K)."""
         out: ClassifierOutput = self(inputs)
-        return out.answer
+        return out.prediction
 
     def feature_shape(self, image_size: int | Sequence[int]) -> tuple[int, int, int]:
         """Channels and grid (C, h, w) of the last feature map, by a dry run.
@@ -270,7 +270,7 @@ class ImageClassifier(PixelNormalisation):
             self._refuse_other(path, spec.name, spec.stem, stem)
             state = network_state(file.content, str(path))
             self._load(self.fit_positions(state, str(path), spec.image_size) if self.is_vit else state, str(path))
-            return spec.mean, spec.deviation
+            return spec.mean, spec.std
         if self.is_vit:
             weights, pixels, heads = _vit_weights(file)
             own_heads = cast(Any, self.network).blocks[0].attn.num_heads
@@ -393,5 +393,5 @@ def _vit_weights(file: WeightFile) -> tuple[dict[str, Tensor], _Pixels | None, i
         raise WeightsError("network-differs", f"{path} holds a {name!r}, but a ViT is to be trained; set student to it")
     if file.kind in (Kind.VIT_STUDENT, Kind.MAE_RUN, Kind.MAE):
         arch, weights, pixels = read_mae(file)
-        return weights, (pixels.get("mean", IMAGENET_MEAN), pixels.get("deviation", IMAGENET_DEVIATION)), arch.num_heads
+        return weights, (pixels.get("mean", IMAGENET_MEAN), pixels.get("std", IMAGENET_STD)), arch.num_heads
     return to_timm_names(file.tensors(), str(path))[1], None, None

@@ -186,40 +186,40 @@ class MaskedAutoencoder(nn.Module):
         projection = self.patch_embed.proj.weight
         nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
 
-    def embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
+    def embed(self, images: Tensor, ids_keep: Tensor | None) -> Tensor:
         """Normalised images (B, 3, H, W) -> class token and the kept patches, with positions, (B, 1 + n, D)."""
         x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        if kept is not None:
-            x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+        if ids_keep is not None:
+            x = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
         cls = self.cls_token + self.pos_embed[:, :1]
         return torch.cat([cls.expand(len(x), -1, -1), x], 1)
 
-    def encode(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Normalised images -> encoder output after the final norm, (B, 1 + n, D).
 
         Args:
-            kept: int64 (B, n), visible patches in ascending order; None: all.
+            ids_keep: int64 (B, n), visible patches in ascending order; None: all.
         """
-        x = self.embed(images, kept)
+        x = self.embed(images, ids_keep)
         for block in self.blocks:
             x = block(x)
         encoded: Tensor = self.norm(x)
         return encoded
 
-    def decoder_input(self, encoded: Tensor, kept: Tensor | None = None) -> Tensor:
+    def decoder_input(self, encoded: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encoder output -> what the first decoder block gets: tokens at kept patches, mask tokens elsewhere, positions."""
         x = self.decoder_embed(encoded)
-        if kept is not None:
+        if ids_keep is not None:
             count = self.decoder_pos_embed.shape[1] - 1
             full = self.mask_token.to(x.dtype).expand(len(x), count, -1)
-            patches = full.scatter(1, kept[:, :, None].expand(-1, -1, x.shape[2]), x[:, 1:])
+            patches = full.scatter(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]), x[:, 1:])
             x = torch.cat([x[:, :1], patches], 1)
         decoder_input: Tensor = x + self.decoder_pos_embed
         return decoder_input
 
-    def decode(self, encoded: Tensor, kept: Tensor | None = None, blocks: int | None = None) -> Tensor:
+    def decode(self, encoded: Tensor, ids_keep: Tensor | None = None, blocks: int | None = None) -> Tensor:
         """Encoder output -> hidden state after so many decoder blocks (None: all), no norm, (B, 1 + gh*gw, D')."""
-        x = self.decoder_input(encoded, kept)
+        x = self.decoder_input(encoded, ids_keep)
         for block in self.decoder_blocks[:blocks]:
             x = block(x)
         return x
@@ -229,9 +229,9 @@ class MaskedAutoencoder(nn.Module):
         pixels: Tensor = self.decoder_pred(self.decoder_norm(hidden))
         return pixels[:, 1:]
 
-    def predict_pixels(self, encoded: Tensor, kept: Tensor | None = None) -> Tensor:
+    def predict_pixels(self, encoded: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encoder output -> predicted pixels of every patch, (B, gh*gw, p*p*3)."""
-        return self.pixels_of(self.decode(encoded, kept))
+        return self.pixels_of(self.decode(encoded, ids_keep))
 
 
 def _blocks(depth: int, width: int, heads: int, mlp_ratio: float) -> nn.Sequential:
@@ -353,7 +353,7 @@ def save_mae(
 
     Args:
         path: ends in .safetensors.
-        pixels: what it was trained on: ``mean``, ``deviation`` and ``norm_pix``; :class:`MAETeacher` normalises accordingly.
+        pixels: what it was trained on: ``mean``, ``std`` and ``norm_pix``; :class:`MAETeacher` normalises accordingly.
         overwrite: replace an existing file.
 
     Raises:

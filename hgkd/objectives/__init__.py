@@ -1,12 +1,12 @@
 """Objectives: what a student is trained for. One file an objective, pure functions plus thin modules."""
 
-from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.objectives.finetuning.base import FinetuningObjective
-from hgkd.objectives.finetuning.hard_label import HardLabel
-from hgkd.objectives.finetuning.last_map import LastMapMGD
+from hgkd.objectives.finetuning.feature_map_mgd import FeatureMapMGD
+from hgkd.objectives.finetuning.hard_label_kd import HardLabelKD
+from hgkd.objectives.finetuning.logit_kd import LogitKD
 from hgkd.objectives.finetuning.nkd import NKD
-from hgkd.objectives.finetuning.soft_label import SoftLabel
 from hgkd.objectives.generation import MGDLoss
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.masked.dmae import DMAE
 from hgkd.objectives.masked.g2sd import G2SD
 from hgkd.objectives.masked.hgkd import HGKD
@@ -20,14 +20,14 @@ __all__ = [
     "HGKD",
     "MGD",
     "NKD",
-    "Comparison",
+    "LossTerm",
     "FinetuningObjective",
-    "HardLabel",
-    "LastMapMGD",
+    "HardLabelKD",
+    "FeatureMapMGD",
     "MGDLoss",
     "MaskedObjective",
     "PixelReconstruction",
     "PooledFeature",
     "Setup",
-    "SoftLabel",
+    "LogitKD",
 ]

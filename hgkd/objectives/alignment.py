@@ -20,7 +20,7 @@ class DecodingStudent(Protocol):
     """What objectives read of a student.
 
     Attributes:
-        decoded_channels, out_stride: channels of its decoder's output, image pixels per place there.
+        decoded_channels, out_stride: channels of its decoder's output, image pixels per position there.
         pyramid_channels: stride -> channels, of every scale of the decoder.
         feature_channels, feature_strides: of the encoder's levels, or of a ViT's blocks.
         cell: pixels per mask cell.
@@ -64,7 +64,7 @@ def resolve_level(
 ) -> int:
     """The index of the encoder level (of a ViT: the block) that is compared with a teacher's tokens.
 
-    A level fits when its grid is the teacher's or a whole multiple, so that no place mixes visible and hidden ones.
+    A level fits when its grid is the teacher's or a whole multiple, so that no position mixes visible and hidden ones.
 
     Args:
         level: negative counts from the end; None: the coarsest that fits.
@@ -100,12 +100,12 @@ def resolve_level(
 
 
 def encoder_map(student_out: StudentOutput, level: int, grid: tuple[int, int]) -> Tensor:
-    """An encoder level on the teacher's grid, (B, C, gh, gw), 0 at hidden places."""
+    """An encoder level on the teacher's grid, (B, C, gh, gw), 0 at hidden positions."""
     return fit_grid(student_out.features[level].to_dense(0.0), grid)
 
 
-def places_count(layout: CellLayout, cells: int, grid: tuple[int, int]) -> int:
-    """Number of places on a grid that so many mask cells cover."""
+def positions_count(layout: CellLayout, cells: int, grid: tuple[int, int]) -> int:
+    """Number of positions on a grid that so many mask cells cover."""
     return cells * (grid[0] // layout.grid[0]) * (grid[1] // layout.grid[1])
 
 
@@ -131,7 +131,7 @@ def decoder_state(teacher_out: TeacherOutput) -> Tensor:
 def fit_grid(feature: Tensor, grid: tuple[int, int]) -> Tensor:
     """A map (B, C, H, W) on another grid, (B, C, gh, gw).
 
-    Averages the places that fall together when (H, W) is a whole multiple of the grid, else interpolates bilinearly.
+    Averages the positions that fall together when (H, W) is a whole multiple of the grid, else interpolates bilinearly.
     """
     height, width = feature.shape[-2:]
     if (height, width) == grid:
@@ -142,7 +142,7 @@ def fit_grid(feature: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def build_projector(kind: str, in_channels: int, out_channels: int) -> nn.Module:
-    """A place-wise map of channels.
+    """A position-wise map of channels.
 
     Args:
         kind: 'linear' (one 1x1 convolution), 'mlp' (1x1, GELU, 1x1, as wide as its output) or 'mlp2' (two of these, one after

@@ -16,7 +16,7 @@ def layer_norm0(tokens: Tensor, eps: float = 1e-6) -> Tensor:
     return centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)
 
 
-def smooth_l1_by_place(prediction: Tensor, target: Tensor, beta: float = 2.0) -> Tensor:
+def smooth_l1_by_position(prediction: Tensor, target: Tensor, beta: float = 2.0) -> Tensor:
     """Smooth L1 averaged over channels, in fp32: two maps (B, D, h, w) -> (B, h, w).
 
     0.5 d^2 / beta where |d| < beta, |d| - beta / 2 elsewhere.

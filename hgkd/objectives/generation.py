@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
 
-MASKS = ("channel", "place")
+MASKS = ("channel", "position")
 REDUCTIONS = ("sum", "mean")
 
 
 def draw_visible(feature: Tensor, mask: str, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """What stays of a map (N, C, H, W), True = visible: bool (N, C, 1, 1) for 'channel', (N, 1, H, W) for 'place'.
+    """What stays of a map (N, C, H, W), True = visible: bool (N, C, 1, 1) for 'channel', (N, 1, H, W) for 'position'.
 
     Each entry is hidden with probability ``ratio``, independently.
     """
@@ -21,7 +21,7 @@ def draw_visible(feature: Tensor, mask: str, ratio: float, generator: torch.Gene
     return torch.rand(shape, device=feature.device, generator=generator) >= ratio
 
 
-def error_by_place(restored: Tensor, teacher: Tensor, reduction: str) -> Tensor:
+def error_by_position(restored: Tensor, teacher: Tensor, reduction: str) -> Tensor:
     """Squared error, fp32, summed or averaged over channels: two maps (N, C, H, W) -> (N, H, W).
 
     Raises:
@@ -41,8 +41,8 @@ class MGDLoss(nn.Module):
 
     Args:
         student_channels, teacher_channels: of the two maps.
-        mask: 'channel' (classification) or 'place' (detection, segmentation).
-        ratio: share of hidden channels or places, in [0, 1).
+        mask: 'channel' (classification) or 'position' (detection, segmentation).
+        ratio: share of hidden channels or positions, in [0, 1).
         alpha: weight of the loss.
         reduction: 'sum' over an image, as published, or 'mean'.
 
@@ -101,7 +101,7 @@ class MGDLoss(nn.Module):
             student: (N, C, H, W).
             teacher: (N, C', H, W).
         """
-        values = error_by_place(self.restore(student), teacher.detach(), self.reduction)
+        values = error_by_position(self.restore(student), teacher.detach(), self.reduction)
         return self.alpha * values.sum() / (len(values) if self.reduction == "sum" else values.numel())
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from hgkd.openmmlab.distiller import FeatureDistiller
 from hgkd.openmmlab.drawing import draw_predictions
 from hgkd.openmmlab.forks import find_fork_configs
 from hgkd.openmmlab.images import LoadReadableImage, UnreadableImagesHook
-from hgkd.openmmlab.runner import DownstreamRunner, rehearse
+from hgkd.openmmlab.runner import DownstreamRunner, dry_run_downstream
 from hgkd.openmmlab.weights import load_backbone_file
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "load_backbone_file",
     "merge_options",
     "register_ops",
-    "rehearse",
+    "dry_run_downstream",
 ]
 
 find_fork_configs()

@@ -342,7 +342,7 @@ def _dicts(*parts: Any) -> Iterator[dict[str, Any]]:
             yield from part
 
 
-def read_with_care(cfg: Config, work_dir: str) -> None:
+def skip_unreadable_images(cfg: Config, work_dir: str) -> None:
     """Let all images be read by ``hgkd.LoadReadableImage``, in place.
 
     Training images that it refuses are left out, their names go into ``work_dir``; one of validation or test ends the run.

@@ -1,16 +1,16 @@
 """A trained detector or segmentor teaches a smaller one: MGD on declared feature maps, G2SD's hard labels for segmentors.
 
 MGD (arXiv 2205.01529, released code yzd-v/MGD, read for facts only) masks the student's map at random and lets a small
-generator restore the teacher's: on the levels of the FPN for detectors (places hidden with 0.65, alpha 2e-5), on the backbone's
+generator restore the teacher's: on the levels of the FPN for detectors (positions hidden with 0.65, alpha 2e-5), on the backbone's
 last map for segmentors (0.75, 2e-5); for two-stage detectors the release has 0.45 and 5e-7. A student may start with the
 teacher's neck and heads, where shapes agree. The loss is :class:`hgkd.objectives.generation.MGDLoss`. For segmentors the
 release adds, unmentioned in the abstract, channel-wise distillation of the logits (arXiv 2011.13256) with temperature 4 and
 weight 3:
 
-    L = weight * T^2 / (N * K) * sum over images and classes of KL( softmax over places(t / T) || softmax over places(s / T) )
+    L = weight * T^2 / (N * K) * sum over images and classes of KL( softmax over positions(t / T) || softmax over positions(s / T) )
 
 G2SD's specific stage (arXiv 2302.14771) for segmentors: a second classifier on the student's features learns the teacher's
-hard label of every place, L = (supervised loss + cross entropy) / 2. It is dropped after training: a CNN has no distillation
+hard label of every position, L = (supervised loss + cross entropy) / 2. It is dropped after training: a CNN has no distillation
 token whose prediction could be averaged in. A detector's prediction has no such form, since which class an anchor or a proposal
 gets depends on its matching with the annotated boxes and the two networks propose different boxes, so ``hard_label`` is refused
 there; what constrains a detector are the features, by taps.
@@ -143,7 +143,7 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
             losses["hard_label_loss"] = hard_label_loss(self.second_head(features), teacher_logits) / 2
         if self.logits:
             _, logits = seen[_classifier_path(self.student)]
-            losses["logits_loss"] = self.logits * place_distribution_loss(logits, teacher_logits)
+            losses["logits_loss"] = self.logits * position_distribution_loss(logits, teacher_logits)
         for index, tap in enumerate(self.taps):
             pairs = zip(_chosen(seen[tap.student], tap), _chosen(seen_by_teacher[tap.teacher or tap.student], tap), strict=True)
             for level, (ours, theirs) in enumerate(pairs):
@@ -187,8 +187,8 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
                 if a.shape[2:] != b.shape[2:]:
                     raise InvalidValueError(
                         "tap-map-sizes-differ",
-                        f"taps.{index}, map {level}: {tuple(a.shape[2:])} places of the student, {tuple(b.shape[2:])} of "
-                        f"the teacher on a {_DRY_SIZE} px image; MGD compares place by place, so choose levels of equal stride",
+                        f"taps.{index}, map {level}: {tuple(a.shape[2:])} positions of the student, {tuple(b.shape[2:])} of "
+                        f"the teacher on a {_DRY_SIZE} px image; MGD compares position by position, so choose levels of equal stride",
                     )
                 found[f"{index}_{level}"] = MGDLoss(a.shape[1], b.shape[1], **tap.loss)
         return found
@@ -201,8 +201,8 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
         return head
 
 
-def place_distribution_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Channel-wise distillation: where in the image a class is, as a distribution over places; an fp32 scalar.
+def position_distribution_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """Channel-wise distillation: where in the image a class is, as a distribution over positions; an fp32 scalar.
 
     Args:
         logits: (B, K, H, W), brought to the teacher's size where it differs.
@@ -215,7 +215,7 @@ def place_distribution_loss(logits: Tensor, teacher_logits: Tensor, temperature:
 
 
 def hard_label_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Cross entropy with the teacher's most probable class of every place, fp32 scalar.
+    """Cross entropy with the teacher's most probable class of every position, fp32 scalar.
 
     Args:
         logits: (B, K, H, W), brought to the teacher's size where it differs.

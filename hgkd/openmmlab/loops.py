@@ -1,5 +1,5 @@
 """mmengine's training loops that outlive signals and bad losses: SIGTERM and SIGINT end a run with a checkpoint after its next
-step, and an update whose loss or gradient is not finite is left out (:class:`hgkd.training.loop.StepGuard`).
+step, and an update whose loss or gradient is not finite is left out (:class:`hgkd.training.loop.GuardedOptimWrapper`).
 
 The transforms of mmdet and mmseg draw their random numbers where they like, so going on is not exact as in
 :class:`hgkd.training.loop.ExactEpochLoop`. The order of the images is the sampler's, a function of seed and epoch: batches that
@@ -23,7 +23,7 @@ from hgkd.registry import HOOKS
 from hgkd.training.hooks.alarms import FiniteLossHook
 from hgkd.training.in_force import in_force, lines_of
 from hgkd.training.last_batch import check_last_batch, told_single_values
-from hgkd.training.loop import StepGuard, StopSignals, idle_in_any, idle_parameters
+from hgkd.training.loop import GuardedOptimWrapper, StopSignals, idle_in_any, idle_parameters
 from hgkd.training.resuming import images_that_differ
 from hgkd.training.wrapping import plain_model
 
@@ -31,12 +31,12 @@ _POSITION = "stopped_in_epoch"  # in the message hub, which checkpoints hold: [s
 
 
 def guarded_step(
-    model: Any, data_batch: Any, guard: StepGuard, stop: bool = False, look: Callable[[], None] | None = None
+    model: Any, data_batch: Any, guard: GuardedOptimWrapper, stop: bool = False, look: Callable[[], None] | None = None
 ) -> dict[str, Any]:
     """A training step whose update is left out when loss or gradient is not finite; what ``train_step`` returned.
 
     Args:
-        stop: see :meth:`StepGuard.settle`.
+        stop: see :meth:`GuardedOptimWrapper.settle`.
         look: is called when there are gradients.
 
     Raises:
@@ -65,14 +65,14 @@ class _Stoppable(BaseLoop):
     def __init__(self, runner: Runner, dataloader: Any, **options: Any) -> None:
         super().__init__(runner, dataloader, **options)
         self.interrupted = False
-        self.guard: StepGuard | None = None
+        self.guard: GuardedOptimWrapper | None = None
         self._signals = StopSignals()
         self._first = True  # the next step is the first of this start
 
     def run(self) -> nn.Module:
         """Train to the end, or until a signal asks to stop."""
         runner = self.runner
-        self.guard = StepGuard(runner.optim_wrapper, runner.model, begun=self._iter > 0)
+        self.guard = GuardedOptimWrapper(runner.optim_wrapper, runner.model, begun=self._iter > 0)
         runner.logger.info(f"in force:\n{lines_of(in_force(runner, self, Path(runner.work_dir).absolute()))}")
         with StopSignals() as self._signals:
             model: nn.Module = super().run()
@@ -82,7 +82,7 @@ class _Stoppable(BaseLoop):
 
     def _step(self, idx: int, data_batch: Any) -> None:
         """mmengine's ``run_iter`` with the guard between model and optimiser."""
-        guard = cast(StepGuard, self.guard)
+        guard = cast(GuardedOptimWrapper, self.guard)
         self.runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         first, self._first = self._first, False
         if first:
@@ -99,7 +99,7 @@ class _Stoppable(BaseLoop):
         runner: Any = self.runner
         check_last_batch(plain_model(runner), self, data_batch)
         if get_world_size() > 1:
-            guard = cast(StepGuard, self.guard)
+            guard = cast(GuardedOptimWrapper, self.guard)
             runner.say_idle_parameters(idle_in_any(runner.model, guard, data_batch, runner.seed or 0, self._iter))
 
     def _say_idle(self) -> None:
@@ -126,7 +126,7 @@ class _Stoppable(BaseLoop):
         file = os.path.join(hook.out_dir, hook.filename_tmpl.format(name))
         if hook.last_ckpt != file:  # the hook's own interval may have ended here
             hook._save_checkpoint_with_step(runner, name, meta=dict(epoch=self._epoch, iter=self._iter))
-        if cast(StepGuard, self.guard).untrained:
+        if cast(GuardedOptimWrapper, self.guard).untrained:
             runner.logger.warning(f"{where}; no update was made, so nothing was saved")
             return
         runner.logger.warning(f"{where}; saved {file}, continue with --resume: {what_follows}")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from hgkd.errors import DivergedError, InvalidValueError, WeightsError
 from hgkd.mmcv_ops.finder import ops_notice, register_ops
-from hgkd.openmmlab.config import datasets_of, drop_downloads, model_config, read_with_care, whole_number, without_scope
+from hgkd.openmmlab.config import datasets_of, drop_downloads, model_config, skip_unreadable_images, whole_number, without_scope
 from hgkd.openmmlab.data_checks.checks import check_data
 from hgkd.openmmlab.loops import DownstreamFiniteLossHook, StoppableEpochLoop, StoppableIterLoop, guarded_step
 from hgkd.openmmlab.weights import check_pixels, check_start, load_backbone_file, prepared_pixels, student_weights
@@ -33,7 +33,7 @@ from hgkd.training.hooks.alarms import LossAlarmHook
 from hgkd.training.hooks.progress import UNREADABLE
 from hgkd.training.in_force import in_force, lines_of
 from hgkd.training.last_batch import check_last_batch
-from hgkd.training.loop import StepGuard, end_readers_at_exit, outlive_signals
+from hgkd.training.loop import GuardedOptimWrapper, end_workers_at_exit, ignore_first_signal
 from hgkd.training.resuming import ReadCheckpoint
 from hgkd.training.runner import DistillRunner
 from hgkd.training.work_folder import trial_folder
@@ -60,7 +60,7 @@ class DownstreamRunner(DistillRunner):
         # past DistillRunner's, to mmengine's seeds: the transforms draw from numpy
         loader: DataLoader[Any] = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
-        end_readers_at_exit()
+        end_workers_at_exit()
         return loader
 
     @classmethod
@@ -81,7 +81,7 @@ class DownstreamRunner(DistillRunner):
         remarks = drop_downloads(cfg.model)
         loaders = ("train_dataloader", "val_dataloader") if cfg.get("train_dataloader") else ("test_dataloader",)
         remarks += check_data(cfg, loaders)
-        read_with_care(cfg, cfg.work_dir)
+        skip_unreadable_images(cfg, cfg.work_dir)
         if cfg.get("visualizer"):  # under a fixed name mmengine gives a second run of this process the first one's folder
             cfg.visualizer = {key: value for key, value in cfg.visualizer.items() if key != "name"}
         runner: DownstreamRunner = super().from_cfg(cfg)  # type: ignore[assignment]
@@ -202,7 +202,7 @@ def _start_worker(first: Callable[[int], None] | None, worker: int) -> None:
     """What a reading process does first: mmengine's seeds, then hgkd's signals."""
     if first is not None:
         first(worker)
-    outlive_signals(worker)
+    ignore_first_signal(worker)
 
 
 def _check_steps(loop: Any, processes: int) -> None:
@@ -227,7 +227,7 @@ def _check_steps(loop: Any, processes: int) -> None:
     )
 
 
-def rehearse(cfg: Config) -> str:
+def dry_run_downstream(cfg: Config) -> str:
     """Build what a downstream config describes, as a training does, load its weights and do one step; the work folder stays as
     it is.
 
@@ -259,7 +259,7 @@ def rehearse(cfg: Config) -> str:
         batch = next(iter(loop.dataloader))
         runner.call_hook("before_train_iter", batch_idx=0, data_batch=batch)
         check_last_batch(plain_model(runner), loop, batch)
-        guard = StepGuard(runner.optim_wrapper, runner.model)
+        guard = GuardedOptimWrapper(runner.optim_wrapper, runner.model)
         outputs = guarded_step(runner.model, batch, guard)
     losses = {name: float(value) for name, value in outputs.items() if "loss" in name}
     if guard.skipped or not all(map(math.isfinite, losses.values())):

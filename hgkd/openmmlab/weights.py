@@ -225,19 +225,19 @@ class Pixels:
     order: str
 
     def agrees(self, other: Pixels) -> bool:
-        """Whether a network takes the one for the other: a unit of the mean, 3 % of the deviation."""
+        """Whether a network takes the one for the other: a unit of the mean, 3 % of the std."""
         if self.order != other.order or self.mean is None or other.mean is None or self.std is None or other.std is None:
             return self == other
         if not len(self.mean) == len(other.mean) == len(self.std) == len(other.std):
             return False
         means = zip(self.mean, other.mean, strict=True)
-        deviations = zip(self.std, other.std, strict=True)
-        return all(abs(a - b) <= 1 for a, b in means) and all(abs(a - b) <= 0.03 * b for a, b in deviations)
+        stds = zip(self.std, other.std, strict=True)
+        return all(abs(a - b) <= 1 for a, b in means) and all(abs(a - b) <= 0.03 * b for a, b in stds)
 
     def __str__(self) -> str:
         if self.mean is None:
             return f"{self.order}, pixels from 0 to 255 as they are"
-        return f"{self.order}, mean {_listed(self.mean)}, deviation {_listed(self.std or ())}"
+        return f"{self.order}, mean {_listed(self.mean)}, std {_listed(self.std or ())}"
 
 
 def prepared_pixels(preprocessor: Mapping[str, Any], pipeline: Sequence[Mapping[str, Any]] = ()) -> Pixels | None:
@@ -267,7 +267,7 @@ def check_pixels(
     """Compare how a config prepares its images with what the backbone's weights were trained on.
 
     Of an export its card says it. Of other files ImageNet's usual numbers are taken (timm's for the network of a
-    ``TimmBackbone``), and a difference is a line of the log: weights of caffe's ResNets, for one, want BGR and no deviation.
+    ``TimmBackbone``), and a difference is a line of the log: weights of caffe's ResNets, for one, want BGR and no std.
 
     Args:
         backbone: see :func:`load_backbone_file`.
@@ -299,7 +299,7 @@ def check_pixels(
         told += ", and the same for model.teacher (a distillation whose student or teacher is a file: in that file)"
     if card and refuse:
         raise InvalidValueError("pixels-differ", told)
-    told += "" if card else "; leave it where the weights are of that kind, e.g. caffe's (BGR, deviation 1, style='caffe')"
+    told += "" if card else "; leave it where the weights are of that kind, e.g. caffe's (BGR, std 1, style='caffe')"
     print_log(told, "current", logging.WARNING)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine import registry as roots
 
-from hgkd.errors import DataError, MissingFileError, few
+from hgkd.errors import DataError, MissingFileError, abbreviate
 from hgkd.openmmlab.data_checks.listed_images import check_images, why_absent
 
 
@@ -42,11 +42,13 @@ def check_xml_files(dataset: Mapping[str, Any], file: Path, classes: Sequence[st
     if not any(entry["instances"] for entry in entries):
         raise DataError(
             "voc-classes-absent",
-            f"{name}: no object in the {len(entries)} files of {file} is one of the classes {few(classes)}; they are called "
-            f"{few(strangers)}. Blanks, and upper and lower case, count: set the data set's metainfo.classes",
+            f"{name}: no object in the {len(entries)} files of {file} is one of the classes {abbreviate(classes)}; they are called "
+            f"{abbreviate(strangers)}. Blanks, and upper and lower case, count: set the data set's metainfo.classes",
         )
     remarks = (
-        [f"{name}: {few(strangers)} of {file} are not among the config's classes and will be left out"] if strangers else []
+        [f"{name}: {abbreviate(strangers)} of {file} are not among the config's classes and will be left out"]
+        if strangers
+        else []
     )
     return remarks + check_images(file, Path(), [str(entry["img_path"]) for entry in entries], name)
 

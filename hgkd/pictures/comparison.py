@@ -16,7 +16,7 @@ from hgkd.writing import written_whole
 def write_picture(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:
     """Bars of the final scores, and the runs' first curve over images and over processor seconds, as PNG.
 
-    Whiskers and bands are the deviation over seeds; a bar of a single seed is hatched, its whisker the interval over test
+    Whiskers and bands are the std over seeds; a bar of a single seed is hatched, its whisker the interval over test
     images. Validations are taken to lie evenly in time and images. A run that was interrupted has no curve over seconds.
     """
     rows: dict[str, list[Run]] = {}
@@ -38,9 +38,9 @@ def write_picture(runs: Sequence[Run], file: str | os.PathLike[str]) -> None:
     for axis, (label, found) in zip(axes[1:], curves.items(), strict=True):
         for row, points in found.items():
             if points:
-                x, mean, deviation = zip(*points, strict=True)
+                x, mean, std = zip(*points, strict=True)
                 axis.plot(x, mean, marker=".", label=row, color=colours[row])
-                low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
+                low, high = ([m + sign * d for m, d in zip(mean, std, strict=True)] for sign in (-1, 1))
                 axis.fill_between(x, low, high, alpha=0.2, color=colours[row], linewidth=0)
         axis.set_xlabel(label)
         axis.set_ylabel(f"{next(iter(_curves(_first_with_curve(runs))))} during training")
@@ -94,7 +94,7 @@ def _first_with_curve(runs: Sequence[Run]) -> Run:
 
 
 def _curve(members: Sequence[Run], total: str) -> list[tuple[float, float, float]]:
-    """(x, mean, deviation over seeds) of the first curve of a row's runs; x is the step's share of ``run[total]``."""
+    """(x, mean, std over seeds) of the first curve of a row's runs; x is the step's share of ``run[total]``."""
     known = [run for run in members if _curves(run) and run.get(total)]
     values: dict[float, list[float]] = {}
     ends = []

@@ -1,4 +1,4 @@
-"""What a masked model makes of hidden places: MAE (arXiv 2111.06377), SparK (arXiv 2301.03580)."""
+"""What a masked model makes of hidden positions: MAE (arXiv 2111.06377), SparK (arXiv 2301.03580)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hgkd.config.reading import check_plain_data
 from hgkd.errors import InvalidValueError, MissingFileError
-from hgkd.masking import RandomMask, grid_of, kept_indices
+from hgkd.masking import RandomMask, grid_of, ids_keep_of
 from hgkd.pictures.columns import Columns, hide_cells
 from hgkd.pictures.distillation import distillation_columns
 from hgkd.pictures.features import _finite
@@ -125,11 +125,11 @@ class _MAEPixels:
         generator = torch.Generator().manual_seed(seed)
         visible = RandomMask(mask_ratio, rounding="floor")(len(images), cells, device="cpu", generator=generator)
         patches = self.teacher.patch_mask(visible)
-        kept = kept_indices(patches)
+        ids_keep = ids_keep_of(patches)
         normalised = self.teacher.normalise(images)
         network = self.teacher.network
-        predicted = network.predict_pixels(network.encode(normalised, kept), kept)
-        if self.norm_pix:  # back with the true mean and deviation of each patch, which the network never sees
+        predicted = network.predict_pixels(network.encode(normalised, ids_keep), ids_keep)
+        if self.norm_pix:  # back with the true mean and std of each patch, which the network never sees
             own = patchify(normalised, patch)
             predicted = predicted * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
         predicted = torch.where(patches[:, :, None], patchify(normalised, patch), predicted)
@@ -140,9 +140,9 @@ class _MAEPixels:
 def reconstruction_columns(
     model: Reconstructor, inputs: Tensor, mask_ratio: float | None = None, seed: int = 0
 ) -> tuple[Columns, float]:
-    """What a masked model makes of hidden places, and the share of hidden cells that was used.
+    """What a masked model makes of hidden positions, and the share of hidden cells that was used.
 
-    Hidden places are brought back to pixels with their own true mean and deviation where the model was trained on standardised
+    Hidden positions are brought back to pixels with their own true mean and std where the model was trained on standardised
     ones (as MAE's and SparK's pictures are): colours and contrast are then given, only the structure is the model's.
 
     Args:

@@ -4,7 +4,7 @@ Useful without the rest of hgkd: masked inference on partial views, or on images
 
 >>> net = sparsify(timm.create_model("resnet18", num_classes=0, global_pool=""), cell=32)
 >>> features = net(images, visible=visible)      # visible: bool (B, H/32, W/32), True = visible
->>> dense = features.to_dense()                  # (B, 512, H/32, W/32), 0 at hidden places
+>>> dense = features.to_dense()                  # (B, 512, H/32, W/32), 0 at hidden positions
 """
 
 from hgkd.sparse import rules as _rules  # noqa: F401  (fills the tables)

@@ -29,7 +29,7 @@ BACKENDS: dict[str, type[SparseTensor]] = {"gather": PackedTensor, "masked": Mas
 LayerRule = Callable[[Any, SparseTensor], Any]
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {}
 
-# they mix places and have neither a function rule nor a layer rule: refused when the network is converted
+# they mix positions and have neither a function rule nor a layer rule: refused when the network is converted
 _REFUSED = (
     nn.ConvTranspose2d,
     nn.InstanceNorm2d,
@@ -77,7 +77,7 @@ class SparseModule:
         """Visible part of a batch of images.
 
         Args:
-            images: (B, C, H, W), already normalised: hidden places count as 0.
+            images: (B, C, H, W), already normalised: hidden positions count as 0.
             visible: bool (B, H/cell, W/cell), True = visible, or a ready layout.
         """
         cells = visible if isinstance(visible, CellLayout) else CellLayout(visible, self.sparse_cell)
@@ -109,7 +109,7 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather") -> nn.Module
     Raises:
         ValueError: unknown backend, or ``cell`` < 1.
         ImportError: the backend's library is not installed.
-        NoSparseRuleError: a layer is known to mix places without a rule, or cannot be copied; it is named.
+        NoSparseRuleError: a layer is known to mix positions without a rule, or cannot be copied; it is named.
     """
     if backend not in BACKENDS:
         raise InvalidValueError("sparse-backend-unknown", f"unknown sparse backend {backend!r}; known: {', '.join(BACKENDS)}")
@@ -156,7 +156,7 @@ def _give_rules(module: nn.Module) -> None:
         elif isinstance(layer, _REFUSED):
             raise NoSparseRuleError(
                 "layer-without-sparse-rule",
-                f"layer {path!r} ({type(layer).__name__}) mixes places and has no sparse rule; register one with "
+                f"layer {path!r} ({type(layer).__name__}) mixes positions and has no sparse rule; register one with "
                 "hgkd.sparse.layer_rule, or choose another network",
             )
         layer.__dict__["sparse_path"] = path
@@ -212,7 +212,7 @@ def drop_path(layer: Any, x: SparseTensor) -> SparseTensor:
 
 @layer_rule(timm.layers.EcaModule)
 def efficient_channel_attention(layer: Any, x: SparseTensor) -> SparseTensor:
-    """ECA (arXiv 1910.03151): a 1-D convolution over channels of the image's mean, which is over visible places here."""
+    """ECA (arXiv 1910.03151): a 1-D convolution over channels of the image's mean, which is over visible positions here."""
     mean = x.mean((2, 3))
     gate = layer.conv(mean.unsqueeze(1))
     if layer.conv2 is not None:
@@ -249,7 +249,7 @@ def _total(parts: Any) -> SparseTensor:
 
 @layer_rule(timm.layers.GlobalContext)
 def global_context(layer: Any, x: SparseTensor) -> SparseTensor:
-    """GCNet (arXiv 1904.11492): the softmax that weighs the places runs over the image's visible ones."""
+    """GCNet (arXiv 1904.11492): the softmax that weighs the positions runs over the image's visible ones."""
     if layer.conv_attn is None:
         context = x.mean((2, 3), keepdim=True)
     else:
@@ -265,10 +265,10 @@ def global_context(layer: Any, x: SparseTensor) -> SparseTensor:
 
 @layer_rule(nn.SyncBatchNorm)
 def sync_batch_norm(layer: nn.SyncBatchNorm, x: SparseTensor) -> SparseTensor:
-    """Statistics over the visible places of all processes; torch weighs each by its number of rows."""
+    """Statistics over the visible positions of all processes; torch weighs each by its number of rows."""
     if isinstance(x, PackedTensor):
         return x.like(nn.SyncBatchNorm.forward(layer, x.plain))
-    visible = cast(MaskedTensor, x).place_mask[:, 0]
+    visible = cast(MaskedTensor, x).visible_mask[:, 0]
     rows = x.plain.permute(0, 2, 3, 1)
     normed = nn.SyncBatchNorm.forward(layer, rows[visible])
     out = torch.zeros_like(rows, dtype=normed.dtype)

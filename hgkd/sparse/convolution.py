@@ -56,8 +56,8 @@ def window_geometry(
 
     Args:
         what: name for messages.
-        s_in: places along a cell's side in the input.
-        size: (height, width) of the whole feature map in places.
+        s_in: positions along a cell's side in the input.
+        size: (height, width) of the whole feature map in positions.
         given: the function's arguments: stride, padding, dilation, perhaps ceil_mode.
         pending: what ``torch.nn.functional.pad`` added before.
 
@@ -75,12 +75,12 @@ def window_geometry(
     if s_in % stride[0]:
         raise InvalidValueError(
             "cells-too-small-for-stride",
-            f"{what} of stride {stride[0]} on cells that are {s_in} places wide here: cells must be a multiple of the "
+            f"{what} of stride {stride[0]} on cells that are {s_in} positions wide here: cells must be a multiple of the "
             "network's total stride; use larger mask cells",
         )
     if isinstance(padding, str):
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)] if padding == "same" else [0, 0]
-        pad = (total[0] // 2, total[1] // 2)  # torch pads the odd place below and right
+        pad = (total[0] // 2, total[1] // 2)  # torch pads the odd position below and right
         above_and_below = tuple(total)
     else:
         pad = pair(padding)
@@ -98,8 +98,8 @@ def window_geometry(
         if made != size[axis] // stride[axis]:
             raise InvalidValueError(
                 "window-moves-positions",
-                f"{what} with kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation} makes {made} places "
-                f"of {size[axis]}; a sparse layer must make {size[axis] // stride[axis]}, so that its places stay "
+                f"{what} with kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation} makes {made} positions "
+                f"of {size[axis]}; a sparse layer must make {size[axis] // stride[axis]}, so that its positions stay "
                 "aligned with the mask cells (usual remedy: padding = dilation * (kernel - 1) / 2)",
             )
     pad = (pad[0] + before[0], pad[1] + before[1])

@@ -90,13 +90,13 @@ FAMILIES = (
     Family("VoVNet", "ese_vovnet19b_slim"),
 )
 
-# member -> (the layer that the message names, why); not complete: whatever mixes places without a rule is refused
+# member -> (the layer that the message names, why); not complete: whatever mixes positions without a rule is refused
 REFUSED = {
-    "edgenext_xx_small": ("SplitTransposeBlock", "attention between channels over all places"),
-    "fastvit_sa12": ("Attention", "attention between places in the last stage; the members t8 and t12 have none"),
-    "mobilenetv4_hybrid_medium": ("MultiQueryAttention2d", "attention between places; the 'conv' members have none"),
-    "mobilevit_xxs": ("MobileVitBlock", "attention between places"),
-    "tiny_vit_5m_224": ("TinyVitBlock", "attention between places in windows"),
-    "efficientformer_l1": ("Flat", "attention between places in the last stage"),
+    "edgenext_xx_small": ("SplitTransposeBlock", "attention between channels over all positions"),
+    "fastvit_sa12": ("Attention", "attention between positions in the last stage; the members t8 and t12 have none"),
+    "mobilenetv4_hybrid_medium": ("MultiQueryAttention2d", "attention between positions; the 'conv' members have none"),
+    "mobilevit_xxs": ("MobileVitBlock", "attention between positions"),
+    "tiny_vit_5m_224": ("TinyVitBlock", "attention between positions in windows"),
+    "efficientformer_l1": ("Flat", "attention between positions in the last stage"),
     "ghostnetv2_100": ("GhostModuleV2", "its gates are halved and resized to the size of a whole image"),
 }

@@ -1,7 +1,7 @@
 """Triton kernels for convolutions larger than 1x1 on a GPU: gather and product in one pass (implicit GEMM).
 
 The pure torch kernel ``im2col`` writes the k*k neighbour rows side by side to memory and reads them again; here each program
-loads the rows that it needs straight into its tile of the product. A hidden place is an index past the last row and loads
+loads the rows that it needs straight into its tile of the product. A hidden position is an index past the last row and loads
 zeros, so no zero row is appended either. The input gradient is the forward kernel with the transposed index; the weight
 gradient sums over slices of the points and adds the partial sums in a fixed order, so no atomic addition occurs.
 

@@ -1,4 +1,4 @@
-"""Convolution on packed cells: exact, and at the cost of the visible places only.
+"""Convolution on packed cells: exact, and at the cost of the visible positions only.
 
 A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T*s*s, C). Four kernels cover every layer;
 :func:`choose_kernel` picks one from the layer's shape:
@@ -6,14 +6,14 @@ A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T
 - ``matmul``: kernel 1, no neighbours: one matrix product on the rows.
 - ``im2col``: the k*k neighbour rows side by side, in slices that stay in cache, and one product a slice. Its input gradient
   is a gather as well, before or after the product, so no scatter and no atomic addition occurs anywhere.
-- ``halo``: every cell with its border of neighbour places as a small image, then an ordinary convolution without padding.
+- ``halo``: every cell with its border of neighbour positions as a small image, then an ordinary convolution without padding.
   The choice for grouped layers and for very few channels.
-- ``map``: the whole image with zeros at hidden places, of whose result the visible places are kept. The choice for depthwise
+- ``map``: the whole image with zeros at hidden positions, of whose result the visible positions are kept. The choice for depthwise
   layers where cells are so small that their tiles together are larger than the whole.
 
 On a GPU with Triton, ``im2col`` runs as one fused kernel instead, without the columns in memory (:mod:`hgkd.sparse.fused`).
 
-Nothing here knows of masks: hidden places are the index one past the last row, where a row of zeros is appended.
+Nothing here knows of masks: hidden positions are the index one past the last row, where a row of zeros is appended.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class ConvGeometry:
     """Geometry of a convolution that keeps to the cell grid; pairs are (vertical, horizontal).
 
     Attributes:
-        s_in: places along a cell's side before the convolution.
-        pad: places padded on (top, left); what is padded below and right follows from the output size.
+        s_in: positions along a cell's side before the convolution.
+        pad: positions padded on (top, left); what is padded below and right follows from the output size.
         border: what lies outside the image: 'constant', or 'reflect' as in ``torch.nn.functional.pad``.
     """
 
@@ -88,7 +88,7 @@ def packed_of(rows: Tensor, s: int) -> Tensor:
 
 
 def with_zero_row(rows: Tensor) -> Tensor:
-    """Rows with one row of zeros appended, where the indices of hidden places point."""
+    """Rows with one row of zeros appended, where the indices of hidden positions point."""
     out = rows.new_empty(rows.shape[0] + 1, rows.shape[1])
     out[:-1] = rows
     out[-1] = 0
@@ -106,7 +106,7 @@ def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry, layout: C
     if geometry.border != "constant":
         return "halo"
     if groups > 1:
-        # a cell of one place in tiles of 49 reads far more than the whole map holds; depthwise products cost next to nothing
+        # a cell of one position in tiles of 49 reads far more than the whole map holds; depthwise products cost next to nothing
         tile = _halo_size(geometry, 0) * _halo_size(geometry, 1) / geometry.s_in**2
         return "map" if weight.shape[1] == 1 and tile > 3 * layout.visible.numel() / layout.num_cells else "halo"
     if geometry.is_pointwise:
@@ -181,7 +181,7 @@ def _fused(rows: Tensor) -> Any:
 
 
 def _readable(rows: Tensor) -> Tensor:
-    """Rows in the form that the products below read hidden places from."""
+    """Rows in the form that the products below read hidden positions from."""
     return rows if _fused(rows) else with_zero_row(rows)
 
 
@@ -306,7 +306,7 @@ def _excess_padding(geometry: ConvGeometry, layout: CellLayout) -> list[int]:
 
 
 def _spread(packed: Tensor, layout: CellLayout) -> Tensor:
-    """(T, C, s, s) -> (B, C, h*s, w*s), channels_last, 0 at hidden places."""
+    """(T, C, s, s) -> (B, C, h*s, w*s), channels_last, 0 at hidden positions."""
     index = layout.row_map(packed.shape[2])
     found = with_zero_row(rows_of(packed)).index_select(0, index.flatten())
     return found.view(*index.shape, -1).permute(0, 3, 1, 2)
@@ -315,7 +315,7 @@ def _spread(packed: Tensor, layout: CellLayout) -> Tensor:
 def _collect(dense: Tensor, layout: CellLayout) -> Tensor:
     """Inverse of :func:`_spread`."""
     s = dense.shape[2] // layout.grid[0]
-    return packed_of(dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1]).index_select(0, layout.places(s)), s)
+    return packed_of(dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1]).index_select(0, layout.positions(s)), s)
 
 
 class _Regroup(torch.autograd.Function):
@@ -333,11 +333,11 @@ class _Regroup(torch.autograd.Function):
 
 
 def halo_tiles(packed: Tensor, geometry: ConvGeometry, layout: CellLayout, outside: float = 0.0) -> Tensor:
-    """Every cell with the neighbour places that its outputs read, as a small image.
+    """Every cell with the neighbour positions that its outputs read, as a small image.
 
     Args:
         packed: (T, C, s_in, s_in).
-        outside: value of places outside the image (hidden places are always 0).
+        outside: value of positions outside the image (hidden positions are always 0).
 
     Returns:
         (T, C, n, m), channels_last, with n = (s_out-1)*stride + (kh-1)*dilation + 1.
@@ -388,7 +388,7 @@ class _HaloTiles(torch.autograd.Function):
         own = tiles[:, at_y, at_x]
         if own.shape[1:3] == (s, s):
             out = own.clone(memory_format=torch.contiguous_format)
-        else:  # some places are read by no output
+        else:  # some positions are read by no output
             out = grad.new_zeros(layout.num_cells, s, s, grad.shape[1])
             out[:, in_y, in_x] = own
         for dy, (in_y, at_y) in spans_y.items():
@@ -401,9 +401,9 @@ class _HaloTiles(torch.autograd.Function):
 
 
 def _spans(s: int, pad: int, size: int) -> dict[int, tuple[slice, slice]]:
-    """For each neighbour cell at distance d along one axis: which of our places its halo tile covers, and where in the tile.
+    """For each neighbour cell at distance d along one axis: which of our positions its halo tile covers, and where in the tile.
 
-    The tile of the cell at distance d covers our places ``d*s - pad ... d*s - pad + size - 1``.
+    The tile of the cell at distance d covers our positions ``d*s - pad ... d*s - pad + size - 1``.
     """
     spans = {}
     for d in range(-((size - pad - 1) // s), (pad + s - 1) // s + 1):

@@ -123,12 +123,12 @@ class CellLayout:
         return self._cache[key]
 
     def mask(self, stride: int) -> Tensor:
-        """Visible places of a feature map, bool (B, 1, H/stride, W/stride)."""
+        """Visible positions of a feature map, bool (B, 1, H/stride, W/stride)."""
         s = self.side(stride)
         return self.keep(("mask", s), lambda: self.visible.repeat_interleave(s, 1).repeat_interleave(s, 2).unsqueeze(1))
 
     def row_map(self, s: int) -> Tensor:
-        """Packed row of every place, int64 (B, h*s, w*s), with ``T*s*s`` (one past the last row) at hidden places."""
+        """Packed row of every position, int64 (B, h*s, w*s), with ``T*s*s`` (one past the last row) at hidden positions."""
 
         def make() -> Tensor:
             inside = torch.arange(s * s, device=self.device).view(s, s).repeat(*self.grid)
@@ -137,17 +137,17 @@ class CellLayout:
 
         return self.keep(("rows", s), make)
 
-    def places(self, s: int) -> Tensor:
+    def positions(self, s: int) -> Tensor:
         """Place of every packed row in the flattened map (B, h*s, w*s), int64 (T*s*s,): inverse of :meth:`row_map`."""
 
         def make() -> Tensor:
             image, y, x = self.coordinates(s).long().unbind(1)
             return (image * (self.grid[0] * s) + y) * (self.grid[1] * s) + x
 
-        return self.keep(("places", s), make)
+        return self.keep(("positions", s), make)
 
     def coordinates(self, s: int) -> Tensor:
-        """(image, y, x) of every visible place in packed row order, int32 (T*s*s, 3), contiguous."""
+        """(image, y, x) of every visible position in packed row order, int32 (T*s*s, 3), contiguous."""
 
         def make() -> Tensor:
             inside = torch.arange(s * s, device=self.device)
@@ -169,17 +169,17 @@ class CellLayout:
     ) -> Tensor:
         """Rows of a packed map that lie at given offsets from a regular set of points in every visible cell.
 
-        Point (i, j) of a cell whose first place is (y0, x0) reads the places ``y0 + i*step + offset_y`` and
+        Point (i, j) of a cell whose first place is (y0, x0) reads the positions ``y0 + i*step + offset_y`` and
         ``x0 + j*step + offset_x``.
 
         Args:
-            s: places along a cell's side in the map that is read.
+            s: positions along a cell's side in the map that is read.
             count: points along a cell's side.
-            step: places between two points.
-            offsets_y, offsets_x: offsets in places, equally spaced, may be negative.
-            outside: the index given to places outside the image is ``T*s*s + outside``; hidden places inside it always
+            step: positions between two points.
+            offsets_y, offsets_x: offsets in positions, equally spaced, may be negative.
+            outside: the index given to positions outside the image is ``T*s*s + outside``; hidden positions inside it always
                 have ``T*s*s``. So one zero row appended to the map serves both, and a second row tells them apart.
-            border: 'reflect' gives places outside the image the index of their mirror image inside it.
+            border: 'reflect' gives positions outside the image the index of their mirror image inside it.
 
         Returns:
             int64 (T * count * count, len(offsets_y) * len(offsets_x)), points in packed row order.
@@ -251,11 +251,11 @@ class CellLayout:
         return cells.view(self.num_cells, s, s, channels).permute(0, 3, 1, 2)
 
     def scatter_cells(self, packed: Tensor, fill: float | Tensor = 0.0) -> Tensor:
-        """Inverse of :meth:`gather_cells`: (T, C, s, s) to (B, C, h*s, w*s) with ``fill`` at hidden places; differentiable.
+        """Inverse of :meth:`gather_cells`: (T, C, s, s) to (B, C, h*s, w*s) with ``fill`` at hidden positions; differentiable.
 
         Args:
             packed: (T, C, s, s).
-            fill: number, or tensor (C,), which receives the gradient of all hidden places.
+            fill: number, or tensor (C,), which receives the gradient of all hidden positions.
         """
         (h, w), (_, channels, s, _) = self.grid, packed.shape
         rows = packed.permute(0, 2, 3, 1).reshape(self.num_cells, s * s * channels)
@@ -292,7 +292,7 @@ NOTHING = 1 << 40  # more than any map has values
 def regular_stencil(
     s: int, count: int, step: int, offsets_y: tuple[int, ...], offsets_x: tuple[int, ...], device: torch.device
 ) -> Stencil:
-    """Points ``count`` x ``count``, ``step`` places apart, each with its neighbours at the given offsets."""
+    """Points ``count`` x ``count``, ``step`` positions apart, each with its neighbours at the given offsets."""
     with torch.inference_mode(False):  # it may be kept for a training to come
         points = torch.arange(count, device=device)[:, None] * step
         y = (points + spaced(offsets_y, device)).view(count, 1, -1, 1)
@@ -303,7 +303,7 @@ def regular_stencil(
 
 
 def cells_reached(s: int, first: int, last: int) -> int:
-    """How many cells away the places ``first`` to ``last`` lie at most, counted from a cell's own first place."""
+    """How many cells away the positions ``first`` to ``last`` lie at most, counted from a cell's own first place."""
     return max(-(first // s), last // s, 0)
 
 
@@ -318,9 +318,9 @@ def spaced(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.arange(len(numbers), device=device) * step + numbers[0]
 
 
-def _mirrored(places: Tensor, size: int) -> Tensor:
+def _mirrored(positions: Tensor, size: int) -> Tensor:
     """Places beyond either end of an axis, folded back into 0 ... size - 1."""
-    return size - 1 - (size - 1 - places.abs()).abs()
+    return size - 1 - (size - 1 - positions.abs()).abs()
 
 
 class _SelectRows(torch.autograd.Function):
@@ -339,7 +339,7 @@ class _SelectRows(torch.autograd.Function):
 
 
 class _PlaceRows(torch.autograd.Function):
-    """Rows put at the places ``index`` (no repeats) of a zero matrix."""
+    """Rows put at the positions ``index`` (no repeats) of a zero matrix."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, index: Tensor, length: int) -> Tensor:  # type: ignore[no-untyped-def, override]

@@ -1,4 +1,4 @@
-"""Backend ``masked``: dense compute, hidden places multiplied by zero before anything that reads neighbours.
+"""Backend ``masked``: dense compute, hidden positions multiplied by zero before anything that reads neighbours.
 
 This is what SparK (arXiv 2301.03580) and its descendants do; here it is the reference that the other backends are tested
 against and the baseline of the benchmarks. With nothing hidden it multiplies nothing and is the dense network itself, so the
@@ -21,7 +21,7 @@ from hgkd.sparse.tensor import Rule, SparseTensor, function_rule, plain_torch
 
 
 class MaskedTensor(SparseTensor):
-    """All places, dense (B, C, H, W) or (B, H, W, C); values at hidden places mean nothing."""
+    """All positions, dense (B, C, H, W) or (B, H, W, C); values at hidden positions mean nothing."""
 
     rules: ClassVar[dict[Any, Rule]] = {}
 
@@ -38,8 +38,8 @@ class MaskedTensor(SparseTensor):
             return self.plain
         if isinstance(fill, Tensor):
             fill = fill.to(self.dtype).view(1, -1, 1, 1)
-            return torch.where(self.place_mask, self.plain, fill)
-        return self.plain.masked_fill(~self.place_mask, fill)
+            return torch.where(self.visible_mask, self.plain, fill)
+        return self.plain.masked_fill(~self.visible_mask, fill)
 
     @property
     def stride(self) -> int:  # type: ignore[override]
@@ -47,17 +47,17 @@ class MaskedTensor(SparseTensor):
             return int(self.cells.image_size[0] // self.shape[self.spatial_dims[0]])
 
     @property
-    def place_mask(self) -> Tensor:
-        """Visible places, bool (B, 1, H, W) or (B, H, W, 1)."""
+    def visible_mask(self) -> Tensor:
+        """Visible positions, bool (B, 1, H, W) or (B, H, W, 1)."""
         mask = self.cells.mask(self.stride)
         return mask if self.channel_dim == 1 else mask.permute(0, 2, 3, 1)
 
     @property
     def zeroed(self) -> Tensor:
-        """The values as an ordinary tensor with 0 at hidden places, and padded if it was to be."""
+        """The values as an ordinary tensor with 0 at hidden positions, and padded if it was to be."""
         values = self.plain
         if not self.cells.all_visible:
-            values = values * self.place_mask.to(values.dtype)
+            values = values * self.visible_mask.to(values.dtype)
         if self.pending is not None:
             fill = self.pending.value if self.pending.mode == "constant" else None
             values = F.pad(values, self.pending.sides, self.pending.mode, fill)
@@ -72,13 +72,13 @@ class MaskedTensor(SparseTensor):
         return value
 
     def image_sum(self, values: Tensor) -> Tensor:
-        """Sum of (B, C, H, W) values over visible places: (B, C)."""
-        hidden = ~self.place_mask
+        """Sum of (B, C, H, W) values over visible positions: (B, C)."""
+        hidden = ~self.visible_mask
         return values.masked_fill(hidden, 0.0).sum(self.spatial_dims)
 
     def image_max(self) -> Tensor:
-        """Maximum over visible places: (B, C)."""
-        return self.plain.masked_fill(~self.place_mask, float("-inf")).amax(self.spatial_dims)
+        """Maximum over visible positions: (B, C)."""
+        return self.plain.masked_fill(~self.visible_mask, float("-inf")).amax(self.spatial_dims)
 
 
 @function_rule("batch_norm", on=(MaskedTensor,))
@@ -91,7 +91,7 @@ def _batch_norm(func: Any, owner: MaskedTensor, args: Any, kwargs: Any) -> Spars
     if x.cells.all_visible:
         with plain_torch():
             return x.like(func(x, *args[1:], **kwargs))
-    visible = x.place_mask[:, 0]
+    visible = x.visible_mask[:, 0]
     rows = x.plain.permute(0, 2, 3, 1)
     with plain_torch():
         normed = func(rows[visible], *args[1:], **kwargs)

@@ -52,7 +52,7 @@ class PackedTensor(SparseTensor):
         return value.index_select(0, self.cells.image_of_cell)
 
     def image_sum(self, values: Tensor) -> Tensor:
-        """Sum of (T, C, s, s) values over each image's visible places: (B, C), fp32 or wider."""
+        """Sum of (T, C, s, s) values over each image's visible positions: (B, C), fp32 or wider."""
         per_cell = values.sum(self.spatial_dims, dtype=torch.promote_types(values.dtype, torch.float32))
         # one small matrix product instead of atomic additions: the same result on every run
         image = torch.arange(self.cells.batch, device=values.device)
@@ -60,7 +60,7 @@ class PackedTensor(SparseTensor):
         return (member.to(per_cell.dtype) @ per_cell).to(values.dtype)
 
     def image_max(self) -> Tensor:
-        """Maximum over each image's visible places: (B, C)."""
+        """Maximum over each image's visible positions: (B, C)."""
         per_cell = self.plain.amax(self.spatial_dims)
         index = self.cells.image_of_cell[:, None].expand_as(per_cell)
         out = per_cell.new_full((self.cells.batch, per_cell.shape[1]), float("-inf"))
@@ -76,7 +76,7 @@ def _side_of(dense: Tensor, cells: CellLayout) -> int:
     if s < 1 or cells.cell % s or (height, width) != (h * s, w * s):
         raise InvalidValueError(
             "dense-map-shape",
-            f"a map of {height} x {width} places does not fit the {h} x {w} cells of {cells.cell} px; expected "
+            f"a map of {height} x {width} positions does not fit the {h} x {w} cells of {cells.cell} px; expected "
             f"{cells.image_size[0]} x {cells.image_size[1]} divided by a stride",
         )
     return s
@@ -88,7 +88,7 @@ def _batch_norm(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
         raise NoSparseRuleError(
             "channels-last-order", "batch_norm on a sparse feature map in channels-last order; permute first"
         )
-    # the tiles hold the visible places and nothing else, so the dense statistics are the sparse ones
+    # the tiles hold the visible positions and nothing else, so the dense statistics are the sparse ones
     with plain_torch():
         return owner.like(func(*args, **kwargs))
 
@@ -120,7 +120,7 @@ def _max_pool2d(func: Any, owner: PackedTensor, args: Any, kwargs: Any) -> Spars
     geometry = _geometry("max_pool2d", x, given["kernel_size"], given)
     tiles = x.plain
     if geometry.pad != (0, 0) or geometry.kernel != geometry.stride or geometry.dilation != (1, 1):
-        # a hidden place counts as 0, as in the masked-dense network; a place outside the image as minus infinity
+        # a hidden position counts as 0, as in the masked-dense network; a place outside the image as minus infinity
         outside = x.pending.value if x.pending else float("-inf")
         tiles = kernels.halo_tiles(tiles, geometry, x.cells, outside)
     return x.like(F.max_pool2d(tiles, geometry.kernel, geometry.stride, 0, geometry.dilation))
@@ -156,7 +156,7 @@ def window_share(
     if given["divisor_override"] is not None or (given["count_include_pad"] and not given["ceil_mode"]):
         return None
     height, width = cells.grid[0] * geometry.s_in, cells.grid[1] * geometry.s_in
-    if pending is not None:  # these places are part of what the pooling sees
+    if pending is not None:  # these positions are part of what the pooling sees
         height, width = height + pending.top + pending.bottom, width + pending.left + pending.right
     ones = torch.ones(1, 1, height, width, dtype=dtype, device=cells.device)
     padding, ceil, include = given["padding"], given["ceil_mode"], given["count_include_pad"]

@@ -49,7 +49,7 @@ def operand(func: Any, owner: SparseTensor, value: Tensor) -> Tensor:
         raise _refuse(
             "dense-operand",
             func,
-            f"the other operand, of shape {tuple(value.shape)}, differs from place to place; pack it with the same "
+            f"the other operand, of shape {tuple(value.shape)}, differs from position to position; pack it with the same "
             "CellLayout first",
         )
     if sizes[0] == 1:
@@ -97,7 +97,7 @@ def _permute(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
         raise _refuse(
             "permute-of-positions",
             func,
-            f"permute{dims} separates the places; only a move of the channel dimension is supported",
+            f"permute{dims} separates the positions; only a move of the channel dimension is supported",
         )
     with plain_torch():
         return owner.like(torch.permute(args[0], order), channel_dim)
@@ -112,7 +112,7 @@ def _pad(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
         raise _refuse(
             "padding-without-sparse-rule",
             func,
-            f"padding {sides} with mode={mode!r}; only places may be padded, with a constant or by reflection",
+            f"padding {sides} with mode={mode!r}; only positions may be padded, with a constant or by reflection",
         )
     if owner.pending is not None:
         raise _refuse("padded-twice", func, "it is padded already; pad once")
@@ -124,7 +124,7 @@ def _pad(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTensor
     ):
         raise InvalidValueError(
             "reflection-too-wide",
-            f"reflection of {sides} places on a map of {owner.cells.grid[0] * s} x {owner.cells.grid[1] * s}",
+            f"reflection of {sides} positions on a map of {owner.cells.grid[0] * s} x {owner.cells.grid[1] * s}",
         )
     out = owner.like(owner.plain)
     out.pending = padding if any(sides) else None
@@ -138,7 +138,7 @@ def _layer_norm(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> Spars
         raise _refuse(
             "norm-over-positions",
             func,
-            f"a layer norm over {tuple(shape)} spans places; only the channel dimension is supported",
+            f"a layer norm over {tuple(shape)} spans positions; only the channel dimension is supported",
         )
     with plain_torch():
         return owner.like(func(*args, **kwargs))
@@ -150,7 +150,7 @@ def _linear(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTen
         raise _refuse(
             "linear-over-positions",
             func,
-            "a linear layer acts on the last dimension, which holds places; permute to channels last",
+            "a linear layer acts on the last dimension, which holds positions; permute to channels last",
         )
     with plain_torch():
         return owner.like(func(*args, **kwargs))
@@ -188,7 +188,7 @@ def _getitem(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> SparseTe
     channels = [d for d, keep in enumerate(keeps) if not keep]
     if Ellipsis in index or channels not in ([], [owner.channel_dim]) or not all(isinstance(i, slice) for i in index):
         raise _refuse(
-            "index-of-positions", func, f"index {args[1]} selects places or images; only a slice of channels is supported"
+            "index-of-positions", func, f"index {args[1]} selects positions or images; only a slice of channels is supported"
         )
     with plain_torch():
         return owner.like(func(*args, **kwargs))
@@ -203,7 +203,7 @@ for _kind in BOTH:  # reentrant activation checkpointing calls it on the recompu
     _kind.rules[torch.autograd.backward] = _autograd
 
 
-# --- statistics over an image's visible places --------------------------------------------------------------------------
+# --- statistics over an image's visible positions --------------------------------------------------------------------------
 
 
 def _dims(owner: SparseTensor, args: Any, kwargs: Any) -> tuple[int, ...] | None:
@@ -237,7 +237,7 @@ def _reduce(func: Any, owner: SparseTensor, args: Any, kwargs: Any, position: in
     raise _refuse(
         "reduction-of-positions",
         func,
-        f"a reduction over dimensions {dims}; supported are the two dimensions of places ({owner.spatial_dims}, gives one "
+        f"a reduction over dimensions {dims}; supported are the two dimensions of positions ({owner.spatial_dims}, gives one "
         f"value an image and channel) and the channel dimension with keepdim=True",
     )
 
@@ -282,15 +282,17 @@ def _global_maximum(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> T
 def _check_global(func: Any, owner: SparseTensor, args: Any, kwargs: Any) -> None:
     size = args[1] if len(args) > 1 else kwargs["output_size"]
     if owner.channel_dim != 1 or size not in (1, (1, 1), [1, 1]):
-        raise _refuse("pooling-not-global", func, f"output size {size}; only global pooling (1) is defined over visible places")
+        raise _refuse(
+            "pooling-not-global", func, f"output size {size}; only global pooling (1) is defined over visible positions"
+        )
 
 
 def image_mean(x: SparseTensor) -> Tensor:
-    """Mean over each image's visible places, (B, C)."""
+    """Mean over each image's visible positions, (B, C)."""
     s = x.cells.side(x.stride)
-    places = (x.cells.cells_per_image * (s * s)).unsqueeze(1)
+    positions = (x.cells.cells_per_image * (s * s)).unsqueeze(1)
     total = x.image_sum(x.plain)
-    return total / places.to(total.dtype)
+    return total / positions.to(total.dtype)
 
 
 @function_rule("group_norm", on=BOTH)

@@ -2,8 +2,8 @@
 
 Everything else is the ``gather`` backend's: a :class:`SpconvTensor` is a :class:`PackedTensor` with another rule for
 ``conv2d``. The dense weights are shared: each call hands spconv a view of them in its own layout, KRSC for torch's KCRS.
-A stride-1 convolution is submanifold; a strided one would add places next to the visible cells, which are dropped again, so
-that the active places stay on the mask's grid.
+A stride-1 convolution is submanifold; a strided one would add positions next to the visible cells, which are dropped again, so
+that the active positions stay on the mask's grid.
 
 spconv has no grouped or depthwise convolution, no even kernel that keeps the size, no asymmetric or reflected padding and no
 bf16: such layers use gather's kernels, and bf16 is computed in fp32. On the CPU spconv has one algorithm, ``Native``.
@@ -32,7 +32,7 @@ _LENDING = threading.Lock()
 
 
 class SpconvTensor(PackedTensor):
-    """Visible cells as in :class:`PackedTensor`; spconv sees their places as rows with coordinates."""
+    """Visible cells as in :class:`PackedTensor`; spconv sees their positions as rows with coordinates."""
 
     rules: ClassVar[ChainMap[Any, Rule]] = ChainMap({}, PackedTensor.rules)  # type: ignore[assignment, misc]
 
@@ -86,7 +86,7 @@ def check_indices(indices: Tensor) -> Tensor:
     """``indices`` itself.
 
     Raises:
-        ValueError: not int32 (N, 3) in contiguous memory; spconv would read wrong places without a word.
+        ValueError: not int32 (N, 3) in contiguous memory; spconv would read wrong positions without a word.
     """
     if indices.dtype != torch.int32 or indices.dim() != 2 or indices.shape[1] != 3 or not indices.is_contiguous():
         raise InvalidValueError(
@@ -102,11 +102,11 @@ def _convolve(packed: Tensor, weight: Tensor, bias: Tensor | None, geometry: Con
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else packed.dtype
     compute = torch.float32 if dtype == torch.bfloat16 else dtype
     rows = kernels.rows_of(packed).to(compute)
-    places = _places(layout, geometry.s_in).replace_feature(rows)
+    positions = _places(layout, geometry.s_in).replace_feature(rows)
     lent = {"weight": to_krsc(weight.to(compute))}
     layer = _layer(weight.shape[1], weight.shape[0], geometry, device_type)
     with torch.autocast(device_type, enabled=False), _LENDING:
-        made = torch.func.functional_call(layer, lent, (places,))
+        made = torch.func.functional_call(layer, lent, (positions,))
     out = made.features
     if geometry.stride != (1, 1):
         out = _on_the_grid(out, made.indices, geometry.s_out, layout)
@@ -115,15 +115,15 @@ def _convolve(packed: Tensor, weight: Tensor, bias: Tensor | None, geometry: Con
 
 
 def _on_the_grid(values: Tensor, indices: Tensor, s: int, layout: CellLayout) -> Tensor:
-    """Rows (T*s*s, C) in packed order out of spconv's, which come in any order and include places of hidden cells."""
+    """Rows (T*s*s, C) in packed order out of spconv's, which come in any order and include positions of hidden cells."""
     image, y, x = indices.long().unbind(1)
-    rows = layout.row_map(s)[image, y, x]  # hidden places: one past the last row
+    rows = layout.row_map(s)[image, y, x]  # hidden positions: one past the last row
     out = values.new_zeros(layout.num_cells * s * s + 1, values.shape[1])
     return out.index_copy(0, rows, values)[:-1]
 
 
 def _places(layout: CellLayout, s: int) -> Any:
-    """spconv's tensor of the visible places, without values; it keeps the tables of neighbours for all layers."""
+    """spconv's tensor of the visible positions, without values; it keeps the tables of neighbours for all layers."""
     from spconv.pytorch import SparseConvTensor
 
     def make() -> Any:

@@ -1,10 +1,10 @@
 """Tensors that carry the visible cells with them.
 
 A :class:`SparseTensor` goes through any network that is written in ordinary torch: every torch function that it meets is
-looked up in one table of rules (``__torch_function__``). Elementwise functions act on the visible places as they are;
+looked up in one table of rules (``__torch_function__``). Elementwise functions act on the visible positions as they are;
 convolution, pooling, norms, reductions over an image and concatenation have rules of their own in
 ``packed.py`` and ``masked.py``; a function without a rule raises :class:`hgkd.errors.NoSparseRuleError`, because its result
-could depend on hidden places. No module and no global variable ever holds a mask, so several networks, threads and the
+could depend on hidden positions. No module and no global variable ever holds a mask, so several networks, threads and the
 recomputation of activation checkpointing (the non-reentrant kind, torch's recommended one) cannot mix up theirs.
 """
 
@@ -33,7 +33,7 @@ class Padding:
     """Places that ``torch.nn.functional.pad`` put round the image, remembered until a window function reads them.
 
     Attributes:
-        left, right, top, bottom: numbers of places.
+        left, right, top, bottom: numbers of positions.
         mode: 'constant' or 'reflect'.
         value: of constant padding.
     """
@@ -71,7 +71,7 @@ class SparseTensor(Tensor):
 
     @classmethod
     def pack(cls: type[T], dense: Tensor, cells: CellLayout) -> T:
-        """Take the visible places of a dense map (B, C, H, W) whose stride is image height / H.
+        """Take the visible positions of a dense map (B, C, H, W) whose stride is image height / H.
 
         Raises:
             ValueError: the shape does not fit the layout.
@@ -79,12 +79,12 @@ class SparseTensor(Tensor):
         raise NotImplementedError
 
     def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:  # type: ignore[override]
-        """Dense (B, C, H, W) with ``fill`` (number or (C,)) at hidden places; differentiable in both."""
+        """Dense (B, C, H, W) with ``fill`` (number or (C,)) at hidden positions; differentiable in both."""
         raise NotImplementedError
 
     @property
     def stride(self) -> int:  # type: ignore[override]
-        """Image pixels per place."""
+        """Image pixels per position."""
         raise NotImplementedError
 
     def per_image(self, value: Tensor) -> Tensor:
@@ -92,11 +92,11 @@ class SparseTensor(Tensor):
         raise NotImplementedError
 
     def image_sum(self, values: Tensor) -> Tensor:
-        """Sum of plain values, stored as this tensor's are, over each image's visible places: (B, C)."""
+        """Sum of plain values, stored as this tensor's are, over each image's visible positions: (B, C)."""
         raise NotImplementedError
 
     def image_max(self) -> Tensor:
-        """Maximum over each image's visible places: (B, C)."""
+        """Maximum over each image's visible positions: (B, C)."""
         raise NotImplementedError
 
     @classmethod
@@ -129,7 +129,7 @@ class SparseTensor(Tensor):
 
     @property
     def spatial_dims(self) -> tuple[int, int]:
-        """The two dimensions of places."""
+        """The two dimensions of positions."""
         return (2, 3) if self.channel_dim == 1 else (1, 2)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -150,7 +150,7 @@ class SparseTensor(Tensor):
             name = getattr(func, "__qualname__", getattr(func, "__name__", repr(func)))
             raise NoSparseRuleError(
                 "operation-without-sparse-rule",
-                f"{name} has no sparse rule{calling_layer()}: its result could depend on hidden places. "
+                f"{name} has no sparse rule{calling_layer()}: its result could depend on hidden positions. "
                 "Register a rule for the layer with hgkd.sparse.layer_rule (see docs/students.md, 'Your own layers')",
             )
         if func not in _READ_PADDING and any(operand.pending for operand in operands):

@@ -17,11 +17,11 @@ class Student(PixelNormalisation):
     """Base of students; subclasses set the attributes and give :meth:`forward` and :meth:`dense_features`.
 
     Attributes:
-        cell, out_stride: pixels a mask cell, and a place of the decoder's output.
+        cell, out_stride: pixels a mask cell, and a position of the decoder's output.
         decoded_channels: channels of the decoder's output.
         pyramid_channels: stride -> channels, of every scale of the decoder.
         feature_channels, feature_strides: of the encoder's levels, finest first, or of a ViT's blocks.
-        mean, deviation: of the pixels in [0, 1] that :meth:`normalise` takes away, (1, 3, 1, 1); see :meth:`set_pixels`.
+        mean, std: of the pixels in [0, 1] that :meth:`normalise` takes away, (1, 3, 1, 1); see :meth:`set_pixels`.
         encoder_spec: {'name', 'stem', 'kwargs'} of a timm network that lies in the attribute ``encoder``: with it checkpoints
             can be exported and evaluated; None: they cannot.
     """

@@ -38,7 +38,7 @@ def load_sparse(path: str | os.PathLike[str], backend: str = "gather") -> nn.Mod
 def load_student(
     path: str | os.PathLike[str], backend: str = "gather", *, encoder: nn.Module | str | os.PathLike[str] | None = None
 ) -> nn.Module:
-    """The ``SparseUNet`` of a folder of ``--to sparse --what student`` or ``decoder``, in eval mode.
+    """The ``SparseUNet`` of a folder of ``--to sparse --part student`` or ``decoder``, in eval mode.
 
     Args:
         backend: of ``sparsify``.
@@ -76,6 +76,6 @@ def build_student(arguments: dict[str, Any], backend: str) -> nn.Module:
 def _section(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     section = read_config(Path(path).expanduser()).get("hgkd") or {}
     if not any(key in section for key in keys):
-        what = "".join(f" --what {key}" for key in keys[:1] if key != "cell")
+        what = "".join(f" --part {key}" for key in keys[:1] if key != "cell")
         raise WeightsError("export-not-sparse", f"{path} is no export that hgkd export wrote with --to sparse{what}")
     return dict(section)

@@ -1,12 +1,12 @@
 """The student: a sparse encoder that sees the visible cells, densified level by level, and a light UNet decoder.
 
 Design after SparK (arXiv 2301.03580; released code keyu-tian/SparK, MIT, read for facts only): norm over visible
-places, mask token at the others, projection to the decoder's width (1x1 at the coarsest level, 3x3 above), so tokens
+positions, mask token at the others, projection to the decoder's width (1x1 at the coarsest level, 3x3 above), so tokens
 reach visible cells through the 3x3 projection on purpose; decoder widths that halve from stage to stage.
 
 What differs: the encoder computes visible cells only (``hgkd.sparse``); the decoder is of any depth (``out_stride``),
 adds a level after up-sampling to its scale rather than before, and begins with a convolution block at the coarsest
-scale, so that hidden places learn of visible ones even when nothing is up-sampled; the coarsest projection is there
+scale, so that hidden positions learn of visible ones even when nothing is up-sampled; the coarsest projection is there
 also when the widths agree; mask tokens and widths have no dependence on the image size. The norm before the mask token
 is BatchNorm for every encoder, where SparK takes LayerNorm for ConvNeXt; the decoder's activation is ReLU for ReLU6, and
 each stage ends with one, where SparK's ends with its norm; widths are halved by the up-sampling convolution, where SparK
@@ -44,7 +44,7 @@ class Densify(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(in_channels)  # on a sparse tensor: statistics over the visible places
+        self.norm = nn.BatchNorm2d(in_channels)  # on a sparse tensor: statistics over the visible positions
         self.mask_token = nn.Parameter(torch.zeros(in_channels))
         self.projection = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
@@ -53,7 +53,7 @@ class Densify(nn.Module):
         """(B, C, h, w) sparse -> (B, C', h, w) dense."""
         normed = cast(SparseTensor, self.norm(level))
         dense = normed.to_dense(fill=self.mask_token)
-        if level.cells.all_visible:  # no place takes the token: a zero gradient, for DDP waits for one
+        if level.cells.all_visible:  # no position takes the token: a zero gradient, for DDP waits for one
             dense = dense + 0.0 * self.mask_token.view(1, -1, 1, 1)
         projected: Tensor = self.projection(dense)
         return projected
@@ -102,7 +102,7 @@ class SparseUNet(Student):
         cell: side of a mask cell in pixels, a multiple of the encoder's total stride; None is the total stride itself.
         decoder_width: channels at the coarsest scale, halved at every further one.
         min_decoder_width: the halving stops here.
-        out_stride: image pixels per place of the decoder's output; a power of two up to the total stride.
+        out_stride: image pixels per position of the decoder's output; a power of two up to the total stride.
         skips: 'all' levels feed the decoder, or the 'last' only.
         backend: of :func:`hgkd.sparse.sparsify`.
 

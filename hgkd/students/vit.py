@@ -20,7 +20,7 @@ from torch import Tensor
 from hgkd.errors import InvalidValueError
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_pixels
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_pixels
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import StudentOutput
@@ -37,11 +37,11 @@ class MaskedViT(Student):
         patch_size: side of a patch in pixels; None: that of the arch.
         cell: side of a mask cell in pixels, a multiple of ``patch_size``; None is one patch, as in MAE.
         checkpoint: MAE file to start from, of the same sizes; when it has no decoder, that starts at random.
-        mean, deviation: of the pixels, RGB in [0, 1].
+        mean, std: of the pixels, RGB in [0, 1].
 
     Attributes:
         network: the :class:`hgkd.networks.mae.MaskedAutoencoder`.
-        cell, out_stride: pixels a mask cell, and a place of the decoder's output (one patch).
+        cell, out_stride: pixels a mask cell, and a position of the decoder's output (one patch).
         decoded_channels: width of the decoder, whose raw hidden state (no norm) is ``decoded``.
         pyramid_channels: {out_stride: decoded_channels}, the only scale.
         feature_channels, feature_strides: of the encoder's blocks.
@@ -58,7 +58,7 @@ class MaskedViT(Student):
         cell: int | None = None,
         checkpoint: str | Path | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
-        deviation: Sequence[float] = IMAGENET_DEVIATION,
+        std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         sizes = make_arch(arch, **({} if patch_size is None else {"patch_size": patch_size}))
@@ -67,7 +67,7 @@ class MaskedViT(Student):
                 "decoder-missing", "a masked ViT needs a decoder, but decoder_depth is 0; set it to at least 1"
             )
         check_channels(sizes.in_chans, "model.student.arch.in_chans")
-        mean, deviation = check_pixels(mean, deviation, "model.student.mean and deviation")
+        mean, std = check_pixels(mean, std, "model.student.mean and std")
         patch = sizes.patch_size
         self.cell = patch if cell is None else cell
         if self.cell < patch or self.cell % patch:
@@ -86,7 +86,7 @@ class MaskedViT(Student):
         self.feature_strides = (patch,) * sizes.depth
         self._native_positions = positions_of(self.network)
         self._native_grid = self.network.arch.grid
-        self.set_pixels(mean, deviation)
+        self.set_pixels(mean, std)
 
     def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
         """The mask grid (h, w) of images of this size, for which the positions are fitted.
@@ -133,15 +133,15 @@ class MaskedViT(Student):
                 f"cells need {(len(images), *grid)}",
             )
         layout = CellLayout(visible, self.cell)
-        kept = kept_patches(layout, network.arch.patch_size)
+        ids_keep = ids_keep_of_cells(layout, network.arch.patch_size)
         side = self.cell // network.arch.patch_size
-        x = network.embed(self.normalise(images), kept)
+        x = network.embed(self.normalise(images), ids_keep)
         features = []
         for block in network.blocks:
             x = block(x)
             tiles = x[:, 1:].reshape(layout.num_cells, side, side, x.shape[2]).permute(0, 3, 1, 2)
             features.append(PackedTensor.wrap(tiles, layout))
-        hidden = network.decode(network.norm(x), kept)
+        hidden = network.decode(network.norm(x), ids_keep)
         decoded = hidden[:, 1:].transpose(1, 2).unflatten(2, network.arch.grid)
         pixels = None
         if self._gives_pixels:
@@ -194,7 +194,7 @@ class MaskedViT(Student):
         load_strict(self.network, weights, source=str(checkpoint), ignore_missing=() if found.decoder_depth else decoder)
 
 
-def kept_patches(layout: CellLayout, patch_size: int) -> Tensor:
+def ids_keep_of_cells(layout: CellLayout, patch_size: int) -> Tensor:
     """Visible patches of each image, cell by cell and row by row in a cell, int64 (B, n).
 
     Raises:

@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError, WeightsError
-from hgkd.masking import expand, kept_indices
+from hgkd.masking import expand, ids_keep_of
 from hgkd.networks.vit import check_attention_is_read, patch_attention
 from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
@@ -25,7 +25,7 @@ class Teacher(PixelNormalisation):
 
     Args:
         dtype: precision that the network computes in; outputs are fp32.
-        mean, deviation: of the pixels in [0, 1] that the network was trained with, RGB.
+        mean, std: of the pixels in [0, 1] that the network was trained with, RGB.
 
     Attributes:
         info: static facts.
@@ -43,12 +43,12 @@ class Teacher(PixelNormalisation):
     allow_random = False
     network: Any
 
-    def __init__(self, dtype: str, mean: Sequence[float], deviation: Sequence[float]) -> None:
+    def __init__(self, dtype: str, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if dtype not in DTYPES:
             raise InvalidValueError("dtype-unknown", f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype = DTYPES[dtype]
-        self.set_pixels(*check_pixels(mean, deviation, "the teacher's normalize (model.teacher.normalize)"))
+        self.set_pixels(*check_pixels(mean, std, "the teacher's normalize (model.teacher.normalize)"))
         self.grid: tuple[int, int] | None = None
         self.input_size = (0, 0)
         self.ratio = 1
@@ -59,11 +59,11 @@ class Teacher(PixelNormalisation):
     def _set_grid(self, grid: tuple[int, int]) -> None:
         """Fit the position embedding to a token grid; nothing by default, for networks without one."""
 
-    def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+    def _forward(self, images: Tensor, ids_keep: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
         """Tokens of normalised images of ``input_size``.
 
         Args:
-            kept: int64 (B, n), the patches that the network sees, in ascending order; None: all of them.
+            ids_keep: int64 (B, n), the patches that the network sees, in ascending order; None: all of them.
 
         Returns:
             Tokens on the whole grid, 0 at patches that were not seen.
@@ -82,7 +82,7 @@ class Teacher(PixelNormalisation):
     def freeze(self) -> None:
         """No gradients, eval mode, the asked precision; a subclass calls it once its weights are in."""
         self.requires_grad_(False)
-        for part in self.children():  # mean and deviation stay fp32
+        for part in self.children():  # mean and std stay fp32
             part.to(self.dtype)
         super().train(False)
 
@@ -148,7 +148,7 @@ class Teacher(PixelNormalisation):
 
     def _no_decoder(self) -> str:
         return (
-            f"a teacher of kind {self.info.kind!r} has no decoder, so it cannot infer hidden places: the target 'inferred' "
+            f"a teacher of kind {self.info.kind!r} has no decoder, so it cannot infer hidden positions: the target 'inferred' "
             "and G2SD need a MAE teacher with its decoder; use HGKD with target='full', or MAETeacher with a full pretraining "
             "checkpoint"
         )
@@ -172,7 +172,7 @@ class Teacher(PixelNormalisation):
         print_log(
             f"teacher ({self.info.kind}, {self.info.depth} blocks, width {self.info.width}): {self.grid[0]} x {self.grid[1]} "
             f"tokens of {patch} px, {self.ratio} a cell side, input {self.input_size[0]} x {self.input_size[1]}; "
-            f"{pixels_text(self.mean, self.deviation)}",
+            f"{pixels_text(self.mean, self.std)}",
             "current",
         )
         return self.grid
@@ -214,12 +214,12 @@ class Teacher(PixelNormalisation):
         patches = self.patch_mask(visible)
         counts = patches.sum(1)
         if int(counts.min()) == int(counts.max()):
-            return self._forward(inputs, kept_indices(patches), needs)
+            return self._forward(inputs, ids_keep_of(patches), needs)
         # images with different numbers of visible cells: one pass for each number
         parts = []
         for count in counts.unique().tolist():
             members = (counts == count).nonzero().flatten()
-            parts.append((members, self._forward(inputs[members], kept_indices(patches[members]), needs)))
+            parts.append((members, self._forward(inputs[members], ids_keep_of(patches[members]), needs)))
         return _merge(parts, len(images))
 
     @torch.no_grad()
@@ -255,14 +255,14 @@ class Teacher(PixelNormalisation):
             images = images.clamp(0.0, 1.0)  # bicubic overshoots
         return self.normalise(images).to(self.dtype)
 
-    def on_grid(self, tokens: Tensor, kept: Tensor | None) -> Tensor:
+    def on_grid(self, tokens: Tensor, ids_keep: Tensor | None) -> Tensor:
         """(B, n, D) tokens of the kept patches -> fp32 (B, D, gh, gw), 0 elsewhere."""
         assert self.grid is not None
         batch, _, width = tokens.shape
         tokens = tokens.float()
-        if kept is not None:
+        if ids_keep is not None:
             full = tokens.new_zeros(batch, self.grid[0] * self.grid[1], width)
-            tokens = full.scatter(1, kept[:, :, None].expand_as(tokens), tokens)
+            tokens = full.scatter(1, ids_keep[:, :, None].expand_as(tokens), tokens)
         return tokens.transpose(1, 2).reshape(batch, width, *self.grid)
 
 

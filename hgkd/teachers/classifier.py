@@ -34,7 +34,7 @@ class ClassifierTeacher(nn.Module):
         image_size: side in pixels, or (H, W), that images are resized to; None: they are taken as they come, and a ViT's
             positions are fitted to them.
         backbone_only: take a file without classifier (DINOv2, an export): there are no logits to learn from, only features.
-        normalize: (mean, deviation) of the pixels in [0, 1], RGB, for a file of others; None: what timm notes for the name.
+        normalize: (mean, std) of the pixels in [0, 1], RGB, for a file of others; None: what timm notes for the name.
         dtype: 'float32', 'float16' or 'bfloat16'; outputs are fp32.
         allow_random: accept weights that look random, or none (tests).
         kwargs: further arguments of ``timm.create_model``, e.g. ``global_pool='avg'`` for MAE's fine-tuned files.
@@ -98,7 +98,7 @@ class ClassifierTeacher(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             inputs = self.classifier.normalise(images).to(self.dtype)
             out = self.classifier(inputs)
-            logits = out.answer.float()
+            logits = out.prediction.float()
             if not self._proved:
                 source = str(self._options[0] or self.classifier.spec.name)
                 check_outputs(self.classifier, (logits, out.feature), lambda: self.classifier(inputs), source, self.dtype)

@@ -1,11 +1,11 @@
 """Does a teacher look trained? A score from its weights alone, and one from its features on images.
 
-Weights. A large matrix of independent random entries with deviation d has a largest singular value near d (sqrt(m) + sqrt(n))
+Weights. A large matrix of independent random entries with std d has a largest singular value near d (sqrt(m) + sqrt(n))
 (Marchenko and Pastur 1967); training adds a few directions far above that edge. The score is the median over the blocks'
 matrices of the largest singular value divided by the edge. Measured: 0.94 to 0.99 for untrained ViTs of timm and MAEs, widths
 16 to 1024; 1.5 for the demo's MAE after 12 epochs on generated shapes; 1.4 for a DINOv2 ViT-S/14 fine-tuned for saliency.
 
-Features. The same network with its blocks drawn at random again (deviation 0.02, norms 1 and 0, as ViTs are initialised) is
+Features. The same network with its blocks drawn at random again (std 0.02, norms 1 and 0, as ViTs are initialised) is
 the measure for two numbers: in how many directions the images' mean tokens differ (effective rank), and, where labels are
 known, k-NN. Measured on 100 CIFAR-10 images: 76 directions against 40 for the ViT-S/14, 28 against 14 for the demo's MAE. (The
 share of variance between images was tried and tells nothing: random networks have the larger one.)
@@ -77,17 +77,17 @@ def weight_health(weights: Mapping[str, Tensor]) -> WeightHealth:
 
 
 def _largest_over_edge(matrix: Tensor) -> float:
-    """Largest singular value, by power iteration, divided by that of random entries of the same deviation."""
+    """Largest singular value, by power iteration, divided by that of random entries of the same std."""
     values = matrix.detach().float().cpu()
     values = values - values.mean()
-    deviation = float(values.std())
-    if deviation == 0.0 or not math.isfinite(deviation):
+    std = float(values.std())
+    if std == 0.0 or not math.isfinite(std):
         return 0.0
     vector = torch.randn(values.shape[1], generator=torch.Generator().manual_seed(0))
     for _ in range(_STEPS):
         vector = values.T @ (values @ vector)
         vector = vector / vector.norm()
-    return float((values @ vector).norm()) / (deviation * (math.sqrt(values.shape[0]) + math.sqrt(values.shape[1])))
+    return float((values @ vector).norm()) / (std * (math.sqrt(values.shape[0]) + math.sqrt(values.shape[1])))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
 from hgkd.networks.mae import MAEArch, MaskedAutoencoder, positions_of, read_mae, set_positions
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN, check_channels, check_normalize
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_normalize
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.base import Teacher
@@ -37,14 +37,14 @@ class MAETeacher(Teacher):
     """A frozen MAE from a local file in the official naming.
 
     An encoder-only file gives tokens of whole or partly visible images (``kind`` 'mae-encoder'); a file with decoder
-    (``kind`` 'mae') also infers hidden places. MAE's 'visualize' files, trained on plain pixels, have the same entries as
+    (``kind`` 'mae') also infers hidden positions. MAE's 'visualize' files, trained on plain pixels, have the same entries as
     those trained on normalised ones: nothing in a file tells them apart, and for hidden states it makes no difference.
 
     Args:
         checkpoint: .safetensors or .pth.
         num_heads, decoder_num_heads: where the file does not say and 64 channels a head (decoder: 16 heads) is wrong.
         dtype: 'float32', 'float16' or 'bfloat16'.
-        normalize: (mean, deviation) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
+        normalize: (mean, std) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what the file tells, else ImageNet's, as in the official files.
         allow_random: distil from weights that look random (tests and baselines).
         entry: which entry of a file that holds several sets of weights; see :class:`TimmTeacher`.
@@ -73,9 +73,9 @@ class MAETeacher(Teacher):
             )
         arch, weights, pixels = read_mae(checkpoint, num_heads, decoder_num_heads, entry)
         check_channels(arch.in_chans, f"the number of channels of {checkpoint}")
-        of_file = (pixels.get("mean", IMAGENET_MEAN), pixels.get("deviation", IMAGENET_DEVIATION))
-        mean, deviation = of_file if normalize is None else check_normalize(normalize, "model.teacher.normalize")
-        super().__init__(dtype, mean, deviation)
+        of_file = (pixels.get("mean", IMAGENET_MEAN), pixels.get("std", IMAGENET_STD))
+        mean, std = of_file if normalize is None else check_normalize(normalize, "model.teacher.normalize")
+        super().__init__(dtype, mean, std)
         self.kind = _kind(arch, weights, pixels)
         print_log(f"{checkpoint}: {self.kind}", "current")
         network = MaskedAutoencoder(arch)
@@ -97,7 +97,7 @@ class MAETeacher(Teacher):
 
     def _no_decoder(self) -> str:
         return (
-            f"{self.source} is an encoder-only MAE file: it has no decoder, so it cannot infer hidden places, and a decoder "
+            f"{self.source} is an encoder-only MAE file: it has no decoder, so it cannot infer hidden positions, and a decoder "
             "with random weights would be a useless target (G2SD's loss then stays near 0.2 instead of 0.02). The target "
             "'inferred' and G2SD need the full pretraining checkpoint (official name mae_pretrain_vit_<size>_full.pth); give "
             "that file, or use HGKD with target='full'"
@@ -109,20 +109,20 @@ class MAETeacher(Teacher):
     def _before_block(self, images: Tensor, block: int) -> tuple[Tensor, nn.Module, int]:
         return self.network.blocks[:block](self.network.embed(images, None)), self.network.blocks[block], 1
 
-    def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+    def _forward(self, images: Tensor, ids_keep: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
         network, grid = self.network, self.grid
         assert grid is not None
         decode = needs.decoder_block is not None
         deepest = self.info.depth if decode else max(needs.blocks, default=-1) + 1
-        x = network.embed(images, kept)
+        x = network.embed(images, ids_keep)
         tokens, cls, decoded = {}, x[:, 0], None
         for i, block in enumerate(network.blocks[:deepest]):
             x = block(x)
             if i in needs.blocks:
-                tokens[i] = self.on_grid(x[:, 1:], kept)
+                tokens[i] = self.on_grid(x[:, 1:], ids_keep)
             if i <= max(needs.blocks, default=deepest):  # the deepest block asked for, although the decoder needs them all
                 cls = x[:, 0]
         if needs.decoder_block is not None:
-            hidden = network.decode(network.norm(x), kept, needs.decoder_block + 1)
+            hidden = network.decode(network.norm(x), ids_keep, needs.decoder_block + 1)
             decoded = self.on_grid(hidden[:, 1:], None)
         return TeacherOutput(tokens=tokens, grid=grid, cls=cls.float(), decoded=decoded)

@@ -223,7 +223,7 @@ class TimmTeacher(Teacher):
         checkpoint: local weight file (.safetensors or .pth) in timm's or another known naming.
         pretrained: take timm's own weights, which may download them; the only way to any download.
         dtype: 'float32', 'float16' or 'bfloat16'.
-        normalize: (mean, deviation) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
+        normalize: (mean, std) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what timm notes for the name.
         allow_random: accept a network without weights, or with some that look random (tests and baselines).
         entry: which entry of a file that holds several sets of weights, e.g. 'state_dict_ema'; None takes the usual one
@@ -259,10 +259,10 @@ class TimmTeacher(Teacher):
         network = build_vit(name, pretrained=pretrained, **kwargs)
         cfg: Any = network.pretrained_cfg
         if normalize is None:
-            mean, deviation = cfg["mean"], cfg["std"]
+            mean, std = cfg["mean"], cfg["std"]
         else:
-            mean, deviation = check_normalize(normalize, "model.teacher.normalize")
-        super().__init__(dtype, mean, deviation)
+            mean, std = check_normalize(normalize, "model.teacher.normalize")
+        super().__init__(dtype, mean, std)
         if checkpoint is not None:
             _, weights = to_timm_names(identify(checkpoint, entry).tensors(entry), str(checkpoint))
             if "decoder_embed.weight" in weights:
@@ -341,18 +341,18 @@ class TimmTeacher(Teacher):
         network: Any = self.network
         return network.blocks[:block](self._embed(images)), network.blocks[block], self._prefix_tokens
 
-    def _forward(self, images: Tensor, kept: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+    def _forward(self, images: Tensor, ids_keep: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
         network: Any = self.network
         x = self._embed(images)
         prefix = self._prefix_tokens
-        if kept is not None:
-            patches = x[:, prefix:].gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+        if ids_keep is not None:
+            patches = x[:, prefix:].gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
             x = torch.cat([x[:, :prefix], patches], 1)
         tokens = {}
         shared = {"shared_rel_pos_bias": network.rel_pos_bias()} if self._is_beit and network.rel_pos_bias is not None else {}
         for i, block in enumerate(network.blocks[: max(needs.blocks, default=-1) + 1]):
             x = block(x, **shared)
             if i in needs.blocks:
-                tokens[i] = self.on_grid(x[:, prefix:], kept)
+                tokens[i] = self.on_grid(x[:, prefix:], ids_keep)
         assert self.grid is not None
         return TeacherOutput(tokens=tokens, grid=self.grid, cls=x[:, 0].float() if self.has_class_token else None)

@@ -4,7 +4,7 @@ from hgkd.training.checkpoint_hook import CheckpointWriteError, RunCheckpointHoo
 from hgkd.training.hooks.alarms import CollapseAlarmHook, FiniteLossHook, LossAlarmHook
 from hgkd.training.hooks.class_report import ClassReportHook
 from hgkd.training.hooks.feature_cache import TeacherCacheHook
-from hgkd.training.hooks.pictures import PictureHook
+from hgkd.training.hooks.pictures import VisualizationHook
 from hgkd.training.hooks.progress import MaskScheduleHook, MemoryHook, ThroughputHook, UnreadableFilesHook
 from hgkd.training.hooks.terms import TermShareHook
 from hgkd.training.loop import ExactEpochLoop
@@ -24,7 +24,7 @@ __all__ = [
     "LossAlarmHook",
     "MaskScheduleHook",
     "MemoryHook",
-    "PictureHook",
+    "VisualizationHook",
     "RunCheckpointHook",
     "TeacherCacheHook",
     "TermShareHook",

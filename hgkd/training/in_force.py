@@ -123,7 +123,7 @@ def normalisation(module: nn.Module) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation of the pixels by which a network normalises, in its own units; None: it does not."""
     for part in module.modules():
         mean = getattr(part, "mean", None)
-        std = getattr(part, "std", None) if getattr(part, "deviation", None) is None else part.deviation
+        std = getattr(part, "std", None) if getattr(part, "std", None) is None else part.std
         if isinstance(mean, Tensor) and isinstance(std, Tensor):
             return mean.flatten().tolist(), std.flatten().tolist()
     return None

@@ -48,7 +48,7 @@ def seed_step(seed: int, rank: int, step: int) -> None:
     torch.manual_seed(mixed)
 
 
-def outlive_signals(worker: int) -> None:
+def ignore_first_signal(worker: int) -> None:
     """Let a reading process survive the signals that ask the whole job to stop, until the training process has saved.
 
     SIGINT is ignored, and SIGTERM once: the second one, e.g. of the training process that clears up, ends it.
@@ -61,16 +61,16 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, first)
 
 
-def end_readers_at_exit() -> None:
-    """Let Python's exit end reading processes that :func:`outlive_signals`, however often this is called.
+def end_workers_at_exit() -> None:
+    """Let Python's exit end reading processes that :func:`ignore_first_signal`, however often this is called.
 
     Those that persist are alive then, and multiprocessing sends one SIGTERM and waits for ever.
     """
-    atexit.unregister(_end_readers)
-    atexit.register(_end_readers)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
 
 
-def _end_readers() -> None:
+def _end_workers() -> None:
     children = [child for child in multiprocessing.active_children() if child.daemon]
     if children and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident
@@ -161,7 +161,7 @@ def told_signals(what: str = "") -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-class StepGuard:
+class GuardedOptimWrapper:
     """Stands between a model's ``train_step`` and the optimiser wrapper, and leaves out updates that would do damage.
 
     When loss or gradient is not finite, in any process, parameters, optimiser and running statistics stay what they were before
@@ -228,7 +228,7 @@ class StepGuard:
         """The first half of ``OptimWrapper.update_params``: gradients, and on the device whether all is finite."""
         if self._unsettled:
             raise RuntimeError(
-                "a train_step that updates parameters twice cannot be guarded: StepGuard.settle must be in between"
+                "a train_step that updates parameters twice cannot be guarded: GuardedOptimWrapper.settle must be in between"
             )
         wrapper = self.wrapper
         bad = ~torch.isfinite(loss.detach()).all()
@@ -246,7 +246,7 @@ class StepGuard:
             stop: this process wants to end the run; all processes learn of it in :attr:`stop`.
         """
         if self._bad is None or not self._unsettled:
-            raise RuntimeError("StepGuard.settle comes after a train_step that has called update_params")
+            raise RuntimeError("GuardedOptimWrapper.settle comes after a train_step that has called update_params")
         wrapper = self.wrapper
         flags = torch.stack([self._bad.float(), torch.full_like(self._bad, stop, dtype=torch.float32)])
         if get_world_size() > 1:
@@ -283,7 +283,7 @@ def idle_parameters(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
 
 
-def idle_in_any(parallel: Any, guard: StepGuard, data_batch: Any, seed: int, step: int) -> list[str]:
+def idle_in_any(parallel: Any, guard: GuardedOptimWrapper, data_batch: Any, seed: int, step: int) -> list[str]:
     """Names of the trained parameters that no process's loss of its batch reaches; nothing is changed.
 
     Before the first step that is data-parallel, since ``DistributedDataParallel`` waits for the gradients of all of them.
@@ -318,7 +318,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
     def __init__(self, runner: Runner, dataloader: Any, **options: Any) -> None:
         super().__init__(runner, dataloader, **options)
         self.interrupted = False
-        self.guard: StepGuard | None = None
+        self.guard: GuardedOptimWrapper | None = None
         self._signals = StopSignals()
         self._first = True  # the next step is the first of this start
 
@@ -361,7 +361,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
     def run(self) -> nn.Module:
         """Train to the end, or until a signal asks to stop."""
         runner = self.runner
-        self.guard = StepGuard(runner.optim_wrapper, runner.model, begun=self._iter > 0)
+        self.guard = GuardedOptimWrapper(runner.optim_wrapper, runner.model, begun=self._iter > 0)
         runner.call_hook("before_train")
         runner.logger.info(self.plan())
         runner.logger.info(f"in force:\n{lines_of(in_force(runner, self, Path(runner.work_dir).absolute()))}")
@@ -422,7 +422,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
 
         Hooks get the step's losses as numbers, already read from the device.
         """
-        guard = cast(StepGuard, self.guard)
+        guard = cast(GuardedOptimWrapper, self.guard)
         runner: Any = self.runner
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         first, self._first = self._first, False

@@ -33,7 +33,7 @@ from hgkd.errors import InvalidValueError, WeightsError, configured
 from hgkd.registry import RUNNERS
 from hgkd.training.checkpoint_hook import CheckpointWriteError
 from hgkd.training.hooks.alarms import DUMP
-from hgkd.training.loop import ExactEpochLoop, end_readers_at_exit, outlive_signals
+from hgkd.training.loop import ExactEpochLoop, end_workers_at_exit, ignore_first_signal
 from hgkd.training.optim import check_optim_config
 from hgkd.training.recompute import recompute_activations
 from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, images_of
@@ -212,8 +212,8 @@ class DistillRunner(Runner):
         loader: DataLoader[Any] = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         if not isinstance(dataloader, DataLoader) and "worker_init_fn" not in dataloader:
             # mmengine's gives a worker the same seed in every epoch; here images bring their own
-            loader.worker_init_fn = outlive_signals
-            end_readers_at_exit()
+            loader.worker_init_fn = ignore_first_signal
+            end_workers_at_exit()
         return loader
 
     def build_train_loop(self, loop: Any) -> Any:
@@ -344,8 +344,8 @@ class DistillRunner(Runner):
             ) from error
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)  # may exchange the weights, as EMAHook does
         load_strict(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
-        if hasattr(model, "take_meta"):
-            model.take_meta(hgkd_of(checkpoint))
+        if hasattr(model, "load_meta"):
+            model.load_meta(hgkd_of(checkpoint))
         self._has_loaded = True
         return checkpoint
 

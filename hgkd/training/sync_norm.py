@@ -1,4 +1,4 @@
-"""Batch normalisation over the images of all processes, on every device, and over visible places only.
+"""Batch normalisation over the images of all processes, on every device, and over visible positions only.
 
 ``torch.nn.SyncBatchNorm`` refuses the CPU, and converting a sparsified network to it loses the layers' sparse forms. Here the
 statistics are taken in two passes (mean, then squared deviations), each summed over the processes by an all-reduce that
@@ -22,7 +22,7 @@ def batch_norm_of_all(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Normalise (B, C, H, W), dense or sparse, by the statistics of all processes, and update the running ones."""
     data = x.plain if isinstance(x, SparseTensor) else x
     values = data.float()
-    places = x.place_mask.to(values.dtype) if isinstance(x, MaskedTensor) else torch.ones_like(values[:, :1])
+    places = x.visible_mask.to(values.dtype) if isinstance(x, MaskedTensor) else torch.ones_like(values[:, :1])
     count = _sum_over_processes(places.sum())
     mean = _sum_over_processes((values * places).sum((0, 2, 3))) / count
     deviation = (values - mean.view(1, -1, 1, 1)) * places

@@ -26,9 +26,9 @@ def _refuse_other_target(path: Path) -> None:
     card = read_card(path)
     if not card:
         return
-    target, what = card["target"], card["what"]
+    target, what = card["target"], card["part"]
     if target not in READABLE or what == "decoder":
-        part = "" if what == "backbone" else f" --what {what}"
+        part = "" if what == "backbone" else f" --part {what}"
         raise WeightsError(
             "export-of-another-target",
             f"{path} is an export to {target}{part}, which hgkd does not read back; export the checkpoint again with --to timm",
@@ -36,10 +36,10 @@ def _refuse_other_target(path: Path) -> None:
 
 
 def read_card(path: Path) -> dict[str, str]:
-    """``target`` and ``what`` of an export, from its run card; empty where there is none."""
+    """``target`` and ``part`` of an export, from its run card; empty where there is none."""
     try:
         card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
-        return {"target": str(card["export"]["target"]), "what": str(card["export"]["what"])}
+        return {"target": str(card["export"]["target"]), "part": str(card["export"]["part"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

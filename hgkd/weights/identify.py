@@ -71,7 +71,7 @@ class WeightFile(os.PathLike[str]):
         naming: whose names the weights have, e.g. 'timm', 'torchvision ConvNeXt', 'Hugging Face ViT'; '' for files of hgkd.
         detail: what else is known, in words; may be empty.
         prefix: what stands before the network's names.
-        card: of an export: ``target`` and ``what``; else empty.
+        card: of an export: ``target`` and ``part``; else empty.
         entry: the set of weights that was judged; None: the usual one.
     """
 
@@ -196,7 +196,7 @@ def _folder(path: Path) -> WeightFile:
         return WeightFile(path, Kind.UNKNOWN, detail="a folder without checkpoints of a run, and no export")
     if not card and not isinstance(read_config(path).get("hgkd"), Mapping):
         return WeightFile(path, Kind.UNKNOWN, detail="a folder of another project; give the weight file in it")
-    target, what = card.get("target", "timm"), card.get("what", "backbone")
+    target, what = card.get("target", "timm"), card.get("part", "backbone")
     return WeightFile(path, Kind.EXPORT, detail=f"{what} for {target}", card=card)
 
 

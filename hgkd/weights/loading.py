@@ -10,7 +10,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError, few
+from hgkd.errors import WeightsError, abbreviate
 
 
 class NoPlainNumbersError(WeightsError):
@@ -57,7 +57,7 @@ class LoadReport:
             ("ignored", self.ignored),
         ):
             if names:
-                parts.append(f"{len(names)} {what}: {few(names, 5)}")
+                parts.append(f"{len(names)} {what}: {abbreviate(names, 5)}")
         return "; ".join(parts)
 
 
@@ -139,7 +139,7 @@ def load_strict(
     if broken:
         raise WeightsError(
             "weights-not-finite",
-            f"{source}: {len(broken)} of its entries hold NaN or inf: {few(broken, 5)}. The training that wrote "
+            f"{source}: {len(broken)} of its entries hold NaN or inf: {abbreviate(broken, 5)}. The training that wrote "
             "it had diverged, or the file is damaged; take an earlier checkpoint, or get the file again",
         )
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hgkd.errors import WeightsError
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD
 from hgkd.weights.files import tensors_of
 
 FORMAT = 1  # of what checkpoints, exports and MAE files say about themselves
@@ -44,7 +44,7 @@ class EncoderSpec:
         name: timm model name.
         stem: 'default', or 'cifar' for a 3x3 stride-1 stem without pooling.
         kwargs: further timm arguments.
-        pixels: mean and deviation of the pixels in [0, 1], RGB, where they are not those that timm notes for the name.
+        pixels: mean and std of the pixels in [0, 1], RGB, where they are not those that timm notes for the name.
     """
 
     name: str
@@ -72,8 +72,8 @@ class EncoderSpec:
                 "encoder-keys-unknown",
                 f"{source} describes its encoder with unknown keys {unknown}; known: name, stem, kwargs, pixels",
             )
-        mean, deviation = encoder.get("pixels") or ((), ())
-        pixels = (tuple(mean), tuple(deviation)) if mean else None
+        mean, std = encoder.get("pixels") or ((), ())
+        pixels = (tuple(mean), tuple(std)) if mean else None
         return cls(str(encoder["name"]), str(encoder.get("stem") or "default"), dict(encoder.get("kwargs") or {}), pixels)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class ClassifierSpec:
         stem: see :func:`hgkd.students.build_encoder`.
         two_heads: see the module's header.
         kwargs: further arguments of ``timm.create_model``.
-        mean, deviation: of the pixels in [0, 1], RGB.
+        mean, std: of the pixels in [0, 1], RGB.
         classes: names, in the order of the logits; empty when unknown.
     """
 
@@ -157,7 +157,7 @@ class ClassifierSpec:
     two_heads: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, ...] = IMAGENET_MEAN
-    deviation: tuple[float, ...] = IMAGENET_DEVIATION
+    std: tuple[float, ...] = IMAGENET_STD
     classes: tuple[str, ...] = ()
 
     @classmethod
@@ -172,7 +172,7 @@ class ClassifierSpec:
         if not isinstance(hgkd, Mapping) or not isinstance(found, Mapping):
             return None
         check_format(hgkd.get("format"), "the checkpoint of a classifier")
-        sequences = {key: tuple(found[key]) for key in ("image_size", "mean", "deviation", "classes")}
+        sequences = {key: tuple(found[key]) for key in ("image_size", "mean", "std", "classes")}
         return cls(**{**found, **sequences})
 
     def to_dict(self) -> dict[str, Any]:

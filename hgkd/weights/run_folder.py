@@ -148,7 +148,7 @@ def tell_system_errors(work_dir: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if not _reader_died(error):
+        if not _worker_died(error):
             raise
         raise StoppedError(
             "reading-process-killed",
@@ -169,7 +169,7 @@ def tell_system_errors(work_dir: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def _reader_died(error: BaseException) -> bool:
+def _worker_died(error: BaseException) -> bool:
     """Whether a reading process of a data loader ended by itself; how that shows depends on what it was doing."""
     if isinstance(error, RuntimeError):
         return re.search(r"DataLoader worker \(pid", str(error)) is not None

@@ -49,7 +49,7 @@ def recipe(**changes):
                 dict(type="CosineAnnealingLR", by_epoch=True),
             ],
             default_hooks=dict(logger=dict(type="LoggerHook", interval=1)),
-            custom_hooks=[dict(type="PictureHook", interval=1, priority="LOW")],
+            custom_hooks=[dict(type="VisualizationHook", interval=1, priority="LOW")],
         )
     )
     cfg.merge_from_dict(changes)

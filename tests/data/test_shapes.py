@@ -91,7 +91,7 @@ def test_neither_area_nor_mean_colour_tells_the_class():
         areas.append(np.mean([(scene.instances == 1).mean() for scene in scenes]))
         colours.append(np.mean([scene.image[scene.instances == 1].mean(0) for scene in scenes], axis=0))
     assert np.ptp(areas) < 0.03
-    # a class mean of 60 uniform colours has a deviation of about 52 / sqrt(60) = 7 a channel
+    # a class mean of 60 uniform colours has a std of about 52 / sqrt(60) = 7 a channel
     assert np.std(colours, axis=0).max() < 3 * 52 / math.sqrt(60)
 
 

@@ -8,7 +8,7 @@ from refusals import refused
 from hgkd.distillers import ClassifierTraining
 
 TEACHER = dict(type="ClassifierTeacher", name="test_resnet", allow_random=True, num_classes=3)
-HARD = dict(hard=dict(type="HardLabel", weight=0.5))
+HARD = dict(hard=dict(type="HardLabelKD", weight=0.5))
 
 
 def model(**options):
@@ -66,7 +66,7 @@ def test_erasing_replaces_a_rectangle():
 
 TWO_HEADS = dict(name="test_resnet", two_heads=True)
 NKD = dict(nkd=dict(type="NKD"))
-MGD = dict(mgd=dict(type="LastMapMGD"))
+MGD = dict(mgd=dict(type="FeatureMapMGD"))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ MGD = dict(mgd=dict(type="LastMapMGD"))
         dict(classifier=TWO_HEADS, objectives={**HARD, **MGD}),
         dict(classifier=dict(name="deit_tiny_distilled_patch16_224", depth=2, embed_dim=48), objectives=HARD),
         dict(label_weight=0.0, objectives=NKD),
-        dict(objectives=dict(kd=dict(type="SoftLabel"))),
+        dict(objectives=dict(kd=dict(type="LogitKD"))),
     ],
 )
 def test_every_trained_parameter_gets_a_gradient_and_the_teacher_stays_out(options):
@@ -142,12 +142,12 @@ def test_what_does_not_fit_together_is_refused(options, refusal):
 
 
 def test_mgd_takes_a_teacher_of_other_classes():
-    model(num_classes=4, teacher=TEACHER, objectives=dict(mgd=dict(type="LastMapMGD")))
+    model(num_classes=4, teacher=TEACHER, objectives=dict(mgd=dict(type="FeatureMapMGD")))
 
 
 @pytest.mark.parametrize("kind", ["HGKD", "PixelReconstruction", "MGD"])
 def test_an_objective_of_masked_distillation_is_refused_by_name(kind):
-    with refused(ValueError, "objective-of-wrong-kind", "own", kind, "fine-tuning", "LastMapMGD"):
+    with refused(ValueError, "objective-of-wrong-kind", "own", kind, "fine-tuning", "FeatureMapMGD"):
         model(teacher=TEACHER, objectives=dict(own=dict(type=kind)))
 
 

@@ -57,13 +57,13 @@ def test_whole_cells_are_hidden_and_the_count_is_truncated() -> None:
     model = _model(image_size=(32, 96), mask_cell=16, mask_ratio=0.6)  # 2 x 6 cells: 4.8 visible become 4
     seen = []
     encode = model.network.encode
-    model.network.encode = lambda images, kept: seen.append(kept) or encode(images, kept)
+    model.network.encode = lambda images, ids_keep: seen.append(ids_keep) or encode(images, ids_keep)
     model(torch.randint(0, 256, (2, 3, 32, 96), dtype=torch.uint8), mode="loss")
-    (kept,) = seen
-    assert kept.shape == (2, 4 * 4)
+    (ids_keep,) = seen
+    assert ids_keep.shape == (2, 4 * 4)
     for i in range(2):
         visible = torch.zeros(4 * 12, dtype=torch.bool)
-        visible[kept[i]] = True
+        visible[ids_keep[i]] = True
         cells = visible.view(2, 2, 6, 2).sum((1, 3))
         assert set(cells.flatten().tolist()) == {0, 4}
 
@@ -77,9 +77,9 @@ def test_the_loss_is_the_error_of_the_hidden_patches_pixels(norm_pix: bool) -> N
     assert loss.dtype == torch.float32
     torch.manual_seed(3)
     visible = model.mask(2, (4, 4), device="cpu")
-    images = (pictures / 255 - model.mean) / model.deviation
-    kept = visible.flatten(1).nonzero()[:, 1].view(2, 4)
-    predicted = model.network.predict_pixels(model.network.encode(images, kept), kept)
+    images = (pictures / 255 - model.mean) / model.std
+    ids_keep = visible.flatten(1).nonzero()[:, 1].view(2, 4)
+    predicted = model.network.predict_pixels(model.network.encode(images, ids_keep), ids_keep)
     errors = []
     for i, r, c in (~visible).nonzero().tolist():
         patch = images[i, :, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8].permute(1, 2, 0).flatten()
@@ -102,8 +102,8 @@ def test_predict_gives_one_sample_an_image_from_the_whole_image() -> None:
 
 @pytest.mark.parametrize("kind", ["exported", "checkpoint"])
 def test_what_it_writes_is_a_teacher_of_the_same_network(tmp_path: Path, kind: str) -> None:
-    # 2 heads of 32 and 2 of 16, mean and deviation: nothing of this is in the shapes of the weights
-    model = _model(image_size=(32, 64), mean=(0.1, 0.2, 0.3), deviation=(0.5, 0.5, 0.5), norm_pix=False).eval()
+    # 2 heads of 32 and 2 of 16, mean and std: nothing of this is in the shapes of the weights
+    model = _model(image_size=(32, 64), mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5), norm_pix=False).eval()
     if kind == "exported":
         path = model.save_teacher(tmp_path / "mae.safetensors")
     else:

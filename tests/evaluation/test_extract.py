@@ -194,7 +194,7 @@ def test_levels_of_a_cnn() -> None:
     images = torch.rand(2, 3, 64, 96)
     model = extractor.model
     with torch.no_grad():
-        expected = model.forward_intermediates((images - extractor.mean) / extractor.deviation, intermediates_only=True)
+        expected = model.forward_intermediates((images - extractor.mean) / extractor.std, intermediates_only=True)
     for level, index in ((0, 1), (1, 2), (-1, 4), (3, 4)):  # the stem is no level
         torch.testing.assert_close(extractor.maps(images, level), expected[index])
     torch.testing.assert_close(extractor.maps(images), expected[4])
@@ -225,7 +225,7 @@ def test_other_timm_models_give_what_they_pool(tmp_path: Path) -> None:
     images = torch.rand(1, 3, 224, 224)
     plain = source.eval()
     with torch.no_grad():
-        expected = plain.forward_head(plain.forward_features((images - extractor.mean) / extractor.deviation), pre_logits=True)
+        expected = plain.forward_head(plain.forward_features((images - extractor.mean) / extractor.std), pre_logits=True)
     torch.testing.assert_close(extractor(images), expected)
     assert extractor(torch.rand(1, 3, 64, 80)).shape == expected.shape  # resized to what the network needs
     assert extractor.settings["input_size"] == [224, 224]

@@ -19,8 +19,8 @@ def clusters(per_class: int, seed: int, spread: float = 2.0, classes: int = 4) -
 
 def test_all_images_as_shots_is_the_nearest_centroid() -> None:
     (x, y), (x_test, y_test) = clusters(12, 1), clusters(25, 2)
-    mean, deviation = x.double().mean(0), x.double().std(0, unbiased=False)
-    known, asked = ((f.double() - mean) / deviation for f in (x, x_test))
+    mean, std = x.double().mean(0), x.double().std(0, unbiased=False)
+    known, asked = ((f.double() - mean) / std for f in (x, x_test))
     known, asked = (f / f.norm(dim=1, keepdim=True) for f in (known, asked))
     expected = NearestCentroid().fit(known.numpy(), y.numpy()).predict(asked.numpy()) == y_test.numpy()
     found = few_shot(x, y, x_test, y_test, shots=[12], draws=2)[12]
@@ -45,8 +45,8 @@ def test_draws_follow_the_seed_and_more_shots_help() -> None:
     assert not np.array_equal(first[1], other[1])
     accuracy = {count: rows.mean() for count, rows in first.items()}
     assert accuracy[1] < accuracy[5] < accuracy[10]
-    deviation = {count: rows.mean(axis=1).std() for count, rows in first.items()}
-    assert deviation[10] < deviation[1]
+    std = {count: rows.mean(axis=1).std() for count, rows in first.items()}
+    assert std[10] < std[1]
     # a number of shots alone is drawn as beside others
     assert np.array_equal(few_shot(*data, shots=(5,), draws=8)[5], first[5])
 

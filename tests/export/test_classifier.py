@@ -1,4 +1,4 @@
-"""``--what classifier``: a fine-tuned CNN leaves with its head, two heads as the one that they are together."""
+"""``--part classifier``: a fine-tuned CNN leaves with its head, two heads as the one that they are together."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,14 +40,14 @@ MEMBERS = [
 @torch.no_grad()
 def test_timm_gives_the_logits(tmp_path: Path, name: str, kwargs: dict, two_heads: bool) -> None:
     source = write(tmp_path / "a.pth", name, two_heads=two_heads, **kwargs).eval()
-    report = export(tmp_path / "a.pth", tmp_path / "out", what="classifier")
+    report = export(tmp_path / "a.pth", tmp_path / "out", part="classifier")
     assert report.max_difference < 1e-5
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = torch.rand(2, 3, 64, 96)
-    mean, deviation = (torch.tensor(again.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(again.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     expected = source.predict(source.normalise(images))
     assert expected.shape == (2, 3)
-    torch.testing.assert_close(again((images - mean) / deviation), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again((images - mean) / std), expected, rtol=1e-5, atol=1e-5)
     assert again.pretrained_cfg["input_size"] == [3, 64, 64]  # that of the training
     assert list(again.pretrained_cfg["label_names"]) == list(CLASSES)
     export(tmp_path / "a.pth", tmp_path / "backbone")  # the same checkpoint without its head
@@ -58,7 +58,7 @@ def test_timm_gives_the_logits(tmp_path: Path, name: str, kwargs: dict, two_head
 @torch.no_grad()
 def test_a_program_gives_the_logits_of_images_in_0_1(tmp_path: Path) -> None:
     source = write(tmp_path / "a.pth", two_heads=True)
-    export(tmp_path / "a.pth", tmp_path / "out", "program", what="classifier")
+    export(tmp_path / "a.pth", tmp_path / "out", "pt2", part="classifier")
     images = torch.rand(2, 3, 96, 128)
     found = torch.export.load(str(tmp_path / "out/model.pt2")).module()(images)
     torch.testing.assert_close(found, source.predict(source.normalise(images)), rtol=1e-5, atol=1e-5)
@@ -72,7 +72,7 @@ def test_an_onnx_graph_is_measured_by_the_classes_that_were_trained(tmp_path: Pa
         file = tmp_path / "pictures" / ("dog", "yak")[i % 2] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64), (16 * i, 255 - 16 * i, 90)).save(file)
-    report = export(tmp_path / "a.pth", tmp_path / "out", "onnx", what="classifier", images=tmp_path / "pictures", labels=True)
+    report = export(tmp_path / "a.pth", tmp_path / "out", "onnx", part="classifier", images=tmp_path / "pictures", labels=True)
     images, labels = _read_images(tmp_path / "pictures", 16, read_classifier(tmp_path / "a.pth"), labelled=True)
     assert labels.tolist() == [1] * 8 + [2] * 8
     session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx", providers=["CPUExecutionProvider"])
@@ -83,26 +83,26 @@ def test_an_onnx_graph_is_measured_by_the_classes_that_were_trained(tmp_path: Pa
 
     (tmp_path / "pictures/dog").rename(tmp_path / "pictures/wolf")
     with refused(DataError, "class-not-known", "wolf", "dog", "yak"):
-        export(tmp_path / "a.pth", tmp_path / "new", "onnx", what="classifier", images=tmp_path / "pictures", labels=True)
+        export(tmp_path / "a.pth", tmp_path / "new", "onnx", part="classifier", images=tmp_path / "pictures", labels=True)
 
 
 def test_refusals(tmp_path: Path) -> None:
     write(tmp_path / "a.pth")
     with refused(ValueError, "target-without-part", "torchvision", "backbone", "classifier"):
-        export(tmp_path / "a.pth", tmp_path / "out", "torchvision", what="classifier")
+        export(tmp_path / "a.pth", tmp_path / "out", "torchvision", part="classifier")
     for options in ({"classifier": tmp_path / "head.safetensors"}, {"output": "features"}):
         with refused(ValueError, "logits-of-classifier"):
-            export(tmp_path / "a.pth", tmp_path / "out", "program", what="classifier", **options)
-    with refused(ValueError, "backbone-options-for-model", "what='classifier'"):
-        export(tmp_path / "a.pth", tmp_path / "out", what="classifier", encoder="test_resnet")
+            export(tmp_path / "a.pth", tmp_path / "out", "pt2", part="classifier", **options)
+    with refused(ValueError, "backbone-options-for-model", "part='classifier'"):
+        export(tmp_path / "a.pth", tmp_path / "out", part="classifier", encoder="test_resnet")
     with refused(WeightsError, "checkpoint-is-a-folder"):
-        export(tmp_path, tmp_path / "out", what="classifier")
+        export(tmp_path, tmp_path / "out", part="classifier")
     write(tmp_path / "cifar.pth", "resnet10t", stem="cifar")
     with refused(WeightsError, "stem-not-in-timm-config", "cifar"):
-        export(tmp_path / "cifar.pth", tmp_path / "out", what="classifier")
+        export(tmp_path / "cifar.pth", tmp_path / "out", part="classifier")
     torch.save({"meta": {}, "state_dict": {}}, tmp_path / "b.pth")
     with refused(WeightsError, "checkpoint-not-of-finetuning", "fine-tuning"):
-        export(tmp_path / "b.pth", tmp_path / "out", what="classifier")
+        export(tmp_path / "b.pth", tmp_path / "out", part="classifier")
     write(tmp_path / "vit.pth", "vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2)
     with refused(WeightsError, "vit-not-exported"):
-        export(tmp_path / "vit.pth", tmp_path / "out", what="classifier")
+        export(tmp_path / "vit.pth", tmp_path / "out", part="classifier")

@@ -255,9 +255,9 @@ def test_request_refusals(tmp_path: Path) -> None:
 
     fails(("target-unknown", "tim", "timm"), "tim")
     fails(("target-unknown", "torchvison", "torchvision"), "torchvison")
-    fails(("part-unknown", "backbon", "backbone"), what="backbon")
-    fails(("target-without-part", "timm", "student", "sparse"), what="student")
-    fails(("target-without-part", "onnx", "decoder", "sparse"), "onnx", what="decoder")
+    fails(("part-unknown", "backbon", "backbone"), part="backbon")
+    fails(("target-without-part", "timm", "student", "sparse"), part="student")
+    fails(("target-without-part", "onnx", "decoder", "sparse"), "onnx", part="decoder")
     fails(("target-option-unknown", "timm", "opset", "none"), opset=18)
     fails(("target-option-unknown", "onnx", "cell"), "onnx", cell=32)
     fails(("licence-field-unknown", "weight", "weights"), licences={"weight": "mit"})
@@ -303,7 +303,7 @@ def test_every_target_is_described() -> None:
     for name, target in TARGETS.items():
         assert target.name == name
         assert target.summary
-        assert set(target.what) <= set(PARTS)
+        assert set(target.part) <= set(PARTS)
 
 
 def test_round_trip_through_training(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def features_of(source: nn.Module, images: Tensor) -> Tensor:
     """The last feature map of images in [0, 1]."""
-    mean, deviation = (torch.tensor(source.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    return source.forward_features((images - mean) / deviation)
+    mean, std = (torch.tensor(source.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return source.forward_features((images - mean) / std)
 
 
 def pictures(folder: Path, count: int = 16) -> Path:
@@ -62,7 +62,7 @@ def pictures(folder: Path, count: int = 16) -> Path:
 @torch.no_grad()
 def test_program(tmp_path: Path, name: str, kwargs: dict) -> None:
     source = write_student(tmp_path / "a.pth", name, kwargs=kwargs)
-    report = export(tmp_path / "a.pth", tmp_path / "out", "program", output="features")
+    report = export(tmp_path / "a.pth", tmp_path / "out", "pt2", output="features")
     program = torch.export.load(str(tmp_path / "out/model.pt2")).module()
     for size in SIZES:
         images = torch.rand(size)
@@ -95,7 +95,7 @@ def test_pooled_and_logits(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 64, 96)
     pooled = features_of(source, images).mean((2, 3))
     close(graphs.Graph(source, "pooled", None)(images), pooled)
-    export(tmp_path / "a.pth", tmp_path / "out", "program", output="logits", classifier=tmp_path / "head.safetensors")
+    export(tmp_path / "a.pth", tmp_path / "out", "pt2", output="logits", classifier=tmp_path / "head.safetensors")
     close(torch.export.load(str(tmp_path / "out/model.pt2")).module()(images), head(pooled))
 
 
@@ -292,10 +292,10 @@ def test_a_damaged_classifier_file(tmp_path: Path) -> None:
     write_student(tmp_path / "a.pth")
     (tmp_path / "head.safetensors").write_bytes(b"no weights")
     with refused(WeightsError, "file-not-safetensors", "head.safetensors"):
-        export(tmp_path / "a.pth", tmp_path / "out", "program", output="logits", classifier=tmp_path / "head.safetensors")
+        export(tmp_path / "a.pth", tmp_path / "out", "pt2", output="logits", classifier=tmp_path / "head.safetensors")
 
 
-@pytest.mark.parametrize("to", ["program", "onnx"])
+@pytest.mark.parametrize("to", ["pt2", "onnx"])
 def test_a_full_disk_is_one_sentence(tmp_path: Path, to: str) -> None:
     if to == "onnx":
         pytest.importorskip("onnxscript")
@@ -316,7 +316,7 @@ def test_a_graph_that_computes_something_else_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(graphs.torch.export, "load", lambda file: SimpleNamespace(
         module=lambda: lambda images: torch.zeros(len(images), 512)))  # fmt: skip
     with refused(ExportError, "export-shape-differs"):
-        export(tmp_path / "a.pth", tmp_path / "out", "program")
+        export(tmp_path / "a.pth", tmp_path / "out", "pt2")
     assert not (tmp_path / "out").exists()
 
 
@@ -351,4 +351,4 @@ def test_refusals(tmp_path: Path) -> None:
     )
     save_file({"weight": torch.zeros(3, 7), "bias": torch.zeros(3)}, tmp_path / "head.safetensors")
     expected = ("linear-classifier-shape", "weight", "(3, 7)", source.num_features)
-    fails(expected, WeightsError, "program", output="logits", classifier=tmp_path / "head.safetensors")
+    fails(expected, WeightsError, "pt2", output="logits", classifier=tmp_path / "head.safetensors")

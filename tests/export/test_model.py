@@ -1,4 +1,4 @@
-"""``--what model``: a whole network of mmengine without what only its training needed."""
+"""``--part model``: a whole network of mmengine without what only its training needed."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_the_weights_alone_under_the_models_own_names(tmp_path: Path, monkeypatc
     asked = library(monkeypatch, Detector)
     source = Detector().state_dict()
     write(tmp_path / "a.pth", source)
-    report = export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model", licences={"weights": "mit"})
+    report = export(tmp_path / "a.pth", tmp_path / "out", "mmdet", part="model", licences={"weights": "mit"})
     assert report.proven_with.endswith("mmdet 3.3.0: its own model takes every weight")
     assert asked[0].backbone.depth == 18  # a detector reads its config by attributes
     assert asked == [{"type": "FasterRCNN", "backbone": {"depth": 18}, "out": (0, 1), "_scope_": "mmdet"}]
@@ -79,7 +79,7 @@ def test_of_a_distillation_the_student_is_kept(tmp_path: Path, monkeypatch: pyte
     source = Detector().state_dict()
     others = {"teacher.neck.weight": torch.ones(1), "generators.0.weight": torch.ones(1), "generators.0.bias": torch.ones(1)}
     write(tmp_path / "a.pth", {**{f"student.{key}": value for key, value in source.items()}, **others}, DISTILLED)
-    report = export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model")
+    report = export(tmp_path / "a.pth", tmp_path / "out", "mmdet", part="model")
     assert load_file(tmp_path / "out/model.safetensors").keys() == source.keys()
     assert report.notes == ["left behind, as only the training needs it: 1 of teacher, 2 of generators"]
     assert asked[0]["type"] == "FasterRCNN"
@@ -94,25 +94,25 @@ def test_training_parts_beside_a_plain_model_stay_behind(tmp_path: Path) -> None
 
 def test_what_could_not_be_proven_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.pth", Detector().state_dict(), cfg="model = build(lambda: 1)\n")
-    report = export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model")
+    report = export(tmp_path / "a.pth", tmp_path / "out", "mmdet", part="model")
     assert "no model was built: the checkpoint does not describe it in plain values" in report.proven_with
     assert not (tmp_path / "out/model_config.py").exists()
     write(tmp_path / "a.pth", Detector().state_dict())
     monkeypatch.setattr(model_module, "optional", lambda module: (None, "mmdet is not installed"))
-    assert "mmdet is not installed" in export(tmp_path / "a.pth", tmp_path / "b", "mmdet", what="model").proven_with
+    assert "mmdet is not installed" in export(tmp_path / "a.pth", tmp_path / "b", "mmdet", part="model").proven_with
 
     def unknown() -> None:
         raise KeyError("MyHead")
 
     library(monkeypatch, unknown)
-    assert "mmdet cannot (KeyError: 'MyHead')" in export(tmp_path / "a.pth", tmp_path / "c", "mmdet", what="model").proven_with
+    assert "mmdet cannot (KeyError: 'MyHead')" in export(tmp_path / "a.pth", tmp_path / "c", "mmdet", part="model").proven_with
 
 
 @pytest.mark.parametrize(
     ("described", "message"),
     [
-        ({"encoder": {"name": "resnet18"}, "format": 1}, "but a student of pretraining; --what backbone exports its encoder"),
-        ({"classifier": {"name": "resnet18"}, "format": 1}, "but a classifier of hgkd; --what classifier exports it"),
+        ({"encoder": {"name": "resnet18"}, "format": 1}, "but a student of pretraining; --part backbone exports its encoder"),
+        ({"classifier": {"name": "resnet18"}, "format": 1}, "but a classifier of hgkd; --part classifier exports it"),
         ({"mae": {}, "format": 1}, r"but a masked autoencoder of hgkd, which is a teacher: model.teacher.checkpoint=.*a.pth"),
     ],
 )
@@ -122,19 +122,19 @@ def test_a_network_of_hgkd_is_no_model_of_another_library(tmp_path: Path, descri
     checkpoint["meta"]["hgkd"] = described
     torch.save(checkpoint, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=f"holds no model of mmdet, mmseg or mmpretrain {message}"):
-        export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model")
+        export(tmp_path / "a.pth", tmp_path / "out", "mmdet", part="model")
 
 
 def test_a_model_of_another_library(tmp_path: Path) -> None:
     write(tmp_path / "a.pth", Detector().state_dict(), PLAIN + "default_scope = 'mmseg'\n")
     with refused(ValueError, "trained-with-another-library", "mmseg", "mmdet", "--to"):
-        export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model")
+        export(tmp_path / "a.pth", tmp_path / "out", "mmdet", part="model")
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(refusal: tuple[object, ...], error: type[Exception] = WeightsError) -> None:
         with refused(error, *refusal):
-            export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model")
+            export(tmp_path / "a.pth", tmp_path / "out", "mmdet", part="model")
         assert not (tmp_path / "out").exists()
 
     fails(("weight-file-missing", "a.pth"), FileNotFoundError)
@@ -148,6 +148,6 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.pth", {"backbone.weight": torch.ones(1)})
     fails(("library-refuses-weights", "mmdet", "FasterRCNN", "backbone.weight"), ExportError)
     with refused(ValueError, "model-takes-no-images"):
-        export(tmp_path / "a.pth", tmp_path / "out", "mmdet", what="model", images=tmp_path)
+        export(tmp_path / "a.pth", tmp_path / "out", "mmdet", part="model", images=tmp_path)
     with refused(ValueError, "target-without-part", "timm", "model"):
-        export(tmp_path / "a.pth", tmp_path / "out", what="model")
+        export(tmp_path / "a.pth", tmp_path / "out", part="model")

@@ -193,7 +193,7 @@ def test_whole_student(tmp_path: Path) -> None:
     checkpoint["state_dict"] = {f"student.{key}": value for key, value in student.state_dict().items()}
     checkpoint["meta"]["cfg"] = f"model = dict(student=dict(type='SparseUNet', backend='masked', {_keywords(arguments)}))\n"
     torch.save(checkpoint, tmp_path / "a.pth")
-    export(tmp_path / "a.pth", tmp_path / "out", "sparse", what="student")
+    export(tmp_path / "a.pth", tmp_path / "out", "sparse", part="student")
 
     again = load_student(tmp_path / "out")
     assert (again.cell, again.out_stride) == (64, 8)
@@ -206,7 +206,7 @@ def test_whole_student(tmp_path: Path) -> None:
         load_student(tmp_path / "out", encoder=student.encoder)
 
     # and the decoder alone, to be put on an exported backbone
-    report = export(tmp_path / "a.pth", tmp_path / "decoder", "sparse", what="decoder")
+    report = export(tmp_path / "a.pth", tmp_path / "decoder", "sparse", part="decoder")
     names = safetensors.torch.load_file(tmp_path / "decoder/model.safetensors").keys()
     assert names == {name for name in student.state_dict() if not name.startswith("encoder.")}
     decoding = (student.densify, student.decoder)
@@ -229,7 +229,7 @@ def test_load_sparse_and_student_refuse_other_exports(tmp_path: Path) -> None:
     _, out = written(tmp_path, "mobilenetv3_small_050", "timm")
     with refused(ValueError, "export-not-sparse", "--to"):
         load_sparse(out)
-    with refused(ValueError, "export-not-sparse", "--to", "--what"):
+    with refused(ValueError, "export-not-sparse", "--to", "--part"):
         load_student(out)
 
 

@@ -140,8 +140,8 @@ def test_a_cnn_starts_from_a_file_of_others(tmp_path):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_a_vit_starts_from_a_mae_with_sin_cos_positions_of_its_own_grid(name, size, tmp_path):
     mae = MaskedAutoencoder(make_arch(ARCH))
-    mean, deviation = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-    save_mae(mae, tmp_path / "mae.safetensors", {"mean": mean, "deviation": deviation, "norm_pix": True})
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    save_mae(mae, tmp_path / "mae.safetensors", {"mean": mean, "std": std, "norm_pix": True})
     model = ImageClassifier(name, 3, size, backbone=tmp_path / "mae.safetensors", **TINY)
     torch.testing.assert_close(model.spec.mean, tuple(mean))
     torch.testing.assert_close(model.network.blocks[1].mlp.fc1.weight, mae.blocks[1].mlp.fc1.weight)

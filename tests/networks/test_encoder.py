@@ -90,9 +90,9 @@ def test_timm_arguments_are_passed_on() -> None:
 
 
 def test_pixel_statistics_are_the_networks_own() -> None:
-    mean, deviation = pixel_statistics(build_encoder("resnet18"))
+    mean, std = pixel_statistics(build_encoder("resnet18"))
     assert mean == pytest.approx((0.485, 0.456, 0.406))
-    assert deviation == pytest.approx((0.229, 0.224, 0.225))
+    assert std == pytest.approx((0.229, 0.224, 0.225))
     assert pixel_statistics(nn.Identity())[0] == pytest.approx((0.485, 0.456, 0.406))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from hgkd.networks import ClassifierOutput
-from hgkd.objectives import NKD, HardLabel, LastMapMGD, SoftLabel
+from hgkd.objectives import NKD, FeatureMapMGD, HardLabelKD, LogitKD
 from hgkd.objectives.finetuning.labels import LabelLoss
 from hgkd.objectives.generation import MGDLoss
 
@@ -74,18 +74,18 @@ def test_targets_are_distributions(classes, smoothing, mixup, cutmix, share, see
 
 
 def test_hard_label_by_hand():
-    value = HardLabel().value(logits(0.2, 0.5, 0.3), logits(0.6, 0.3, 0.1), one_hot(1, 3))
+    value = HardLabelKD().value(logits(0.2, 0.5, 0.3), logits(0.6, 0.3, 0.1), one_hot(1, 3))
     assert value.item() == pytest.approx(-math.log(0.2))  # the teacher's answer, whatever the label
 
 
 def test_soft_label_by_hand():
     student, teacher = logits(0.5, 0.5), logits(0.9, 0.1)
     expected = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
-    assert SoftLabel(1.0).value(student, teacher, one_hot(0, 2)).item() == pytest.approx(expected, rel=1e-5)
+    assert LogitKD(1.0).value(student, teacher, one_hot(0, 2)).item() == pytest.approx(expected, rel=1e-5)
     # at temperature 2 a probability becomes its root: 3/4 and 1/4, and the loss is multiplied by 4
     expected = 4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
-    assert SoftLabel(2.0).value(student, teacher, one_hot(0, 2)).item() == pytest.approx(expected, rel=1e-5)
-    assert SoftLabel(3.0).value(teacher, teacher, one_hot(0, 2)).item() == pytest.approx(0, abs=1e-6)
+    assert LogitKD(2.0).value(student, teacher, one_hot(0, 2)).item() == pytest.approx(expected, rel=1e-5)
+    assert LogitKD(3.0).value(teacher, teacher, one_hot(0, 2)).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_nkd_by_hand():
@@ -110,7 +110,7 @@ def test_nkd_of_a_mixed_label_takes_its_largest_part_and_stays_finite():
     assert NKD().value(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1)).item() == 0.0
 
 
-@pytest.mark.parametrize(("objective", "learns", "other"), [(HardLabel(), 1, 0), (SoftLabel(), 1, 0), (NKD(), 0, 1)])
+@pytest.mark.parametrize(("objective", "learns", "other"), [(HardLabelKD(), 1, 0), (LogitKD(), 1, 0), (NKD(), 0, 1)])
 def test_one_head_learns_and_the_teacher_does_not(objective, learns, other):
     parts = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
     student = ClassifierOutput(parts[0], parts[1], torch.zeros(4, 2, 1, 1))
@@ -123,7 +123,7 @@ def test_one_head_learns_and_the_teacher_does_not(objective, learns, other):
 
 
 def test_mgd_in_fine_tuning_is_mgd_on_the_last_maps():
-    objective = LastMapMGD()
+    objective = FeatureMapMGD()
     objective.prepare((3, 2, 2), (5, 2, 2))
     student, teacher = torch.randn(2, 3, 2, 2, requires_grad=True), torch.randn(2, 5, 2, 2)
     outputs = [ClassifierOutput(torch.zeros(2, 1), torch.zeros(2, 1), feature) for feature in (student, teacher)]
@@ -137,7 +137,7 @@ def test_mgd_in_fine_tuning_is_mgd_on_the_last_maps():
 
 
 def test_mgd_brings_the_student_to_the_teachers_grid_and_may_normalise():
-    objective = LastMapMGD(normalise=True, ratio=0.0, alpha=1.0, reduction="mean")
+    objective = FeatureMapMGD(normalise=True, ratio=0.0, alpha=1.0, reduction="mean")
     objective.prepare((4, 4, 4), (4, 2, 2))
     objective.loss.generation = torch.nn.Identity()
     student, teacher = torch.randn(1, 4, 4, 4), 100 + 10 * torch.randn(1, 4, 2, 2)
@@ -146,7 +146,7 @@ def test_mgd_brings_the_student_to_the_teachers_grid_and_may_normalise():
     expected = (torch.nn.functional.avg_pool2d(student, 2) - target).square().mean()
     torch.testing.assert_close(objective(*outputs, torch.zeros(1, 1))["generation"], expected)
     with pytest.raises(RuntimeError, match="prepare"):
-        LastMapMGD()(*outputs, torch.zeros(1, 1))
+        FeatureMapMGD()(*outputs, torch.zeros(1, 1))
     assert isinstance(objective.loss, MGDLoss)
 
 
@@ -161,9 +161,9 @@ def test_mgd_brings_the_student_to_the_teachers_grid_and_may_normalise():
             lambda: LabelLoss(2, cutmix=1.0).mix(torch.zeros(3, 3, 2, 2), torch.zeros(3).long()),
             ("odd-batch", "3"),
         ),
-        (lambda: SoftLabel(0.0), ("temperature-not-positive", "0", "0.0")),
+        (lambda: LogitKD(0.0), ("temperature-not-positive", "0", "0.0")),
         (lambda: NKD(gamma=-1.0), ("temperature-or-gamma-out-of-range", "0", "1.0", "-1.0")),
-        (lambda: LastMapMGD(mask="pixel"), ("generation-mask-unknown", "pixel")),
+        (lambda: FeatureMapMGD(mask="pixel"), ("generation-mask-unknown", "pixel")),
     ],
 )
 def test_options_out_of_range_are_refused(build, refusal):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from refusals import refused
-from teaching import CELLS, GRID, INFO, make_student, on_places, rows, run, teacher_out
+from teaching import CELLS, GRID, INFO, make_student, on_positions, rows, run, teacher_out
 
 from hgkd.objectives import DMAE, Setup
 from hgkd.objectives.masked.dmae import l1_of_directions, l2_of_directions
@@ -29,8 +29,8 @@ def test_it_is_torchs_loss_on_visible_normalised_tokens(kind, level, distance, l
     feature = out.features[index].to_dense()
     assert feature.shape[-2:] == GRID
     expected = loss(
-        F.normalize(rows(objective.projectors["2"](feature), on_places(CELLS)), dim=-1),
-        F.normalize(rows(teacher.tokens[2], on_places(CELLS)), dim=-1),
+        F.normalize(rows(objective.projectors["2"](feature), on_positions(CELLS)), dim=-1),
+        F.normalize(rows(teacher.tokens[2], on_positions(CELLS)), dim=-1),
     )
     losses = objective(out, teacher, layout)
     assert list(losses) == ["align_2"]
@@ -45,8 +45,8 @@ def test_a_finer_level_is_averaged_within_cells():
     with torch.no_grad():
         feature = F.avg_pool2d(out.features[0].to_dense(), 4)
         expected = F.l1_loss(
-            F.normalize(rows(objective.projectors["1"](feature), on_places(CELLS)), dim=-1),
-            F.normalize(rows((teacher := teacher_out()).tokens[1], on_places(CELLS)), dim=-1),
+            F.normalize(rows(objective.projectors["1"](feature), on_positions(CELLS)), dim=-1),
+            F.normalize(rows((teacher := teacher_out()).tokens[1], on_positions(CELLS)), dim=-1),
         )
     torch.testing.assert_close(objective(out, teacher, layout)["align_1"], expected)
 
@@ -57,7 +57,7 @@ def test_hidden_places_of_the_teacher_do_not_count():
     out, layout = run(student)
     teacher = teacher_out()
     before = objective(out, teacher, layout)
-    teacher.tokens[3] = torch.where(on_places(CELLS)[:, None], teacher.tokens[3], torch.nan)
+    teacher.tokens[3] = torch.where(on_positions(CELLS)[:, None], teacher.tokens[3], torch.nan)
     torch.testing.assert_close(objective(out, teacher, layout), before)
 
 

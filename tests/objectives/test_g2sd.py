@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from refusals import refused
-from teaching import CELLS, ENCODER_ONLY, GRID, INFO, make_student, on_places, rows, run, teacher_out
+from teaching import CELLS, ENCODER_ONLY, GRID, INFO, make_student, on_positions, rows, run, teacher_out
 
 from hgkd.objectives import G2SD, Setup
 from hgkd.structures import TeacherNeeds
@@ -12,18 +12,19 @@ from hgkd.structures import TeacherNeeds
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
 @pytest.mark.parametrize(
-    ("supervise", "places"), [("masked", ~on_places(CELLS)), ("all", on_places(CELLS) | True), ("visible", on_places(CELLS))]
+    ("supervise", "positions"),
+    [("masked", ~on_positions(CELLS)), ("all", on_positions(CELLS) | True), ("visible", on_positions(CELLS))],
 )
-def test_it_is_smooth_l1_to_the_normalised_decoder_state(kind, supervise, places):
+def test_it_is_smooth_l1_to_the_normalised_decoder_state(kind, supervise, positions):
     student = make_student(kind).eval()
     objective = G2SD(supervise=supervise)
     objective.prepare(Setup(student, INFO, GRID, (2, 2)))
     out, layout = run(student)
     teacher = teacher_out(())
     fc1, _, fc2 = objective.projector
-    x = rows(out.decoded, places)
+    x = rows(out.decoded, positions)
     x = F.gelu(x @ fc1.weight.flatten(1).T + fc1.bias) @ fc2.weight.flatten(1).T + fc2.bias
-    expected = F.smooth_l1_loss(x, F.layer_norm(rows(teacher.decoded, places), (10,), eps=1e-6), beta=2.0)
+    expected = F.smooth_l1_loss(x, F.layer_norm(rows(teacher.decoded, positions), (10,), eps=1e-6), beta=2.0)
     losses = objective(out, teacher, layout)
     assert list(losses) == ["decoder"]
     torch.testing.assert_close(losses["decoder"], expected)

@@ -1,4 +1,4 @@
-"""H-GKD's loss by hand on grids of four places, its geometry, gradients and refusals."""
+"""H-GKD's loss by hand on grids of four positions, its geometry, gradients and refusals."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hgkd.objectives import Setup
 from hgkd.objectives.alignment import fit_grid
-from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
+from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
 from hgkd.objectives.masked.hgkd import HGKD, centred_target, hgkd_loss
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.sparse import CellLayout
@@ -43,7 +43,7 @@ def identity(objective: HGKD, term: str) -> None:
 
 
 def offsets(values: list[list[float]]) -> Tensor:
-    """A prediction that misses the target by the given amount in the first channel of each place."""
+    """A prediction that misses the target by the given amount in the first channel of each position."""
     return LN_TOKENS + torch.stack([torch.tensor(values), torch.zeros(2, 2)]).unsqueeze(0)
 
 
@@ -77,26 +77,26 @@ class TestFunctions:
     )
     def test_smooth_l1_turns_at_beta(self, difference: float, expected: float) -> None:
         # beta 2: d^2 / 4 below, |d| - 1 from there on
-        got = smooth_l1_by_place(torch.full((1, 1, 1, 1), difference), torch.zeros(1, 1, 1, 1), beta=2.0)
+        got = smooth_l1_by_position(torch.full((1, 1, 1, 1), difference), torch.zeros(1, 1, 1, 1), beta=2.0)
         assert got.item() == pytest.approx(expected)
 
     def test_smooth_l1_averages_channels(self) -> None:
-        got = smooth_l1_by_place(torch.tensor([1.0, 3.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1))
+        got = smooth_l1_by_position(torch.tensor([1.0, 3.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1))
         assert got.shape == (1, 1, 1)
         assert got.item() == pytest.approx((0.25 + 2.0) / 2)
 
     def test_smooth_l1_refuses_shapes_that_broadcast(self) -> None:
         with refused(ValueError, "shapes-differ"):
-            smooth_l1_by_place(torch.zeros(2, 3, 2, 2), torch.zeros(1, 3, 2, 2))
+            smooth_l1_by_position(torch.zeros(2, 3, 2, 2), torch.zeros(1, 3, 2, 2))
 
     def test_loss_counts_the_given_places(self) -> None:
-        prediction = offsets([[1.0, 3.0], [0.0, 1.0]])  # per place over 2 channels: 0.125, 1, 0, 0.125
-        places = torch.tensor([[[True, True], [False, False]]])
-        assert hgkd_loss(prediction, TOKENS, places).item() == pytest.approx((0.125 + 1.0) / 2, abs=1e-5)
+        prediction = offsets([[1.0, 3.0], [0.0, 1.0]])  # per position over 2 channels: 0.125, 1, 0, 0.125
+        positions = torch.tensor([[[True, True], [False, False]]])
+        assert hgkd_loss(prediction, TOKENS, positions).item() == pytest.approx((0.125 + 1.0) / 2, abs=1e-5)
 
 
 class TestFullTarget:
-    # 0.125 and 0 at the visible places, 1 and 0.25 at the masked ones
+    # 0.125 and 0 at the visible positions, 1 and 0.25 at the masked ones
     DECODED = offsets([[1.0, 3.0], [2.0**0.5, 0.0]])
 
     @pytest.mark.parametrize(("supervise", "expected"), [("masked", 1.25 / 2), ("visible", 0.125 / 2), ("all", 1.375 / 4)])
@@ -132,8 +132,8 @@ class TestFullTarget:
         tokens = torch.randn(1, 2, 4, 4)
         decoded = torch.randn(1, 2, 4, 4)
         losses = objective(StudentOutput(decoded), TeacherOutput({11: tokens}, (4, 4)), LAYOUT)
-        by_place = smooth_l1_by_place(decoded, layer_norm0(tokens))[0]
-        expected = (by_place[:2, 2:].sum() + by_place[2:, :2].sum()) / 8  # the two hidden cells, 2 x 2 tokens each
+        by_position = smooth_l1_by_position(decoded, layer_norm0(tokens))[0]
+        expected = (by_position[:2, 2:].sum() + by_position[2:, :2].sum()) / 8  # the two hidden cells, 2 x 2 tokens each
         torch.testing.assert_close(losses["distill"], expected)
 
     def test_gradient_reaches_the_student_and_not_the_teacher(self) -> None:
@@ -185,8 +185,8 @@ class TestInferredTarget:
         objective = prepared(target="inferred", supervise="all")
         student_out = StudentOutput(torch.randn(1, 2, 2, 2))
         losses = objective(student_out, self.TEACHER, layout)
-        visible = smooth_l1_by_place(objective.predict(student_out, "visible"), layer_norm0(TOKENS))
-        masked = smooth_l1_by_place(objective.predict(student_out, "masked"), layer_norm0(self.DECODED_TEACHER))
+        visible = smooth_l1_by_position(objective.predict(student_out, "visible"), layer_norm0(TOKENS))
+        masked = smooth_l1_by_position(objective.predict(student_out, "masked"), layer_norm0(self.DECODED_TEACHER))
         expected = torch.where(layout.visible, visible, masked).mean()
         torch.testing.assert_close(losses["visible"] + losses["masked"], expected)
 
@@ -227,7 +227,7 @@ class TestGeometry:
         assert fitted.shape == (1, 1, 4, 4)
         assert (fitted[0, 0] == fitted[0, 0, 0]).all()
         middle = fitted[0, 0, 0, 1:3].diff().item()
-        assert middle == pytest.approx(size[1] / 4)  # slope: one unit a student place
+        assert middle == pytest.approx(size[1] / 4)  # slope: one unit a student position
 
     def test_negative_block_counts_from_the_end(self) -> None:
         assert prepared(block=-2).needs.blocks == (10,)
@@ -293,7 +293,7 @@ def test_is_registered() -> None:
 
 
 def test_centred_target_by_hand() -> None:
-    """Two images, two channels, two places. Channel 0 holds its place only; channel 1 differs by 2 between the images."""
+    """Two images, two channels, two positions. Channel 0 holds its place only; channel 1 differs by 2 between the images."""
     tokens = torch.tensor([[[[5.0, -5.0]], [[1.0, 4.0]]], [[[5.0, -5.0]], [[3.0, 6.0]]]])
     found = centred_target(tokens)
     expected = torch.tensor([[[[0.0, 0.0]], [[-1.0, -1.0]]], [[[0.0, 0.0]], [[1.0, 1.0]]]])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
-from teaching import CELLS, GRID, INFO, make_student, on_places, rows, run, teacher_out
+from teaching import CELLS, GRID, INFO, make_student, on_positions, rows, run, teacher_out
 from torch import nn
 
 from hgkd.objectives import MGD, MGDLoss, Setup
@@ -14,7 +14,7 @@ from hgkd.objectives.generation import draw_visible
 from hgkd.structures import TeacherNeeds
 
 
-@pytest.mark.parametrize(("mask", "shape"), [("channel", (2, 6, 1, 1)), ("place", (2, 1, 5, 4))])
+@pytest.mark.parametrize(("mask", "shape"), [("channel", (2, 6, 1, 1)), ("position", (2, 1, 5, 4))])
 @pytest.mark.parametrize("channels", [3, 6])
 def test_published_form(mask, shape, channels):
     loss = MGDLoss(channels, 6, mask, ratio=0.4, alpha=2e-5)
@@ -40,7 +40,7 @@ def test_mean_form_does_not_depend_on_the_size_of_the_map():
 
 
 @settings(max_examples=20, deadline=None)
-@given(ratio=st.floats(0.0, 0.95), mask=st.sampled_from(["channel", "place"]), seed=st.integers(0, 1000))
+@given(ratio=st.floats(0.0, 0.95), mask=st.sampled_from(["channel", "position"]), seed=st.integers(0, 1000))
 def test_share_of_hidden(ratio, mask, seed):
     feature = torch.zeros(64, 40, 8, 5)
     visible = draw_visible(feature, mask, ratio, torch.Generator().manual_seed(seed))
@@ -49,7 +49,7 @@ def test_share_of_hidden(ratio, mask, seed):
 
 
 def test_a_fresh_mask_on_every_forward_and_gradients():
-    loss = MGDLoss(4, 6, "place", ratio=0.5).eval()
+    loss = MGDLoss(4, 6, "position", ratio=0.5).eval()
     student, teacher = torch.randn(2, 4, 6, 6, requires_grad=True), torch.randn(2, 6, 6, 6, requires_grad=True)
     assert loss(student, teacher) != loss(student, teacher)
     loss(student, teacher).backward()
@@ -60,9 +60,9 @@ def test_a_fresh_mask_on_every_forward_and_gradients():
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
 @pytest.mark.parametrize("feature", ["decoded", None])
-@pytest.mark.parametrize(("supervise", "places"), [("all", on_places(CELLS) | True), ("masked", ~on_places(CELLS))])
+@pytest.mark.parametrize(("supervise", "positions"), [("all", on_positions(CELLS) | True), ("masked", ~on_positions(CELLS))])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_as_an_objective(kind, feature, supervise, places, reduction):
+def test_as_an_objective(kind, feature, supervise, positions, reduction):
     student = make_student(kind).eval()
     objective = MGD(feature, block=1, supervise=supervise, reduction=reduction, alpha=0.5)
     objective.prepare(Setup(student, INFO, GRID, (2, 2)))
@@ -73,8 +73,8 @@ def test_as_an_objective(kind, feature, supervise, places, reduction):
     got = objective(out, teacher, layout)
     torch.manual_seed(5)
     source = out.features[2].to_dense() if feature is None else F.interpolate(out.decoded, GRID)
-    restored = rows(objective.loss.restore(source), places)
-    target = F.layer_norm(rows(teacher.tokens[1], places), (12,), eps=1e-6)
+    restored = rows(objective.loss.restore(source), positions)
+    target = F.layer_norm(rows(teacher.tokens[1], positions), (12,), eps=1e-6)
     squares = F.mse_loss(restored, target, reduction=reduction)
     assert list(got) == ["generation"]
     torch.testing.assert_close(got["generation"], 0.5 * (squares if reduction == "mean" else squares / 2))
@@ -90,7 +90,7 @@ def test_raw_tokens_are_the_published_target():
 @pytest.mark.parametrize(
     ("options", "refusal"),
     [
-        ({"mask": "pixel"}, ("generation-mask-unknown", "channel", "place", "pixel")),
+        ({"mask": "pixel"}, ("generation-mask-unknown", "channel", "position", "pixel")),
         ({"ratio": 1.0}, ("hidden-ratio-out-of-range", "0", "1", "1.0")),
         ({"reduction": "max"}, ("reduction-unknown", "sum", "mean")),
         ({"reduction": "mean", "alpha": 7e-5}, ("alpha-of-sum", "7e-05", "reduction='sum'")),

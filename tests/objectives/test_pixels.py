@@ -1,4 +1,4 @@
-"""SparK's pixel objective by hand: cell statistics, patch order, places, pictures, refusals."""
+"""SparK's pixel objective by hand: cell statistics, patch order, positions, pictures, refusals."""
 
 from types import SimpleNamespace
 
@@ -69,9 +69,9 @@ def test_split_cells_keeps_channel_row_column_order() -> None:
 
 
 def test_cell_statistics_are_unbiased_over_all_colours() -> None:
-    mean, deviation = cell_statistics(torch.tensor([0.0, 1.0, 2.0, 5.0]))
+    mean, std = cell_statistics(torch.tensor([0.0, 1.0, 2.0, 5.0]))
     assert mean.item() == 2.0
-    assert deviation.item() == pytest.approx((14 / 3 + 1e-6) ** 0.5)
+    assert std.item() == pytest.approx((14 / 3 + 1e-6) ** 0.5)
 
 
 def test_error_by_hand() -> None:
@@ -123,8 +123,8 @@ def test_gradient_reaches_student_and_head() -> None:
     images = torch.rand(1, 3, 8, 12, requires_grad=True)
     objective(StudentOutput(decoded, images=images), None, CellLayout(VISIBLE, 4))["reconstruction"].backward()
     assert all(p.grad is not None and p.grad.any() for p in objective.parameters())
-    places = VISIBLE.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert (decoded.grad.abs().sum(1) > 0).equal(~places)
+    positions = VISIBLE.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert (decoded.grad.abs().sum(1) > 0).equal(~positions)
 
 
 def test_reconstruct_undoes_the_standardisation() -> None:
@@ -159,10 +159,8 @@ def test_is_registered_and_needs_no_teacher() -> None:
 def test_without_standardisation_the_target_is_what_the_student_gets() -> None:
     """DMAE's released script, and MAE without norm-pix: the loss against naive loops."""
     objective = PixelReconstruction(standardise=False)
-    mean, deviation = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.5, 0.25, 1.0]).view(1, 3, 1, 1)
-    student = SimpleNamespace(
-        give_pixels=lambda: False, decoded_channels=3, out_stride=1, cell=4, mean=mean, deviation=deviation
-    )
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.5, 0.25, 1.0]).view(1, 3, 1, 1)
+    student = SimpleNamespace(give_pixels=lambda: False, decoded_channels=3, out_stride=1, cell=4, mean=mean, std=std)
     objective.prepare(Setup(student, None, None, (2, 3)))
     images, decoded = torch.rand(1, 3, 8, 12), torch.rand(1, 3, 8, 12)
     layout = CellLayout(VISIBLE, 4)
@@ -172,9 +170,9 @@ def test_without_standardisation_the_target_is_what_the_student_gets() -> None:
         for x in range(12):
             if not VISIBLE[0, y // 4, x // 4]:
                 for c in range(3):
-                    target = (images[0, c, y, x] - mean[0, c, 0, 0]) / deviation[0, c, 0, 0]
+                    target = (images[0, c, y, x] - mean[0, c, 0, 0]) / std[0, c, 0, 0]
                     errors.append(float(decoded[0, c, y, x] - target) ** 2)
     torch.testing.assert_close(loss, torch.tensor(sum(errors) / len(errors)))
-    perfect = objective.reconstruct(StudentOutput((images - mean) / deviation, images=images), layout)
+    perfect = objective.reconstruct(StudentOutput((images - mean) / std, images=images), layout)
     torch.testing.assert_close(perfect, images)
     assert not objective.state_dict().keys() - {"head.weight", "head.bias"}, "checkpoints are as they were"

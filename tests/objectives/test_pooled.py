@@ -1,4 +1,4 @@
-"""PooledFeature by hand: the target, the places that are averaged, gradients, refusals."""
+"""PooledFeature by hand: the target, the positions that are averaged, gradients, refusals."""
 
 from types import SimpleNamespace
 

@@ -11,7 +11,7 @@ from refusals import refused
 
 from hgkd.data.shapes import CLASSES
 from hgkd.errors import DataError
-from hgkd.openmmlab.config import read_with_care
+from hgkd.openmmlab.config import skip_unreadable_images
 from hgkd.openmmlab.data_checks import annotation_files
 from hgkd.openmmlab.data_checks.checks import check_data
 from hgkd.openmmlab.images import LoadReadableImage
@@ -299,7 +299,7 @@ def test_sizes_before_the_turn_of_exif(changed, coco, tmp_path):
     cfg = changed(change, ("train",), **options)
     check_data(cfg, BOTH)
     # the advice works: the image is read as it lies
-    read_with_care(cfg, str(tmp_path))
+    skip_unreadable_images(cfg, str(tmp_path))
     load = {key: value for key, value in cfg.train_dataloader.dataset.pipeline[0].items() if key != "type"}
     image = LoadReadableImage(**load)({"img_path": str(folder / content["images"][0]["file_name"])})["img"]
     assert image.shape == (48, 64, 3)

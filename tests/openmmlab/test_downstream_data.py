@@ -13,7 +13,7 @@ from tiny_runs import ROOT
 
 from hgkd.data.shapes import CLASSES, write_ade20k, write_coco
 from hgkd.errors import DataError
-from hgkd.openmmlab.config import drop_downloads, drop_teacher, merge_options, model_config, read_with_care
+from hgkd.openmmlab.config import drop_downloads, drop_teacher, merge_options, model_config, skip_unreadable_images
 from hgkd.openmmlab.data_checks.checks import check_data
 from hgkd.openmmlab.images import LoadReadableImage
 
@@ -445,7 +445,7 @@ def test_model_config_refusals(tmp_path):
 def test_training_images_alone_may_be_skipped(tmp_path):
     cfg = Config.fromfile(DETECTOR)
     merge_options(cfg, {})
-    read_with_care(cfg, str(tmp_path))
+    skip_unreadable_images(cfg, str(tmp_path))
     first = cfg.train_dataloader.dataset.pipeline[0]
     assert first == {"type": "hgkd.LoadReadableImage", "report": f"{tmp_path}/unreadable_files.txt"}
     for loader in (cfg.val_dataloader, cfg.test_dataloader):

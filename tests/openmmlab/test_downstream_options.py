@@ -7,7 +7,7 @@ from tiny_runs import ROOT
 
 from hgkd.cli import train as train_command
 from hgkd.config import read_config
-from hgkd.openmmlab import rehearse
+from hgkd.openmmlab import dry_run_downstream
 from hgkd.openmmlab.config import file_options
 
 need("mmdet", "mmseg")
@@ -112,7 +112,7 @@ def test_configs_of_the_installed_packages(tmp_path, capsys):
 def test_a_dry_run_says_what_is_in_force(tmp_path):
     options = tiny_detector(shapes_coco(tmp_path / "data")) | FASTER_HEAD
     cfg = train_tool.load_config(DETECTOR, tmp_path / "run", options=options)
-    report = dict(line.split(maxsplit=1) for line in rehearse(cfg).splitlines())
+    report = dict(line.split(maxsplit=1) for line in dry_run_downstream(cfg).splitlines())
     assert report["rate"].startswith(
         "lr 0.0002; LinearLR from 0.01 of it in steps 1 to 50; CosineAnnealingLR to 0 in epochs 1 to 1"
     )

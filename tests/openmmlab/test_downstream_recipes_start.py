@@ -73,7 +73,7 @@ def start(config, data, folder, **options):
     by_steps = "max_iters" in cfg.train_cfg
     steps = 1 if by_steps else cfg.train_dataloader.dataset.get("times", 1)  # 2 images, in 3x recipes three times
     length = cfg.train_cfg.max_iters if by_steps else steps * cfg.train_cfg.max_epochs
-    assert f" {length} steps of 2 images" in train_command.rehearse(cfg)
+    assert f" {length} steps of 2 images" in train_command.dry_run_downstream(cfg)
     merge_options(cfg, {"iterations" if by_steps else "epochs": 1})
     runner = train_tool.train(cfg)
     assert runner.iter == steps

@@ -146,7 +146,7 @@ def test_a_dry_run_with_batches_by_shape(tmp_path, capsys):
     options = {**tiny_detector(shapes_coco(tmp_path / "data")), **FASTER_HEAD}
     cfg = train_tool.load_config(DETECTOR, options=options)
     cfg.train_dataloader.batch_sampler = dict(type="AspectRatioBatchSampler")  # COCO's recipes
-    assert "2 steps of 2 images out of 4" in train_command.rehearse(cfg)
+    assert "2 steps of 2 images out of 4" in train_command.dry_run_downstream(cfg)
 
 
 def test_a_wrong_backbone_ends_the_run_before_training(tmp_path, capsys):
@@ -218,7 +218,7 @@ def test_a_frozen_random_backbone_is_refused(tmp_path):
     frozen = {**options, "model.backbone.frozen_stages": 1}
     cfg = train_tool.load_config(DETECTOR, options=frozen)
     with refused(ValueError, "random-weights-frozen"):
-        train_command.rehearse(cfg)
+        train_command.dry_run_downstream(cfg)
     checkpoint = tmp_path / "start.pth"
     with scope("mmdet"):
         torch.save({"state_dict": MODELS.build(cfg.model).state_dict(), "meta": {}}, checkpoint)

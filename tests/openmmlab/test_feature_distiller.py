@@ -10,7 +10,7 @@ from torch import nn
 from hgkd.data.shapes import CLASSES
 from hgkd.errors import WeightsError
 from hgkd.openmmlab import FeatureDistiller
-from hgkd.openmmlab.distiller import captured, hard_label_loss, inherit_head, place_distribution_loss
+from hgkd.openmmlab.distiller import captured, hard_label_loss, inherit_head, position_distribution_loss
 
 need("mmdet", "mmseg")
 DETECTION, SEGMENTATION = ROOT / "downstream/detection", ROOT / "downstream/segmentation"
@@ -34,7 +34,7 @@ def upernet(classes=3):
     return cfg
 
 
-TAP = dict(student="neck", loss=dict(mask="place", ratio=0.65, alpha=2e-5))
+TAP = dict(student="neck", loss=dict(mask="position", ratio=0.65, alpha=2e-5))
 
 
 def detector_distiller(**options):
@@ -116,7 +116,7 @@ def test_gradient_reaches_the_student_alone():
 
 
 def test_mgd_terms_are_the_published_sum():
-    loss = dict(mask="place", ratio=0.0, alpha=2e-5)
+    loss = dict(mask="position", ratio=0.0, alpha=2e-5)
     with scope("mmdet"), torch.no_grad():
         model = detector_distiller(taps=[dict(student="neck", levels=(-1,), loss=loss)]).eval()
         images, samples = detection_batch()
@@ -251,28 +251,28 @@ def test_other_numbers_of_classes_are_refused():
 
 
 def test_logits_and_last_map():
-    tap = dict(student="backbone", levels=(-1,), loss=dict(mask="place", ratio=0.75, alpha=2e-5))
+    tap = dict(student="backbone", levels=(-1,), loss=dict(mask="position", ratio=0.75, alpha=2e-5))
     with scope("mmseg"), torch.no_grad():
         model = FeatureDistiller(upernet(), upernet(), taps=[tap], logits=3.0, allow_random_teacher=True).eval()
         images, samples = segmentation_batch()
         losses = model(images, samples, mode="loss")
         ours, theirs = model.student(images, mode="tensor"), model.teacher(images, mode="tensor")
-    assert losses["logits_loss"].item() == pytest.approx(3 * place_distribution_loss(ours, theirs).item(), rel=1e-4)
+    assert losses["logits_loss"].item() == pytest.approx(3 * position_distribution_loss(ours, theirs).item(), rel=1e-4)
     assert "mgd_0_0_loss" in losses
 
 
 def test_place_distribution_loss_by_hand():
-    # one image, one class, two places, T = 1: KL((p, 1 - p) || (1/2, 1/2))
+    # one image, one class, two positions, T = 1: KL((p, 1 - p) || (1/2, 1/2))
     teacher = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
     p = torch.softmax(torch.tensor([1.0, 0.0]), 0)
     expected = (p * (p / 0.5).log()).sum().item()
-    assert place_distribution_loss(torch.zeros(1, 1, 1, 2), teacher, temperature=1.0).item() == pytest.approx(expected)
-    assert place_distribution_loss(teacher + 5, teacher).item() == pytest.approx(0.0, abs=1e-6)
-    # summed over places, averaged over images and classes, times the squared temperature
+    assert position_distribution_loss(torch.zeros(1, 1, 1, 2), teacher, temperature=1.0).item() == pytest.approx(expected)
+    assert position_distribution_loss(teacher + 5, teacher).item() == pytest.approx(0.0, abs=1e-6)
+    # summed over positions, averaged over images and classes, times the squared temperature
     a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     log_a, log_b = (torch.log_softmax(x.view(-1, 20) / 4, 1) for x in (a, b))
     reference = (log_b.exp() * (log_b - log_a)).sum() * 16 / 6
-    assert place_distribution_loss(a, b).item() == pytest.approx(reference.item(), rel=1e-5)
+    assert position_distribution_loss(a, b).item() == pytest.approx(reference.item(), rel=1e-5)
 
 
 def test_hard_label_loss_by_hand():

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from refusals import refused
 
-from hgkd.errors import DataError, few
+from hgkd.errors import DataError, abbreviate
 from hgkd.openmmlab.data_checks.listed_images import check_images, check_readable, image_size, look_at
 
 
@@ -53,4 +53,4 @@ def test_sizes(tmp_path):
 
 
 def test_few():
-    assert few([1, 2, 3], 2) == "1, 2 and 1 more"
+    assert abbreviate([1, 2, 3], 2) == "1, 2 and 1 more"

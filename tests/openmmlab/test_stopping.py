@@ -141,9 +141,9 @@ def test_a_segmentor(tmp_path):
 
 def test_readers_that_persist_do_not_keep_a_process_from_ending():
     code = (
-        "from torch.utils.data import DataLoader; from hgkd.training.loop import end_readers_at_exit, outlive_signals\n"
-        "loader = DataLoader(list(range(4)), num_workers=1, persistent_workers=True, worker_init_fn=outlive_signals)\n"
-        "end_readers_at_exit(); list(loader); print('done')"
+        "from torch.utils.data import DataLoader; from hgkd.training.loop import end_workers_at_exit, ignore_first_signal\n"
+        "loader = DataLoader(list(range(4)), num_workers=1, persistent_workers=True, worker_init_fn=ignore_first_signal)\n"
+        "end_workers_at_exit(); list(loader); print('done')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
@@ -217,7 +217,7 @@ def test_a_dry_run_with_a_loss_that_is_not_finite(tmp_path):
     cfg = train_tool.load_config(SEGMENTOR, options=tiny_segmentor(shapes_ade20k(tmp_path / "data")))
     cfg.model.decode_head.loss_decode.loss_weight = float("inf")
     with refused(DivergedError, "step-not-finite", "decode.loss_ce"):
-        train_command.rehearse(cfg)
+        train_command.dry_run_downstream(cfg)
 
 
 # lengths
@@ -228,7 +228,7 @@ def test_a_training_without_a_step(tmp_path, capsys):
     options["train_dataloader.drop_last"] = True
     cfg = train_tool.load_config(DETECTOR, tmp_path / "run", options=options)
     message = r"no training step: train_dataloader has 4 images, which do not fill one batch of 8 on .*\(drop_last=True\)"
-    for start in (train_tool.train, train_command.rehearse):
+    for start in (train_tool.train, train_command.dry_run_downstream):
         with pytest.raises(ValueError, match=message):
             start(cfg)
 
@@ -254,7 +254,7 @@ def test_a_length_that_is_no_whole_number(tmp_path):
 def test_one_value_a_channel(tmp_path):
     cfg = train_tool.load_config(SEGMENTOR, options={**tiny_segmentor(shapes_ade20k(tmp_path / "data")), "batch_size": 1})
     with refused(ValueError, "batch-norm-single-values", "batch_size=2"):
-        train_command.rehearse(cfg)
+        train_command.dry_run_downstream(cfg)
 
 
 def test_another_loop_is_said(tmp_path):
@@ -305,7 +305,7 @@ def test_a_last_batch_of_one_image(tmp_path):
     cfg = train_tool.load_config(SEGMENTOR, tmp_path / "run", options=options)
     cfg.train_dataloader.sampler = dict(type="DefaultSampler", shuffle=True)
     cfg.train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=1, val_interval=1)
-    for start in (train_tool.train, train_command.rehearse):
+    for start in (train_tool.train, train_command.dry_run_downstream):
         with refused(ValueError, "last-batch-too-small", "1", "3", "drop_last=True"):
             start(cfg)
     assert not list((tmp_path / "run").glob("*.pth"))

@@ -13,7 +13,7 @@ from hgkd.pictures.columns import colour_basis, hide_cells, picture_grid, token_
 from hgkd.pictures.comparison import write_picture
 from hgkd.pictures.confusion import write_class_report
 from hgkd.pictures.files import save_picture
-from hgkd.training import PictureHook
+from hgkd.training import VisualizationHook
 from hgkd.writing import WriteError
 
 
@@ -81,7 +81,7 @@ def _hook(folder, monkeypatch):
     run = SimpleNamespace(
         work_dir=str(folder), epoch=0, max_epochs=1, model=model, train_dataloader=SimpleNamespace(dataset=dataset)
     )
-    hook = PictureHook()
+    hook = VisualizationHook()
     hook.before_train(run)
     hook.after_train_epoch(run)
 

@@ -174,7 +174,7 @@ def mae_file(path: Path, norm_pix: bool, **changes: object) -> Path:
     if network.arch.decoder_depth:
         torch.nn.init.zeros_(network.decoder_pred.weight)
         torch.nn.init.zeros_(network.decoder_pred.bias)
-    return save_mae(network, path, {"mean": [0.5] * 3, "deviation": [0.25] * 3, "norm_pix": norm_pix})
+    return save_mae(network, path, {"mean": [0.5] * 3, "std": [0.25] * 3, "norm_pix": norm_pix})
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])

@@ -48,7 +48,7 @@ def test_parity_finds_what_is_wrong() -> None:
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_parity_takes_no_nan_for_equal(broken: float) -> None:
-    """Both sides NaN at the same places differ by NaN, which ``max`` and comparisons pass over."""
+    """Both sides NaN at the same positions differ by NaN, which ``max`` and comparisons pass over."""
 
     class Diverged(nn.Module):
         def forward(self, x):

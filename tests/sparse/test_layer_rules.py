@@ -201,8 +201,8 @@ def test_outputs_of_an_input_by_hand() -> None:
     """Kernel 3, stride 2, padding 1: an even place is the middle of one window, an odd one the end of two."""
     geometry = ConvGeometry(4, (3, 3), (2, 2), (1, 1), (1, 1))
     output, tap, fits = kernels._outputs_of(geometry, 0, torch.device("cpu"))
-    places = torch.stack([output, tap, fits], 2).tolist()
-    found = [[(o, k) for o, k, fit in place if fit] for place in places]
+    positions = torch.stack([output, tap, fits], 2).tolist()
+    found = [[(o, k) for o, k, fit in place if fit] for place in positions]
     assert found == [[(0, 1)], [(1, 0), (0, 2)], [(1, 1)], [(2, 0), (1, 2)]]
 
 
@@ -259,7 +259,7 @@ def test_pooling(batch, h, w, share, seed, kernel, stride, factor, average, ceil
 
 @pytest.mark.parametrize("kind", [PackedTensor, MaskedTensor])
 def test_max_pool_counts_hidden_places_as_zero_and_the_border_as_nothing(kind) -> None:
-    """Hand-computed: all values -1; a window that touches a hidden place gives 0, one at the image's border -1."""
+    """Hand-computed: all values -1; a window that touches a hidden position gives 0, one at the image's border -1."""
     visible = torch.tensor([[[True, False]]])
     layout = CellLayout(visible, 2)
     out = F.max_pool2d(kind.pack(torch.full((1, 1, 2, 4), -1.0), layout), 3, 1, 1).to_dense(fill=7.0)

@@ -199,7 +199,7 @@ def test_autocast_bf16_follows_the_reference() -> None:
 
 @pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm])
 def test_layers_put_in_after_sparsify_get_their_rules(convert, monkeypatch) -> None:
-    """``convert_sync_batchnorm`` makes new layers; torch's own forward must see rows of visible places only."""
+    """``convert_sync_batchnorm`` makes new layers; torch's own forward must see rows of visible positions only."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), timm.layers.BatchNormAct2d(4), nn.BatchNorm2d(4)).double().train()
     expected = run(model, "gather", images(), uneven_mask())
     kinds = []

@@ -14,7 +14,7 @@ from hgkd.objectives import PixelReconstruction, Setup
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout
 from hgkd.students import MaskedViT
-from hgkd.students.vit import kept_patches
+from hgkd.students.vit import ids_keep_of_cells
 from hgkd.teachers import MAETeacher
 
 ARCH: dict[str, Any] = {
@@ -42,7 +42,7 @@ def make(size: int | tuple[int, int] = 32, **options: Any) -> MaskedViT:
     return student
 
 
-def kept(visible: Tensor) -> Tensor:
+def ids_keep(visible: Tensor) -> Tensor:
     return visible.flatten(1).nonzero()[:, 1].view(len(visible), -1)
 
 
@@ -50,10 +50,10 @@ def test_it_is_the_mae_network() -> None:
     student, images = make(), torch.rand(2, 3, 32, 32)
     out = student(images, VISIBLE)
     network, x = student.network, student.normalise(images)
-    hidden = network.decode(network.encode(x, kept(VISIBLE)), kept(VISIBLE))
+    hidden = network.decode(network.encode(x, ids_keep(VISIBLE)), ids_keep(VISIBLE))
     torch.testing.assert_close(out.decoded.flatten(2).transpose(1, 2), hidden[:, 1:])
     # block outputs lie where their patches are, and 0 elsewhere
-    tokens = network.embed(x, kept(VISIBLE))
+    tokens = network.embed(x, ids_keep(VISIBLE))
     for block, feature in zip(network.blocks, out.features, strict=True):
         tokens = block(tokens)
         dense = feature.to_dense().flatten(2).transpose(1, 2)
@@ -86,7 +86,7 @@ def test_cells_of_several_patches_are_their_patches() -> None:
 
 def test_kept_patches_by_hand() -> None:
     layout = CellLayout(torch.tensor([[[False, True], [False, True]]]), 16)
-    assert kept_patches(layout, 8).tolist() == [[2, 3, 6, 7, 10, 11, 14, 15]]
+    assert ids_keep_of_cells(layout, 8).tolist() == [[2, 3, 6, 7, 10, 11, 14, 15]]
 
 
 def test_no_mask_is_everything_visible() -> None:
@@ -99,13 +99,13 @@ def test_no_mask_is_everything_visible() -> None:
 
 
 def test_pixels_with_plain_images_are_maes_own_loss() -> None:
-    student = make(mean=(0.0, 0.0, 0.0), deviation=(1.0, 1.0, 1.0))
+    student = make(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     objective = PixelReconstruction()
     objective.prepare(Setup(student, None, None, (4, 4)))
     images = torch.rand(2, 3, 32, 32)
     out = student(images, VISIBLE)
     network = student.network
-    predicted = network.predict_pixels(network.encode(images, kept(VISIBLE)), kept(VISIBLE))
+    predicted = network.predict_pixels(network.encode(images, ids_keep(VISIBLE)), ids_keep(VISIBLE))
     expected = mae_loss(predicted, pixel_target(images, 8, True), VISIBLE.flatten(1))
     torch.testing.assert_close(objective(out, None, out.layout)["reconstruction"], expected)
     assert not list(objective.parameters())

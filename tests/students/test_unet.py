@@ -197,8 +197,8 @@ def test_pooled_is_the_dense_mean_of_the_last_level() -> None:
     plain = build_encoder("test_resnet").eval()
     plain.load_state_dict(student.encoder.state_dict())
     config = plain.pretrained_cfg
-    mean, deviation = torch.tensor(config["mean"]), torch.tensor(config["std"])
-    expected = plain((x - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)).mean((2, 3))
+    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+    expected = plain((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)).mean((2, 3))
     torch.testing.assert_close(student.pooled(x), expected)
 
 
@@ -325,7 +325,7 @@ def test_one_visible_cell_in_the_whole_batch_is_refused_with_what_to_do() -> Non
     with refused(ValueError, "one-visible-cell", "batch_size", "mask_ratio"):
         student(x, one)
     student(torch.cat([x, x]), torch.cat([one, one]))  # two cells have a variance
-    make(cell=2 * student.cell)(images(student, 1, 2, 4), torch.tensor([[[True, False]]]))  # so have four places of one
+    make(cell=2 * student.cell)(images(student, 1, 2, 4), torch.tensor([[[True, False]]]))  # so have four positions of one
     student.eval()(x, one)
 
 

@@ -25,7 +25,7 @@ from hgkd.networks.mae import (
     save_mae,
 )
 from hgkd.networks.positions import sincos_positions
-from hgkd.pixels import IMAGENET_DEVIATION, IMAGENET_MEAN
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherNeeds
 from hgkd.teachers.mae import MAETeacher
@@ -144,14 +144,14 @@ def _reference(network: MaskedAutoencoder, image: Tensor, visible: Tensor) -> tu
 @torch.no_grad()
 def test_network_and_teacher_equal_the_reference(tmp_path: Path) -> None:
     network = _network()
-    mean, deviation = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_DEVIATION).view(3, 1, 1)
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     pictures = torch.rand(2, 3, 16, 16)
-    images = (pictures - mean) / deviation
-    kept = VISIBLE.flatten(1).nonzero()[:, 1].view(2, -1)
-    encoded = network.encode(images, kept)
+    images = (pictures - mean) / std
+    ids_keep = VISIBLE.flatten(1).nonzero()[:, 1].view(2, -1)
+    encoded = network.encode(images, ids_keep)
     target = pixel_target(images, 4, norm_pix=True)
     losses = [
-        mae_loss(network.predict_pixels(encoded, kept)[i : i + 1], target[i : i + 1], VISIBLE[i : i + 1].flatten(1))
+        mae_loss(network.predict_pixels(encoded, ids_keep)[i : i + 1], target[i : i + 1], VISIBLE[i : i + 1].flatten(1))
         for i in range(2)
     ]
     teacher = MAETeacher(save_mae(network, tmp_path / "mae.safetensors"))
@@ -264,12 +264,12 @@ def test_heads_come_from_the_file_or_the_paper_or_must_be_told(tmp_path: Path) -
 
 
 def test_a_file_of_ours_tells_its_pixels_and_grid(tmp_path: Path) -> None:
-    pixels = {"mean": [0.1, 0.2, 0.3], "deviation": [0.5, 0.5, 1.0], "norm_pix": False}
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 1.0], "norm_pix": False}
     path = save_mae(_network(image_size=(8, 16)), tmp_path / "mae.safetensors", pixels)
     teacher = MAETeacher(path)
     assert "trained on pixels plain" in teacher.kind
     torch.testing.assert_close(teacher.mean.flatten(), torch.tensor(pixels["mean"]))
-    torch.testing.assert_close(teacher.deviation.flatten(), torch.tensor(pixels["deviation"]))
+    torch.testing.assert_close(teacher.std.flatten(), torch.tensor(pixels["std"]))
     assert teacher.network.arch.grid == (2, 4)
     with refused(FileExistsError, "file-exists", "overwrite=True"):
         save_mae(teacher.network, path)
@@ -383,7 +383,7 @@ def test_attention_of_the_class_token(tmp_path: Path) -> None:
     teacher = MAETeacher(save_mae(network, tmp_path / "mae.safetensors"))
     teacher.prepare((4, 4), 4)
     images = torch.rand(2, 3, 16, 16)
-    tokens = network.embed((images - teacher.mean) / teacher.deviation, None)
+    tokens = network.embed((images - teacher.mean) / teacher.std, None)
     for block in network.blocks[:2]:
         tokens = block(tokens)
     attn = network.blocks[2].attn

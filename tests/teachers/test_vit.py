@@ -51,7 +51,7 @@ def _normalised(teacher: TimmTeacher, images: Tensor) -> Tensor:
         ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),  # DINOv2 with registers
         ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg", "reg_tokens": 2}),
         ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
-        ("vit_base_patch16_clip_224", {}),  # a norm before the blocks, mean and deviation of its own
+        ("vit_base_patch16_clip_224", {}),  # a norm before the blocks, mean and std of its own
     ],
 )
 def test_tokens_are_those_of_timm_itself(name: str, kwargs: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ def test_images_are_resized_to_the_teacher_s_own_size_and_left_alone_when_equal(
     assert sizes[0][2:] == (112, 168)
     assert out.tokens[2].shape == (1, 32, 8, 12)
     same = torch.rand(1, 3, 112, 168)
-    assert torch.equal(teacher._inputs(same), (same - teacher.mean) / teacher.deviation)
+    assert torch.equal(teacher._inputs(same), (same - teacher.mean) / teacher.std)
 
 
 def test_positions_are_resampled_from_the_file_s_own_every_time() -> None:
@@ -205,7 +205,7 @@ def test_normalisation_is_timm_s_unless_told() -> None:
     assert _teacher().mean.flatten().tolist() == [0.5, 0.5, 0.5]
     told = _teacher(normalize=((0.1, 0.2, 0.3), (0.2, 0.3, 1.0)))
     torch.testing.assert_close(told.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
-    torch.testing.assert_close(told.deviation.flatten(), torch.tensor([0.2, 0.3, 1.0]))
+    torch.testing.assert_close(told.std.flatten(), torch.tensor([0.2, 0.3, 1.0]))
 
 
 def test_fp16_file_with_a_classifier_loads_strictly(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_few_shot_and_a_paired_test_of_two_backbones(squares: Path, capsys: pyte
     for score in result["scores"].values():
         assert score["top1"] == pytest.approx(100 * np.mean(score["correct"]), abs=1e-3)
         assert set(np.round(4 * np.array(score["correct"]), 3)) <= {0, 1, 2, 3, 4}  # shares of four draws
-        assert score["deviation"] > 0
+        assert score["std"] > 0
     assert "+-" in capsys.readouterr().out
 
     files = [f"{squares}/test_resnet.json", f"{squares}/test_convnext.json"]

@@ -59,7 +59,7 @@ def test_a_file_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_whole_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = {"student.backbone.weight": torch.ones(3), "generators.0.weight": torch.ones(1)}
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "a.pth")
-    assert export.main([f"{tmp_path}/a.pth", "--what", "model", "--to", "mmseg", "--out", f"{tmp_path}/out"]) == 0
+    assert export.main([f"{tmp_path}/a.pth", "--part", "model", "--to", "mmseg", "--out", f"{tmp_path}/out"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "1 tensors, 3 parameters" in printed
     assert "outputs on" not in printed

@@ -134,7 +134,7 @@ def test_other_classes_than_the_checkpoints_are_refused(finetuned, images, tmp_p
 
 def test_a_distilled_classifier_is_tested_without_its_teacher(finetuned, images, tmp_path):
     taught = small(images, epochs=1, warmup_epochs=0, teacher_checkpoint=str(finetuned[1]))
-    taught |= {"model.teacher": dict(type="ClassifierTeacher"), "model.objectives": dict(mgd=dict(type="LastMapMGD"))}
+    taught |= {"model.teacher": dict(type="ClassifierTeacher"), "model.objectives": dict(mgd=dict(type="FeatureMapMGD"))}
     taught["model.teacher"]["checkpoint"] = taught.pop("teacher_checkpoint")
     runner = train_tool.train(BASELINE, tmp_path / "taught", options=taught)
     assert any(key.startswith("objectives.") for key in runner.model.state_dict())
@@ -145,7 +145,7 @@ def test_a_distilled_classifier_is_tested_without_its_teacher(finetuned, images,
 
 def test_pixels_of_the_backbone_count_in_the_test_too(images, tmp_path):
     arch = {**VIT, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
-    pixels = {"mean": [0.1, 0.2, 0.3], "deviation": [0.9, 0.9, 0.9], "norm_pix": True}
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.9, 0.9, 0.9], "norm_pix": True}
     mae = save_mae(MaskedAutoencoder(make_arch(arch)), tmp_path / "mae.safetensors", pixels)
     options = small(images, epochs=1, warmup_epochs=0, **{f"model.classifier.{key}": value for key, value in VIT.items()})
     options.pop("student")

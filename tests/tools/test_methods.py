@@ -70,4 +70,4 @@ def test_a_mix_logs_what_each_term_does(images, tmp_path):
     shares = {key: value for key, value in lines[0].items() if key.endswith("_share") and key != "teacher_share"}
     assert len(shares) == 7
     assert sum(shares.values()) == pytest.approx(1.0, abs=1e-4)
-    assert all(f"{key.removesuffix('_share')}_of_mean" in lines[0] for key in shares)
+    assert all(f"{key.removesuffix('_share')}_vs_mean" in lines[0] for key in shares)

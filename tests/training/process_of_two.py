@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from hgkd.api import train as train_tool
 from hgkd.api.train import leave_group
 from hgkd.distillers import MaskedDistiller
-from hgkd.training.loop import StepGuard
+from hgkd.training.loop import GuardedOptimWrapper
 from hgkd.training.wrapping import plain_model
 
 
@@ -56,7 +56,7 @@ def one_step(runner, pictures, visible, stop=False):
     wrapper.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
-    guard = StepGuard(wrapper, runner.model)
+    guard = GuardedOptimWrapper(wrapper, runner.model)
     losses = guard.settle(runner.model.train_step({"inputs": pictures}, optim_wrapper=guard), stop=stop)
     statistics = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
     return losses["loss"], gradients, statistics, guard.stop
@@ -89,7 +89,7 @@ def step(images, folder):
     # a loss that is not finite in one process leaves out the step in both
     before = {n: v.clone() for n, v in plain_model(runner).state_dict().items()}
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    guard = StepGuard(wrapper, runner.model)
+    guard = GuardedOptimWrapper(wrapper, runner.model)
     inputs = pictures[half].float() / 255
     if rank == 1:
         inputs[0, 0, 0, 0] = float("nan")
@@ -166,7 +166,7 @@ def shard(images, folder):
                 parts = model.student.network.blocks if student["type"] == "MaskedViT" else []
                 for part in [*parts, model]:
                     fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
-            guard = StepGuard(OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3)), model)
+            guard = GuardedOptimWrapper(OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3)), model)
             for seed in range(3):
                 torch.manual_seed(seed)
                 with guard.optim_context(model):

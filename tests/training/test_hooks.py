@@ -15,9 +15,9 @@ from hgkd.training import (
     FiniteLossHook,
     LossAlarmHook,
     MaskScheduleHook,
-    PictureHook,
     ThroughputHook,
     UnreadableFilesHook,
+    VisualizationHook,
 )
 from hgkd.training.hooks.progress import peak_memory_mb
 
@@ -227,7 +227,7 @@ def test_peak_memory_is_plausible():
 
 def test_picture_hook_refuses_zero():
     with refused(ValueError, "count-not-positive", "num_images", "1"):
-        PictureHook(interval=0)
+        VisualizationHook(interval=0)
 
 
 @pytest.mark.parametrize(("step", "ratio"), [(0, 0.6), (5, 0.3), (10, 0.0)])

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from hgkd.training.loop import StepGuard, StopSignals, outlive_signals, seed_step
+from hgkd.training.loop import GuardedOptimWrapper, StopSignals, ignore_first_signal, seed_step
 
 
 def draws(seed, rank, step):
@@ -40,14 +40,14 @@ class Net(nn.Module):
         with guard.optim_context(self):
             loss = self.linear(self.norm(x)).square().mean()
         guard.update_params(loss)
-        return guard.settle({"loss": loss})["loss"] if isinstance(guard, StepGuard) else float(loss.detach())
+        return guard.settle({"loss": loss})["loss"] if isinstance(guard, GuardedOptimWrapper) else float(loss.detach())
 
 
 def make(accumulated=1):
     torch.manual_seed(0)
     net = Net()
     wrapper = OptimWrapper(torch.optim.AdamW(net.parameters()), accumulative_counts=accumulated, clip_grad=dict(max_norm=1.0))
-    return net, wrapper, StepGuard(wrapper, net)
+    return net, wrapper, GuardedOptimWrapper(wrapper, net)
 
 
 def state(net, wrapper):
@@ -116,7 +116,7 @@ def test_overflowing_gradients_are_the_business_of_the_loss_scaler(monkeypatch):
     wrapper = AmpOptimWrapper.__new__(AmpOptimWrapper)
     OptimWrapper.__init__(wrapper, torch.optim.SGD(net.parameters(), 0.1))
     wrapper.loss_scaler, wrapper._scale_update_param, wrapper.cast_dtype = torch.amp.GradScaler("cpu"), None, None
-    guard = StepGuard(wrapper, net)
+    guard = GuardedOptimWrapper(wrapper, net)
     guard.update_params(net.linear.weight.sum() * 1e38)  # times the scale 65536 it overflows
     guard.settle({})
     assert guard.updated
@@ -138,7 +138,7 @@ class Reads(TorchDispatchMode):
 
 def test_a_step_reads_nothing_but_what_settle_reads_at_once():
     net = Net()
-    guard = StepGuard(OptimWrapper(torch.optim.SGD(net.parameters(), 0.1)), net)
+    guard = GuardedOptimWrapper(OptimWrapper(torch.optim.SGD(net.parameters(), 0.1)), net)
     with Reads() as reads:
         loss = net.linear(net.norm(torch.randn(4, 3))).square().mean()
         guard.update_params(loss)
@@ -197,7 +197,7 @@ class Pids(Dataset):
 
 
 def test_a_reading_process_outlives_the_first_signal():
-    loader = DataLoader(Pids(), 1, num_workers=1, worker_init_fn=outlive_signals)
+    loader = DataLoader(Pids(), 1, num_workers=1, worker_init_fn=ignore_first_signal)
     reader = iter(loader)
     pid = int(next(reader))
     os.kill(pid, signal.SIGINT)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hgkd.api import train as train_tool
-from hgkd.training.loop import StepGuard, seed_step
+from hgkd.training.loop import GuardedOptimWrapper, seed_step
 from hgkd.training.recompute import recompute_activations
 
 
@@ -24,7 +24,7 @@ def gradients(model, wrapper, pictures):
         lambda *_: found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
     seed_step(0, 0, 0)
-    guard = StepGuard(wrapper, model)
+    guard = GuardedOptimWrapper(wrapper, model)
     losses = guard.settle(model.train_step({"inputs": pictures}, optim_wrapper=guard))
     statistics = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
     return losses["loss"], found, statistics

@@ -142,7 +142,7 @@ def test_images_already_seen_are_not_read_again(images, tmp_path, monkeypatch):
     decode = reading.decode_rgb
     monkeypatch.setattr(reading, "decode_rgb", lambda *given: read.append(given) or decode(*given))
     runner = build(images, tmp_path, resume=True, **options)
-    runner._hooks = [hook for hook in runner._hooks if type(hook).__name__ != "PictureHook"]  # reads images of its own
+    runner._hooks = [hook for hook in runner._hooks if type(hook).__name__ != "VisualizationHook"]  # reads images of its own
     runner.train()
     assert len(read) == 2 * 4  # two steps of four images were left
 

@@ -12,8 +12,8 @@ from test_hooks import Log
 from torch import nn
 
 from hgkd.distillers import MAEPretraining, MaskedDistiller
-from hgkd.objectives.comparison import Comparison
-from hgkd.objectives.distances import smooth_l1_by_place
+from hgkd.objectives.distances import smooth_l1_by_position
+from hgkd.objectives.loss_terms import LossTerm
 from hgkd.training.hooks.terms import TermShareHook, gradient_shares, untouched
 
 
@@ -33,8 +33,8 @@ def test_shares_by_hand():
 def test_loss_of_the_mean_by_hand():
     # one channel; the supervised targets are 0 and 4, their mean 2: smooth L1 of 2 at beta 2 is 1
     target = torch.tensor([[0.0, 100.0], [4.0, 100.0]]).view(1, 1, 2, 2)
-    places = torch.tensor([[[True, False], [True, False]]])
-    found = Comparison(torch.zeros_like(target), target, places, 2, smooth_l1_by_place, weight=3.0)
+    positions = torch.tensor([[[True, False], [True, False]]])
+    found = LossTerm(torch.zeros_like(target), target, positions, 2, smooth_l1_by_position, weight=3.0)
     assert found.loss_of_mean().item() == pytest.approx(3.0)
     assert found.loss().item() == pytest.approx(3.0 * (0.0 + 3.0) / 2)  # |0| and |4| - 1
 
@@ -142,7 +142,7 @@ def test_a_term_no_better_than_the_mean_is_called_out_once_and_only_then():
         hook.before_train_iter(run, 0, data)
     assert len(log.warnings) == 1
     assert "a_loss does nothing since step 20: it is 1.25 times the loss of predicting the mean target" in log.warnings[0]
-    assert log.scalars == {"train/a_share": 0.0, "train/a_of_mean": 1.25}
+    assert log.scalars == {"train/a_share": 0.0, "train/a_vs_mean": 1.25}
 
 
 def test_refusals():

@@ -180,7 +180,7 @@ def test_folders(tmp_path: Path) -> None:
     assert (identify(run).kind, identify(run).path) == (Kind.STUDENT, run / "epoch_1.pth")
 
     export(run, tmp_path / "script", "torchscript")
-    assert dict(identify(tmp_path / "script").card) == {"target": "torchscript", "what": "backbone"}
+    assert dict(identify(tmp_path / "script").card) == {"target": "torchscript", "part": "backbone"}
 
     other = tmp_path / "other"
     other.mkdir()
@@ -271,9 +271,9 @@ def test_a_vit_of_others_is_named_with_its_network(tmp_path: Path) -> None:
         load_extractor(tmp_path / "vit.pth")
 
 
-@pytest.mark.parametrize(("name", "what"), [("unet_student.pth", "backbone"), ("classifier.pth", "classifier")])
-def test_export_reads_a_checkpoint_once(tmp_path: Path, reads: Counter[str], name: str, what: str) -> None:
-    export(GOLDEN / name, tmp_path / "out", what=what)
+@pytest.mark.parametrize(("name", "part"), [("unet_student.pth", "backbone"), ("classifier.pth", "classifier")])
+def test_export_reads_a_checkpoint_once(tmp_path: Path, reads: Counter[str], name: str, part: str) -> None:
+    export(GOLDEN / name, tmp_path / "out", part=part)
     assert reads[name] == 1
 
 

@@ -303,8 +303,8 @@ def test_a_file_of_others_leaves_as_an_export(tmp_path: Path) -> None:
     torch.save(reference.state_dict(), tmp_path / "a.pth")
     export(tmp_path / "a.pth", tmp_path / "out", encoder="test_resnet")
     same_features(reference.forward_features(IMAGES), load_backbone(tmp_path / "out"))
-    with refused(WeightsError, "decoder-not-in-file", "what='backbone'"):
-        export(tmp_path / "a.pth", tmp_path / "new", "sparse", what="student", encoder="test_resnet")
+    with refused(WeightsError, "decoder-not-in-file", "part='backbone'"):
+        export(tmp_path / "a.pth", tmp_path / "new", "sparse", part="student", encoder="test_resnet")
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_outputs_are_timms(
     teacher.prepare((4, 4), 16)
     images = torch.rand(2, 3, 64, 64)
     out = teacher(images, None, TeacherNeeds(blocks=(0, 1)))
-    inputs = (images - teacher.mean) / teacher.deviation
+    inputs = (images - teacher.mean) / teacher.std
     with torch.no_grad():
         expected = reference.forward_intermediates(inputs, indices=[0, 1], norm=False, intermediates_only=True)
     for block in (0, 1):
@@ -244,7 +244,7 @@ def test_beit_on_another_grid_is_timms_own_resizing(tmp_path: Path) -> None:
     reference.set_input_size(img_size=(96, 64))
     with torch.no_grad():
         expected = reference.forward_intermediates(
-            (images - teacher.mean) / teacher.deviation, indices=[1], norm=False, intermediates_only=True
+            (images - teacher.mean) / teacher.std, indices=[1], norm=False, intermediates_only=True
         )[0]
     torch.testing.assert_close(teacher(images, None, TeacherNeeds(blocks=(1,))).tokens[1], expected, rtol=1e-5, atol=1e-5)
 
@@ -258,7 +258,7 @@ def test_shared_biases_of_beit(tmp_path: Path) -> None:
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = reference.forward_intermediates(
-            (images - teacher.mean) / teacher.deviation, indices=[1], norm=False, intermediates_only=True
+            (images - teacher.mean) / teacher.std, indices=[1], norm=False, intermediates_only=True
         )[0]
     torch.testing.assert_close(teacher(images, None, TeacherNeeds(blocks=(1,))).tokens[1], expected, rtol=1e-5, atol=1e-5)
 

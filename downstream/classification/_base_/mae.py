@@ -1,7 +1,7 @@
 """What MAE's and G2SD's fine-tuning share (facebookresearch/mae, FINETUNE.md and main_finetune.py; arXiv 2111.06377).
 
 AdamW, weight decay 0.05, 5 epochs of warm-up, cosine to 1e-6 (scaled layer by layer, as there), batch 1024; RandAugment
-9/0.5, erasing 0.25, mixup 0.8, CutMix 1.0, label smoothing 0.1; heads start from deviation 2e-5; test crops of 224 from 256
+9/0.5, erasing 0.25, mixup 0.8, CutMix 1.0, label smoothing 0.1; heads start from std 2e-5; test crops of 224 from 256
 px. Learning rates are for 256 images. The warm-up begins at 0.1 % of the rate, there at 0.
 """
 

@@ -154,7 +154,7 @@ def write_onnx(
         load_with=f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"
         f"session.run(None, {{'{_INPUT}': images}})  # float32 in [0, 1]",
         proven_with=f"onnxruntime {onnxruntime.__version__}",
-        again=run,
+        reloaded=run,
         expected=trained,
         tensors=tensors,
         parameters=count_parameters(graph),
@@ -164,7 +164,7 @@ def write_onnx(
     )
 
 
-def write_program(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
+def write_pt2(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
     """``model.pt2``; arguments as :func:`write_onnx`."""
     trained = _graph(job, output, classifier)
     graph, notes = _for_inference(trained)
@@ -177,7 +177,7 @@ def write_program(job: Job, *, output: str | None = None, classifier: str | os.P
     return Written(
         load_with=f"torch.export.load('{job.out / file.name}').module()  # images in [0, 1]",
         proven_with=f"torch {torch.__version__}",
-        again=again,
+        reloaded=again,
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
@@ -200,11 +200,11 @@ def write_torchscript(job: Job, *, output: str | None = None, classifier: str | 
     return Written(
         load_with=f"torch.jit.load('{job.out / file.name}')  # images in [0, 1]",
         proven_with=f"torch {torch.__version__}",
-        again=again,
+        reloaded=again,
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=["TorchScript is deprecated in torch; prefer --to program or onnx", *notes],
+        notes=["TorchScript is deprecated in torch; prefer --to pt2 or onnx", *notes],
         tolerance=_tolerance(trained, graph),
     )
 
@@ -230,7 +230,7 @@ def _one_thread() -> Any:
 
 
 def _graph(job: Job, output: str | None, classifier: str | os.PathLike[str] | None) -> Graph:
-    if job.what == "classifier":
+    if job.part == "classifier":
         if classifier is not None or output not in (None, "logits"):
             raise InvalidValueError(
                 "logits-of-classifier",
@@ -465,9 +465,9 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-_WHAT = ("backbone", "classifier")
+_PARTS = ("backbone", "classifier")
 TARGETS = (
-    Target("onnx", "ONNX for onnxruntime, any batch and size; fp16 and int8 on request", write_onnx, _WHAT),
-    Target("program", "torch.export program (.pt2), any batch and size", write_program, _WHAT),
-    Target("torchscript", "traced TorchScript, deprecated in torch", write_torchscript, _WHAT),
+    Target("onnx", "ONNX for onnxruntime, any batch and size; fp16 and int8 on request", write_onnx, _PARTS),
+    Target("pt2", "torch.export program (.pt2), any batch and size", write_pt2, _PARTS),
+    Target("torchscript", "traced TorchScript, deprecated in torch", write_torchscript, _PARTS),
 )

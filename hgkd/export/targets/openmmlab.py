@@ -72,7 +72,7 @@ def write(library: str, job: Job) -> Written:
     return Written(
         load_with=f"# copy model.backbone and data_preprocessor from\n# {job.out / CONFIG_PAGE}",
         proven_with=proven_with,
-        again=again,
+        reloaded=again,
         expected=lambda images: last(job.network, job.normalise(images)),
         tensors=len(weights),
         parameters=count_parameters(job.network),
@@ -148,9 +148,9 @@ def _load(library: Any, kind: str, backbone: dict[str, Any], file: str) -> nn.Mo
 
 
 def _config_page(library: str, job: Job, backbone: dict[str, Any]) -> str:
-    mean, deviation = ([round(255 * value, 3) for value in values] for values in pixel_statistics(job.network))
+    mean, std = ([round(255 * value, 3) for value in values] for values in pixel_statistics(job.network))
     to_rgb = "to_rgb" if library == "mmpretrain" else "bgr_to_rgb"
-    preprocessor = f"dict(mean={mean}, std={deviation}, {to_rgb}=True)"
+    preprocessor = f"dict(mean={mean}, std={std}, {to_rgb}=True)"
     # mmengine writes the place of the config file in here, so that the folder may be moved
     pretrained = {"type": "Pretrained", "checkpoint": f"{{{{ fileDirname }}}}/{WEIGHTS_FILE}"}
     foreign = not backbone["type"].startswith(f"{library}.")
@@ -169,7 +169,7 @@ def _config_page(library: str, job: Job, backbone: dict[str, Any]) -> str:
 TARGETS = tuple(
     Target(
         library,
-        f"a checkpoint and config lines for {library}: ResNet, ResNeXt, ConvNeXt; --what model: a whole model",
+        f"a checkpoint and config lines for {library}: ResNet, ResNeXt, ConvNeXt; --part model: a whole model",
         partial(write, library),
         ("backbone", "model"),
     )

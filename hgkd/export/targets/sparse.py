@@ -5,7 +5,7 @@
 >>> from hgkd.export import load_sparse
 >>> net = load_sparse("exported/sparse")    # net(images, visible=...), as hgkd.sparse.sparsify gives it
 
-``--what student`` writes encoder and decoder, for :func:`load_student`.
+``--part student`` writes encoder and decoder, for :func:`load_student`.
 
 ``--to spconv`` writes the encoder's weights with every convolution permuted from torch's (K, C, R, S) to spconv's
 (K, R, S, C) (traveller59/spconv 2.x). spconv has no ResNet: the network around them is the user's.
@@ -44,7 +44,7 @@ def write(job: Job, *, cell: int | None = None) -> Written:
     stride = encoder_levels(job.network)[-1].stride
     side = (trained or stride) if cell is None else cell
     check_cell(side, stride)
-    return _write_backbone(job, side) if job.what == "backbone" else _write_student(job, side)
+    return _write_backbone(job, side) if job.part == "backbone" else _write_student(job, side)
 
 
 def _write_backbone(job: Job, cell: int) -> Written:
@@ -61,7 +61,7 @@ def _write_backbone(job: Job, cell: int) -> Written:
     return Written(
         load_with=f"from hgkd.export import load_sparse\nnet = load_sparse('{job.out}')",
         proven_with="hgkd.export.load_sparse, backend gather against masked, a quarter of the cells visible",
-        again=lambda images: seen(again, images),
+        reloaded=lambda images: seen(again, images),
         expected=lambda images: seen(reference, images),
         tensors=len(job.network.state_dict()),
         parameters=count_parameters(job.network),
@@ -74,12 +74,12 @@ def _write_student(job: Job, cell: int) -> Written:
     arguments = {
         key: value for key, value in arguments.items() if key not in ("type", "encoder_checkpoint", "pretrained", "backend")
     }
-    kept = {key: value for key, value in job.source.student.items() if job.what == "student" or not key.startswith(ENCODER)}
+    kept = {key: value for key, value in job.source.student.items() if job.part == "student" or not key.startswith(ENCODER)}
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in kept.items()}
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    _describe(job, {"cell": cell, job.what: arguments})
+    _describe(job, {"cell": cell, job.part: arguments})
     reference: Any = load_all(build_student(arguments, "masked"), dict(job.source.student), "hgkd.students.SparseUNet")
-    again: Any = load_student(job.folder, encoder=job.network if job.what == "decoder" else None)
+    again: Any = load_student(job.folder, encoder=job.network if job.part == "decoder" else None)
 
     def decoded(student: Any, images: Tensor) -> Tensor:
         cropped, visible = _masked(job, images, cell, normalise=False)
@@ -87,12 +87,12 @@ def _write_student(job: Job, cell: int) -> Written:
         return out
 
     return Written(
-        load_with=f"from hgkd.export import load_student\nstudent = load_student('{job.out}'{_GIVEN[job.what]})",
+        load_with=f"from hgkd.export import load_student\nstudent = load_student('{job.out}'{_GIVEN[job.part]})",
         proven_with="hgkd.export.load_student, backend gather against masked, a quarter of the cells visible",
-        again=lambda images: decoded(again, images),
+        reloaded=lambda images: decoded(again, images),
         expected=lambda images: decoded(reference, images),
         tensors=len(weights),
-        parameters=count_parameters(reference) - (count_parameters(reference.encoder) if job.what == "decoder" else 0),
+        parameters=count_parameters(reference) - (count_parameters(reference.encoder) if job.part == "decoder" else 0),
         notes=[f"cell {cell}; the decoder's output is what the objectives project, not an image"],
     )
 
@@ -107,7 +107,7 @@ def write_spconv(job: Job) -> Written:
     return Written(
         load_with=f"safetensors.torch.load_file('{job.out / WEIGHTS_FILE}')",
         proven_with="timm's dense network, weights permuted back (spconv has no such network)",
-        again=lambda images: cast(Any, again).forward_features(job.normalise(images)),
+        reloaded=lambda images: cast(Any, again).forward_features(job.normalise(images)),
         tensors=len(weights),
         parameters=count_parameters(job.network),
         notes=["convolutions are (K, R, S, C); names are timm's; submanifold layers keep the places that the mask keeps"],

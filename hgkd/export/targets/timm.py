@@ -44,10 +44,10 @@ _KEPT_CFG = (
 def write(job: Job) -> Written:
     """See the module's header."""
     spec = job.source.spec
-    if job.what == "classifier" and spec.stem != "default":
+    if job.part == "classifier" and spec.stem != "default":
         raise WeightsError(
             "stem-not-in-timm-config",
-            f"timm cannot build the {spec.stem} stem from a config; export this classifier to onnx or program",
+            f"timm cannot build the {spec.stem} stem from a config; export this classifier to onnx or pt2",
         )
     weights = renamed(job.network, TIMM)
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -56,7 +56,7 @@ def write(job: Job) -> Written:
         load_with = f"timm.create_model('local-dir:{job.out}', pretrained=True)"
         proven_with = f"timm {timm.__version__}"
         again = timm.create_model(f"local-dir:{job.folder}", pretrained=True).eval()
-        gives = "logits" if job.what == "classifier" else "the feature map, pooled as its architecture does"
+        gives = "logits" if job.part == "classifier" else "the feature map, pooled as its architecture does"
         notes = [f"forward_features gives the feature map; calling the model gives {gives}"]
     else:
         load_with = f"hgkd.export.load_backbone('{job.out}')"
@@ -70,7 +70,7 @@ def write(job: Job) -> Written:
     return Written(
         load_with=load_with,
         proven_with=proven_with,
-        again=lambda images: job.run(again, job.normalise(images)),
+        reloaded=lambda images: job.run(again, job.normalise(images)),
         tensors=len(weights),
         parameters=count_parameters(job.network),
         notes=notes,

@@ -34,7 +34,7 @@ def write(job: Job) -> Written:
         load_with=f"from build import model  # {job.out}/build.py\n"
         f"model.load_state_dict(safetensors.torch.load_file('{job.out / WEIGHTS_FILE}'))",
         proven_with=f"torchvision {torchvision.__version__}",
-        again=lambda images: body(job.normalise(images))["features"],
+        reloaded=lambda images: body(job.normalise(images))["features"],
         tensors=len(weights),
         parameters=count_parameters(job.network),
         notes=["the classifier is replaced by nn.Identity(); calling the model gives pooled features"],

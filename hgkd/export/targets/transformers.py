@@ -30,10 +30,10 @@ def write(job: Job) -> Written:
     weights = {key: _shaped(key, value) for key, value in renamed(job.network, style).items()}
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(config, job.folder / CONFIG_FILE)
-    mean, deviation = pixel_statistics(job.network)
+    mean, std = pixel_statistics(job.network)
     height, width = job.image_size
     size = {"height": height, "width": width}
-    facts = {"image_mean": list(mean), "image_std": list(deviation), "size": size}
+    facts = {"image_mean": list(mean), "image_std": list(std), "size": size}
     write_json({"do_resize": True, "do_rescale": True, "do_normalize": True, **facts}, job.folder / "preprocessor_config.json")
 
     transformers, version = optional("transformers")
@@ -53,7 +53,7 @@ def write(job: Job) -> Written:
     return Written(
         load_with=f"transformers.AutoModel.from_pretrained('{job.out}')",
         proven_with=version if transformers is not None else f"hgkd.export.import_weights ({version})",
-        again=again,
+        reloaded=again,
         tensors=len(weights),
         parameters=count_parameters(job.network),
         notes=[] if transformers is not None else [absent],

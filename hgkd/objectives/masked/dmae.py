@@ -1,9 +1,9 @@
-"""DMAE: at visible places, a middle layer of the student looks like a middle block of the teacher.
+"""DMAE: at visible positions, a middle layer of the student looks like a middle block of the teacher.
 
 Paper: "Masked Autoencoders Enable Efficient Knowledge Distillers", arXiv 2208.12256; released code UCSC-VLAA/DMAE, read for
 facts only. For every tap (student layer s, teacher block t), with P a projector and n the L2 normalisation over channels:
 
-    L = mean over visible places and channels of | n( P(student_s) ) - n( teacher_t ) |       (or the square of it)
+    L = mean over visible positions and channels of | n( P(student_s) ) - n( teacher_t ) |       (or the square of it)
 
 The pixel loss that the paper adds is :class:`hgkd.objectives.masked.pixels.PixelReconstruction` beside this one. Teacher and
 student see the same visible patches, and the teacher runs only up to its deepest tap.
@@ -26,13 +26,13 @@ from hgkd.objectives.alignment import (
     block_tokens,
     build_projector,
     encoder_map,
-    places_count,
+    positions_count,
     require_teacher,
     resolve_block,
     resolve_level,
 )
-from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
-from hgkd.objectives.places import visible_on
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
+from hgkd.objectives.positions import visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
@@ -108,20 +108,20 @@ class DMAE(MaskedObjective):
             raise InvalidValueError("teacher-block-named-twice", f"taps name a teacher block twice: {taps}")
         self._taps = list(taps)
 
-    def comparisons(
+    def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
-    ) -> dict[str, Comparison]:
+    ) -> dict[str, LossTerm]:
         """See the class."""
         self.require_prepared()
         assert self._grid is not None
         assert teacher_out is not None
-        places = visible_on(layout.visible, self._grid)
-        count = places_count(layout, layout.num_cells, self._grid)
+        positions = visible_on(layout.visible, self._grid)
+        count = positions_count(layout, layout.num_cells, self._grid)
         found = {}
         for level, block in self._taps:
             assert level is not None
             prediction = self.projectors[str(block)](encoder_map(student_out, level, self._grid))
-            found[f"align_{block}"] = Comparison(prediction, block_tokens(teacher_out, block), places, count, self._distance)
+            found[f"align_{block}"] = LossTerm(prediction, block_tokens(teacher_out, block), positions, count, self._distance)
         return found
 
     def extra_repr(self) -> str:

@@ -4,9 +4,9 @@ Paper: "Generic-to-Specific Distillation of Masked Autoencoders", arXiv 2302.147
 facts only. Teacher and student see the same visible patches; P is a 2-layer MLP with GELU on the raw output of the student's
 decoder, h the teacher's hidden state after its fourth decoder block (index 3, no decoder norm):
 
-    L = mean over places and channels of smooth_l1_beta( P(student)[p, c] - LN0(h)[p, c] ),   beta = 2
+    L = mean over positions and channels of smooth_l1_beta( P(student)[p, c] - LN0(h)[p, c] ),   beta = 2
 
-The paper and the class default supervise masked places, the released run all of them (``supervise_all``).
+The paper and the class default supervise masked positions, the released run all of them (``supervise_all``).
 
 What differs: the class token is not supervised (one of 197 tokens of the released run, and a CNN has none); the encoder loss of
 the released code is left out, which multiplies it by 0; the teacher is in eval mode. A sparse CNN with its UNet decoder is a
@@ -25,13 +25,13 @@ from hgkd.objectives.alignment import (
     build_projector,
     decoder_state,
     fit_grid,
-    places_count,
+    positions_count,
     require_teacher,
     resolve_block,
 )
-from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
-from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
-from hgkd.objectives.places import check_supervise, supervised_cells, supervised_places, visible_on
+from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
+from hgkd.objectives.positions import check_supervise, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
@@ -45,7 +45,7 @@ class G2SD(MaskedObjective):
 
     Args:
         decoder_block: index of the teacher's decoder block whose hidden state is the target; negative counts from the end.
-        supervise: 'masked', 'visible' or 'all' places.
+        supervise: 'masked', 'visible' or 'all' positions.
         beta: where smooth L1 turns from square to linear, > 0.
 
     Term: ``decoder``. A good final value is near 0.02 (G2SD's authors, issue 7 of their repository); 0.2 means a target without
@@ -96,16 +96,16 @@ class G2SD(MaskedObjective):
         """The normalised target, fp32 (B, D', gh, gw)."""
         return layer_norm0(decoder_state(teacher_out))
 
-    def comparisons(
+    def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
-    ) -> dict[str, Comparison]:
-        """See the class; raises ValueError when not one place is supervised."""
+    ) -> dict[str, LossTerm]:
+        """See the class; raises ValueError when not one position is supervised."""
         assert teacher_out is not None
-        count = places_count(layout, supervised_cells(layout, self.supervise), self._grid)
-        places = supervised_places(visible_on(layout.visible, self._grid), self.supervise)
-        distance = partial(smooth_l1_by_place, beta=self.beta)
+        count = positions_count(layout, supervised_cells(layout, self.supervise), self._grid)
+        positions = supervised_positions(visible_on(layout.visible, self._grid), self.supervise)
+        distance = partial(smooth_l1_by_position, beta=self.beta)
         prediction, target = self.predict(student_out), self.target_map(teacher_out)
-        return {"decoder": Comparison(prediction, target, places, count, distance)}
+        return {"decoder": LossTerm(prediction, target, positions, count, distance)}
 
     def extra_repr(self) -> str:
         return f"decoder_block={self._block}, supervise={self.supervise!r}, beta={self.beta}"

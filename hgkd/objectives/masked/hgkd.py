@@ -1,17 +1,17 @@
-"""H-GKD: the student generates, at hidden and visible places, the representation that the teacher infers.
+"""H-GKD: the student generates, at hidden and visible positions, the representation that the teacher infers.
 
 Paper: "Heterogeneous Generative Knowledge Distillation with Masked Image Modeling", arXiv 2309.09571. Its abstract
 fixes only a part (sparse UNet student, masked input, mimicry of the representation that the teacher infers); no code
 is public. The loss is therefore this project's own definition, in the form that G2SD (arXiv 2302.14771) uses between
 two ViTs:
 
-    L = mean over places p in P and channels c of smooth_l1_beta( prediction[p, c] - LN0(teacher)[p, c] ),   beta = 2
+    L = mean over positions p in P and channels c of smooth_l1_beta( prediction[p, c] - LN0(teacher)[p, c] ),   beta = 2
 
 with LN0 = layer normalisation over channels without affine parameters (eps 1e-6, fp32), and P the masked, visible or
-all places of the teacher's grid.
+all positions of the teacher's grid.
 
 * ``target='full'``: the teacher sees the whole image; the target is the output of encoder block ``block`` everywhere.
-* ``target='inferred'``: the teacher sees the visible cells only; visible places take encoder block ``block``, masked
+* ``target='inferred'``: the teacher sees the visible cells only; visible positions take encoder block ``block``, masked
   ones the hidden state after decoder block ``decoder_block`` (no decoder norm). Widths differ, so each has its own
   projector.
 
@@ -36,13 +36,13 @@ from hgkd.objectives.alignment import (
     decoder_map,
     decoder_state,
     fit_grid,
-    places_count,
+    positions_count,
     require_teacher,
     resolve_block,
 )
-from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
-from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
-from hgkd.objectives.places import check_supervise, mean_over, supervised_cells, supervised_places, visible_on
+from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
+from hgkd.objectives.positions import check_supervise, mean_over, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
@@ -52,19 +52,19 @@ if TYPE_CHECKING:
 TARGETS = ("full", "inferred")
 
 
-def hgkd_loss(prediction: Tensor, tokens: Tensor, places: Tensor, *, beta: float = 2.0) -> Tensor:
+def hgkd_loss(prediction: Tensor, tokens: Tensor, positions: Tensor, *, beta: float = 2.0) -> Tensor:
     """The loss as a function: scalar fp32.
 
     Args:
         prediction: (B, D, gh, gw).
         tokens: raw teacher tokens (B, D, gh, gw); normalised here.
-        places: bool (B, gh, gw), True where supervised; at least one.
+        positions: bool (B, gh, gw), True where supervised; at least one.
     """
-    values = smooth_l1_by_place(prediction, layer_norm0(tokens), beta)
-    return mean_over(values, places, places.sum())
+    values = smooth_l1_by_position(prediction, layer_norm0(tokens), beta)
+    return mean_over(values, positions, positions.sum())
 
 
-def cosine_by_place(prediction: Tensor, target: Tensor) -> Tensor:
+def cosine_by_position(prediction: Tensor, target: Tensor) -> Tensor:
     """1 - cosine over channels, in fp32: two maps (B, D, h, w) -> (B, h, w)."""
     return 1.0 - F.cosine_similarity(prediction.float(), target.float(), dim=1)
 
@@ -72,9 +72,9 @@ def cosine_by_place(prediction: Tensor, target: Tensor) -> Tensor:
 def centred_target(normalised: Tensor) -> Tensor:
     """What tells an image's tokens from those of the other images of the batch.
 
-    Tokens of small or briefly trained ViTs differ from place to place far more than from image to image, and a student
-    scores by learning the places alone. So each place's mean over the batch is subtracted, and each channel divided by its
-    deviation over batch and places.
+    Tokens of small or briefly trained ViTs differ from position to position far more than from image to image, and a student
+    scores by learning the positions alone. So each position's mean over the batch is subtracted, and each channel divided by its
+    std over batch and positions.
 
     Args:
         normalised: (B, D, gh, gw) after :func:`layer_norm0`, B > 1.
@@ -98,11 +98,11 @@ class HGKD(MaskedObjective):
         target: 'full' (any ViT teacher) or 'inferred' (an MAE teacher with decoder; see the module's header).
         block: encoder block whose output is the target; negative counts from the end, -1 is the last. With 'full' it may be
             a sequence: several blocks, one term each.
-        stride: scale of the student's decoder that predicts, in image pixels per place; None is its finest. As many as
+        stride: scale of the student's decoder that predicts, in image pixels per position; None is its finest. As many as
             ``block``, or one for all.
-        decoder_block: only with 'inferred': decoder block whose hidden state is the target at masked places.
+        decoder_block: only with 'inferred': decoder block whose hidden state is the target at masked positions.
             None is the last.
-        supervise: 'masked', 'visible' or 'all' places.
+        supervise: 'masked', 'visible' or 'all' positions.
         beta: where smooth L1 turns from square to linear, > 0.
         cosine: weight of the cosine terms, 0 leaves them out.
         projector: 'linear' (1x1 convolution), 'mlp' or 'mlp2'; see :func:`hgkd.objectives.alignment.build_projector`.
@@ -110,7 +110,7 @@ class HGKD(MaskedObjective):
 
     Terms: ``distill`` with 'full', ``distill_<block>`` each when there are several blocks; ``visible`` and ``masked`` with
     'inferred' (a term that ``supervise`` excludes is absent, and so is its projector). Their sum is the mean over all
-    supervised places and blocks. With ``cosine`` each has a twin ``<term>_cosine``.
+    supervised positions and blocks. With ``cosine`` each has a twin ``<term>_cosine``.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class HGKD(MaskedObjective):
         if centre and target != "full":
             raise InvalidValueError(
                 "centre-needs-full-target",
-                f"centre=True needs target='full', where every image has a token at every place, got {target!r}",
+                f"centre=True needs target='full', where every image has a token at every position, got {target!r}",
             )
         if target == "full" and decoder_block is not None:
             raise InvalidValueError(
@@ -208,7 +208,7 @@ class HGKD(MaskedObjective):
             if teacher_info.decoder_width is None or teacher_info.decoder_depth < 1:
                 raise InvalidValueError(
                     "teacher-without-decoder",
-                    f"target='inferred' reads the teacher's decoder at masked places, but this teacher "
+                    f"target='inferred' reads the teacher's decoder at masked positions, but this teacher "
                     f"({teacher_info.kind}) has none; load an MAE checkpoint with its decoder, or use target='full'",
                 )
             self._decoder_block = resolve_block(self._decoder_block, teacher_info.decoder_depth, "decoder_block")
@@ -218,7 +218,7 @@ class HGKD(MaskedObjective):
             self.projectors[term] = build_projector(self._projector_kind, channels, width)
 
     def predict(self, student_out: StudentOutput, term: str | None = None) -> Tensor:
-        """The student's prediction of the normalised target, (B, D, gh, gw), at all places.
+        """The student's prediction of the normalised target, (B, D, gh, gw), at all positions.
 
         Args:
             term: which projector; None is the first of ``terms``.
@@ -229,30 +229,30 @@ class HGKD(MaskedObjective):
         return prediction
 
     def target_map(self, teacher_out: TeacherOutput, term: str | None = None) -> Tensor:
-        """The normalised target, fp32 (B, D, gh, gw); meaningful at the places that ``term`` supervises."""
+        """The normalised target, fp32 (B, D, gh, gw); meaningful at the positions that ``term`` supervises."""
         term = self._term(term)
         if term == "masked":
             return layer_norm0(decoder_state(teacher_out))
         normalised = layer_norm0(block_tokens(teacher_out, self._blocks[self._level(term)]))
         return centred_target(normalised) if self.centre else normalised
 
-    def comparisons(
+    def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
-    ) -> dict[str, Comparison]:
-        """See the class; raises ValueError when not one place is supervised."""
+    ) -> dict[str, LossTerm]:
+        """See the class; raises ValueError when not one position is supervised."""
         assert teacher_out is not None
         cells = supervised_cells(layout, self.supervise)
         visible = visible_on(layout.visible, self._prepared_grid)
-        count = places_count(layout, cells, self._prepared_grid) * len(self._blocks)
-        smooth_l1 = partial(smooth_l1_by_place, beta=self.beta)
+        count = positions_count(layout, cells, self._prepared_grid) * len(self._blocks)
+        smooth_l1 = partial(smooth_l1_by_position, beta=self.beta)
         found = {}
         for term in self.terms:
-            # 'visible' and 'masked' terms are their own places; the terms of 'full' cover what `supervise` says
-            places = supervised_places(visible, self.supervise if self.target == "full" else term)
+            # 'visible' and 'masked' terms are their own positions; the terms of 'full' cover what `supervise` says
+            positions = supervised_positions(visible, self.supervise if self.target == "full" else term)
             prediction, target = self.predict(student_out, term), self.target_map(teacher_out, term)
-            found[term] = Comparison(prediction, target, places, count, smooth_l1)
+            found[term] = LossTerm(prediction, target, positions, count, smooth_l1)
             if self.cosine:
-                found[f"{term}_cosine"] = Comparison(prediction, target, places, count, cosine_by_place, self.cosine)
+                found[f"{term}_cosine"] = LossTerm(prediction, target, positions, count, cosine_by_position, self.cosine)
         return found
 
     @property

@@ -4,9 +4,9 @@ Paper: "Masked Generative Distillation", arXiv 2205.01529; released code yzd-v/M
 convolution (only where the channels differ), M a random mask, drawn anew on every forward, and G the generator (3x3
 convolution, ReLU, 3x3 convolution):
 
-    L = alpha * sum over images, channels and places of ( G( M * A(S) ) - T )^2 / N
+    L = alpha * sum over images, channels and positions of ( G( M * A(S) ) - T )^2 / N
 
-Classification masks channels (ratio 0.15, alpha 7e-5), detection places (0.65, 2e-5), segmentation places (0.75, 2e-5). Nothing
+Classification masks channels (ratio 0.15, alpha 7e-5), detection positions (0.65, 2e-5), segmentation positions (0.75, 2e-5). Nothing
 is rescaled by 1 / (1 - ratio). The mean-reduced form, mean of the squares times alpha, needs no tuning to the size of the map.
 
 :class:`MGDLoss` is a loss between any two maps; :class:`MGD` makes it an objective of masked distillation.
@@ -24,15 +24,15 @@ from hgkd.objectives.alignment import (
     block_tokens,
     encoder_map,
     fit_grid,
-    places_count,
+    positions_count,
     require_teacher,
     resolve_block,
     resolve_level,
 )
-from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
 from hgkd.objectives.distances import layer_norm0
-from hgkd.objectives.generation import MGDLoss, error_by_place
-from hgkd.objectives.places import check_supervise, supervised_cells, supervised_places, visible_on
+from hgkd.objectives.generation import MGDLoss, error_by_position
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
+from hgkd.objectives.positions import check_supervise, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
@@ -48,7 +48,7 @@ class MGD(MaskedObjective):
         feature: the student's map: 'decoded', or the index of an encoder level (of a ViT: a block), which is zero at hidden
             cells before anything more is masked; None is the coarsest level that fits the teacher's grid.
         block: encoder block of the teacher, which sees the whole image; negative counts from the end.
-        supervise: 'masked', 'visible' or 'all' places.
+        supervise: 'masked', 'visible' or 'all' positions.
         normalise: compare with LN0(tokens), whose scale is the same in every block and teacher; False: raw, as published.
         mask, ratio, alpha, reduction: see :class:`MGDLoss`.
 
@@ -61,7 +61,7 @@ class MGD(MaskedObjective):
         block: int = -1,
         supervise: str = "all",
         normalise: bool = True,
-        mask: str = "place",
+        mask: str = "position",
         ratio: float = 0.65,
         alpha: float = 1.0,
         reduction: str = "mean",
@@ -114,20 +114,25 @@ class MGD(MaskedObjective):
         tokens = block_tokens(teacher_out, self._block)
         return layer_norm0(tokens) if self.normalise else tokens.float()
 
-    def comparisons(
+    def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
-    ) -> dict[str, Comparison]:
-        """See the class; raises ValueError when not one place is supervised."""
+    ) -> dict[str, LossTerm]:
+        """See the class; raises ValueError when not one position is supervised."""
         prediction = self.predict(student_out)
         assert teacher_out is not None
         assert self.loss is not None
-        count = places_count(layout, supervised_cells(layout, self.supervise), self._grid)
-        places = supervised_places(visible_on(layout.visible, self._grid), self.supervise)
+        count = positions_count(layout, supervised_cells(layout, self.supervise), self._grid)
+        positions = supervised_positions(visible_on(layout.visible, self._grid), self.supervise)
         summed = self.loss.reduction == "sum"
-        distance = partial(error_by_place, reduction=self.loss.reduction)
+        distance = partial(error_by_position, reduction=self.loss.reduction)
         return {
-            "generation": Comparison(
-                prediction, self.target_map(teacher_out), places, layout.batch if summed else count, distance, self.loss.alpha
+            "generation": LossTerm(
+                prediction,
+                self.target_map(teacher_out),
+                positions,
+                layout.batch if summed else count,
+                distance,
+                self.loss.alpha,
             )
         }
 

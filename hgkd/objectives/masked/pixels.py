@@ -3,12 +3,12 @@
 Paper: "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling", arXiv 2301.03580;
 released code keyu-tian/SparK (MIT), read for facts only. Target: the cell x cell x 3 pixels of a cell, standardised
 by the cell's own mean and variance taken over all its values, colours together; the variance is the unbiased one (n -
-1), as in SparK's and MAE's code, and the deviation is sqrt(variance + 1e-6). Loss: squared error, mean over the
+1), as in SparK's and MAE's code, and the std is sqrt(variance + 1e-6). Loss: squared error, mean over the
 cell's values, then over the cells.
 
-What differs: SparK standardises images that were normalised with ImageNet's mean and deviation before, here they are
+What differs: SparK standardises images that were normalised with ImageNet's mean and std before, here they are
 in [0, 1] (a constant shift and scale per colour). SparK decodes to full resolution; here a student with
-``out_stride`` s > 1 predicts the s x s x 3 pixels of a place at once by a 1x1 convolution and a pixel shuffle, a
+``out_stride`` s > 1 predicts the s x s x 3 pixels of a position at once by a 1x1 convolution and a pixel shuffle, a
 patch-wise linear head, which saves the finest decoder stages. With ``out_stride=1`` it is SparK's own head. The
 recipe decides.
 """
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
-from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
-from hgkd.objectives.places import check_supervise, supervised_cells, supervised_places, visible_on
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
+from hgkd.objectives.positions import check_supervise, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherOutput
 
@@ -47,7 +47,7 @@ def join_cells(cells: Tensor, cell: int) -> Tensor:
 
 
 def cell_statistics(cells: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each cell, fp32 (B, h, w, 1) each: deviation = sqrt(unbiased variance + eps)."""
+    """Mean and std of each cell, fp32 (B, h, w, 1) each: std = sqrt(unbiased variance + eps)."""
     variance, mean = torch.var_mean(cells.float(), dim=-1, keepdim=True)
     return mean, (variance + eps).sqrt()
 
@@ -58,7 +58,7 @@ def pixel_error_by_cell(reconstruction: Tensor, images: Tensor, cell: int) -> Te
         raise InvalidValueError(
             "shapes-differ", f"prediction {tuple(reconstruction.shape)} and images {tuple(images.shape)} differ in shape"
         )
-    return squared_error_by_place(cell_maps(reconstruction, cell), standardised_cells(images, cell))
+    return squared_error_by_position(cell_maps(reconstruction, cell), standardised_cells(images, cell))
 
 
 def cell_maps(images: Tensor, cell: int) -> Tensor:
@@ -67,13 +67,13 @@ def cell_maps(images: Tensor, cell: int) -> Tensor:
 
 
 def standardised_cells(images: Tensor, cell: int) -> Tensor:
-    """The target: :func:`cell_maps`, each cell with its own mean and deviation removed."""
+    """The target: :func:`cell_maps`, each cell with its own mean and std removed."""
     values = split_cells(images.float(), cell)
-    mean, deviation = cell_statistics(values)
-    return ((values - mean) / deviation).permute(0, 3, 1, 2)
+    mean, std = cell_statistics(values)
+    return ((values - mean) / std).permute(0, 3, 1, 2)
 
 
-def squared_error_by_place(prediction: Tensor, target: Tensor) -> Tensor:
+def squared_error_by_position(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error averaged over channels, fp32: two maps (B, D, h, w) -> (B, h, w)."""
     return (prediction.float() - target.float()).square().mean(dim=1)
 
@@ -87,14 +87,14 @@ class PixelReconstruction(MaskedObjective):
 
     Args:
         supervise: 'masked' (SparK), 'visible' or 'all' cells.
-        standardise: predict each cell's pixels without its own mean and deviation; False: the pixels as the student gets them,
+        standardise: predict each cell's pixels without its own mean and std; False: the pixels as the student gets them,
             normalised for the whole data set, as in DMAE's released script and MAE without norm-pix.
 
     Term: ``reconstruction``.
     """
 
     mean: Tensor  # of the student's pixels, without standardise
-    deviation: Tensor
+    std: Tensor
 
     def __init__(self, supervise: str = "masked", standardise: bool = True) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class PixelReconstruction(MaskedObjective):
     def _build(self, setup: Setup) -> None:
         """Build the head."""
         if not self.standardise:
-            for name in ("mean", "deviation"):
+            for name in ("mean", "std"):
                 self.register_buffer(name, getattr(setup.student, name).detach().clone(), persistent=False)
         if not setup.student.give_pixels():
             self.head = nn.Conv2d(setup.student.decoded_channels, 3 * setup.student.out_stride**2, 1)
@@ -119,37 +119,37 @@ class PixelReconstruction(MaskedObjective):
         predicted = self.head(student_out.decoded)
         return F.pixel_shuffle(predicted, math.isqrt(predicted.shape[1] // 3))
 
-    def comparisons(
+    def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
-    ) -> dict[str, Comparison]:
+    ) -> dict[str, LossTerm]:
         """See the class; ``teacher_out`` is not used. Raises ValueError when not one cell is supervised."""
         prediction = cell_maps(self.predict(student_out), layout.cell)
         images = _images(student_out)
         make = standardised_cells if self.standardise else self._normalised_cells
         target = make(images, layout.cell)
-        places = supervised_places(layout.visible, self.supervise)
+        positions = supervised_positions(layout.visible, self.supervise)
         count = supervised_cells(layout, self.supervise)
-        return {"reconstruction": Comparison(prediction, target, places, count, squared_error_by_place)}
+        return {"reconstruction": LossTerm(prediction, target, positions, count, squared_error_by_position)}
 
     @torch.no_grad()
     def reconstruct(self, student_out: StudentOutput, layout: CellLayout) -> Tensor:
         """A picture (B, 3, H, W) in [0, 1]: the image where visible, the prediction where hidden.
 
-        A standardised prediction is brought back to pixels with the true mean and deviation of each cell, which the student
+        A standardised prediction is brought back to pixels with the true mean and std of each cell, which the student
         never sees: colours and contrast are thus given, only the structure inside a cell is the student's.
         """
         images = _images(student_out).float()
         predicted = self.predict(student_out).float()
         if self.standardise:
-            mean, deviation = cell_statistics(split_cells(images, layout.cell))
-            predicted = join_cells(split_cells(predicted, layout.cell) * deviation + mean, layout.cell)
+            mean, std = cell_statistics(split_cells(images, layout.cell))
+            predicted = join_cells(split_cells(predicted, layout.cell) * std + mean, layout.cell)
         else:
-            predicted = predicted * self.deviation + self.mean
+            predicted = predicted * self.std + self.mean
         shown = visible_on(layout.visible, (images.shape[-2], images.shape[-1])).unsqueeze(1)
         return torch.where(shown, images, predicted.clamp(0.0, 1.0))
 
     def _normalised_cells(self, images: Tensor, cell: int) -> Tensor:
-        return cell_maps((images - self.mean) / self.deviation, cell)
+        return cell_maps((images - self.mean) / self.std, cell)
 
     def extra_repr(self) -> str:
         return f"supervise={self.supervise!r}, standardise={self.standardise}"

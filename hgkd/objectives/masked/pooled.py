@@ -1,13 +1,13 @@
 """The student's pooled feature infers the mean token of the whole image from the visible cells.
 
-This project's own addition, no paper's: place-wise objectives train the decoder's output, while k-NN, probes and classifiers
-read the mean of the encoder's last level. Here that mean, over the visible places, predicts by one linear map what the
-teacher's tokens are on average over *all* places, hidden ones included:
+This project's own addition, no paper's: position-wise objectives train the decoder's output, while k-NN, probes and classifiers
+read the mean of the encoder's last level. Here that mean, over the visible positions, predicts by one linear map what the
+teacher's tokens are on average over *all* positions, hidden ones included:
 
-    L = mean over channels of smooth_l1_beta( linear(mean over visible places of the last level) - standardise(m) )
-    m = LN0( mean over all places of the teacher's tokens )
+    L = mean over channels of smooth_l1_beta( linear(mean over visible positions of the last level) - standardise(m) )
+    m = LN0( mean over all positions of the teacher's tokens )
 
-``standardise`` subtracts each channel's mean over the batch and divides by its deviation: what all images share is worth
+``standardise`` subtracts each channel's mean over the batch and divides by its std: what all images share is worth
 nothing in a feature, and without it the few channels of large variance that ViT tokens have would make up the loss.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import block_tokens, require_teacher, resolve_block
-from hgkd.objectives.comparison import Comparison, MaskedObjective, Setup
-from hgkd.objectives.distances import layer_norm0, smooth_l1_by_place
+from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
+from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
@@ -77,16 +77,16 @@ class PooledFeature(MaskedObjective):
         self._block = resolve_block(self._block, teacher_info.depth, "block")
         self.head = nn.Linear(setup.student.feature_channels[-1], teacher_info.width)
 
-    def comparisons(
+    def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
-    ) -> dict[str, Comparison]:
-        """See the class; an image is one place."""
+    ) -> dict[str, LossTerm]:
+        """See the class; an image is one position."""
         assert teacher_out is not None
         self.require_prepared()
         assert self.head is not None
         pooled: Tensor = student_out.features[-1].mean(dim=(2, 3))
         prediction = self.head(pooled)[:, :, None, None]
         target = standardised_mean(block_tokens(teacher_out, self._block))[:, :, None, None]
-        places = torch.ones(len(target), 1, 1, dtype=torch.bool, device=target.device)
-        smooth_l1 = partial(smooth_l1_by_place, beta=self.beta)
-        return {"pooled": Comparison(prediction, target, places, len(target), smooth_l1)}
+        positions = torch.ones(len(target), 1, 1, dtype=torch.bool, device=target.device)
+        smooth_l1 = partial(smooth_l1_by_position, beta=self.beta)
+        return {"pooled": LossTerm(prediction, target, positions, len(target), smooth_l1)}

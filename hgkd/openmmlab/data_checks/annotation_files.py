@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hgkd.errors import DataError, few
+from hgkd.errors import DataError, abbreviate
 from hgkd.openmmlab.data_checks.box_places import Places
 from hgkd.openmmlab.data_checks.instance_masks import is_number, mask_problem
 from hgkd.openmmlab.data_checks.listed_images import (
@@ -31,7 +31,7 @@ _NEEDS_INFO = ("2.0.9", "2.0.10")  # of pycocotools
 
 
 @dataclass
-class Boxes:
+class BoxCounts:
     """The objects of the config's classes in a file, counted.
 
     Attributes:
@@ -39,7 +39,7 @@ class Boxes:
         usable: those that a detector can learn or find.
         crowds: those that stand for many objects.
         dropped: those that mmdet leaves out: smaller than a pixel, without area, or outside their image.
-        strangers: annotations of images that the file does not list.
+        orphans: annotations of images that the file does not list.
         runs: those whose mask is RLE, where the pipeline takes polygons alone.
         images: ids of the images that have an object.
         places: how they lie in their images.
@@ -49,7 +49,7 @@ class Boxes:
     usable: int = 0
     crowds: int = 0
     dropped: int = 0
-    strangers: int = 0
+    orphans: int = 0
     runs: int = 0
     images: set[Any] = field(default_factory=set)
     places: Places = field(default_factory=Places)
@@ -57,13 +57,13 @@ class Boxes:
     def __str__(self) -> str:
         return (
             f"of {self.total} boxes {self.dropped} are smaller than a pixel, without area or outside their image and "
-            f"{self.crowds} are crowds; {self.strangers} belong to no listed image"
+            f"{self.crowds} are crowds; {self.orphans} belong to no listed image"
             + (f"; {self.runs} have RLE masks, which poly2mask=False leaves out" if self.runs else "")
         )
 
 
 @dataclass(frozen=True)
-class Use:
+class AnnotationUse:
     """What will read a file: the data set's class and pipeline, and the evaluators of its loader.
 
     Attributes:
@@ -80,8 +80,8 @@ class Use:
 
 
 def check_annotation_file(
-    file: Path, dataset: Mapping[str, Any], classes: Sequence[str], use: Use, name: str
-) -> tuple[list[str], Boxes]:
+    file: Path, dataset: Mapping[str, Any], classes: Sequence[str], use: AnnotationUse, name: str
+) -> tuple[list[str], BoxCounts]:
     """Check a file in COCO's format.
 
     Returns:
@@ -97,7 +97,9 @@ def check_annotation_file(
         categories = [(category["id"], category["name"]) for category in content["categories"]]
         _check_categories(categories, classes, where, use)
         extra = [label for _, label in categories if classes and label not in classes]
-        remarks = [f"{name}: {few(extra)} of {file} are not among the config's classes and will be left out"] if extra else []
+        remarks = (
+            [f"{name}: {abbreviate(extra)} of {file} are not among the config's classes and will be left out"] if extra else []
+        )
         images = _check_image_entries(content["images"], where, use)
         annotations = content.get("annotations", [])
         _check_ids(annotations, "category_id", dict(categories), "category", where)
@@ -114,7 +116,7 @@ def check_annotation_file(
             boxes = _check_annotations(annotations, images, wanted, where, use)
             remarks += _box_remarks(boxes, where)
         else:
-            boxes = Boxes(images={a.get("image_id") for a in annotations if a["category_id"] in wanted})
+            boxes = BoxCounts(images={a.get("image_id") for a in annotations if a["category_id"] in wanted})
         if use.metrics and any(annotation.get("id") == 0 for annotation in annotations):
             remarks.append(f"{where}: pycocotools counts the object of annotation 0 as missed; number annotations from 1")
         if use.metrics and "info" not in content and _pycocotools() in _NEEDS_INFO:
@@ -137,7 +139,7 @@ def check_annotation_file(
     twice = [listed_name for listed_name, count in Counter(names).items() if count > 1]
     if twice:
         remarks.append(
-            f"{where} lists {len(twice)} images under several ids, each with a part of their objects ({few(twice, 3)}); what "
+            f"{where} lists {len(twice)} images under several ids, each with a part of their objects ({abbreviate(twice, 3)}); what "
             "an entry lacks is background to it"
         )
     if use.stock:
@@ -177,7 +179,7 @@ def read_coco(file: Path, name: str) -> dict[str, Any]:
         if part not in content:
             if part == "annotations":  # of a test set
                 continue
-            raise DataError("coco-part-missing", f"{where}: it has no {part!r}; its keys are {few(sorted(content))}")
+            raise DataError("coco-part-missing", f"{where}: it has no {part!r}; its keys are {abbreviate(sorted(content))}")
         if not isinstance(content[part], list):
             raise DataError(
                 "coco-part-not-a-list", f"{where}: {part!r} is a {type(content[part]).__name__}, needed is a list of objects"
@@ -222,15 +224,15 @@ def _pycocotools() -> str:
         return ""
 
 
-def _check_categories(categories: Sequence[tuple[Any, str]], classes: Sequence[str], where: str, use: Use) -> None:
+def _check_categories(categories: Sequence[tuple[Any, str]], classes: Sequence[str], where: str, use: AnnotationUse) -> None:
     labels = [label for _, label in categories]
     missing = [label for label in classes if label not in labels]
     if missing:
         alike = [(label, other) for label in missing for other in labels if label.strip().lower() == other.strip().lower()]
         raise DataError(
             "coco-categories-differ",
-            f"{where} has {len(labels)} categories ({few(labels)}), the config {len(classes)} "
-            f"({few(classes)}); the file lacks {few(missing)}. "
+            f"{where} has {len(labels)} categories ({abbreviate(labels)}), the config {len(classes)} "
+            f"({abbreviate(classes)}); the file lacks {abbreviate(missing)}. "
             + "".join(
                 f"{label!r} in the config and {other!r} in the file differ by blanks, or upper and lower case. "
                 for label, other in alike[:1]
@@ -250,7 +252,7 @@ def _check_categories(categories: Sequence[tuple[Any, str]], classes: Sequence[s
             ids = [key for key, other in categories if other == label]
             raise DataError(
                 "coco-category-name-twice",
-                f"{where} has {len(ids)} categories called {label!r} (ids {few(ids)}): mmdet would number them as different "
+                f"{where} has {len(ids)} categories called {label!r} (ids {abbreviate(ids)}): mmdet would number them as different "
                 "classes, and all that follow would be shifted. Take out or rename those that no object has",
             )
         if wanted != list(classes):
@@ -262,7 +264,7 @@ def _check_categories(categories: Sequence[tuple[Any, str]], classes: Sequence[s
             )
 
 
-def _check_image_entries(entries: Sequence[Mapping[str, Any]], where: str, use: Use) -> dict[Any, Mapping[str, Any]]:
+def _check_image_entries(entries: Sequence[Mapping[str, Any]], where: str, use: AnnotationUse) -> dict[Any, Mapping[str, Any]]:
     images: dict[Any, Mapping[str, Any]] = {}
     for place, entry in enumerate(entries):
         if "id" not in entry:
@@ -289,9 +291,13 @@ def _check_image_entries(entries: Sequence[Mapping[str, Any]], where: str, use: 
 
 
 def _check_annotations(
-    annotations: Sequence[Mapping[str, Any]], images: Mapping[Any, Mapping[str, Any]], wanted: set[Any], where: str, use: Use
-) -> Boxes:
-    boxes, seen, problems = Boxes(), set(), []
+    annotations: Sequence[Mapping[str, Any]],
+    images: Mapping[Any, Mapping[str, Any]],
+    wanted: set[Any],
+    where: str,
+    use: AnnotationUse,
+) -> BoxCounts:
+    boxes, seen, problems = BoxCounts(), set(), []
     for place, annotation in enumerate(annotations):
         for key in ("id", "image_id"):
             if key not in annotation:
@@ -301,7 +307,7 @@ def _check_annotations(
                 )
         image = images.get(annotation["image_id"])
         if image is None:
-            boxes.strangers += 1
+            boxes.orphans += 1
             continue
         if annotation["id"] in seen:
             raise DataError(
@@ -318,7 +324,9 @@ def _check_annotations(
     return boxes
 
 
-def _count(annotation: Mapping[str, Any], image: Mapping[str, Any], wanted: bool, boxes: Boxes, use: Use) -> str | None:
+def _count(
+    annotation: Mapping[str, Any], image: Mapping[str, Any], wanted: bool, boxes: BoxCounts, use: AnnotationUse
+) -> str | None:
     """Count the box of an annotation; or what is wrong with it."""
     measured = wanted and bool(use.metrics)
     for key in ("iscrowd", "ignore"):
@@ -386,7 +394,7 @@ def _check_sizes(
         raise DataError(
             "coco-image-sizes-differ",
             f"{name}: {len(others)} of {len(entries)} images are not of the width and height that {file} notes "
-            f"({few(others, 3)}). "
+            f"({abbreviate(others, 3)}). "
             + (
                 "Images with an EXIF orientation are turned when they are read, as they are shown: annotate what is shown, or "
                 "set color_type='color_ignore_orientation' in the pipelines' LoadImageFromFile"
@@ -398,7 +406,7 @@ def _check_sizes(
     return check_readable(unreadable, len(entries), name) if is_opened_by_pillow(pipeline) else []
 
 
-def _box_remarks(boxes: Boxes, where: str) -> list[str]:
+def _box_remarks(boxes: BoxCounts, where: str) -> list[str]:
     remarks = []
     if boxes.dropped:
         remarks.append(
@@ -407,6 +415,6 @@ def _box_remarks(boxes: Boxes, where: str) -> list[str]:
         )
     if boxes.runs:
         remarks.append(f"{where}: {boxes.runs} objects have RLE masks, which poly2mask=False leaves out; set poly2mask=True")
-    if boxes.strangers:
-        remarks.append(f"{where}: {boxes.strangers} annotations belong to no listed image and are left out")
+    if boxes.orphans:
+        remarks.append(f"{where}: {boxes.orphans} annotations belong to no listed image and are left out")
     return remarks

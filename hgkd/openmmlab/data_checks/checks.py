@@ -14,9 +14,9 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from hgkd.errors import DataError, MissingFileError, few
+from hgkd.errors import DataError, MissingFileError, abbreviate
 from hgkd.openmmlab.config import dataset_class, datasets_of
-from hgkd.openmmlab.data_checks.annotation_files import Boxes, Use, check_annotation_file, listing
+from hgkd.openmmlab.data_checks.annotation_files import AnnotationUse, BoxCounts, check_annotation_file, listing
 from hgkd.openmmlab.data_checks.label_maps import IGNORED, check_label_maps
 from hgkd.openmmlab.measures import (
     check_all_measured,
@@ -58,7 +58,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
         for name in loaders:
             if not cfg.get(name):
                 continue
-            _check_readers(cfg[name], name)
+            _check_workers(cfg[name], name)
             datasets = list(datasets_of(cfg, [name]))
             for dataset in datasets:
                 cls = dataset_class(dataset, cfg.default_scope)
@@ -79,7 +79,7 @@ def _check_detection(cfg: Config, model: Mapping[str, Any], datasets: Sequence[M
     from mmdet.datasets import CocoDataset
 
     remarks: list[str] = []
-    read: list[tuple[Path, Boxes]] = []
+    read: list[tuple[Path, BoxCounts]] = []
     evaluators = list(evaluators_of(cfg, name))
     measured = [part for part in evaluators if type_name(part) == "CocoMetric" and not part.get("format_only")]
     for dataset in datasets:
@@ -95,7 +95,7 @@ def _check_detection(cfg: Config, model: Mapping[str, Any], datasets: Sequence[M
         stock = all(getattr(cls, part, 0) is getattr(CocoDataset, part) for part in ("load_data_list", "parse_data_info"))
         if coco and not _is_a(cls, "CocoPanopticDataset") and (stock or file.suffix == ".json"):
             steps = [step for step in dataset.get("pipeline") or [] if step.get("with_mask")]
-            use = Use(
+            use = AnnotationUse(
                 stock=stock,
                 # without a file of its own a metric measures by what the data set hands on
                 masks=bool(steps) or any("segm" in coco_metrics(part) for part in measured if not part.get("ann_file")),
@@ -295,12 +295,12 @@ def _check_heads(heads: Mapping[str, int], classes: Sequence[str], name: str) ->
         if classes and count != len(classes):
             raise DataError(
                 "head-classes-differ",
-                f"{path}.num_classes={count}, but the data set of {name} has {len(classes)} classes ({few(classes)}); set "
+                f"{path}.num_classes={count}, but the data set of {name} has {len(classes)} classes ({abbreviate(classes)}); set "
                 f"{path}.num_classes={len(classes)}, or the data set's metainfo.classes",
             )
 
 
-def _check_readers(loader: Mapping[str, Any], name: str) -> None:
+def _check_workers(loader: Mapping[str, Any], name: str) -> None:
     if loader.get("drop_last") and name != "train_dataloader":
         raise DataError("test-loader-drops-images", f"{name}.drop_last=True leaves images out of the measure; set it to False")
     if loader.get("persistent_workers") and not loader.get("num_workers"):

@@ -16,7 +16,7 @@ import numpy as np
 from mmengine import registry as roots
 from PIL import Image
 
-from hgkd.errors import DataError, MissingFileError, few
+from hgkd.errors import DataError, MissingFileError, abbreviate
 from hgkd.openmmlab.data_checks.listed_images import (
     absent,
     check_images,
@@ -92,7 +92,7 @@ def check_label_maps(dataset: Mapping[str, Any], count: int, ignored: Mapping[st
         remarks += check_readable(unreadable, len(pairs), name)
     if scaled:
         remarks.append(
-            f"{name}: {len(scaled)} label maps are of another scale than their images ({few(scaled, 3)}); only a pipeline that "
+            f"{name}: {len(scaled)} label maps are of another scale than their images ({abbreviate(scaled, 3)}); only a pipeline that "
             "resizes both to one scale can train on them"
         )
     return remarks, labelled
@@ -132,7 +132,7 @@ def _check_partners(built: Any, pairs: Sequence[tuple[Path, Path]], name: str) -
         return []
     return [
         f"{name}: {len(alone)} label maps of {folder} have no image with the suffix {built.img_suffix!r} in "
-        f"{built.data_prefix.get('img_path')} and are left out ({few([file.name for file in alone], 3)}); suffixes count upper "
+        f"{built.data_prefix.get('img_path')} and are left out ({abbreviate([file.name for file in alone], 3)}); suffixes count upper "
         "and lower case, img_suffix sets another"
     ]
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from hgkd.errors import DataError, MissingFileError, few
+from hgkd.errors import DataError, MissingFileError, abbreviate
 
 MISSING_SHARE = 0.1
 """More of the training images may not be absent."""
@@ -35,7 +35,7 @@ def check_images(file: Path, folder: Path, names: Sequence[str], name: str) -> l
     missing = sorted(absent(folder, names))
     if not missing:
         return []
-    said = f"{name}: {len(missing)} of the {len(names)} images of {file} are not in {folder} ({few(missing, 3)})"
+    said = f"{name}: {len(missing)} of the {len(names)} images of {file} are not in {folder} ({abbreviate(missing, 3)})"
     said += why_absent(folder, missing[0])
     if name != "train_dataloader" or len(missing) > MISSING_SHARE * len(names):
         raise MissingFileError(
@@ -53,7 +53,7 @@ def check_readable(unreadable: Sequence[str], count: int, name: str) -> list[str
     """
     if not unreadable:
         return []
-    said = f"{name}: {len(unreadable)} of {count} images cannot be opened: cut off, or no images ({few(unreadable, 3)})"
+    said = f"{name}: {len(unreadable)} of {count} images cannot be opened: cut off, or no images ({abbreviate(unreadable, 3)})"
     if name != "train_dataloader" or len(unreadable) > UNREADABLE_SHARE * count:
         raise DataError("annotated-images-unreadable", f"{said}; replace them, or take them out of the data set")
     return [f"{said}; training goes on without them"]
@@ -119,5 +119,5 @@ def look_at(items: Sequence[_Item], look: Callable[[_Item], _Seen]) -> Iterator[
     """Look at files in several threads, at :data:`MAX_FILES` of them at most."""
     count = min(len(items), MAX_FILES)
     chosen = [items[i * len(items) // count] for i in range(count)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:  # Pillow decodes without holding Python's lock
-        yield from zip(chosen, readers.map(look, chosen), strict=True)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers:  # Pillow decodes without holding Python's lock
+        yield from zip(chosen, workers.map(look, chosen), strict=True)

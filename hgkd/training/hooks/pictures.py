@@ -20,7 +20,7 @@ from hgkd.writing import written_whole
 
 
 @HOOKS.register_module()
-class PictureHook(Hook):
+class VisualizationHook(Hook):
     """Saves ``work_dir/pictures/epoch_<n>.png``: a few training images and what student and teacher make of them.
 
     Columns: the image, what the student sees of it, and for every objective the teacher's tokens and the student's
@@ -51,7 +51,7 @@ class PictureHook(Hook):
         if not hasattr(model, "student"):
             raise InvalidValueError(
                 "hook-without-student",
-                f"PictureHook shows what a student learns, but a {type(model).__name__} has none; remove the hook",
+                f"VisualizationHook shows what a student learns, but a {type(model).__name__} has none; remove the hook",
             )
         dataset = runner.train_dataloader.dataset
         count = min(self.num_images, len(dataset))

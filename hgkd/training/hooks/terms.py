@@ -52,7 +52,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @HOOKS.register_module()
 class TermShareHook(Hook):
-    """Logs for every loss term ``<term>_share`` of the student's gradient and ``<term>_of_mean``, and warns.
+    """Logs for every loss term ``<term>_share`` of the student's gradient and ``<term>_vs_mean``, and warns.
 
     ``of_mean`` is the term divided by what it would be, were the prediction the mean target of the batch everywhere. A step is
     measured on its own batch before it is made, with one pass more; it changes nothing of the training.
@@ -101,7 +101,7 @@ class TermShareHook(Hook):
             self._watch(runner, "share", term, share < self.min_share, f"its share of the gradient is {share:.2%}")
             if term in of_mean:
                 ratio = float(losses[term].detach()) / max(float(of_mean[term]), 1e-12)
-                runner.message_hub.update_scalar(f"train/{name}_of_mean", ratio)
+                runner.message_hub.update_scalar(f"train/{name}_vs_mean", ratio)
                 self._watch(
                     runner,
                     "mean",

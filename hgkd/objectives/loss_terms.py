@@ -1,4 +1,4 @@
-"""What most objectives are made of: a prediction, a target, the places where they are compared, and a distance."""
+"""What most objectives are made of: a prediction, a target, the positions where they are compared, and a distance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from hgkd.errors import InvalidTypeError
 from hgkd.objectives.alignment import DecodingStudent
 from hgkd.objectives.base import Objective
-from hgkd.objectives.places import mean_over
+from hgkd.objectives.positions import mean_over
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 
 if TYPE_CHECKING:
@@ -22,20 +22,20 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LossTerm:
     """One loss term.
 
     Attributes:
         prediction, target: (B, D, h, w); no gradient goes to the target.
-        places: bool (B, h, w), True where compared.
-        count: what the sum over places is divided by.
+        positions: bool (B, h, w), True where compared.
+        count: what the sum over positions is divided by.
         distance: two maps (B, D, h, w) -> (B, h, w), fp32.
         weight: factor of the term.
     """
 
     prediction: Tensor
     target: Tensor
-    places: Tensor
+    positions: Tensor
     count: int | Tensor
     distance: Distance
     weight: float = 1.0
@@ -47,12 +47,12 @@ class Comparison:
     @torch.no_grad()
     def loss_of_mean(self) -> Tensor:
         """What the best constant knows: the term of a prediction that is everywhere the mean target of the batch."""
-        target, places = self.target.float(), self.places[:, None]
-        mean = target.masked_fill(~places, 0.0).sum((0, 2, 3)) / places.sum()
+        target, positions = self.target.float(), self.positions[:, None]
+        mean = target.masked_fill(~positions, 0.0).sum((0, 2, 3)) / positions.sum()
         return self._mean(self.distance(mean[None, :, None, None].expand_as(target), target))
 
     def _mean(self, values: Tensor) -> Tensor:
-        return self.weight * mean_over(values, self.places, self.count)
+        return self.weight * mean_over(values, self.positions, self.count)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Setup:
 
 
 class MaskedObjective(Objective):
-    """An objective of masked distillation, whose terms are comparisons; subclasses give :meth:`comparisons`,
+    """An objective of masked distillation, whose terms are comparisons; subclasses give :meth:`loss_terms`,
     and :meth:`_build` where they have layers.
 
     Everything else that the model and the hooks ask of an objective has a default here. One with ``terms`` gives
@@ -97,7 +97,7 @@ class MaskedObjective(Objective):
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Names of the terms that compare features place by place and can be shown as pictures; none by default."""
+        """Names of the terms that compare features position by position and can be shown as pictures; none by default."""
         return ()
 
     def prepare(self, setup: Setup) -> None:
@@ -124,9 +124,9 @@ class MaskedObjective(Objective):
         """A picture (B, 3, H, W) in [0, 1] of what the student generates; None: there is none."""
         return None
 
-    def comparisons(
+    def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout
-    ) -> dict[str, Comparison]:
+    ) -> dict[str, LossTerm]:
         """Name of a term -> its comparison."""
         raise NotImplementedError
 
@@ -134,6 +134,6 @@ class MaskedObjective(Objective):
         """Loss terms, fp32 scalars.
 
         Raises:
-            ValueError: not one place is supervised (e.g. ``supervise='masked'`` with mask ratio 0).
+            ValueError: not one position is supervised (e.g. ``supervise='masked'`` with mask ratio 0).
         """
-        return {term: found.loss() for term, found in self.comparisons(student_out, teacher_out, layout).items()}
+        return {term: found.loss() for term, found in self.loss_terms(student_out, teacher_out, layout).items()}

@@ -18,7 +18,7 @@ from hgkd.registry import FINETUNING_OBJECTIVES
 
 
 @FINETUNING_OBJECTIVES.register_module()
-class HardLabel(LogitObjective):
+class HardLabelKD(LogitObjective):
     """Cross entropy between the student's second head and the teacher's answer. Term: ``logits``."""
 
     def value(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:

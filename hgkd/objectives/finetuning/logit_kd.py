@@ -14,7 +14,7 @@ from hgkd.registry import FINETUNING_OBJECTIVES
 
 
 @FINETUNING_OBJECTIVES.register_module()
-class SoftLabel(LogitObjective):
+class LogitKD(LogitObjective):
     """See the module's header.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which places an objective supervises: masks on finer grids, and means over the chosen places.
+"""Which positions an objective supervises: masks on finer grids, and means over the chosen positions.
 
 ``supervise`` is one of ``'masked'`` (hidden cells only, as SparK and MAE), ``'visible'`` and ``'all'``. Masks: True =
 visible.
@@ -42,8 +42,8 @@ def visible_on(visible: Tensor, grid: tuple[int, int]) -> Tensor:
     return expand(visible, (grid[0] // h, grid[1] // w))
 
 
-def supervised_places(visible: Tensor, supervise: str) -> Tensor:
-    """The places that count: bool mask of the shape of ``visible`` (True = supervised)."""
+def supervised_positions(visible: Tensor, supervise: str) -> Tensor:
+    """The positions that count: bool mask of the shape of ``visible`` (True = supervised)."""
     if supervise == "visible":
         return visible
     return ~visible if supervise == "masked" else visible | ~visible
@@ -68,9 +68,9 @@ def supervised_cells(layout: CellLayout, supervise: str) -> int:
     return count
 
 
-def mean_over(values: Tensor, places: Tensor, count: int | Tensor) -> Tensor:
-    """Sum of ``values`` (B, h, w) at ``places`` (bool, same shape) divided by ``count``: a scalar.
+def mean_over(values: Tensor, positions: Tensor, count: int | Tensor) -> Tensor:
+    """Sum of ``values`` (B, h, w) at ``positions`` (bool, same shape) divided by ``count``: a scalar.
 
-    ``count`` may exceed the number of True places: terms that share one mean are divided by their common number.
+    ``count`` may exceed the number of True positions: terms that share one mean are divided by their common number.
     """
-    return values.masked_fill(~places, 0.0).sum() / count
+    return values.masked_fill(~positions, 0.0).sum() / count

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @FINETUNING_OBJECTIVES.register_module()
-class LastMapMGD(FinetuningObjective):
+class FeatureMapMGD(FinetuningObjective):
     """See the module's header; the defaults are the published ones.
 
     Args:

@@ -7,23 +7,23 @@ import torch
 from refusals import refused
 
 from hgkd.distillers import MaskedDistiller
-from hgkd.objectives import Comparison, MaskedObjective
+from hgkd.objectives import LossTerm, MaskedObjective
 from hgkd.pictures.distillation import distillation_columns
 from hgkd.registry import MASKED_OBJECTIVES
 
 
-def comparison(student_out: Any) -> dict[str, Comparison]:
+def comparison(student_out: Any) -> dict[str, LossTerm]:
     found = student_out.decoded
-    places = torch.ones(found.shape[0], *found.shape[2:], dtype=torch.bool)
+    positions = torch.ones(found.shape[0], *found.shape[2:], dtype=torch.bool)
     distance = lambda a, b: (a - b).square().mean(1)  # noqa: E731
-    return {"small": Comparison(found, torch.zeros_like(found), places, int(places.sum()), distance)}
+    return {"small": LossTerm(found, torch.zeros_like(found), positions, int(positions.sum()), distance)}
 
 
 @MASKED_OBJECTIVES.register_module(force=True)
 class SmallestObjective(MaskedObjective):
     """No more than the documentation asks for."""
 
-    def comparisons(self, student_out: Any, teacher_out: Any, layout: Any) -> dict[str, Comparison]:
+    def loss_terms(self, student_out: Any, teacher_out: Any, layout: Any) -> dict[str, LossTerm]:
         return comparison(student_out)
 
 
