@@ -1,55 +1,90 @@
 """Errors that users see, and the helper that suggests what they meant.
 
-A user's mistake raises ``ValueError``, ``TypeError`` or ``FileNotFoundError`` (or a subclass from here) with the value,
+A user's mistake raises ``ValueError``, ``TypeError`` or ``FileNotFoundError``, by a subclass from here, with a code, the value,
 what was expected and the remedy, before the first training step.
 """
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
-
-_Error = TypeVar("_Error", bound=Exception)
+from typing import Any
 
 
-def coded(code: str, error: _Error) -> _Error:
-    """The error with a stable name, in its attribute ``code``: words may be improved, a code stays.
+class Refusal(Exception):
+    """Base of the errors that users see: a stable code, and words that may be improved.
 
-    >>> coded("mask-ratio-too-high", ValueError("use at most 0.75")).code
-    'mask-ratio-too-high'
+    Every class below is this and the builtin exception that Python's habits ask for, so ``except ValueError`` catches an
+    :class:`InvalidValueError`. ``hgkd doctor errors`` and docs/errors.md list all codes.
+
+    >>> raise InvalidValueError("mask-ratio-too-high", "mask_ratio 0.95 leaves no visible cell; use at most 0.75")
+    Traceback (most recent call last):
+    hgkd.errors.InvalidValueError: mask_ratio 0.95 leaves no visible cell; use at most 0.75
+
+    Args:
+        code: name of the cause in kebab-case; where two places refuse for one cause, they share it.
+        message: the value, what was expected, and the remedy. Without it ``code`` is the message and there is no code: torch
+            raises the error of a process that reads images anew, from its type and one text.
     """
-    error.code = code  # type: ignore[attr-defined]
-    return error
+
+    def __init__(self, code: str, message: str | None = None) -> None:
+        super().__init__(code if message is None else message)
+        self.code = None if message is None else code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self),) if self.code is None else (self.code, str(self))
 
 
 def code_of(error: BaseException) -> str | None:
-    """The stable name that :func:`coded` gave an error, or the one that caused it; None: it has none."""
-    code: str | None = getattr(error, "code", None)
-    return code if isinstance(code, str) or error.__cause__ is None else code_of(error.__cause__)
+    """The code of an error, or of the one that caused it; None: it has none."""
+    code = error.code if isinstance(error, Refusal) else None
+    return code if code is not None or error.__cause__ is None else code_of(error.__cause__)
 
 
-class WeightsError(ValueError):
+class InvalidValueError(Refusal, ValueError):
+    """A value that cannot be used."""
+
+
+class InvalidTypeError(Refusal, TypeError):
+    """A value of a type that cannot be used."""
+
+
+class MissingFileError(Refusal, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class ExistingFileError(Refusal, FileExistsError):
+    """A file or folder that stands where another is to be written."""
+
+
+class MissingPackageError(Refusal, ModuleNotFoundError):
+    """A Python package that is needed and not installed."""
+
+
+class MissingOperatorError(Refusal, NotImplementedError):
+    """An operator of mmcv that is called and has no replacement here."""
+
+
+class WeightsError(Refusal, ValueError):
     """A weight file is damaged, of another kind, or does not fit the network it was given for."""
 
 
-class NoSparseRuleError(NotImplementedError):
+class NoSparseRuleError(Refusal, NotImplementedError):
     """An operation that mixes places has no sparse rule, so its result on a masked image would be wrong."""
 
 
-class DataError(ValueError):
+class DataError(Refusal, ValueError):
     """The images cannot be used: none found, or too many of them unreadable."""
 
 
-class StoppedError(RuntimeError):
+class StoppedError(Refusal, RuntimeError):
     """Work that had begun cannot be finished, and the message tells the user why and what to do."""
 
 
 class DivergedError(StoppedError):
-    """The loss is not a finite number any more, or far above where it began; training on would only damage the weights "
-    "further."""
+    """The loss is no finite number any more, or far above where it began; more steps would only damage the weights."""
 
 
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NoSparseRuleError, StoppedError)
+USER_ERRORS = (Refusal, ValueError, TypeError, FileNotFoundError, FileExistsError)
 """What the tools print as one line and answer with exit code 2; anything else is a fault of ours and shows where it is."""
 
 
@@ -75,7 +110,9 @@ def configured() -> Iterator[None]:
         if not text or _module_of(error).partition(".")[0] == "hgkd":
             raise
         package = _module_of(error).partition(".")[0]
-        raise ValueError(f"the config cannot be built, says {package}: {' '.join(text.split())}") from error
+        raise InvalidValueError(
+            "config-not-buildable", f"the config cannot be built, says {package}: {' '.join(text.split())}"
+        ) from error
 
 
 def _module_of(error: BaseException) -> str:

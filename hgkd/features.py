@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
+
 
 def channel_statistics(bank: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std (C,) of features (N, C); channels that never change get std 1, so they become 0."""
@@ -18,9 +20,10 @@ def channel_statistics(bank: Tensor) -> tuple[Tensor, Tensor]:
 def _check_finite(what: str, features: Tensor) -> None:
     broken = int((~torch.isfinite(features)).any(dim=1).sum())
     if broken:
-        raise ValueError(
+        raise InvalidValueError(
+            "features-not-finite",
             f"{broken} of {len(features)} {what} features hold NaN or infinity, so they have no neighbours; "
-            "the network has diverged or its weights are damaged"
+            "the network has diverged or its weights are damaged",
         )
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.registry import MODELS
 
 
@@ -30,25 +30,27 @@ def visible_count(h: int, w: int, mask_ratio: float, rounding: str = "round") ->
         ValueError: ratio that is no number in [0, 1), or no cell would stay visible.
     """
     if isinstance(mask_ratio, bool) or not isinstance(mask_ratio, (int, float)):
-        raise ValueError(f"mask_ratio is the share of hidden cells, a number in [0, 1), got {mask_ratio!r}; write e.g. 0.6")
+        raise InvalidValueError(
+            "mask-ratio-not-a-number",
+            f"mask_ratio is the share of hidden cells, a number in [0, 1), got {mask_ratio!r}; write e.g. 0.6",
+        )
     if not 0.0 <= mask_ratio < 1.0:
-        raise ValueError(
+        raise InvalidValueError(
+            "mask-ratio-out-of-range",
             f"mask_ratio must be in [0, 1), got {mask_ratio!r}; it is the share of hidden cells, "
-            "0 hides nothing (the dense-distillation control), 0.6 hides 60 %"
+            "0 hides nothing (the dense-distillation control), 0.6 hides 60 %",
         )
     if rounding not in ("round", "floor"):
-        raise ValueError(f"rounding must be 'round' (SparK) or 'floor' (MAE), got {rounding!r}")
+        raise InvalidValueError("rounding-unknown", f"rounding must be 'round' (SparK) or 'floor' (MAE), got {rounding!r}")
     # 1e-6: 25 * (1 - 0.8) is 4.999..., which must count as 5
     keep = h * w * (1.0 - mask_ratio)
     count = math.floor(keep + 0.5 + 1e-6) if rounding == "round" else math.floor(keep + 1e-6)
     if count < 1:
         largest = math.floor((1.0 - 1.0 / (h * w)) * 1e4) / 1e4  # rounded down: it must work when it is typed
-        raise coded(
+        raise InvalidValueError(
             "mask-ratio-too-high",
-            ValueError(
-                f"mask_ratio {mask_ratio:g} leaves no visible cell on a {h} x {w} grid; use at most {largest:.4f}, "
-                "a larger image or smaller cells"
-            ),
+            f"mask_ratio {mask_ratio:g} leaves no visible cell on a {h} x {w} grid; use at most {largest:.4f}, "
+            "a larger image or smaller cells",
         )
     return count
 
@@ -327,9 +329,9 @@ class BlockMask(CountedMask):
     ) -> None:
         super().__init__(mask_ratio, rounding, final_mask_ratio, unmasked_share)
         if min_cells < 1:
-            raise ValueError(f"min_cells must be 1 or more, got {min_cells}")
+            raise InvalidValueError("min-cells-not-positive", f"min_cells must be 1 or more, got {min_cells}")
         if not 0.0 < min_aspect <= 1.0:
-            raise ValueError(f"min_aspect must be in (0, 1], got {min_aspect}; BEiT uses 0.3")
+            raise InvalidValueError("min-aspect-out-of-range", f"min_aspect must be in (0, 1], got {min_aspect}; BEiT uses 0.3")
         self.min_cells = min_cells
         self.min_aspect = min_aspect
 
@@ -455,16 +457,21 @@ class AttentionMask(CountedMask):
     ) -> None:
         super().__init__(mask_ratio, rounding, final_mask_ratio, unmasked_share)
         if hide not in ("high", "low"):
-            raise ValueError(f"hide must be 'high' or 'low' (attention), got {hide!r}")
+            raise InvalidValueError("hide-unknown", f"hide must be 'high' or 'low' (attention), got {hide!r}")
         if temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}; 0 hides exactly the extreme cells")
+            raise InvalidValueError(
+                "temperature-negative",
+                f"temperature must not be negative, got {temperature}; 0 hides exactly the extreme cells",
+            )
         self.hide = hide
         self.temperature = temperature
 
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
         if scores is None or tuple(scores.shape) != (batch, *grid):
             found = None if scores is None else tuple(scores.shape)
-            raise ValueError(f"AttentionMask needs the teacher's attention {(batch, *grid)} as scores, got {found}")
+            raise InvalidValueError(
+                "attention-scores-shape", f"AttentionMask needs the teacher's attention {(batch, *grid)} as scores, got {found}"
+            )
         # the logarithm of a probability plus Gumbel noise: the largest ones are a draw without replacement
         noise = -at.uniform(batch, *grid).clamp_min(1e-20).log()
         gumbel = -noise.clamp_min(1e-20).log()
@@ -509,11 +516,9 @@ def grid_of(image_size: tuple[int, int], cell: int) -> tuple[int, int]:
         sides.append((side, low, high))
     if any(side % cell or side < cell for side, _, _ in sides):
         near = " or ".join(dict.fromkeys((f"{sides[0][1]} x {sides[1][1]}", f"{sides[0][2]} x {sides[1][2]}")))
-        raise coded(
+        raise InvalidValueError(
             "image-size-not-divided",
-            ValueError(
-                f"image size {image_size[0]} x {image_size[1]} is not divided by the {cell}-pixel mask cells; "
-                f"nearest sizes that are: {near}"
-            ),
+            f"image size {image_size[0]} x {image_size[1]} is not divided by the {cell}-pixel mask cells; "
+            f"nearest sizes that are: {near}",
         )
     return image_size[0] // cell, image_size[1] // cell

@@ -34,9 +34,10 @@ def check_pixels(mean: object, std: object, where: str, channels: int = CHANNELS
     found = f"{where}: mean {_text(means)} and std {_text(stds)}"
     if min(means) >= 0.0 and min(stds) > 0.0 and max(*means, *stds) <= 255.0:
         by_255 = [_text(value / 255 for value in values) for values in (means, stds)]
-        raise ValueError(
+        raise InvalidValueError(
+            "pixels-of-255",
             f"{found} are of pixels in 0..255, expected those of pixels in [0, 1]; divide by 255: mean {by_255[0]}, "
-            f"std {by_255[1]}"
+            f"std {by_255[1]}",
         )
     kind = "RGB " if channels == CHANNELS else ""
     raise ValueError(f"{found} cannot be of {kind}pixels in [0, 1], of which 0 <= mean <= 1 and 0 < std <= 1")
@@ -55,9 +56,10 @@ def check_normalize(normalize: object, where: str, channels: int = CHANNELS) -> 
             f"doctor pixels FOLDER --in-chans {channels}' prints them; got {normalize!r}"
         )
     if pair is None or len(pair) != 2:
-        raise ValueError(
+        raise InvalidValueError(
+            "normalize-not-mean-and-std",
             f"{where} must be a mean and a standard deviation of three numbers each, RGB in [0, 1], e.g. "
-            f"((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)); got {normalize!r}"
+            f"((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)); got {normalize!r}",
         )
     return check_pixels(pair[0], pair[1], where, channels)
 
@@ -187,7 +189,7 @@ def to_unit_range(inputs: Tensor) -> Tensor:
         return inputs.float().div_(255.0)
     if inputs.is_floating_point():
         return inputs
-    raise TypeError(f"images must be uint8 in [0, 255] or float in [0, 1], got {inputs.dtype}")
+    raise InvalidTypeError("images-dtype", f"images must be uint8 in [0, 255] or float in [0, 1], got {inputs.dtype}")
 
 
 def pixels_noted(noted: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from hgkd.errors import unknown_name_message
+from hgkd.errors import MissingFileError, unknown_name_message
 
 SHIPPED = Path(__file__).parent / ".mim" / "configs"
 PREFIX = "hgkd::"
@@ -56,9 +56,13 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
     if len(found) == 1:
         return (SHIPPED / f"{found[0]}.py").resolve()  # past the links of a checkout, to what a user would edit
     if found:
-        raise FileNotFoundError(f"{name} stands for several recipes: {', '.join(sorted(found))}; give one of these names")
+        raise MissingFileError(
+            "recipe-name-ambiguous", f"{name} stands for several recipes: {', '.join(sorted(found))}; give one of these names"
+        )
     message = unknown_name_message("recipe", short, [*known, *(full.rpartition("/")[2] for full in known)])
-    raise FileNotFoundError(f"config {name} does not exist, and no recipe is called so: {message} 'hgkd recipes' lists all")
+    raise MissingFileError(
+        "recipe-missing", f"config {name} does not exist, and no recipe is called so: {message} 'hgkd recipes' lists all"
+    )
 
 
 def summary_of(name: str) -> str:

@@ -51,7 +51,7 @@ def writing(path: str | os.PathLike[str], remedy: str = "free some space or name
         reason = _reason(cause) if isinstance(cause, Exception) else None
         if reason is None:
             raise
-        raise WriteError(f"cannot write {path}: {reason}{_free(Path(path))}; {remedy}") from error
+        raise WriteError("file-not-written", f"cannot write {path}: {reason}{_free(Path(path))}; {remedy}") from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from refusals import refused
 
 from hgkd.cli.recipes import main as recipes
 from hgkd.recipes import SHIPPED, find_recipe, plan_names, recipe_names, register_recipes, summary_of
@@ -34,7 +35,7 @@ def test_a_file_comes_first(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_is_told_with_the_nearest():
-    with pytest.raises(FileNotFoundError, match=r"did you mean 'hgkd_vit-s14_resnet18_10e_cifar128'.*'hgkd recipes' lists all"):
+    with refused(FileNotFoundError, "recipe-missing", "hgkd_vit-s14_resnet18_10e_cifar128"):
         find_recipe("hgkd_vit-s14_resnet81_10e_cifar128")
 
 

@@ -199,7 +199,7 @@ def benchmark_sparse(
 ) -> dict[str, Any]:
     """Measure an encoder; returns ``{"limit", "settings", "results": [{"backend", "step_ms", ...}]}``."""
     if not timm.is_model(student):
-        raise ValueError(unknown_name_message("student", student, timm.list_models()))
+        raise InvalidValueError("student-unknown", unknown_name_message("student", student, timm.list_models()))
     grid = grid_of((image_size, image_size), cell)
     torch.manual_seed(0)
     model: Any = timm.create_model(student, num_classes=0, global_pool="")
@@ -254,8 +254,9 @@ def benchmark_distill(
     if taken:
         raise coded("variant-named-as-backend", ValueError(f"variant {min(taken)!r} has the name of a backend; choose another"))
     if cfg.model.get("type") != "MaskedDistiller":
-        raise ValueError(
-            f"benchmark distill measures recipes of a MaskedDistiller, {config} builds a {cfg.model.get('type')!r}"
+        raise InvalidValueError(
+            "recipe-not-measured",
+            f"benchmark distill measures recipes of a MaskedDistiller, {config} builds a {cfg.model.get('type')!r}",
         )
     steps = {}
     for backend in backends:
@@ -302,8 +303,9 @@ def benchmark_data(
     Each round does all of it one after the other, so that a busy machine slows all alike; rates are medians over the rounds.
     """
     if workers < 1 or images < 1 or batch_size < 1 or repeats < 1:
-        raise ValueError(
-            f"workers, images, batch_size and repeats must be 1 or more, got {workers}, {images}, {batch_size}, {repeats}"
+        raise InvalidValueError(
+            "count-not-positive",
+            f"workers, images, batch_size and repeats must be 1 or more, got {workers}, {images}, {batch_size}, {repeats}",
         )
     dataset = UnlabelledImages(data_root, image_size=image_size, max_bad_share=0.0, limit=images)
     count = len(dataset)

@@ -19,7 +19,7 @@ from typing import Any
 from mmengine.config import Config
 
 from hgkd.config.options import option_text
-from hgkd.errors import StoppedError
+from hgkd.errors import InvalidValueError, MissingFileError, StoppedError
 from hgkd.evaluation.comparison import trained, value_of, write_csv
 from hgkd.pictures.comparison import write_picture
 from hgkd.recipes import find_recipe
@@ -72,26 +72,36 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
     )
     unknown = sorted(set(plan) - PLAN_KEYS)
     if unknown:
-        raise ValueError(f"{file}: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(PLAN_KEYS))}")
+        raise InvalidValueError(
+            "plan-key-unknown", f"{file}: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(PLAN_KEYS))}"
+        )
     if ("evaluate" in plan) == ("scores" in plan):
-        raise ValueError(f"{file}: a plan has either evaluate (features are evaluated) or scores (runs measure themselves)")
+        raise InvalidValueError(
+            "plan-kind-unclear",
+            f"{file}: a plan has either evaluate (features are evaluated) or scores (runs measure themselves)",
+        )
     names = [row.get("name") for row in plan.get("rows", [])]
     if not names or None in names or len(set(names)) < len(names):
-        raise ValueError(f"{file}: rows need a name each, all different, got {names}")
+        raise InvalidValueError("plan-row-names", f"{file}: rows need a name each, all different, got {names}")
     for row in plan["rows"]:
         if set(row) - ROW_KEYS:
-            raise ValueError(f"{file}: row {row['name']!r} has the unknown key {sorted(set(row) - ROW_KEYS)[0]!r}")
+            raise InvalidValueError(
+                "plan-row-key-unknown", f"{file}: row {row['name']!r} has the unknown key {sorted(set(row) - ROW_KEYS)[0]!r}"
+            )
         if ("config" in row) == ("backbone" in row):
-            raise ValueError(f"{file}: row {row['name']!r} needs either config (to train) or backbone (to evaluate)")
+            raise InvalidValueError(
+                "plan-row-kind-unclear", f"{file}: row {row['name']!r} needs either config (to train) or backbone (to evaluate)"
+            )
         if "scores" in plan and "config" not in row:
-            raise ValueError(
-                f"{file}: row {row['name']!r} has no config, but with scores every row is a run that measures itself"
+            raise InvalidValueError(
+                "plan-row-without-config",
+                f"{file}: row {row['name']!r} has no config, but with scores every row is a run that measures itself",
             )
         if "config" in row:
             try:
                 row["config"] = str(find_recipe(row["config"]))
             except FileNotFoundError as error:
-                raise FileNotFoundError(f"{file}: row {row['name']!r}: {error}") from error
+                raise MissingFileError("plan-row-file-missing", f"{file}: row {row['name']!r}: {error}") from error
     return plan
 
 
@@ -100,7 +110,9 @@ def _fill(value: object, values: Mapping[str, str]) -> Any:
         try:
             return value.format_map(values)
         except KeyError as error:
-            raise ValueError(f"the plan needs a value for {error}: --set {error.args[0]}=...") from None
+            raise InvalidValueError(
+                "plan-value-missing", f"the plan needs a value for {error}: --set {error.args[0]}=..."
+            ) from None
     if isinstance(value, Mapping):
         return {key: _fill(item, values) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -117,7 +129,7 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -
     names = [row["name"] for row in plan["rows"]]
     missing = [name for name in only if name not in names]
     if missing:
-        raise ValueError(f"the plan has no row {missing[0]!r}; it has {', '.join(names)}")
+        raise InvalidValueError("plan-row-unknown", f"the plan has no row {missing[0]!r}; it has {', '.join(names)}")
     found = []
     for row in plan["rows"]:
         if only and row["name"] not in only:
@@ -136,8 +148,9 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -
     rows: dict[Path, str] = {}
     for _, job in found:
         if rows.setdefault(job.folder, job.row) != job.row:
-            raise ValueError(
-                f"rows {rows[job.folder]!r} and {job.row!r} would share the folder {job.folder}; rename one of them"
+            raise InvalidValueError(
+                "plan-folder-shared",
+                f"rows {rows[job.folder]!r} and {job.row!r} would share the folder {job.folder}; rename one of them",
             )
     return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
@@ -160,7 +173,9 @@ def run(job: Job, threads: int) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
         if result["setting"] == setting:
             return result
-        raise StoppedError(f"{job.folder} holds a run with another setting; give another --work-dir or delete it")
+        raise StoppedError(
+            "run-setting-changed", f"{job.folder} holds a run with another setting; give another --work-dir or delete it"
+        )
     job.folder.mkdir(parents=True, exist_ok=True)
     result = {"row": job.row, "seed": job.seed, "setting": setting, "threads": threads}
     arguments = dict(job.evaluate)
@@ -210,7 +225,9 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         told = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
-        raise StoppedError(f"{command[0]} ended with {process.returncode}; see {log}" + (f": {told[-1]}" if told else ""))
+        raise StoppedError(
+            "run-failed", f"{command[0]} ended with {process.returncode}; see {log}" + (f": {told[-1]}" if told else "")
+        )
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
@@ -246,8 +263,9 @@ def _log(job: Job) -> dict[str, Any]:
     missing = [keys[name][0] for name in job.scores if not curves[name]]
     if missing:
         raise StoppedError(
+            "score-not-logged",
             f"no validation in {job.folder} logged {missing[0]!r}, which the plan's scores name; it logged "
-            f"{', '.join(sorted(logged)) or 'nothing, as of a detector that finds nothing; train for longer'}"
+            f"{', '.join(sorted(logged)) or 'nothing, as of a detector that finds nothing; train for longer'}",
         )
     empty = [step for step, names in validations.items() if not names]
     found: dict[str, Any] = {"found_nothing": empty} if job.scores and empty else {}
@@ -256,8 +274,9 @@ def _log(job: Job) -> dict[str, Any]:
         curves[name].update(dict.fromkeys(empty, 0.0))
         if max(curves[name]) < last:
             raise StoppedError(
+                "score-not-in-last-validation",
                 f"the last validation in {job.folder}, at {last}, did not log {keys[name][0]!r}, which the plan's scores name; "
-                f"it logged {', '.join(sorted(validations[last]))}"
+                f"it logged {', '.join(sorted(validations[last]))}",
             )
     found["curves"] = {name: [list(pair) for pair in sorted(curve.items())] for name, curve in curves.items()}
     return found | {key: statistics.median(values) for key, values in steps.items() if values}
@@ -321,7 +340,7 @@ def compare(
         StoppedError: runs failed; the others were finished and their results written.
     """
     if jobs < 1:
-        raise ValueError(f"jobs is the number of runs at a time, 1 or more, got {jobs}")
+        raise InvalidValueError("count-not-positive", f"jobs is the number of runs at a time, 1 or more, got {jobs}")
     work_dir = Path(work_dir)
     content = read_plan(plan, values or {})
     content["options"] = {**content.get("options", {}), **(options or {})}
@@ -354,7 +373,8 @@ def compare(
     write_picture(results, work_dir / "picture.png")
     if failed:
         raise StoppedError(
+            "runs-failed",
             f"{len(failed)} of {len(todo)} runs failed: {'; '.join(map(str, failed))}. {work_dir / 'table.md'} has the others; "
-            "the same command tries again what failed"
+            "the same command tries again what failed",
         )
     return results

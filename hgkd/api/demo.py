@@ -79,7 +79,7 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
     plan = plan or (QUICK if quick else FULL)
     out = Path(out).expanduser().resolve()
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give --out another folder, or delete it")
+        raise InvalidValueError("output-not-empty", f"{out} is not empty; give --out another folder, or delete it")
     stage = Stages(7)
     runs, data = out / "runs", out / "shapes"
 

@@ -16,17 +16,19 @@ from numpy.typing import NDArray
 from hgkd.api.train import train as launch
 from hgkd.data import LabelledImages
 from hgkd.data.images import shared_images
-from hgkd.errors import DataError
+from hgkd.errors import DataError, InvalidValueError
 from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, linear_probe, load_extractor
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS, check_shots
 from hgkd.evaluation.knn import knn_predictions
 from hgkd.evaluation.linear import DEFAULT_GRID
 from hgkd.evaluation.records import CLASSIFIER, make_result
+from hgkd.weights.files import reading_once
 
 METHODS = ("knn", "linear", "fewshot", "finetune")
 RECIPE = "downstream/classification/resnet18_10e_cifar128"  # for any network
 
 
+@reading_once()  # fine-tuning starts from the file that the features were extracted with
 def evaluate(
     methods: Sequence[str],
     backbone: str,
@@ -79,9 +81,13 @@ def evaluate(
     queries = _labelled(test, data_root, image_size, test_limit_per_class, value_range, in_chans)
     if list(bank.classes) != list(queries.classes):
         only = sorted(set(bank.classes) ^ set(queries.classes))
-        raise DataError(f"{train} and {test} must have the same classes; {only[:5]} are in one of them only")
+        raise DataError(
+            "test-classes-differ", f"{train} and {test} must have the same classes; {only[:5]} are in one of them only"
+        )
     if "knn" in methods and not 1 <= min(ks) <= max(ks) <= len(bank):
-        raise ValueError(f"k must lie in 1 .. {len(bank)}, the number of training images, got {list(ks)}")
+        raise InvalidValueError(
+            "neighbours-out-of-range", f"k must lie in 1 .. {len(bank)}, the number of training images, got {list(ks)}"
+        )
 
     both = shared_images(bank, queries)
     if both:
@@ -159,8 +165,9 @@ def fine_tune(extractor: FeatureExtractor, num_classes: int, options: Mapping[st
     """
     name, weights, stem = (extractor.settings.get(key) for key in ("name", "weights", "stem"))
     if name == "mae" and "student" not in options:
-        raise ValueError(
-            "a MAE file does not say its network's timm name; give it, e.g. --finetune-options student=vit_tiny_patch16_224"
+        raise InvalidValueError(
+            "network-name-missing",
+            "a MAE file does not say its network's timm name; give it, e.g. --finetune-options student=vit_tiny_patch16_224",
         )
     start: dict[str, Any] = {"student": name, "num_classes": num_classes, "val_root": None}
     start["default_hooks.checkpoint.save_best"] = None
@@ -222,9 +229,10 @@ def _few_shot(known: FeatureSet, asked: FeatureSet, shots: Sequence[int], draws:
 def _fine_tuned(logits: FeatureSet, epochs: int, options: Mapping[str, Any]) -> _Found:
     broken = int((~logits.features.isfinite()).any(dim=1).sum())
     if broken:
-        raise ValueError(
+        raise InvalidValueError(
+            "logits-not-finite",
             f"the fine-tuned network gives NaN or infinite logits for {broken} of {len(logits.features)} test images: it has "
-            "diverged; lower the rate, e.g. --finetune-options lr=1e-4"
+            "diverged; lower the rate, e.g. --finetune-options lr=1e-4",
         )
     predicted = logits.features.argmax(1)
     correct = {CLASSIFIER: (predicted == logits.labels).numpy()[None]}

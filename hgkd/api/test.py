@@ -14,7 +14,7 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from hgkd.api.train import load_config
-from hgkd.errors import StoppedError
+from hgkd.errors import InvalidValueError, MissingFileError, StoppedError
 from hgkd.evaluation import ClassificationMetric
 from hgkd.evaluation.records import CLASSIFIER, append_csv, check_outputs, make_result, write_json
 from hgkd.openmmlab.config import drop_teacher, is_downstream
@@ -53,16 +53,17 @@ def run_test(
     """
     checkpoint = checkpoint_file(checkpoint)
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint does not exist: {checkpoint}")
+        raise MissingFileError("checkpoint-missing", f"checkpoint does not exist: {checkpoint}")
     with tempfile.TemporaryDirectory(prefix="hgkd-test-") as folder:
         cfg = load_config(config, work_dir or folder, False, False, options, launcher)
         for part in ("dataloader", "cfg", "evaluator"):
             if cfg.get(f"test_{part}") is None:
                 cfg[f"test_{part}"] = cfg.get(f"val_{part}")
         if cfg.test_evaluator is None:
-            raise ValueError(
+            raise InvalidValueError(
+                "no-test-evaluator",
                 f"{config} has no test_evaluator; a classifier's takes its images with val_root (--cfg-options val_root=DIR); "
-                "hgkd evaluate measures a backbone by its features"
+                "hgkd evaluate measures a backbone by its features",
             )
         if is_downstream(cfg):
             drop_teacher(cfg)
@@ -74,14 +75,17 @@ def run_test(
         if classifier:
             _without_teacher(cfg)
         elif csv_file is not None:
-            raise ValueError(f"--csv={csv_file} takes classifiers; of a {cfg.model.type} write --json")
+            raise InvalidValueError(
+                "csv-needs-classifier", f"--csv={csv_file} takes classifiers; of a {cfg.model.type} write --json"
+            )
         check_outputs(json_file, csv_file)
         runner = RUNNERS.build(cfg)
         metrics = {name: float(value) for name, value in runner.test().items()}
     if not metrics:
         raise StoppedError(
+            "nothing-detected",
             f"no metric: the model of {checkpoint} found nothing in any test image; look at some of them with "
-            "'hgkd visualize predictions', and train for longer"
+            "'hgkd visualize predictions', and train for longer",
         )
     if not is_main_process():
         return metrics

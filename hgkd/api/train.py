@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from hgkd.config.checking import check_config
 from hgkd.config.reading import read_config
 from hgkd.config.short_options import apply_short_options, use_mixed_precision
+from hgkd.errors import MissingFileError
 from hgkd.openmmlab.config import is_downstream, merge_options
 from hgkd.registry import RUNNERS
 from hgkd.weights.run_folder import checkpoint_file
@@ -50,7 +51,7 @@ def load_config(
         if resume is not True:
             checkpoint = checkpoint_file(resume)
             if not checkpoint.is_file():
-                raise FileNotFoundError(f"checkpoint to resume from does not exist: {checkpoint}")
+                raise MissingFileError("checkpoint-missing", f"checkpoint to resume from does not exist: {checkpoint}")
             cfg.load_from = str(checkpoint)
     if not downstream:
         check_config(cfg)

@@ -41,8 +41,8 @@ def _set_local_rank(text: str) -> int:
 def command(main: Main) -> Callable[[Sequence[str] | None], int]:
     """Make the body of a command its entry point: arguments of this process by default, a user's mistake in one sentence.
 
-    Exit code 2 for a user's mistake; ``--debug``, anywhere, shows its traceback instead. Other exceptions are faults of hgkd
-    and always show theirs.
+    The sentence ends with the error's code (docs/errors.md). Exit code 2 for a user's mistake; ``--debug``, anywhere, shows its
+    traceback instead. Other exceptions are faults of hgkd and always show theirs.
     """
 
     @functools.wraps(main)
@@ -52,11 +52,11 @@ def command(main: Main) -> Callable[[Sequence[str] | None], int]:
         try:
             return main(arguments)
         except (*USER_ERRORS, OSError) as error:  # a full disk and a folder without permission are the user's to mend
+            code = code_of(error)
             if len(arguments) < len(given):
-                code = code_of(error)
                 print("" if code is None else f"error code: {code}", end="\n" * (code is not None), file=sys.stderr)
                 raise
-            print(f"error: {error}\n(--debug shows where it comes from)", file=sys.stderr)
+            print(f"error: {error}{'' if code is None else f' [{code}]'}\n(--debug shows where it comes from)", file=sys.stderr)
             return 2
 
     return run

@@ -31,6 +31,7 @@ from hgkd.api.compare import (
 )
 from hgkd.cli.common import command, command_parser
 from hgkd.config.options import OptionsAction
+from hgkd.errors import InvalidValueError
 
 
 @command
@@ -56,6 +57,6 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     pairs = [value.split("=", 1) for value in args.values]
     if any(len(pair) < 2 for pair in pairs):
-        raise ValueError(f"--set takes NAME=VALUE, got {args.values}")
+        raise InvalidValueError("set-not-a-pair", f"--set takes NAME=VALUE, got {args.values}")
     print(table_of(compare(args.plan, args.work_dir, args.only, args.jobs, dict(pairs), args.options)))
     return 0

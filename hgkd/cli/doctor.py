@@ -6,6 +6,7 @@
     hgkd doctor teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
     hgkd doctor pixels FOLDER --in-chans 8 --value-range 0 4095
     hgkd doctor extract run.pth state_dict_ema averaged.safetensors
+    hgkd doctor errors mask-ratio-too-high
 
 ``file`` takes any weight file, work folder or export and says what it is and which commands take it.
 What a teacher file can teach is found by building its network without weights and matching every entry: the network of
@@ -172,7 +173,10 @@ def _network(file: str, name: str | None, weights: Mapping[str, Tensor]) -> tupl
         try:
             if "decoder_embed.weight" in weights:
                 if name is not None:
-                    raise ValueError(f"{file} is a MAE with its decoder, whose network it describes itself; leave --name out")
+                    raise InvalidValueError(
+                        "name-not-needed",
+                        f"{file} is a MAE with its decoder, whose network it describes itself; leave --name out",
+                    )
                 arch = arch_of(weights, file, 1, 1)  # heads change no shape
                 network = MaskedAutoencoder(arch)
                 match(network, weights, source=file)
@@ -211,7 +215,10 @@ def _build(file: WeightFile, name: str | None, weights: Mapping[str, Tensor], en
     if name is not None:
         return TimmTeacher(name, checkpoint=file, allow_random=True, entry=entry)
     if "decoder_embed.weight" not in weights:
-        raise ValueError(f"--images needs the network: give --name, timm's name of {file}, e.g. vit_base_patch16_224.mae")
+        raise InvalidValueError(
+            "network-name-missing",
+            f"--images needs the network: give --name, timm's name of {file}, e.g. vit_base_patch16_224.mae",
+        )
     return MAETeacher(file, allow_random=True, entry=entry)
 
 
@@ -224,7 +231,7 @@ def _features(teacher: Teacher, folder: str, limit: int, image_size: int) -> Fea
         data = UnlabelledImages(folder, image_size=image_size, transform=dict(kind="eval"))
     count = min(limit, len(data))
     if count < 2:
-        raise DataError(f"{folder} holds {len(data)} images; at least 2 are needed to compare")
+        raise DataError("too-few-images", f"{folder} holds {len(data)} images; at least 2 are needed to compare")
     samples = [data[i * len(data) // count] for i in range(count)]
     images = torch.stack([sample["inputs"] for sample in samples]).float() / 255
     labels = torch.tensor([int(sample["label"]) for sample in samples]) if labelled else None
@@ -342,9 +349,11 @@ def extract_entry(file: str, entry: str, out: str) -> int:
     """
     path = Path(out)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{out} must end in .safetensors, which holds tensors and nothing else")
+        raise InvalidValueError(
+            "suffix-not-safetensors", f"{out} must end in .safetensors, which holds tensors and nothing else"
+        )
     if path.exists():
-        raise FileExistsError(f"{out} exists already; give another name")
+        raise ExistingFileError("file-exists", f"{out} exists already; give another name")
     weights = read_weights(file, entry)
     # contiguous copies: entries that share their memory, as tied weights do, cannot be written otherwise
     save_file({key: value.clone().contiguous() for key, value in weights.items()}, path, metadata={"format": "pt"})
@@ -400,6 +409,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     extract.add_argument("file", help="weight file")
     extract.add_argument("entry", help="name of the set, e.g. state_dict_ema; inner ones behind a dot")
     extract.add_argument("out", help="file to write, .safetensors; it must not exist")
+    errors = commands.add_parser("errors", help="list the codes of errors")
+    errors.add_argument("word", nargs="?", default="", help="part of a code or of a message (default: all)")
+    errors.add_argument("--out", metavar="FILE.md", help="write the list as a page instead")
     return parser.parse_args(arguments)
 
 
@@ -420,6 +432,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.command == "extract":
         print(f"{extract_entry(args.file, args.entry, args.out)} tensors of {args.entry!r} written to {args.out}")
+        return 0
+    if args.command == "errors":
+        if args.out is not None:
+            print(f"{write_page(args.out)} codes written to {args.out}")
+            return 0
+        known = [error for error in coded_errors() if args.word in error.code or args.word in error.message]
+        if not known:
+            raise InvalidValueError("no-code-matches", f"no code or message has {args.word!r} in it; leave it out for all")
+        print(*(f"{error.code} ({error.kind}, {error.module})\n    {error.message}" for error in known), sep="\n")
         return 0
     found = examine_teacher(args.file, args.name, args.images, args.limit, args.image_size, args.entry)
     Console().print(table_of(args.file, found))

@@ -7,9 +7,9 @@
     hgkd evaluate compare result.json other.json
 
 A backbone is a checkpoint of hgkd train, a folder of hgkd export, a MAE file, or a timm name (random weights unless
---checkpoint or --pretrained). Labelled images are a folder with one sub-folder a class, or a list with a path and
-a class a line (.txt, .csv, .tsv); they are centre-cropped. 'compare' tests whether two results differ by more than the test
-images' chance; docs/evaluation.md describes everything.
+--checkpoint or --pretrained); a network of your own needs the --config that imports it. Labelled images are a folder with
+one sub-folder a class, or a list with a path and a class a line (.txt, .csv, .tsv); they are centre-cropped. 'compare' tests
+whether two results differ by more than the test images' chance; docs/evaluation.md describes everything.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hgkd.api.evaluate import (
 )
 from hgkd.cli.common import command, command_parser
 from hgkd.config.options import OptionsAction, device_name
+from hgkd.config.reading import read_config
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS
 from hgkd.evaluation.linear import DEFAULT_GRID
 from hgkd.evaluation.records import append_csv, check_outputs, compare_results, read_json, write_json
@@ -93,6 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", required=True, help="training images: a folder with one sub-folder a class, or a list")
     parser.add_argument("--test", required=True, help="test images with the same classes")
     parser.add_argument("--checkpoint", help="weight file for a timm name, loaded strictly")
+    parser.add_argument("--config", metavar="FILE", help="config whose custom_imports bring a network of your own")
     parser.add_argument("--block", type=int, help="ViT: block whose patch tokens are averaged, 0 = first; default last")
     parser.add_argument("--pretrained", action="store_true", help="let timm download its weights")
     parser.add_argument("--image-size", type=int, default=224, help="pixels of the centre crop")
@@ -138,8 +140,10 @@ def main(argv: Sequence[str]) -> int:
         console.print(compare(files.first, files.second, files.seed))
         return 0
     args = vars(parse_args(argv))
-    json_file, csv_file = args.pop("json"), args.pop("csv")
+    json_file, csv_file, own = args.pop("json"), args.pop("csv"), args.pop("config")
     check_outputs(json_file, csv_file)
+    if own is not None:
+        read_config(own)  # imports what it names
     with told_signals("no result is written"):
         results = evaluate(**args)
     if json_file:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from hgkd.cli.common import command, command_parser
 from hgkd.config.reading import read_config
+from hgkd.errors import InvalidValueError
 from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS
 
@@ -126,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
         able = ", ".join(name for name, other in TARGETS.items() if other.runner is not None)
         raise ValueError(f"--latency times graphs ({able}), and {args['to']} is none; leave it out")
     if side is not None and side < 1:
-        raise ValueError(f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
+        raise InvalidValueError("latency-size", f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
     report = export(**args, licences=dict(_pair(text) for text in licences), **options)
     console = Console()
     console.print(table_of(report))
@@ -138,5 +139,5 @@ def main(argv: Sequence[str]) -> int:
 def _pair(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator:
-        raise ValueError(f"--licence takes FIELD=TEXT, e.g. weights=apache-2.0, got {text!r}")
+        raise InvalidValueError("licence-not-a-pair", f"--licence takes FIELD=TEXT, e.g. weights=apache-2.0, got {text!r}")
     return name, value

@@ -56,15 +56,13 @@ def make_shapes(
         ValueError: unknown layout, or a number out of range.
     """
     if layout not in WRITERS:
-        raise ValueError(unknown_name_message("layout", layout, WRITERS))
+        raise InvalidValueError("layout-unknown", unknown_name_message("layout", layout, WRITERS))
     if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}")
+        raise InvalidValueError("seed-negative", f"seed must be 0 or more, got {seed}")
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; give a folder")
+        raise ExistingFileError("output-is-a-file", f"{out} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise coded(
-            "folder-not-empty", FileExistsError(f"{out} is not empty; give a new folder, or --force to write into this one")
-        )
+        raise ExistingFileError("folder-not-empty", f"{out} is not empty; give a new folder, or --force to write into this one")
     return WRITERS[layout](out, train=train, test=test, image_size=image_size, seed=seed, clutter=clutter)
 
 

@@ -26,7 +26,7 @@ from hgkd.cli.common import command, command_parser
 from hgkd.data import UnlabelledImages
 from hgkd.data.folders import UNFINISHED_EXTENSION, is_image_name, printable
 from hgkd.data.pixels import FORMATS
-from hgkd.errors import DataError, StoppedError
+from hgkd.errors import DataError, ExistingFileError, InvalidValueError, StoppedError
 
 if TYPE_CHECKING:
     from webdataset import ShardWriter
@@ -59,15 +59,17 @@ def make_shards(
         StoppedError: the shards could not be written.
     """
     if max_mb <= 0 or max_images < 1:
-        raise ValueError(f"max_mb and max_images must be positive, got {max_mb} and {max_images}")
+        raise InvalidValueError("count-not-positive", f"max_mb and max_images must be positive, got {max_mb} and {max_images}")
     try:
         from webdataset import ShardWriter
     except ImportError as error:
-        raise ValueError(f"make_shards needs webdataset ({error}); pip install 'hgkd[shards]'") from error
+        raise InvalidValueError(
+            "webdataset-missing", f"make_shards needs webdataset ({error}); pip install 'hgkd[shards]'"
+        ) from error
     images = UnlabelledImages(source, list_file)
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is in use; give a new folder")
+        raise ExistingFileError("shards-folder-in-use", f"{out} is in use; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
     mark = out / _MARK
     mark.touch()
@@ -92,8 +94,9 @@ def make_shards(
         _abandon(writer, out)
         free = shutil.disk_usage(out).free / 1e6
         raise StoppedError(
+            "packing-stopped",
             f"packing stopped at image {index + 1} of {len(images)} ({error}; {free:.0f} MB free in {out}); what lies there is "
-            "a part, and is refused as data: make room, remove the folder and pack again"
+            "a part, and is refused as data: make room, remove the folder and pack again",
         ) from error
     mark.unlink()
     if skipped:
@@ -116,7 +119,8 @@ def _sample(images: UnlabelledImages, index: int, skipped: list[str]) -> dict[st
         skipped.append(f"{printable(str(path))} ({type(error).__name__}: {error})")
         if len(skipped) > images.max_bad_share * len(images):
             raise DataError(
-                f"{len(skipped)} of {len(images)} images cannot be read: {skipped[0]}; repair or remove these files"
+                "images-unreadable-for-shards",
+                f"{len(skipped)} of {len(images)} images cannot be read: {skipped[0]}; repair or remove these files",
             ) from error
         return None
     # a dot would end the key; the number keeps two files of one name apart

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hgkd.cli.common import command, command_parser
+from hgkd.errors import InvalidValueError
 from hgkd.recipes import find_recipe, plan_names, recipe_names, summary_of
 
 
@@ -30,7 +31,9 @@ def main(argv: Sequence[str]) -> int:
     known = plan_names() if args.plans else recipe_names()
     found = [name for name in known if args.pattern in name]
     if not found:
-        raise ValueError(f"no name has {args.pattern!r} in it; 'hgkd recipes' lists all {len(known)}")
+        raise InvalidValueError(
+            "no-recipe-matches", f"no name has {args.pattern!r} in it; 'hgkd recipes' lists all {len(known)}"
+        )
     width = max(map(len, found))
     for name in found:
         print(f"{name:<{width}}  {summary_of(name)}")

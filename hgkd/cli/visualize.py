@@ -23,7 +23,9 @@ from torch import Tensor
 
 from hgkd.cli.common import command, command_parser
 from hgkd.config.options import OptionsAction, device_name
+from hgkd.config.reading import read_config
 from hgkd.data.images import read_crops
+from hgkd.errors import InvalidValueError
 from hgkd.evaluation import FeatureExtractor, extract, load_extractor
 from hgkd.networks.classifier import load_classifier
 from hgkd.pictures.features import attention_columns, class_columns, neighbour_columns, pca_columns
@@ -94,8 +96,9 @@ def predictions(args: argparse.Namespace) -> Path:
     try:
         from hgkd.openmmlab.drawing import draw_predictions
     except ImportError as error:
-        raise ValueError(
-            f"predictions of detectors and segmentors need the extra 'downstream' ({error}): pip install -e '.[downstream]'"
+        raise InvalidValueError(
+            "downstream-packages-missing",
+            f"predictions of detectors and segmentors need the extra 'downstream' ({error}): pip install -e '.[downstream]'",
         ) from error
     files = find_files(args.images, args.limit)
     draw_predictions(args.config, args.checkpoint, files, args.out, options=args.cfg_options, device=args.device)
@@ -134,6 +137,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sub.add_argument("--limit", type=int, default=8, help="maximum number of images")
         sub.add_argument("--out", required=True, metavar="DIR", help=f"folder of the picture and of {PAGE}")
         if name != "predictions":
+            sub.add_argument("--config", metavar="FILE", help="config whose custom_imports bring a network of your own")
             sub.add_argument("--name", default=name, help=f"the picture's name ({name})")
             sub.add_argument(
                 "--value-range",
@@ -187,7 +191,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     if args.limit < 1:
-        raise ValueError(f"--limit must be 1 or more, got {args.limit}")
+        raise InvalidValueError("count-not-positive", f"--limit must be 1 or more, got {args.limit}")
+    if args.draw is not predictions and args.config is not None:
+        read_config(args.config)  # imports what it names
     path = args.draw(args)
     print(f"{path}, page {Path(args.out) / PAGE}")
     return 0

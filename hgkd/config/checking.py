@@ -15,7 +15,7 @@ from mmengine.registry import Registry
 from mmengine.runner import Runner
 
 from hgkd.config.short_options import SHORT_OPTIONS
-from hgkd.errors import unknown_name_message
+from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.registry import (
     DATASETS,
     FINETUNING_OBJECTIVES,
@@ -99,7 +99,9 @@ def check_config(cfg: Config | Mapping[str, Any]) -> None:
     plain = cfg.to_dict() if isinstance(cfg, Config) else dict(cfg)
     for key, value in plain.items():
         if key not in _TOP_KEYS:
-            raise ValueError(f"{key}={_short(value)}: {unknown_name_message('top-level config key', key, _TOP_KEYS)}")
+            raise InvalidValueError(
+                "config-key-unknown", f"{key}={_short(value)}: {unknown_name_message('top-level config key', key, _TOP_KEYS)}"
+            )
     runner = plain.get("runner_type")
     if isinstance(runner, str):
         _find(RUNNERS, runner, "runner_type")
@@ -147,14 +149,14 @@ def _check_arguments(cls: Callable[..., object], value: Mapping[str, Any], path:
         for key, item in value.items():
             if key not in accepted and key not in extra:
                 message = unknown_name_message(f"option of {cls.__name__}", key, sorted(accepted))
-                raise ValueError(f"{path}.{key}={_short(item)}: {message}")
+                raise InvalidValueError("argument-refused", f"{path}.{key}={_short(item)}: {message}")
     given = {*value, "dataset"} if registry is roots.DATA_SAMPLERS else value  # a sampler gets its data set from the runner
     for name in _required(cls):
         if name not in given:
             place = f"{path}.{name}"
             short = [option for option, entry in SHORT_OPTIONS.items() if place in (*entry.places, *entry.existing)]
             how = f"--cfg-options {short[0]}=..." if short else f"{place} in the config"
-            raise ValueError(f"{place} is missing: {cls.__name__} needs it; set {how}")
+            raise InvalidValueError("argument-missing", f"{place} is missing: {cls.__name__} needs it; set {how}")
 
 
 def _check_plain(plain: Mapping[str, Any], path: str, known: frozenset[str]) -> None:
@@ -163,7 +165,9 @@ def _check_plain(plain: Mapping[str, Any], path: str, known: frozenset[str]) -> 
         section = section.get(step) if isinstance(section, Mapping) else None
     for key, value in section.items() if isinstance(section, Mapping) else ():
         if key not in known:
-            raise ValueError(f"{path}.{key}={_short(value)}: {unknown_name_message(f'key of {path}', key, known)}")
+            raise InvalidValueError(
+                "part-key-unknown", f"{path}.{key}={_short(value)}: {unknown_name_message(f'key of {path}', key, known)}"
+            )
 
 
 def _chain(registry: Registry) -> Iterator[Registry]:
@@ -188,7 +192,7 @@ def _find(registry: Registry, name: str, path: str) -> type:
     if name not in known:
         objective = registry in (MASKED_OBJECTIVES, FINETUNING_OBJECTIVES)
         told = unknown_objective_message(registry, name) if objective else unknown_name_message(registry.name, name, known)
-        raise ValueError(f"{path}={name!r}: {told}")
+        raise InvalidValueError("type-not-found", f"{path}={name!r}: {told}")
     return known[name]
 
 

@@ -82,7 +82,7 @@ class Levels:
         try:
             cfg.merge_from_dict(copy.deepcopy(dict(typed or {})))
         except KeyError as error:  # an index beyond the end of a list
-            raise ValueError(f"{', '.join(typed or ())}: {error.args[0]}") from error
+            raise InvalidValueError("argument-value-refused", f"{', '.join(typed or ())}: {error.args[0]}") from error
 
     def setter(self, path: Sequence[str], value: object) -> Level:
         """Level that has set a path to the value that it has."""
@@ -144,14 +144,16 @@ def import_custom_modules(cfg: Config, folders: Sequence[Path]) -> None:
         except ImportError as error:
             if wanted.get("allow_failed_imports"):
                 continue
-            raise ValueError(
+            raise InvalidValueError(
+                "custom-import-fails",
                 f"{where}, which does not import ({error}); it is looked for on Python's path (PYTHONPATH) and beside "
-                f"the config, in {', '.join(map(str, folders))}"
+                f"the config, in {', '.join(map(str, folders))}",
             ) from error
         file = getattr(found, "__file__", None)
         if beside is not None and file is not None and not Path(file).is_relative_to(beside):
-            raise ValueError(
-                f"{where}, and {beside / top} is beside it, but Python has another module of that name, {file}; rename yours"
+            raise InvalidValueError(
+                "custom-import-hidden",
+                f"{where}, and {beside / top} is beside it, but Python has another module of that name, {file}; rename yours",
             )
 
 

@@ -20,7 +20,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.utils import get_installed_path
 
 from hgkd.config.levels import read_levels
-from hgkd.errors import nearest_names
+from hgkd.errors import InvalidValueError, MissingFileError, nearest_names
 from hgkd.recipes import find_recipe, register_recipes
 
 _REGISTERED = re.compile(r"(?:(?:hgkd|mmengine)\.)?\w+")
@@ -47,14 +47,18 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     if path.suffix == ".py":
         return read_levels(str(path))
     if path.suffix not in _DATA_SUFFIXES:
-        raise ValueError(f"config {path} must end in .py, or for plain data in {', '.join(_DATA_SUFFIXES)}")
+        raise InvalidValueError(
+            "config-suffix", f"config {path} must end in .py, or for plain data in {', '.join(_DATA_SUFFIXES)}"
+        )
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {path} is no plain {path.suffix[1:]} data: {error}") from error
+        raise InvalidValueError("config-not-readable", f"config {path} is no plain {path.suffix[1:]} data: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"config {path} holds a {type(content).__name__}, expected keys and values")
+        raise InvalidValueError(
+            "config-not-a-mapping", f"config {path} holds a {type(content).__name__}, expected keys and values"
+        )
     check_plain_data(content, str(path))
     return Config(content, filename=str(path))
 
@@ -64,9 +68,10 @@ def _packaged(name: str) -> Path:
     package, _, inner = name.partition("::")
     known = [key for key in MODULE2PACKAGE if _is_there(key)]
     if package not in known:
-        raise FileNotFoundError(
+        raise MissingFileError(
+            "config-package-missing",
             f"config {name}: no package {package!r} with configs is installed; installed are {', '.join(known) or 'none'} "
-            "(pip install -e '.[downstream]' brings mmdet and mmseg)"
+            "(pip install -e '.[downstream]' brings mmdet and mmseg)",
         )
     folder = Path(get_installed_path(MODULE2PACKAGE[package])) / ".mim/configs"
     if (folder / inner).is_file():
@@ -74,7 +79,7 @@ def _packaged(name: str) -> Path:
     files = {str(file.relative_to(folder)): file for file in folder.rglob("*.py")}
     near = [path for path in files if Path(path).name in (inner, f"{inner}.py")] or nearest_names(f"{inner}", files)
     hint = f"; did you mean {' or '.join(f'{package}::{path}' for path in near)}?" if near else ""
-    raise FileNotFoundError(f"config {name} does not exist in {folder}{hint}")
+    raise MissingFileError("packaged-config-missing", f"config {name} does not exist in {folder}{hint}")
 
 
 def _is_there(module: str) -> bool:
@@ -92,12 +97,16 @@ def check_plain_data(content: Any, where: str) -> None:
     """
     for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
         if key in _CODE_KEYS:
-            raise ValueError(f"{where}: {key!r} can run code, which a config of plain data must not; write a Python config")
+            raise InvalidValueError(
+                "plain-config-runs-code",
+                f"{where}: {key!r} can run code, which a config of plain data must not; write a Python config",
+            )
         names = key in ("type", "constructor", "runner_type", "default_scope")
         if names and not (isinstance(value, str) and _REGISTERED.fullmatch(value)):
-            raise ValueError(
+            raise InvalidValueError(
+                "plain-config-import-path",
                 f"{where}: {key}={value!r} is no name of a registry; a config of plain data takes registered classes only, "
-                "not import paths; write a Python config"
+                "not import paths; write a Python config",
             )
         if isinstance(value, (Mapping, list, tuple)):
             check_plain_data(value, where)

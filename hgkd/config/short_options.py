@@ -12,7 +12,7 @@ from mmengine.config import Config
 from hgkd.config.levels import MISSING, Level, Levels, same
 from hgkd.config.options import option_value
 from hgkd.config.schedule import rate_entries, shorter_warmup
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,9 @@ def _settle(cfg: Config, levels: Levels, name: str, option: ShortOption) -> Leve
     _check_kind(name, value, option.kind)
     if value not in (None, option.idle) and not places and not _replaced(cfg, levels, option, level):
         wanted = " or ".join((*option.places, *option.existing))
-        raise ValueError(f"{name}={value!r} has no place in this config, which has no {wanted}; leave it out")
+        raise InvalidValueError(
+            "option-without-place", f"{name}={value!r} has no place in this config, which has no {wanted}; leave it out"
+        )
     for path, found in places.values():
         _check_kind(".".join(path), found, option.kind)
         if found is MISSING or same(found, value):
@@ -169,7 +171,7 @@ def _settle(cfg: Config, levels: Levels, name: str, option: ShortOption) -> Leve
         if level.after(by) or (found is None and not by.after(level)):
             _write(cfg, path, value)
         elif not by.after(level) and value is not None and not led:  # of two places either may have a value of its own
-            raise ValueError(_disagreement(name, value, level, ".".join(path), found, by))
+            raise InvalidValueError("option-disagrees", _disagreement(name, value, level, ".".join(path), found, by))
     held = [found for _, found in _places_of(cfg, option).values() if found is not MISSING]
     if held:
         cfg[name] = held[0] if all(same(held[0], other) for other in held) else None
@@ -265,7 +267,9 @@ def _check_kind(name: str, value: Any, kind: str) -> None:
     if isinstance(value, str) and value.endswith("%"):
         share = option_value(name, value[:-1])
         hint = f"; write {name}={share / 100:g}" if isinstance(share, (int, float)) else ""
-    raise ValueError(f"{name}={value!r}: expected a {'whole number' if kind == 'whole' else 'number'}{hint}")
+    raise InvalidValueError(
+        "option-not-a-number", f"{name}={value!r}: expected a {'whole number' if kind == 'whole' else 'number'}{hint}"
+    )
 
 
 def _drop_feature_store(cfg: Config) -> None:
@@ -285,7 +289,10 @@ def _drop_validation(cfg: Config) -> None:
         return
     given = [name for name in names if cfg.get(name) is not None]
     if len(given) == 1:
-        raise ValueError(f"{given[0]} is set without {names[1 - names.index(given[0])]}; validation needs both, or neither")
+        raise InvalidValueError(
+            "validation-half-set",
+            f"{given[0]} is set without {names[1 - names.index(given[0])]}; validation needs both, or neither",
+        )
     if not given:
         for key in ("val_dataloader", "val_cfg", "val_evaluator"):
             cfg[key] = None
@@ -305,12 +312,10 @@ def _settle_warmup(cfg: Config, epochs: Level | None, warmup: Level | None) -> l
     length, total = warm.get("end"), main.get("end", float("inf"))
     if length is not None and length > 0 and main.get("begin", 0) >= total:
         if epochs is None or not epochs.after(warmup):
-            raise coded(
+            raise InvalidValueError(
                 "warmup-too-long",
-                ValueError(
-                    f"warmup_epochs={length} is not shorter than epochs={total}; set warmup_epochs=0 "
-                    "(no warm-up), or another number below it"
-                ),
+                f"warmup_epochs={length} is not shorter than epochs={total}; set warmup_epochs=0 "
+                "(no warm-up), or another number below it",
             )
         shorter = shorter_warmup(total, whole=not (warm.get("convert_to_iter_based") and main.get("convert_to_iter_based")))
         warm["end"] = main["begin"] = cfg.warmup_epochs = shorter
@@ -332,7 +337,10 @@ def use_mixed_precision(cfg: Config) -> None:
     wrapper = cfg.optim_wrapper
     kind = wrapper.get("type", "OptimWrapper")
     if kind.removeprefix("hgkd.") not in ("OptimWrapper", "AmpOptimWrapper", "BFloat16OptimWrapper"):
-        raise ValueError(f"--amp replaces an OptimWrapper, but optim_wrapper.type is {kind!r}; set its precision there")
+        raise InvalidValueError(
+            "amp-wrapper-replaced",
+            f"--amp replaces an OptimWrapper, but optim_wrapper.type is {kind!r}; set its precision there",
+        )
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         wrapper.update(type="AmpOptimWrapper", dtype="float16", loss_scale="dynamic")
     else:

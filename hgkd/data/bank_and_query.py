@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from torch.utils.data import ConcatDataset
 
 from hgkd.data.images import shared_images
+from hgkd.errors import InvalidValueError
 from hgkd.registry import DATASETS
 
 
@@ -34,9 +35,10 @@ class BankAndQuery(ConcatDataset[Any]):
         known, asked = parts[0].classes, parts[1].classes
         if known != asked:
             differ = sorted(set(known) ^ set(asked))[:5]
-            raise ValueError(
+            raise InvalidValueError(
+                "bank-and-query-classes-differ",
                 f"the class folders of {parts[0].data_root} ({len(known)}) and {parts[1].data_root} ({len(asked)}) differ, "
-                f"e.g. {', '.join(differ)}; the k-NN needs the same classes in both"
+                f"e.g. {', '.join(differ)}; the k-NN needs the same classes in both",
             )
         shared = shared_images(*parts)
         if shared:

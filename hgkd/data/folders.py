@@ -164,6 +164,7 @@ def _cannot_list(error: OSError) -> None:
     if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):  # went away meanwhile, or a link in a circle
         return
     raise DataError(
+        "folder-not-listable",
         f"folder {printable(str(error.filename))[:200]} cannot be listed ({error.strerror}), so its images would be missing; "
-        "give yourself the right to read it (chmod u+rx), move it away, or name the images in a list_file"
+        "give yourself the right to read it (chmod u+rx), move it away, or name the images in a list_file",
     ) from error

@@ -96,7 +96,8 @@ def read_crops(
                     crops.append(crop(decode_channels(opened, in_chans, limits)))
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
             raise DataError(
-                f"image {printable(os.fspath(file))} cannot be read ({type(error).__name__}: {error}); leave it out"
+                "image-unreadable",
+                f"image {printable(os.fspath(file))} cannot be read ({type(error).__name__}: {error}); leave it out",
             ) from error
     return torch.stack(crops)
 
@@ -181,7 +182,9 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         in_chans: int | None = None,
     ) -> None:
         if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is a share of the images in [0, 1], got {max_bad_share}")
+            raise InvalidValueError(
+                "bad-share-out-of-range", f"max_bad_share is a share of the images in [0, 1], got {max_bad_share}"
+            )
         self.value_range = as_value_range(value_range)
         self.use_alpha = use_alpha
         self.in_chans = in_chans
@@ -261,7 +264,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
                     with seeded(None if epoch_seed is None else image_seed(epoch_seed, place)):
                         return place, self.transform(image)
             self._check_share()
-        raise DataError(self._report("none is left"))
+        raise DataError("no-readable-images", self._report("none is left"))
 
     def _look(self) -> None:
         """Measure some images, spread over all, and warn of what they have in common.
@@ -312,7 +315,9 @@ class _ImageFiles(Dataset[dict[str, Any]]):
     def _check_share(self) -> None:
         bad = self._bad.count()
         if bad > self.max_bad_share * len(self):
-            raise DataError(self._report(f"max_bad_share={self.max_bad_share} allows {self.max_bad_share:.2%}"))
+            raise DataError(
+                "too-many-bad-images", self._report(f"max_bad_share={self.max_bad_share} allows {self.max_bad_share:.2%}")
+            )
 
     def _report(self, verdict: str) -> str:
         bad = self._bad.indices()
@@ -451,10 +456,14 @@ class LabelledImages(_ImageFiles):
         _check_limit("limit_per_class", limit_per_class)
         extensions = _extensions(in_chans)
         if not 0 < label_fraction <= 1:
-            raise ValueError(f"label_fraction is the share of the labelled images to use, in (0, 1], got {label_fraction}")
+            raise InvalidValueError(
+                "label-fraction-out-of-range",
+                f"label_fraction is the share of the labelled images to use, in (0, 1], got {label_fraction}",
+            )
         if transform is not None and resize_ratio != 1.0:
-            raise ValueError(
-                f"resize_ratio={resize_ratio} is for the centre crop; with transform={dict(transform)} leave it out"
+            raise InvalidValueError(
+                "resize-ratio-without-crop",
+                f"resize_ratio={resize_ratio} is for the centre crop; with transform={dict(transform)} leave it out",
             )
         built = (
             eval_transform(image_size, resize_ratio) if transform is None else build_transform(image_size, transform, in_chans)
@@ -504,7 +513,9 @@ def _existing_folder(data_root: str | os.PathLike[str]) -> str:
     root = os.path.abspath(os.path.expanduser(os.fspath(data_root)))
     if not os.path.isdir(root):
         why = "is not a folder" if os.path.exists(root) else "does not exist"
-        raise FileNotFoundError(f"data_root {printable(root)} {why}; set it to the folder that holds the images")
+        raise MissingFileError(
+            "data-root-missing", f"data_root {printable(root)} {why}; set it to the folder that holds the images"
+        )
     return root
 
 
@@ -512,9 +523,10 @@ def _images_of(root: str, found: Content) -> list[str]:
     if not found.images:
         told = found.told()
         raise DataError(
+            "no-images",
             f"no images below {printable(root)}; looked for files ending in {EXTENSION_LIST}"
             + (f"; there are {told}" if told else "")
-            + ". Set data_root to the folder that holds them"
+            + ". Set data_root to the folder that holds them",
         )
     _tell(root, len(found.images), found)
     return found.images
@@ -535,22 +547,25 @@ def _from_shards(
     where = printable(root)
     if found.unfinished:
         raise DataError(
+            "shards-unfinished",
             f"packing the shards in {where} did not come to its end ({printable(found.unfinished[0])} is left), so images "
-            "would be missing; remove the folder and pack again"
+            "would be missing; remove the folder and pack again",
         )
     if found.images:
         raise DataError(
+            "images-and-shards-mixed",
             f"{where} holds {len(found.images)} image files (e.g. {printable(found.images[0])}) and {len(found.shards)} shards "
             f"(e.g. {printable(found.shards[0])}); which are meant? Set data_root to a folder of one kind, move the others "
-            "away, or name the images in a list_file"
+            "away, or name the images in a list_file",
         )
     left_out = Content(left_out=found.left_out.copy(), system=found.system)
     shards, names, places = index_shards(root, extensions, left_out)
     if not names:
         raise DataError(
+            "no-images-in-shards",
             f"no images below {where}; looked for files ending in {EXTENSION_LIST} and for members of its {len(shards)} .tar "
             f"shards named like key.jpg; there are {left_out.told() or 'none of other kinds'}. Set data_root to the folder "
-            "that holds them, or pack them again (hgkd make-shards)"
+            "that holds them, or pack them again (hgkd make-shards)",
         )
     print_log(f"{len(names)} images in {len(shards)} shards below {where}", logger="current")
     _tell(root, len(names), left_out)
@@ -576,14 +591,14 @@ def _class_folders(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
         inside = [entry for entry in entries if not is_system(entry.name)]
         names = sorted(entry.name for entry in inside if entry.is_dir())
     if not names:
-        raise DataError(f"no class folders in {where}; expected {where}/<class>/<image>, one folder a class")
+        raise DataError(
+            "no-class-folders", f"no class folders in {where}; expected {where}/<class>/<image>, one folder a class"
+        )
     if _SPLITS.issuperset(map(str.lower, names)):
-        raise coded(
+        raise DataError(
             "splits-as-classes",
-            DataError(
-                f"the folders in {where} are called {', '.join(names)}, which are no classes; set data_root to one of them, "
-                f"e.g. {os.path.join(where, names[-1])}"
-            ),
+            f"the folders in {where} are called {', '.join(names)}, which are no classes; set data_root to one of them, "
+            f"e.g. {os.path.join(where, names[-1])}",
         )
     identities = {name: folder_identity(os.path.join(root, name)) for name in names}
     beside = Content(left_out=Counter(kind_name(entry.name) for entry in inside if not entry.is_dir()))
@@ -593,8 +608,9 @@ def _class_folders(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
         folder = os.path.join(root, name)
         if identities[name] in taken:
             raise DataError(
+                "class-folder-linked-twice",
                 f"class folder {printable(folder)} is the same folder as {printable(taken[identities[name]])}, so its images "
-                "would have two classes; remove the link"
+                "would have two classes; remove the link",
             )
         taken[identities[name]] = name
         # a link from one class into another would give images two classes
@@ -602,8 +618,9 @@ def _class_folders(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
         if not found.images:
             told = f"; there are {found.told()}" if found.told() else ""
             raise DataError(
+                "class-folder-empty",
                 f"class folder {printable(folder)} holds no images (files ending in {EXTENSION_LIST}){told}; "
-                "fill it or remove it"
+                "fill it or remove it",
             )
         classes[name] = [os.path.join(name, path) for path in found.images]
         beside.left_out += found.left_out + Counter({SHARD_EXTENSION: len(found.shards)})
@@ -621,7 +638,9 @@ def _class_folders(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
 
 def _check_limit(name: str, limit: int | None) -> None:
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"{name} must be None (all images) or a whole number from 1, got {limit!r}")
+        raise InvalidValueError(
+            "limit-not-positive", f"{name} must be None (all images) or a whole number from 1, got {limit!r}"
+        )
 
 
 def _first_shuffled(items: list[_Item], limit: int | None) -> list[_Item]:

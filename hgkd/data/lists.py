@@ -16,16 +16,17 @@ from mmengine.logging import print_log
 
 from hgkd.data.folders import SHARD_EXTENSION, is_image_name, printable
 from hgkd.data.pixels import BandsError, measure, open_image
-from hgkd.errors import DataError
+from hgkd.errors import DataError, MissingFileError
 
 _LOOKED_AT = 16
 
 
 def _list_lines(list_file: str) -> list[str]:
     if not os.path.isfile(list_file):
-        raise FileNotFoundError(
+        raise MissingFileError(
+            "list-file-missing",
             f"list_file {printable(os.path.abspath(list_file))} does not exist; give a text file with one image path a line, "
-            "or leave list_file out to search data_root"
+            "or leave list_file out to search data_root",
         )
     with open(list_file, "rb") as file:
         content = file.read()
@@ -39,12 +40,13 @@ def _listed_path(entry: str, list_file: str, number: int, root: str) -> str:
     """A path of a list, as written but without '.' and '..' parts."""
     where = f"{printable(list_file)} line {number}"
     if "\0" in entry:
-        raise DataError(f"{where} is not text; give a text file with one image path a line")
+        raise DataError("list-file-not-text", f"{where} is not text; give a text file with one image path a line")
     path = os.path.normpath(entry)
     if not _is_below(os.path.join(root, path), root):
         raise DataError(
+            "listed-path-leaves-root",
             f"{where}: {printable(entry)!r} leaves data_root {printable(root)}; set data_root to a folder above all "
-            "images (data_root=/ allows every path)"
+            "images (data_root=/ allows every path)",
         )
     return path
 
@@ -55,8 +57,9 @@ def read_list(list_file: str, root: str) -> list[str]:
     paths = [_listed_path(entry, list_file, number, root) for number, entry in lines]
     if not paths:
         raise DataError(
+            "list-file-empty",
             f"list_file {printable(list_file)} names no images; write one path a line, relative to {printable(root)} "
-            "or absolute"
+            "or absolute",
         )
     _check_listed(list(zip([number for number, _ in lines], paths, strict=True)), list_file, root)
     return paths
@@ -75,8 +78,9 @@ def _check_listed(paths: list[tuple[int, str]], list_file: str, root: str) -> No
     for number, path in odd:
         if not _is_image(os.path.join(root, path)):
             raise DataError(
+                "listed-path-no-image",
                 f"{printable(list_file)} line {number}: {printable(path)[:200]!r} is no image{_cause(path, list_file, root)}; "
-                "a list has the path of one image a line, and nothing else"
+                "a list has the path of one image a line, and nothing else",
             )
     count = min(_LOOKED_AT, len(paths))
     looked_at = [paths[i * len(paths) // count] for i in range(count)]
@@ -89,7 +93,7 @@ def _check_listed(paths: list[tuple[int, str]], list_file: str, root: str) -> No
         f"{printable(os.path.join(root, path))[:300]}{_cause(path, list_file, root)}"
     )
     if len(absent) == count:
-        raise DataError(f"{told}; write paths relative to data_root {printable(root)}, or absolute")
+        raise DataError("listed-images-missing", f"{told}; write paths relative to data_root {printable(root)}, or absolute")
     print_log(told, logger="current", level=logging.WARNING)
 
 
@@ -138,8 +142,9 @@ def read_labels(list_file: str, root: str) -> dict[str, list[str]]:
     shown = printable(list_file)
     if suffix not in _LABEL_COLUMNS:
         raise DataError(
+            "label-list-suffix",
             f"list of labels {shown} is of an unknown format; expected a .txt with 'PATH CLASS' a line, a .csv with "
-            "'PATH,CLASS' or a .tsv with the two separated by a tab"
+            "'PATH,CLASS' or a .tsv with the two separated by a tab",
         )
     split, example = _LABEL_COLUMNS[suffix]
     found: dict[str, tuple[int, str]] = {}  # path -> line, class
@@ -150,23 +155,26 @@ def read_labels(list_file: str, root: str) -> dict[str, list[str]]:
             continue
         if len(columns) != 2 or not all(columns):
             raise DataError(
+                "label-list-line",
                 f"{shown} line {number}: {printable(line)[:80]!r} is not a path and a class; "
-                f"a {suffix} has lines like {example!r}"
+                f"a {suffix} has lines like {example!r}",
             )
         if is_image_name(columns[1]) and not is_image_name(columns[0]):
             raise DataError(
-                f"{shown} line {number}: {printable(line)[:80]!r} names the class first; a {suffix} has lines like {example!r}"
+                "label-list-columns-swapped",
+                f"{shown} line {number}: {printable(line)[:80]!r} names the class first; a {suffix} has lines like {example!r}",
             )
         path = _listed_path(columns[0], list_file, number, root)
         line_before, name_before = found.setdefault(path, (number, columns[1]))
         if name_before != columns[1]:
             raise DataError(
+                "label-list-two-classes",
                 f"{shown} line {number}: {printable(path)} is of class {columns[1]!r}, and in line {line_before} of class "
-                f"{name_before!r}; an image has one class"
+                f"{name_before!r}; an image has one class",
             )
         classes.setdefault(columns[1], []).append(path)
     if not classes:
-        raise DataError(f"list of labels {shown} names no images; write a path and a class a line")
+        raise DataError("label-list-empty", f"list of labels {shown} names no images; write a path and a class a line")
     _check_listed([(number, path) for path, (number, _) in found.items()], list_file, root)
     return classes
 

@@ -72,9 +72,15 @@ def as_value_range(value: Sequence[float] | None) -> Range | None:
         return None
     numbers = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
     if not numbers or any(isinstance(part, bool) or not isinstance(part, (int, float)) for part in value):
-        raise TypeError(f"value_range must be two numbers (low, high), the values of black and white, got {value!r}")
+        raise InvalidTypeError(
+            "value-range-not-a-pair",
+            f"value_range must be two numbers (low, high), the values of black and white, got {value!r}",
+        )
     if not all(map(math.isfinite, value)) or not value[0] < value[1]:
-        raise ValueError(f"value_range must be (low, high) with low < high, the values of black and white, got {value!r}")
+        raise InvalidValueError(
+            "value-range-empty",
+            f"value_range must be (low, high) with low < high, the values of black and white, got {value!r}",
+        )
     return float(value[0]), float(value[1])
 
 

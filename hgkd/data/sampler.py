@@ -16,6 +16,7 @@ import torch
 from mmengine.dist import get_dist_info, sync_random_seed
 from torch.utils.data import Sampler
 
+from hgkd.errors import InvalidValueError
 from hgkd.registry import DATA_SAMPLERS
 
 
@@ -91,7 +92,7 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, repeats: int = 1) -> None:
         if repeats < 1:
-            raise ValueError(f"repeats must be 1 (each image once) or more, got {repeats}")
+            raise InvalidValueError("count-not-positive", f"repeats must be 1 (each image once) or more, got {repeats}")
         self.repeats = repeats
         self.rank, self.world_size = get_dist_info()
         self.dataset = dataset

@@ -160,9 +160,13 @@ def render_scene(
     """
     h, w = as_size(image_size)
     if min(h, w) < 16:
-        raise ValueError(f"a scene needs 16 x 16 pixels or more for shapes to be told apart, got {h} x {w}")
+        raise InvalidValueError(
+            "scene-too-small", f"a scene needs 16 x 16 pixels or more for shapes to be told apart, got {h} x {w}"
+        )
     if label is not None and not 0 <= label < len(CLASSES):
-        raise ValueError(f"label must be in 0..{len(CLASSES) - 1} ({', '.join(CLASSES)}), got {label}")
+        raise InvalidValueError(
+            "shape-label-out-of-range", f"label must be in 0..{len(CLASSES) - 1} ({', '.join(CLASSES)}), got {label}"
+        )
     rng = np.random.Generator(np.random.PCG64(seed))
     drawn = int(rng.integers(len(CLASSES)))
     label = drawn if label is None else label
@@ -358,7 +362,7 @@ def _scenes(
 ) -> Iterator[tuple[str, int, Scene]]:
     """(split, number, scene) for all splits; the first split is the training one whatever it is called."""
     if min(counts.values()) < 0 or not any(counts.values()):
-        raise ValueError(f"numbers of images must be 0 or more, and not all 0; got {counts}")
+        raise InvalidValueError("shape-counts", f"numbers of images must be 0 or more, and not all 0; got {counts}")
     for place, (split, count) in enumerate(counts.items()):
         for number in range(count):
             yield split, number, render_scene((seed, place, number), image_size, number % len(CLASSES), clutter)

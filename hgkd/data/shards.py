@@ -70,8 +70,9 @@ def shard_members(
             raise tarfile.ReadError("unexpected end of data")
     except tarfile.TarError as error:
         raise DataError(
+            "shard-damaged",
             f"shard {printable(os.fspath(path))} is damaged or no uncompressed tar file, after {count} members ({error}); pack "
-            "it again (without compression: images are compressed already), or remove it"
+            "it again (without compression: images are compressed already), or remove it",
         ) from error
     return found
 

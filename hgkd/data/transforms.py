@@ -47,9 +47,11 @@ def as_size(image_size: int | Sequence[int]) -> tuple[int, int]:
         or len(sides) != 2
         or any(isinstance(side, bool) or not isinstance(side, int) for side in sides)
     ):
-        raise TypeError(f"image_size must be a number of pixels or (height, width), got {image_size!r}")
+        raise InvalidTypeError(
+            "image-size-not-a-size", f"image_size must be a number of pixels or (height, width), got {image_size!r}"
+        )
     if min(sides) < 1:
-        raise ValueError(f"image_size must be 1 pixel or more, got {image_size!r}")
+        raise InvalidValueError("image-size-not-positive", f"image_size must be 1 pixel or more, got {image_size!r}")
     return sides[0], sides[1]
 
 
@@ -120,11 +122,11 @@ def train_transform(
     size = as_size(image_size)
     scale, ratio = _pair("scale", scale), _pair("ratio", ratio)
     if scale[1] > 1:
-        raise ValueError(f"scale is a share of the image's area, at most 1, got {scale}")
+        raise InvalidValueError("crop-scale-out-of-range", f"scale is a share of the image's area, at most 1, got {scale}")
     if not 0 <= hflip <= 1:
-        raise ValueError(f"hflip is a probability in [0, 1], got {hflip}")
+        raise InvalidValueError("flip-out-of-range", f"hflip is a probability in [0, 1], got {hflip}")
     if color_jitter < 0:
-        raise ValueError(f"color_jitter must be 0 (off) or positive, got {color_jitter}")
+        raise InvalidValueError("color-jitter-negative", f"color_jitter must be 0 (off) or positive, got {color_jitter}")
     steps: list[nn.Module] = [v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=_BICUBIC, antialias=True)]
     if hflip > 0:
         steps.append(v2.RandomHorizontalFlip(hflip))
@@ -206,7 +208,10 @@ def augment_transform(
     scale, ratio = _pair("scale", scale), _pair("ratio", ratio)
     trivial = auto_augment == "trivial"
     if auto_augment is not None and color_jitter > 0:
-        raise ValueError(f"color_jitter={color_jitter} has no effect with auto_augment={auto_augment!r}; set one of them")
+        raise InvalidValueError(
+            "color-jitter-without-effect",
+            f"color_jitter={color_jitter} has no effect with auto_augment={auto_augment!r}; set one of them",
+        )
     try:
         crop, policy, final = create_transform(
             size,
@@ -221,7 +226,10 @@ def augment_transform(
             separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"timm has no augmentation policy {auto_augment!r} ({error}); e.g. 'rand-m9-mstd0.5-inc1'") from error
+        raise InvalidValueError(
+            "augmentation-policy-unknown",
+            f"timm has no augmentation policy {auto_augment!r} ({error}); e.g. 'rand-m9-mstd0.5-inc1'",
+        ) from error
     if trivial:
         policy = v2.TrivialAugmentWide(interpolation=_BICUBIC)
     for step in getattr(policy, "transforms", ()):
@@ -275,13 +283,15 @@ def build_transform(
     known = [name for name in inspect.signature(_KINDS[kind]).parameters if name != "image_size"]
     for name in arguments:
         if name not in known:
-            raise ValueError(unknown_name_message(f"option of the {kind} transform", str(name), known))
+            raise InvalidValueError(
+                "transform-option-unknown", unknown_name_message(f"option of the {kind} transform", str(name), known)
+            )
     return _KINDS[kind](image_size, **arguments)
 
 
 def _pair(name: str, value: Sequence[float]) -> tuple[float, float]:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise TypeError(f"{name} must be two numbers (low, high), got {value!r}")
+        raise InvalidTypeError("range-not-a-pair", f"{name} must be two numbers (low, high), got {value!r}")
     if not 0 < value[0] <= value[1]:
-        raise ValueError(f"{name} must be (low, high) with 0 < low <= high, got {value!r}")
+        raise InvalidValueError("range-empty", f"{name} must be (low, high) with 0 < low <= high, got {value!r}")
     return float(value[0]), float(value[1])

@@ -166,7 +166,7 @@ def _diverged(model: BaseModel, batch: object, losses: dict[str, float], step: i
         why = "the losses are finite, a gradient is not; set a smaller lr, or train without --amp"
     else:
         why = "every module's output is finite, the loss is not; look at the objectives' options and at lr"
-    return DivergedError(f"loss or gradient of step {step + 1} is not finite ({told}): {why}")
+    return DivergedError("step-not-finite", f"loss or gradient of step {step + 1} is not finite ({told}): {why}")
 
 
 def _wait(on_gpu: bool) -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import default_collate
 
 from hgkd.config.reading import check_plain_data
 from hgkd.data.sampler import SeededIndex, epoch_seed
+from hgkd.errors import InvalidValueError
 from hgkd.networks.vit import is_finite, watch_nonfinite
 from hgkd.registry import DATASETS, MODELS
 from hgkd.training.loop import seed_step
@@ -78,8 +79,9 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
         weights = dump.parent / Path(content["checkpoint"]).name
         last_step = max(int(content["max_iters"]) - 1, 1)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{dump} is no dump of a run ({type(error).__name__}: {error}); give a nonfinite_step_<n>_rank_<r>.json"
+        raise InvalidValueError(
+            "dump-not-readable",
+            f"{dump} is no dump of a run ({type(error).__name__}: {error}); give a nonfinite_step_<n>_rank_<r>.json",
         ) from error
     if not trusted:
         check_plain_data(content["config"], str(dump))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import build_objectives
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.networks.classifier import ImageClassifier
 from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.finetuning.base import FinetuningObjective
@@ -69,9 +69,12 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
     ) -> None:
         super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
         if not 0.0 <= erasing <= 1.0:
-            raise ValueError(f"erasing is a probability in [0, 1], got {erasing}")
+            raise InvalidValueError("erasing-out-of-range", f"erasing is a probability in [0, 1], got {erasing}")
         if label_weight < 0.0 or (label_weight == 0.0 and not objectives):
-            raise ValueError(f"label_weight={label_weight} leaves nothing to learn; it must be above 0, or 0 beside objectives")
+            raise InvalidValueError(
+                "label-weight-zero",
+                f"label_weight={label_weight} leaves nothing to learn; it must be above 0, or 0 beside objectives",
+            )
         self.image_size = as_size(image_size)
         options = {key: value for key, value in classifier.items() if key not in ("type", "_scope_")}
         self.classifier = ImageClassifier(num_classes=num_classes, image_size=self.image_size, **options)
@@ -89,14 +92,17 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
         teacher = self.teacher
         if (teacher is None) != (not self.objectives):
             which = f"objectives={list(self.objectives)} but no teacher" if teacher is None else "a teacher but no objectives"
-            raise ValueError(f"the model has {which}; set model.teacher and model.objectives, or neither")
+            raise InvalidValueError(
+                "teacher-and-objectives-half-set", f"the model has {which}; set model.teacher and model.objectives, or neither"
+            )
         if teacher is None:
             return
         needing = [name for name, part in self.objectives.items() if part.needs_classes]
         if needing and teacher.num_classes != num_classes:
-            raise ValueError(
+            raise InvalidValueError(
+                "teacher-classes-needed",
                 f"the teacher ({teacher.info}) must be fine-tuned on the {num_classes} classes of this training, because "
-                f"objective {needing[0]!r} learns from its answers; give another teacher_checkpoint, or use FeatureMapMGD"
+                f"objective {needing[0]!r} learns from its answers; give another teacher_checkpoint, or use FeatureMapMGD",
             )
         if teacher.classifier.in_chans != self.classifier.in_chans:
             raise coded(
@@ -135,7 +141,7 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
         if mode == "predict":
             rows = zip(logits.float(), data["label"].tolist(), data["index"].tolist(), strict=True)
             return [ClassSample(scores, label, index) for scores, label, index in rows]
-        raise ValueError(f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
+        raise InvalidValueError("mode-unknown", f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
 
     def _losses(self, normalised: Tensor, labels: Tensor) -> dict[str, Tensor]:
         # 1. erase and mix, as timm does: on the normalised batch, in this order
@@ -168,10 +174,11 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
             idle, remedy = (
                 ("class", "set label_weight above 0") if second_head else ("second", "add an objective such as HardLabelKD")
             )
-            raise ValueError(
+            raise InvalidValueError(
+                "head-not-trained",
                 f"{spec.name} is to be trained with two heads, whose answers are averaged, but nothing trains the {idle} one; "
                 f"{remedy}, or leave the second head out (model.classifier.two_heads=False and a network without a "
-                "distillation token)"
+                "distillation token)",
             )
 
     def set_classes(self, classes: Sequence[str]) -> None:
@@ -182,20 +189,19 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
         """
         spec = self.classifier.spec
         if len(classes) != spec.num_classes:
-            raise coded(
+            raise InvalidValueError(
                 "classes-differ",
-                ValueError(
-                    f"the images are of {len(classes)} classes ({', '.join(classes[:3])} ...), the model has "
-                    f"{spec.num_classes} outputs; set num_classes={len(classes)}"
-                ),
+                f"the images are of {len(classes)} classes ({', '.join(classes[:3])} ...), the model has "
+                f"{spec.num_classes} outputs; set num_classes={len(classes)}",
             )
         teacher = self.teacher
         known = () if teacher is None or teacher.num_classes is None else teacher.classes
         if known and tuple(known) != tuple(classes):
             differ = sorted(set(known) ^ set(classes))[:5]
-            raise ValueError(
+            raise InvalidValueError(
+                "teacher-classes-differ",
                 f"the teacher was fine-tuned on other classes than the images have: {', '.join(differ) or 'in another order'}; "
-                "give a teacher_checkpoint of the same data"
+                "give a teacher_checkpoint of the same data",
             )
         self.classifier.spec = replace(spec, classes=tuple(classes))
 

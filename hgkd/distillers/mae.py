@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hgkd.data.transforms import as_size
 from hgkd.distillers.masked import check_size, feature_samples
+from hgkd.errors import InvalidValueError
 from hgkd.masking import RandomMask, expand, grid_of, ids_keep_of
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
 from hgkd.pixels import (
@@ -67,10 +68,15 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
         self.cell = patch_size if mask_cell is None else mask_cell
         if self.cell < patch_size or self.cell % patch_size:
-            raise ValueError(f"mask_cell {mask_cell} is no multiple of patch_size {patch_size}")
+            raise InvalidValueError(
+                "cell-no-multiple-of-patch", f"mask_cell {mask_cell} is no multiple of patch_size {patch_size}"
+            )
         self.mask = RandomMask(mask_ratio, rounding="floor")
         if mask_ratio == 0.0:
-            raise ValueError(f"mask_ratio {mask_ratio} hides nothing, so MAE has nothing to predict; MAE's own is 0.75")
+            raise InvalidValueError(
+                "mask-ratio-hides-nothing",
+                f"mask_ratio {mask_ratio} hides nothing, so MAE has nothing to predict; MAE's own is 0.75",
+            )
         self.image_size = as_size(image_size)
         self.mask_grid = grid_of(self.image_size, self.cell)
         self.mask.check(self.mask_grid)
@@ -117,7 +123,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
             return feature_samples(encoded[:, 1:].mean(1).float(), data)
         if mode == "tensor":
             return encoded
-        raise ValueError(f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
+        raise InvalidValueError("mode-unknown", f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
 
     def loss(self, images: Tensor) -> Tensor:
         """MAE's loss on normalised images, with a fresh mask."""

@@ -245,7 +245,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         if teacher is None or not teacher.gives_attention:
             raise ValueError(
                 f"{type(self.mask).__name__} is guided by a teacher's attention, but the model has "
-                f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask"
+                f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask",
             )
         teacher.check_attention()
         return guide
@@ -334,7 +334,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             return feature_samples(self.student.pooled(images).float(), data)
         if mode == "tensor":
             return self.encode(images)
-        raise ValueError(f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
+        raise InvalidValueError("mode-unknown", f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
 
     def encode(self, images: Tensor) -> Tensor:
         """Last-level encoder features (B, D, h, w) of whole images (B, C, H, W) in [0, 1]: the dense network."""
@@ -492,9 +492,10 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         }
         blocks = {name: indices for name, indices in found.items() if indices}
         if not blocks:
-            raise ValueError(
+            raise InvalidValueError(
+                "nothing-to-store",
                 "no objective uses the teacher's tokens of whole images, so there is nothing to store; "
-                "set teacher_features=None"
+                "set teacher_features=None",
             )
         return blocks
 
@@ -519,7 +520,10 @@ def _build_part(cfg: Mapping[str, Any], base: type[Part], place: str, path: str)
     """
     part = _build(cfg)
     if not isinstance(part, base):
-        raise ValueError(f"{place} is a {type(part).__name__}, which is no {path}; use one that is, or derive yours from it")
+        raise InvalidValueError(
+            "part-of-wrong-kind",
+            f"{place} is a {type(part).__name__}, which is no {path}; use one that is, or derive yours from it",
+        )
     return part
 
 
@@ -631,7 +635,9 @@ def build_objectives(
         found = registry.get(kind) if isinstance(kind, str) else kind
         if not isinstance(found, type) or not issubclass(found, base):
             told = unknown_objective_message(registry, getattr(found, "__name__", str(kind)))
-            raise ValueError(f"objective {name!r}: {told}; derive yours from hgkd.objectives.{base.__name__}")
+            raise InvalidValueError(
+                "objective-of-wrong-kind", f"objective {name!r}: {told}; derive yours from hgkd.objectives.{base.__name__}"
+            )
         objectives[name] = registry.build({"_scope_": "hgkd", **cfg})
     return objectives, weights
 
@@ -639,9 +645,10 @@ def build_objectives(
 def check_size(images: Tensor, size: tuple[int, int]) -> None:
     """Raise ValueError when images (B, 3, H, W) are not of the size (H, W) that a model was built for."""
     if tuple(images.shape[-2:]) != size:
-        raise ValueError(
+        raise InvalidValueError(
+            "images-of-another-size",
             f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, the model was built for {size[0]} x {size[1]}; "
-            "set image_size of model and data alike"
+            "set image_size of model and data alike",
         )
 
 

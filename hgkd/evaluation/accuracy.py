@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hgkd.errors import InvalidValueError
+
 
 def percent(correct: NDArray[Any]) -> float:
     """Share of right predictions (N,), bool or shares in [0, 1], in percent."""
@@ -41,7 +43,9 @@ def bootstrap_interval(correct: NDArray[Any], seed: int = 0, n: int = 2000, leve
     """
     values = np.asarray(correct, dtype=np.float64)
     if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"expected one bool for each of 1 or more test images, got shape {values.shape}")
+        raise InvalidValueError(
+            "outcomes-empty", f"expected one bool for each of 1 or more test images, got shape {values.shape}"
+        )
     low, high = np.percentile(100.0 * _resampled_means(values, seed, n), [50.0 * (1.0 - level), 50.0 * (1.0 + level)])
     return float(low), float(high)
 
@@ -93,7 +97,9 @@ def paired_test(first: NDArray[Any], second: NDArray[Any], seed: int = 0) -> Pai
 
     a, b = (np.asarray(values, dtype=np.float64) for values in (first, second))
     if a.shape != b.shape or a.ndim != 1 or a.size == 0:
-        raise ValueError(f"a paired test needs the same test images of both runs, got shapes {a.shape} and {b.shape}")
+        raise InvalidValueError(
+            "paired-images-differ", f"a paired test needs the same test images of both runs, got shapes {a.shape} and {b.shape}"
+        )
     gain = a - b
     first_only, second_only = int((gain > 0).sum()), int((gain < 0).sum())
     unequal = first_only + second_only

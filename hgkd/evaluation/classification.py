@@ -9,6 +9,7 @@ from mmengine.evaluator import BaseMetric
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix
 
+from hgkd.errors import InvalidValueError
 from hgkd.evaluation.accuracy import bootstrap_interval
 from hgkd.registry import METRICS
 from hgkd.structures import ClassSample
@@ -41,9 +42,10 @@ class ClassificationMetric(BaseMetric):
         """
         for sample in data_samples:
             if not sample.scores.isfinite().all():
-                raise ValueError(
+                raise InvalidValueError(
+                    "scores-not-finite",
                     f"the scores of image {sample.index} are NaN or infinite, so it has no answer; the network has diverged or "
-                    "its weights are damaged: use an earlier checkpoint"
+                    "its weights are damaged: use an earlier checkpoint",
                 )
             best = sample.scores.topk(min(5, len(sample.scores))).indices.tolist()
             self.results.append((sample.index, sample.label, best, len(sample.scores)))

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from hgkd.errors import DataError, unknown_name_message
+from hgkd.errors import DataError, InvalidValueError, MissingFileError, unknown_name_message
 from hgkd.networks.vit import check_timm_name, is_vit, patch_attention
 from hgkd.pixels import PixelNormalisation, pixel_statistics, to_unit_range
 from hgkd.structures import TeacherNeeds
@@ -90,7 +90,9 @@ class FeatureExtractor(nn.Module):
         Raises:
             ValueError: no such level, or a network without maps.
         """
-        raise ValueError(f"{self.settings.get('name')} gives no maps of features; take a CNN or a plain ViT")
+        raise InvalidValueError(
+            "no-feature-maps", f"{self.settings.get('name')} gives no maps of features; take a CNN or a plain ViT"
+        )
 
     def attention(self, images: Tensor, level: int | None = None) -> Tensor:
         """Attention map (B, h, w), 0 or more; ``attention_name`` says what it is. See :meth:`maps`."""
@@ -98,7 +100,10 @@ class FeatureExtractor(nn.Module):
 
     def _level(self, level: int, count: int, what: str) -> int:
         if not -count <= level < count:
-            raise ValueError(f"{what} {level} does not exist: {self.settings['name']} has {what}s 0 .. {count - 1}")
+            raise InvalidValueError(
+                "feature-level-out-of-range",
+                f"{what} {level} does not exist: {self.settings['name']} has {what}s 0 .. {count - 1}",
+            )
         return level % count
 
 
@@ -142,7 +147,9 @@ class TokenExtractor(FeatureExtractor):
         depth = teacher.info.depth
         block = depth - 1 if block is None else block
         if not 0 <= block < depth:
-            raise ValueError(f"block {block} does not exist: {settings['name']} has blocks 0 .. {depth - 1}")
+            raise InvalidValueError(
+                "feature-block-out-of-range", f"block {block} does not exist: {settings['name']} has blocks 0 .. {depth - 1}"
+            )
         super().__init__(kind, {**settings, "block": block})
         self.teacher = teacher
         self.block = block
@@ -250,9 +257,10 @@ def load_extractor(
         return _timm(text, checkpoint, block, pretrained, seed)
     _refuse(text, "a file holds its own weights", checkpoint=checkpoint, pretrained=pretrained)
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
+            "backbone-missing",
             f"checkpoint {text} does not exist; expected a checkpoint of hgkd train, its work folder, a folder of hgkd "
-            "export, a MAE file, or timm's name of a network"
+            "export, a MAE file, or timm's name of a network",
         )
     return _of_file(identify(spec), text, block)
 
@@ -273,7 +281,9 @@ def _of_file(file: WeightFile, text: str, block: int | None) -> FeatureExtractor
 def _refuse(spec: str, why: str, **options: object) -> None:
     given = [name for name, value in options.items() if value is not None and value is not False]
     if given:
-        raise ValueError(f"backbone {spec!r} takes no {' or '.join(given)}: {why}; leave it out")
+        raise InvalidValueError(
+            "backbone-option-unused", f"backbone {spec!r} takes no {' or '.join(given)}: {why}; leave it out"
+        )
 
 
 def _student(file: WeightFile) -> FeatureExtractor:
@@ -307,10 +317,10 @@ def _timm(
 ) -> FeatureExtractor:
     if not timm.is_model(name.partition(".")[0]):
         message = unknown_name_message("backbone", name, timm.list_models())
-        raise ValueError(f"{message} (nor is it a file or a folder)")
+        raise InvalidValueError("backbone-unknown", f"{message} (nor is it a file or a folder)")
     check_timm_name("backbone", name)
     if checkpoint is not None and pretrained:
-        raise ValueError("checkpoint and pretrained both name weights; give one of them")
+        raise InvalidValueError("weights-named-twice", "checkpoint and pretrained both name weights; give one of them")
     file = None if checkpoint is None else _existing(checkpoint)
     unnamed = "timm" if pretrained else f"random, seed {seed}"
     settings = {"name": name, "weights": unnamed if file is None else str(file)}
@@ -322,7 +332,7 @@ def _timm(
             teacher = TimmTeacher(name, checkpoint=file, pretrained=pretrained, allow_random=True)
             return TokenExtractor(teacher, block, "timm", settings)
         if block is not None:
-            raise ValueError(f"{name} is no ViT and has no block {block}; leave block out")
+            raise InvalidValueError("block-without-vit", f"{name} is no ViT and has no block {block}; leave block out")
         if not _is_cnn(name):
             from hgkd.weights.importing import import_weights
 
@@ -338,7 +348,7 @@ def _timm(
 def _existing(file: str | os.PathLike[str]) -> Path:
     path = Path(file).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"weight file {path} does not exist")
+        raise MissingFileError("weight-file-missing", f"weight file {path} does not exist")
     return path
 
 
@@ -380,7 +390,7 @@ def extract(
         labels.append(batch["label"])
         indices += batch["index"]
     if not indices:
-        raise DataError("the data set is empty: no image, no feature")
+        raise DataError("data-set-empty", "the data set is empty: no image, no feature")
     first_place = {index: place for place, index in reversed(list(enumerate(indices)))}
     keep = torch.tensor(sorted(first_place.values()))
     places = torch.tensor(indices)[keep]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
 from hgkd.features import channel_statistics
 
 DEFAULT_SHOTS = (1, 5, 10)
@@ -31,8 +32,9 @@ def check_shots(shots: Sequence[int], labels: NDArray[np.int64]) -> None:
     """
     smallest = np.unique(labels, return_counts=True)[1].min()
     if not shots or min(shots) < 1 or max(shots) > smallest:
-        raise ValueError(
-            f"shots must lie in 1 .. {smallest}, the number of training images of the smallest class, got {list(shots)}"
+        raise InvalidValueError(
+            "shots-out-of-range",
+            f"shots must lie in 1 .. {smallest}, the number of training images of the smallest class, got {list(shots)}",
         )
 
 
@@ -64,14 +66,21 @@ def few_shot(
     train, test = train.double().cpu(), test.double().cpu()
     labels, truth = train_labels.cpu().numpy(), test_labels.cpu().numpy()
     if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or not len(test):
-        raise ValueError(f"expected features (N, C) of training and test, got {tuple(train.shape)} and {tuple(test.shape)}")
+        raise InvalidValueError(
+            "probe-features-shape",
+            f"expected features (N, C) of training and test, got {tuple(train.shape)} and {tuple(test.shape)}",
+        )
     if not (train.isfinite().all() and test.isfinite().all()):
-        raise ValueError("some features are NaN or infinite; the network has diverged or its weights are damaged")
+        raise InvalidValueError(
+            "features-not-finite", "some features are NaN or infinite; the network has diverged or its weights are damaged"
+        )
     classes = np.unique(labels)
     if len(classes) < 2:
-        raise ValueError(f"few-shot classification needs training images of two classes or more, got {len(classes)}")
+        raise InvalidValueError(
+            "too-few-classes", f"few-shot classification needs training images of two classes or more, got {len(classes)}"
+        )
     if draws < 2:
-        raise ValueError(f"draws must be 2 or more, else there is no std over them, got {draws}")
+        raise InvalidValueError("too-few-draws", f"draws must be 2 or more, else there is no std over them, got {draws}")
     check_shots(shots, labels)
     mean, std = channel_statistics(train)
     known, asked = (F.normalize((features - mean) / std, dim=1) for features in (train, test))

@@ -24,6 +24,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from torch import Tensor
 
+from hgkd.errors import InvalidTypeError, InvalidValueError
 from hgkd.features import _check_finite, channel_statistics, effective_rank, feature_spread
 from hgkd.registry import METRICS
 from hgkd.structures import FeatureSample
@@ -107,13 +108,14 @@ def knn_accuracy(
 
 def _num_classes(bank_labels: Tensor, num_classes: int | None) -> int:
     if bank_labels.numel() == 0:
-        raise ValueError("the bank of the k-NN is empty: it needs at least one labelled image")
+        raise InvalidValueError("knn-bank-empty", "the bank of the k-NN is empty: it needs at least one labelled image")
     low, high = int(bank_labels.min()), int(bank_labels.max())
     classes = high + 1 if num_classes is None else num_classes
     if low < 0 or high >= classes:
-        raise ValueError(
+        raise InvalidValueError(
+            "knn-label-out-of-range",
             f"labels of the bank must lie in 0 .. {classes - 1}, found {low} .. {high}; "
-            "a label of -1 means that the class of an image is not known, leave those images out"
+            "a label of -1 means that the class of an image is not known, leave those images out",
         )
     return classes
 
@@ -129,18 +131,22 @@ def _vote(
 ) -> Iterator[dict[int, Tensor]]:
     """Scores (chunk, classes) for every k, one chunk of queries after another."""
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1] or len(bank) != len(bank_labels):
-        raise ValueError(
+        raise InvalidValueError(
+            "knn-shapes",
             f"expected bank (N, C), labels (N,) and queries (Q, C), got {tuple(bank.shape)}, "
-            f"{tuple(bank_labels.shape)} and {tuple(queries.shape)}"
+            f"{tuple(bank_labels.shape)} and {tuple(queries.shape)}",
         )
     if len(queries) == 0:
-        raise ValueError("no query to classify: the k-NN needs at least one test image")
+        raise InvalidValueError("knn-no-query", "no query to classify: the k-NN needs at least one test image")
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be above 0 and finite, got {temperature}; DINO uses 0.07")
+        raise InvalidValueError(
+            "temperature-not-positive", f"temperature must be above 0 and finite, got {temperature}; DINO uses 0.07"
+        )
     if not ks or min(ks) < 1 or max(ks) > len(bank):
-        raise ValueError(
+        raise InvalidValueError(
+            "neighbours-out-of-range",
             f"k must lie in 1 .. {len(bank)}, the number of images in the bank, got {list(ks)}; "
-            "take fewer neighbours or a larger bank"
+            "take fewer neighbours or a larger bank",
         )
     labels = bank_labels.to(bank.device).long()
 
@@ -160,7 +166,9 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, *, standardise: bo
         ValueError: features that are not finite, k outside 1 .. N.
     """
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k must lie in 1 .. {len(bank)}, the number of images in the bank, got {k}")
+        raise InvalidValueError(
+            "neighbours-out-of-range", f"k must lie in 1 .. {len(bank)}, the number of images in the bank, got {k}"
+        )
     cosines, places = zip(*_nearest(bank, queries, k, standardise), strict=True)
     return torch.cat(cosines), torch.cat(places)
 
@@ -189,9 +197,10 @@ class _FeatureMetric(BaseMetric):
     def process(self, data_batch: object, data_samples: Sequence[Any]) -> None:
         for sample in data_samples:
             if not isinstance(sample, FeatureSample):
-                raise TypeError(
+                raise InvalidTypeError(
+                    "samples-of-other-kind",
                     f"{type(self).__name__} needs FeatureSamples from the model, got {type(sample).__name__}; "
-                    "MaskedDistiller gives them in mode='predict'"
+                    "MaskedDistiller gives them in mode='predict'",
                 )
             self.results.append((sample.features.detach().float().cpu(), int(sample.label), sample.split))
 
@@ -216,9 +225,11 @@ class KNNMetric(_FeatureMetric):
         super().__init__(**kwargs)
         self.ks = (k,) if isinstance(k, int) else tuple(k)
         if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"k must be 1 or more, got {k!r}; DINO uses 20")
+            raise InvalidValueError("count-not-positive", f"k must be 1 or more, got {k!r}; DINO uses 20")
         if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be above 0 and finite, got {temperature}; DINO uses 0.07")
+            raise InvalidValueError(
+                "temperature-not-positive", f"temperature must be above 0 and finite, got {temperature}; DINO uses 0.07"
+            )
         self.temperature = temperature
         self.standardise = standardise
         self._warned = False
@@ -227,9 +238,10 @@ class KNNMetric(_FeatureMetric):
         parts = {name: [row for row in results if row[2] == name] for name in (_BANK, _QUERY)}
         if not all(parts.values()):
             splits = sorted({row[2] for row in results})
-            raise ValueError(
+            raise InvalidValueError(
+                "knn-splits-missing",
                 f"KNNMetric needs samples of the splits 'bank' and 'query', got {splits}; "
-                "validate on a concatenation of a data set with split='bank' and one with split='query'"
+                "validate on a concatenation of a data set with split='bank' and one with split='query'",
             )
         bank, bank_labels = _stack(parts[_BANK])
         queries, query_labels = _stack(parts[_QUERY])
@@ -268,7 +280,7 @@ class FeatureHealthMetric(_FeatureMetric):
 
     def compute_metrics(self, results: list[_Row]) -> dict[str, float]:
         if not results:
-            raise ValueError("FeatureHealthMetric got no samples; the validation data is empty")
+            raise InvalidValueError("validation-data-empty", "FeatureHealthMetric got no samples; the validation data is empty")
         features, _ = _stack(results)
         _check_finite("image", features)  # before they are centred, after which one NaN is in all of them
         centred = features.double() - features.double().mean(dim=0)

@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
 from hgkd.evaluation.accuracy import per_class_accuracy, percent
 from hgkd.features import channel_statistics
 
@@ -112,23 +113,33 @@ def _check(
 ) -> None:
     shapes_fit = x.ndim == x_test.ndim == 2 and x.shape[1] == x_test.shape[1]
     if not shapes_fit or len(x) != len(y) or len(x_test) != len(y_test) or len(y_test) == 0:
-        raise ValueError(
+        raise InvalidValueError(
+            "probe-features-shape",
             f"expected features (N, C) with labels (N,), got training {tuple(x.shape)} with {y.shape} "
-            f"and test {tuple(x_test.shape)} with {y_test.shape}"
+            f"and test {tuple(x_test.shape)} with {y_test.shape}",
         )
     if not (x.isfinite().all() and x_test.isfinite().all()):
-        raise ValueError("some features are NaN or infinite; the network has diverged or its weights are damaged")
+        raise InvalidValueError(
+            "features-not-finite", "some features are NaN or infinite; the network has diverged or its weights are damaged"
+        )
     if not grid or not all(0 < c < math.inf for c in grid):
-        raise ValueError(f"the candidates of C must be above 0, got {list(grid)}; the default is {DEFAULT_GRID}")
+        raise InvalidValueError(
+            "probe-costs-not-positive", f"the candidates of C must be above 0, got {list(grid)}; the default is {DEFAULT_GRID}"
+        )
     if not 0 < holdout < 1:
-        raise ValueError(f"holdout is the share of training images that chooses C, in (0, 1), got {holdout}")
+        raise InvalidValueError(
+            "probe-holdout-out-of-range", f"holdout is the share of training images that chooses C, in (0, 1), got {holdout}"
+        )
     classes, counts = np.unique(y, return_counts=True)
     if len(classes) < 2:
-        raise ValueError(f"a linear probe needs training images of two classes or more, got {len(classes)}")
+        raise InvalidValueError(
+            "too-few-classes", f"a linear probe needs training images of two classes or more, got {len(classes)}"
+        )
     if len(grid) > 1 and counts.max() < 2:
-        raise ValueError(
+        raise InvalidValueError(
+            "no-image-to-hold-out",
             "every class has a single training image, so none can be held out to choose C; "
-            "give more images a class, or one value of C"
+            "give more images a class, or one value of C",
         )
 
 

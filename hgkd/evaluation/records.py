@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hgkd.data import LabelledImages
+from hgkd.errors import InvalidValueError, MissingFileError
 from hgkd.evaluation.accuracy import PairedTest, bootstrap_interval, paired_test, per_class_accuracy, percent
 from hgkd.writing import locked, writing, written_beside
 
@@ -140,7 +141,9 @@ def read_json(file: str | os.PathLike[str]) -> Results:
     """
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"result {path} does not exist; hgkd evaluate writes one with --json {path}")
+        raise MissingFileError(
+            "result-file-missing", f"result {path} does not exist; hgkd evaluate writes one with --json {path}"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = {content["method"]: content} if "method" in content else content
@@ -149,9 +152,10 @@ def read_json(file: str | os.PathLike[str]) -> Results:
                 raise KeyError
             _ = result["test_list"], result["settings"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(
+        raise InvalidValueError(
+            "result-file-other",
             f"{path} holds no results with an outcome for every test image; write it anew with hgkd evaluate or "
-            "hgkd test --json"
+            "hgkd test --json",
         ) from None
     return dict(found)
 
@@ -170,9 +174,10 @@ def compare_results(first: Results, second: Results, seed: int = 0) -> tuple[dic
     for method in [name for name in first if name in second]:
         a, b = first[method], second[method]
         if a["test_list"] != b["test_list"]:
-            raise ValueError(
+            raise InvalidValueError(
+                "tested-images-differ",
                 f"the two runs were tested on different images: {_tested(a)} and {_tested(b)}; a paired test needs the same "
-                "images in the same order: evaluate both with the same --test"
+                "images in the same order: evaluate both with the same --test",
             )
         for setting in [name for name in a["scores"] if name in b["scores"]]:
             correct = [np.asarray(run["scores"][setting]["correct"], dtype=np.float64) for run in (a, b)]
@@ -183,7 +188,9 @@ def compare_results(first: Results, second: Results, seed: int = 0) -> tuple[dic
                 notes.append(f"{method}: {key} is {values[0]} in the first run and {values[1]} in the second")
     if not found:
         has = ["; ".join(f"{m} ({', '.join(run[m]['scores'])})" for m in run) for run in (first, second)]
-        raise ValueError(f"the two runs share no method and setting: the first has {has[0]}, the second {has[1]}")
+        raise InvalidValueError(
+            "results-share-no-method", f"the two runs share no method and setting: the first has {has[0]}, the second {has[1]}"
+        )
     return found, notes
 
 
@@ -203,13 +210,19 @@ def check_outputs(json_file: str | os.PathLike[str] | None, csv_file: str | os.P
     for path in (Path(file) for file in (json_file, csv_file) if file is not None):
         for folder in path.parents:
             if folder.exists() and not folder.is_dir():
-                raise ValueError(f"results cannot be written to {path}: {folder} is no folder; name another place")
+                raise InvalidValueError(
+                    "output-folder-missing", f"results cannot be written to {path}: {folder} is no folder; name another place"
+                )
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise ValueError(f"results cannot be written to {path}: it is a folder; name a file in it")
+            raise InvalidValueError(
+                "output-is-a-folder", f"results cannot be written to {path}: it is a folder; name a file in it"
+            )
         if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"results cannot be written to {path}: no permission; name another place")
+            raise InvalidValueError(
+                "output-not-writable", f"results cannot be written to {path}: no permission; name another place"
+            )
     if csv_file is not None and Path(csv_file).exists():
         with Path(csv_file).open(newline="", encoding="utf-8", errors="surrogateescape") as handle:
             _check_open_csv(handle, Path(csv_file))
@@ -266,7 +279,7 @@ def _check_open_csv(handle: IO[str], path: Path) -> bool:
             f"{path} has the columns {', '.join(columns)}; results have {', '.join(CSV_COLUMNS)}; give --csv another file"
         )
     if not content.endswith("\n"):
-        raise ValueError(f"the last line of {path} is cut off; remove or complete it")
+        raise InvalidValueError("csv-line-cut-off", f"the last line of {path} is cut off; remove or complete it")
     return False
 
 

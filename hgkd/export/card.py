@@ -149,7 +149,9 @@ def write_json(content: Mapping[str, Any], file: Path) -> None:
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise WeightsError(f"cannot write {file.name}: {error}; encoder arguments must be plain values") from error
+        raise WeightsError(
+            "arguments-not-plain", f"cannot write {file.name}: {error}; encoder arguments must be plain values"
+        ) from error
     file.write_text(text + "\n", encoding="utf-8")
 
 

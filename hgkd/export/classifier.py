@@ -26,12 +26,14 @@ def read_classifier(path: str | os.PathLike[str]) -> Source:
         FileNotFoundError, WeightsError: see :func:`hgkd.networks.classifier.load_classifier`; or it is a ViT, or a folder.
     """
     if Path(path).expanduser().is_dir():
-        raise WeightsError(f"{path} is a folder; name one of its checkpoints")
+        raise WeightsError("checkpoint-is-a-folder", f"{path} is a folder; name one of its checkpoints")
     file = identify(path)
     model, path = load_classifier(file), file.path
     spec = model.spec
     if model.is_vit:
-        raise WeightsError(f"{path} holds a {spec.name!r}; CNN classifiers are exported, a ViT stays with load_classifier")
+        raise WeightsError(
+            "vit-not-exported", f"{path} holds a {spec.name!r}; CNN classifiers are exported, a ViT stays with load_classifier"
+        )
     network = cast(Any, model.network)
     if model.distillation_head is not None:
         head, second = network.get_classifier(), model.distillation_head

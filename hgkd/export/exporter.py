@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hgkd.data.images import find_images, read_crops
 from hgkd.differences import largest_difference
-from hgkd.errors import DataError, WeightsError, unknown_name_message
+from hgkd.errors import DataError, InvalidValueError, WeightsError, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
 from hgkd.export.classifier import read_classifier
 from hgkd.export.folder import PAGE, check_free, new_folder
@@ -76,9 +76,14 @@ def export(
     """
     target = _check_request(to, part, options, licences or {})
     if part in ("classifier", "model") and (encoder is not None or prefix is not None or allow):
-        raise ValueError(f"encoder, prefix and allow are for backbones of other projects; leave them out with part={part!r}")
+        raise InvalidValueError(
+            "backbone-options-for-model",
+            f"encoder, prefix and allow are for backbones of other projects; leave them out with part={part!r}",
+        )
     if part == "model" and (images is not None or labels):
-        raise ValueError("a whole model is proven by its weights, not on images; leave images and labels out")
+        raise InvalidValueError(
+            "model-takes-no-images", "a whole model is proven by its weights, not on images; leave images and labels out"
+        )
     out = Path(out).expanduser().absolute()
     check_free(out, force)
     if part == "model":
@@ -89,12 +94,17 @@ def export(
         source = read_source(checkpoint, encoder, prefix=prefix, allow=allow)
     decoded = part in ("student", "decoder")
     if decoded and not source.student:
-        raise WeightsError(f"{source.path} holds an encoder without decoder; use part='backbone'")
+        raise WeightsError("decoder-not-in-file", f"{source.path} holds an encoder without decoder; use part='backbone'")
     check_finite(source.path, source.student if decoded else source.network.state_dict())
     if value_range is not None and images is None:
-        raise ValueError(f"value_range={tuple(value_range)} is for real images: give a folder of them with images=")
+        raise InvalidValueError(
+            "value-range-without-images",
+            f"value_range={tuple(value_range)} is for real images: give a folder of them with images=",
+        )
     if labels and images is None:
-        raise ValueError("labels=True measures an accuracy on images: give a folder of class folders with images=")
+        raise InvalidValueError(
+            "labels-without-images", "labels=True measures an accuracy on images: give a folder of class folders with images="
+        )
     real, classes = (None, None) if images is None else _read_images(images, max_images, source, labels, value_range)
 
     with new_folder(out) as work:
@@ -109,20 +119,22 @@ def export(
 def _check_request(to: str, part: str, options: Mapping[str, Any], licences: Mapping[str, str]) -> Target:
     if to not in TARGETS:
         own = "one of your own comes with the module that registers it (--config FILE, of your custom_imports)"
-        raise ValueError(f"{unknown_name_message('export target', to, TARGETS)}; {own}")
+        raise InvalidValueError("target-unknown", f"{unknown_name_message('export target', to, TARGETS)}; {own}")
     target = TARGETS[to]
     if part not in PARTS:
-        raise ValueError(unknown_name_message("part of a student", part, PARTS))
+        raise InvalidValueError("part-unknown", unknown_name_message("part of a student", part, PARTS))
     if part not in target.part:
         able = ", ".join(name for name, other in TARGETS.items() if part in other.part)
-        raise ValueError(f"target {to!r} holds the {' or '.join(target.part)}, not the {part}; targets for it: {able}")
+        raise InvalidValueError(
+            "target-without-part", f"target {to!r} holds the {' or '.join(target.part)}, not the {part}; targets for it: {able}"
+        )
     for name in options:
         if name not in target.options:
             takes = ", ".join(target.options) or "none"
-            raise ValueError(f"target {to!r} has no option {name!r}; it takes: {takes}")
+            raise InvalidValueError("target-option-unknown", f"target {to!r} has no option {name!r}; it takes: {takes}")
     for name in licences:
         if name not in LICENCE_FIELDS:
-            raise ValueError(unknown_name_message("licence field", name, LICENCE_FIELDS))
+            raise InvalidValueError("licence-field-unknown", unknown_name_message("licence field", name, LICENCE_FIELDS))
     return target
 
 
@@ -138,18 +150,23 @@ def _read_images(
     in_chans = None if channels == 3 else int(channels)
     names = find_images(str(root), arrays=in_chans is not None) if root.is_dir() else []
     if not names:
-        raise DataError(f"{root} holds no images to compare outputs on; give a folder of .jpg, .png or others, at any depth")
+        raise DataError(
+            "no-images-to-compare",
+            f"{root} holds no images to compare outputs on; give a folder of .jpg, .png or others, at any depth",
+        )
     if limit < 1:
-        raise ValueError(f"max_images must be 1 or more, got {limit}")
+        raise InvalidValueError("count-not-positive", f"max_images must be 1 or more, got {limit}")
     classes = sorted({name.split(os.sep)[0] for name in names})
     if labelled and (len(classes) < 2 or not all(os.sep in name for name in names)):
         raise DataError(
-            f"{root} does not hold one folder a class, so there are no labels; sort the images, or leave labels out"
+            "labels-without-class-folders",
+            f"{root} does not hold one folder a class, so there are no labels; sort the images, or leave labels out",
         )
     unknown = sorted(set(classes) - set(source.classes))
     if labelled and source.classes and unknown:
         raise DataError(
-            f"{root} holds the class {unknown[0]!r}, the classifier knows {', '.join(source.classes)}; rename the folder"
+            "class-not-known",
+            f"{root} holds the class {unknown[0]!r}, the classifier knows {', '.join(source.classes)}; rename the folder",
         )
     classes = list(source.classes) or classes
     count = min(len(names), limit)
@@ -176,21 +193,27 @@ def _prove_equal(job: Job, written: Written) -> float:
         expected, found = expect(images), written.reloaded(images)
         if expected.shape != found.shape:
             raise ExportError(
+                "export-shape-differs",
                 f"{job.part} gives {tuple(found.shape)} after reading back with {written.proven_with}, "
-                f"{tuple(expected.shape)} before"
+                f"{tuple(expected.shape)} before",
             )
         if not expected.isfinite().all():
             raise ExportError(
+                "source-outputs-not-finite",
                 f"the {job.part} of {job.source.path} gives NaN or infinite values before any export; "
-                "export an earlier checkpoint"
+                "export an earlier checkpoint",
             )
         if not found.isfinite().all():
-            raise ExportError(f"{job.part} gives NaN or infinite values after reading back with {written.proven_with}")
+            raise ExportError(
+                "export-outputs-not-finite",
+                f"{job.part} gives NaN or infinite values after reading back with {written.proven_with}",
+            )
         difference = max(difference, largest_difference(found, expected))
     tolerance = TOLERANCE if written.tolerance is None else written.tolerance
     if not difference <= tolerance:
         raise ExportError(
-            f"outputs differ by {difference:.2e} after reading back with {written.proven_with}; at most {tolerance} is due"
+            "export-outputs-differ",
+            f"outputs differ by {difference:.2e} after reading back with {written.proven_with}; at most {tolerance} is due",
         )
     return difference
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hgkd.errors import coded
+from hgkd.errors import ExistingFileError, InvalidValueError
 from hgkd.weights.export_folder import CARD_FILE, CARD_PAGE
 from hgkd.writing import writing
 
@@ -41,23 +41,23 @@ def check_free(out: Path, force: bool) -> None:
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
-        raise FileExistsError(f"{out} exists and is not a folder; choose another --out")
+        raise ExistingFileError("output-is-a-file", f"{out} exists and is not a folder; choose another --out")
     names = {str(file.relative_to(out)) for file in out.rglob("*") if not file.is_dir() or not any(file.iterdir())}
     if not names:
         return
     if not force:
-        raise coded(
-            "folder-not-empty",
-            FileExistsError(f"{out} exists and is not empty; choose another --out, or --force to replace an export"),
+        raise ExistingFileError(
+            "folder-not-empty", f"{out} exists and is not empty; choose another --out, or --force to replace an export"
         )
     try:
         listed = set(json.loads((out / CARD_FILE).read_text(encoding="utf-8"))["files"]) | _CARDS
     except (OSError, ValueError, KeyError, TypeError):
         listed = set()
     if not names <= listed:
-        raise ValueError(
+        raise InvalidValueError(
+            "force-on-other-things",
             f"{out} holds other things than an export ({', '.join(sorted(names - listed)[:3])}), "
-            "so --force does not replace it; choose another --out"
+            "so --force does not replace it; choose another --out",
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from hgkd.errors import StoppedError
+from hgkd.errors import Refusal, StoppedError
 from hgkd.mmcv_ops import register_ops
 from hgkd.networks.backbones import Source
 from hgkd.pixels import PixelNormalisation, pixel_statistics
@@ -36,7 +36,7 @@ class ExportError(StoppedError):
     """The export, read back, differs from its source; nothing was left on disk."""
 
 
-class MissingLibraryError(ValueError):
+class MissingLibraryError(Refusal, ValueError):
     """A target needs a library that is not installed."""
 
 
@@ -194,7 +194,7 @@ def need(target: str, *modules: str) -> list[ModuleType]:
             top = module.partition(".")[0]
             name = f"'hgkd[{EXTRAS[top]}]'" if top in EXTRAS else top
             raise MissingLibraryError(
-                f"--to {target} needs {top}, which does not import ({error}); pip install {name}"
+                "target-library-missing", f"--to {target} needs {top}, which does not import ({error}); pip install {name}"
             ) from error
     return found
 
@@ -224,7 +224,7 @@ def load_all(module: nn.Module, state: Mapping[str, Tensor], library: str) -> nn
     try:
         module.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:
-        raise ExportError(f"{library} does not take the weights: {error}") from error
+        raise ExportError("library-refuses-weights", f"{library} does not take the weights: {error}") from error
     return module.eval()
 
 

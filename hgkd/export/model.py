@@ -24,7 +24,7 @@ from mmengine.runner.checkpoint import load_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hgkd.errors import WeightsError
+from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.export.card import run_card, write_cards
 from hgkd.export.folder import new_folder
 from hgkd.export.job import ExportError, ExportReport, optional
@@ -78,7 +78,9 @@ def read_model(path: str | os.PathLike[str]) -> ModelSource:
     meta = meta_of(checkpoint)
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
     if not isinstance(weights, Mapping) or not isinstance(checkpoint.get("meta"), Mapping):
-        raise WeightsError(f"{path} is no checkpoint of mmengine's runner: it lacks 'state_dict' or 'meta'")
+        raise WeightsError(
+            "checkpoint-not-of-mmengine", f"{path} is no checkpoint of mmengine's runner: it lacks 'state_dict' or 'meta'"
+        )
     _refuse_own(path, meta.get("hgkd"))
     config = dict(literal_config(meta.get("cfg")).get("model") or {})
     state = {key.removeprefix(_STUDENT): value for key, value in weights.items() if key.startswith(_STUDENT)}
@@ -91,7 +93,8 @@ def read_model(path: str | os.PathLike[str]) -> ModelSource:
         state = {key: value for key, value in weights.items() if key not in set(left)}
     if not state:
         raise WeightsError(
-            f"{path} holds nothing but parts of a training ({', '.join(sorted({k.partition('.')[0] for k in left}))})"
+            "checkpoint-of-training-parts",
+            f"{path} holds nothing but parts of a training ({', '.join(sorted({k.partition('.')[0] for k in left}))})",
         )
     aside = Counter(key.partition(".")[0] for key in left)
     return ModelSource(path, state, config, aside, dict(meta), run_metrics(checkpoint))
@@ -107,14 +110,16 @@ def _refuse_own(path: Path, described: object) -> None:
         way = "a classifier of hgkd; --part classifier exports it with its head, --part backbone without"
     else:
         way = f"a masked autoencoder of hgkd, which is a teacher: model.teacher.checkpoint={path}"
-    raise WeightsError(f"{path} holds no model of mmdet, mmseg or mmpretrain but {way}")
+    raise WeightsError("model-of-another-kind", f"{path} holds no model of mmdet, mmseg or mmpretrain but {way}")
 
 
 def _refuse_other_library(path: Path, cfg: Mapping[str, Any], library: str) -> None:
     """Raise ValueError when a run's config says that its model is another library's."""
     scope = cfg.get("default_scope")
     if scope in LIBRARIES and scope != library:
-        raise ValueError(f"{path} was trained with {scope}, not {library}; use --to {scope}")
+        raise InvalidValueError(
+            "trained-with-another-library", f"{path} was trained with {scope}, not {library}; use --to {scope}"
+        )
 
 
 def export_model(checkpoint: str | os.PathLike[str], out: Path, library: str, licences: Mapping[str, str]) -> ExportReport:
@@ -179,7 +184,7 @@ def _same_files(state: Mapping[str, Tensor], folder: Path) -> None:
     again = (load_file(folder / WEIGHTS_FILE), read_checkpoint(folder / MODEL_FILE)["state_dict"])
     for found in again:
         if found.keys() != state.keys() or not all(torch.equal(found[key], value) for key, value in state.items()):
-            raise ExportError("weights changed on the way to disk and back")
+            raise ExportError("export-weights-changed", "weights changed on the way to disk and back")
 
 
 def _prove_in(library: str, config: dict[str, Any], folder: Path) -> str:
@@ -197,5 +202,7 @@ def _prove_in(library: str, config: dict[str, Any], folder: Path) -> str:
     try:
         load_checkpoint(model, str(folder / MODEL_FILE), map_location="cpu", strict=True)
     except RuntimeError as error:
-        raise ExportError(f"{library}'s {config.get('type')} does not take the weights: {error}") from error
+        raise ExportError(
+            "library-refuses-weights", f"{library}'s {config.get('type')} does not take the weights: {error}"
+        ) from error
     return f"{version}: its own model takes every weight"

@@ -110,7 +110,8 @@ def plan_of(network: nn.Module, library: str) -> ResNetPlan | ConvNeXtPlan:
         raise UnsupportedLayerError(f"{library} has no {name}; {home_of(name)}")
     known = " and ".join(kind.__name__ for kind in _FAMILIES)
     raise UnsupportedLayerError(
-        f"for {library}, hgkd writes {known}, and this student is a {type(network).__name__}; {_REMEDY}"
+        "network-kind-not-in-library",
+        f"for {library}, hgkd writes {known}, and this student is a {type(network).__name__}; {_REMEDY}",
     )
 
 
@@ -120,10 +121,13 @@ def _resnet_plan(network: nn.Module, library: str) -> ResNetPlan:
     stem = net.conv1
     if not isinstance(stem, nn.Conv2d) or (stem.kernel_size, stem.stride) != ((7, 7), (2, 2)):
         raise UnsupportedLayerError(
-            f"{library} has no other ResNet stem than a 7x7 convolution of stride 2, as in conv1; {_REMEDY}"
+            "stem-not-in-library",
+            f"{library} has no other ResNet stem than a 7x7 convolution of stride 2, as in conv1; {_REMEDY}",
         )
     if not isinstance(net.maxpool, nn.MaxPool2d):
-        raise UnsupportedLayerError(f"{library} has no ResNet whose maxpool is a {type(net.maxpool).__name__}; {_REMEDY}")
+        raise UnsupportedLayerError(
+            "maxpool-not-in-library", f"{library} has no ResNet whose maxpool is a {type(net.maxpool).__name__}; {_REMEDY}"
+        )
     stages = [net.layer1, net.layer2, net.layer3, net.layer4]
     first = stages[0][0]
     bottleneck = isinstance(first, resnet.Bottleneck)
@@ -141,16 +145,20 @@ def _convnext_plan(network: nn.Module, library: str) -> ConvNeXtPlan:
     patch = net.stem[0]
     if len(net.stem) != 2 or (patch.kernel_size, patch.stride) != ((4, 4), (4, 4)):
         raise UnsupportedLayerError(
-            f"{library} has no other ConvNeXt stem than a 4x4 convolution of stride 4, as in stem; {_REMEDY}"
+            "stem-not-in-library",
+            f"{library} has no other ConvNeXt stem than a 4x4 convolution of stride 4, as in stem; {_REMEDY}",
         )
     if not isinstance(net.norm_pre, nn.Identity) or isinstance(net.head.norm, nn.Identity):
         raise UnsupportedLayerError(
-            f"{library} has no ConvNeXt with norm_pre, that is with its last norm before pooling; {_REMEDY}"
+            "norm-pre-not-in-library",
+            f"{library} has no ConvNeXt with norm_pre, that is with its last norm before pooling; {_REMEDY}",
         )
     block = net.stages[0].blocks[0]
     grn = isinstance(block.mlp, timm.layers.GlobalResponseNormMlp)
     if grn != (getattr(block, "gamma", None) is None):
-        raise UnsupportedLayerError(f"{library} has no ConvNeXt with mlp.grn and gamma both, or with neither; {_REMEDY}")
+        raise UnsupportedLayerError(
+            "grn-and-gamma-not-in-library", f"{library} has no ConvNeXt with mlp.grn and gamma both, or with neither; {_REMEDY}"
+        )
     depths = tuple(len(stage.blocks) for stage in net.stages)
     widths = tuple(stage.blocks[0].conv_dw.out_channels for stage in net.stages)
     return ConvNeXtPlan(depths, widths, grn, isinstance(block.mlp.fc1, nn.Linear))
@@ -161,7 +169,9 @@ def _refuse_foreign(network: nn.Module, known: tuple[type[nn.Module], ...], libr
     if foreign:
         path, kind = foreign[0]
         more = f" (and {len(foreign) - 1} further such layers)" if len(foreign) > 1 else ""
-        raise UnsupportedLayerError(f"{library}'s {type(network).__name__} has no layer for {path}, a {kind}{more}; {_REMEDY}")
+        raise UnsupportedLayerError(
+            "layer-not-in-library", f"{library}'s {type(network).__name__} has no layer for {path}, a {kind}{more}; {_REMEDY}"
+        )
 
 
 _FAMILIES: dict[type[nn.Module], Callable[[nn.Module, str], ResNetPlan | ConvNeXtPlan]] = {

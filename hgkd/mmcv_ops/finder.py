@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from hgkd.errors import MissingPackageError
+
 _NAME = "mmcv._ext"
 
 
@@ -82,7 +84,9 @@ def register_ops() -> str:
         return "torchvision" if ours else "compiled"
     package = importlib.util.find_spec("mmcv")
     if package is None:
-        raise ModuleNotFoundError("mmcv is not installed; pip install 'hgkd[downstream]' brings mmcv-lite, mmdet and mmseg")
+        raise MissingPackageError(
+            "mmcv-missing", "mmcv is not installed; pip install 'hgkd[downstream]' brings mmcv-lite, mmdet and mmseg"
+        )
     if PathFinder.find_spec(_NAME, package.submodule_search_locations) is not None:
         return "compiled"
     if _FINDER not in sys.meta_path:

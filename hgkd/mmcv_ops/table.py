@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from hgkd.errors import MissingOperatorError
 from hgkd.mmcv_ops import attention, deform, focal, masked, nms, roi
 
 
@@ -50,10 +51,11 @@ def refused(name: str) -> Callable[..., NoReturn]:
     """A function that can be imported under ``name``, as mmcv does with all of its operators, and refuses to be called."""
 
     def refuse(*args: object, **kwargs: object) -> NoReturn:
-        raise NotImplementedError(
+        raise MissingOperatorError(
+            "mmcv-operator-missing",
             f"mmcv operator {name!r} has no replacement in hgkd.mmcv_ops (there are {', '.join(FUNCTIONS)}); "
             "install mmcv with compiled operators (pip uninstall mmcv-lite; pip install mmcv==2.1.0 needs a compiler), "
-            "or use a model without it"
+            "or use a model without it",
         )
 
     refuse.__name__ = refuse.__qualname__ = name

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError
+from hgkd.errors import InvalidValueError, MissingFileError, WeightsError, code_of
 from hgkd.networks.encoder import build_encoder
 from hgkd.networks.vit import head_names
 from hgkd.pixels import channels_of, note_pixels, pixel_statistics
@@ -158,7 +158,7 @@ class Source:
 
 def _require_run(path: Path) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; {EXPECTED_RUN}")
+        raise MissingFileError("checkpoint-missing", f"checkpoint {path} does not exist; {EXPECTED_RUN}")
 
 
 def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -> StudentCheckpoint:
@@ -174,16 +174,20 @@ def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -
     _require_run(Path(path).expanduser())
     file = identify(path)
     if file.path.is_dir():
-        raise WeightsError(f"{path} is a folder; {EXPECTED_RUN}")
+        raise WeightsError("checkpoint-is-a-folder", f"{path} is a folder; {EXPECTED_RUN}")
     path, meta = file.path, file.meta
     checkpoint: Mapping[str, Any] = file.content if isinstance(file.content, Mapping) else {}
     weights = checkpoint.get("state_dict")
     if file.kind in MASKED_AUTOENCODERS:
-        raise WeightsError(f"{path} holds a masked autoencoder and no CNN student; hgkd evaluate --backbone {path} takes it")
+        raise WeightsError(
+            "mae-where-student-needed",
+            f"{path} holds a masked autoencoder and no CNN student; hgkd evaluate --backbone {path} takes it",
+        )
     if "hgkd" not in meta or not isinstance(weights, Mapping):
         raise WeightsError(
+            "checkpoint-not-of-hgkd",
             f"{path} is not a checkpoint of hgkd: it lacks meta['hgkd'] or state_dict ({file.about}); {EXPECTED_RUN}, or "
-            f"{otherwise}"
+            f"{otherwise}",
         )
     if file.kind is Kind.CLASSIFIER:  # fine-tuned: the network without its head
         classifier = cast(ClassifierSpec, file.spec)
@@ -198,6 +202,8 @@ def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -
     state = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
     if not state:
         examples = ", ".join(list(weights)[:3]) or "none at all"
-        raise WeightsError(f"{path} holds no weights named {ENCODER_PREFIX}*; its weights are called {examples}")
+        raise WeightsError(
+            "student-weights-missing", f"{path} holds no weights named {ENCODER_PREFIX}*; its weights are called {examples}"
+        )
     student = {k.removeprefix(STUDENT_PREFIX): v for k, v in weights.items() if k.startswith(STUDENT_PREFIX)}
     return StudentCheckpoint(path, spec, state, student, dict(meta), run_metrics(checkpoint))

@@ -24,7 +24,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.networks.backbones import read_source
 from hgkd.networks.encoder import STEMS, evaluating, use_cifar_stem
 from hgkd.networks.libraries import home_of, library_of
@@ -118,9 +118,12 @@ class ImageClassifier(PixelNormalisation):
             raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
         channels = check_in_chans(kwargs.get("in_chans", 3), f"in_chans of {name!r}")
         if num_classes < 1:
-            raise ValueError(f"num_classes must be 1 or more, got {num_classes}; set it to the number of class folders")
+            raise InvalidValueError(
+                "classes-not-positive",
+                f"num_classes must be 1 or more, got {num_classes}; set it to the number of class folders",
+            )
         if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path must be a rate in [0, 1), got {drop_path}")
+            raise InvalidValueError("drop-path-out-of-range", f"drop_path must be a rate in [0, 1), got {drop_path}")
         size = as_size(image_size)
         kwargs = {"drop_path_rate": drop_path, **kwargs} if drop_path else dict(kwargs)
         sized: dict[str, Any] = {"img_size": size} if is_vit(name) else {}
@@ -217,9 +220,10 @@ class ImageClassifier(PixelNormalisation):
             (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), features)
         gradient = self._map(gradient, inputs)
         if not gradient.any():
-            raise ValueError(
+            raise InvalidValueError(
+                "no-class-activation",
                 f"{self.spec.name} answers from its class token alone, so its patches have no class activation; show its "
-                "attention instead, or fine-tune with model.classifier.global_pool=avg"
+                "attention instead, or fine-tune with model.classifier.global_pool=avg",
             )
         weights = gradient.mean(dim=(2, 3), keepdim=True)
         return (weights * self._map(features.detach(), inputs)).sum(dim=1).relu(), classes
@@ -241,8 +245,9 @@ class ImageClassifier(PixelNormalisation):
                 feature = self(torch.zeros(1, self.in_chans, height, width, device=self.mean.device)).feature
         except (AssertionError, RuntimeError) as error:
             why = (str(error).splitlines() or [""])[0]
-            raise ValueError(
-                f"{self.spec.name} takes no images of {height} x {width} px ({why}); set another image_size"
+            raise InvalidValueError(
+                "image-size-refused",
+                f"{self.spec.name} takes no images of {height} x {width} px ({why}); set another image_size",
             ) from error
         return cast("tuple[int, int, int]", tuple(feature.shape[1:]))
 
@@ -277,7 +282,8 @@ class ImageClassifier(PixelNormalisation):
             own_heads = cast(Any, self.network).blocks[0].attn.num_heads
             if heads is not None and heads != own_heads:  # which no shape tells
                 raise WeightsError(
-                    f"{path} has {heads} attention heads, the network to be trained {own_heads}; set student to it"
+                    "attention-heads-differ",
+                    f"{path} has {heads} attention heads, the network to be trained {own_heads}; set student to it",
                 )
             weights = in_dialect(self.network, weights, str(path))
             self._load(self.fit_positions(weights, str(path)), str(path))
@@ -293,11 +299,13 @@ class ImageClassifier(PixelNormalisation):
         own = str(self.network.pretrained_cfg["architecture"])
         _refuse_library(name, f"{path} holds a {name!r}")
         if name.partition(".")[0] != own:
-            raise WeightsError(f"{path} holds a {name!r}, but a {own!r} is to be trained; set student={name}, or another file")
+            raise WeightsError(
+                "network-differs",
+                f"{path} holds a {name!r}, but a {own!r} is to be trained; set student={name}, or another file",
+            )
         if file_stem != stem:
-            raise coded(
-                "stem-differs",
-                WeightsError(f"{path} holds a {name!r} with stem {file_stem!r}; set model.classifier.stem={file_stem}"),
+            raise WeightsError(
+                "stem-differs", f"{path} holds a {name!r} with stem {file_stem!r}; set model.classifier.stem={file_stem}"
             )
 
     def _load(self, state: Mapping[str, Tensor], source: str) -> None:
@@ -312,8 +320,9 @@ class ImageClassifier(PixelNormalisation):
         except WeightsError as error:
             name = self.network.pretrained_cfg["architecture"]
             raise WeightsError(
+                "weights-do-not-fit",
                 f"{source} does not fit a {name!r} ({len(inside)} entries in the file, {len(own)} in the network); is it the "
-                f"backbone of another architecture? {error}"
+                f"backbone of another architecture? {error}",
             ) from error
 
     def fit_positions(
@@ -361,7 +370,10 @@ def load_classifier(path: str | os.PathLike[str], image_size: int | Sequence[int
     file = identify(path)
     path, content = file.path, file.content
     if file.kind is not Kind.CLASSIFIER:
-        raise WeightsError(f"{path} is no checkpoint of fine-tuning ({file.about}); for a file of others name its network")
+        raise WeightsError(
+            "checkpoint-not-of-finetuning",
+            f"{path} is no checkpoint of fine-tuning ({file.about}); for a file of others name its network",
+        )
     spec = cast(ClassifierSpec, file.spec)
     model = ImageClassifier.from_spec(spec, image_size)
     state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
@@ -390,10 +402,12 @@ def _vit_weights(file: WeightFile) -> tuple[dict[str, Tensor], _Pixels | None, i
     """Weights of a ViT's file in timm's names, and what it notes: pixel statistics, attention heads."""
     path = file.path
     if file.kind is Kind.EXPORT:
-        raise WeightsError(f"{path} is an export, which holds a CNN; give the ViT student's checkpoint")
+        raise WeightsError(
+            "export-where-vit-needed", f"{path} is an export, which holds a CNN; give the ViT student's checkpoint"
+        )
     if file.kind is Kind.STUDENT:
         name = cast(EncoderSpec, file.spec).name
-        raise WeightsError(f"{path} holds a {name!r}, but a ViT is to be trained; set student to it")
+        raise WeightsError("network-differs", f"{path} holds a {name!r}, but a ViT is to be trained; set student to it")
     if file.kind in (Kind.VIT_STUDENT, Kind.MAE_RUN, Kind.MAE):
         arch, weights, pixels = read_mae(file)
         return weights, (pixels.get("mean", IMAGENET_MEAN), pixels.get("std", IMAGENET_STD)), arch.num_heads

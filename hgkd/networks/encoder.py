@@ -73,15 +73,20 @@ def build_encoder(
             raise
         raise ValueError(f"{error} {HOW_TO_NAME}") from error
     if stem not in STEMS:
-        raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
+        raise InvalidValueError("stem-unknown", f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
     taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]
     if taken:
         raise ValueError(f"{', '.join(taken)} cannot be passed on to timm for an encoder: hgkd sets it itself")
     channels = check_in_chans(timm_kwargs.get("in_chans", 3), f"in_chans of encoder {name!r}")
     if pretrained and checkpoint is not None:
-        raise ValueError("give either pretrained=True or a checkpoint, not both: the second would overwrite the first")
+        raise InvalidValueError(
+            "weights-named-twice", "give either pretrained=True or a checkpoint, not both: the second would overwrite the first"
+        )
     if pretrained and stem != "default":
-        raise ValueError(f"pretrained=True has no weights for stem={stem!r}; use stem='default' or pretrained=False")
+        raise InvalidValueError(
+            "no-pretrained-for-stem",
+            f"pretrained=True has no weights for stem={stem!r}; use stem='default' or pretrained=False",
+        )
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **timm_kwargs)
     except AssertionError as error:  # e.g. inception_next: "Cannot disable pooling"
@@ -126,26 +131,32 @@ def encoder_levels(model: nn.Module, image_size: int | tuple[int, int] = _DRY_SI
     kind = str(model.pretrained_cfg["architecture"]) if isinstance(model, Tapped) else type(model).__name__
     advice = "a student must be a hierarchical CNN, of timm e.g. 'resnet50' or 'convnext_tiny'"
     if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"{kind} has no forward_intermediates to read features from; {advice}")
+        raise InvalidValueError(
+            "encoder-without-levels", f"{kind} has no forward_intermediates to read features from; {advice}"
+        )
     try:
         with evaluating(model), torch.no_grad():
             features = _intermediates(model, torch.zeros(1, channels_of(model), *size), None)
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"{kind} does not run on a {size[0]} x {size[1]} image ({error}); {advice}") from error
+        raise InvalidValueError(
+            "encoder-does-not-run", f"{kind} does not run on a {size[0]} x {size[1]} image ({error}); {advice}"
+        ) from error
     levels: dict[int, Level] = {}
     for index, feature in enumerate(features):
         stride = size[0] // feature.shape[2] if feature.dim() == 4 and feature.shape[2] else 0
         fits = stride > 0 and (feature.shape[2] * stride, feature.shape[3] * stride) == size
         if not fits or stride & (stride - 1):
-            raise ValueError(
+            raise InvalidValueError(
+                "encoder-feature-shape",
                 f"{kind} gives a feature of shape {tuple(feature.shape)} for a {size[0]} x {size[1]} image, "
-                f"which is no (B, C, H/s, W/s) with s a power of two; {advice}"
+                f"which is no (B, C, H/s, W/s) with s a power of two; {advice}",
             )
         levels[stride] = Level(index, stride, feature.shape[1])
     if len(levels) < 2 or list(levels) != sorted(levels):
-        raise ValueError(
+        raise InvalidValueError(
+            "encoder-not-hierarchical",
             f"{kind} is not hierarchical: its features have the strides {', '.join(map(str, levels))} "
-            f"(a Vision Transformer has one only); {advice}"
+            f"(a Vision Transformer has one only); {advice}",
         )
     total = max(levels)
     return [level for level in levels.values() if level.stride >= 4 or total <= 8]
@@ -193,7 +204,9 @@ def _intermediates(model: nn.Module, images: Tensor, indices: list[int] | None) 
 
 def use_cifar_stem(model: nn.Module, name: str) -> None:
     if not isinstance(model, ResNet):
-        raise ValueError(f"stem='cifar' is for timm's ResNets, not for {name!r} ({type(model).__name__})")
+        raise InvalidValueError(
+            "cifar-stem-without-resnet", f"stem='cifar' is for timm's ResNets, not for {name!r} ({type(model).__name__})"
+        )
     replaced = next(layer for layer in cast(nn.Module, model.conv1).modules() if isinstance(layer, nn.Conv2d))
     stem = nn.Conv2d(replaced.in_channels, cast(nn.BatchNorm2d, model.bn1).num_features, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm initialises the others

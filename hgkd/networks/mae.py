@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.errors import ExistingFileError, InvalidValueError, WeightsError, unknown_name_message
 from hgkd.networks.positions import positions_for, sincos_positions
 from hgkd.pixels import pixels_noted
 from hgkd.weights.identify import MAE_PIXELS, MAE_SIZES, identify
@@ -59,13 +59,19 @@ class MAEArch:
         object.__setattr__(self, "image_size", tuple(self.image_size))
         for side in self.image_size:
             if side % self.patch_size:
-                raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+                raise InvalidValueError(
+                    "image-size-no-multiple-of-patch",
+                    f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}",
+                )
         for what, width, heads in (
             ("embed_dim", self.embed_dim, self.num_heads),
             ("decoder_embed_dim", self.decoder_embed_dim, self.decoder_num_heads),
         ):
             if width % heads or width % 4:
-                raise ValueError(f"{what} {width} must be a multiple of its {heads} heads and of 4 (sin-cos positions)")
+                raise InvalidValueError(
+                    "width-no-multiple-of-heads",
+                    f"{what} {width} must be a multiple of its {heads} heads and of 4 (sin-cos positions)",
+                )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -109,11 +115,13 @@ def make_arch(arch: str | Mapping[str, Any], **overrides: Any) -> MAEArch:
     given: dict[str, Any] = {"base": arch} if isinstance(arch, str) else dict(arch)
     base = given.pop("base", "base")
     if base not in ARCHS:
-        raise ValueError(unknown_name_message("MAE arch", str(base), ARCHS))
+        raise InvalidValueError("mae-arch-unknown", unknown_name_message("MAE arch", str(base), ARCHS))
     sizes = {**ARCHS[base], **given, **overrides}
     for key in sizes:
         if key not in MAEArch.__dataclass_fields__:
-            raise ValueError(unknown_name_message("MAE size", str(key), MAEArch.__dataclass_fields__))
+            raise InvalidValueError(
+                "mae-size-unknown", unknown_name_message("MAE size", str(key), MAEArch.__dataclass_fields__)
+            )
     return MAEArch(**sizes)
 
 
@@ -278,7 +286,9 @@ def mae_loss(predicted: Tensor, target: Tensor, visible: Tensor) -> Tensor:
     hidden = (~visible).to(error.dtype)
     count = hidden.sum()
     if visible.device.type == "cpu" and count == 0:
-        raise ValueError("MAE's loss has no hidden patch to predict; use a mask_ratio above 0")
+        raise InvalidValueError(
+            "mask-ratio-hides-nothing", "MAE's loss has no hidden patch to predict; use a mask_ratio above 0"
+        )
     return (error * hidden).sum() / count
 
 
@@ -295,14 +305,17 @@ def arch_of(weights: Mapping[str, Tensor], source: str, num_heads: int | None, d
     for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"):
         if key not in weights:
             some = ", ".join(list(weights)[:4])
-            raise WeightsError(f"{source} is no MAE file: it lacks {key!r} (its first entries: {some})")
+            raise WeightsError("mae-entry-missing", f"{source} is no MAE file: it lacks {key!r} (its first entries: {some})")
     if weights["patch_embed.proj.weight"].ndim != 4:
-        raise WeightsError(f"{source} is of {looks_like(weights)}, no MAE of images")
+        raise WeightsError("mae-of-other-data", f"{source} is of {looks_like(weights)}, no MAE of images")
     width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     patches = weights["pos_embed"].shape[1] - 1
     side = round(patches**0.5)
     if side * side != patches:
-        raise WeightsError(f"{source}: {patches} positions are no square grid, and the file does not say which grid they are")
+        raise WeightsError(
+            "mae-positions-not-square",
+            f"{source}: {patches} positions are no square grid, and the file does not say which grid they are",
+        )
     sizes: dict[str, Any] = {"decoder_depth": 0}
     if "decoder_embed.weight" in weights:
         decoder_width = weights["decoder_embed.weight"].shape[0]
@@ -328,7 +341,9 @@ def arch_of(weights: Mapping[str, Tensor], source: str, num_heads: int | None, d
 
 def _heads(option: str, width: int, source: str) -> int:
     if width % 64:
-        raise ValueError(f"{source} does not say how many attention heads its {width} channels have; set {option}")
+        raise InvalidValueError(
+            "attention-heads-unknown", f"{source} does not say how many attention heads its {width} channels have; set {option}"
+        )
     return width // 64
 
 
@@ -349,9 +364,11 @@ def save_mae(
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"an MAE is written as .safetensors, which holds its sizes too; got {path}")
+        raise InvalidValueError(
+            "suffix-not-safetensors", f"an MAE is written as .safetensors, which holds its sizes too; got {path}"
+        )
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; give another name, or overwrite=True")
+        raise ExistingFileError("file-exists", f"{path} exists already; give another name, or overwrite=True")
     tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     notes = {MAE_SIZES: asdict(network.arch), MAE_PIXELS: dict(pixels or {}), _FORMAT_KEY: FORMAT}
     with written_beside(path) as beside:

@@ -13,7 +13,7 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from hgkd.errors import unknown_name_message
+from hgkd.errors import InvalidValueError, unknown_name_message
 
 _ROTARY = (EvaAttention.forward, AttentionRope.forward)
 _POST_NORM = (ResPostBlock.forward, EvaBlockPostNorm.forward)  # they normalise what their attention gives, not what it gets
@@ -32,14 +32,18 @@ def check_timm_name(what: str, name: str) -> None:
     plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")  # as the hub writes timm's names
     architecture, dot, tag = plain.partition(".")
     if not timm.is_model(architecture):
-        raise ValueError(unknown_name_message(what, plain, timm.list_models()))
+        raise InvalidValueError("timm-name-unknown", unknown_name_message(what, plain, timm.list_models()))
     if plain != name:
-        raise ValueError(f"unknown {what} {name!r}; did you mean {plain!r}? Nothing is fetched from a hub by its address")
+        raise InvalidValueError(
+            "timm-name-is-an-address",
+            f"unknown {what} {name!r}; did you mean {plain!r}? Nothing is fetched from a hub by its address",
+        )
     tags = timm.models.get_arch_pretrained_cfgs(architecture) if dot else {}
     if dot and name not in tags:
         known = ", ".join(repr(tag) for tag in tags) or "none"
-        raise ValueError(
-            f"timm's {architecture!r} has no weights tagged {tag!r}; leave the tag out, or name one that it has: {known}"
+        raise InvalidValueError(
+            "timm-tag-unknown",
+            f"timm's {architecture!r} has no weights tagged {tag!r}; leave the tag out, or name one that it has: {known}",
         )
 
 
@@ -69,9 +73,10 @@ def check_attention_is_read(block: nn.Module) -> None:
     attn = getattr(block, "attn", None)
     if (type(block).forward, getattr(type(attn), "forward", None)) not in _READ:
         kind = " with ".join(f"{type(part).__module__}.{type(part).__name__}" for part in (block, attn) if part is not None)
-        raise ValueError(
+        raise InvalidValueError(
+            "attention-not-read",
             f"the attention of blocks of the kind {kind} is not read, so it can neither guide a mask nor be shown; "
-            "use RandomMask or BlockMask, or a ViT of timm's ordinary blocks"
+            "use RandomMask or BlockMask, or a ViT of timm's ordinary blocks",
         )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def decoder_channels(student: DecodingStudent, stride: int | None) -> int:
         return student.decoded_channels
     if stride not in student.pyramid_channels:
         scales = ", ".join(map(str, student.pyramid_channels))
-        raise ValueError(f"stride {stride} is no scale of the student's decoder, which has the strides {scales}")
+        raise InvalidValueError(
+            "stride-not-in-decoder", f"stride {stride} is no scale of the student's decoder, which has the strides {scales}"
+        )
     return student.pyramid_channels[stride]
 
 
@@ -79,18 +82,23 @@ def resolve_level(
     known = ", ".join(f"{i} (stride {student.feature_strides[i]})" for i in fitting) or "none"
     if level is None:
         if not fitting:
-            raise ValueError(
+            raise InvalidValueError(
+                "student-too-coarse",
                 f"no level of the student is as fine as the teacher's {teacher_grid[0]} x {teacher_grid[1]} tokens; "
-                f"strides {student.feature_strides}, cells of {student.cell} px with {ratio} tokens a side"
+                f"strides {student.feature_strides}, cells of {student.cell} px with {ratio} tokens a side",
             )
         return fitting[-1]
     count = len(sides)
     if not -count <= level < count:
-        raise ValueError(f"student level {level} is out of range: the student has {count} levels, those that fit: {known}")
+        raise InvalidValueError(
+            "student-level-out-of-range",
+            f"student level {level} is out of range: the student has {count} levels, those that fit: {known}",
+        )
     if level % count not in fitting:
-        raise ValueError(
+        raise InvalidValueError(
+            "student-level-no-multiple",
             f"student level {level} (stride {student.feature_strides[level]}) is no whole multiple of the teacher's "
-            f"{teacher_grid[0]} x {teacher_grid[1]} tokens; levels that fit: {known}"
+            f"{teacher_grid[0]} x {teacher_grid[1]} tokens; levels that fit: {known}",
         )
     return level % count
 
@@ -108,8 +116,9 @@ def positions_count(layout: CellLayout, cells: int, grid: tuple[int, int]) -> in
 def block_tokens(teacher_out: TeacherOutput, block: int) -> Tensor:
     """A block's tokens (B, D, gh, gw); ValueError when the teacher did not compute them."""
     if block not in teacher_out.tokens:
-        raise ValueError(
-            f"the teacher returned blocks {sorted(teacher_out.tokens)}, not {block}; pass it this objective's `needs`"
+        raise InvalidValueError(
+            "teacher-block-not-returned",
+            f"the teacher returned blocks {sorted(teacher_out.tokens)}, not {block}; pass it this objective's `needs`",
         )
     return teacher_out.tokens[block]
 
@@ -117,7 +126,9 @@ def block_tokens(teacher_out: TeacherOutput, block: int) -> Tensor:
 def decoder_state(teacher_out: TeacherOutput) -> Tensor:
     """The decoder's hidden state (B, D', gh, gw); ValueError when the teacher did not compute it."""
     if teacher_out.decoded is None:
-        raise ValueError("the teacher returned no decoder state; pass it this objective's `needs`")
+        raise InvalidValueError(
+            "decoder-state-not-returned", "the teacher returned no decoder state; pass it this objective's `needs`"
+        )
     return teacher_out.decoded
 
 
@@ -147,7 +158,7 @@ def build_projector(kind: str, in_channels: int, out_channels: int) -> nn.Module
         return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.GELU(), nn.Conv2d(out_channels, out_channels, 1))
     if kind == "mlp2":
         return nn.Sequential(*(build_projector("mlp", c, out_channels) for c in (in_channels, out_channels)))
-    raise ValueError(f"projector must be one of {', '.join(map(repr, PROJECTORS))}, got {kind!r}")
+    raise InvalidValueError("projector-unknown", f"projector must be one of {', '.join(map(repr, PROJECTORS))}, got {kind!r}")
 
 
 def require_teacher(
@@ -155,7 +166,9 @@ def require_teacher(
 ) -> tuple[TeacherInfo, tuple[int, int]]:
     """The teacher's description and grid; ValueError when the distiller has no teacher."""
     if info is None or grid is None:
-        raise ValueError(f"{type(objective).__name__} needs a teacher; give the distiller one")
+        raise InvalidValueError(
+            "objective-without-teacher", f"{type(objective).__name__} needs a teacher; give the distiller one"
+        )
     return info, (int(grid[0]), int(grid[1]))
 
 
@@ -166,8 +179,9 @@ def resolve_block(block: int, depth: int, what: str = "block") -> int:
         ValueError: out of range; the message names the depth.
     """
     if not -depth <= block < depth:
-        raise ValueError(
+        raise InvalidValueError(
+            "teacher-block-out-of-range",
             f"{what} {block} is out of range: the teacher has depth {depth}, so {what} is in [0, {depth - 1}] "
-            f"or, counted from the end, in [-{depth}, -1]"
+            f"or, counted from the end, in [-{depth}, -1]",
         )
     return block % depth

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
+
 
 def layer_norm0(tokens: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer normalisation over the channel axis without affine parameters, in fp32: (B, D, h, w) -> (B, D, h, w)."""
@@ -23,5 +25,7 @@ def smooth_l1_by_position(prediction: Tensor, target: Tensor, beta: float = 2.0)
         ValueError: the shapes differ (they would broadcast silently).
     """
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+        raise InvalidValueError(
+            "shapes-differ", f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape"
+        )
     return F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none").mean(dim=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
+
 MASKS = ("channel", "position")
 REDUCTIONS = ("sum", "mean")
 
@@ -26,7 +28,10 @@ def error_by_position(restored: Tensor, teacher: Tensor, reduction: str) -> Tens
         ValueError: the shapes differ (they would broadcast silently).
     """
     if restored.shape != teacher.shape:
-        raise ValueError(f"restored {tuple(restored.shape)} and teacher's {tuple(teacher.shape)} feature map differ in shape")
+        raise InvalidValueError(
+            "shapes-differ",
+            f"restored {tuple(restored.shape)} and teacher's {tuple(teacher.shape)} feature map differ in shape",
+        )
     squares = (restored.float() - teacher.float()).square()
     return squares.sum(dim=1) if reduction == "sum" else squares.mean(dim=1)
 
@@ -56,13 +61,21 @@ class MGDLoss(nn.Module):
     ) -> None:
         super().__init__()
         if mask not in MASKS:
-            raise ValueError(f"mask must be one of {', '.join(map(repr, MASKS))}, got {mask!r}")
+            raise InvalidValueError(
+                "generation-mask-unknown", f"mask must be one of {', '.join(map(repr, MASKS))}, got {mask!r}"
+            )
         if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+            raise InvalidValueError(
+                "reduction-unknown", f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}"
+            )
         if not 0.0 <= ratio < 1.0:
-            raise ValueError(f"ratio is the share that is hidden and must be in [0, 1), got {ratio}")
+            raise InvalidValueError(
+                "hidden-ratio-out-of-range", f"ratio is the share that is hidden and must be in [0, 1), got {ratio}"
+            )
         if reduction == "mean" and alpha < 1e-2:
-            raise ValueError(f"alpha {alpha} is for reduction='sum'; with 'mean', which is near 1, use 1.0")
+            raise InvalidValueError(
+                "alpha-of-sum", f"alpha {alpha} is for reduction='sum'; with 'mean', which is near 1, use 1.0"
+            )
         self.mask = mask
         self.ratio = ratio
         self.alpha = alpha

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hgkd.errors import InvalidTypeError
 from hgkd.objectives.alignment import DecodingStudent
 from hgkd.objectives.base import Objective
 from hgkd.objectives.positions import mean_over
@@ -82,9 +83,10 @@ class MaskedObjective(Objective):
         if cls.terms is not MaskedObjective.terms:
             absent = [name for name in ("predict", "target_map") if getattr(cls, name) is getattr(MaskedObjective, name)]
             if absent:
-                raise TypeError(
+                raise InvalidTypeError(
+                    "terms-without-methods",
                     f"{cls.__name__} has terms, of which pictures are made, but gives no {' and no '.join(absent)}; define "
-                    "them, or leave terms out"
+                    "them, or leave terms out",
                 )
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.masking import expand
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ SUPERVISE = ("masked", "visible", "all")
 def check_supervise(supervise: str) -> str:
     """Return ``supervise``, or raise ValueError when it is none of :data:`SUPERVISE`."""
     if supervise not in SUPERVISE:
-        raise ValueError(f"supervise must be one of {', '.join(map(repr, SUPERVISE))}, got {supervise!r}")
+        raise InvalidValueError(
+            "supervise-unknown", f"supervise must be one of {', '.join(map(repr, SUPERVISE))}, got {supervise!r}"
+        )
     return supervise
 
 
@@ -34,7 +36,9 @@ def visible_on(visible: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     h, w = visible.shape[-2:]
     if grid[0] % h or grid[1] % w:
-        raise ValueError(f"grid {grid[0]} x {grid[1]} is no whole multiple of the {h} x {w} mask grid")
+        raise InvalidValueError(
+            "grid-no-multiple-of-mask", f"grid {grid[0]} x {grid[1]} is no whole multiple of the {h} x {w} mask grid"
+        )
     return expand(visible, (grid[0] // h, grid[1] // w))
 
 
@@ -56,12 +60,10 @@ def supervised_cells(layout: CellLayout, supervise: str) -> int:
     count = {"masked": cells - layout.num_cells, "visible": layout.num_cells, "all": cells}[supervise]
     if count < 1:
         state = "hidden" if supervise == "masked" else "visible"
-        raise coded(
+        raise InvalidValueError(
             "nothing-supervised",
-            ValueError(
-                f"supervise={supervise!r}, but no cell of the batch is {state}, so nothing would be learnt; "
-                "use supervise='all'" + (" or a mask_ratio above 0" if supervise == "masked" else "")
-            ),
+            f"supervise={supervise!r}, but no cell of the batch is {state}, so nothing would be learnt; "
+            "use supervise='all'" + (" or a mask_ratio above 0" if supervise == "masked" else ""),
         )
     return count
 

@@ -18,7 +18,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.networks.encoder import Level, build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
 from hgkd.pixels import channels_of
 from hgkd.registry import MODELS
@@ -62,19 +62,15 @@ class TimmBackbone(BaseModule):
         self.network = build_encoder(name, **timm_kwargs)
         wrong = [index for index in out_indices if not 0 <= index < len(levels)]
         if wrong or not out_indices:
-            raise coded(
+            raise InvalidValueError(
                 "out-indices-absent",
-                ValueError(
-                    f"out_indices={tuple(out_indices)} of {name!r} must be among 0 .. {len(levels) - 1}: its levels have the "
-                    f"strides {', '.join(str(level.stride) for level in levels)}"
-                ),
+                f"out_indices={tuple(out_indices)} of {name!r} must be among 0 .. {len(levels) - 1}: its levels have the "
+                f"strides {', '.join(str(level.stride) for level in levels)}",
             )
         if not 0 <= frozen_stages <= len(levels):
-            raise coded(
+            raise InvalidValueError(
                 "frozen-stages-absent",
-                ValueError(
-                    f"frozen_stages={frozen_stages} of {name!r} must be in 0 .. {len(levels)}; 0 freezes nothing (mmdet's -1)"
-                ),
+                f"frozen_stages={frozen_stages} of {name!r} must be in 0 .. {len(levels)}; 0 freezes nothing (mmdet's -1)",
             )
         self.name = name
         self.norm_eval = norm_eval

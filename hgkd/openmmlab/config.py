@@ -71,8 +71,9 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
     for key, value in paths.items():
         head = key.partition(".")[0]
         if head not in cfg and head not in _READ:
-            raise ValueError(
-                f"{key}={value!r}: {unknown_name_message('config key', head, sorted({*_READ, *cfg.keys(), *SHORT_OPTIONS}))}"
+            raise InvalidValueError(
+                "config-key-unknown",
+                f"{key}={value!r}: {unknown_name_message('config key', head, sorted({*_READ, *cfg.keys(), *SHORT_OPTIONS}))}",
             )
         _check_read(cfg, key, value)
         _check_path(cfg, key, options)
@@ -95,9 +96,10 @@ def _check_agreement(short: Mapping[str, Any], paths: Mapping[str, Any]) -> None
     for key, value in short.items():
         for place in PLACES.get(key, ()):
             if place in paths and value is not None and not same(paths[place], value):
-                raise ValueError(
+                raise InvalidValueError(
+                    "option-given-twice",
                     f"{key}={value!r} and {place}={paths[place]!r} are one setting under two names, and the command line "
-                    "gives both; take one of them out"
+                    "gives both; take one of them out",
                 )
 
 
@@ -128,10 +130,11 @@ def _check_read(cfg: Config, path: str, value: object) -> None:
     telling = not isinstance(cfg.get(head), (bool, type(None)))  # others stand everywhere
     places = [place for key in cfg if telling and key in _READ for place in _places(cfg[key], cfg[head], key)]
     told = ", ".join(f"{place}.{rest}" if rest else place for place in places[:4])
-    raise ValueError(
+    raise InvalidValueError(
+        "option-changes-nothing",
         f"{path}={value!r} changes nothing: {head!r} is a variable of the config file, which has built its parts with it "
         "already. Set the parts themselves by their paths"
-        + (f"; the same value stands at {told}" + (f" and {len(places) - 4} more" if places[4:] else "") if places else "")
+        + (f"; the same value stands at {told}" + (f" and {len(places) - 4} more" if places[4:] else "") if places else ""),
     )
 
 
@@ -158,24 +161,28 @@ def _check_path(cfg: Config, path: str, options: Mapping[str, Any]) -> None:
             return
         if isinstance(level, list):
             if not part.isdigit() or int(part) >= len(level):
-                raise ValueError(
-                    f"{path}: {place} is a list of {len(level)}, so {part!r} is no part of it; give a number below {len(level)}"
+                raise InvalidValueError(
+                    "list-index-out-of-range",
+                    f"{path}: {place} is a list of {len(level)}, so {part!r} is no part of it; "
+                    f"give a number below {len(level)}",
                 )
             level = level[int(part)]
         elif isinstance(level, Mapping):
             near = difflib.get_close_matches(part, map(str, level), n=1, cutoff=0.8)
             if part not in level and near:
-                raise ValueError(
+                raise InvalidValueError(
+                    "config-part-unknown",
                     f"{path}: there is no {part!r} there, but {near[0]!r}; correct it, or write it into a config file if a new "
-                    "key is meant"
+                    "key is meant",
                 )
             if part not in level:
                 return
             level = level[part]
         else:
-            raise ValueError(
+            raise InvalidValueError(
+                "config-value-without-parts",
                 f"{path}: {place} is {level!r}, which has no part {part!r}; set {place} itself, or add {place}._delete_=True "
-                "to put such parts in its place"
+                "to put such parts in its place",
             )
         place = f"{place}.{part}"
 
@@ -191,7 +198,7 @@ def whole_number(option: str, value: Any, least: int = 1) -> int:
     except (TypeError, ValueError):
         number = math.nan
     if not number.is_integer() or number < least:
-        raise ValueError(f"{option}={value!r}: expected a whole number, {least} or more")
+        raise InvalidValueError("option-not-a-whole-number", f"{option}={value!r}: expected a whole number, {least} or more")
     return int(number)
 
 
@@ -225,7 +232,10 @@ def _set_backbone(cfg: Config, value: str) -> None:
 
 def _set_teacher(cfg: Config, value: str) -> None:
     if "teacher_checkpoint" not in cfg.model:
-        raise ValueError(f"teacher_checkpoint={value}: this config trains without a teacher; use one of downstream/*/mgd_*.py")
+        raise InvalidValueError(
+            "teacher-option-without-teacher",
+            f"teacher_checkpoint={value}: this config trains without a teacher; use one of downstream/*/mgd_*.py",
+        )
     cfg.model.teacher_checkpoint = str(Path(value).expanduser())
 
 
@@ -240,7 +250,9 @@ def _set_iterations(cfg: Config, value: int) -> None:
 def _stretch(cfg: Config, key: str, option: str, value: int) -> None:
     if key not in cfg.train_cfg:
         other = "iterations" if option == "epochs" else "epochs"
-        raise ValueError(f"{option}={value} has no place in this config, which counts {other}; set {other}")
+        raise InvalidValueError(
+            "schedule-option-without-place", f"{option}={value} has no place in this config, which counts {other}; set {other}"
+        )
     value = whole_number(option, value)
     old = int(cfg.train_cfg[key])
     for part in _dicts(cfg.get("param_scheduler")):
@@ -267,7 +279,7 @@ def _set_lr(cfg: Config, value: float) -> None:
     try:
         cfg.optim_wrapper.optimizer.lr = float(value)
     except ValueError as error:
-        raise ValueError(f"lr={value!r}: expected a number") from error
+        raise InvalidValueError("option-not-a-number", f"lr={value!r}: expected a number") from error
 
 
 def _set_workers(cfg: Config, value: int) -> None:
@@ -331,7 +343,7 @@ def dataset_class(dataset: Mapping[str, Any], scope: str) -> type:
     with roots.DATASETS.switch_scope_and_registry(scope) as registry:
         found = registry.get(dataset["type"])
     if found is None:
-        raise ValueError(f"{scope} has no data set {dataset['type']!r}")
+        raise InvalidValueError("data-set-unknown", f"{scope} has no data set {dataset['type']!r}")
     return found
 
 
@@ -383,12 +395,13 @@ def model_config(source: str | Mapping[str, Any]) -> ConfigDict:
         cfg = Config.fromstring(f"_base_ = {source!r}", ".py")
     else:
         if not Path(source).is_file():
-            raise FileNotFoundError(
-                f"model config {source} does not exist; give a path, or one like 'mmdet::retinanet/NAME.py'"
+            raise MissingFileError(
+                "model-config-missing",
+                f"model config {source} does not exist; give a path, or one like 'mmdet::retinanet/NAME.py'",
             )
         cfg = Config.fromfile(source)
     if "model" not in cfg:
-        raise ValueError(f"{source} has no 'model'")
+        raise InvalidValueError("config-without-model", f"{source} has no 'model'")
     return ConfigDict(cfg.model)
 
 

@@ -30,7 +30,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from hgkd.errors import nearest_names
+from hgkd.errors import InvalidValueError, nearest_names
 from hgkd.networks.encoder import evaluating
 from hgkd.networks.guest import TeacherOwner
 from hgkd.networks.vit import is_finite
@@ -95,11 +95,14 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
         data_preprocessor: None = None,
     ) -> None:
         if teacher_checkpoint is None and not allow_random_teacher:
-            raise ValueError(
-                "the teacher has no weights; set --cfg-options teacher_checkpoint=FILE (a checkpoint of its config)"
+            raise InvalidValueError(
+                "teacher-without-weights",
+                "the teacher has no weights; set --cfg-options teacher_checkpoint=FILE (a checkpoint of its config)",
             )
         if not taps and not hard_label and not logits:
-            raise ValueError("nothing is learnt from the teacher; declare taps, or hard_label or logits for a segmentor")
+            raise InvalidValueError(
+                "taps-missing", "nothing is learnt from the teacher; declare taps, or hard_label or logits for a segmentor"
+            )
         student_cfg, teacher_cfg = model_config(student), model_config(teacher)
         _check_preprocessing(student_cfg, teacher_cfg)
         built = roots.MODELS.build(student_cfg)
@@ -176,12 +179,14 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
         for index, tap in enumerate(self.taps):
             maps, targets = _chosen(ours[tap.student], tap), _chosen(theirs[tap.teacher or tap.student], tap)
             if len(maps) != len(targets):
-                raise ValueError(
-                    f"taps.{index} ({tap.student!r}): {len(maps)} maps of the student, {len(targets)} of the teacher"
+                raise InvalidValueError(
+                    "tap-map-counts-differ",
+                    f"taps.{index} ({tap.student!r}): {len(maps)} maps of the student, {len(targets)} of the teacher",
                 )
             for level, (a, b) in enumerate(zip(maps, targets, strict=True)):
                 if a.shape[2:] != b.shape[2:]:
-                    raise ValueError(
+                    raise InvalidValueError(
+                        "tap-map-sizes-differ",
                         f"taps.{index}, map {level}: {tuple(a.shape[2:])} positions of the student, {tuple(b.shape[2:])} of "
                         f"the teacher on a {_DRY_SIZE} px image; MGD compares position by position, so choose levels of equal "
                         "stride"
@@ -257,7 +262,7 @@ def captured(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[
             known = dict(model.named_modules())
             if path not in known:
                 near = ", ".join(map(repr, nearest_names(path, known))) or ", ".join(name for name, _ in model.named_children())
-                raise ValueError(f"{type(model).__name__} has no module {path!r}; near: {near}")
+                raise InvalidValueError("tap-module-missing", f"{type(model).__name__} has no module {path!r}; near: {near}")
 
             def note(module: nn.Module, given: Sequence[Tensor], output: Any, path: str = path) -> None:
                 seen[path] += [given[0], output] if path.endswith(_CLASSIFIER) else _maps(output)
@@ -280,11 +285,15 @@ def _maps(output: object) -> list[Tensor]:
 
 def _chosen(maps: Sequence[Tensor], tap: Tap) -> list[Tensor]:
     if not maps:
-        raise ValueError(f"the module {tap.student!r} of a tap was not run, or gave no feature map")
+        raise InvalidValueError(
+            "tap-without-feature-map", f"the module {tap.student!r} of a tap was not run, or gave no feature map"
+        )
     levels = range(len(maps)) if tap.levels is None else tap.levels
     wrong = [level for level in levels if not -len(maps) <= level < len(maps)]
     if wrong:
-        raise ValueError(f"the tap {tap.student!r} has {len(maps)} maps, and level {wrong[0]} is not among them")
+        raise InvalidValueError(
+            "tap-level-out-of-range", f"the tap {tap.student!r} has {len(maps)} maps, and level {wrong[0]} is not among them"
+        )
     return [maps[level] for level in levels]
 
 
@@ -318,9 +327,10 @@ def _classifier_path(model: nn.Module) -> str:
     head = getattr(model, "decode_head", None)
     path = f"decode_head.{len(head) - 1}" if isinstance(head, nn.ModuleList) else "decode_head"
     if head is None or not hasattr(model.get_submodule(path), _CLASSIFIER):
-        raise ValueError(
+        raise InvalidValueError(
+            "segmentor-head-needed",
             f"hard_label and logits need a segmentor whose decode head ends in conv_seg, not a {type(model).__name__}; a "
-            "detector's classes belong to its own proposals, so constrain its features with taps instead"
+            "detector's classes belong to its own proposals, so constrain its features with taps instead",
         )
     return f"{path}.{_CLASSIFIER}"
 
@@ -328,7 +338,7 @@ def _classifier_path(model: nn.Module) -> str:
 def _check_classes(student: nn.Module, teacher: nn.Module) -> None:
     ours, theirs = (model.get_submodule(_classifier_path(model)).out_channels for model in (student, teacher))
     if ours != theirs:
-        raise ValueError(f"the teacher tells {theirs} classes apart, the student {ours}")
+        raise InvalidValueError("classes-differ-from-teacher", f"the teacher tells {theirs} classes apart, the student {ours}")
 
 
 def _halved(value: Any) -> Any:
@@ -339,7 +349,8 @@ def _check_preprocessing(student: Mapping[str, Any], teacher: Mapping[str, Any])
     ours, theirs = (dict(cfg.get("data_preprocessor") or {}) for cfg in (student, teacher))
     for key in ("mean", "std", "bgr_to_rgb", "rgb_to_bgr"):
         if str(ours.get(key)).strip("()[]") != str(theirs.get(key)).strip("()[]"):  # a tuple is as good as a list
-            raise ValueError(
+            raise InvalidValueError(
+                "preprocessing-differs",
                 f"data_preprocessor.{key} is {ours.get(key)} for the student and {theirs.get(key)} for the teacher, but both "
-                "see the same normalised images; use models of one preprocessing (the 'pytorch' style, say)"
+                "see the same normalised images; use models of one preprocessing (the 'pytorch' style, say)",
             )

@@ -19,6 +19,7 @@ from mmengine.registry import DefaultScope
 
 from hgkd.config.reading import read_config
 from hgkd.data.images import find_images
+from hgkd.errors import InvalidValueError, MissingFileError
 from hgkd.mmcv_ops.finder import register_ops
 from hgkd.openmmlab.config import (
     dataset_class,
@@ -73,7 +74,10 @@ def draw_predictions(
     register_ops()
     cfg = config.copy() if isinstance(config, Config) else read_config(config)
     if not is_downstream(cfg):
-        raise ValueError(f"{cfg.filename} is no config of mmdet or mmseg: its default_scope is {cfg.get('default_scope')!r}")
+        raise InvalidValueError(
+            "config-not-downstream",
+            f"{cfg.filename} is no config of mmdet or mmseg: its default_scope is {cfg.get('default_scope')!r}",
+        )
     merge_options(cfg, options or {})
     drop_teacher(cfg)
     files = _files(images)[:limit]
@@ -108,7 +112,9 @@ def _files(images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) ->
         files = [Path(image) for image in images]
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
-        raise FileNotFoundError(f"no image at {missing[0] if missing else images}; give a folder of images, or files")
+        raise MissingFileError(
+            "image-missing", f"no image at {missing[0] if missing else images}; give a folder of images, or files"
+        )
     return files
 
 

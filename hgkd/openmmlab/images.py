@@ -69,8 +69,9 @@ class LoadReadableImage:
             loaded["img"] = self._scaled(results["img_path"])
         if loaded is None and self.required:
             raise DataError(
+                "image-unreadable",
                 f"image {results['img_path']} cannot be read: missing, cut off, or no image. Replace it, or take it out of the "
-                "data set; it is not passed over, because that would be another measure"
+                "data set; it is not passed over, because that would be another measure",
             )
         if loaded is None and self.report is not None:
             # one short write in append mode: several workers do not mix up their lines

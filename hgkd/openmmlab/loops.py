@@ -20,6 +20,7 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, R
 from torch import nn
 from torch.utils.data import DataLoader
 
+from hgkd.errors import InvalidValueError
 from hgkd.registry import HOOKS
 from hgkd.training.hooks.alarms import FiniteLossHook
 from hgkd.training.in_force import in_force, lines_of
@@ -141,10 +142,11 @@ class StoppableEpochLoop(_Stoppable, EpochBasedTrainLoop):
         done, steps = self.runner.message_hub.runtime_info.get(_POSITION, (0, 0))
         now, differ = len(self.dataloader), images_that_differ(meta, self.runner)
         if done and (differ or steps != now):
-            raise ValueError(
+            raise InvalidValueError(
+                "resume-other-batches",
                 f"{source} is from step {done} of an epoch of {steps} steps, and an epoch has {now} now. Resume with the "
                 f"images, batch_size and processes that it was written with{f' ({differ})' if differ else ''}, or from the end "
-                "of an epoch (--resume epoch_N.pth)"
+                "of an epoch (--resume epoch_N.pth)",
             )
         if not done and (differ or meta.get("steps_per_epoch", now) != now):
             self._iter = self._epoch * now

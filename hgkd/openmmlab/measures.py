@@ -47,15 +47,21 @@ def check_coco_metric(evaluator: Mapping[str, Any], model: Mapping[str, Any], na
     items = evaluator.get("metric_items")
     known = {*_COCO_ITEMS, *_RECALLS}
     if items is not None and (isinstance(items, str) or not set(items) <= known):
-        raise DataError(f"{name}.metric_items={items!r}, needed is a list of some of {', '.join(sorted(known))}")
+        raise DataError(
+            "metric-items-unknown", f"{name}.metric_items={items!r}, needed is a list of some of {', '.join(sorted(known))}"
+        )
     numbers = evaluator.get("proposal_nums", (100, 300, 1000))
     # its own evaluation in several processes sums up otherwise
     if not evaluator.get("use_mp_eval") and (not isinstance(numbers, Sequence) or len(numbers) < 3):
-        raise DataError(f"{name}.proposal_nums={numbers!r}, needed are three numbers of boxes an image, like (1, 10, 100)")
+        raise DataError(
+            "proposal-nums-wrong",
+            f"{name}.proposal_nums={numbers!r}, needed are three numbers of boxes an image, like (1, 10, 100)",
+        )
     if "segm" in coco_metrics(evaluator) and not _mentions_masks(model):
         raise DataError(
+            "metric-needs-masks",
             f"{name}.metric={evaluator['metric']!r} measures masks, but the model predicts none; set {name}.metric='bbox', or "
-            "take a model with masks"
+            "take a model with masks",
         )
 
 
@@ -69,13 +75,15 @@ def check_all_measured(dataset: Mapping[str, Any], evaluator: Mapping[str, Any],
         return
     if dataset.get("indices") is not None:
         raise DataError(
+            "indices-leave-images-out",
             f"{loader}: indices={dataset['indices']!r} leaves out images whose objects {evaluator_of(loader)}.ann_file counts "
-            "as missed; write an annotation file of the images that are meant, and set it for both"
+            "as missed; write an annotation file of the images that are meant, and set it for both",
         )
     if any((dataset.get("filter_cfg") or {}).values()) and not dataset.get("test_mode"):
         raise DataError(
+            "filter-leaves-images-out",
             f"{loader}: filter_cfg={dict(dataset['filter_cfg'])} leaves out images that {evaluator_of(loader)}.ann_file "
-            "counts; set test_mode=True in the data set"
+            "counts; set test_mode=True in the data set",
         )
 
 
@@ -87,7 +95,9 @@ def check_iou_metric(evaluator: Mapping[str, Any], name: str) -> None:
     """
     asked = _listed(evaluator.get("iou_metrics", "mIoU"))
     if not set(asked) <= _IOU_KEYS.keys():
-        raise DataError(f"{name}.iou_metrics={asked!r}, needed is a list of some of {', '.join(sorted(_IOU_KEYS))}")
+        raise DataError(
+            "iou-metric-unknown", f"{name}.iou_metrics={asked!r}, needed is a list of some of {', '.join(sorted(_IOU_KEYS))}"
+        )
 
 
 def check_best(cfg: Config) -> None:
@@ -106,8 +116,9 @@ def check_best(cfg: Config) -> None:
     unknown = [key for key in asked if key != "auto" and key not in scores]
     if unknown and scores:
         raise DataError(
+            "save-best-unknown",
             f"default_hooks.checkpoint.save_best={unknown[0]!r} is no score of val_evaluator, which gives "
-            f"{', '.join(sorted(scores))}; set one of them, or 'auto' for the first"
+            f"{', '.join(sorted(scores))}; set one of them, or 'auto' for the first",
         )
 
 
@@ -151,19 +162,21 @@ def check_pixel_heads(heads: Mapping[str, Mapping[str, Any]]) -> None:
                 continue
             if outputs == 1 and not loss.get("use_sigmoid"):
                 raise DataError(
+                    "pixel-head-of-one-output",
                     f"{path} has one output and a softmax over it, whose loss is always 0. "
                     + (
                         f"Set {path}.loss_decode.use_sigmoid=True"
                         if head.get("num_classes") == 2
                         else f"Call what is no object a class, too: metainfo.classes=('background', NAME), and set "
                         f"{path}.num_classes=2"
-                    )
+                    ),
                 )
             weights = loss.get("class_weight")
             if isinstance(weights, (list, tuple)) and not loss.get("use_sigmoid") and len(weights) != outputs:
                 raise DataError(
+                    "class-weights-differ",
                     f"{path}.loss_decode.class_weight has {len(weights)} weights, but the head {outputs} classes; give each "
-                    "class one, in their order"
+                    "class one, in their order",
                 )
 
 

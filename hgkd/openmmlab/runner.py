@@ -23,7 +23,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hgkd.errors import DivergedError, WeightsError
+from hgkd.errors import DivergedError, InvalidValueError, WeightsError
 from hgkd.mmcv_ops.finder import ops_notice, register_ops
 from hgkd.openmmlab.config import datasets_of, drop_downloads, model_config, skip_unreadable_images, whole_number, without_scope
 from hgkd.openmmlab.data_checks.checks import check_data
@@ -184,10 +184,14 @@ class DownstreamRunner(DistillRunner):
             WeightsError: damaged, or of another model; nothing has been changed then.
         """
         if Path(filename).is_file() and is_damaged(filename):
-            raise WeightsError(f"{filename} is damaged: its content does not agree with the hash that was written with it")
+            raise WeightsError(
+                "file-hash-differs", f"{filename} is damaged: its content does not agree with the hash that was written with it"
+            )
         checkpoint = read_checkpoint(filename)
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
-            raise WeightsError(f"{filename} is no checkpoint of a detector or segmentor: it has no 'state_dict'")
+            raise WeightsError(
+                "checkpoint-not-downstream", f"{filename} is no checkpoint of a detector or segmentor: it has no 'state_dict'"
+            )
         self._read = ReadCheckpoint.of(checkpoint)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         try:
@@ -196,8 +200,9 @@ class DownstreamRunner(DistillRunner):
             load_strict(model, state if hasattr(model, "student") else student_weights(state), source=str(filename))
         except WeightsError as error:
             raise WeightsError(
+                "checkpoint-of-another-model",
                 f"{filename} is not of this config's model; use the config that wrote it (backbone=FILE loads a backbone "
-                f"alone). {error}"
+                f"alone). {error}",
             ) from error
         self._has_loaded = True
         return checkpoint
@@ -224,10 +229,11 @@ def _check_steps(loop: BaseLoop, processes: int) -> None:
     if images and (len(loader) or endless):
         return
     size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
-    raise ValueError(
+    raise InvalidValueError(
+        "no-training-step",
         f"no training step: train_dataloader has {images} images, which do not fill one batch of {size} on each of {processes} "
         "processes, and incomplete batches are dropped (drop_last=True). Set a smaller batch_size, or use more images (a data "
-        "set's filter_cfg and indices leave images out)"
+        "set's filter_cfg and indices leave images out)",
     )
 
 
@@ -268,8 +274,9 @@ def dry_run_downstream(cfg: Config) -> str:
     losses = {name: float(value) for name, value in outputs.items() if "loss" in name}
     if guard.skipped or not all(map(math.isfinite, losses.values())):
         raise DivergedError(
+            "step-not-finite",
             f"loss or gradient of the first step is not finite: {', '.join(f'{k} {v:.4g}' for k, v in losses.items())}. Look "
-            "at the weights that it starts from (backbone, teacher_checkpoint), the annotations, lr and --amp"
+            "at the weights that it starts from (backbone, teacher_checkpoint), the annotations, lr and --amp",
         )
     parameters = [p for p in runner.model.parameters() if p.requires_grad]
     size = cfg.train_dataloader.get("batch_size")  # of a loader with a batch sampler torch says None

@@ -69,13 +69,18 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
         reason = error.__cause__ or error  # without the remedy of import_weights, for which a training has no option
         if {"stem.0.weight", "layer1.0.conv1.weight"} <= network.state_dict().keys() and "conv1.weight" in weights:
             raise WeightsError(
+                "stem-of-resnetv1c",
                 f"backbone={path} holds {holds} with one convolution as stem, and this config's backbone, {needs}, has three "
                 "(mmseg's ResNetV1c). Set model.backbone.type=ResNet (in a distillation model.student.backbone.type=ResNet) "
-                f"or give weights of a ResNetV1c. {reason}"
+                f"or give weights of a ResNetV1c. {reason}",
             ) from error
         if holds == needs:
-            raise WeightsError(f"backbone={path} holds {holds} as this config needs it, but not all fits. {reason}") from error
-        raise WeightsError(f"backbone={path} holds {holds}, and this config's backbone is {needs}. {reason}") from error
+            raise WeightsError(
+                "weights-do-not-fit", f"backbone={path} holds {holds} as this config needs it, but not all fits. {reason}"
+            ) from error
+        raise WeightsError(
+            "backbone-of-another-network", f"backbone={path} holds {holds}, and this config's backbone is {needs}. {reason}"
+        ) from error
 
 
 def _check_norms(network: nn.Module, file: Path, path: str) -> None:
@@ -130,13 +135,11 @@ def check_start(backbone: nn.Module) -> None:
     if getattr(backbone, "norm_eval", False) and any(isinstance(layer, _BatchNorm) for layer in backbone.modules()):
         fixed.append("its norms never take statistics (norm_eval)")
     if fixed:
-        raise coded(
+        raise InvalidValueError(
             "random-weights-frozen",
-            ValueError(
-                f"backbone=None: the backbone starts from random weights, and {' and '.join(fixed)}. Set backbone=FILE to "
-                "weights for it, or train all of it: frozen_stages=-1 (hgkd.TimmBackbone: 0) and norm_eval=False in "
-                "model.backbone (a distillation: model.student.backbone)"
-            ),
+            f"backbone=None: the backbone starts from random weights, and {' and '.join(fixed)}. Set backbone=FILE to "
+            "weights for it, or train all of it: frozen_stages=-1 (hgkd.TimmBackbone: 0) and norm_eval=False in "
+            "model.backbone (a distillation: model.student.backbone)",
         )
     print_log(
         "backbone=None: the backbone starts from random weights; backbone=FILE loads an export", "current", logging.WARNING
@@ -178,14 +181,16 @@ def _weight_file(path: Path) -> Path:
     if path.is_dir():
         found = [path / name for name in _EXPORTED if (path / name).is_file()]
         if not found:
-            raise FileNotFoundError(
-                f"backbone={path} is a folder without {' or '.join(_EXPORTED)}; give one that hgkd export wrote, or a file"
+            raise MissingFileError(
+                "folder-without-weights",
+                f"backbone={path} is a folder without {' or '.join(_EXPORTED)}; give one that hgkd export wrote, or a file",
             )
         return found[0]
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
+            "weight-file-missing",
             f"backbone={path} does not exist; give a folder that 'hgkd export CHECKPOINT --to timm --out FOLDER' wrote, or "
-            "a weight file"
+            "a weight file",
         )
     return path
 
@@ -195,8 +200,9 @@ def _plain_weights(file: WeightFile, network: nn.Module) -> dict[str, Tensor]:
     content = file.content
     if "hgkd" in file.meta:
         raise WeightsError(
+            "checkpoint-where-export-needed",
             f"backbone={file} is a training checkpoint of hgkd (student, decoder and optimiser). Export the student first: "
-            f"hgkd export {file} --to timm --out FOLDER, then backbone=FOLDER"
+            f"hgkd export {file} --to timm --out FOLDER, then backbone=FOLDER",
         )
     inside = next(
         (
@@ -209,8 +215,9 @@ def _plain_weights(file: WeightFile, network: nn.Module) -> dict[str, Tensor]:
     names = [str(key) for key in inside] if isinstance(inside, Mapping) else []
     if any(_ASIDE.match(name) for name in names):
         raise WeightsError(
+            "whole-model-where-backbone-needed",
             f"backbone={file} is the checkpoint of a whole detector or segmentor, not of a backbone. To continue from it, use "
-            "load_from=FILE; for its backbone alone: hgkd export FILE --encoder NAME --to timm --out FOLDER"
+            "load_from=FILE; for its backbone alone: hgkd export FILE --encoder NAME --to timm --out FOLDER",
         )
     own = list(network.state_dict())
     there = set(names)
@@ -220,8 +227,9 @@ def _plain_weights(file: WeightFile, network: nn.Module) -> dict[str, Tensor]:
     if own[0] not in there and prefixes:
         prefix = min(prefixes, key=len)
         raise WeightsError(
+            "weights-with-prefix",
             f"backbone={file} has the prefix {prefix!r} before its names ({prefix + own[0]}), which could be another part of "
-            f"a model. Bring it to plain names: hgkd export {file} --encoder NAME --to timm --out FOLDER"
+            f"a model. Bring it to plain names: hgkd export {file} --encoder NAME --to timm --out FOLDER",
         )
     return file.tensors()
 
@@ -335,7 +343,7 @@ def check_pixels(
     if where != "model":
         told += ", and the same for model.teacher (a distillation whose student or teacher is a file: in that file)"
     if card and refuse:
-        raise ValueError(told)
+        raise InvalidValueError("pixels-differ", told)
     told += "" if card else "; leave it where the weights are of that kind, e.g. caffe's (BGR, std 1, style='caffe')"
     print_log(told, "current", logging.WARNING)
 

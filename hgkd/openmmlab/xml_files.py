@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine import registry as roots
 
-from hgkd.errors import DataError, abbreviate
+from hgkd.errors import DataError, MissingFileError, abbreviate
 from hgkd.openmmlab.data_checks.listed_images import check_images, why_absent
 
 
@@ -28,12 +28,14 @@ def check_xml_files(dataset: Mapping[str, Any], file: Path, classes: Sequence[st
         entries = built.load_data_list()
     except FileNotFoundError as error:
         lost = Path(str(error.filename))
-        raise FileNotFoundError(
-            f"{name}: {lost} does not exist{why_absent(lost.parent, lost.name)}; {file} lists names without suffix, one a line"
+        raise MissingFileError(
+            "voc-file-missing",
+            f"{name}: {lost} does not exist{why_absent(lost.parent, lost.name)}; {file} lists names without suffix, one a line",
         ) from error
     except (ElementTree.ParseError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise DataError(
-            f"{name}: a file that {file} lists is no annotation in PASCAL VOC's format ({type(error).__name__}: {error})"
+            "voc-file-unreadable",
+            f"{name}: a file that {file} lists is no annotation in PASCAL VOC's format ({type(error).__name__}: {error})",
         ) from error
     found = {label for entry in entries for label in _labels(entry["xml_path"])}
     unknown = sorted(found - set(classes))

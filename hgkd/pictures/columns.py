@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
+
 _GAP = 2  # pixels between tiles
 _TITLE = 14  # height of the strip with the column names
 
@@ -95,7 +97,9 @@ def picture_grid(columns: Mapping[str, Tensor]) -> np.ndarray:
     """
     counts = {len(maps) for maps in columns.values()}
     if len(counts) != 1:
-        raise ValueError(f"every column needs the same number of images, got {[len(m) for m in columns.values()]}")
+        raise InvalidValueError(
+            "picture-counts-differ", f"every column needs the same number of images, got {[len(m) for m in columns.values()]}"
+        )
     rows = counts.pop()
     height = max(maps.shape[-2] for maps in columns.values())
     width = max(maps.shape[-1] for maps in columns.values())
@@ -117,7 +121,7 @@ def picture_grid(columns: Mapping[str, Tensor]) -> np.ndarray:
 
 def _rows(tokens: Tensor) -> Tensor:
     if tokens.ndim != 4:
-        raise ValueError(f"expected token maps (B, D, h, w), got shape {tuple(tokens.shape)}")
+        raise InvalidValueError("token-maps-shape", f"expected token maps (B, D, h, w), got shape {tuple(tokens.shape)}")
     return tokens.permute(0, 2, 3, 1).reshape(-1, tokens.shape[1])
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hgkd.data.images import read_crops
-from hgkd.errors import unknown_name_message
+from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.evaluation.extract import FeatureExtractor, FeatureSet
 from hgkd.evaluation.knn import nearest_neighbours
 from hgkd.networks.classifier import ImageClassifier
@@ -68,7 +68,7 @@ def class_columns(classifier: ImageClassifier, images: Tensor, name: str | None 
     """
     names = classifier.spec.classes or tuple(map(str, range(classifier.spec.num_classes)))
     if name is not None and name not in names:
-        raise ValueError(unknown_name_message("class", name, names))
+        raise InvalidValueError("class-unknown", unknown_name_message("class", name, names))
     classes = None if name is None else torch.full((len(images),), names.index(name), device=images.device)
     maps, shown = classifier.class_activation(classifier.normalise(images), classes)
     return {"image": images, "class": heat_colours(maps)}, [names[index] for index in shown.tolist()]
@@ -90,7 +90,9 @@ def heat_colours(maps: Tensor) -> Tensor:
 def _finite(values: Tensor, what: str) -> Tensor:
     """The values themselves; of NaN or infinity there is no picture, and it would look like one."""
     if not values.isfinite().all():
-        raise ValueError(f"some {what} are NaN or infinite; the network has diverged or its weights are damaged")
+        raise InvalidValueError(
+            "features-not-finite", f"some {what} are NaN or infinite; the network has diverged or its weights are damaged"
+        )
     return values
 
 
@@ -128,7 +130,10 @@ def neighbour_columns(
     known = [bank_files[i] for i in bank.indices.tolist()]
     real = [os.path.realpath(file) for file in known]
     if len(set(real)) < k + 1:
-        raise ValueError(f"{k} neighbours beside the query itself need a bank of {k + 1} images or more, got {len(set(real))}")
+        raise InvalidValueError(
+            "neighbours-out-of-range",
+            f"{k} neighbours beside the query itself need a bank of {k + 1} images or more, got {len(set(real))}",
+        )
     cosines, places = nearest_neighbours(bank.features, queries.features, min(len(known), k + 1), standardise=standardise)
     found: list[list[tuple[Path, float]]] = []
     for query, row, values in zip(own, places.tolist(), cosines.tolist(), strict=True):

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from hgkd.data.folders import IMAGE_EXTENSIONS
 from hgkd.data.images import find_images, read_crops
-from hgkd.errors import DataError
+from hgkd.errors import DataError, MissingFileError
 from hgkd.pictures.columns import Columns, picture_grid
 from hgkd.pictures.report import Picture, Section, write_report
 from hgkd.writing import written_whole
@@ -38,10 +38,11 @@ def find_files(sources: Sequence[str | os.PathLike[str]], limit: int | None = No
         elif source.is_file():
             found.append(source)
         else:
-            raise FileNotFoundError(f"image or folder {source} does not exist")
+            raise MissingFileError("image-missing", f"image or folder {source} does not exist")
     if not found:
         raise DataError(
-            f"no images in {', '.join(map(str, sources))}; looked for files ending in {', '.join(IMAGE_EXTENSIONS)}"
+            "no-images",
+            f"no images in {', '.join(map(str, sources))}; looked for files ending in {', '.join(IMAGE_EXTENSIONS)}",
         )
     return found[:limit]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hgkd.config.reading import check_plain_data
+from hgkd.errors import InvalidValueError, MissingFileError
 from hgkd.masking import RandomMask, grid_of, ids_keep_of
 from hgkd.pictures.columns import Columns, hide_cells
 from hgkd.pictures.distillation import distillation_columns
@@ -51,7 +52,7 @@ def load_reconstructor(checkpoint: str | os.PathLike[str]) -> Reconstructor:
         WeightsError: damaged, or no such file at all.
     """
     if not Path(checkpoint).expanduser().exists():
-        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
+        raise MissingFileError("checkpoint-missing", f"checkpoint {checkpoint} does not exist")
     file = identify(checkpoint)
     model = literal_config(file.meta.get("cfg")).get("model") or {}
     if model.get("type") == "MaskedDistiller":
@@ -72,9 +73,10 @@ class _DistilledPixels:
         pixels = [name for name, objective in objectives.items() if objective.get("type") == "PixelReconstruction"]
         if not pixels:
             kinds = ", ".join(str(objective.get("type")) for objective in objectives.values())
-            raise ValueError(
+            raise InvalidValueError(
+                "no-pixels-predicted",
                 f"{self.path} was trained with {kinds or 'no objective'} and predicts no pixels; a reconstruction needs a "
-                "checkpoint with PixelReconstruction (configs/spark), or a MAE"
+                "checkpoint with PixelReconstruction (configs/spark), or a MAE",
             )
         self.name = pixels[0]
         size = self.model["image_size"]
@@ -161,7 +163,7 @@ def reconstruction_columns(
     """
     ratio = model.mask_ratio if mask_ratio is None else mask_ratio
     if not 0.0 < ratio < 1.0:
-        raise ValueError(f"mask_ratio is the share of hidden cells, in (0, 1), got {ratio}")
+        raise InvalidValueError("mask-ratio-out-of-range", f"mask_ratio is the share of hidden cells, in (0, 1), got {ratio}")
     columns = model.columns(inputs, ratio, seed)
     _finite(columns["reconstruction"], "predicted pixels")
     return columns, ratio

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from hgkd.errors import MissingFileError
 from hgkd.writing import written_beside
 
 _STYLE = """
@@ -132,7 +133,7 @@ def read_scalars(work_dir: str | os.PathLike[str], key: str) -> tuple[list[int],
     """
     files = sorted(Path(work_dir).glob("*/vis_data/scalars.json"))
     if not files:
-        raise FileNotFoundError(f"{work_dir} holds no */vis_data/scalars.json; was a run finished there?")
+        raise MissingFileError("scalars-missing", f"{work_dir} holds no */vis_data/scalars.json; was a run finished there?")
     found: dict[int, float] = {}
     for file in files:
         for line in file.read_text().splitlines():

@@ -135,10 +135,10 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather", renormalize:
         NoSparseRuleError: a layer is known to mix positions without a rule, or cannot be copied; it is named.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown sparse backend {backend!r}; known: {', '.join(BACKENDS)}")
+        raise InvalidValueError("sparse-backend-unknown", f"unknown sparse backend {backend!r}; known: {', '.join(BACKENDS)}")
     BACKENDS[backend].require()
     if cell < 1:
-        raise ValueError(f"cell must be a positive number of pixels, got {cell}")
+        raise InvalidValueError("cell-not-positive", f"cell must be a positive number of pixels, got {cell}")
     module = _copy(module)
     _give_rules(module)
     if backend == "gather":
@@ -157,8 +157,9 @@ def _copy(module: nn.Module) -> nn.Module:
             kept = [name for name, value in vars(layer).items() if _computed(value)]
             if kept:
                 raise NoSparseRuleError(
+                    "layer-with-computed-tensors",
                     f"layer {path!r} ({type(layer).__name__}) keeps computed tensors ({kept[0]}) from one forward to the next, "
-                    "so the network cannot be copied; convert it before its first forward, or choose another network"
+                    "so the network cannot be copied; convert it before its first forward, or choose another network",
                 ) from error
         raise
 
@@ -178,8 +179,9 @@ def _give_rules(module: nn.Module) -> None:
             layer.__class__ = _twin_type(type(layer), rule)  # type: ignore[arg-type]
         elif isinstance(layer, _REFUSED) or any(_full_name(base) in _REFUSED_NAMES for base in type(layer).__mro__):
             raise NoSparseRuleError(
+                "layer-without-sparse-rule",
                 f"layer {path!r} ({type(layer).__name__}) mixes positions and has no sparse rule; register one with "
-                "hgkd.sparse.layer_rule, or choose another network"
+                "hgkd.sparse.layer_rule, or choose another network",
             )
         layer.__dict__["sparse_path"] = path
 

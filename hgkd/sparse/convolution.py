@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hgkd.errors import NoSparseRuleError
+from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.sparse.kernels import ConvGeometry
 from hgkd.sparse.tensor import Arguments, Options, Padding
 
@@ -70,11 +70,14 @@ def window_geometry(
     ceil_mode = given.get("ceil_mode", False)
     kernel, stride, dilation = pair(kernel), pair(stride), pair(dilation)
     if stride[0] != stride[1]:
-        raise NoSparseRuleError(f"{what} with strides {stride}: different strides along the axes have no sparse rule")
+        raise NoSparseRuleError(
+            "strides-differ-along-axes", f"{what} with strides {stride}: different strides along the axes have no sparse rule"
+        )
     if s_in % stride[0]:
-        raise ValueError(
+        raise InvalidValueError(
+            "cells-too-small-for-stride",
             f"{what} of stride {stride[0]} on cells that are {s_in} positions wide here: cells must be a multiple of the "
-            "network's total stride; use larger mask cells"
+            "network's total stride; use larger mask cells",
         )
     if isinstance(padding, str):
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)] if padding == "same" else [0, 0]
@@ -94,10 +97,11 @@ def window_geometry(
         if ceil_mode and (made - 1) * stride[axis] >= padded[axis] + pad[axis]:
             made -= 1  # torch drops a last window that would start beyond the image
         if made != size[axis] // stride[axis]:
-            raise ValueError(
+            raise InvalidValueError(
+                "window-moves-positions",
                 f"{what} with kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation} makes {made} positions "
                 f"of {size[axis]}; a sparse layer must make {size[axis] // stride[axis]}, so that its positions stay "
-                "aligned with the mask cells (usual remedy: padding = dilation * (kernel - 1) / 2)"
+                "aligned with the mask cells (usual remedy: padding = dilation * (kernel - 1) / 2)",
             )
     pad = (pad[0] + before[0], pad[1] + before[1])
     return ConvGeometry(s_in, kernel, stride, pad, dilation, pending.mode if pending else "constant")
@@ -111,6 +115,7 @@ def _check_pending(what: str, pending: Padding, pads_itself: bool) -> None:
         fits = not pads_itself and pending.mode == "constant" and (what == "max_pool2d" or pending.value == 0.0)
     if not fits:
         raise NoSparseRuleError(
+            "padding-without-sparse-rule",
             f"{what}{' that pads as well' if pads_itself else ''} after torch.nn.functional.pad with mode={pending.mode!r}, "
-            f"value={pending.value}: this combination has no sparse rule"
+            f"value={pending.value}: this combination has no sparse rule",
         )

@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hgkd.differences import largest_difference
-from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.errors import (
+    ExistingFileError,
+    InvalidTypeError,
+    InvalidValueError,
+    MissingFileError,
+    WeightsError,
+    unknown_name_message,
+)
 from hgkd.sparse.convert import BACKENDS, SparseModule, sparsify
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.parity import image_channels
@@ -51,10 +58,13 @@ def save_sparse(
         WriteError: see :func:`hgkd.writing.writing`.
     """
     if not isinstance(network, SparseModule):
-        raise TypeError(f"save_sparse writes networks made by hgkd.sparse.sparsify, got {type(network).__name__}; sparsify it")
+        raise InvalidTypeError(
+            "network-not-sparsified",
+            f"save_sparse writes networks made by hgkd.sparse.sparsify, got {type(network).__name__}; sparsify it",
+        )
     path = Path(path)
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or pass overwrite=True")
+        raise ExistingFileError("file-exists", f"{path} exists; choose another name or pass overwrite=True")
     facts = {"cell": network.sparse_cell, "backend": network.sparse_backend, "timm_model": timm_model}
     facts["renormalize"] = network.sparse_renormalize
     facts["timm_kwargs"] = dict(timm_kwargs or {})
@@ -80,21 +90,30 @@ def load_sparse(path: str | Path, network: nn.Module | None = None, backend: str
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no sparse backbone at {path}; expected a file written by hgkd.sparse.save_sparse")
+        raise MissingFileError(
+            "sparse-file-missing", f"no sparse backbone at {path}; expected a file written by hgkd.sparse.save_sparse"
+        )
     facts, weights = _read(path)
     if network is None:
         name = facts["timm_model"]
         if name is None:
-            raise ValueError(f"{path} does not say which network it holds; pass network=, the dense network it was made from")
+            raise InvalidValueError(
+                "network-not-in-file",
+                f"{path} does not say which network it holds; pass network=, the dense network it was made from",
+            )
         if not timm.is_model(name):
-            raise ValueError(f"{path}: " + unknown_name_message("timm model", name, timm.list_models()))
+            raise InvalidValueError(
+                "timm-name-unknown", f"{path}: " + unknown_name_message("timm model", name, timm.list_models())
+            )
         network = timm.create_model(name, **facts["timm_kwargs"])
     # files of before it was an option did not renormalise
     sparse = sparsify(network, facts["cell"], backend or facts["backend"], facts.get("renormalize", False)).eval()
     try:
         sparse.load_state_dict(weights)
     except RuntimeError as error:
-        raise WeightsError(f"the weights of {path} do not fit {type(network).__name__}: {error}") from error
+        raise WeightsError(
+            "weights-do-not-fit", f"the weights of {path} do not fit {type(network).__name__}: {error}"
+        ) from error
     return sparse
 
 
@@ -105,16 +124,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise WeightsError(
-            f"{path} is no safetensors file ({error}); expected one written by hgkd.sparse.save_sparse"
+            "file-not-safetensors", f"{path} is no safetensors file ({error}); expected one written by hgkd.sparse.save_sparse"
         ) from error
     if _KEY not in metadata:
         raise WeightsError(
+            "sparse-facts-missing",
             f"{path} holds weights but neither mask cell nor backend; expected a file written by hgkd.sparse.save_sparse "
-            "(for plain weights: load them into the dense network, then sparsify it)"
+            "(for plain weights: load them into the dense network, then sparsify it)",
         )
     facts = json.loads(metadata[_KEY])
     if facts.get("backend") not in BACKENDS:
-        raise WeightsError(f"{path}: " + unknown_name_message("sparse backend", str(facts.get("backend")), BACKENDS))
+        raise WeightsError(
+            "file-backend-unknown", f"{path}: " + unknown_name_message("sparse backend", str(facts.get("backend")), BACKENDS)
+        )
     return facts, weights
 
 
@@ -124,7 +146,9 @@ def _check_equal(network: Any, path: Path) -> None:
     try:
         loaded = load_sparse(path)
     except WeightsError as error:
-        raise ValueError(f"the named timm model is not this network: {error}; {remedy}") from error
+        raise InvalidValueError(
+            "named-network-differs", f"the named timm model is not this network: {error}; {remedy}"
+        ) from error
     parameter = next(network.parameters())
     found: Any = loaded.to(parameter.device, parameter.dtype)
     cell = network.sparse_cell
@@ -141,4 +165,6 @@ def _check_equal(network: Any, path: Path) -> None:
         for module, training in modes.items():
             module.training = training
     if not largest_difference(features[1], features[0]) <= 1e-4:
-        raise ValueError(f"the named timm model has these weights but computes other features; {remedy}")
+        raise InvalidValueError(
+            "named-network-differs", f"the named timm model has these weights but computes other features; {remedy}"
+        )

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgkd.errors import InvalidTypeError, InvalidValueError
+
 T = TypeVar("T")
 
 
@@ -42,14 +44,17 @@ class CellLayout:
     def __init__(self, visible: Tensor, cell: int, renormalize: bool = False) -> None:
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
-            raise TypeError(f"visible must be a bool tensor with True = visible, got {kind}")
+            raise InvalidTypeError("visible-dtype", f"visible must be a bool tensor with True = visible, got {kind}")
         if visible.dim() != 3:
-            raise ValueError(f"visible must have shape (B, h, w), got {tuple(visible.shape)}")
+            raise InvalidValueError("visible-shape", f"visible must have shape (B, h, w), got {tuple(visible.shape)}")
         if cell < 1:
-            raise ValueError(f"cell must be a positive number of pixels, got {cell}")
+            raise InvalidValueError("cell-not-positive", f"cell must be a positive number of pixels, got {cell}")
         if visible.device.type == "cpu" and not bool(visible.flatten(1).any(1).all()):
             empty = (~visible.flatten(1).any(1)).nonzero().flatten().tolist()
-            raise ValueError(f"images {empty[:5]} of the batch have no visible cell; keep at least one cell an image")
+            raise InvalidValueError(
+                "image-without-visible-cell",
+                f"images {empty[:5]} of the batch have no visible cell; keep at least one cell an image",
+            )
         self.visible = visible
         self.cell = cell
         self.renormalize = renormalize
@@ -106,9 +111,10 @@ class CellLayout:
             ValueError: the stride does not divide the cell.
         """
         if stride < 1 or self.cell % stride:
-            raise ValueError(
+            raise InvalidValueError(
+                "stride-does-not-fit-cells",
                 f"a feature map of stride {stride} does not fit cells of {self.cell} px; "
-                f"use cells that are a multiple of the network's total stride"
+                f"use cells that are a multiple of the network's total stride",
             )
         return self.cell // stride
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgkd.errors import NoSparseRuleError
+from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
 from hgkd.sparse.kernels import ConvGeometry
 from hgkd.sparse.layout import CellLayout
@@ -69,7 +69,9 @@ class MaskedTensor(SparseTensor):
     def per_image(self, value: Tensor) -> Tensor:
         """(B, ...) operands broadcast without reshaping."""
         if value.shape[0] != self.cells.batch:
-            raise ValueError(f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images")
+            raise InvalidValueError(
+                "operand-shape", f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
+            )
         return value
 
     def image_sum(self, values: Tensor) -> Tensor:
@@ -85,7 +87,9 @@ class MaskedTensor(SparseTensor):
 @function_rule("batch_norm", on=(MaskedTensor,))
 def _batch_norm(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     if owner.channel_dim != 1:
-        raise NoSparseRuleError("batch_norm on a sparse feature map in channels-last order; permute first")
+        raise NoSparseRuleError(
+            "channels-last-order", "batch_norm on a sparse feature map in channels-last order; permute first"
+        )
     x = args[0] if args else kwargs.pop("input")
     if x.cells.all_visible:
         with plain_torch():
@@ -129,7 +133,7 @@ def _avg_pool2d(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Op
 def _check(x: MaskedTensor, what: str, kernel: int | Sequence[int], given: dict[str, Any]) -> ConvGeometry:
     """The geometry, with the same refusals as the packed backend."""
     if x.channel_dim != 1:
-        raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")
+        raise NoSparseRuleError("channels-last-order", f"{what} on a sparse feature map in channels-last order; permute first")
     s = x.cells.side(x.stride)
     size = (x.cells.grid[0] * s, x.cells.grid[1] * s)
     return window_geometry(what, s, size, kernel, given, x.pending)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgkd.errors import NoSparseRuleError
+from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.sparse import kernels
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
 from hgkd.sparse.layout import CellLayout
@@ -48,7 +48,9 @@ class PackedTensor(SparseTensor):
     def per_image(self, value: Tensor) -> Tensor:
         """Repeat (B, ...) for each visible cell of its image: (T, ...)."""
         if value.shape[0] != self.cells.batch:
-            raise ValueError(f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images")
+            raise InvalidValueError(
+                "operand-shape", f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
+            )
         return value.index_select(0, self.cells.image_of_cell)
 
     def image_sum(self, values: Tensor) -> Tensor:
@@ -70,13 +72,14 @@ class PackedTensor(SparseTensor):
 def _side_of(dense: Tensor, cells: CellLayout) -> int:
     """Positions a cell side of a dense map (B, C, H, W); ValueError when it does not fit the layout."""
     if dense.dim() != 4 or dense.shape[0] != cells.batch:
-        raise ValueError(f"expected ({cells.batch}, C, H, W) for {cells}, got {tuple(dense.shape)}")
+        raise InvalidValueError("dense-map-shape", f"expected ({cells.batch}, C, H, W) for {cells}, got {tuple(dense.shape)}")
     (h, w), (height, width) = cells.grid, dense.shape[2:]
     s = height // h
     if s < 1 or cells.cell % s or (height, width) != (h * s, w * s):
-        raise ValueError(
+        raise InvalidValueError(
+            "dense-map-shape",
             f"a map of {height} x {width} positions does not fit the {h} x {w} cells of {cells.cell} px; expected "
-            f"{cells.image_size[0]} x {cells.image_size[1]} divided by a stride"
+            f"{cells.image_size[0]} x {cells.image_size[1]} divided by a stride",
         )
     return s
 
@@ -84,7 +87,9 @@ def _side_of(dense: Tensor, cells: CellLayout) -> int:
 @function_rule("batch_norm", on=(PackedTensor,))
 def _batch_norm(func: Function, owner: PackedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     if owner.channel_dim != 1:
-        raise NoSparseRuleError("batch_norm on a sparse feature map in channels-last order; permute first")
+        raise NoSparseRuleError(
+            "channels-last-order", "batch_norm on a sparse feature map in channels-last order; permute first"
+        )
     # the tiles hold the visible positions and nothing else, so the dense statistics are the sparse ones
     with plain_torch():
         return owner.like(func(*args, **kwargs))
@@ -107,8 +112,9 @@ def conv_geometry(x: PackedTensor, given: dict[str, Any]) -> kernels.ConvGeometr
     weight = given["weight"]
     geometry = _geometry("conv2d", x, weight.shape[2:], given)
     if weight.shape[1] * given["groups"] != x.shape[1]:
-        raise ValueError(
-            f"conv2d: the weight expects {weight.shape[1] * given['groups']} channels, the feature map has {x.shape[1]}"
+        raise InvalidValueError(
+            "conv-channels-differ",
+            f"conv2d: the weight expects {weight.shape[1] * given['groups']} channels, the feature map has {x.shape[1]}",
         )
     return geometry
 
@@ -143,7 +149,7 @@ def _avg_pool2d(func: Function, owner: PackedTensor, args: Arguments, kwargs: Op
 
 def _geometry(what: str, x: PackedTensor, kernel: int | Sequence[int], given: dict[str, Any]) -> kernels.ConvGeometry:
     if x.channel_dim != 1:
-        raise NoSparseRuleError(f"{what} on a sparse feature map in channels-last order; permute first")
+        raise NoSparseRuleError("channels-last-order", f"{what} on a sparse feature map in channels-last order; permute first")
     s = x.side
     size = (x.cells.grid[0] * s, x.cells.grid[1] * s)
     return window_geometry(what, s, size, kernel, given, x.pending)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgkd.errors import NoSparseRuleError
+from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
 from hgkd.sparse.tensor import (
@@ -34,12 +34,15 @@ def _refuse(func: Function, why: str) -> NoSparseRuleError:
 def check_same_cells(func: Function, owner: SparseTensor, other: SparseTensor) -> None:
     """Refuse to mix two masks, or two orders of dimensions, in one operation."""
     if other.cells is not owner.cells:
-        raise ValueError(
+        raise InvalidValueError(
+            "masks-differ",
             f"{getattr(func, '__name__', func)} got sparse tensors of two different masks, {owner.cells} and "
-            f"{other.cells}; pack all inputs of a network with one CellLayout"
+            f"{other.cells}; pack all inputs of a network with one CellLayout",
         )
     if other.channel_dim != owner.channel_dim:
-        raise _refuse(func, "one operand is in channels-first and the other in channels-last order; permute one")
+        raise _refuse(
+            "channel-orders-differ", func, "one operand is in channels-first and the other in channels-last order; permute one"
+        )
 
 
 def operand(func: Function, owner: SparseTensor, value: Tensor) -> Tensor:
@@ -55,6 +58,7 @@ def operand(func: Function, owner: SparseTensor, value: Tensor) -> Tensor:
     sizes = (1,) * (4 - dims) + tuple(value.shape) if dims <= 4 else ()
     if not sizes or sizes[y_dim] != 1 or sizes[x_dim] != 1:
         raise _refuse(
+            "dense-operand",
             func,
             f"the other operand, of shape {tuple(value.shape)}, differs from position to position; pack it with the same "
             "CellLayout first",
@@ -101,7 +105,11 @@ def _permute(func: Function, owner: SparseTensor, args: Arguments, kwargs: Optio
     moves = {(0, 1, 2, 3): {1: 1, 3: 3}, (0, 2, 3, 1): {1: 3}, (0, 3, 1, 2): {3: 1}}
     channel_dim = moves.get(order, {}).get(owner.channel_dim)
     if channel_dim is None:
-        raise _refuse(func, f"permute{dims} separates the positions; only a move of the channel dimension is supported")
+        raise _refuse(
+            "permute-of-positions",
+            func,
+            f"permute{dims} separates the positions; only a move of the channel dimension is supported",
+        )
     with plain_torch():
         return owner.like(torch.permute(args[0], order), channel_dim)
 
@@ -116,14 +124,17 @@ def _pad(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) 
             func, f"padding {sides} with mode={mode!r}; only positions may be padded, with a constant or by reflection"
         )
     if owner.pending is not None:
-        raise _refuse(func, "it is padded already; pad once")
+        raise _refuse("padded-twice", func, "it is padded already; pad once")
     left, right, top, bottom = (*sides, 0, 0)[:4]
     padding = Padding(left, right, top, bottom, mode, float(given.get("value") or 0.0))
     s = owner.cells.side(owner.stride)
     if mode == "reflect" and (
         max(padding.sides[:2]) >= owner.cells.grid[1] * s or max(padding.sides[2:]) >= owner.cells.grid[0] * s
     ):
-        raise ValueError(f"reflection of {sides} positions on a map of {owner.cells.grid[0] * s} x {owner.cells.grid[1] * s}")
+        raise InvalidValueError(
+            "reflection-too-wide",
+            f"reflection of {sides} positions on a map of {owner.cells.grid[0] * s} x {owner.cells.grid[1] * s}",
+        )
     out = owner.like(owner.plain)
     out.pending = padding if any(sides) else None
     return out
@@ -133,7 +144,11 @@ def _pad(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) 
 def _layer_norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
     if owner.channel_dim != 3 or len(tuple(shape)) != 1:
-        raise _refuse(func, f"a layer norm over {tuple(shape)} spans positions; only the channel dimension is supported")
+        raise _refuse(
+            "norm-over-positions",
+            func,
+            f"a layer norm over {tuple(shape)} spans positions; only the channel dimension is supported",
+        )
     with plain_torch():
         return owner.like(func(*args, **kwargs))
 
@@ -141,7 +156,11 @@ def _layer_norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Op
 @function_rule("linear", on=BOTH)
 def _linear(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     if owner.channel_dim != 3:
-        raise _refuse(func, "a linear layer acts on the last dimension, which holds positions; permute to channels last")
+        raise _refuse(
+            "linear-over-positions",
+            func,
+            "a linear layer acts on the last dimension, which holds positions; permute to channels last",
+        )
     with plain_torch():
         return owner.like(func(*args, **kwargs))
 
@@ -151,10 +170,12 @@ def _cat(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) 
     tensors = args[0] if args else kwargs["tensors"]
     dim = cast(int, args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0)))
     if dim % 4 != owner.channel_dim:
-        raise _refuse(func, f"concatenation along dimension {dim}; only the channel dimension is supported")
+        raise _refuse(
+            "concatenation-of-positions", func, f"concatenation along dimension {dim}; only the channel dimension is supported"
+        )
     for other in tensors:
         if not isinstance(other, SparseTensor):
-            raise _refuse(func, "one of the tensors is dense; pack it with the same CellLayout first")
+            raise _refuse("dense-operand", func, "one of the tensors is dense; pack it with the same CellLayout first")
         check_same_cells(func, owner, other)
     with plain_torch():
         return owner.like(torch.cat(tensors, dim))
@@ -164,7 +185,7 @@ def _cat(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) 
 def _split(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> tuple[SparseTensor, ...]:
     dim = cast(int, kwargs.get("dim", args[2] if len(args) > 2 else 0))
     if dim % 4 != owner.channel_dim:
-        raise _refuse(func, f"a split along dimension {dim}; only the channel dimension is supported")
+        raise _refuse("split-of-positions", func, f"a split along dimension {dim}; only the channel dimension is supported")
     with plain_torch():
         return tuple(owner.like(part) for part in func(*args, **kwargs))
 
@@ -248,6 +269,7 @@ def _reduce(
         with plain_torch():
             return owner.like(func(*args, **kwargs))
     raise _refuse(
+        "reduction-of-positions",
         func,
         f"a reduction over dimensions {dims}; supported are the two dimensions of positions ({owner.spatial_dims}, gives one "
         f"value an image and channel) and the channel dimension with keepdim=True",
@@ -273,7 +295,7 @@ def _amax(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options)
 def _norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:
     power = args[1] if len(args) > 1 else kwargs.get("p", 2)
     if power != 2:
-        raise _refuse(func, f"the norm with p={power}; only p=2 is supported")
+        raise _refuse("norm-power", func, f"the norm with p={power}; only p=2 is supported")
     rest = {"dim": args[2] if len(args) > 2 else kwargs.get("dim")}
     rest["keepdim"] = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
     return _reduce(func, owner, (owner,), rest, 2, lambda: owner.image_sum(owner.plain.square()).sqrt())
@@ -294,7 +316,9 @@ def _global_maximum(func: Function, owner: SparseTensor, args: Arguments, kwargs
 def _check_global(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> None:
     size = args[1] if len(args) > 1 else kwargs["output_size"]
     if owner.channel_dim != 1 or size not in (1, (1, 1), [1, 1]):
-        raise _refuse(func, f"output size {size}; only global pooling (1) is defined over visible positions")
+        raise _refuse(
+            "pooling-not-global", func, f"output size {size}; only global pooling (1) is defined over visible positions"
+        )
 
 
 def image_mean(x: SparseTensor) -> Tensor:
@@ -332,6 +356,8 @@ def _interpolate(func: Function, owner: SparseTensor, args: Arguments, kwargs: O
     scales = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
     whole = scale is not None and scales[0] == scales[1] and float(scales[0]).is_integer()
     if given.get("mode", "nearest") != "nearest" or not whole or given.get("size") is not None:
-        raise _refuse(func, "only mode='nearest' with one whole scale_factor keeps to the visible cells")
+        raise _refuse(
+            "interpolation-not-nearest", func, "only mode='nearest' with one whole scale_factor keeps to the visible cells"
+        )
     with plain_torch():
         return owner.like(F.interpolate(owner, scale_factor=int(scales[0]), mode="nearest"))

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError, MissingPackageError
 from hgkd.sparse import kernels
 from hgkd.sparse.convolution import conv_arguments
 from hgkd.sparse.kernels import ConvGeometry
@@ -41,9 +42,10 @@ class SpconvTensor(PackedTensor):
         try:
             import spconv.pytorch  # noqa: F401
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackageError(
+                "spconv-missing",
                 f"backend 'spconv' needs the spconv library ({error}); pip install 'hgkd[spconv]', any spconv build will do, "
-                "or use backend='gather', which needs nothing"
+                "or use backend='gather', which needs nothing",
             ) from error
 
 
@@ -92,9 +94,10 @@ def check_indices(indices: Tensor) -> Tensor:
         ValueError: not int32 (N, 3) in contiguous memory; spconv would read wrong positions without a word.
     """
     if indices.dtype != torch.int32 or indices.dim() != 2 or indices.shape[1] != 3 or not indices.is_contiguous():
-        raise ValueError(
+        raise InvalidValueError(
+            "spconv-indices",
             f"spconv needs contiguous int32 indices (N, 3), got {indices.dtype} {tuple(indices.shape)}"
-            f"{'' if indices.is_contiguous() else ', not contiguous'}; use .int().contiguous()"
+            f"{'' if indices.is_contiguous() else ', not contiguous'}; use .int().contiguous()",
         )
     return indices
 

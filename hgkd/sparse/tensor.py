@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hgkd.errors import NoSparseRuleError
+from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.sparse.layout import CellLayout
 
 # a function of torch's, and what it was called with
@@ -124,10 +124,11 @@ class SparseTensor(Tensor):
     def check_complete(self) -> None:
         """Refuse to read the values as a map while in channels-last order, or between a padding and what it is for."""
         if self.channel_dim != 1:
-            raise ValueError("to_dense needs channels-first order; permute(0, 3, 1, 2) first")
+            raise InvalidValueError("dense-of-channels-last", "to_dense needs channels-first order; permute(0, 3, 1, 2) first")
         if self.pending is not None:
-            raise ValueError(
-                "to_dense after torch.nn.functional.pad: the padding belongs to the convolution or pooling to come"
+            raise InvalidValueError(
+                "dense-of-padded",
+                "to_dense after torch.nn.functional.pad: the padding belongs to the convolution or pooling to come",
             )
 
     @property
@@ -152,14 +153,16 @@ class SparseTensor(Tensor):
         if rule is None:
             name = getattr(func, "__qualname__", getattr(func, "__name__", repr(func)))
             raise NoSparseRuleError(
+                "operation-without-sparse-rule",
                 f"{name} has no sparse rule{calling_layer()}: its result could depend on hidden positions. "
-                "Register a rule for the layer with hgkd.sparse.layer_rule (see docs/students.md, 'Your own layers')"
+                "Register a rule for the layer with hgkd.sparse.layer_rule (see docs/students.md, 'Your own layers')",
             )
         if func not in _READ_PADDING and any(operand.pending for operand in operands):
             name = getattr(func, "__name__", repr(func))
             raise NoSparseRuleError(
+                "operation-after-padding",
                 f"{name}{calling_layer()} got a feature map that torch.nn.functional.pad has padded; on a sparse feature map "
-                "only a convolution or a pooling may follow the padding"
+                "only a convolution or a pooling may follow the padding",
             )
         return rule(func, owner, args, kwargs)
 
@@ -233,7 +236,7 @@ def named_functions(*names: str) -> set[Any]:
     """The torch functions of these names: ``torch.x``, ``Tensor.x`` and ``torch.nn.functional.x``."""
     found = _named(list(names))
     if not found:
-        raise ValueError(f"torch has no function of any of these names: {names}")
+        raise InvalidValueError("torch-function-missing", f"torch has no function of any of these names: {names}")
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
 from hgkd.masking import grid_of
 from hgkd.pixels import PixelNormalisation
 from hgkd.structures import StudentOutput
@@ -43,7 +44,9 @@ class Student(PixelNormalisation):
         """
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(sides) != 2:
-            raise ValueError(f"image_size must be one side or (height, width), got {image_size!r}")
+            raise InvalidValueError(
+                "image-size-not-a-pair", f"image_size must be one side or (height, width), got {image_size!r}"
+            )
         return grid_of((sides[0], sides[1]), self.cell)
 
     def give_pixels(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hgkd.errors import WeightsError
+from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.networks.backbones import build_backbone, load_backbone
 from hgkd.sparse import load_sparse as load_sparse_file
 from hgkd.students.unet import SparseUNet
@@ -55,7 +55,7 @@ def load_student(
         raise ValueError(
             f"{path} holds a decoder alone; give the network to put it on with encoder="
             if encoder is None
-            else f"{path} holds a whole student; leave encoder out"
+            else f"{path} holds a whole student; leave encoder out",
         )
     file = Path(path).expanduser() / WEIGHTS_FILE
     weights = read_checkpoint(file)

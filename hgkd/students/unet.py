@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
 from hgkd.pixels import check_in_chans, check_normalize, note_pixels, pixel_statistics, require_statistics
 from hgkd.registry import MODELS
@@ -143,11 +143,12 @@ class SparseUNet(Student):
     ) -> None:
         super().__init__()
         if skips not in SKIPS:
-            raise ValueError(f"skips must be one of {', '.join(map(repr, SKIPS))}, got {skips!r}")
+            raise InvalidValueError("skips-unknown", f"skips must be one of {', '.join(map(repr, SKIPS))}, got {skips!r}")
         if not 1 <= min_decoder_width <= decoder_width:
-            raise ValueError(
+            raise InvalidValueError(
+                "decoder-widths",
                 f"decoder widths must satisfy 1 <= min_decoder_width <= decoder_width, "
-                f"got {min_decoder_width} and {decoder_width}"
+                f"got {min_decoder_width} and {decoder_width}",
             )
         kwargs = plain_values(encoder_kwargs or {})
         channels = check_in_chans(kwargs.get("in_chans", 3) if in_chans is None else in_chans, "model.student.in_chans")
@@ -207,16 +208,18 @@ class SparseUNet(Student):
         if visible is None:
             visible = torch.ones(images.shape[0], *grid, dtype=torch.bool, device=images.device)
         if tuple(visible.shape) != (images.shape[0], *grid):
-            raise ValueError(
+            raise InvalidValueError(
+                "visible-shape",
                 f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
-                f"cells need {(images.shape[0], *grid)}"
+                f"cells need {(images.shape[0], *grid)}",
             )
         layout = CellLayout(visible, self.cell, self.renormalize)
         alone = layout.num_cells * (self.cell // self.feature_strides[-1]) ** 2 == 1
         if self.training and alone and any(type(level.norm) is nn.BatchNorm2d for level in self.densify.values()):
-            raise ValueError(
+            raise InvalidValueError(
+                "one-visible-cell",
                 f"one visible cell in the whole batch ({images.shape[0]} image of {grid[0]} x {grid[1]} cells): BatchNorm "
-                "needs two values to have a variance; raise batch_size, lower mask_ratio or enlarge image_size"
+                "needs two values to have a variance; raise batch_size, lower mask_ratio or enlarge image_size",
             )
         packed = cast(Any, self.encoder).pack(self.normalise(images), layout)
         features = cast("list[SparseTensor]", encoder_features(self.encoder, packed, self._levels))
@@ -262,9 +265,9 @@ def check_cell(cell: int, total_stride: int) -> int:
     if cell < 1 or cell % total_stride:
         low = max(total_stride, cell // total_stride * total_stride)
         near = " or ".join(map(str, dict.fromkeys((low, low + total_stride))))
-        raise coded(
+        raise InvalidValueError(
             "cell-not-divided",
-            ValueError(f"cell {cell} is no multiple of the encoder's total stride {total_stride}; nearest that are: {near}"),
+            f"cell {cell} is no multiple of the encoder's total stride {total_stride}; nearest that are: {near}",
         )
     return cell
 
@@ -273,11 +276,9 @@ def check_out_stride(out_stride: int, total_stride: int) -> int:
     """Return ``out_stride``, or raise ValueError when the decoder cannot end there."""
     allowed = [2**power for power in range(total_stride.bit_length())]
     if out_stride not in allowed:
-        raise coded(
+        raise InvalidValueError(
             "out-stride-not-reached",
-            ValueError(
-                f"out_stride {out_stride} cannot be reached from the encoder's total stride {total_stride}; "
-                f"allowed: {', '.join(map(str, allowed))}"
-            ),
+            f"out_stride {out_stride} cannot be reached from the encoder's total stride {total_stride}; "
+            f"allowed: {', '.join(map(str, allowed))}",
         )
     return out_stride

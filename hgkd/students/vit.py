@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
 from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_in_chans, check_pixels, require_statistics
@@ -80,7 +81,7 @@ class MaskedViT(Student):
         patch = sizes.patch_size
         self.cell = patch if cell is None else cell
         if self.cell < patch or self.cell % patch:
-            raise ValueError(f"cell {cell} is no multiple of patch_size {patch}")
+            raise InvalidValueError("cell-no-multiple-of-patch", f"cell {cell} is no multiple of patch_size {patch}")
         self.network = MaskedAutoencoder(sizes)
         if checkpoint is not None:
             self._start_from(checkpoint)
@@ -136,9 +137,10 @@ class MaskedViT(Student):
         if visible is None:
             visible = torch.ones(len(images), *grid, dtype=torch.bool, device=images.device)
         if tuple(visible.shape) != (len(images), *grid):
-            raise ValueError(
+            raise InvalidValueError(
+                "visible-shape",
                 f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
-                f"cells need {(len(images), *grid)}"
+                f"cells need {(len(images), *grid)}",
             )
         layout = CellLayout(visible, self.cell)
         ids_keep = ids_keep_of_cells(layout, network.arch.patch_size)
@@ -180,9 +182,10 @@ class MaskedViT(Student):
     def _check_size(self, images: Tensor) -> None:
         size = self.network.arch.image_size
         if tuple(images.shape[-2:]) != size:
-            raise ValueError(
+            raise InvalidValueError(
+                "images-of-another-size",
                 f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, this ViT is prepared for "
-                f"{size[0]} x {size[1]}; call prepare(image_size) first"
+                f"{size[0]} x {size[1]}; call prepare(image_size) first",
             )
 
     def _start_from(self, checkpoint: str | Path) -> None:
@@ -191,7 +194,10 @@ class MaskedViT(Student):
         for size in ("embed_dim", "depth", "patch_size", "in_chans"):
             there, here = getattr(found, size), getattr(own, size)
             if there != here:
-                raise ValueError(f"{checkpoint} has {size} {there}, the student {here}; give the student the file's arch")
+                raise InvalidValueError(
+                    "student-arch-differs",
+                    f"{checkpoint} has {size} {there}, the student {here}; give the student the file's arch",
+                )
         decoder = ("decoder_", "mask_token")
         self.network.arch = replace(own, image_size=found.image_size)
         set_positions(self.network, positions_of(self.network), own.grid, found.grid)
@@ -206,9 +212,10 @@ def ids_keep_of_cells(layout: CellLayout, patch_size: int) -> Tensor:
     """
     counts = layout.cells_per_image
     if int(counts.min()) != int(counts.max()):
-        raise ValueError(
+        raise InvalidValueError(
+            "visible-counts-differ",
             f"a ViT student needs as many visible cells in every image, got {int(counts.min())} to {int(counts.max())}; "
-            "use a mask generator with a fixed number"
+            "use a mask generator with a fixed number",
         )
     (h, w), side = layout.grid, layout.cell // patch_size
     patches = torch.arange(h * w * side * side, device=layout.device).view(h, side, w, side)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.masking import expand, ids_keep_of
 from hgkd.networks.vit import check_attention_is_read, patch_attention
 from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
@@ -46,7 +46,7 @@ class Teacher(PixelNormalisation):
     def __init__(self, dtype: str, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise InvalidValueError("dtype-unknown", f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype = DTYPES[dtype]
         self.set_pixels(*check_pixels(mean, std, "the teacher's normalize (model.teacher.normalize)", len(mean)))
         self.grid: tuple[int, int] | None = None
@@ -104,9 +104,10 @@ class Teacher(PixelNormalisation):
         """
         for block in needs.blocks:
             if not 0 <= block < self.info.depth:
-                raise ValueError(
+                raise InvalidValueError(
+                    "teacher-block-out-of-range",
                     f"teacher block {block} does not exist: this teacher has {self.info.depth} blocks, "
-                    f"indices 0 to {self.info.depth - 1}"
+                    f"indices 0 to {self.info.depth - 1}",
                 )
         if needs.visible_only and self.capabilities.no_dropping:
             raise coded("teacher-sees-whole-images", ValueError(self.capabilities.no_dropping))
@@ -114,9 +115,10 @@ class Teacher(PixelNormalisation):
             return
         self.require_decoder()
         if not 0 <= needs.decoder_block < self.info.decoder_depth:
-            raise ValueError(
+            raise InvalidValueError(
+                "decoder-block-out-of-range",
                 f"decoder block {needs.decoder_block} does not exist: this teacher's decoder has "
-                f"{self.info.decoder_depth} blocks, indices 0 to {self.info.decoder_depth - 1}"
+                f"{self.info.decoder_depth} blocks, indices 0 to {self.info.decoder_depth - 1}",
             )
 
     @property
@@ -154,7 +156,7 @@ class Teacher(PixelNormalisation):
     def require_decoder(self) -> None:
         """Raise ValueError, naming the file and the one to use instead, when there is no decoder."""
         if self.info.decoder_depth == 0:
-            raise ValueError(self._no_decoder())
+            raise InvalidValueError("teacher-without-decoder", self._no_decoder())
 
     def require_trained(self) -> None:
         """Raise WeightsError when the weights look random and nobody said that this is wanted.
@@ -164,12 +166,10 @@ class Teacher(PixelNormalisation):
         weights = {} if self.allow_random else self.network.state_dict()
         health = weight_health(weights) if can_be_judged(weights) else None
         if health is not None and health.looks_random:
-            raise coded(
+            raise WeightsError(
                 "teacher-looks-random",
-                WeightsError(
-                    f"{self.source}: this teacher {health}. A student would learn noise from it. Look at the file with "
-                    "hgkd doctor teacher; when it is meant to be so, set model.teacher.allow_random=True"
-                ),
+                f"{self.source}: this teacher {health}. A student would learn noise from it. Look at the file with "
+                "hgkd doctor teacher; when it is meant to be so, set model.teacher.allow_random=True",
             )
 
     def _no_decoder(self) -> str:
@@ -234,7 +234,9 @@ class Teacher(PixelNormalisation):
         if not needs.visible_only:
             return self._forward(inputs, None, needs)
         if visible is None:
-            raise ValueError("needs.visible_only without a mask: pass visible (B, h, w), True = visible")
+            raise InvalidValueError(
+                "visible-missing", "needs.visible_only without a mask: pass visible (B, h, w), True = visible"
+            )
         patches = self.patch_mask(visible)
         counts = patches.sum(1)
         if int(counts.min()) == int(counts.max()):
@@ -267,7 +269,9 @@ class Teacher(PixelNormalisation):
         assert self.grid is not None
         cells = (self.grid[0] // self.ratio, self.grid[1] // self.ratio)
         if tuple(visible.shape[1:]) != cells:
-            raise ValueError(f"visible has shape {tuple(visible.shape)}, this teacher was prepared for {cells} cells")
+            raise InvalidValueError(
+                "visible-shape", f"visible has shape {tuple(visible.shape)}, this teacher was prepared for {cells} cells"
+            )
         return expand(visible, self.ratio).flatten(1)
 
     def _inputs(self, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.errors import StoppedError
+from hgkd.errors import InvalidValueError, StoppedError
 from hgkd.structures import TeacherOutput
 from hgkd.writing import locked
 
@@ -97,16 +97,18 @@ class FeatureStore:
         broken = (~torch.isfinite(values)).flatten(1).any(1)
         if bool(broken.any()):
             row = int(rows[broken][0])
-            raise ValueError(
+            raise InvalidValueError(
+                "teacher-image-not-finite",
                 f"the teacher gives NaN or inf for image {row // 2}{' mirrored' if row % 2 else ''}, which no student can "
                 "learn; the fault is the teacher's, not the store's: set model.teacher.dtype=float32, and look at its file "
-                "with hgkd doctor teacher"
+                "with hgkd doctor teacher",
             )
         half = values.to(torch.float16)
         if not bool(torch.isfinite(half).all()):
-            raise ValueError(
+            raise InvalidValueError(
+                "store-overflows",
                 f"teacher features up to {values.abs().max().item():.3g} do not fit the store's fp16, which ends at 65504; "
-                f"{WITHOUT_STORE}"
+                f"{WITHOUT_STORE}",
             )
         self._values[rows.numpy()] = half.numpy()
         self._filled[rows.numpy()] = 1  # after the values: a run that dies between the two computes them again
@@ -130,13 +132,16 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
         if new:
             path.unlink(missing_ok=True)
         if not isinstance(error, OSError):
-            raise ValueError(f"{path} is damaged ({error}); delete it") from error
+            raise InvalidValueError("store-damaged", f"{path} is damaged ({error}); delete it") from error
         raise StoppedError(
+            "store-not-writable",
             f"the teacher's feature store cannot be made: {path}: {error.strerror or error}; free some space, choose another "
-            f"folder (teacher_features=FOLDER), or {WITHOUT_STORE}"
+            f"folder (teacher_features=FOLDER), or {WITHOUT_STORE}",
         ) from error
     if mapped.shape != shape or mapped.dtype != dtype:
-        raise ValueError(f"{path} holds {mapped.shape} {mapped.dtype}, expected {shape} {dtype}; delete it")
+        raise InvalidValueError(
+            "store-of-other-shape", f"{path} holds {mapped.shape} {mapped.dtype}, expected {shape} {dtype}; delete it"
+        )
     return mapped
 
 
@@ -206,8 +211,9 @@ class FeatureCache:
         )
         if planned - there > free:
             raise StoppedError(
+                "store-too-large",
                 f"{size}, but {gigabytes(free)} are free on that disk; choose another folder (teacher_features=FOLDER), or "
-                f"{WITHOUT_STORE}"
+                f"{WITHOUT_STORE}",
             )
         print_log(f"{size}; {gigabytes(free)} are free on that disk", "current")
         self.stores = {block: FeatureStore(folder, identities[block], 2 * pictures, shape) for block in blocks}

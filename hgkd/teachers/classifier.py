@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.networks.classifier import ClassifierOutput, ImageClassifier, load_classifier
 from hgkd.registry import MODELS
 from hgkd.teachers.base import DTYPES
@@ -62,15 +62,17 @@ class ClassifierTeacher(nn.Module):
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise InvalidValueError("dtype-unknown", f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if checkpoint is None and (name is None or not allow_random):
-            raise ValueError(
+            raise InvalidValueError(
+                "teacher-without-weights",
                 "the teacher has no weights: set model.teacher.checkpoint (the short option teacher_checkpoint) to a "
-                "fine-tuned classifier"
+                "fine-tuned classifier",
             )
         if backbone_only and name is None:
-            raise ValueError(
-                "backbone_only=True is for a backbone's file: name its network, e.g. teacher=vit_small_patch14_dinov2"
+            raise InvalidValueError(
+                "backbone-only-without-name",
+                "backbone_only=True is for a backbone's file: name its network, e.g. teacher=vit_small_patch14_dinov2",
             )
         self._options = (checkpoint, name, backbone_only, normalize, kwargs)
         self.image_size = None if image_size is None else as_size(image_size)
@@ -115,8 +117,9 @@ class ClassifierTeacher(nn.Module):
         if name is None:
             assert checkpoint is not None
             if kwargs or normalize:
-                raise ValueError(
-                    f"{sorted(kwargs) or 'normalize'} is for a file of others (name=...); {checkpoint} says it itself"
+                raise InvalidValueError(
+                    "option-without-name",
+                    f"{sorted(kwargs) or 'normalize'} is for a file of others (name=...); {checkpoint} says it itself",
                 )
             classifier = load_classifier(checkpoint, image_size)
         elif checkpoint is None or backbone_only:
@@ -127,12 +130,10 @@ class ClassifierTeacher(nn.Module):
             classifier = _timm_classifier(name, checkpoint, image_size or 224, normalize, kwargs)
         why = None if self.allow_random else _why_random(classifier)
         if why is not None:
-            raise coded(
+            raise WeightsError(
                 "teacher-looks-random",
-                WeightsError(
-                    f"{checkpoint}: this teacher {why}. A student would learn noise from it; when it is meant to be so, set "
-                    "model.teacher.allow_random=True"
-                ),
+                f"{checkpoint}: this teacher {why}. A student would learn noise from it; when it is meant to be so, set "
+                "model.teacher.allow_random=True",
             )
         classifier.requires_grad_(False)
         classifier.network.to(self.dtype)
@@ -163,16 +164,14 @@ def _timm_classifier(
     """A timm classifier with all weights of a file, its head included, whose size says the number of classes."""
     file = identify(path)
     if file.kind is Kind.CLASSIFIER:
-        raise ValueError(f"{file} says itself which network it holds; leave name={name!r} out")
+        raise InvalidValueError("name-not-needed", f"{file} says itself which network it holds; leave name={name!r} out")
     path, weights = file.path, file.tensors()
     trial = ImageClassifier(name, 1, image_size, **kwargs)
     head = trial.head_names()[0] + "weight"
     if head not in weights:
-        raise coded(
+        raise WeightsError(
             "teacher-without-classifier",
-            WeightsError(
-                f"{path} has no classifier ({head}); give a fine-tuned {name}, or for MGD set model.teacher.backbone_only=True"
-            ),
+            f"{path} has no classifier ({head}); give a fine-tuned {name}, or for MGD set model.teacher.backbone_only=True",
         )
     built = ImageClassifier(name, len(weights[head]), image_size, normalize=normalize, **kwargs)
     if built.is_vit:

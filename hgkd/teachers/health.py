@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.features import effective_rank
 from hgkd.networks.vit import is_finite, watch_nonfinite
 from hgkd.structures import TeacherNeeds
@@ -74,7 +74,9 @@ def weight_health(weights: Mapping[str, Tensor]) -> WeightHealth:
     if not names:  # blocks that fuse these products with others (timm's parallel ones)
         names = [name for name, value in weights.items() if name.startswith("blocks.") and value.ndim == 2]
     if not names:
-        raise ValueError("there are no transformer blocks among these weights, so their health cannot be judged")
+        raise InvalidValueError(
+            "no-blocks-to-judge", "there are no transformer blocks among these weights, so their health cannot be judged"
+        )
     chosen = names[:: max(1, len(names) // _MATRICES)]
     scores = torch.tensor([_largest_over_edge(weights[name]) for name in chosen])
     return WeightHealth(float(scores.median()), len(chosen))
@@ -191,7 +193,6 @@ def check_outputs(
     place = name if block is None else f"{'decoder ' if block[1] else ''}block {block[2]} ({name})"
     precision = str(dtype).removeprefix("torch.")
     remedy = remedy or _REMEDIES.get(dtype, "the file is not what this network was trained with; take another one")
-    raise coded(
-        "teacher-not-finite",
-        WeightsError(f"{source}: the teacher's {place} gives {kind} in {precision} on the first images; {remedy}"),
+    raise WeightsError(
+        "teacher-not-finite", f"{source}: the teacher's {place} gives {kind} in {precision} on the first images; {remedy}"
     )

@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.networks.mae import MAEArch, MaskedAutoencoder, positions_of, read_mae, set_positions
 from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_normalize, require_statistics
 from hgkd.registry import MODELS

@@ -183,9 +183,10 @@ class TimmTeacher(Teacher):
         **kwargs: Any,
     ) -> None:
         if checkpoint is None and not pretrained and not allow_random:
-            raise ValueError(
+            raise InvalidValueError(
+                "teacher-without-weights",
                 f"teacher {name!r} has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file, or "
-                "pretrained=True to let timm download them"
+                "pretrained=True to let timm download them",
             )
         if checkpoint is not None and pretrained:
             raise ValueError("checkpoint and pretrained both name weights for the teacher; give one of them")

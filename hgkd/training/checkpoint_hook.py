@@ -12,7 +12,7 @@ from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from hgkd.errors import StoppedError
+from hgkd.errors import InvalidValueError, StoppedError
 from hgkd.registry import HOOKS
 from hgkd.weights.run_folder import LIST_NAME, known_checkpoints
 from hgkd.writing import PARTIAL, write_text
@@ -52,13 +52,14 @@ class RunCheckpointHook(CheckpointHook):
     ) -> None:
         super().__init__(interval, max_keep_ckpts=max_keep_ckpts, save_best=save_best, rule=rule)
         if max_keep_ckpts < 2:
-            raise ValueError(
+            raise InvalidValueError(
+                "too-few-kept-checkpoints",
                 f"max_keep_ckpts must be 2 or more, got {max_keep_ckpts}: when the last checkpoint is damaged, the run goes on "
-                "from the one before"
+                "from the one before",
             )
         for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes)):
             if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive or None, got {value}")
+                raise InvalidValueError("interval-not-positive", f"{name} must be positive or None, got {value}")
         self.every_steps = every_steps
         self.every_minutes = every_minutes
         self._due = False

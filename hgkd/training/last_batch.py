@@ -11,7 +11,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from torch import Tensor
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.training.wrapping import unchanged
 
 
@@ -41,12 +41,10 @@ def check_last_batch(model: BaseModel, loop: BaseLoop, batch: object) -> None:
         with torch.no_grad(), unchanged(model):
             model(**model.data_preprocessor(part, True), mode="loss")
     except ValueError as error:
-        raise coded(
+        raise InvalidValueError(
             "last-batch-too-small",
-            ValueError(
-                f"the last batch of every epoch has {last} of {size} images, and the model cannot be trained on it: {error}. "
-                "Set train_dataloader.drop_last=True, or another batch_size"
-            ),
+            f"the last batch of every epoch has {last} of {size} images, and the model cannot be trained on it: {error}. "
+            "Set train_dataloader.drop_last=True, or another batch_size",
         ) from error
 
 
@@ -62,7 +60,8 @@ def told_single_values() -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise ValueError(
+        raise InvalidValueError(
+            "batch-norm-single-values",
             f"a batch normalisation sees one value a channel, of which there are no statistics ({error}). Set batch_size=2 or "
-            "more (it counts for each process), and train_dataloader.drop_last=True where an epoch may end with a single image"
+            "more (it counts for each process), and train_dataloader.drop_last=True where an epoch may end with a single image",
         ) from error

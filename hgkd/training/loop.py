@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hgkd.data.sampler import EpochSampler, mixed_seed
-from hgkd.errors import DivergedError
+from hgkd.errors import DivergedError, InvalidValueError
 from hgkd.training.in_force import in_force, lines_of
 from hgkd.training.last_batch import check_last_batch, told_single_values
 from hgkd.training.resuming import images_that_differ
@@ -212,8 +212,9 @@ class GuardedOptimWrapper:
         """
         if self.untrained:
             raise DivergedError(
+                "nothing-trained",
                 f"every update of this training was left out ({self.left_out} of {self.left_out}), because loss or gradient "
-                "was not finite: nothing has been trained, and no checkpoint was written. The warnings above say what to do"
+                "was not finite: nothing has been trained, and no checkpoint was written. The warnings above say what to do",
             )
 
     @contextmanager
@@ -351,11 +352,12 @@ class ExactEpochLoop(EpochBasedTrainLoop):
             self._iter = self._epoch * steps
             return f"{source} is from the end of an epoch; those that follow differ from it: {differ}" if differ else None
         if differ or not 0 < done < before:
-            raise ValueError(
+            raise InvalidValueError(
+                "resume-other-batches",
                 f"{source} is from epoch {self._epoch + 1}, step {done} of {before}, and with other images or batches it is "
                 f"not known which were seen: {differ or f'step {self._iter} of the training is not in that epoch'}. Resume "
                 "with the images, batch_size and number of processes that it was written with, or from the end of an epoch "
-                "(--resume epoch_N.pth)"
+                "(--resume epoch_N.pth)",
             )
         return None
 
@@ -400,9 +402,10 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         if done:
             if not isinstance(self.dataloader.sampler, EpochSampler):
                 kind = type(self.dataloader.sampler).__name__
-                raise ValueError(
+                raise InvalidValueError(
+                    "resume-mid-epoch-sampler",
                     f"a run cannot go on in the middle of an epoch with {kind}, which starts at its beginning; set "
-                    "train_dataloader.sampler=dict(type='EpochSampler'), or resume from the end of an epoch"
+                    "train_dataloader.sampler=dict(type='EpochSampler'), or resume from the end of an epoch",
                 )
             self.dataloader.sampler.skip = done * self.dataloader.batch_size
         batches = iter(self.dataloader)

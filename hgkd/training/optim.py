@@ -16,6 +16,7 @@ from mmengine.optim import OptimWrapper
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.networks.vit import classifier_heads, is_plain_vit
 from hgkd.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from hgkd.training.registries import OPTIM_WRAPPERS
@@ -49,9 +50,10 @@ class DecayGroupsConstructor:
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
         if paramwise_cfg:
-            raise ValueError(
+            raise InvalidValueError(
+                "paramwise-cfg-refused",
                 f"DecayGroupsConstructor takes no paramwise_cfg, got {dict(paramwise_cfg)}; "
-                "set optim_wrapper.constructor='DefaultOptimWrapperConstructor' to use it"
+                "set optim_wrapper.constructor='DefaultOptimWrapperConstructor' to use it",
             )
         self.wrapper_cfg = dict(optim_wrapper_cfg)
         self.optimizer_cfg = dict(self.wrapper_cfg.pop("optimizer"))
@@ -81,22 +83,29 @@ def check_optim_config(cfg: Mapping[str, Any]) -> None:
     for name, value in dict(cfg.get("optimizer") or {}).items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-            raise ValueError(f"optim_wrapper.optimizer.{name}={value}: expected a finite number")
+            raise InvalidValueError(
+                "optimizer-value-not-finite", f"optim_wrapper.optimizer.{name}={value}: expected a finite number"
+            )
     for name, value in dict(cfg.get("clip_grad") or {}).items():
         if name in ("max_norm", "clip_value") and not float(value) > 0:
-            raise ValueError(f"optim_wrapper.clip_grad.{name}={value}: expected a number above 0; clip_grad=None does not clip")
+            raise InvalidValueError(
+                "clip-grad-not-positive",
+                f"optim_wrapper.clip_grad.{name}={value}: expected a number above 0; clip_grad=None does not clip",
+            )
     count = cfg.get("accumulative_counts", 1)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(
+        raise InvalidValueError(
+            "accumulation-not-whole",
             f"optim_wrapper.accumulative_counts={count}: expected a whole number of steps an update, 1 or more (1: no "
-            "accumulation)"
+            "accumulation)",
         )
     kind = cfg.get("type")
     name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
     if name.rpartition(".")[2] == "AmpOptimWrapper" and get_device() == "cpu":
-        raise ValueError(
+        raise InvalidValueError(
+            "amp-needs-gpu",
             "optim_wrapper.type=AmpOptimWrapper scales its losses, which needs a GPU; use --amp, which computes in bfloat16 on "
-            "a CPU (type='hgkd.BFloat16OptimWrapper')"
+            "a CPU (type='hgkd.BFloat16OptimWrapper')",
         )
 
 
@@ -135,18 +144,20 @@ class LayerDecayConstructor(DecayGroupsConstructor):
         self.layer_decay = options.pop("layer_decay", None)
         self.blocks_per_layer: Sequence[int] | None = options.pop("blocks_per_layer", None)
         if options or not isinstance(self.layer_decay, (int, float)) or not 0.0 < self.layer_decay <= 1.0:
-            raise ValueError(
+            raise InvalidValueError(
+                "layer-decay-out-of-range",
                 "LayerDecayConstructor takes paramwise_cfg=dict(layer_decay=number in (0, 1], for CNNs also blocks_per_layer), "
-                f"got {dict(paramwise_cfg or {})}; for one rate everywhere use DecayGroupsConstructor"
+                f"got {dict(paramwise_cfg or {})}; for one rate everywhere use DecayGroupsConstructor",
             )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         lr = self.optimizer_cfg["lr"]
         groups = [group for network in _timm_networks(model) for group in self._groups(network)]
         if not groups:
-            raise ValueError(
+            raise InvalidValueError(
+                "layer-decay-without-layers",
                 "layer-wise learning-rate decay reads the layers of a timm network, and this model trains none; use an "
-                "ImageClassifier or a hgkd.TimmBackbone, or DecayGroupsConstructor for one rate everywhere"
+                "ImageClassifier or a hgkd.TimmBackbone, or DecayGroupsConstructor for one rate everywhere",
             )
         inside = {id(p) for group in groups for p in group["params"]}
         others = decay_groups(p for p in model.parameters() if p.requires_grad and id(p) not in inside)
@@ -196,9 +207,10 @@ class _TrainedLayers:
             return
         stages = {found["stage"] for name, _ in network.named_parameters() if (found := _STAGE.match(name))}
         if len(stages) != len(self._blocks) or min(self._blocks) < 1:
-            raise ValueError(
+            raise InvalidValueError(
+                "blocks-per-layer-differ",
                 f"blocks_per_layer={self._blocks} needs a number of blocks, 1 or more, for each stage; "
-                f"{type(network).__name__} has {len(stages)} stages; leave it out (None) to make every block a layer"
+                f"{type(network).__name__} has {len(stages)} stages; leave it out (None) to make every block a layer",
             )
         self._first = min(map(int, stages))
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from hgkd.errors import unknown_name_message
+from hgkd.errors import InvalidValueError, unknown_name_message
 
 
 def recompute_activations(model: nn.Module, names: Sequence[str]) -> None:
@@ -26,7 +26,10 @@ def recompute_activations(model: nn.Module, names: Sequence[str]) -> None:
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
-            raise ValueError(unknown_name_message("module in activation_checkpointing", name, [n for n in modules if n]))
+            raise InvalidValueError(
+                "checkpointing-module-unknown",
+                unknown_name_message("module in activation_checkpointing", name, [n for n in modules if n]),
+            )
         module = modules[name]
         contexts = partial(_contexts, module)
         module.forward = partial(checkpoint, module.forward, use_reentrant=False, context_fn=contexts)  # type: ignore[method-assign]

@@ -19,6 +19,8 @@ from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 
+from hgkd.errors import InvalidValueError
+
 # of a scheduler's state: where it is, not what it does; base values are the groups' own
 _POSITION = frozenset({"last_step", "_global_step", "_last_value", "verbose", "base_values"})
 _SCALER_POSITION = frozenset({"scale", "_growth_tracker"})
@@ -103,10 +105,11 @@ class ConfiguredSettings:
         if not changes:
             return None
         if any(getattr(scheduler, "need_val_args", False) for scheduler in self._schedulers):
-            raise ValueError(
+            raise InvalidValueError(
+                "resume-other-settings",
                 f"{source} was written with other settings ({_words(changes)}), and a schedule that follows the validation "
                 "cannot be computed anew. Resume with the settings that it was written with, or start anew in another work "
-                "folder"
+                "folder",
             )
         was = optimizer.param_groups[0]["lr"]
         self._rebuild()
@@ -119,19 +122,21 @@ class ConfiguredSettings:
 
     def _check_kind(self, source: str, read: ReadCheckpoint) -> None:
         if read.has_average and not any(isinstance(hook, EMAHook) for hook in self.runner.hooks):
-            raise ValueError(
+            raise InvalidValueError(
+                "resume-without-average",
                 f"{source} holds a moving average of the weights, and this config has no EMAHook: training would go on from "
                 "the average with the optimiser state of the weights. Resume with the EMAHook that it was written with, or "
-                "start anew in another work folder"
+                "start anew in another work folder",
             )
         before = read.meta.get("optimizer")
         groups = self.runner.optim_wrapper.optimizer.param_groups
         foreign = {key for key in groups[0] if not key.startswith("initial_")} - self._groups[0].keys() - {"params"}
         if (before or self._kind) != self._kind or (before is None and foreign):
             what = before or f"one with {', '.join(sorted(foreign))}"
-            raise ValueError(
+            raise InvalidValueError(
+                "resume-other-optimizer",
                 f"{source} holds the state of another optimiser ({what}) than this config's {self._kind}. Resume with the "
-                "optimiser that it was written with, or start anew in another work folder"
+                "optimiser that it was written with, or start anew in another work folder",
             )
 
     def _rebuild(self) -> None:

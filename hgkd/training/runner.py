@@ -34,7 +34,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hgkd.config.schedule import without_empty_warmup
-from hgkd.errors import WeightsError, configured
+from hgkd.errors import InvalidValueError, WeightsError, configured
 from hgkd.registry import RUNNERS
 from hgkd.training.checkpoint_hook import CheckpointWriteError
 from hgkd.training.hooks.alarms import DUMP
@@ -226,21 +226,25 @@ class DistillRunner(Runner):
     def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
         if isinstance(loop, dict):
             if not loop.get("by_epoch"):
-                raise ValueError(
+                raise InvalidValueError(
+                    "train-cfg-not-by-epochs",
                     f"train_cfg={dict(loop)} does not train by epochs, which exact resuming needs; set "
-                    "train_cfg=dict(by_epoch=True, max_epochs=...)"
+                    "train_cfg=dict(by_epoch=True, max_epochs=...)",
                 )
             options = {key: value for key, value in loop.items() if key != "by_epoch"}
             loop = ExactEpochLoop(self, self._train_dataloader, **options)
         built = super().build_train_loop(loop)
         check_channels(plain_model(self), built.dataloader, "train_dataloader")
         if built.max_epochs < 1:
-            raise ValueError(f"epochs (train_cfg.max_epochs) is {built.max_epochs}; it must be 1 or more")
+            raise InvalidValueError(
+                "epochs-not-positive", f"epochs (train_cfg.max_epochs) is {built.max_epochs}; it must be 1 or more"
+            )
         if built.max_iters < 1:
             loader = built.dataloader
-            raise ValueError(
+            raise InvalidValueError(
+                "no-training-step",
                 f"no training step: {len(loader.dataset)} images do not fill one batch of {loader.batch_size} "
-                "(incomplete batches are dropped); use more images or a smaller batch_size"
+                "(incomplete batches are dropped); use more images or a smaller batch_size",
             )
         return built
 
@@ -283,18 +287,20 @@ class DistillRunner(Runner):
         except ValueError as error:
             if "parameter group" not in str(error):
                 raise
-            raise ValueError(
+            raise InvalidValueError(
+                "resume-other-parameter-groups",
                 f"{filename} was written with other groups of parameters ({error}). Resume with the optim_wrapper and the "
-                "frozen parts that it was written with, or start anew in another work folder"
+                "frozen parts that it was written with, or start anew in another work folder",
             ) from error
         loop, read = self.train_loop, self._read
         assert read is not None
         check = getattr(loop, "check_position", None)
         remarks = [check(filename, read.meta)] if check is not None else []
         if loop.iter > loop.max_iters:
-            raise ValueError(
+            raise InvalidValueError(
+                "resume-past-the-end",
                 f"{filename} is from step {loop.iter}, and this training ends at step {loop.max_iters}: set epochs to more "
-                "than it has trained (train_cfg.max_epochs or max_iters), or start anew in another work folder"
+                "than it has trained (train_cfg.max_epochs or max_iters), or start anew in another work folder",
             )
         if resume_optimizer:
             remarks.append(settings.put_in_force(filename, read))
@@ -326,7 +332,10 @@ class DistillRunner(Runner):
             WeightsError: no checkpoint of a runner, or one of another model; nothing has been changed then.
         """
         if not strict:
-            raise ValueError("DistillRunner loads checkpoints strictly; strict=False would leave weights random unseen")
+            raise InvalidValueError(
+                "strict-loading-only",
+                "DistillRunner loads checkpoints strictly; strict=False would leave weights random unseen",
+            )
         checkpoint = read_run_checkpoint(filename)
         self._read = ReadCheckpoint.of(checkpoint)
         model = plain_model(self)
@@ -337,8 +346,9 @@ class DistillRunner(Runner):
         except WeightsError as error:
             own = describe_network(model.meta()) if hasattr(model, "meta") else f"a {type(model).__name__}"
             raise WeightsError(
+                "checkpoint-of-another-model",
                 f"{filename} is of another model: it holds {describe_network(hgkd_of(checkpoint))}, this run trains {own}. "
-                f"Use the config that wrote it, or start anew without it; {error}"
+                f"Use the config that wrote it, or start anew without it; {error}",
             ) from error
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)  # may exchange the weights, as EMAHook does
         load_strict(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
@@ -374,6 +384,7 @@ class DistillRunner(Runner):
         except OSError as error:
             free = shutil.disk_usage(out_dir).free / 2**20
             raise CheckpointWriteError(
+                "checkpoint-not-written",
                 f"cannot write {final}: {error.strerror or error}, {free:.0f} MB are free on its disk. Earlier checkpoints are "
-                "untouched: free some space, or move the work folder to a larger disk, and continue with --resume"
+                "untouched: free some space, or move the work folder to a larger disk, and continue with --resume",
             ) from error

@@ -13,6 +13,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from hgkd.errors import InvalidValueError
 from hgkd.sparse import SparseTensor
 from hgkd.sparse.masked import MaskedTensor
 
@@ -89,7 +90,10 @@ def sync_batch_norms(model: nn.Module) -> int:
             module.__class__ = _SYNCED[type(module)]  # type: ignore[assignment]
             changed += 1
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _SYNCED.values():
-            raise ValueError(f"sync_bn knows nn.BatchNorm2d and timm's BatchNormAct2d, but {name} is a {type(module).__name__}")
+            raise InvalidValueError(
+                "norm-not-synchronised",
+                f"sync_bn knows nn.BatchNorm2d and timm's BatchNormAct2d, but {name} is a {type(module).__name__}",
+            )
     if not changed:
-        raise ValueError("sync_bn is set, but the model has no batch normalisation; remove it")
+        raise InvalidValueError("sync-bn-without-norm", "sync_bn is set, but the model has no batch normalisation; remove it")
     return changed

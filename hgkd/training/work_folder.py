@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError, Refusal
 from hgkd.weights.run_folder import known_checkpoints
 
 try:
@@ -31,7 +31,7 @@ _RESULTS = ("epoch_*.pth", "iter_*.pth", "best_*.pth", "student.pth")
 _held: dict[str, IO[str]] = {}  # a second handle of the same file would, when closed by this process, end the lock of the first
 
 
-class FolderInUseError(ValueError):
+class FolderInUseError(Refusal, ValueError):
     """Another training writes into the work folder."""
 
 
@@ -56,12 +56,10 @@ def check_unused(work_dir: str | os.PathLike[str], resume: bool, load_from: str 
     if found:
         names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         begin = f"resumed from {load_from}, a training" if resume else "a new training"
-        raise coded(
+        raise InvalidValueError(
             "work-folder-in-use",
-            ValueError(
-                f"{work_dir} holds the results of a training ({names}), which {begin} would overwrite. Continue it with "
-                "--resume, or give another folder with --work-dir (or delete this one)"
-            ),
+            f"{work_dir} holds the results of a training ({names}), which {begin} would overwrite. Continue it with "
+            "--resume, or give another folder with --work-dir (or delete this one)",
         )
 
 
@@ -86,7 +84,8 @@ def lock_folder(work_dir: str | os.PathLike[str]) -> str | None:
             handle.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise FolderInUseError(
-                    f"{work_dir} is in use by a training: {holder}. Wait for its end, or give another folder with --work-dir"
+                    "work-folder-locked",
+                    f"{work_dir} is in use by a training: {holder}. Wait for its end, or give another folder with --work-dir",
                 ) from error
             return f"{work_dir} lies on a file system without locks ({error.strerror}): keep other trainings out of it yourself"
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(handle.fileno())):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hgkd.errors import WeightsError
+from hgkd.errors import MissingFileError, WeightsError
 from hgkd.weights.run_file import EncoderSpec
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -52,16 +52,25 @@ def read_card(path: Path) -> dict[str, str]:
 def read_config(path: Path) -> dict[str, Any]:
     """``config.json`` of an exported folder; raises as :func:`load_backbone` does."""
     if not path.is_dir():
-        raise FileNotFoundError(f"export folder {path} does not exist; expected one that hgkd export wrote")
+        raise MissingFileError(
+            "export-folder-missing", f"export folder {path} does not exist; expected one that hgkd export wrote"
+        )
     file = path / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{path} has no {CONFIG_FILE}; expected a folder that hgkd export wrote")
+        raise MissingFileError(
+            "export-config-missing", f"{path} has no {CONFIG_FILE}; expected a folder that hgkd export wrote"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsError(f"{file} is not valid JSON ({error}); export the checkpoint again") from error
+        raise WeightsError(
+            "export-config-not-json", f"{file} is not valid JSON ({error}); export the checkpoint again"
+        ) from error
     if not isinstance(config, dict):
-        raise WeightsError(f"{file} holds a {type(config).__name__}, expected an object; export the checkpoint again")
+        raise WeightsError(
+            "export-config-not-an-object",
+            f"{file} holds a {type(config).__name__}, expected an object; export the checkpoint again",
+        )
     return config
 
 

@@ -14,6 +14,7 @@ import pickletools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from mmengine.logging import HistoryBuffer, print_log
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import MissingFileError, WeightsError
 
+_READ: ContextVar[dict[tuple[Path, int, int], Any] | None] = ContextVar("read", default=None)  # see reading_once
 _WRAPPERS = ("state_dict", "model", "module", "network", "teacher")
 _FOREIGN_TYPE = re.compile(
     r"(?:GLOBAL|class|recognized function|instantiate|for) ([\w.<>' ]*[\w.>])(?: whose| which| was|,|$|\()"
@@ -103,6 +105,20 @@ def safe_globals_for_mmengine() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Context, or decorator, in which a file that is asked for again is not read again, unless it was written since.
+
+    What was read stays in memory until the end.
+    """
+    before = _READ.get()
+    token = _READ.set({} if before is None else before)
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """Content of a file of ``torch.save`` or safetensors, on the CPU.
 
@@ -119,23 +135,42 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 def _read_file(path: Path) -> Any:
     if path.is_dir():
-        raise WeightsError(f"{path} is a folder; expected a weight file (.safetensors, .pth, .pt or .bin){_inside(path)}")
+        raise WeightsError(
+            "weight-file-is-a-folder",
+            f"{path} is a folder; expected a weight file (.safetensors, .pth, .pt or .bin){_inside(path)}",
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"weight file {path} does not exist; give a local .safetensors, .pth, .pt or .bin file")
+        raise MissingFileError(
+            "weight-file-missing", f"weight file {path} does not exist; give a local .safetensors, .pth, .pt or .bin file"
+        )
     if path.stat().st_size == 0:
-        raise WeightsError(f"{path} is empty (0 bytes); copy or download it again")
+        raise WeightsError("weight-file-empty", f"{path} is empty (0 bytes); copy or download it again")
+    kept = _READ.get()
+    if kept is None:
+        return _content(path)
+    state = path.stat()
+    key = (path.resolve(), state.st_size, state.st_mtime_ns)
+    if key not in kept:
+        kept[key] = _content(path)
+    return kept[key]
+
+
+def _content(path: Path) -> Any:
     if path.name.endswith(".index.json"):
         return _read_parts(path)
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise WeightsError(
-                f"{path} is a pointer of Git LFS and not the file itself; run 'git lfs pull' where it was cloned"
+                "weight-file-is-a-pointer",
+                f"{path} is a pointer of Git LFS and not the file itself; run 'git lfs pull' where it was cloned",
             )
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except safetensors.SafetensorError as error:
-            raise WeightsError(f"{path} is no intact safetensors file ({error}); copy or download it again") from error
+            raise WeightsError(
+                "file-not-safetensors", f"{path} is no intact safetensors file ({error}); copy or download it again"
+            ) from error
     try:
         with safe_globals_for_mmengine():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -143,20 +178,27 @@ def _read_file(path: Path) -> Any:
         foreign = _FOREIGN_TYPE.search(str(error))
         if foreign is not None:
             raise WeightsError(
+                "weight-file-runs-code",
                 f"{path} holds more than tensors and plain data, namely {foreign.group(1)}, and is not read because that "
-                "could run foreign code; where you trust the file, save its state_dict alone, best as .safetensors"
+                "could run foreign code; where you trust the file, save its state_dict alone, best as .safetensors",
             ) from None
         if _is_plain_pickle(path):
-            raise WeightsError(_plain_pickle_message(path)) from None
-        raise WeightsError(f"{path} is damaged or no weight file: its content is not what torch.save writes") from None
+            raise WeightsError("weight-file-is-a-pickle", _plain_pickle_message(path)) from None
+        raise WeightsError(
+            "weight-file-damaged", f"{path} is damaged or no weight file: its content is not what torch.save writes"
+        ) from None
     except Exception as error:
         # torch raises RuntimeError, EOFError, KeyError and others on damaged files
         if _is_plain_pickle(path):
-            raise WeightsError(_plain_pickle_message(path)) from None
+            raise WeightsError("weight-file-is-a-pickle", _plain_pickle_message(path)) from None
         if "TorchScript" in str(error):
-            raise WeightsError(f"{path} is a TorchScript program; save the state_dict of its module instead") from None
+            raise WeightsError(
+                "weight-file-is-torchscript", f"{path} is a TorchScript program; save the state_dict of its module instead"
+            ) from None
         first = (str(error).splitlines() or [""])[0]
-        raise WeightsError(f"{path} is damaged or no weight file ({type(error).__name__}: {first})") from error
+        raise WeightsError(
+            "weight-file-damaged", f"{path} is damaged or no weight file ({type(error).__name__}: {first})"
+        ) from error
 
 
 def _is_plain_pickle(path: Path) -> bool:
@@ -217,7 +259,9 @@ def _read_parts(index: Path) -> dict[str, Any]:
         places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         names = dict.fromkeys(places.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} is no index of a model in several files ({type(error).__name__}: {error})") from error
+        raise WeightsError(
+            "weight-index-damaged", f"{index} is no index of a model in several files ({type(error).__name__}: {error})"
+        ) from error
     content: dict[str, Any] = {}
     for name in names:
         part = index.parent / Path(name).name  # nothing outside the index's folder is read
@@ -262,24 +306,26 @@ def tensors_of(content: object, *, source: str, entry: str | None = None) -> dic
         WeightsError: there are no tensors in it, there is no such entry, or several that could be meant.
     """
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{source} holds a {type(content).__name__}, expected named tensors (a state_dict)")
+        raise WeightsError(
+            "weights-not-named-tensors", f"{source} holds a {type(content).__name__}, expected named tensors (a state_dict)"
+        )
     places = _sets_of_tensors(content)
     place = _usual_place(content) if entry is None else entry
     if entry is not None and entry not in places:
         known = ", ".join(map(repr, filter(None, places))) or "none"
-        raise WeightsError(f"{source} has no entry {entry!r} with named tensors; those that it has: {known}")
+        raise WeightsError("entry-missing", f"{source} has no entry {entry!r} with named tensors; those that it has: {known}")
     if place not in places and len(places) > 1:
-        raise coded(
+        raise WeightsError(
             "several-sets-of-weights",
-            WeightsError(
-                f"{source} holds {len(places)} sets of weights, {', '.join(map(repr, places))}, none of them under a usual "
-                "name; " + _HOW_TO_CHOOSE.format(source=source, entry=next(iter(places)))
-            ),
+            f"{source} holds {len(places)} sets of weights, {', '.join(map(repr, places))}, none of them under a usual "
+            "name; " + _HOW_TO_CHOOSE.format(source=source, entry=next(iter(places))),
         )
     if place not in places and places:
         place = next(iter(places))
     if place not in places:
-        raise WeightsError(f"{source} holds no tensors; its entries are {', '.join(map(str, list(content)[:5])) or 'none'}")
+        raise WeightsError(
+            "no-tensors", f"{source} holds no tensors; its entries are {', '.join(map(str, list(content)[:5])) or 'none'}"
+        )
     weights = {str(key): value for key, value in places[place].items() if isinstance(value, Tensor)}
     notes = [f"taken from its entry {place!r}"] if place else []
     others = [name for name in places if name and name != place]
@@ -366,4 +412,6 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         with safetensors.safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path} is no intact safetensors file ({error}); copy or download it again") from error
+        raise WeightsError(
+            "file-not-safetensors", f"{path} is no intact safetensors file ({error}); copy or download it again"
+        ) from error

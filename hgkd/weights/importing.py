@@ -104,9 +104,10 @@ def import_weights(
                 WeightsError(f"{source} is of another {type(network).__name__}: {sizes}; name the file's own network"),
             ) from error
         raise WeightsError(
+            "weights-do-not-fit",
             f"{error} (key style {style.name}, prefix {prefix!r}); nothing was loaded. Where this is meant, allow=(...) of "
             "load_backbone, or --allow of hgkd export, takes the beginnings of the names that may be missing or left over; "
-            "for a training, write the network's own entries to a file of their own"
+            "for a training, write the network's own entries to a file of their own",
         ) from error
     others = [key for key in weights if not key.startswith(prefix)] + [key for key in inside if key.startswith(classifier)]
     heads = [key.partition(".")[0] for key in others]
@@ -135,12 +136,14 @@ def find_style(
         best = f"; the best fit is {found[0][1].name} with {found[0][0]} of {total}" if found else ""
         known = ", ".join(style.name for style in styles_for(network))
         raise WeightsError(
+            "network-not-found-in-file",
             f"{source} holds no {type(network).__name__} in a known key style ({known}){best}; its weights are called "
-            f"{', '.join(list(weights)[:3])}. Is it of this architecture?"
+            f"{', '.join(list(weights)[:3])}. Is it of this architecture?",
         )
     equal = [item[2] for item in found if item[0] == found[0][0] and item[1] is found[0][1]]
     if len(equal) > 1:
         raise WeightsError(
-            f"{source} holds the network {len(equal)} times, under {', '.join(map(repr, equal))}; name one with prefix=..."
+            "network-found-several-times",
+            f"{source} holds the network {len(equal)} times, under {', '.join(map(repr, equal))}; name one with prefix=...",
         )
     return found[0][1], found[0][2]

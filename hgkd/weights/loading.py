@@ -74,8 +74,9 @@ def match(
     unfit = [f"{key} ({kind})" for key in own if key in state and (kind := _no_plain_numbers(state[key], own[key]))]
     if unfit:
         raise NoPlainNumbersError(
+            "weights-not-floating-point",
             f"{source} holds {len(unfit)} weights that are no plain floating-point numbers, e.g. {unfit[0]}; it is a quantised "
-            "or incomplete file: save the state_dict of the ordinary network"
+            "or incomplete file: save the state_dict of the ordinary network",
         )
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -97,7 +98,9 @@ def match(
         ignored=tuple(ignored),
     )
     if not report.complete:
-        raise WeightsError(f"the weights do not fit {type(module).__name__}: {report.summary('would fit')}")
+        raise WeightsError(
+            "weights-do-not-fit", f"the weights do not fit {type(module).__name__}: {report.summary('would fit')}"
+        )
     return report
 
 
@@ -135,8 +138,9 @@ def load_strict(
     broken = [key for key in own if finite and key in state and not bool(torch.isfinite(state[key]).all())]
     if broken:
         raise WeightsError(
+            "weights-not-finite",
             f"{source}: {len(broken)} of its entries hold NaN or inf: {abbreviate(broken, 5)}. The training that wrote "
-            "it had diverged, or the file is damaged; take an earlier checkpoint, or get the file again"
+            "it had diverged, or the file is damaged; take an earlier checkpoint, or get the file again",
         )
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     print_log(str(report), "current")
@@ -148,6 +152,7 @@ def check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise WeightsError(
+            "weights-not-finite",
             f"{path} holds NaN or infinite values in {len(broken)} of its weights, e.g. {broken[0]}; "
-            "training has diverged, export an earlier checkpoint"
+            "training has diverged, export an earlier checkpoint",
         )

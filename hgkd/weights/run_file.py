@@ -31,7 +31,8 @@ def check_format(found: object, source: str) -> None:
     """
     if found != FORMAT:
         raise WeightsError(
-            f"{source} has format {found!r}, this version of hgkd reads format {FORMAT}; use the version of hgkd that wrote it"
+            "checkpoint-format",
+            f"{source} has format {found!r}, this version of hgkd reads format {FORMAT}; use the version of hgkd that wrote it",
         )
 
 
@@ -61,11 +62,17 @@ class EncoderSpec:
         """
         encoder = hgkd.get("encoder") if isinstance(hgkd, Mapping) else None
         if not isinstance(hgkd, Mapping) or not isinstance(encoder, Mapping) or "name" not in encoder:
-            raise WeightsError(f"{source} does not say which encoder it holds; {EXPECTED_RUN}, or a folder of hgkd export")
+            raise WeightsError(
+                "encoder-not-described",
+                f"{source} does not say which encoder it holds; {EXPECTED_RUN}, or a folder of hgkd export",
+            )
         check_format(hgkd.get("format"), source)
         unknown = sorted(set(encoder) - {"name", "stem", "kwargs", "pixels"})
         if unknown:
-            raise WeightsError(f"{source} describes its encoder with unknown keys {unknown}; known: name, stem, kwargs, pixels")
+            raise WeightsError(
+                "encoder-keys-unknown",
+                f"{source} describes its encoder with unknown keys {unknown}; known: name, stem, kwargs, pixels",
+            )
         mean, std = encoder.get("pixels") or ((), ())
         pixels = (tuple(mean), tuple(std)) if mean else None
         return cls(str(encoder["name"]), str(encoder.get("stem") or "default"), dict(encoder.get("kwargs") or {}), pixels)
@@ -184,5 +191,8 @@ def network_state(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     weights = tensors_of(content, source=source)
     state = {key.removeprefix(NETWORK_PREFIX): value for key, value in weights.items() if key.startswith(NETWORK_PREFIX)}
     if not state:
-        raise WeightsError(f"{source} holds no weights named {NETWORK_PREFIX}*; its weights are called {list(weights)[:3]}")
+        raise WeightsError(
+            "network-weights-missing",
+            f"{source} holds no weights named {NETWORK_PREFIX}*; its weights are called {list(weights)[:3]}",
+        )
     return state

@@ -21,7 +21,7 @@ from typing import Any
 from mmengine.logging import print_log
 
 from hgkd.digests import stream_digest
-from hgkd.errors import StoppedError, WeightsError
+from hgkd.errors import InvalidValueError, StoppedError, WeightsError
 from hgkd.weights.files import read_checkpoint
 
 LIST_NAME = "checkpoints.txt"
@@ -43,7 +43,7 @@ def seal(path: str | os.PathLike[str]) -> None:
         file.seek(max(end, 0))
         record = file.read()
         if not record.startswith(_END_OF_ZIP) or record[-2:] != b"\0\0":
-            raise ValueError(f"{path} is no file of torch.save, so it cannot be sealed")
+            raise InvalidValueError("seal-of-other-file", f"{path} is no file of torch.save, so it cannot be sealed")
         file.seek(-2, os.SEEK_END)
         file.write(_SEAL_SIZE.to_bytes(2, "little"))
         file.flush()
@@ -74,10 +74,15 @@ def read_run_checkpoint(filename: str | os.PathLike[str]) -> dict[str, Any]:
         WeightsError: damaged, unsafe, or no checkpoint of a runner.
     """
     if Path(filename).is_file() and is_damaged(filename):
-        raise WeightsError(f"{filename} is damaged: its content does not agree with the hash that was written with it")
+        raise WeightsError(
+            "file-hash-differs", f"{filename} is damaged: its content does not agree with the hash that was written with it"
+        )
     checkpoint = read_checkpoint(filename)
     if not isinstance(checkpoint, dict) or not {"meta", "state_dict", "message_hub"} <= set(checkpoint):
-        raise WeightsError(f"{filename} is no checkpoint of a training run, which holds 'meta', 'state_dict' and 'message_hub'")
+        raise WeightsError(
+            "checkpoint-not-of-training",
+            f"{filename} is no checkpoint of a training run, which holds 'meta', 'state_dict' and 'message_hub'",
+        )
     return checkpoint
 
 
@@ -115,8 +120,9 @@ def last_intact(work_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]
             reasons.append(reason)
     if any("was not completed" not in reason for reason in reasons):
         raise WeightsError(
+            "no-intact-checkpoint",
             f"no intact checkpoint in {work_dir}: {'; '.join(reasons)}. Restore one from a backup and give its path to "
-            "--resume, or start anew in another folder"
+            "--resume, or start anew in another folder",
         )
     return None
 
@@ -145,9 +151,10 @@ def tell_system_errors(work_dir: str | os.PathLike[str]) -> Iterator[None]:
         if not _worker_died(error):
             raise
         raise StoppedError(
+            "reading-process-killed",
             f"a process that reads images was killed ({' '.join(str(error).split()) or type(error).__name__}), most often by "
             "the system when memory ran out. Complete checkpoints are untouched: continue with --resume, with fewer workers (0 "
-            "= none extra), or a smaller batch_size"
+            "= none extra), or a smaller batch_size",
         ) from error
     except OSError as error:
         if error.errno is None or isinstance(error, (FileNotFoundError, FileExistsError, ConnectionError)):
@@ -155,9 +162,10 @@ def tell_system_errors(work_dir: str | os.PathLike[str]) -> Iterator[None]:
         folder = next(p for p in (Path(work_dir).absolute(), *Path(work_dir).absolute().parents) if p.exists())
         free = shutil.disk_usage(folder).free / 2**20
         raise StoppedError(
+            "system-refuses",
             f"the system refuses {error.filename or f'to write in {work_dir}'}: {error.strerror or error}; {free:.0f} MB are "
             f"free on the disk of {folder}. Checkpoints that are complete are untouched: free some space, or allow writing "
-            "there (or give another --work-dir), and continue with --resume"
+            "there (or give another --work-dir), and continue with --resume",
         ) from error
 
 

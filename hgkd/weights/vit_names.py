@@ -278,8 +278,9 @@ def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict
         found = _keys_without_bias(found)
     if "patch_embed.proj.weight" not in found or count_blocks(found) == 0:
         raise WeightsError(
+            "vit-without-blocks",
             f"{source} has names of {naming.kind}, but no row of blocks (blocks.0, blocks.1, ...) behind its patches; its "
-            f"entries: {_some(weights)}; {KNOWN_FILES}"
+            f"entries: {_some(weights)}; {KNOWN_FILES}",
         )
     return naming.kind, found
 
@@ -354,7 +355,9 @@ def _recognise(weights: Mapping[str, Tensor], source: str) -> tuple[Naming, str]
     family = looks_like(weights)
     looks = "" if family is None else f"; it looks like {family}"
     known = ", ".join(naming.kind for naming in NAMINGS)
-    raise WeightsError(f"{source} is no ViT in a known naming ({known}){looks}; its first entries: {_some(weights)}")
+    raise WeightsError(
+        "vit-naming-unknown", f"{source} is no ViT in a known naming ({known}){looks}; its first entries: {_some(weights)}"
+    )
 
 
 def _some(weights: Mapping[str, Tensor]) -> str:

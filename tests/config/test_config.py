@@ -2,6 +2,7 @@
 
 import pytest
 from mmengine.config import Config
+from refusals import refused
 
 import hgkd.config.checking as config_module
 from hgkd.config import SHORT_OPTIONS, apply_short_options, check_config, use_mixed_precision
@@ -90,12 +91,12 @@ def test_no_labelled_folders_means_no_validation():
 
 
 def test_one_labelled_folder_is_refused():
-    with pytest.raises(ValueError, match="val_test_root is set without val_train_root"):
+    with refused(ValueError, "validation-half-set", "val_test_root", "val_train_root"):
         apply_short_options(recipe(val_train_root=None))
 
 
 def test_option_without_a_place_is_refused():
-    with pytest.raises(ValueError, match=r"teacher_checkpoint='x.pth' has no place .* model.teacher.checkpoint"):
+    with refused(ValueError, "option-without-place", "teacher_checkpoint='x.pth'", "model.teacher.checkpoint"):
         apply_short_options(recipe(teacher_checkpoint="x.pth"))
 
 
@@ -103,42 +104,51 @@ def test_warmup():
     cfg = recipe(warmup_epochs=0)
     apply_short_options(cfg)
     assert [entry.type for entry in cfg.param_scheduler] == ["CosineAnnealingLR"]
-    with pytest.raises(ValueError, match="warmup_epochs=4 is not shorter than epochs=4"):
+    with refused(ValueError, "warmup-too-long", "warmup_epochs=4", "epochs=4"):
         apply_short_options(recipe(warmup_epochs=4))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "refusal"),
     [
-        ({"data_rot": "x"}, "data_rot='x': unknown top-level config key 'data_rot'; did you mean 'data_root'"),
-        ({"model.student.encodr": "resnet18"}, r"model\.student\.encodr='resnet18': .* did you mean 'encoder'"),
-        ({"model.objectives.pixels.supervize": "all"}, r"model\.objectives\.pixels\.supervize='all': .*'supervise'"),
-        ({"model.mask.ratio": 0.5}, r"model\.mask\.ratio=0.5: .*'mask_ratio'"),
-        ({"train_dataloader.dataset.data_rot": "x"}, r"train_dataloader\.dataset\.data_rot='x': .*'data_root'"),
-        ({"val_evaluator.0.neighbours": 3}, r"val_evaluator\.0\.neighbours=3: unknown option of KNNMetric"),
-        ({"custom_hooks.0.intervall": 3}, r"custom_hooks\.0\.intervall=3: .*'interval'"),
-        ({"env_cfg.cudnn_bench": True}, r"env_cfg\.cudnn_bench=True: .*'cudnn_benchmark'"),
-        ({"optim_wrapper.paramwise_cfg.norm_decay": 0}, r"paramwise_cfg\.norm_decay=0: .*'norm_decay_mult'"),
-        ({"model.type": "MaskDistiller"}, r"model\.type='MaskDistiller': .* did you mean 'MaskedDistiller'"),
-        ({"model.objectives.pixels.type": "PixelReconstrution"}, r"pixels\.type=.* did you mean 'PixelReconstruction'"),
-        ({"optim_wrapper.optimizer.type": "AdmaW"}, r"optim_wrapper\.optimizer\.type='AdmaW': .*'AdamW'"),
-        ({"param_scheduler.1.type": "CosineLR"}, r"param_scheduler\.1\.type='CosineLR': .*CosineAnnealingLR"),
-        ({"train_dataloader.sampler.type": "Sampler"}, r"train_dataloader\.sampler\.type='Sampler': .*DefaultSampler"),
-        ({"runner_type": "DistilRunner"}, "runner_type='DistilRunner': .*'DistillRunner'"),
+        ({"data_rot": "x"}, ("config-key-unknown", "data_rot='x'", "top-level", "data_rot", "data_root")),
+        ({"model.student.encodr": "resnet18"}, ("argument-refused", "model.student.encodr='resnet18'", "encoder")),
+        (
+            {"model.objectives.pixels.supervize": "all"},
+            ("argument-refused", "model.objectives.pixels.supervize='all'", "supervise"),
+        ),
+        ({"model.mask.ratio": 0.5}, ("argument-refused", "model.mask.ratio=0.5", "mask_ratio")),
+        (
+            {"train_dataloader.dataset.data_rot": "x"},
+            ("argument-refused", "train_dataloader.dataset.data_rot='x'", "data_root"),
+        ),
+        ({"val_evaluator.0.neighbours": 3}, ("argument-refused", "val_evaluator.0.neighbours=3")),
+        ({"custom_hooks.0.intervall": 3}, ("argument-refused", "custom_hooks.0.intervall=3", "interval")),
+        ({"env_cfg.cudnn_bench": True}, ("part-key-unknown", "env_cfg.cudnn_bench=True", "cudnn_benchmark")),
+        ({"optim_wrapper.paramwise_cfg.norm_decay": 0}, ("part-key-unknown", "paramwise_cfg.norm_decay=0", "norm_decay_mult")),
+        ({"model.type": "MaskDistiller"}, ("type-not-found", "model.type='MaskDistiller'", "MaskedDistiller")),
+        ({"model.objectives.pixels.type": "PixelReconstrution"}, ("type-not-found", "pixels.type", "PixelReconstruction")),
+        ({"optim_wrapper.optimizer.type": "AdmaW"}, ("type-not-found", "optim_wrapper.optimizer.type='AdmaW'", "AdamW")),
+        ({"param_scheduler.1.type": "CosineLR"}, ("type-not-found", "param_scheduler.1.type='CosineLR'", "CosineAnnealingLR")),
+        (
+            {"train_dataloader.sampler.type": "Sampler"},
+            ("type-not-found", "train_dataloader.sampler.type='Sampler'", "DefaultSampler"),
+        ),
+        ({"runner_type": "DistilRunner"}, ("type-not-found", "runner_type='DistilRunner'", "DistillRunner")),
     ],
 )
-def test_unknown_keys_and_types_are_named_with_their_path(changes, message):
+def test_unknown_keys_and_types_are_named_with_their_path(changes, refusal):
     cfg = recipe()
     apply_short_options(cfg)
     cfg.merge_from_dict(changes)
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, *refusal):
         check_config(cfg)
 
 
 def test_missing_folder_names_the_short_option():
     cfg = recipe(data_root=None)
     apply_short_options(cfg)
-    with pytest.raises(ValueError, match=r"train_dataloader.dataset.data_root is missing: .* --cfg-options data_root="):
+    with refused(ValueError, "argument-missing", "train_dataloader.dataset.data_root", "--cfg-options", "data_root"):
         check_config(cfg)
 
 
@@ -147,5 +157,5 @@ def test_mixed_precision_replaces_the_wrapper():
     use_mixed_precision(cfg)
     assert cfg.optim_wrapper.type in ("hgkd.BFloat16OptimWrapper", "AmpOptimWrapper")
     check_amp = recipe(**{"optim_wrapper.type": "ApexOptimWrapper"})
-    with pytest.raises(ValueError, match=r"optim_wrapper\.type is 'ApexOptimWrapper'"):
+    with refused(ValueError, "amp-wrapper-replaced", "optim_wrapper.type", "ApexOptimWrapper"):
         use_mixed_precision(check_amp)

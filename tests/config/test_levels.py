@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.config import Config
+from refusals import refused
 from tiny_runs import HGKD, ROOT, SPARK
 
 from hgkd.api import train as train_tool
@@ -90,18 +91,18 @@ def test_the_places_of_one_setting_follow_the_first():
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"),
+    ("typed", "refusal"),
     [
         (
             {"lr": 1e-3, "optim_wrapper.optimizer.lr": 2e-3},
-            r"lr=0.001 and optim_wrapper.optimizer.lr=0.002 are .* the command line gives both; take one of them out",
+            ("option-disagrees", "lr=0.001", "optim_wrapper.optimizer.lr=0.002"),
         ),
-        ({"epochs": 5, "param_scheduler.1.end": 4}, r"epochs=5 and param_scheduler.1.end=4 are"),
-        ({"workers": 2, "val_dataloader.num_workers": 0}, r"workers=2 and val_dataloader.num_workers=0 are"),
+        ({"epochs": 5, "param_scheduler.1.end": 4}, ("option-disagrees", "epochs=5", "param_scheduler.1.end=4")),
+        ({"workers": 2, "val_dataloader.num_workers": 0}, ("option-disagrees", "workers=2", "val_dataloader.num_workers=0")),
     ],
 )
-def test_two_values_on_one_level_are_refused(typed, message, tmp_path, capsys):
-    with pytest.raises(ValueError, match=message):
+def test_two_values_on_one_level_are_refused(typed, refusal, tmp_path, capsys):
+    with refused(ValueError, *refusal):
         load(HGKD, typed)
     # taking either out, as the message says, works
     for key in typed:
@@ -113,7 +114,7 @@ def test_two_values_on_one_level_are_refused(typed, message, tmp_path, capsys):
 
 def test_two_values_in_one_file_are_refused_with_its_name(tmp_path):
     path = child(tmp_path, "batch_size = 8\ntrain_dataloader = dict(batch_size=16)")
-    with pytest.raises(ValueError, match=r"batch_size=8 and train_dataloader.batch_size=16 are .*child.py gives both"):
+    with refused(ValueError, "option-disagrees", "batch_size=8", "train_dataloader.batch_size=16", "child.py"):
         load(path)
     assert load(path, {"batch_size": 4}).train_dataloader.batch_size == 4
     assert load(child(tmp_path, "batch_size = 8\ntrain_dataloader = dict(batch_size=8)")).batch_size == 8
@@ -124,7 +125,7 @@ def test_two_files_of_which_neither_is_based_on_the_other_are_refused(tmp_path):
     (tmp_path / "b.py").write_text("train_dataloader = dict(batch_size=16)\n")
     path = tmp_path / "c.py"
     path.write_text('_base_ = ["./a.py", "./b.py"]\n')
-    with pytest.raises(ValueError, match=r"batch_size=8 \(.*a.py\) and train_dataloader.batch_size=16 \(.*b.py\) are"):
+    with refused(ValueError, "option-disagrees", "batch_size=8", "a.py", "train_dataloader.batch_size=16", "b.py"):
         load(path)
     path.write_text('_base_ = ["./a.py", "./b.py"]\nbatch_size = 16\n')  # what the message says
     assert load(path).train_dataloader.batch_size == 16
@@ -154,7 +155,7 @@ def test_a_schedule_of_the_childs_own_needs_no_warmup(tmp_path):
     cfg = load(child(tmp_path, text))
     assert cfg.param_scheduler == [dict(type="MultiStepLR", milestones=[5], by_epoch=True)]
     assert load(child(tmp_path, text), {"warmup_epochs": 0}).param_scheduler == cfg.param_scheduler
-    with pytest.raises(ValueError, match="warmup_epochs=2 has no place in this config"):
+    with refused(ValueError, "option-without-place", "warmup_epochs=2"):
         load(child(tmp_path, text), {"warmup_epochs": 2})
 
 
@@ -169,7 +170,7 @@ def test_a_shorter_training_shortens_the_warmup_and_says_so(tmp_path):
     assert load(HGKD, {"epochs": 2}).param_scheduler[0].end == 1  # still shorter
     assert load(HGKD, {"epochs": 2}).remarks == []
     for typed in ({"epochs": 3, "warmup_epochs": 3}, {"warmup_epochs": 10}):
-        with pytest.raises(ValueError, match=r"warmup_epochs=\d+ is not shorter than epochs=\d+"):
+        with refused(ValueError, "warmup-too-long", "warmup_epochs"):
             load(HGKD, typed)
 
 
@@ -179,7 +180,7 @@ def test_labelled_folders_are_found_by_their_places(tmp_path):
     typed = {"val_dataloader.dataset.bank.data_root": "known", "val_dataloader.dataset.query.data_root": "asked"}
     cfg = load(child(tmp_path, text), typed)
     assert cfg.val_dataloader.dataset.bank.data_root == cfg.val_train_root == "known"
-    with pytest.raises(ValueError, match="val_test_root is set without val_train_root"):
+    with refused(ValueError, "validation-half-set", "val_test_root", "val_train_root"):
         load(child(tmp_path, text), {"val_dataloader.dataset.query.data_root": "asked"})
     cfg = load(child(tmp_path, "val_root = None", FINETUNE), {"val_dataloader.dataset.data_root": "asked"})
     assert cfg.val_root == "asked"
@@ -194,17 +195,17 @@ def test_no_folder_for_features_means_no_store():
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"),
+    ("typed", "refusal"),
     [
-        ({"mask_ratio": "60%"}, "mask_ratio='60%': expected a number; write mask_ratio=0.6"),
-        ({"model.mask.mask_ratio": "60%"}, "model.mask.mask_ratio='60%': expected a number; write"),
-        ({"epochs": "ten"}, "epochs='ten': expected a whole number"),
-        ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
-        ({"lr": True}, "lr=True: expected a number"),
+        ({"mask_ratio": "60%"}, ("option-not-a-number", "mask_ratio='60%'", "mask_ratio=0.6")),
+        ({"model.mask.mask_ratio": "60%"}, ("option-not-a-number", "model.mask.mask_ratio='60%'")),
+        ({"epochs": "ten"}, ("option-not-a-number", "epochs='ten'")),
+        ({"batch_size": 2.5}, ("option-not-a-number", "batch_size=2.5")),
+        ({"lr": True}, ("option-not-a-number", "lr=True", "number")),
     ],
 )
-def test_what_is_no_number_is_refused(typed, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_is_no_number_is_refused(typed, refusal):
+    with refused(ValueError, *refusal):
         load(HGKD, typed)
 
 

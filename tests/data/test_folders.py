@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.data.folders import is_system, printable, search
@@ -109,7 +110,7 @@ def test_what_is_left_out_is_told_by_kind_and_pictures_among_it_are_a_warning(tm
 
 def test_an_empty_folder_says_what_there_is(tmp_path):
     (tmp_path / "scan.nef").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no images below .*jpg, jpeg.*; there are 1 \.nef\. Set data_root"):
+    with refused(DataError, "no-images", "1", "data_root"):
         UnlabelledImages(tmp_path)
 
 
@@ -154,16 +155,14 @@ def test_links_between_class_folders_give_no_image_two_classes(tmp_path):
     dataset = LabelledImages(tmp_path, 8)
     assert dataset.labels.tolist() == [0, 1]
     (tmp_path / "emmet").symlink_to(tmp_path / "ant")
-    with pytest.raises(DataError, match=r"class folder .*emmet is the same folder as ant"):
+    with refused(DataError, "class-folder-linked-twice", "emmet", "ant"):
         LabelledImages(tmp_path, 8)
 
 
 def test_splits_are_no_classes(tmp_path, log):
     for name in ("train/ant", "train/bee", "Val/ant"):
         save(tmp_path / name / "1.png")
-    with pytest.raises(
-        DataError, match=r"folders in .* are called Val, train, which are no classes; set data_root to .*/train"
-    ):
+    with refused(DataError, "splits-as-classes", "train", "data_root", "/train"):
         LabelledImages(tmp_path, 8)
     assert LabelledImages(tmp_path / "train", 8).classes == ["ant", "bee"]
     assert not log.told("one class folder only")
@@ -183,7 +182,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(DataError, match=r"folder .*closed cannot be listed \(Permission denied\).*chmod u\+rx"):
+    with refused(DataError, "folder-not-listable", "closed"):
         UnlabelledImages(tmp_path)
 
 
@@ -195,7 +194,7 @@ def test_a_path_beyond_the_systems_longest_is_an_error(tmp_path, monkeypatch):
         os.chdir("d" * 220)
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save("deep.png")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"cannot be listed .File name too long"):
+    with refused(DataError, "folder-not-listable"):
         UnlabelledImages(tmp_path)
 
 

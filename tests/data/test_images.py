@@ -15,6 +15,7 @@ from mmengine.dataset import default_collate
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from PIL import Image
+from refusals import refused
 from torch.utils.data import DataLoader
 
 from hgkd.data import LabelledImages, UnlabelledImages
@@ -218,7 +219,7 @@ def test_list_file_must_not_leave_the_root(entry, tmp_path):
     save(tmp_path / "x.jpg")
     listing = tmp_path / "list.txt"
     listing.write_text("fine.jpg\n" + entry.replace("ROOT", str(root)))
-    with pytest.raises(DataError, match=r"line 2: .* leaves data_root .*root; set data_root to a folder above all images"):
+    with refused(DataError, "listed-path-leaves-root", "2", "data_root", "root"):
         UnlabelledImages(root, list_file=listing)
 
 
@@ -229,28 +230,28 @@ def test_the_whole_machine_may_be_the_root(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "error", "refusal"),
     [
-        ({"data_root": "ROOT/none"}, FileNotFoundError, "data_root .*none does not exist; set it to the folder"),
-        ({"data_root": "ROOT/list.txt"}, FileNotFoundError, "is not a folder"),
-        ({"data_root": "ROOT/empty"}, DataError, "no images below .*empty; looked for files ending in jpg, .* tiff"),
-        ({"list_file": "ROOT/none.txt"}, FileNotFoundError, "list_file .*none.txt does not exist; give a text file"),
-        ({"list_file": "ROOT/list.txt"}, DataError, "names no images; write one path a line"),
-        ({"list_file": "ROOT/binary.txt"}, DataError, "line 1 is not text"),
-        ({"limit": 0}, ValueError, "limit must be None .all images. or a whole number from 1, got 0"),
-        ({"limit": 2.5}, ValueError, "limit must be"),
-        ({"max_bad_share": 5}, ValueError, r"max_bad_share is a share of the images in \[0, 1\], got 5"),
-        ({"image_size": "large"}, TypeError, "image_size must be"),
-        ({"transform": {"hflop": 1}}, ValueError, "did you mean 'hflip'"),
+        ({"data_root": "ROOT/none"}, FileNotFoundError, ("data-root-missing", "data_root", "none")),
+        ({"data_root": "ROOT/list.txt"}, FileNotFoundError, ("data-root-missing",)),
+        ({"data_root": "ROOT/empty"}, DataError, ("no-images", "empty")),
+        ({"list_file": "ROOT/none.txt"}, FileNotFoundError, ("list-file-missing", "list_file", "none.txt")),
+        ({"list_file": "ROOT/list.txt"}, DataError, ("list-file-empty",)),
+        ({"list_file": "ROOT/binary.txt"}, DataError, ("list-file-not-text", "1")),
+        ({"limit": 0}, ValueError, ("limit-not-positive", "limit", "1", "0")),
+        ({"limit": 2.5}, ValueError, ("limit-not-positive", "limit")),
+        ({"max_bad_share": 5}, ValueError, ("bad-share-out-of-range", "max_bad_share", "[0, 1]", "5")),
+        ({"image_size": "large"}, TypeError, ("image-size-not-a-size", "image_size")),
+        ({"transform": {"hflop": 1}}, ValueError, ("transform-option-unknown", "hflip")),
     ],
 )
-def test_refusals(options, error, message, tmp_path):
+def test_refusals(options, error, refusal, tmp_path):
     (tmp_path / "empty").mkdir()
     save(tmp_path / "full" / "x.png")
     (tmp_path / "list.txt").write_text("\n\n")
     (tmp_path / "binary.txt").write_bytes(b"\0\1\2")
     options = {k: v.replace("ROOT", str(tmp_path)) if isinstance(v, str) else v for k, v in options.items()}
-    with pytest.raises(error, match=message):
+    with refused(error, *refusal):
         UnlabelledImages(**{"data_root": tmp_path / "full", **options})
 
 
@@ -334,7 +335,7 @@ def test_share_of_bad_files(total, bad, share, stops, tmp_path):
     if not stops:
         assert [item["index"] for item in dataset][:bad] == [bad] * bad
         return
-    with pytest.raises(DataError, match=rf"{bad} of {total} images .*max_bad_share={share} allows.*0\.png.*Repair or"):
+    with refused(DataError, "too-many-bad-images", bad, total, "max_bad_share", share, "0.png"):
         list(dataset)
 
 
@@ -349,14 +350,14 @@ def test_message_names_share_and_the_first_files(tmp_path):
     assert all(str(tmp_path / f"{n}.png") in message for n in (2, 3, 4))
     assert "and 2 more" in message
     assert "5.png" not in message
-    with pytest.raises(DataError, match="5 of 8"):
+    with refused(DataError, "too-many-bad-images", "5", "8"):
         dataset[2]
 
 
 def test_nothing_readable_ends_even_when_all_may_be_bad(tmp_path):
     save(tmp_path / "a.png").write_bytes(b"")
     save(tmp_path / "b.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 of 2 images .* none is left"):
+    with refused(DataError, "no-readable-images", "2"):
         UnlabelledImages(tmp_path, image_size=8, max_bad_share=1.0)[0]
 
 
@@ -389,7 +390,7 @@ def test_share_is_summed_over_workers(damaged_folder):
     dataset = UnlabelledImages(damaged_folder, image_size=8, max_bad_share=0.25)
     list(DataLoader(dataset, batch_size=2, num_workers=2, multiprocessing_context="fork"))
     dataset.max_bad_share = 0.2  # an error inside a worker would do, but torch then takes 5 s a worker to shut down
-    with pytest.raises(DataError, match=r"4 of 16 images \(25.00%\)"):
+    with refused(DataError, "too-many-bad-images", "4", "16", "25.00%"):
         dataset[1]
 
 
@@ -506,16 +507,16 @@ def test_a_replacement_brings_its_own_label(tmp_path):
 
 
 def test_labelled_refusals(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with refused(FileNotFoundError, "data-root-missing"):
         LabelledImages(tmp_path / "none")
     save(tmp_path / "flat" / "x.png")
-    with pytest.raises(DataError, match=r"no class folders in .*flat; expected .*one folder a class"):
+    with refused(DataError, "no-class-folders", "flat"):
         LabelledImages(tmp_path / "flat")
     class_folders(tmp_path / "hole", {"ant": 1})
     (tmp_path / "hole" / "bee").mkdir()
-    with pytest.raises(DataError, match=r"class folder .*bee holds no images"):
+    with refused(DataError, "class-folder-empty", "bee"):
         LabelledImages(tmp_path / "hole")
-    with pytest.raises(ValueError, match="limit_per_class must be"):
+    with refused(ValueError, "limit-not-positive", "limit_per_class"):
         LabelledImages(tmp_path / "hole", limit_per_class=0)
 
 
@@ -542,25 +543,25 @@ def test_lists_with_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "refusal"),
     [
-        ("a.json", "{}", r"list of labels .*a\.json is of an unknown format; expected a \.txt with 'PATH CLASS'"),
+        ("a.json", "{}", ("label-list-suffix", "a.json")),
         (
             "a.txt",
             "x.png cat\ny.png\n",
-            r"a\.txt line 2: 'y\.png' is not a path and a class; a \.txt has lines like 'a/1\.jpg cat'",
+            ("label-list-line", "a.txt", "2", "y.png", "txt", "a/1.jpg cat"),
         ),
-        ("a.csv", "x.png,cat,3\n", r"line 1: 'x\.png,cat,3' is not a path and a class"),
-        ("a.csv", "x.png,\n", r"line 1: 'x\.png,' is not a path and a class"),
-        ("a.tsv", "../x.png\tcat\n", r"line 1: '\.\./x\.png' leaves data_root"),
-        ("a.csv", "path,label\n", r"list of labels .*a\.csv names no images"),
+        ("a.csv", "x.png,cat,3\n", ("label-list-line", "1", "x.png,cat,3")),
+        ("a.csv", "x.png,\n", ("label-list-line", "1", "x.png,")),
+        ("a.tsv", "../x.png\tcat\n", ("listed-path-leaves-root", "1", "../x.png", "data_root")),
+        ("a.csv", "path,label\n", ("label-list-empty", "a.csv")),
     ],
 )
-def test_lists_with_labels_refusals(tmp_path, name, text, message):
-    with pytest.raises(DataError, match=message):
+def test_lists_with_labels_refusals(tmp_path, name, text, refusal):
+    with refused(DataError, *refusal):
         label_list(tmp_path, name, text)
 
 
 def test_a_list_with_labels_that_is_absent(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"list_file .*none\.txt does not exist"):
+    with refused(FileNotFoundError, "list-file-missing", "list_file", "none.txt"):
         LabelledImages(tmp_path, list_file=tmp_path / "none.txt")

@@ -1,9 +1,9 @@
 """Labelled images for training: a share of the labels, crops that follow the epoch."""
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 from hgkd.data import LabelledImages, SeededIndex
 
@@ -24,7 +24,7 @@ def test_a_share_of_the_labels_is_balanced_and_drawn_with_its_seed(tmp_path):
     assert set(tenth) < set(everything)
     assert draw(label_fraction=0.1)[0] == tenth
     assert draw(label_fraction=0.1, label_seed=1)[0] != tenth
-    with pytest.raises(ValueError, match=r"label_fraction is the share .* in \(0, 1\], got 1\.5"):
+    with refused(ValueError, "label-fraction-out-of-range", "label_fraction", "0", "1", "1.5"):
         draw(label_fraction=1.5)
 
 
@@ -36,5 +36,5 @@ def test_labelled_images_for_training_follow_the_epoch(tmp_path):
     first, again, other = (data[SeededIndex(0, seed)]["inputs"] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    with pytest.raises(ValueError, match=r"resize_ratio=1\.1 is for the centre crop"):
+    with refused(ValueError, "resize-ratio-without-crop", "resize_ratio=1.1"):
         LabelledImages(tmp_path, resize_ratio=1.1, transform=dict(kind="train"))

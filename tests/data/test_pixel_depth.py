@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from refusals import refused
 
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.data.images import read_rgb
@@ -143,18 +144,18 @@ def test_not_a_number_is_black_and_told(tmp_path, log):
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "message"),
+    ("value", "error", "refusal"),
     [
-        (4095, TypeError, "value_range must be two numbers"),
-        ((0, 1, 2), TypeError, "value_range must be two numbers"),
-        (("0", "1"), TypeError, "value_range must be two numbers"),
-        ((5, 5), ValueError, "low < high"),
-        ((0, float("nan")), ValueError, "low < high"),
+        (4095, TypeError, ("value-range-not-a-pair", "value_range")),
+        ((0, 1, 2), TypeError, ("value-range-not-a-pair", "value_range")),
+        (("0", "1"), TypeError, ("value-range-not-a-pair", "value_range")),
+        ((5, 5), ValueError, ("value-range-empty",)),
+        ((0, float("nan")), ValueError, ("value-range-empty",)),
     ],
 )
-def test_ranges_that_are_none(value, error, message, tmp_path):
+def test_ranges_that_are_none(value, error, refusal, tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(error, match=message):
+    with refused(error, *refusal):
         UnlabelledImages(tmp_path, value_range=value)
 
 
@@ -171,9 +172,7 @@ def test_bands_are_counted(kind, tmp_path):
     """Satellites' images used to be "damaged" (https://github.com/python-pillow/Pillow/issues/1888)."""
     for n in range(3):
         write_tiff(tmp_path / f"{n}.tif", np.zeros((8, 8, 8), kind))
-    with pytest.raises(
-        DataError, match=r"3 of 3 images looked at have too many bands, e\.g\. .*0\.tif: 8 bands.*gdal_translate -b 3"
-    ):
+    with refused(DataError, "images-with-other-bands", "3", "0", "8", "gdal_translate"):
         UnlabelledImages(tmp_path)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from hgkd.data.shapes import _SHAPES, CLASSES, render_scene
 
@@ -104,11 +105,15 @@ def test_objects_stand_out_from_the_background():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((0, 15), "16 x 16 pixels or more"), ((0, (64, 8)), "got 64 x 8"), ((0, 32, 8), r"label must be in 0\.\.7")],
+    ("arguments", "refusal"),
+    [
+        ((0, 15), ("scene-too-small", "16 x 16")),
+        ((0, (64, 8)), ("scene-too-small", "64 x 8")),
+        ((0, 32, 8), ("shape-label-out-of-range", "0")),
+    ],
 )
-def test_refusals(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_refusals(arguments, refusal):
+    with refused(ValueError, *refusal):
         render_scene(*arguments)
 
 

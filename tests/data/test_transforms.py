@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from torchvision.transforms import v2
 
 from hgkd.data.transforms import as_size, augment_transform, build_transform, eval_transform, train_transform
@@ -24,13 +25,13 @@ def test_as_size(given, expected):
 
 @pytest.mark.parametrize("given", [True, 3.5, "32", (1, 2, 3), (1.5, 2), None, (True, 4)])
 def test_as_size_refuses_other_types(given):
-    with pytest.raises(TypeError, match="number of pixels or"):
+    with refused(TypeError, "image-size-not-a-size"):
         as_size(given)
 
 
 @pytest.mark.parametrize("given", [0, (16, -1)])
 def test_as_size_refuses_empty_images(given):
-    with pytest.raises(ValueError, match="1 pixel or more"):
+    with refused(ValueError, "image-size-not-positive", "1"):
         as_size(given)
 
 
@@ -89,29 +90,29 @@ def test_eval_of_a_long_strip_shows_its_centre():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "refusal"),
     [
-        ({"hflp": 0.1}, "unknown option of the train transform 'hflp'; did you mean 'hflip'"),
-        ({"image_size": 3}, "unknown option of the train transform 'image_size'"),
-        ({"kind": "eval", "resize_ration": 1.1}, "option of the eval transform 'resize_ration'.*'resize_ratio'"),
-        ({"kind": "evl"}, "unknown transform kind 'evl'; did you mean 'eval'"),
-        ({"scale": (0.0, 1.0)}, "scale must be .low, high."),
-        ({"scale": (0.5, 1.5)}, "at most 1"),
-        ({"ratio": (2.0, 1.0)}, "ratio must be .low, high."),
-        ({"hflip": 1.5}, "hflip is a probability"),
-        ({"color_jitter": -0.1}, "color_jitter must be 0"),
-        ({"kind": "eval", "resize_ratio": 0.5}, "resize_ratio must be 1 or more"),
+        ({"hflp": 0.1}, ("transform-option-unknown", "train", "hflp", "hflip")),
+        ({"image_size": 3}, ("transform-option-unknown", "image_size")),
+        ({"kind": "eval", "resize_ration": 1.1}, ("transform-option-unknown", "eval", "resize_ration", "resize_ratio")),
+        ({"kind": "evl"}, ("transform-kind-unknown", "evl", "eval")),
+        ({"scale": (0.0, 1.0)}, ("range-empty", "scale")),
+        ({"scale": (0.5, 1.5)}, ("crop-scale-out-of-range", "1")),
+        ({"ratio": (2.0, 1.0)}, ("range-empty", "ratio")),
+        ({"hflip": 1.5}, ("flip-out-of-range",)),
+        ({"color_jitter": -0.1}, ("color-jitter-negative", "color_jitter", "0")),
+        ({"kind": "eval", "resize_ratio": 0.5}, ("resize-ratio-too-small", "resize_ratio", "1")),
     ],
 )
-def test_refusals(options, message):
+def test_refusals(options, refusal):
     kept = dict(options)
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, *refusal):
         build_transform(32, options)
     assert options == kept
 
 
 def test_a_pair_is_two_numbers():
-    with pytest.raises(TypeError, match="scale must be two numbers"):
+    with refused(TypeError, "range-not-a-pair", "scale"):
         build_transform(32, {"scale": 0.5})
 
 
@@ -141,9 +142,9 @@ def test_augmentation_follows_torchs_generator_and_leaves_the_others_alone(polic
 
 
 def test_augmentation_that_is_unknown_or_contradictory_is_refused():
-    with pytest.raises(ValueError, match="timm has no augmentation policy 'randd-m9'"):
+    with refused(ValueError, "augmentation-policy-unknown", "randd-m9"):
         build_transform(32, dict(kind="augment", auto_augment="randd-m9"))
-    with pytest.raises(ValueError, match=r"color_jitter=0\.4 has no effect with auto_augment='trivial'"):
+    with refused(ValueError, "color-jitter-without-effect", "color_jitter=0.4", "auto_augment='trivial'"):
         build_transform(32, dict(kind="augment", auto_augment="trivial", color_jitter=0.4))
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from hgkd.distillers import ClassifierTraining
 
@@ -101,7 +102,7 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_stays_out(optio
 )
 def test_a_head_that_nothing_trains_is_refused(options, idle):
     built = model(classifier=TWO_HEADS, **options)
-    with pytest.raises(ValueError, match=f"two heads, whose answers are averaged, but nothing trains the {idle} one; .*leave"):
+    with refused(ValueError, "head-not-trained", idle):
         built.check_heads()
 
 
@@ -110,7 +111,7 @@ def test_predict_says_scores_and_labels():
     samples = model().eval()(inputs, mode="predict", label=labels, index=torch.arange(4))
     assert [(s.label, s.index) for s in samples] == [(0, 0), (1, 1), (2, 2), (0, 3)]
     assert samples[0].scores.shape == (3,)
-    with pytest.raises(ValueError, match="mode must be 'loss', 'predict' or 'tensor', got 'train'"):
+    with refused(ValueError, "mode-unknown", "loss", "predict", "tensor", "train"):
         model()(inputs, mode="train")
 
 
@@ -119,24 +120,24 @@ def test_classes_are_noted_and_compared():
     built.set_classes(("a", "b", "c"))
     assert built.meta()["classifier"]["classes"] == ("a", "b", "c")
     built.teacher.classes = ("a", "b", "d")
-    with pytest.raises(ValueError, match="fine-tuned on other classes than the images have: c, d; give a teacher_checkpoint"):
+    with refused(ValueError, "teacher-classes-differ", "fine-tuned", "teacher_checkpoint"):
         built.set_classes(("a", "b", "c"))
-    with pytest.raises(ValueError, match=r"images are of 2 classes .* the model has 3 outputs; set num_classes=2"):
+    with refused(ValueError, "classes-differ", "2", "3", "num_classes=2"):
         built.set_classes(("a", "b"))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "refusal"),
     [
-        (dict(objectives=HARD), r"objectives=\['hard'\] but no teacher"),
-        (dict(teacher=TEACHER), "a teacher but no objectives"),
-        (dict(erasing=1.5), r"erasing is a probability in \[0, 1\], got 1\.5"),
-        (dict(label_weight=0.0), "label_weight=0.0 leaves nothing to learn"),
-        (dict(num_classes=4, teacher=TEACHER, objectives=HARD), r"must be fine-tuned on the 4 classes .*objective 'hard'"),
+        (dict(objectives=HARD), ("teacher-and-objectives-half-set", "objectives=['hard']")),
+        (dict(teacher=TEACHER), ("teacher-and-objectives-half-set",)),
+        (dict(erasing=1.5), ("erasing-out-of-range", "[0, 1]", "1.5")),
+        (dict(label_weight=0.0), ("label-weight-zero", "label_weight=0.0")),
+        (dict(num_classes=4, teacher=TEACHER, objectives=HARD), ("teacher-classes-needed", "fine-tuned", "4", "hard")),
     ],
 )
-def test_what_does_not_fit_together_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_does_not_fit_together_is_refused(options, refusal):
+    with refused(ValueError, *refusal):
         model(**options)
 
 
@@ -146,7 +147,7 @@ def test_mgd_takes_a_teacher_of_other_classes():
 
 @pytest.mark.parametrize("kind", ["HGKD", "PixelReconstruction", "MGD"])
 def test_an_objective_of_masked_distillation_is_refused_by_name(kind):
-    with pytest.raises(ValueError, match=rf"'own': {kind} is a masked objective .*fine-tuning objective.*FeatureMapMGD"):
+    with refused(ValueError, "objective-of-wrong-kind", "own", kind, "fine-tuning", "FeatureMapMGD"):
         model(teacher=TEACHER, objectives=dict(own=dict(type=kind)))
 
 
@@ -157,5 +158,5 @@ def test_a_teacher_that_overflows_is_named_before_the_first_step():
     layer.weight.data.fill_(3e4)
     layer.bias.data.fill_(3e4)
     inputs, labels = batch()
-    with pytest.raises(ValueError, match=r"the teacher's block 1 .* gives inf in float16 .*dtype=bfloat16"):
+    with refused(ValueError, "teacher-not-finite", "1", "inf", "float16", "dtype=bfloat16"):
         built(inputs, mode="loss", label=labels)

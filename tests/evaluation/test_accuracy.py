@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from scipy import stats
 
 from hgkd.evaluation import bootstrap_interval, paired_test
@@ -42,7 +43,7 @@ def test_bootstrap_equals_drawing_images() -> None:
 
 def test_bootstrap_edges() -> None:
     assert bootstrap_interval(np.ones(9, dtype=bool)) == (100.0, 100.0)
-    with pytest.raises(ValueError, match="1 or more test images"):
+    with refused(ValueError, "outcomes-empty", "1"):
         bootstrap_interval(np.zeros(0, dtype=bool))
 
 
@@ -106,5 +107,5 @@ def test_shares_are_compared_by_their_sign() -> None:
 
 
 def test_other_numbers_of_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"same test images of both runs, got shapes \(3,\) and \(4,\)"):
+    with refused(ValueError, "paired-images-differ", "(3,)", "(4,)"):
         paired_test(np.ones(3), np.ones(4))

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from refusals import refused
 from student_checkpoints import randomised, write_student
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def test_vit_block(tmp_path: Path) -> None:
     assert last.settings["block"] == len(maps) - 1
     torch.testing.assert_close(last(images), maps[-1].mean((2, 3)), rtol=1e-3, atol=1e-4)
     assert last(torch.rand(1, 3, 96, 64)).shape == (1, vit.num_features)  # another size, another grid
-    with pytest.raises(ValueError, match=rf"block 99 does not exist: vit_tiny_patch16_224 has blocks 0 \.\. {len(maps) - 1}"):
+    with refused(ValueError, "feature-block-out-of-range", "99", "vit_tiny_patch16_224", "0", len(maps) - 1):
         load_extractor("vit_tiny_patch16_224", checkpoint=tmp_path / "vit.safetensors", block=99)
 
 
@@ -136,7 +137,7 @@ def test_a_fine_tuned_vit_and_a_work_folder(tmp_path: Path) -> None:
             torch.testing.assert_close(extractor(images), tokens[0][:, 1:].mean(1))
             assert extractor.settings["block"] == 0
             assert extractor.maps(torch.rand(1, 3, 96, 96), -1).shape == (1, 32, 4, 4)  # at the size of its training
-    with pytest.raises(ValueError, match="block 5 does not exist"):
+    with refused(ValueError, "feature-level-out-of-range", "block", "5"):
         load_extractor(tmp_path, block=5)
 
 
@@ -175,7 +176,7 @@ def test_refusals(spec: str, options: dict, error: type[Exception], message: str
 
 def test_a_cnn_has_no_block(tmp_path: Path) -> None:
     write_student(tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="takes no block: a checkpoint holds its own CNN"):
+    with refused(ValueError, "backbone-option-unused", "block"):
         load_extractor(tmp_path / "a.pth", block=0)
 
 
@@ -185,7 +186,7 @@ def test_unfitting_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError):
         load_extractor("test_resnet", checkpoint=tmp_path / "w.safetensors")
     (tmp_path / "junk.pth").write_bytes(b"junk")
-    with pytest.raises(WeightsError, match=r"junk\.pth"):
+    with refused(WeightsError, "weight-file-damaged", "junk.pth"):
         load_extractor(tmp_path / "junk.pth")
 
 
@@ -193,7 +194,7 @@ def test_a_file_of_others_is_named_with_its_network(tmp_path: Path) -> None:
     """The remedy is followed literally: timm's name as the backbone, the file as its checkpoint."""
     source = randomised(timm.create_model("test_resnet", num_classes=10))
     torch.save(source.state_dict(), tmp_path / "b.pth")
-    with pytest.raises(WeightsError, match=r"or give a file of others as --checkpoint .*b.pth --backbone NAME, timm's name"):
+    with refused(WeightsError, "checkpoint-not-of-hgkd", "--checkpoint", "b.pth", "--backbone", "NAME"):
         load_extractor(tmp_path / "b.pth")
     images = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(load_extractor("test_resnet", checkpoint=tmp_path / "b.pth")(images), pooled(source, images))
@@ -202,7 +203,7 @@ def test_a_file_of_others_is_named_with_its_network(tmp_path: Path) -> None:
 def test_an_export_for_another_library_says_so(tmp_path: Path) -> None:
     write_student(tmp_path / "a.pth")
     export(tmp_path / "a.pth", tmp_path / "out", "torchscript")
-    with pytest.raises(WeightsError, match=r"out is an export to torchscript, .*; export the checkpoint again with --to timm"):
+    with refused(WeightsError, "export-of-another-target", "out", "torchscript", "--to"):
         load_extractor(tmp_path / "out")
 
 
@@ -217,7 +218,7 @@ def test_levels_of_a_cnn() -> None:
     torch.testing.assert_close(extractor.maps(images), expected[4])
     torch.testing.assert_close(extractor(images), expected[4].mean((2, 3)))
     torch.testing.assert_close(extractor.attention(images, 0), (expected[1] ** 2).sum(1))
-    with pytest.raises(ValueError, match=r"level 4 does not exist: resnet18 has levels 0 \.\. 3"):
+    with refused(ValueError, "feature-level-out-of-range", "level", "4", "resnet18", "0 .. 3"):
         extractor.maps(images, 4)
 
 
@@ -231,7 +232,7 @@ def test_attention_of_a_vit_is_its_class_tokens() -> None:
         assert 0 < attention.sum() < 1
     torch.testing.assert_close(extractor.attention(images), extractor.attention(images, 0))
     assert not torch.equal(extractor.attention(images), extractor.attention(images, 5))
-    with pytest.raises(ValueError, match="block 12 does not exist"):
+    with refused(ValueError, "feature-level-out-of-range", "block", "12"):
         extractor.attention(images, 12)
 
 
@@ -246,14 +247,14 @@ def test_other_timm_models_give_what_they_pool(tmp_path: Path) -> None:
     torch.testing.assert_close(extractor(images), expected)
     assert extractor(torch.rand(1, 3, 64, 80)).shape == expected.shape  # resized to what the network needs
     assert extractor.settings["input_size"] == [224, 224]
-    with pytest.raises(ValueError, match="mixer_s32_224 gives no maps of features; take a CNN or a plain ViT"):
+    with refused(ValueError, "no-feature-maps", "mixer_s32_224"):
         extractor.maps(images)
-    with pytest.raises(ValueError, match="mixer_s32_224 gives no map of attention"):
+    with refused(ValueError, "no-attention-maps", "mixer_s32_224"):
         extractor.attention(images)
 
 
 def test_features_that_are_no_maps_are_refused() -> None:
     extractor = load_extractor("test_resnet")
     extractor.model.forward_features = lambda x: x.flatten(2).transpose(1, 2)  # tokens (B, N, C)
-    with pytest.raises(ValueError, match="only CNNs, and ViTs with a block"):
+    with refused(ValueError, "features-of-other-shape", "ViTs"):
         extractor(torch.rand(1, 3, 64, 64))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.evaluator import Evaluator
+from refusals import refused
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
@@ -89,28 +90,28 @@ def test_tiny_temperature_stays_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "refusal"),
     [
-        ({"k": 11}, r"k must lie in 1 \.\. 10, the number of images in the bank, got \[11\]"),
-        ({"k": 0}, r"k must lie in 1 \.\. 10"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": float("nan")}, "temperature must be above 0 and finite, got nan"),
-        ({"bank_labels": torch.full((10,), -1)}, "label of -1 means"),
-        ({"num_classes": 2}, r"must lie in 0 \.\. 1, found 0 \.\. 2"),
-        ({"queries": torch.randn(4, 5)}, "expected bank"),
-        ({"queries": torch.full((4, 3), float("nan"))}, "4 of 4 query features hold NaN"),
-        ({"queries": torch.randn(0, 3)}, "no query"),
-        ({"bank_labels": torch.zeros(0, dtype=torch.long)}, "bank of the k-NN is empty"),
+        ({"k": 11}, ("neighbours-out-of-range", "1 .. 10", "[11]")),
+        ({"k": 0}, ("neighbours-out-of-range", "1 .. 10")),
+        ({"temperature": 0.0}, ("temperature-not-positive", "0")),
+        ({"temperature": float("nan")}, ("temperature-not-positive", "0", "nan")),
+        ({"bank_labels": torch.full((10,), -1)}, ("knn-label-out-of-range", "-1")),
+        ({"num_classes": 2}, ("knn-label-out-of-range", "0 .. 1", "0 .. 2")),
+        ({"queries": torch.randn(4, 5)}, ("knn-shapes",)),
+        ({"queries": torch.full((4, 3), float("nan"))}, ("features-not-finite", "4", "query")),
+        ({"queries": torch.randn(0, 3)}, ("knn-no-query",)),
+        ({"bank_labels": torch.zeros(0, dtype=torch.long)}, ("knn-bank-empty", "k-NN")),
     ],
 )
-def test_refusals(change: dict, message: str) -> None:
+def test_refusals(change: dict, refusal: tuple[str, ...]) -> None:
     arguments = {
         "bank": torch.randn(10, 3),
         "bank_labels": torch.arange(10) % 3,
         "queries": torch.randn(4, 3),
         "k": 2,
     }
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, *refusal):
         knn_scores(**{**arguments, **change})
 
 
@@ -169,13 +170,13 @@ def test_health_of_collapsed_features_is_zero() -> None:
 
 
 def test_metric_refusals() -> None:
-    with pytest.raises(ValueError, match="k must be 1 or more"):
+    with refused(ValueError, "count-not-positive", "1"):
         KNNMetric(k=0)
     metric = KNNMetric(k=1)
-    with pytest.raises(TypeError, match="needs FeatureSamples from the model, got dict"):
+    with refused(TypeError, "samples-of-other-kind", "FeatureSamples", "dict"):
         metric.process(None, [{"features": 1}])
     metric.process(None, samples(torch.eye(3), torch.arange(3), "train"))
-    with pytest.raises(ValueError, match=r"splits 'bank' and 'query', got \['train'\]"):
+    with refused(ValueError, "knn-splits-missing", "bank", "query", "train"):
         metric.evaluate(3)
 
 
@@ -209,5 +210,5 @@ def test_nearest_neighbours_by_hand() -> None:
     cosines, places = nearest_neighbours(bank, torch.tensor([[3.0, 0.1], [0.0, 5.0]]), 2, standardise=False)
     assert places.tolist() == [[0, 2], [1, 2]]
     torch.testing.assert_close(cosines[1], torch.tensor([1.0, 0.5**0.5]))
-    with pytest.raises(ValueError, match=r"k must lie in 1 \.\. 3"):
+    with refused(ValueError, "neighbours-out-of-range", "1 .. 3"):
         nearest_neighbours(bank, bank, 4)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from refusals import refused
 from torch.nn.functional import smooth_l1_loss
 
 from hgkd.objectives import PooledFeature, Setup
@@ -70,13 +71,13 @@ def test_it_trains_the_encoder_and_not_the_teacher():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="beta must be above 0, got 0"):
+    with refused(ValueError, "beta-not-positive", "0"):
         PooledFeature(beta=0)
-    with pytest.raises(ValueError, match="needs a teacher"):
+    with refused(ValueError, "objective-without-teacher"):
         PooledFeature().prepare(Setup(SimpleNamespace(feature_channels=(5,)), None, None, (2, 2)))
-    with pytest.raises(ValueError, match=r"block 4 is out of range: the teacher has depth 4"):
+    with refused(ValueError, "teacher-block-out-of-range", "block", "4"):
         prepared(block=4)
-    with pytest.raises(ValueError, match="use a batch size above 1"):
+    with refused(ValueError, "batch-of-one", "1"):
         standardised_mean(torch.randn(1, 6, 2, 2))
     with pytest.raises(RuntimeError, match=r"prepare\(\) must be called before"):
         PooledFeature()(SimpleNamespace(), TeacherOutput({}, (1, 1)), None)

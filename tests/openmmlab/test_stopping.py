@@ -10,6 +10,7 @@ import pytest
 import torch
 from downstream_runs import FASTER_HEAD, need, shapes_ade20k, shapes_coco, tiny_detector, tiny_segmentor, train_tool
 from mmengine.hooks import Hook
+from refusals import refused
 from tiny_runs import ROOT, torchrun
 
 from hgkd.cli import train as train_command
@@ -207,7 +208,7 @@ def test_losses_that_stay_not_finite_end_the_run(tmp_path):
     options = {**tiny_segmentor(shapes_ade20k(tmp_path / "data")), "iterations": 9}
     cfg = train_tool.load_config(SEGMENTOR, tmp_path / "run", options=options)
     cfg.custom_hooks = [dict(type="hgkd.Spoil", steps=range(9))]
-    with pytest.raises(DivergedError, match=r"6 updates in a row were left out. Lower lr.* the last checkpoint is not touched"):
+    with refused(DivergedError, "training-not-finite", "6"):
         train_tool.train(cfg)
     assert not list((tmp_path / "run").glob("*.json"))
 
@@ -215,7 +216,7 @@ def test_losses_that_stay_not_finite_end_the_run(tmp_path):
 def test_a_dry_run_with_a_loss_that_is_not_finite(tmp_path):
     cfg = train_tool.load_config(SEGMENTOR, options=tiny_segmentor(shapes_ade20k(tmp_path / "data")))
     cfg.model.decode_head.loss_decode.loss_weight = float("inf")
-    with pytest.raises(DivergedError, match=r"loss or gradient of the first step is not finite: .*decode.loss_ce inf.*Look at"):
+    with refused(DivergedError, "step-not-finite", "decode.loss_ce"):
         train_command.dry_run_downstream(cfg)
 
 
@@ -239,20 +240,20 @@ def test_an_endless_sampler_fills_any_batch(tmp_path):
     assert train_tool.train(cfg).iter == 1
     cfg.work_dir = str(tmp_path / "other")
     cfg.train_dataloader.sampler = dict(type="DefaultSampler", shuffle=True)
-    with pytest.raises(ValueError, match="no training step"):
+    with refused(ValueError, "no-training-step"):
         train_tool.train(cfg)
 
 
 def test_a_length_that_is_no_whole_number(tmp_path):
     cfg = train_tool.load_config(DETECTOR, tmp_path / "run", options=detector(tmp_path))
     cfg.train_cfg.max_epochs = 1.5
-    with pytest.raises(ValueError, match=r"train_cfg.max_epochs=1.5: expected a whole number, 1 or more"):
+    with refused(ValueError, "option-not-a-whole-number", "train_cfg.max_epochs=1.5", "1"):
         train_tool.train(cfg)
 
 
 def test_one_value_a_channel(tmp_path):
     cfg = train_tool.load_config(SEGMENTOR, options={**tiny_segmentor(shapes_ade20k(tmp_path / "data")), "batch_size": 1})
-    with pytest.raises(ValueError, match=r"a batch normalisation sees one value a channel.*Set batch_size=2 or more"):
+    with refused(ValueError, "batch-norm-single-values", "batch_size=2"):
         train_command.dry_run_downstream(cfg)
 
 
@@ -295,7 +296,7 @@ def test_a_divergence_and_idle_parameters_are_said(tmp_path):
     # a hook of the config's own takes the place of the default one
     cfg = train_tool.load_config(SEGMENTOR, tmp_path / "ended", options=options)
     cfg.custom_hooks = [dict(type="hgkd.Grow"), dict(type="hgkd.LossAlarmHook", patience=3)]
-    with pytest.raises(DivergedError, match=r"in 3 steps in a row .* at step 4. .*type='hgkd.LossAlarmHook', patience=None"):
+    with refused(DivergedError, "training-diverged", "3", "4", "type='hgkd.LossAlarmHook", "patience=None"):
         train_tool.train(cfg)
 
 
@@ -305,6 +306,6 @@ def test_a_last_batch_of_one_image(tmp_path):
     cfg.train_dataloader.sampler = dict(type="DefaultSampler", shuffle=True)
     cfg.train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=1, val_interval=1)
     for start in (train_tool.train, train_command.dry_run_downstream):
-        with pytest.raises(ValueError, match=r"the last batch of every epoch has 1 of 3 images, .*drop_last=True, or another"):
+        with refused(ValueError, "last-batch-too-small", "1", "3", "drop_last=True"):
             start(cfg)
     assert not list((tmp_path / "run").glob("*.pth"))

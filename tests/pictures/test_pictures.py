@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from full_disk import full_disk
+from refusals import refused
 
 from hgkd.pictures.columns import colour_basis, hide_cells, picture_grid, token_colours
 from hgkd.pictures.comparison import write_picture
@@ -67,9 +68,9 @@ def test_grid_places_rows_and_columns():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="expected token maps"):
+    with refused(ValueError, "token-maps-shape"):
         colour_basis(torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="same number of images"):
+    with refused(ValueError, "picture-counts-differ"):
         picture_grid({"a": torch.zeros(1, 3, 2, 2), "b": torch.zeros(2, 3, 2, 2)})
 
 
@@ -97,6 +98,6 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch, name):
-    with full_disk(500), pytest.raises(WriteError, match=f"cannot write .*{name}: .* MB are free on its disk; free some"):
+    with full_disk(500), refused(WriteError, "file-not-written", name):
         WRITERS[name](tmp_path, monkeypatch)
     assert [file for file in tmp_path.rglob("*.png") if os.path.isfile(file)] == []

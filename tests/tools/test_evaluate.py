@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from refusals import refused
 
 from hgkd.api import evaluate as evaluate_api
 from hgkd.cli import evaluate
@@ -112,7 +113,7 @@ def test_lists_give_what_their_folders_give(squares: Path) -> None:
     by_folder = evaluate_api.evaluate(["knn"], train=f"{squares}/train", test=f"{squares}/test", **options)["knn"]
     # the list of the test images lies among them, that of the training images elsewhere
     (lists / "test.csv").rename(squares / "test/test.csv")
-    with pytest.raises(ValueError, match="were looked for do not exist"):
+    with refused(ValueError, "listed-images-missing"):
         evaluate_api.evaluate(["knn"], train=f"{lists}/train.csv", test=f"{squares}/test/test.csv", **options)
     (lists / "train.csv").rename(squares / "train/train.csv")
     by_list = evaluate_api.evaluate(["knn"], train=f"{squares}/train/train.csv", test=f"{squares}/test/test.csv", **options)[
@@ -195,10 +196,13 @@ def test_fine_tuning_is_the_launchers_and_is_compared_like_the_others(
     monkeypatch.setattr(evaluate_api, "launch", launch)
     weights = squares / "weights.pth"
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), weights)
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, *args, **kwargs: (read.append(path), load(path, *args, **kwargs))[1])
     start = ["finetune", "--backbone", "test_resnet", "--checkpoint", str(weights)]
     options = ["--finetune-options", "epochs=12", "batch_size=6", "warmup_epochs=1", "lr=0.05"]
     for name in ("a", "b"):
         assert run(squares, *start, "--json", f"{squares}/{name}.json", "--csv", f"{squares}/all.csv", *options) == 0
+    assert read.count(weights) == 2  # once a command
     found = json.loads((squares / "a.json").read_text())
     assert found["top1"] == 100  # three colours
     assert (list(found["scores"]), found["settings"]["epochs"]) == (["classifier"], 12)
@@ -212,7 +216,7 @@ def test_fine_tuning_is_the_launchers_and_is_compared_like_the_others(
 
 def test_fine_tuning_a_mae_file_needs_the_networks_name() -> None:
     extractor = FeatureExtractor("mae", {"name": "mae", "weights": "mae.pth"})
-    with pytest.raises(ValueError, match=r"give it, e\.g\. --finetune-options student="):
+    with refused(ValueError, "network-name-missing", "--finetune-options"):
         evaluate_api.fine_tune(extractor, 3, {})
 
 

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from mmengine.hooks import Hook
+from refusals import refused
 from tiny_runs import HGKD as HGKD_RECIPE
 from tiny_runs import SPARK, load_tool, tiny, tiny_hgkd, write_images
 
@@ -70,7 +71,7 @@ def spoil(runner, data_batch=None, **options):
 
 def test_a_training_without_a_single_update_is_a_failure_and_leaves_no_checkpoint(images, tmp_path):
     run = build(images, tmp_path / "run", At("before_train_iter", spoil), epochs=1, warmup_epochs=0, **ALONE)
-    with pytest.raises(DivergedError, match=r"every update of this training was left out \(4 of 4\).*nothing has been trained"):
+    with refused(DivergedError, "nothing-trained", "4"):
         run.train()
     assert not list((tmp_path / "run").glob("*.pth"))
     assert "epoch_1.pth is not written: every update so far was left out" in log_of(tmp_path / "run")
@@ -149,7 +150,7 @@ def test_logs_that_cannot_be_written_end_the_run_and_the_checkpoint_before_is_wh
 
     run = build(images, tmp_path / "run", At("after_train_iter", fill, lambda runner: runner.iter == 5), **ALONE)
     try:
-        with pytest.raises(StoppedError, match=r"the system refuses .*: File too large; .* continue with --resume"):
+        with refused(StoppedError, "system-refuses", "--resume"):
             run.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -217,7 +218,7 @@ def kill_readers(runner, **options):
 def test_a_reading_process_that_is_killed_in_a_validation(images, tmp_path):
     options = {"val_dataloader.batch_size": 1, "workers": 1}
     run = build(images, tmp_path / "run", At("before_val_iter", kill_readers), **options)
-    with pytest.raises(StoppedError, match=r"a process that reads images was killed \(.*when memory ran out.*--resume"):
+    with refused(StoppedError, "reading-process-killed", "--resume"):
         run.train()
     assert find_last_checkpoint(tmp_path / "run") == str(tmp_path / "run/epoch_1.pth")
 
@@ -325,9 +326,9 @@ def test_signals_in_a_checkpoint_and_at_the_end_change_nothing_that_is_written(i
 
 
 def test_complaints_of_other_packages_are_the_users_and_our_own_are_not():
-    with pytest.raises(ValueError, match=r"the config cannot be built, says torch: .*no attribute"), configured():
+    with refused(ValueError, "config-not-buildable", "torch"), configured():
         torch.nn.Identity().nothing  # noqa: B018
-    with pytest.raises(ValueError, match=r"says timm: a name \(str\) stands where a class is expected"), configured():
+    with refused(ValueError, "config-not-buildable", "timm"), configured():
         timm.create_model("vit_tiny_patch16_224", depth=1, mlp_layer="SwiGLUPacked")
     with pytest.raises(TypeError, match="unexpected keyword"), configured():
         timm.create_model("vit_tiny_patch16_224", depth=1, nothing=1)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.config import Config
+from refusals import refused
 
 from hgkd.errors import DivergedError
 from hgkd.masking import RandomMask
@@ -70,9 +71,7 @@ def test_steps_that_are_not_finite_are_counted_and_the_run_ends_after_several_in
     assert "left out (2 in a row, 2 in all)" in run.logger.warnings[1]
     step(run, hook, float("nan"), "skipped", images=(1,))
     step(run, hook, float("nan"), "skipped")
-    with pytest.raises(
-        DivergedError, match=r"step 13: loss=nan.* 3 updates in a row.*hgkd replay .*nonfinite_step_11_rank_0.json"
-    ):
+    with refused(DivergedError, "training-not-finite", "13", "loss=nan", "3", "nonfinite_step_11_rank_0.json"):
         step(run, hook, float("nan"), "skipped")
     assert saved == [(str(tmp_path), "nonfinite_step_11.pth", {"epoch": 0, "iter": 10})]
     dump = json.loads((tmp_path / "nonfinite_step_11_rank_0.json").read_text())
@@ -92,7 +91,7 @@ def test_the_dump_holds_the_accumulated_steps_too(tmp_path):
 
 
 def test_negative_patience_is_refused():
-    with pytest.raises(ValueError, match="patience must be 0"):
+    with refused(ValueError, "patience-out-of-range", "0"):
         FiniteLossHook(-1)
 
 
@@ -140,9 +139,7 @@ def test_a_divergence_in_the_first_steps_is_no_baseline_and_is_told_again_at_the
 def test_a_loss_that_stays_far_above_the_first_one_ends_the_run():
     hook, run = LossAlarmHook(patience=3), runner()
     losses(hook, run, [1.0, 6.0, 6.0, 0.9, 6.0, 6.0])
-    with pytest.raises(
-        DivergedError, match=r"in 3 steps in a row the loss was more than 5 times the first one \(1\), at last 7"
-    ):
+    with refused(DivergedError, "training-diverged", "3", "5", "(1)", "7"):
         losses(hook, run, [7.0])
     patient, run = LossAlarmHook(patience=None), runner()
     losses(patient, run, [1.0] + [6.0] * 60)
@@ -229,7 +226,7 @@ def test_peak_memory_is_plausible():
 
 
 def test_picture_hook_refuses_zero():
-    with pytest.raises(ValueError, match="interval and num_images must be 1 or more"):
+    with refused(ValueError, "count-not-positive", "num_images", "1"):
         VisualizationHook(interval=0)
 
 

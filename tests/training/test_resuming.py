@@ -13,6 +13,7 @@ from mmengine.optim import (
     OptimWrapper,
     ReduceOnPlateauLR,
 )
+from refusals import refused
 from torch import nn
 
 from hgkd.training.loop import ExactEpochLoop
@@ -130,14 +131,14 @@ def test_the_loss_scale_is_kept_and_its_settings_are_the_configs():
 
 def test_refusals():
     written = checkpoint(training(done=3))
-    with pytest.raises(ValueError, match=r"state of another optimiser \(one with .*betas.*\) than this config's SGD"):
+    with refused(ValueError, "resume-other-optimizer", "SGD"):
         resumed(written, training(optimizer=torch.optim.SGD), 3)
-    with pytest.raises(ValueError, match=r"another optimiser \(SGD\) than this config's AdamW"):
+    with refused(ValueError, "resume-other-optimizer", "SGD", "AdamW"):
         resumed(checkpoint(training(done=3), optimizer="SGD"), training(), 3)
-    with pytest.raises(ValueError, match=r"patience 2 -> 4\), and a schedule that follows the validation cannot be"):
+    with refused(ValueError, "resume-other-settings", "2", "4"):
         resumed(checkpoint(training(schedule="plateau", done=3)), training(schedule="plateau", epochs=4), 3)
     averaged = {**written, "ema_state_dict": {}}
-    with pytest.raises(ValueError, match=r"epoch.pth holds a moving average of the weights, and this config has no EMAHook"):
+    with refused(ValueError, "resume-without-average", "epoch.pth"):
         resumed(averaged, training(), 3)
     with_hook = training()
     with_hook.hooks = [EMAHook()]
@@ -188,7 +189,7 @@ def test_checkpoints_of_before_are_judged_by_their_steps():
     assert loop.check_position("x.pth", {"steps_per_epoch": 4}) is None
     assert loop.check_position("x.pth", meta) is None
     assert images_that_differ({}, loop._runner) == ""
-    with pytest.raises(ValueError, match="steps an epoch 5 -> 4"):
+    with refused(ValueError, "resume-other-batches", "5", "4"):
         loop.check_position("x.pth", {"steps_per_epoch": 5})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from refusals import refused
 from tiny_runs import SPARK, load_tool, tiny, write_images
 
 from hgkd.api import train as train_tool
@@ -76,26 +77,26 @@ def test_a_config_of_plain_data_is_the_config_in_python(images, tmp_path, suffix
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "refusal"),
     [
-        ("x.yaml", "a: !!python/object/apply:os.mkdir [marker]", "no plain yaml data"),
-        ("x.yml", "model: {type: os.mkdir, path: marker}", r"type='os\.mkdir' is no name of a registry"),
-        ("x.json", '{"model": {"type": "subprocess.Popen", "args": ["mkdir", "marker"]}}', "is no name of a registry"),
-        ("x.json", '{"custom_hooks": [{"type": "hgkd.training.hooks.alarms.os.mkdir"}]}', "is no name of a registry"),
-        ("x.json", '{"optim_wrapper": {"constructor": "os.mkdir"}}', "constructor='os.mkdir' is no name"),
-        ("x.json", '{"model": {"type": ["os"]}}', "is no name of a registry"),
-        ("x.json", '{"_base_": "evil.py"}', "'_base_' can run code"),
-        ("x.json", '{"model": {"_scope_": "evil"}}', "'_scope_' can run code"),
-        ("x.json", '{"custom_imports": {"imports": ["evil"]}}', "'custom_imports' can run code"),
-        ("x.json", "[1]", "holds a list, expected keys"),
-        ("x.json", "{", "no plain json data"),
-        ("x.toml", "", r"must end in \.py, or for plain data in \.yaml, \.yml, \.json"),
+        ("x.yaml", "a: !!python/object/apply:os.mkdir [marker]", ("config-not-readable", "yaml")),
+        ("x.yml", "model: {type: os.mkdir, path: marker}", ("plain-config-import-path", "type='os.mkdir")),
+        ("x.json", '{"model": {"type": "subprocess.Popen", "args": ["mkdir", "marker"]}}', ("plain-config-import-path",)),
+        ("x.json", '{"custom_hooks": [{"type": "hgkd.training.hooks.alarms.os.mkdir"}]}', ("plain-config-import-path",)),
+        ("x.json", '{"optim_wrapper": {"constructor": "os.mkdir"}}', ("plain-config-import-path", "constructor='os.mkdir")),
+        ("x.json", '{"model": {"type": ["os"]}}', ("plain-config-import-path",)),
+        ("x.json", '{"_base_": "evil.py"}', ("plain-config-runs-code", "_base_")),
+        ("x.json", '{"model": {"_scope_": "evil"}}', ("plain-config-runs-code", "_scope_")),
+        ("x.json", '{"custom_imports": {"imports": ["evil"]}}', ("plain-config-runs-code", "custom_imports")),
+        ("x.json", "[1]", ("config-not-a-mapping", "list")),
+        ("x.json", "{", ("config-not-readable", "json")),
+        ("x.toml", "", ("config-suffix",)),
     ],
 )
-def test_a_config_of_plain_data_runs_nothing(tmp_path, name, text, message):
+def test_a_config_of_plain_data_runs_nothing(tmp_path, name, text, refusal):
     (tmp_path / name).write_text(text)
     (tmp_path / "evil.py").write_text("import os; os.mkdir('marker')")
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, *refusal):
         read_config(name)
     assert not Path("marker").exists()
 

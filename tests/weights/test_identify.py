@@ -1,6 +1,8 @@
 """What every kind of weight file is, and how often a command reads one."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from refusals import refused
 from safetensors.torch import save_file
 from student_checkpoints import write_student
 from timm.models.vision_transformer import VisionTransformer
@@ -189,7 +192,7 @@ def test_folders(tmp_path: Path) -> None:
     save_file(RESNET, other / "model.safetensors")
     found = identify(other)
     assert found.kind is Kind.UNKNOWN
-    with pytest.raises(WeightsError, match=r"other is a folder.*give .*other/model\.safetensors"):
+    with refused(WeightsError, "weight-file-is-a-folder", "other", "other/model.safetensors"):
         found.tensors()
 
 
@@ -204,7 +207,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for name in ("half.pth", "junk.pth", "empty.pth", "half.safetensors"):
         with pytest.raises(WeightsError, match=name):
             identify(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=r"nothing\.pth does not exist"):
+    with refused(FileNotFoundError, "weight-file-missing", "nothing.pth"):
         identify(tmp_path / "nothing.pth")
 
 
@@ -268,7 +271,7 @@ def test_a_fine_tuned_vit_is_read_once(tmp_path: Path, reads: Counter[str]) -> N
 
 def test_a_vit_of_others_is_named_with_its_network(tmp_path: Path) -> None:
     torch.save(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(WeightsError, match=r"ViT of another project.*--checkpoint .*vit.pth --backbone NAME"):
+    with refused(WeightsError, "checkpoint-not-of-hgkd", "--checkpoint", "vit.pth", "--backbone", "NAME"):
         load_extractor(tmp_path / "vit.pth")
 
 
@@ -310,6 +313,22 @@ def test_fine_tuning_reads_its_start_once(name: str, reads: Counter[str]) -> Non
     sizes = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     ImageClassifier("vit_tiny_patch16_224", 2, 64, backbone=GOLDEN / name, **sizes)
     assert reads == {name: 1}
+
+
+def test_a_file_is_read_once_for_features_and_for_fine_tuning(tmp_path: Path, reads: Counter[str]) -> None:
+    """As in ``hgkd evaluate finetune``; a file that was written since is read again."""
+    sizes = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    path = Path(shutil.copy(GOLDEN / "mae.safetensors", tmp_path))
+    with files.reading_once():
+        load_extractor(path)
+        with files.reading_once():
+            ImageClassifier("vit_tiny_patch16_224", 2, 64, backbone=path, **sizes)
+        assert reads == {"mae.safetensors": 1}
+        os.utime(path, (1, 1))
+        load_extractor(path)
+        assert reads == {"mae.safetensors": 2}
+    load_extractor(path)
+    assert reads == {"mae.safetensors": 3}
 
 
 def test_the_answer_stands_for_its_path(tmp_path: Path, reads: Counter[str]) -> None:

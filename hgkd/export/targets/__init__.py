@@ -1,5 +1,6 @@
 """The table of targets, a module a family. An option that only one target has also needs a line in hgkd/cli/export.py."""
 
+from hgkd.errors import InvalidValueError
 from hgkd.export.job import Target
 from hgkd.export.targets import edge, graphs, openmmlab, own, sparse, timm, torchvision, transformers
 
@@ -14,6 +15,8 @@ def register_target(target: Target) -> Target:
         ValueError: there is one of that name.
     """
     if target.name in TARGETS:
-        raise ValueError(f"there is an export target {target.name!r} already; give yours another name")
+        raise InvalidValueError(
+            "target-name-taken", f"there is an export target {target.name!r} already; give yours another name"
+        )
     TARGETS[target.name] = target
     return target

@@ -36,7 +36,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 from hgkd.differences import largest_difference
-from hgkd.errors import WeightsError, unknown_name_message
+from hgkd.errors import InvalidValueError, MissingFileError, WeightsError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.networks.encoder import encoder_levels
 from hgkd.networks.taps import last_channels
@@ -103,17 +103,18 @@ def write_onnx(
     output = trained.output
     for name in precision:
         if name not in PRECISIONS:
-            raise ValueError(unknown_name_message("precision", name, PRECISIONS))
+            raise InvalidValueError("precision-unknown", unknown_name_message("precision", name, PRECISIONS))
     if opset < 18:
-        raise ValueError(f"opset must be 18 or later (what torch writes without loss), got {opset}")
+        raise InvalidValueError("opset-too-low", f"opset must be 18 or later (what torch writes without loss), got {opset}")
     extra = [name for name in PRECISIONS[1:] if name in precision]
     if "int8" in extra and (job.images is None or len(job.images) < LEAST_IMAGES):
         raise ValueError(f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images=")
     known = cast(int, job.network.num_classes) if trained.whole else getattr(trained.classifier, "out_features", None)
     if known is not None and job.labels is not None and job.labels.max() >= known:
-        raise ValueError(
+        raise InvalidValueError(
+            "calibration-classes-differ",
             f"the images are of {int(job.labels.max()) + 1} classes, the classifier knows {known}; "
-            "give images in the class folders that it was trained with"
+            "give images in the class folders that it was trained with",
         )
     onnx, onnxruntime, _ = need("onnx", "onnx", "onnxruntime", "onnxscript")
     if extra:
@@ -121,7 +122,9 @@ def write_onnx(
 
     newest = onnx.defs.onnx_opset_version()
     if opset > newest:
-        raise ValueError(f"opset {opset} does not exist in onnx {onnx.__version__}; give one of 18 .. {newest}")
+        raise InvalidValueError(
+            "opset-unknown", f"opset {opset} does not exist in onnx {onnx.__version__}; give one of 18 .. {newest}"
+        )
 
     graph, notes = fused_for_inference(trained)
     file = job.folder / "model.onnx"
@@ -137,8 +140,9 @@ def write_onnx(
         cast(torch.onnx.ONNXProgram, program).save(str(file))
     written = {entry.domain: entry.version for entry in onnx.load(str(file), load_external_data=False).opset_import}[""]
     if written != opset:
-        raise ValueError(
-            f"torch {torch.__version__} cannot write opset {opset} of this network, only {written}; give {written}"
+        raise InvalidValueError(
+            "opset-not-written",
+            f"torch {torch.__version__} cannot write opset {opset} of this network, only {written}; give {written}",
         )
     onnx.checker.check_model(str(file))
     run = onnx_runner(file)
@@ -234,13 +238,19 @@ def _options(threads: int = 1) -> object:
 def graph_of(job: Job, output: str | None, classifier: str | os.PathLike[str] | None) -> Graph:
     if job.part == "classifier":
         if classifier is not None or output not in (None, "logits"):
-            raise ValueError("a classifier gives the logits of its own head; leave output and the classifier file out")
+            raise InvalidValueError(
+                "logits-of-classifier",
+                "a classifier gives the logits of its own head; leave output and the classifier file out",
+            )
         return Graph(job.network, "logits", None, whole=True).eval()
     output = output or "pooled"
     if output not in OUTPUTS:
-        raise ValueError(unknown_name_message("output", output, OUTPUTS))
+        raise InvalidValueError("graph-output-unknown", unknown_name_message("output", output, OUTPUTS))
     if (output == "logits") != (classifier is not None):
-        raise ValueError("output='logits' and a classifier file (safetensors with weight (K, C) and bias (K)) go together")
+        raise InvalidValueError(
+            "logits-without-classifier",
+            "output='logits' and a classifier file (safetensors with weight (K, C) and bias (K)) go together",
+        )
     return Graph(
         job.network, output, None if classifier is None else _linear(Path(classifier).expanduser(), job.network)
     ).eval()
@@ -248,13 +258,19 @@ def graph_of(job: Job, output: str | None, classifier: str | os.PathLike[str] | 
 
 def _linear(file: Path, network: nn.Module) -> nn.Linear:
     if not file.is_file():
-        raise FileNotFoundError(f"classifier {file} does not exist; expected safetensors with weight (K, C) and bias (K)")
+        raise MissingFileError(
+            "linear-classifier-missing",
+            f"classifier {file} does not exist; expected safetensors with weight (K, C) and bias (K)",
+        )
     state = read_weights(file)
     channels = last_channels(network)
     weight = state.get("weight")
     if set(state) != {"weight", "bias"} or weight is None or weight.dim() != 2 or weight.shape[1] != channels:
         found = {key: tuple(value.shape) for key, value in state.items()}
-        raise WeightsError(f"{file} holds {found}, expected weight (K, {channels}) and bias (K) of a linear classifier")
+        raise WeightsError(
+            "linear-classifier-shape",
+            f"{file} holds {found}, expected weight (K, {channels}) and bias (K) of a linear classifier",
+        )
     layer = nn.Linear(channels, weight.shape[0])
     layer.load_state_dict(state)
     return layer
@@ -338,8 +354,9 @@ def _write_fp16(job: Job, file: Path, lower: Path) -> list[str]:
     largest, where = _reach(file, images)
     if not largest <= FP16_LARGEST:
         raise ExportError(
+            "fp16-overflows",
             f"fp16 holds numbers up to {FP16_LARGEST:.0f}, and this network reaches {largest:.3g} in {where}: on a device that "
-            "computes in fp16 it overflows; leave fp16 out of precision (the fp32 and int8 graphs have no such limit)"
+            "computes in fp16 it overflows; leave fp16 out of precision (the fp32 and int8 graphs have no such limit)",
         )
     model = float16.convert_float_to_float16(onnx.load(str(file)), keep_io_types=True)
     models.OnnxModel.graph_topological_sort(model.graph)  # the converter puts its casts at the end
@@ -421,7 +438,7 @@ def agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Ca
     held_out = images[1::2]
     a, b = (torch.cat([run(batch) for batch in held_out.split(8)]).flatten(1) for run in (full, lower))
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise ExportError("a graph gives NaN or infinite outputs on the images; leave its precision out")
+        raise ExportError("graph-not-finite", "a graph gives NaN or infinite outputs on the images; leave its precision out")
     near_a, near_b = _nearest(a), _nearest(b)
     found: dict[str, Any] = {
         "images": len(held_out),

@@ -159,8 +159,9 @@ def _native(library: str, job: Job) -> tuple[KeyStyle, dict[str, Any], list[str]
     depth = _DEPTHS.get((plan.block, plan.depths))
     if depth is None or not plan.standard_widths or (plan.groups == 1 and plan.base_width != 64):
         raise UnsupportedLayerError(
+            "resnet-sizes-not-in-library",
             f"{library}'s ResNet has the depths 18, 34, 50, 101 and 152 at the paper's widths; this student has {plan.block} "
-            f"blocks {plan.depths}, stages of {plan.widths} channels and base width {plan.base_width}; export it to timm"
+            f"blocks {plan.depths}, stages of {plan.widths} channels and base width {plan.base_width}; export it to timm",
         )
     grouped = {} if plan.groups == 1 else {"groups": plan.groups, _GROUP_WIDTH[library]: plan.base_width}
     kind = "ResNeXt" if grouped else "ResNet"
@@ -176,7 +177,9 @@ def _load(library: ModuleType, kind: str, backbone: dict[str, Any], file: str) -
     try:
         load_checkpoint(model, file, map_location="cpu", strict=True)
     except RuntimeError as error:
-        raise ExportError(f"{library.__name__}'s {kind} does not take the weights: {error}") from error
+        raise ExportError(
+            "library-refuses-weights", f"{library.__name__}'s {kind} does not take the weights: {error}"
+        ) from error
     model.eval()  # returns nothing in these libraries
     return model
 

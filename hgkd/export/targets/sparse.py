@@ -133,7 +133,9 @@ def _masked(job: Job, images: Tensor, cell: int, normalise: bool = True) -> tupl
     """Images cropped to whole cells, and flags of about a quarter of these, the same for the same images."""
     height, width = (side // cell * cell for side in images.shape[-2:])
     if not height or not width:
-        raise ExportError(f"cells of {cell} pixels do not fit into images of {tuple(images.shape[-2:])} pixels")
+        raise ExportError(
+            "cells-do-not-fit-images", f"cells of {cell} pixels do not fit into images of {tuple(images.shape[-2:])} pixels"
+        )
     generator = torch.Generator().manual_seed(0)
     visible = torch.rand(len(images), height // cell, width // cell, generator=generator) < 0.25
     visible[:, 0, 0] = True

@@ -50,7 +50,10 @@ def write(job: Job) -> Written:
     if library_of(spec.name) is not None:
         raise UnsupportedLayerError(f"timm has no {spec.name}; {home_of(spec.name)}")
     if job.part == "classifier" and spec.stem != "default":
-        raise WeightsError(f"timm cannot build the {spec.stem} stem from a config; export this classifier to onnx or pt2")
+        raise WeightsError(
+            "stem-not-in-timm-config",
+            f"timm cannot build the {spec.stem} stem from a config; export this classifier to onnx or pt2",
+        )
     weights = renamed(job.network, TIMM)
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(_config(spec, job.network, job.source.classes), job.folder / CONFIG_FILE)
@@ -88,10 +91,15 @@ def same_weights(source: nn.Module, again: nn.Module) -> None:
     before, after = source.state_dict(), again.state_dict()
     missing, added = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
     if missing or added:
-        raise ExportError(f"the re-read network lacks the weights {missing[:5]} and has {added[:5]} beyond the source's")
+        raise ExportError(
+            "export-weights-changed",
+            f"the re-read network lacks the weights {missing[:5]} and has {added[:5]} beyond the source's",
+        )
     changed = [name for name, value in before.items() if not torch.equal(value.cpu(), after[name].cpu())]
     if changed:
-        raise ExportError(f"{len(changed)} tensors changed on the way to disk and back, e.g. {changed[:3]}")
+        raise ExportError(
+            "export-weights-changed", f"{len(changed)} tensors changed on the way to disk and back, e.g. {changed[:3]}"
+        )
 
 
 def _config(spec: EncoderSpec, source: nn.Module, classes: Sequence[str]) -> dict[str, Any]:

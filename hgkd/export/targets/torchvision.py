@@ -75,8 +75,9 @@ def _write_own(job: Job) -> Written:
 def _resnet_recipe(plan: ResNetPlan) -> str:
     if not plan.standard_widths:
         raise UnsupportedLayerError(
+            "resnet-sizes-not-in-library",
             f"torchvision's ResNet has 64 channels in its stem and stages of 64-128-256-512 (times 4 for bottlenecks), this "
-            f"student {plan.stem} and {'-'.join(map(str, plan.widths))}; export it to timm"
+            f"student {plan.stem} and {'-'.join(map(str, plan.widths))}; export it to timm",
         )
     block = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}[plan.block].__name__
     return (
@@ -88,7 +89,9 @@ def _resnet_recipe(plan: ResNetPlan) -> str:
 
 def _convnext_recipe(plan: ConvNeXtPlan) -> str:
     if plan.grn:
-        raise UnsupportedLayerError("torchvision's ConvNeXt has no layer for stages.0.blocks.0.mlp.grn; export it to timm")
+        raise UnsupportedLayerError(
+            "grn-not-in-library", "torchvision's ConvNeXt has no layer for stages.0.blocks.0.mlp.grn; export it to timm"
+        )
     following = [*plan.widths[1:], None]
     settings = ", ".join(
         f"{convnext.CNBlockConfig.__name__}({width}, {after}, {depth})"

@@ -74,8 +74,9 @@ def _shaped(key: str, value: Tensor) -> Tensor:
 def _resnet(plan: ResNetPlan) -> tuple[KeyStyle, dict[str, Any]]:
     if plan.groups != 1 or plan.base_width != 64:
         raise UnsupportedLayerError(
+            "groups-not-in-library",
             f"transformers' ResNet has no groups and no wide bottlenecks; this student's layer1.0.conv2 has {plan.groups} "
-            f"groups of base width {plan.base_width}; export it to timm"
+            f"groups of base width {plan.base_width}; export it to timm",
         )
     return TRANSFORMERS_RESNET, {
         "architectures": ["ResNetModel"],
@@ -118,7 +119,7 @@ def _load(transformers: ModuleType, job: Job) -> nn.Module:
     )
     wrong = {what: sorted(map(str, keys))[:5] for what, keys in found.items() if keys}
     if wrong:
-        raise ExportError(f"transformers does not take the weights: {wrong}")
+        raise ExportError("library-refuses-weights", f"transformers does not take the weights: {wrong}")
     return cast(nn.Module, model).eval()
 
 

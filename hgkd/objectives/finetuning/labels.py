@@ -10,7 +10,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 
 LABEL_LOSSES = ("cross_entropy", "bce")
 
@@ -43,16 +43,18 @@ class LabelLoss(nn.Module):
     ) -> None:
         super().__init__()
         if loss not in LABEL_LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(map(repr, LABEL_LOSSES))}, got {loss!r}")
+            raise InvalidValueError("loss-unknown", f"loss must be one of {', '.join(map(repr, LABEL_LOSSES))}, got {loss!r}")
         if not 0.0 <= smoothing < 1.0:
-            raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
+            raise InvalidValueError("smoothing-out-of-range", f"smoothing must be in [0, 1), got {smoothing}")
         if threshold is not None and (loss != "bce" or not 0.0 < threshold < 1.0):
-            raise ValueError(
-                f"threshold={threshold} makes targets of loss='bce' 0 or 1; it must be in (0, 1), the loss is {loss!r}"
+            raise InvalidValueError(
+                "threshold-out-of-range",
+                f"threshold={threshold} makes targets of loss='bce' 0 or 1; it must be in (0, 1), the loss is {loss!r}",
             )
         if min(mixup, cutmix) < 0.0 or not 0.0 <= mix_probability <= 1.0:
-            raise ValueError(
-                f"mixup and cutmix must be 0 or more and mix_probability in [0, 1], got {mixup}, {cutmix}, {mix_probability}"
+            raise InvalidValueError(
+                "mixing-out-of-range",
+                f"mixup and cutmix must be 0 or more and mix_probability in [0, 1], got {mixup}, {cutmix}, {mix_probability}",
             )
         self.mixes = max(mixup, cutmix) > 0.0 and mix_probability > 0.0
         self.mixer = Mixup(
@@ -73,7 +75,7 @@ class LabelLoss(nn.Module):
         """
         if len(inputs) % 2 and self.mixes:
             told = f"mixup and cutmix pair the images of a batch, which has {len(inputs)}; set an even batch_size"
-            raise coded("odd-batch", ValueError(told))
+            raise InvalidValueError("odd-batch", told)
         if not self.mixes:  # timm asks for pairs even then
             targets: Tensor = mixup_target(labels, self.mixer.num_classes, smoothing=self.mixer.label_smoothing)
             return inputs, targets

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.finetuning.logits import LogitObjective
 from hgkd.registry import FINETUNING_OBJECTIVES
 
@@ -25,7 +26,9 @@ class LogitKD(LogitObjective):
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
         if temperature <= 0.0:
-            raise ValueError(f"temperature must be above 0, got {temperature}; 1 to 4 is usual")
+            raise InvalidValueError(
+                "temperature-not-positive", f"temperature must be above 0, got {temperature}; 1 to 4 is usual"
+            )
         self.temperature = temperature
 
     def value(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.finetuning.logits import LogitObjective
 from hgkd.registry import FINETUNING_OBJECTIVES
 
@@ -36,7 +37,10 @@ class NKD(LogitObjective):
     def __init__(self, temperature: float = 1.0, gamma: float = 1.0) -> None:
         super().__init__()
         if temperature <= 0.0 or gamma < 0.0:
-            raise ValueError(f"temperature must be above 0 and gamma 0 or more, got {temperature} and {gamma}")
+            raise InvalidValueError(
+                "temperature-or-gamma-out-of-range",
+                f"temperature must be above 0 and gamma 0 or more, got {temperature} and {gamma}",
+            )
         self.temperature = temperature
         self.gamma = gamma
 

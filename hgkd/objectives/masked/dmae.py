@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import (
     block_tokens,
     build_projector,
@@ -71,9 +72,13 @@ class DMAE(MaskedObjective):
     ) -> None:
         super().__init__()
         if not taps or any(len(tap) != 2 or tap[1] is None for tap in taps):
-            raise ValueError(f"taps must be pairs (student layer or None, teacher block), e.g. ((8, 17),), got {taps!r}")
+            raise InvalidValueError(
+                "taps-not-pairs", f"taps must be pairs (student layer or None, teacher block), e.g. ((8, 17),), got {taps!r}"
+            )
         if distance not in DISTANCES:
-            raise ValueError(f"distance must be one of {', '.join(map(repr, DISTANCES))}, got {distance!r}")
+            raise InvalidValueError(
+                "distance-unknown", f"distance must be one of {', '.join(map(repr, DISTANCES))}, got {distance!r}"
+            )
         build_projector(projector, 1, 1)  # refuses an unknown kind here, before training
         self._taps: list[tuple[int | None, int]] = [(tap[0], int(tap[1] or 0)) for tap in taps]
         self._projector_kind = projector
@@ -100,7 +105,7 @@ class DMAE(MaskedObjective):
             channels = setup.student.feature_channels[level]
             self.projectors[str(taps[-1][1])] = build_projector(self._projector_kind, channels, teacher_info.width)
         if len(self.projectors) < len(taps):
-            raise ValueError(f"taps name a teacher block twice: {taps}")
+            raise InvalidValueError("teacher-block-named-twice", f"taps name a teacher block twice: {taps}")
         self._taps = list(taps)
 
     def loss_terms(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import (
     build_projector,
     decoder_state,
@@ -54,7 +55,7 @@ class G2SD(MaskedObjective):
     def __init__(self, decoder_block: int = 3, supervise: str = "masked", beta: float = 2.0) -> None:
         super().__init__()
         if beta <= 0:
-            raise ValueError(f"beta must be above 0, got {beta}; G2SD uses 2.0")
+            raise InvalidValueError("beta-not-positive", f"beta must be above 0, got {beta}; G2SD uses 2.0")
         self.supervise = check_supervise(supervise)
         self.beta = beta
         self.projector: nn.Module | None = None
@@ -76,9 +77,10 @@ class G2SD(MaskedObjective):
         """
         teacher_info, self._grid = require_teacher(self, setup.teacher_info, setup.teacher_grid)
         if teacher_info.decoder_width is None or teacher_info.decoder_depth < 1:
-            raise ValueError(
+            raise InvalidValueError(
+                "teacher-without-decoder",
                 f"G2SD learns from the teacher's decoder, but this teacher ({teacher_info.kind}) has none; load a MAE "
-                "checkpoint with its decoder. With a random decoder the loss would stay near 0.2 instead of 0.02"
+                "checkpoint with its decoder. With a random decoder the loss would stay near 0.2 instead of 0.02",
             )
         self._block = resolve_block(self._block, teacher_info.decoder_depth, "decoder_block")
         self.projector = build_projector("mlp", setup.student.decoded_channels, teacher_info.decoder_width)

@@ -77,7 +77,9 @@ def centred_target(normalised: Tensor) -> Tensor:
         ValueError: a batch of one image, whose target would be 0.
     """
     if len(normalised) < 2:
-        raise ValueError("centre=True compares the images of a batch; use a batch size above 1 or centre=False")
+        raise InvalidValueError(
+            "batch-of-one", "centre=True compares the images of a batch; use a batch size above 1 or centre=False"
+        )
     centred = normalised - normalised.mean(0, keepdim=True)
     return centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-6).sqrt()
 
@@ -121,18 +123,21 @@ class HGKD(MaskedObjective):
     ) -> None:
         super().__init__()
         if target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
+            raise InvalidValueError(
+                "hgkd-target-unknown", f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}"
+            )
         if centre and target != "full":
             raise ValueError(
                 f"centre=True needs target='full', where every image has a token at every position, got {target!r}"
             )
         if target == "full" and decoder_block is not None:
-            raise ValueError(
+            raise InvalidValueError(
+                "decoder-block-without-use",
                 f"decoder_block={decoder_block} has no use with target='full', which reads encoder tokens only; "
-                "leave it out or use target='inferred'"
+                "leave it out or use target='inferred'",
             )
         if beta <= 0:
-            raise ValueError(f"beta must be above 0, got {beta}; G2SD and H-GKD use 2.0")
+            raise InvalidValueError("beta-not-positive", f"beta must be above 0, got {beta}; G2SD and H-GKD use 2.0")
         if cosine < 0:
             raise ValueError(f"cosine is the weight of a loss and must not be negative, got {cosine}")
         if not visible_weight > 0.0 or (visible_weight != 1.0 and (supervise != "all" or target != "full")):
@@ -155,9 +160,14 @@ class HGKD(MaskedObjective):
         self._blocks = [block] if isinstance(block, int) else list(block)
         self._strides = [stride] * len(self._blocks) if stride is None or isinstance(stride, int) else list(stride)
         if not self._blocks or len(self._blocks) != len(self._strides):
-            raise ValueError(f"block {block!r} and stride {stride!r} must pair up: one stride a block, or one for all")
+            raise InvalidValueError(
+                "blocks-and-strides-differ",
+                f"block {block!r} and stride {stride!r} must pair up: one stride a block, or one for all",
+            )
         if target != "full" and len(self._blocks) > 1:
-            raise ValueError(f"several blocks need target='full', got block={block!r} with target={target!r}")
+            raise InvalidValueError(
+                "blocks-need-full-target", f"several blocks need target='full', got block={block!r} with target={target!r}"
+            )
         self._decoder_block = -1 if decoder_block is None else decoder_block
         self._grid: tuple[int, int] | None = None
 
@@ -186,20 +196,22 @@ class HGKD(MaskedObjective):
         """
         teacher_info, teacher_grid = require_teacher(self, setup.teacher_info, setup.teacher_grid)
         if teacher_grid[0] % setup.mask_grid[0] or teacher_grid[1] % setup.mask_grid[1]:
-            raise ValueError(
+            raise InvalidValueError(
+                "teacher-grid-no-multiple",
                 f"the teacher's grid {teacher_grid} is no whole multiple of the mask grid {setup.mask_grid}; "
-                "use the grid that teacher.prepare(mask_grid, cell) returns"
+                "use the grid that teacher.prepare(mask_grid, cell) returns",
             )
         self._blocks = [resolve_block(block, teacher_info.depth, "block") for block in self._blocks]
         if len(set(self._blocks)) < len(self._blocks):
-            raise ValueError(f"block names an encoder block twice: {self._blocks}")
+            raise InvalidValueError("teacher-block-named-twice", f"block names an encoder block twice: {self._blocks}")
         self._grid = teacher_grid
         widths = dict.fromkeys(self.terms, teacher_info.width)
         if "masked" in self.terms:
             if teacher_info.decoder_width is None or teacher_info.decoder_depth < 1:
-                raise ValueError(
+                raise InvalidValueError(
+                    "teacher-without-decoder",
                     f"target='inferred' reads the teacher's decoder at masked positions, but this teacher "
-                    f"({teacher_info.kind}) has none; load an MAE checkpoint with its decoder, or use target='full'"
+                    f"({teacher_info.kind}) has none; load an MAE checkpoint with its decoder, or use target='full'",
                 )
             self._decoder_block = resolve_block(self._decoder_block, teacher_info.decoder_depth, "decoder_block")
             widths["masked"] = teacher_info.decoder_width
@@ -265,7 +277,7 @@ class HGKD(MaskedObjective):
         if term is None:
             return self.terms[0]
         if term not in self.terms:
-            raise ValueError(f"this objective has the terms {', '.join(self.terms)}, not {term!r}")
+            raise InvalidValueError("term-unknown", f"this objective has the terms {', '.join(self.terms)}, not {term!r}")
         return term
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import (
     block_tokens,
     encoder_map,
@@ -67,7 +68,9 @@ class MGD(MaskedObjective):
     ) -> None:
         super().__init__()
         if isinstance(feature, str) and feature != "decoded":
-            raise ValueError(f"feature must be 'decoded', the index of an encoder level, or None, got {feature!r}")
+            raise InvalidValueError(
+                "feature-unknown", f"feature must be 'decoded', the index of an encoder level, or None, got {feature!r}"
+            )
         self.supervise = check_supervise(supervise)
         self.normalise = normalise
         self._make_loss = partial(MGDLoss, mask=mask, ratio=ratio, alpha=alpha, reduction=reduction)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.positions import check_supervise, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
@@ -149,5 +150,8 @@ class PixelReconstruction(MaskedObjective):
 
 def _images(student_out: StudentOutput) -> Tensor:
     if student_out.images is None:
-        raise ValueError("StudentOutput.images is None; pixel targets are made from the images the student was given")
+        raise InvalidValueError(
+            "student-images-missing",
+            "StudentOutput.images is None; pixel targets are made from the images the student was given",
+        )
     return student_out.images

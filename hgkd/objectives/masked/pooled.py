@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import block_tokens, require_teacher, resolve_block
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
 from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
@@ -36,7 +37,7 @@ def standardised_mean(tokens: Tensor) -> Tensor:
         ValueError: a batch of one image, whose target would be 0.
     """
     if len(tokens) < 2:
-        raise ValueError("PooledFeature compares the images of a batch; use a batch size above 1")
+        raise InvalidValueError("batch-of-one", "PooledFeature compares the images of a batch; use a batch size above 1")
     mean = layer_norm0(tokens.float().mean(dim=(2, 3), keepdim=True)).flatten(1)
     centred = mean - mean.mean(0)
     return centred / (centred.square().mean(0) + 1e-6).sqrt()
@@ -56,7 +57,7 @@ class PooledFeature(MaskedObjective):
     def __init__(self, block: int = -1, beta: float = 2.0) -> None:
         super().__init__()
         if beta <= 0:
-            raise ValueError(f"beta must be above 0, got {beta}")
+            raise InvalidValueError("beta-not-positive", f"beta must be above 0, got {beta}")
         self.beta = beta
         self.head: nn.Linear | None = None
         self._block = block

@@ -106,7 +106,10 @@ def check_annotation_file(
         found = dict(categories)
         used = {annotation["category_id"] for annotation in annotations}
         if used - found.keys():
-            raise DataError(f"{where} annotates objects of category {next(iter(used - found.keys()))}, which it does not list")
+            raise DataError(
+                "coco-category-not-listed",
+                f"{where} annotates objects of category {next(iter(used - found.keys()))}, which it does not list",
+            )
         wanted = {key for key, label in categories if not classes or label in classes}
         if use.stock:
             _check_ids(annotations, "image_id", images, "image", where)
@@ -118,13 +121,14 @@ def check_annotation_file(
             remarks.append(f"{where}: pycocotools counts the object of annotation 0 as missed; number annotations from 1")
         if use.metrics and "info" not in content and _pycocotools() in _NEEDS_INFO:
             raise DataError(
+                "coco-info-missing",
                 f"{where} has no 'info', without which the evaluation of pycocotools {_pycocotools()} fails; add "
-                '"info": {} to the file, or install pycocotools>=2.0.11'
+                '"info": {} to the file, or install pycocotools>=2.0.11',
             )
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is no COCO annotation file ({type(error).__name__}: {error})") from error
+        raise DataError("coco-file-other", f"{where} is no COCO annotation file ({type(error).__name__}: {error})") from error
     listed = set(images)
     if (dataset.get("filter_cfg") or {}).get("filter_empty_gt") and not dataset.get("test_mode"):
         listed &= boxes.images
@@ -142,7 +146,7 @@ def check_annotation_file(
         remarks += _check_sizes(entries, folder, dataset.get("pipeline") or [], file, name)
         problem = boxes.places.problem()
         if problem and boxes.usable:
-            raise DataError(f"{where}: {problem}")
+            raise DataError("coco-boxes-misplaced", f"{where}: {problem}")
         remarks += [f"{where}: {remark}" for remark in boxes.places.remarks()]
     return remarks, boxes
 
@@ -156,31 +160,39 @@ def read_coco(file: Path, name: str) -> dict[str, Any]:
     where = f"{name}: {file} is no COCO annotation file"
     data = file.read_bytes()
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{where}: it begins with a byte order mark (BOM); save it as UTF-8 without one")
+        raise DataError(
+            "coco-byte-order-mark", f"{where}: it begins with a byte order mark (BOM); save it as UTF-8 without one"
+        )
     try:
         content = json.loads(data)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: it is not UTF-8 ({error}); save it as UTF-8") from error
+        raise DataError("coco-not-utf8", f"{where}: it is not UTF-8 ({error}); save it as UTF-8") from error
     except ValueError as error:
-        raise DataError(f"{where}, which is JSON: {error}; it begins with {data[:40]!r}") from error
+        raise DataError("coco-not-json", f"{where}, which is JSON: {error}; it begins with {data[:40]!r}") from error
     if not isinstance(content, dict):
         raise DataError(
+            "coco-not-an-object",
             f"{where}: it holds a {type(content).__name__}, needed is an object with images, annotations and categories "
-            "(a list alone is of results, or of another tool: convert it)"
+            "(a list alone is of results, or of another tool: convert it)",
         )
     for part in _PARTS:
         if part not in content:
             if part == "annotations":  # of a test set
                 continue
-            raise DataError(f"{where}: it has no {part!r}; its keys are {abbreviate(sorted(content))}")
+            raise DataError("coco-part-missing", f"{where}: it has no {part!r}; its keys are {abbreviate(sorted(content))}")
         if not isinstance(content[part], list):
-            raise DataError(f"{where}: {part!r} is a {type(content[part]).__name__}, needed is a list of objects")
+            raise DataError(
+                "coco-part-not-a-list", f"{where}: {part!r} is a {type(content[part]).__name__}, needed is a list of objects"
+            )
         for place, entry in enumerate(content[part]):
             if not isinstance(entry, dict):
-                raise DataError(f"{where}: number {place} of {part!r} is {str(entry)[:60]!r}, needed is an object")
+                raise DataError(
+                    "coco-entry-not-an-object",
+                    f"{where}: number {place} of {part!r} is {str(entry)[:60]!r}, needed is an object",
+                )
     for category in content["categories"]:
         if "id" not in category or not isinstance(category.get("name"), str):
-            raise DataError(f"{where}: category {category} has no 'id', or no text as its 'name'")
+            raise DataError("coco-category-incomplete", f"{where}: category {category} has no 'id', or no text as its 'name'")
     return content
 
 
@@ -191,8 +203,9 @@ def _check_ids(annotations: Sequence[Mapping[str, Any]], key: str, listed: Mappi
         given = annotation.get(key)
         if given is not None and given not in listed and str(given) in texts:
             raise DataError(
+                "coco-id-text-and-number",
                 f"{where}: {key}={given!r}, but the {what} has the id {texts[str(given)]!r}: a text and a number are not the "
-                "same. Write both as numbers"
+                "same. Write both as numbers",
             )
 
 
@@ -217,20 +230,23 @@ def _check_categories(categories: Sequence[tuple[Any, str]], classes: Sequence[s
     if missing:
         alike = [(label, other) for label in missing for other in labels if label.strip().lower() == other.strip().lower()]
         raise DataError(
+            "coco-categories-differ",
             f"{where} has {len(labels)} categories ({abbreviate(labels)}), the config {len(classes)} "
             f"({abbreviate(classes)}); the file lacks {abbreviate(missing)}. "
             + "".join(
                 f"{label!r} in the config and {other!r} in the file differ by blanks, or upper and lower case. "
                 for label, other in alike[:1]
             )
-            + "Set the data set's metainfo.classes and the heads' num_classes"
+            + "Set the data set's metainfo.classes and the heads' num_classes",
         )
     wanted = [label for label in labels if label in classes]
     if use.stock and classes:
         keys = [key for key, _ in categories]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise DataError(f"{where} lists category {twice} more than once; give every category an id of its own")
+            raise DataError(
+                "coco-category-id-twice", f"{where} lists category {twice} more than once; give every category an id of its own"
+            )
         if len(set(wanted)) < len(wanted):
             label = next(label for label in wanted if wanted.count(label) > 1)
             ids = [key for key, other in categories if other == label]
@@ -240,9 +256,10 @@ def _check_categories(categories: Sequence[tuple[Any, str]], classes: Sequence[s
             )
         if wanted != list(classes):
             raise DataError(
+                "coco-categories-in-other-order",
                 f"{where} lists the classes in the order {tuple(wanted)}, the config in the order {tuple(classes)}; mmdet "
                 "numbers them as the file does, so names and labels would be mixed up. Set metainfo.classes of all data sets "
-                "to the file's order, or list the file's categories in the config's"
+                "to the file's order, or list the file's categories in the config's",
             )
 
 
@@ -250,16 +267,23 @@ def _check_image_entries(entries: Sequence[Mapping[str, Any]], where: str, use: 
     images: dict[Any, Mapping[str, Any]] = {}
     for place, entry in enumerate(entries):
         if "id" not in entry:
-            raise DataError(f"{where}: image number {place} has no 'id'; number the images")
+            raise DataError("coco-image-without-id", f"{where}: image number {place} has no 'id'; number the images")
         if use.stock:
             if entry["id"] in images:
-                raise DataError(f"{where} has several images with the id {entry['id']!r}; give every image an id of its own")
+                raise DataError(
+                    "coco-image-id-twice",
+                    f"{where} has several images with the id {entry['id']!r}; give every image an id of its own",
+                )
             if not isinstance(entry.get("file_name"), str):
-                raise DataError(f"{where}: image {entry['id']!r} has file_name={entry.get('file_name')!r}, needed is a name")
+                raise DataError(
+                    "coco-image-file-name",
+                    f"{where}: image {entry['id']!r} has file_name={entry.get('file_name')!r}, needed is a name",
+                )
             for key in ("width", "height"):
                 if not (is_number(entry.get(key)) and entry[key] > 0):
                     raise DataError(
-                        f"{where}: image {entry['id']!r} has {key}={entry.get(key)!r}, needed is a number of pixels"
+                        "coco-image-size",
+                        f"{where}: image {entry['id']!r} has {key}={entry.get(key)!r}, needed is a number of pixels",
                     )
         images[entry["id"]] = entry
     return images
@@ -276,20 +300,26 @@ def _check_annotations(
     for place, annotation in enumerate(annotations):
         for key in ("id", "image_id"):
             if key not in annotation:
-                raise DataError(f"{where}: annotation number {place} has no {key!r}; every annotation needs one")
+                raise DataError(
+                    "coco-annotation-incomplete",
+                    f"{where}: annotation number {place} has no {key!r}; every annotation needs one",
+                )
         image = images.get(annotation["image_id"])
         if image is None:
             boxes.orphans += 1
             continue
         if annotation["id"] in seen:
-            raise DataError(f"{where} has several annotations with the id {annotation['id']!r}; give each an id of its own")
+            raise DataError(
+                "coco-annotation-id-twice",
+                f"{where} has several annotations with the id {annotation['id']!r}; give each an id of its own",
+            )
         seen.add(annotation["id"])
         problem = _count(annotation, image, annotation["category_id"] in wanted, boxes, use)
         if problem:
             problems.append(f"annotation {annotation['id']!r} {problem}")
     if problems:
         others = f" (this is the first of {len(problems)} faulty annotations)" if problems[1:] else ""
-        raise DataError(f"{where}: {problems[0]}. Correct it, or take it out{others}")
+        raise DataError("coco-annotation-wrong", f"{where}: {problems[0]}. Correct it, or take it out{others}")
     return boxes
 
 
@@ -361,6 +391,7 @@ def _check_sizes(
             turned = turned or (upright and image_size(folder / entry["file_name"], False) == said)
     if others:
         raise DataError(
+            "coco-image-sizes-differ",
             f"{name}: {len(others)} of {len(entries)} images are not of the width and height that {file} notes "
             f"({abbreviate(others, 3)}). "
             + (
@@ -369,7 +400,7 @@ def _check_sizes(
                 if turned
                 else "Correct the file where boxes are in pixels of the images as they are; else scale the boxes, too, or use "
                 "the images that were annotated"
-            )
+            ),
         )
     return check_readable(unreadable, len(entries), name) if is_opened_by_pillow(pipeline) else []
 

@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from hgkd.errors import DataError, abbreviate
+from hgkd.errors import DataError, MissingFileError, abbreviate
 from hgkd.openmmlab.config import dataset_class, datasets_of
 from hgkd.openmmlab.data_checks.annotation_files import AnnotationUse, BoxCounts, check_annotation_file, listing
 from hgkd.openmmlab.data_checks.label_maps import IGNORED, check_label_maps
@@ -113,9 +113,10 @@ def _check_detection(cfg: Config, model: Mapping[str, Any], datasets: Sequence[M
     # one of several data sets may be without objects: unlabelled images
     if len(read) == len(datasets) and not any(boxes.usable for _, boxes in read) and (name == "train_dataloader" or measured):
         raise DataError(
+            "no-usable-boxes",
             f"{name}: no object that mmdet can use: "
             + "; ".join(f"{file}: {boxes}" for file, boxes in read)
-            + ". Boxes are x, y, width, height in pixels; correct the file"
+            + ". Boxes are x, y, width, height in pixels; correct the file",
         )
     return remarks
 
@@ -126,11 +127,14 @@ def _check_evaluated_file(evaluators: Sequence[Mapping[str, Any]], file: Path, n
             continue
         other, key = Path(evaluator["ann_file"]), f"{evaluator_of(name)}.ann_file"
         if not other.is_file():
-            raise FileNotFoundError(f"{key}: {other} does not exist; set it to the file of {name}, {file}")
+            raise MissingFileError(
+                "evaluated-file-missing", f"{key}: {other} does not exist; set it to the file of {name}, {file}"
+            )
         if os.path.realpath(other) != os.path.realpath(file) and _differ(other, file):
             raise DataError(
+                "evaluated-file-differs",
                 f"{key}={str(other)!r} lists other images or categories than {name} reads from {str(file)!r}, so the measure "
-                "would be wrong; set both to the same file"
+                "would be wrong; set both to the same file",
             )
 
 
@@ -170,8 +174,9 @@ def _check_segmentation(cfg: Config, model: Mapping[str, Any], datasets: Sequenc
             _check_padding(model.get("data_preprocessor") or {}, heads, len(classes))
     if len(labelled) == len(datasets) and not any(labelled):
         raise DataError(
+            "label-maps-all-ignored",
             f"{name}: no place of any label map has a class, all are ignored; "
-            "correct the maps, ignore_index, or reduce_zero_label"
+            "correct the maps, ignore_index, or reduce_zero_label",
         )
     return remarks
 
@@ -194,8 +199,9 @@ def _check_padding(preprocessor: Mapping[str, Any], heads: Mapping[str, int], co
     for key, index in heads.items():
         if value != index and not 0 <= value < count:
             raise DataError(
+                "padding-value-not-ignored",
                 f"model.data_preprocessor.seg_pad_val={value} is neither one of the {count} classes nor what {key}={index} "
-                f"ignores; set model.data_preprocessor.seg_pad_val={index}"
+                f"ignores; set model.data_preprocessor.seg_pad_val={index}",
             )
 
 
@@ -220,10 +226,12 @@ def class_names(dataset: Mapping[str, Any], cls: type, name: str) -> tuple[str, 
     """
     metainfo = dataset.get("metainfo")
     if not isinstance(metainfo, (Mapping, type(None))):
-        raise DataError(f"{name}.metainfo={metainfo!r}, needed is a dict: metainfo=dict(classes=('first', 'second'))")
+        raise DataError(
+            "metainfo-not-a-dict", f"{name}.metainfo={metainfo!r}, needed is a dict: metainfo=dict(classes=('first', 'second'))"
+        )
     for key in ("CLASSES", "PALETTE"):
         if key in (metainfo or {}):
-            raise DataError(f"{name}.metainfo.{key} is read by nobody; call it {key.lower()}")
+            raise DataError("metainfo-key-case", f"{name}.metainfo.{key} is read by nobody; call it {key.lower()}")
     if metainfo and "classes" in metainfo:
         return _names(metainfo["classes"], f"{name}.metainfo.classes")
     own = getattr(cls, "METAINFO", {}).get("classes")
@@ -234,17 +242,20 @@ def _names(given: Sequence[str] | str | None, place: str) -> tuple[str, ...]:
     if isinstance(given, str):
         if not os.path.isfile(given):  # mmengine takes a text for a file of names, or as it is: letters
             raise DataError(
+                "class-names-are-a-text",
                 f"{place}={given!r} is a text, needed is a tuple of names, or a file of one name a line; for one class write "
-                f"({given!r},), with the comma"
+                f"({given!r},), with the comma",
             )
         place = f"{place}={given!r}"
         given = Path(given).read_text(encoding="utf-8").splitlines()
     texts = isinstance(given, (list, tuple)) and all(isinstance(label, str) and label.strip() for label in given)
     if not texts or not given:
-        raise DataError(f"{place}: {given!r} is no tuple of names like ('first', 'second'), none of them empty")
+        raise DataError(
+            "class-names-not-names", f"{place}: {given!r} is no tuple of names like ('first', 'second'), none of them empty"
+        )
     twice = next((label for label in given if given.count(label) > 1), None)
     if twice is not None:
-        raise DataError(f"{place} names {twice!r} more than once; give every class a name of its own")
+        raise DataError("class-named-twice", f"{place} names {twice!r} more than once; give every class a name of its own")
     return tuple(given)
 
 
@@ -259,8 +270,9 @@ def _check_palette(dataset: Mapping[str, Any], count: int, name: str) -> None:
     )
     if not triples or len(palette) < count:
         raise DataError(
+            "palette-not-colours",
             f"{name}.metainfo.palette={palette!r}, needed is a list of colours, one a class, like [(255, 0, 0)] for one class; "
-            "set it to [] for random colours"
+            "set it to [] for random colours",
         )
 
 
@@ -289,10 +301,11 @@ def _check_heads(heads: Mapping[str, int], classes: Sequence[str], name: str) ->
 
 def _check_workers(loader: Mapping[str, Any], name: str) -> None:
     if loader.get("drop_last") and name != "train_dataloader":
-        raise DataError(f"{name}.drop_last=True leaves images out of the measure; set it to False")
+        raise DataError("test-loader-drops-images", f"{name}.drop_last=True leaves images out of the measure; set it to False")
     if loader.get("persistent_workers") and not loader.get("num_workers"):
         raise DataError(
-            f"{name}.persistent_workers=True, but num_workers=0: there is nobody to stay; set {name}.persistent_workers=False"
+            "persistent-without-workers",
+            f"{name}.persistent_workers=True, but num_workers=0: there is nobody to stay; set {name}.persistent_workers=False",
         )
 
 
@@ -300,27 +313,31 @@ def _check_order(orders: dict[frozenset[str], tuple[str, ...]], classes: tuple[s
     before = orders.setdefault(frozenset(classes), classes)
     if before != classes:
         raise DataError(
+            "classes-in-other-order",
             f"{name} has the classes {classes}, another data set the same in the order {before}; numbers would mean different "
-            "classes. Give all data sets the same metainfo.classes"
+            "classes. Give all data sets the same metainfo.classes",
         )
 
 
 def _check_folders(dataset: Mapping[str, Any], name: str) -> None:
     root = Path(dataset.get("data_root") or "")
     if not root.is_dir():
-        raise FileNotFoundError(f"{name}: folder {root} does not exist; set --cfg-options data_root=DIR")
+        raise MissingFileError("data-folder-missing", f"{name}: folder {root} does not exist; set --cfg-options data_root=DIR")
     for key, folder in (dataset.get("data_prefix") or {}).items():
         if folder is not None and not (root / folder).is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
+                "data-prefix-missing",
                 f"{name}: folder {root / folder} does not exist (data_prefix.{key}={folder!r} under data_root={str(root)!r}); "
-                "set data_root, or the data set's data_prefix"
+                "set data_root, or the data set's data_prefix",
             )
 
 
 def _annotation_file(dataset: Mapping[str, Any], name: str) -> Path:
     file = Path(dataset.get("data_root") or "") / dataset.get("ann_file", "")
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{name}: annotation file {file} does not exist; set data_root to the folder that holds {dataset.get('ann_file')!r}"
+        raise MissingFileError(
+            "annotation-file-missing",
+            f"{name}: annotation file {file} does not exist; "
+            f"set data_root to the folder that holds {dataset.get('ann_file')!r}",
         )
     return file

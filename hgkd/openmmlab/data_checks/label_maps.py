@@ -17,7 +17,7 @@ from mmengine import registry as roots
 from mmengine.dataset import BaseDataset
 from PIL import Image
 
-from hgkd.errors import DataError, abbreviate
+from hgkd.errors import DataError, MissingFileError, abbreviate
 from hgkd.openmmlab.data_checks.listed_images import (
     absent,
     check_images,
@@ -59,17 +59,19 @@ def check_label_maps(dataset: Mapping[str, Any], count: int, ignored: Mapping[st
     built = roots.DATASETS.build({**dataset, "lazy_init": True, "pipeline": [], "test_mode": False})
     entries = built.load_data_list()
     if not entries:
-        raise FileNotFoundError(
+        raise MissingFileError(
+            "no-images-of-suffix",
             f"{name}: no images with the suffix {built.img_suffix!r} in {built.data_prefix.get('img_path')}; set data_root, or "
-            "the data set's img_suffix"
+            "the data set's img_suffix",
         )
     pairs = [(Path(entry["seg_map_path"]), Path(entry["img_path"])) for entry in entries if entry.get("seg_map_path")]
     if not pairs:
         return [], True  # its ground truth is of another kind: depth, for example
     lost = next(absent(Path(), [str(file) for file, _ in pairs]), None)
     if lost is not None:
-        raise FileNotFoundError(
-            f"{name}: label map {lost} does not exist{_why_lost(built, lost)}; every image needs one of its name"
+        raise MissingFileError(
+            "label-map-missing",
+            f"{name}: label map {lost} does not exist{_why_lost(built, lost)}; every image needs one of its name",
         )
     pipeline = dataset.get("pipeline") or []
     remarks = _check_zero_label(built, pipeline, name) + _check_partners(built, pairs, name)
@@ -107,8 +109,9 @@ def _check_zero_label(built: BaseDataset, pipeline: Sequence[Mapping[str, Any]],
     steps = [step["reduce_zero_label"] for step in pipeline if step.get("reduce_zero_label") is not None]
     if any(bool(step) != from_one for step in steps):
         raise DataError(
+            "reduce-zero-label-differs",
             f"{name}: the data set has reduce_zero_label={from_one}, its pipeline's LoadAnnotations {steps[0]}; take it out of "
-            "LoadAnnotations, and set the data set's"
+            "LoadAnnotations, and set the data set's",
         )
     first = built.metainfo["classes"][0]
     if from_one and first.strip("_").lower() in ("background", "bg"):
@@ -159,17 +162,20 @@ def _read(file: Path, image: Path, upright: bool, by_cv2: bool) -> LabelMap:
                 values = [int(value) for value in np.unique(np.asarray(opened))]
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
         raise DataError(
-            f"label map {file} cannot be read ({type(error).__name__}: {error}); replace it, or take it and its image away"
+            "label-map-unreadable",
+            f"label map {file} cannot be read ({type(error).__name__}: {error}); replace it, or take it and its image away",
         ) from error
     if len(bands) > 1:
         raise DataError(
+            "label-map-channels",
             f"label map {file} has the channels {''.join(bands)}, needed is one channel that holds the classes' numbers; "
-            "translate its colours, or save it as one channel of 8 bits or with a palette"
+            "translate its colours, or save it as one channel of 8 bits or with a palette",
         )
     if by_cv2 and mode in ("P", "1"):
         raise DataError(
+            "label-map-palette",
             f"label map {file} has a palette or one bit a place, of which OpenCV reads the colours, not the numbers; take "
-            "imdecode_backend='cv2' out of LoadAnnotations"
+            "imdecode_backend='cv2' out of LoadAnnotations",
         )
     return LabelMap(values, size, image_size(image, upright))
 
@@ -191,10 +197,11 @@ def _check_ignored(
     labels = count if built.label_map is None else len(built.label_map)
     from_one = bool(built.reduce_zero_label)
     raise DataError(
+        "label-map-value",
         f"{name}: label map {file} holds the value {value}, but the {labels} classes are 0 .. "
         f"{labels if from_one else labels - 1}"
         + (" (0 = unlabelled, reduce_zero_label)" if from_one else "")
-        + f" and {ignored[key]} is ignored ({key}). Bring the maps to these values, or set classes, num_classes and {key}"
+        + f" and {ignored[key]} is ignored ({key}). Bring the maps to these values, or set classes, num_classes and {key}",
     )
 
 
@@ -204,6 +211,7 @@ def _check_size(found: LabelMap, file: Path, image: Path, name: str) -> None:
     if name == "train_dataloader" and width * image_height == height * image_width:
         return  # resized to the image's scale it fits
     raise DataError(
+        "label-map-size",
         f"{name}: label map {file} has {width} x {height} pixels, its image {image} is read as {image_width} x "
-        f"{image_height}; save the map at its image's size, turned as the image is shown"
+        f"{image_height}; save the map at its image's size, turned as the image is shown",
     )

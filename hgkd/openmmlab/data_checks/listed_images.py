@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from hgkd.errors import DataError, abbreviate
+from hgkd.errors import DataError, MissingFileError, abbreviate
 
 MISSING_SHARE = 0.1
 """More of the training images may not be absent."""
@@ -38,8 +38,9 @@ def check_images(file: Path, folder: Path, names: Sequence[str], name: str) -> l
     said = f"{name}: {len(missing)} of the {len(names)} images of {file} are not in {folder} ({abbreviate(missing, 3)})"
     said += why_absent(folder, missing[0])
     if name != "train_dataloader" or len(missing) > MISSING_SHARE * len(names):
-        raise FileNotFoundError(
-            f"{said}; set data_root, or the data set's data_prefix, to where they are, or take them out of the file"
+        raise MissingFileError(
+            "annotated-images-missing",
+            f"{said}; set data_root, or the data set's data_prefix, to where they are, or take them out of the file",
         )
     return [f"{said}; training goes on without them"]
 
@@ -54,7 +55,7 @@ def check_readable(unreadable: Sequence[str], count: int, name: str) -> list[str
         return []
     said = f"{name}: {len(unreadable)} of {count} images cannot be opened: cut off, or no images ({abbreviate(unreadable, 3)})"
     if name != "train_dataloader" or len(unreadable) > UNREADABLE_SHARE * count:
-        raise DataError(f"{said}; replace them, or take them out of the data set")
+        raise DataError("annotated-images-unreadable", f"{said}; replace them, or take them out of the data set")
     return [f"{said}; training goes on without them"]
 
 

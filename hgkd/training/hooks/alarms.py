@@ -43,7 +43,7 @@ class FiniteLossHook(Hook):
 
     def __init__(self, patience: int = 5) -> None:
         if patience < 0:
-            raise ValueError(f"patience must be 0 (stop at once) or more, got {patience}")
+            raise InvalidValueError("patience-out-of-range", f"patience must be 0 (stop at once) or more, got {patience}")
         self.patience = patience
         self._steps: list[dict[str, Any]] = []  # those since the last update that was made
         self._skipped = 0
@@ -77,7 +77,9 @@ class FiniteLossHook(Hook):
             "Lower lr, lengthen the warm-up, clip gradients (optim_wrapper.clip_grad), or train without --amp; with --resume "
             "the new settings are in force from the last checkpoint on"
         )
-        raise DivergedError(f"{what}. {self._skipped} updates in a row were left out. {advice}; {self._end(runner)}")
+        raise DivergedError(
+            "training-not-finite", f"{what}. {self._skipped} updates in a row were left out. {advice}; {self._end(runner)}"
+        )
 
     def _images(self, data_batch: object) -> list[Any]:
         """What tells the images of a batch, for the message and the dump."""
@@ -178,9 +180,13 @@ class LossAlarmHook(Hook):
 
     def __init__(self, spike: float = 5.0, window: int = 50, patience: int | None = 20) -> None:
         if not spike > 1 or window < 2:
-            raise ValueError(f"spike must be above 1 and window 2 or more, got {spike} and {window}")
+            raise InvalidValueError(
+                "spike-or-window-out-of-range", f"spike must be above 1 and window 2 or more, got {spike} and {window}"
+            )
         if patience is not None and patience < 1:
-            raise ValueError(f"patience must be 1 step or more, or None (never end the run), got {patience}")
+            raise InvalidValueError(
+                "patience-out-of-range", f"patience must be 1 step or more, or None (never end the run), got {patience}"
+            )
         self.spike = spike
         self.window = window
         self.patience = patience
@@ -243,10 +249,11 @@ class LossAlarmHook(Hook):
             )
         if self.patience is not None and self._above >= self.patience:
             raise DivergedError(
+                "training-diverged",
                 f"the training has diverged: in {self._above} steps in a row the loss was more than {self.spike:g} times the "
                 f"first one ({first:.4g}), at last {value:.4g} at step {runner.iter + 1}. {advice}, and begin anew in another "
                 "work folder, or go on from a checkpoint of before (--resume FILE). dict(type='hgkd.LossAlarmHook', "
-                "patience=None) among the config's custom_hooks lets such trainings go on"
+                "patience=None) among the config's custom_hooks lets such trainings go on",
             )
 
     def _check_spike(self, runner: Runner, value: float, median: float) -> None:

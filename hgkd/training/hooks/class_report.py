@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import BaseLoop, Runner
 from torch.utils.data import DataLoader
 
+from hgkd.errors import InvalidValueError
 from hgkd.evaluation.classification import ClassificationMetric
 from hgkd.pictures.confusion import write_class_report
 from hgkd.registry import HOOKS
@@ -73,7 +74,8 @@ def _classes(loader: DataLoader[Any]) -> Sequence[str]:
 def _compare(what: str, found: Sequence[str], other: str, expected: Sequence[str]) -> None:
     if tuple(found) != tuple(expected):
         differ = sorted(set(found) ^ set(expected))[:5]
-        raise ValueError(
+        raise InvalidValueError(
+            "report-classes-differ",
             f"the classes of {what} ({len(found)}) are not those of {other} ({len(expected)}), e.g. {', '.join(differ)}; the "
-            "folders must have the same names"
+            "folders must have the same names",
         )

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 from hgkd.data import UnlabelledImages
 from hgkd.digests import files_digest
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.registry import HOOKS
 from hgkd.teachers.cache import gigabytes
 from hgkd.training.wrapping import plain_model
@@ -67,13 +67,11 @@ def _fixed_transform(runner: Runner) -> str:
     """The training images' transform as text; raises ValueError when its crops differ from epoch to epoch."""
     transform = repr(runner.train_loop.dataloader.dataset.transform)
     if any(word in transform for word in _RANDOM):
-        raise coded(
+        raise InvalidValueError(
             "pictures-differ-between-epochs",
-            ValueError(
-                "TeacherCacheHook needs pictures that are the same in every epoch, but the training transform is random "
-                f"({transform.split()[0]} ...); set train_dataloader.dataset.transform=dict(kind='eval') and model.flip=0.5, "
-                "or store nothing (teacher_features=None)"
-            ),
+            "TeacherCacheHook needs pictures that are the same in every epoch, but the training transform is random "
+            f"({transform.split()[0]} ...); set train_dataloader.dataset.transform=dict(kind='eval') and model.flip=0.5, "
+            "or store nothing (teacher_features=None)",
         )
     return transform
 

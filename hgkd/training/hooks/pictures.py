@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
 from hgkd.pictures.columns import picture_grid
 from hgkd.pictures.distillation import distillation_columns
 from hgkd.registry import HOOKS
@@ -36,7 +37,9 @@ class VisualizationHook(Hook):
 
     def __init__(self, interval: int = 1, num_images: int = 4, seed: int = 0) -> None:
         if interval < 1 or num_images < 1:
-            raise ValueError(f"interval and num_images must be 1 or more, got {interval} and {num_images}")
+            raise InvalidValueError(
+                "count-not-positive", f"interval and num_images must be 1 or more, got {interval} and {num_images}"
+            )
         self.interval = interval
         self.num_images = num_images
         self.seed = seed

@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from hgkd.errors import InvalidValueError
 from hgkd.registry import HOOKS
 from hgkd.training.wrapping import plain_model
 
@@ -65,9 +66,11 @@ class TermShareHook(Hook):
 
     def __init__(self, interval: int = 50, min_share: float = 0.01, patience: int = 200) -> None:
         if interval < 1 or patience < 1:
-            raise ValueError(f"interval and patience must be 1 or more, got {interval} and {patience}")
+            raise InvalidValueError(
+                "count-not-positive", f"interval and patience must be 1 or more, got {interval} and {patience}"
+            )
         if not 0.0 <= min_share < 1.0:
-            raise ValueError(f"min_share must be in [0, 1), got {min_share}")
+            raise InvalidValueError("min-share-out-of-range", f"min_share must be in [0, 1), got {min_share}")
         self.interval = interval
         self.min_share = min_share
         self.patience = patience
@@ -77,7 +80,10 @@ class TermShareHook(Hook):
     def before_train(self, runner: Runner) -> None:
         model = plain_model(runner)
         if not hasattr(model, "term_report"):
-            raise ValueError(f"TermShareHook measures a distillation, but a {type(model).__name__} is none; remove the hook")
+            raise InvalidValueError(
+                "hook-without-distillation",
+                f"TermShareHook measures a distillation, but a {type(model).__name__} is none; remove the hook",
+            )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         if runner.iter % self.interval:
