@@ -147,23 +147,20 @@ class CountedMask:
     @staticmethod
     def _checked_pair(given: Sequence[float], final: float | None) -> tuple[float, float]:
         if len(given) != 2:
-            raise coded(
-                "mask-ratio-pair",
-                ValueError(f"mask_ratio is one number or a pair (low, high), got {len(given)} numbers: {list(given)}"),
+            raise InvalidValueError(
+                "mask-ratio-pair", f"mask_ratio is one number or a pair (low, high), got {len(given)} numbers: {list(given)}"
             )
         if final is not None:
-            raise coded(
+            raise InvalidValueError(
                 "mask-ratio-pair",
-                ValueError(
-                    f"final_mask_ratio={final} changes one mask_ratio over the training, but mask_ratio={list(given)} "
-                    "draws one for each image; leave out one of the two"
-                ),
+                f"final_mask_ratio={final} changes one mask_ratio over the training, but mask_ratio={list(given)} "
+                "draws one for each image; leave out one of the two",
             )
         low, high = given
         for ratio in given:
             visible_count(1000, 1000, ratio)  # refuses what is no ratio, before the two are compared
         if low > high:
-            raise coded("mask-ratio-pair", ValueError(f"mask_ratio is (low, high), got {list(given)}; write [{high}, {low}]"))
+            raise InvalidValueError("mask-ratio-pair", f"mask_ratio is (low, high), got {list(given)}; write [{high}, {low}]")
         return float(low), float(high)
 
     def _extremes(self) -> tuple[float, ...]:
@@ -210,12 +207,10 @@ class CountedMask:
             ValueError: each image has a ratio of its own, see :meth:`counts`.
         """
         if self.counts_differ and not self.in_unmasked_end:
-            raise coded(
+            raise InvalidValueError(
                 "one-mask-ratio-needed",
-                ValueError(
-                    f"{type(self).__name__} shows the same number of cells in every image, but "
-                    f"mask_ratio={list(self._extremes())} draws one for each; give one number"
-                ),
+                f"{type(self).__name__} shows the same number of cells in every image, but "
+                f"mask_ratio={list(self._extremes())} draws one for each; give one number",
             )
         return visible_count(*grid, self.current_ratio, self.rounding)
 
@@ -275,9 +270,9 @@ class CountedMask:
 
 def _checked_share(share: float) -> float:
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 <= share < 1.0:
-        raise coded(
+        raise InvalidValueError(
             "unmasked-share-out-of-range",
-            ValueError(f"unmasked_share is a share of the training steps in [0, 1), got {share!r}; write e.g. 0.2"),
+            f"unmasked_share is a share of the training steps in [0, 1), got {share!r}; write e.g. 0.2",
         )
     return float(share)
 
@@ -381,11 +376,9 @@ class RectangleMask(CountedMask):
     ) -> None:
         super().__init__(mask_ratio, rounding, final_mask_ratio, unmasked_share)
         if not 0.0 < min_aspect <= 1.0:
-            raise coded(
+            raise InvalidValueError(
                 "min-aspect-out-of-range",
-                ValueError(
-                    f"min_aspect must be in (0, 1], got {min_aspect}; 0.3 allows rectangles of 1 x 3 cells, 1 squares only"
-                ),
+                f"min_aspect must be in (0, 1], got {min_aspect}; 0.3 allows rectangles of 1 x 3 cells, 1 squares only",
             )
         self.min_aspect = min_aspect
 
@@ -396,13 +389,11 @@ class RectangleMask(CountedMask):
             asked = visible_count(*grid, ratio, self.rounding)
             rows, columns = self.shapes(grid, asked)[0]
             if abs(rows * columns - asked) > max(1.0, 0.15 * asked) and ratio > 0.0:
-                raise coded(
+                raise InvalidValueError(
                     "no-such-rectangle",
-                    ValueError(
-                        f"no rectangle on a {grid[0]} x {grid[1]} grid shows about {asked} cells (mask_ratio {ratio:g}, "
-                        f"min_aspect {self.min_aspect:g}); the nearest shows {rows} x {columns}. Use another mask_ratio, a "
-                        "smaller min_aspect or smaller cells"
-                    ),
+                    f"no rectangle on a {grid[0]} x {grid[1]} grid shows about {asked} cells (mask_ratio {ratio:g}, "
+                    f"min_aspect {self.min_aspect:g}); the nearest shows {rows} x {columns}. Use another mask_ratio, a "
+                    "smaller min_aspect or smaller cells",
                 )
 
     def shapes(self, grid: tuple[int, int], count: int) -> list[tuple[int, int]]:

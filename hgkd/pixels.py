@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidTypeError, InvalidValueError
 
 PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 CHANNELS = 3
@@ -40,7 +40,9 @@ def check_pixels(mean: object, std: object, where: str, channels: int = CHANNELS
             f"std {by_255[1]}",
         )
     kind = "RGB " if channels == CHANNELS else ""
-    raise ValueError(f"{found} cannot be of {kind}pixels in [0, 1], of which 0 <= mean <= 1 and 0 < std <= 1")
+    raise InvalidValueError(
+        "pixels-out-of-range", f"{found} cannot be of {kind}pixels in [0, 1], of which 0 <= mean <= 1 and 0 < std <= 1"
+    )
 
 
 def check_normalize(normalize: object, where: str, channels: int = CHANNELS) -> PixelStatistics:
@@ -51,9 +53,10 @@ def check_normalize(normalize: object, where: str, channels: int = CHANNELS) -> 
     """
     pair = _numbers_or_lists(normalize)
     if channels != CHANNELS and (pair is None or len(pair) != 2):
-        raise ValueError(
+        raise InvalidValueError(
+            "pixels-no-pair",
             f"{where} must be the means and the standard deviations of {channels} channels, of pixels in [0, 1], as 'hgkd "
-            f"doctor pixels FOLDER --in-chans {channels}' prints them; got {normalize!r}"
+            f"doctor pixels FOLDER --in-chans {channels}' prints them; got {normalize!r}",
         )
     if pair is None or len(pair) != 2:
         raise InvalidValueError(
@@ -71,7 +74,9 @@ def check_in_chans(channels: Any, where: str) -> int:
         ValueError: it is none.
     """
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"{where} is the number of channels of the images, a whole number from 1, got {channels!r}")
+        raise InvalidValueError(
+            "channels-not-positive", f"{where} is the number of channels of the images, a whole number from 1, got {channels!r}"
+        )
     return channels
 
 
@@ -105,33 +110,30 @@ def require_statistics(channels: int, normalize: Any, where: str) -> None:
         ValueError: with the command that measures them.
     """
     if channels != CHANNELS and normalize is None:
-        raise coded(
+        raise InvalidValueError(
             "channels-without-statistics",
-            ValueError(
-                f"in_chans={channels} needs the mean and standard deviation of the images' channels: measure them with 'hgkd "
-                f"doctor pixels FOLDER --in-chans {channels}' and set {where}"
-            ),
+            f"in_chans={channels} needs the mean and standard deviation of the images' channels: measure them with 'hgkd "
+            f"doctor pixels FOLDER --in-chans {channels}' and set {where}",
         )
 
 
 def check_images(images: Tensor, channels: int, what: str = "the model was built for", remedy: str = "") -> None:
     """Raise ValueError when images (B, C, H, W) have other channels than a network takes."""
     if images.ndim != 4 or images.shape[1] != channels:
-        raise coded(
+        raise InvalidValueError(
             "channels-differ",
-            ValueError(
-                f"the images have {images.shape[1] if images.ndim == 4 else tuple(images.shape)} channels, {what} {channels}; "
-                f"{remedy or 'set in_chans of data and model alike'}"
-            ),
+            f"the images have {images.shape[1] if images.ndim == 4 else tuple(images.shape)} channels, {what} {channels}; "
+            f"{remedy or 'set in_chans of data and model alike'}",
         )
 
 
 def check_channels(channels: object, where: str) -> None:
     """Raise ValueError when a network that can only be for RGB images is for others."""
     if channels != CHANNELS:
-        raise ValueError(
+        raise InvalidValueError(
+            "channels-not-rgb",
             f"{where} is {channels!r}, but it must be {CHANNELS}: it sees RGB images, or three channels of others, which "
-            "model.teacher_channels names; leave in_chans out"
+            "model.teacher_channels names; leave in_chans out",
         )
 
 
@@ -151,7 +153,7 @@ def _numbers(name: str, given: object, where: str, channels: int) -> tuple[float
         wanted = "three finite numbers, one each for red, green and blue"
         if channels != CHANNELS:
             wanted = f"{channels} finite numbers, one for each channel"
-        raise ValueError(f"{where}: {name} must be {wanted}, got {given!r}")
+        raise InvalidValueError("pixels-no-numbers", f"{where}: {name} must be {wanted}, got {given!r}")
     return tuple(numbers)
 
 

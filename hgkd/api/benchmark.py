@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from hgkd.api.train import load_config
 from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
 from hgkd.distillers import MaskedDistiller
-from hgkd.errors import coded, unknown_name_message
+from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.masking import RandomMask, grid_of, visible_count
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, sparsify
@@ -252,7 +252,7 @@ def benchmark_distill(
     cfg = load_config(config, options=options)
     taken = set(variants or {}) & set(backends)
     if taken:
-        raise coded("variant-named-as-backend", ValueError(f"variant {min(taken)!r} has the name of a backend; choose another"))
+        raise InvalidValueError("variant-named-as-backend", f"variant {min(taken)!r} has the name of a backend; choose another")
     if cfg.model.get("type") != "MaskedDistiller":
         raise InvalidValueError(
             "recipe-not-measured",

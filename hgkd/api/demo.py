@@ -16,7 +16,7 @@ from rich.table import Table
 from hgkd.api.evaluate import evaluate
 from hgkd.api.train import load_config
 from hgkd.data.shapes import write_imagefolder
-from hgkd.errors import StoppedError, coded
+from hgkd.errors import InvalidValueError, StoppedError
 from hgkd.export import export
 from hgkd.pictures.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report
 from hgkd.registry import RUNNERS
@@ -163,7 +163,7 @@ def _train(config: str, work_dir: Path, options: dict[str, Any]) -> Runner:
     runner.train()
     if runner.train_loop.interrupted:  # type: ignore[union-attr]
         told = f"a signal ended the demo in the training {work_dir.name!r}, so there is no table and no report"
-        raise coded("demo-stopped", StoppedError(f"{told}; delete {work_dir.parents[1]}, or give another --out, and restart"))
+        raise StoppedError("demo-stopped", f"{told}; delete {work_dir.parents[1]}, or give another --out, and restart")
     return runner
 
 

@@ -39,7 +39,7 @@ from hgkd.api.benchmark import (
 )
 from hgkd.cli.common import command, command_parser
 from hgkd.config.options import OptionsAction, device_name, option_value
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.sparse import BACKENDS
 
 
@@ -126,14 +126,12 @@ def variants_of(given: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, *pairs in given:
         if "=" in name or not pairs or not all("=" in pair for pair in pairs):
-            raise coded(
+            raise InvalidValueError(
                 "variant-without-key",
-                ValueError(
-                    f"--variant takes a name and KEY=VALUE, got {' '.join([name, *pairs])!r}; e.g. two masks_per_image=2"
-                ),
+                f"--variant takes a name and KEY=VALUE, got {' '.join([name, *pairs])!r}; e.g. two masks_per_image=2",
             )
         if name in found:
-            raise coded("variant-twice", ValueError(f"two variants are named {name!r}; give each a name of its own"))
+            raise InvalidValueError("variant-twice", f"two variants are named {name!r}; give each a name of its own")
         found[name] = {key: option_value(key, text) for key, _, text in (pair.partition("=") for pair in pairs)}
     return found
 

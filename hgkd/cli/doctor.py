@@ -14,6 +14,7 @@ What a teacher file can teach is found by building its network without weights a
 images its features are compared with those of a random network of the same shape; with one sub-folder a class, by k-NN too.
 Files other than MAE's need timm's name for that. ``pixels`` reads all images of a folder and prints the mean and standard
 std of every channel as options of a config. ``extract`` writes one of several sets of weights to a file of its own.
+``errors`` lists the codes in which messages end, with their texts, or those that have a word in them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from hgkd.cli.common import command, command_parser
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.data.statistics import PixelSums, measure_pixels
 from hgkd.diagnosis.environment import check_environment, exit_code
-from hgkd.errors import DataError, WeightsError
+from hgkd.diagnosis.error_codes import coded_errors, write_page
+from hgkd.errors import DataError, ExistingFileError, InvalidValueError, WeightsError
 from hgkd.networks.libraries import library_of
 from hgkd.networks.mae import MaskedAutoencoder, arch_of, read_mae
 from hgkd.teachers import MAETeacher, Teacher, TimmTeacher
@@ -264,8 +266,9 @@ def pixel_lines(
     constant = [str(channel) for channel, std in enumerate(sums.std) if std == 0]
     if constant:
         raise DataError(
+            "channel-is-constant",
             f"channel {', '.join(constant)} of the {sums.images} images in {folder} is {sums.mean[int(constant[0])]:.4g} at "
-            "every pixel and has no standard deviation; leave it out of the files, or look at value_range"
+            "every pixel and has no standard deviation; leave it out of the files, or look at value_range",
         )
     rows = [f"{c:>7}  {m:.4f}  {s:.4f}  {low:.4f}  {high:.4f}" for c, (m, s, low, high) in enumerate(_columns(sums))]
     mean, std = ("[" + ",".join(f"{value:.6g}" for value in values) + "]" for values in (sums.mean, sums.std))

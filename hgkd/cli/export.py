@@ -125,7 +125,9 @@ def main(argv: Sequence[str]) -> int:
     target = TARGETS.get(args["to"])
     if side is not None and target is not None and target.runner is None:
         able = ", ".join(name for name, other in TARGETS.items() if other.runner is not None)
-        raise ValueError(f"--latency times graphs ({able}), and {args['to']} is none; leave it out")
+        raise InvalidValueError(
+            "latency-needs-graphs", f"--latency times graphs ({able}), and {args['to']} is none; leave it out"
+        )
     if side is not None and side < 1:
         raise InvalidValueError("latency-size", f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
     report = export(**args, licences=dict(_pair(text) for text in licences), **options)

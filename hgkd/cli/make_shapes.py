@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hgkd.cli.common import command, command_parser
 from hgkd.data.shapes import CLASSES, write_ade20k, write_coco, write_imagefolder
-from hgkd.errors import coded, unknown_name_message
+from hgkd.errors import ExistingFileError, InvalidValueError, unknown_name_message
 from hgkd.writing import writing
 
 WRITERS = {"imagefolder": write_imagefolder, "coco": write_coco, "ade20k": write_ade20k}

@@ -19,6 +19,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from hgkd.errors import InvalidValueError
+
 MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _LOCK = threading.RLock()
 _ATTRIBUTE = "_hgkd_level"

@@ -39,6 +39,7 @@ from hgkd.data.pixels import (
     _pillow_values,
     share_beyond,
 )
+from hgkd.errors import InvalidValueError
 
 READING_CHANNELS = 1
 """Number of the rules below, raised when the same file gives other values."""
@@ -67,7 +68,9 @@ def check_in_chans(in_chans: Any, where: str = "in_chans") -> int:
         ValueError: it is none.
     """
     if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1:
-        raise ValueError(f"{where} is the number of channels of the images, a whole number from 1, got {in_chans!r}")
+        raise InvalidValueError(
+            "channels-not-positive", f"{where} is the number of channels of the images, a whole number from 1, got {in_chans!r}"
+        )
     return in_chans
 
 

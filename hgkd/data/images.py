@@ -52,7 +52,7 @@ from hgkd.data.pixels import (
 from hgkd.data.sampler import image_seed, seeded
 from hgkd.data.shards import ShardIndex, index_shards
 from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
-from hgkd.errors import DataError, abbreviate, coded
+from hgkd.errors import DataError, InvalidValueError, MissingFileError, abbreviate
 from hgkd.registry import DATASETS
 
 _Item = TypeVar("_Item")
@@ -290,13 +290,13 @@ class _ImageFiles(Dataset[dict[str, Any]]):
                 continue
         if len(refused) > self.max_bad_share * count:
             if self.in_chans is None:
-                raise DataError(f"{len(refused)} of {count} images looked at have too many bands, e.g. {refused[0]}")
-            raise coded(
+                raise DataError(
+                    "images-with-other-bands",
+                    f"{len(refused)} of {count} images looked at have too many bands, e.g. {refused[0]}",
+                )
+            raise DataError(
                 "images-of-other-channels",
-                DataError(
-                    f"{len(refused)} of {count} images looked at cannot be read with in_chans={self.in_chans}, e.g. "
-                    f"{refused[0]}"
-                ),
+                f"{len(refused)} of {count} images looked at cannot be read with in_chans={self.in_chans}, e.g. {refused[0]}",
             )
         check_value_range(measured, self.value_range)
         for warning in warnings_of(measured, self.value_range, self.use_alpha):

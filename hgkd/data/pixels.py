@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedIm
 from PIL.ExifTags import Base
 
 from hgkd.data.folders import HAS_AVIF, HAS_HEIF, printable
-from hgkd.errors import coded
+from hgkd.errors import InvalidTypeError, InvalidValueError
 
 READING = 2
 """Number of the rules below, raised when the same file gives other pixels: 1 did not heed the EXIF orientation."""
@@ -424,12 +424,10 @@ def check_value_range(images: Sequence[Measured], value_range: Range | None) -> 
         return
     if high <= value_range[0] or low >= value_range[1]:
         colour = "black" if high <= value_range[0] else "white"
-        raise coded(
+        raise InvalidValueError(
             "value-range-misses-the-data",
-            ValueError(
-                f"value_range={list(value_range)} makes every image {colour}: the {len(deep)} that were looked at hold values "
-                f"from {low:.6g} to {high:.6g}; set value_range to about these, e.g. value_range=[{low:.6g},{high:.6g}]"
-            ),
+            f"value_range={list(value_range)} makes every image {colour}: the {len(deep)} that were looked at hold values "
+            f"from {low:.6g} to {high:.6g}; set value_range to about these, e.g. value_range=[{low:.6g},{high:.6g}]",
         )
 
 

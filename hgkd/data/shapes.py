@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hgkd.data.transforms import as_size
+from hgkd.errors import InvalidValueError
 from hgkd.writing import written_whole
 
 Floats = NDArray[np.float64]

@@ -24,7 +24,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from hgkd.errors import coded, unknown_name_message
+from hgkd.errors import InvalidTypeError, InvalidValueError, unknown_name_message
 
 ImageTransform = Callable[[Any], Tensor]
 """From a PIL RGB image to uint8 (3, H, W), from a float tensor (C, H, W) in [0, 1] to one of the result's size."""
@@ -149,7 +149,9 @@ def eval_transform(image_size: int | Sequence[int], resize_ratio: float = 1.0) -
         TypeError, ValueError: an option out of range.
     """
     if resize_ratio < 1:
-        raise ValueError(f"resize_ratio must be 1 or more (below, the crop would show padding), got {resize_ratio}")
+        raise InvalidValueError(
+            "resize-ratio-too-small", f"resize_ratio must be 1 or more (below, the crop would show padding), got {resize_ratio}"
+        )
     return v2.Compose([CentreCropToSize(as_size(image_size), resize_ratio), PILToTensor()])
 
 
@@ -263,22 +265,18 @@ def build_transform(
     arguments = dict(options or {})
     kind = arguments.pop("kind", "train")
     if kind not in _KINDS:
-        raise ValueError(unknown_name_message("transform kind", str(kind), _KINDS))
+        raise InvalidValueError("transform-kind-unknown", unknown_name_message("transform kind", str(kind), _KINDS))
     if in_chans is not None and kind == "augment":
-        raise coded(
+        raise InvalidValueError(
             "augmentation-for-rgb",
-            ValueError(
-                f"transform kind 'augment' is timm's, whose operations are for 8-bit RGB; with in_chans={in_chans} use "
-                "kind='train' (crop and flip)"
-            ),
+            f"transform kind 'augment' is timm's, whose operations are for 8-bit RGB; with in_chans={in_chans} use "
+            "kind='train' (crop and flip)",
         )
     if in_chans not in (None, 3) and arguments.get("color_jitter"):
-        raise coded(
+        raise InvalidValueError(
             "augmentation-for-rgb",
-            ValueError(
-                f"color_jitter={arguments['color_jitter']} changes colours, which images of in_chans={in_chans} channels do "
-                "not have; set color_jitter=0"
-            ),
+            f"color_jitter={arguments['color_jitter']} changes colours, which images of in_chans={in_chans} channels do "
+            "not have; set color_jitter=0",
         )
     known = [name for name in inspect.signature(_KINDS[kind]).parameters if name != "image_size"]
     for name in arguments:

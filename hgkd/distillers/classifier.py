@@ -105,14 +105,12 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
                 f"objective {needing[0]!r} learns from its answers; give another teacher_checkpoint, or use FeatureMapMGD",
             )
         if teacher.classifier.in_chans != self.classifier.in_chans:
-            raise coded(
+            raise InvalidValueError(
                 "channels-differ",
-                ValueError(
-                    f"the classifier's images have {self.classifier.in_chans} channels, the teacher sees "
-                    f"{teacher.classifier.in_chans}; "
-                    "fine-tune with a teacher of as many, or without one (a masked distillation can show an RGB teacher three "
-                    "of the channels: model.teacher_channels)"
-                ),
+                f"the classifier's images have {self.classifier.in_chans} channels, the teacher sees "
+                f"{teacher.classifier.in_chans}; "
+                "fine-tune with a teacher of as many, or without one (a masked distillation can show an RGB teacher three "
+                "of the channels: model.teacher_channels)",
             )
         taught = teacher.prepare(self.image_size)
         for part in self.objectives.values():

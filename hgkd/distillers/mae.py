@@ -85,7 +85,9 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         counted = {} if in_chans is None else {"in_chans": in_chans}
         sizes = make_arch(arch, patch_size=patch_size, image_size=self.image_size, **counted)
         if sizes.decoder_depth < 1:
-            raise ValueError("MAE pretraining needs a decoder, but decoder_depth is 0; set it to at least 1")
+            raise InvalidValueError(
+                "decoder-missing", "MAE pretraining needs a decoder, but decoder_depth is 0; set it to at least 1"
+            )
         channels = check_in_chans(sizes.in_chans, "model.in_chans")
         known = None if mean is None or std is None else (mean, std)
         require_statistics(channels, known, "model.mean and model.std")

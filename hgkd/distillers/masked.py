@@ -21,7 +21,7 @@ from mmengine.registry import Registry
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.errors import coded, unknown_name_message
+from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.masking import CountedMask, MaskGenerator, Randomness
 from hgkd.networks.guest import TeacherOwner
 from hgkd.objectives.base import Objective
@@ -115,11 +115,10 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     ) -> None:
         super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
         if not 0.0 <= flip <= 1.0:
-            raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
+            raise InvalidValueError("flip-out-of-range", f"flip must be a probability in [0, 1], got {flip}")
         if isinstance(masks_per_image, bool) or not isinstance(masks_per_image, int) or masks_per_image < 1:
-            raise coded(
-                "masks-per-image",
-                ValueError(f"masks_per_image is the number of masks of an image, 1 or more, got {masks_per_image!r}"),
+            raise InvalidValueError(
+                "masks-per-image", f"masks_per_image is the number of masks of an image, 1 or more, got {masks_per_image!r}"
             )
         self.flip = flip
         self.masks_per_image = masks_per_image
@@ -130,7 +129,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         self.student: Student = _build_part(student, Student, "model.student", "hgkd.students.Student")
         self.mask: MaskGenerator = _build(mask)
         if not objectives:
-            raise ValueError("objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))")
+            raise InvalidValueError(
+                "objectives-empty", "objectives is empty; give at least one, e.g. dict(hgkd=dict(type='HGKD'))"
+            )
         named = {name: cfg["teacher"] for name, cfg in objectives.items() if cfg.get("teacher") is not None}
         unnamed = {name: {key: value for key, value in cfg.items() if key != "teacher"} for name, cfg in objectives.items()}
         self.objectives, self.weights = build_objectives(unnamed, MASKED_OBJECTIVES, MaskedObjective)
@@ -174,8 +175,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         self._guide = self._guide_of_masks(mask_teacher)
         idle = [name for name, needs in asked.items() if not needs and name != self._guide]
         if idle:
-            raise ValueError(
-                f"{self._place_of(idle[0])} is set, but no objective learns from it; remove it or add such an objective"
+            raise InvalidValueError(
+                "teacher-without-objective",
+                f"{self._place_of(idle[0])} is set, but no objective learns from it; remove it or add such an objective",
             )
         self._passes: dict[str, list[TeacherNeeds]] = {}  # of each teacher
         self._pass_of: dict[str, tuple[str, int]] = {}  # objective -> teacher, and which of its passes
@@ -193,26 +195,24 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         kind, place = type(objective).__name__, f"model.objectives.{name}.teacher"
         if objective.needs is None:
             if chosen is not None:
-                raise coded(
-                    "teacher-not-needed",
-                    ValueError(f"{place}={chosen!r}: a {kind} learns from no teacher; leave it out"),
+                raise InvalidValueError(
+                    "teacher-not-needed", f"{place}={chosen!r}: a {kind} learns from no teacher; leave it out"
                 )
             return next(iter(self.teachers), None) if len(self.teachers) == 1 else None
         if not self.teachers:
-            raise ValueError(
+            raise InvalidValueError(
+                "objective-without-teacher",
                 f"objective {name!r} ({kind}) learns from a teacher, but the model has none; "
-                "set model.teacher, or use an objective without one such as PixelReconstruction"
+                "set model.teacher, or use an objective without one such as PixelReconstruction",
             )
         if chosen is not None and chosen not in self.teachers:
-            raise coded("teacher-unknown", ValueError(f"{place}: {unknown_name_message('teacher', chosen, self.teachers)}"))
+            raise InvalidValueError("teacher-unknown", f"{place}: {unknown_name_message('teacher', chosen, self.teachers)}")
         if chosen is None and len(self.teachers) > 1:
-            raise coded(
+            raise InvalidValueError(
                 "teacher-not-named",
-                ValueError(
-                    f"objective {name!r} ({kind}) learns from a teacher, and the model has several "
-                    f"({', '.join(self.teachers)}); "
-                    f"say which: {place}={next(iter(self.teachers))!r}"
-                ),
+                f"objective {name!r} ({kind}) learns from a teacher, and the model has several "
+                f"({', '.join(self.teachers)}); "
+                f"say which: {place}={next(iter(self.teachers))!r}",
             )
         return chosen or next(iter(self.teachers))
 
@@ -220,30 +220,27 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         """Name of the teacher whose attention guides the mask."""
         if not self.mask.guided:
             if chosen is not None:
-                raise coded(
+                raise InvalidValueError(
                     "teacher-not-needed",
-                    ValueError(
-                        f"model.mask_teacher={chosen!r}: a {type(self.mask).__name__} is guided by no teacher; leave it out, "
-                        "or use AttentionMask"
-                    ),
+                    f"model.mask_teacher={chosen!r}: a {type(self.mask).__name__} is guided by no teacher; leave it out, "
+                    "or use AttentionMask",
                 )
             return None
         if chosen is not None and chosen not in self.teachers:
-            raise coded(
-                "teacher-unknown", ValueError(f"model.mask_teacher: {unknown_name_message('teacher', chosen, self.teachers)}")
+            raise InvalidValueError(
+                "teacher-unknown", f"model.mask_teacher: {unknown_name_message('teacher', chosen, self.teachers)}"
             )
         if chosen is None and len(self.teachers) > 1:
-            raise coded(
+            raise InvalidValueError(
                 "teacher-not-named",
-                ValueError(
-                    f"{type(self.mask).__name__} is guided by a teacher's attention, and the model has several "
-                    f"({', '.join(self.teachers)}); say which: model.mask_teacher={next(iter(self.teachers))!r}"
-                ),
+                f"{type(self.mask).__name__} is guided by a teacher's attention, and the model has several "
+                f"({', '.join(self.teachers)}); say which: model.mask_teacher={next(iter(self.teachers))!r}",
             )
         guide = chosen or next(iter(self.teachers), None)
         teacher = None if guide is None else self.teachers[guide]
         if teacher is None or not teacher.gives_attention:
-            raise ValueError(
+            raise InvalidValueError(
+                "mask-without-attention",
                 f"{type(self.mask).__name__} is guided by a teacher's attention, but the model has "
                 f"{'none' if teacher is None else 'a ' + type(teacher).__name__}; use a ViT teacher, or RandomMask",
             )
@@ -259,13 +256,11 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
                 asked = f"mask_ratio {self.mask.current_ratio:g}"
                 if self.mask.unmasked_share:
                     asked = f"unmasked_share {self.mask.unmasked_share:g}"
-                raise coded(
+                raise InvalidValueError(
                     "nothing-supervised",
-                    ValueError(
-                        f"{asked} has training steps in which nothing is hidden, but objective {name!r} "
-                        f"({type(objective).__name__}) learns from hidden cells alone (supervise='masked'); "
-                        f"set model.objectives.{name}.supervise='all', or hide something in every step"
-                    ),
+                    f"{asked} has training steps in which nothing is hidden, but objective {name!r} "
+                    f"({type(objective).__name__}) learns from hidden cells alone (supervise='masked'); "
+                    f"set model.objectives.{name}.supervise='all', or hide something in every step",
                 )
 
     def _check_counts(self) -> None:
@@ -275,12 +270,10 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         differ = isinstance(self.mask, CountedMask) and self.mask.counts_differ
         if differ or self.whole_view:
             asked = f"mask_ratio={getattr(self.mask, 'mask_ratio', None)}" if differ else "whole_view=True"
-            raise coded(
+            raise InvalidValueError(
                 "equal-counts-needed",
-                ValueError(
-                    f"{asked} shows different numbers of cells in the images of a batch, but a {type(self.student).__name__} "
-                    "takes as many of each; use one mask_ratio without a whole view, or a SparseUNet"
-                ),
+                f"{asked} shows different numbers of cells in the images of a batch, but a {type(self.student).__name__} "
+                "takes as many of each; use one mask_ratio without a whole view, or a SparseUNet",
             )
 
     def _seen(self) -> str:
@@ -534,11 +527,9 @@ def _build_teachers(single: Mapping[str, Any] | None, several: Mapping[str, Mapp
         ValueError: both are given, or what building one raises, with the place in the config.
     """
     if single is not None and several:
-        raise coded(
+        raise InvalidValueError(
             "teacher-and-teachers",
-            ValueError(
-                f"the model has a teacher and teachers ({', '.join(several)}); put all of them into model.teachers, under names"
-            ),
+            f"the model has a teacher and teachers ({', '.join(several)}); put all of them into model.teachers, under names",
         )
     if single is not None:
         return {"teacher": _build_part(single, Teacher, "model.teacher", "hgkd.teachers.Teacher")}
@@ -572,11 +563,11 @@ def _teacher_channels(
     named = given if isinstance(given, Mapping) else dict.fromkeys(teachers, given)
     for name in named:
         if name not in teachers:
-            raise coded(
-                "teacher-unknown", ValueError(f"model.teacher_channels: {unknown_name_message('teacher', name, teachers)}")
+            raise InvalidValueError(
+                "teacher-unknown", f"model.teacher_channels: {unknown_name_message('teacher', name, teachers)}"
             )
     if given is not None and not teachers:
-        raise coded("teacher-not-needed", ValueError("model.teacher_channels is set, but there is no teacher; leave it out"))
+        raise InvalidValueError("teacher-not-needed", "model.teacher_channels is set, but there is no teacher; leave it out")
     found = {}
     for name, teacher in teachers.items():
         found[name] = _seen_channels(named.get(name), in_chans, teacher.in_chans, name)
@@ -590,30 +581,24 @@ def _seen_channels(given: Sequence[int] | None, in_chans: int, wanted: int, name
         if in_chans in (wanted, 1):
             return None if in_chans == wanted else (0,) * wanted
         example = list(range(wanted))[:in_chans] if in_chans >= wanted else [0]
-        raise coded(
+        raise InvalidValueError(
             "teacher-channels-missing",
-            ValueError(
-                f"the images have {in_chans} channels, and {name} sees {wanted}: say which ones it is shown, in its order (of "
-                f"most teachers red, green, blue), e.g. model.teacher_channels={example}; a single one is repeated"
-            ),
+            f"the images have {in_chans} channels, and {name} sees {wanted}: say which ones it is shown, in its order (of "
+            f"most teachers red, green, blue), e.g. model.teacher_channels={example}; a single one is repeated",
         )
     whole = isinstance(given, Sequence) and all(isinstance(c, int) and not isinstance(c, bool) for c in given)
     if not whole or isinstance(given, str) or len(given) not in (1, wanted):
-        raise coded(
+        raise InvalidValueError(
             "teacher-channels-wrong",
-            ValueError(
-                f"model.teacher_channels={given!r} must be {wanted} numbers of channels, one for each that {name} sees, or a "
-                "single one, which is repeated"
-            ),
+            f"model.teacher_channels={given!r} must be {wanted} numbers of channels, one for each that {name} sees, or a "
+            "single one, which is repeated",
         )
     beyond = [channel for channel in given if not 0 <= channel < in_chans]
     if beyond:
-        raise coded(
+        raise InvalidValueError(
             "teacher-channels-wrong",
-            ValueError(
-                f"model.teacher_channels={list(given)} names channel {beyond[0]}, but the images have {in_chans}, numbered 0 "
-                f"to {in_chans - 1}"
-            ),
+            f"model.teacher_channels={list(given)} names channel {beyond[0]}, but the images have {in_chans}, numbered 0 "
+            f"to {in_chans - 1}",
         )
     return tuple(given) * (wanted if len(given) == 1 else 1)
 

@@ -96,7 +96,9 @@ class FeatureExtractor(nn.Module):
 
     def attention(self, images: Tensor, level: int | None = None) -> Tensor:
         """Attention map (B, h, w), 0 or more; ``attention_name`` says what it is. See :meth:`maps`."""
-        raise ValueError(f"{self.settings.get('name')} gives no map of attention; take a CNN or a plain ViT")
+        raise InvalidValueError(
+            "no-attention-maps", f"{self.settings.get('name')} gives no map of attention; take a CNN or a plain ViT"
+        )
 
     def _level(self, level: int, count: int, what: str) -> int:
         if not -count <= level < count:
@@ -128,9 +130,10 @@ class CNNExtractor(PixelNormalisation, FeatureExtractor):
         from hgkd.networks.taps import last_channels
 
         if last.ndim != 4 or last.shape[1] != last_channels(self.model):
-            raise ValueError(
+            raise InvalidValueError(
+                "features-of-other-shape",
                 f"{self.settings.get('name')} gives features of shape {tuple(last.shape)}, expected (B, "
-                f"{last_channels(self.model)}, h, w); only CNNs, and ViTs with a block, can be evaluated"
+                f"{last_channels(self.model)}, h, w); only CNNs, and ViTs with a block, can be evaluated",
             )
         return last
 

@@ -275,8 +275,9 @@ def _check_open_csv(handle: IO[str], path: Path) -> bool:
         return True
     columns = next(csv.reader(io.StringIO(content)))
     if tuple("std" if name == "deviation" else name for name in columns) != CSV_COLUMNS:  # as earlier versions call it
-        raise ValueError(
-            f"{path} has the columns {', '.join(columns)}; results have {', '.join(CSV_COLUMNS)}; give --csv another file"
+        raise InvalidValueError(
+            "csv-columns-differ",
+            f"{path} has the columns {', '.join(columns)}; results have {', '.join(CSV_COLUMNS)}; give --csv another file",
         )
     if not content.endswith("\n"):
         raise InvalidValueError("csv-line-cut-off", f"the last line of {path} is cut off; remove or complete it")

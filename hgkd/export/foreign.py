@@ -41,6 +41,7 @@ def same_norms(source: nn.Module, again: nn.Module) -> None:
     for name, settings in before.items():
         if after.get(name) != settings:
             raise ExportError(
+                "norm-settings-differ",
                 f"the norm {name} has eps and momentum {settings} in the source and {after.get(name)} in what was read back; "
-                "give norm_cfg of the student's encoder_kwargs in full"
+                "give norm_cfg of the student's encoder_kwargs in full",
             )

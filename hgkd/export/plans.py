@@ -99,15 +99,16 @@ def plan_of(network: nn.Module, library: str) -> ResNetPlan | ConvNeXtPlan:
     """
     if channels_of(network) != 3:
         raise UnsupportedLayerError(
+            "target-for-rgb-only",
             f"for {library}, whose loaders give RGB images, hgkd writes networks of 3 channels, and this student takes "
-            f"{channels_of(network)}; {_REMEDY}"
+            f"{channels_of(network)}; {_REMEDY}",
         )
     for kind, describe in _FAMILIES.items():
         if isinstance(network, kind):
             return describe(network, library)
     if isinstance(network, Tapped):
         name = str(network.pretrained_cfg["architecture"])
-        raise UnsupportedLayerError(f"{library} has no {name}; {home_of(name)}")
+        raise UnsupportedLayerError("network-kind-not-in-library", f"{library} has no {name}; {home_of(name)}")
     known = " and ".join(kind.__name__ for kind in _FAMILIES)
     raise UnsupportedLayerError(
         "network-kind-not-in-library",

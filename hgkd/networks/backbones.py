@@ -31,7 +31,13 @@ from hgkd.weights.run_file import (
 
 def build_backbone(spec: EncoderSpec) -> nn.Module:
     """The dense encoder that a spec describes, with random weights, in eval mode."""
-    network = build_encoder(spec.name, stem=spec.stem, **spec.kwargs).eval()
+    try:
+        network = build_encoder(spec.name, stem=spec.stem, **spec.kwargs).eval()
+    except ValueError as error:
+        if code_of(error) != "timm-name-unknown":
+            raise
+        told = f"{error} A network of your own comes with the config that imports it (--config FILE)"
+        raise InvalidValueError("timm-name-unknown", told) from error
     if spec.pixels is not None:
         note_pixels(network, pixels=spec.pixels)
     return network

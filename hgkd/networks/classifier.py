@@ -115,7 +115,7 @@ class ImageClassifier(PixelNormalisation):
         _refuse_library(name, f"{name} cannot be a classifier here")
         check_timm_name("classifier", name)
         if stem not in STEMS:
-            raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
+            raise InvalidValueError("stem-unknown", f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
         channels = check_in_chans(kwargs.get("in_chans", 3), f"in_chans of {name!r}")
         if num_classes < 1:
             raise InvalidValueError(
@@ -135,7 +135,9 @@ class ImageClassifier(PixelNormalisation):
                 raise
             option = "drop_path" if unknown[1] == "drop_path_rate" else unknown[1]
             remedy = "set model.classifier.drop_path=0" if option == "drop_path" else "leave it out"
-            raise ValueError(f"timm's {name} takes no {option}={kwargs.get(unknown[1])!r}; {remedy}") from error
+            raise InvalidValueError(
+                "timm-option-refused", f"timm's {name} takes no {option}={kwargs.get(unknown[1])!r}; {remedy}"
+            ) from error
         if channels != 3:
             note_pixels(network, channels)
         if stem == "cifar":
@@ -352,9 +354,8 @@ class ImageClassifier(PixelNormalisation):
 def _refuse_library(name: str, told: str) -> None:
     """Raise ValueError for a network that is a student, but not timm's."""
     if library_of(name) is not None:
-        raise coded(
-            "finetuning-of-timm",
-            WeightsError(f"{told}, and hgkd fine-tunes networks of timm only; {home_of(name)}, and fine-tune it there"),
+        raise WeightsError(
+            "finetuning-of-timm", f"{told}, and hgkd fine-tunes networks of timm only; {home_of(name)}, and fine-tune it there"
         )
 
 

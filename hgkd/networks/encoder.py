@@ -18,7 +18,7 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.networks.libraries import HOW_TO_NAME, build_library_network, library_of
 from hgkd.networks.taps import Tapped
 from hgkd.networks.vit import check_timm_name
@@ -71,12 +71,14 @@ def build_encoder(
     except ValueError as error:
         if timm.is_model(name.partition(".")[0]):
             raise
-        raise ValueError(f"{error} {HOW_TO_NAME}") from error
+        raise InvalidValueError("argument-value-refused", f"{error} {HOW_TO_NAME}") from error
     if stem not in STEMS:
         raise InvalidValueError("stem-unknown", f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
     taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]
     if taken:
-        raise ValueError(f"{', '.join(taken)} cannot be passed on to timm for an encoder: hgkd sets it itself")
+        raise InvalidValueError(
+            "timm-option-reserved", f"{', '.join(taken)} cannot be passed on to timm for an encoder: hgkd sets it itself"
+        )
     channels = check_in_chans(timm_kwargs.get("in_chans", 3), f"in_chans of encoder {name!r}")
     if pretrained and checkpoint is not None:
         raise InvalidValueError(
@@ -90,7 +92,9 @@ def build_encoder(
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **timm_kwargs)
     except AssertionError as error:  # e.g. inception_next: "Cannot disable pooling"
-        raise ValueError(f"timm cannot build {name!r} without its classifier and pooling: {error}") from error
+        raise InvalidValueError(
+            "encoder-not-buildable", f"timm cannot build {name!r} without its classifier and pooling: {error}"
+        ) from error
     if channels != 3:
         note_pixels(model, channels)
     if stem == "cifar":
@@ -105,11 +109,11 @@ def build_encoder(
 def _build_foreign(name: str, stem: str, checkpoint: str | Path | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """The same of a network that is not timm's."""
     if stem != "default":
-        raise coded("stem-of-timm", ValueError(f"stem={stem!r} is for timm's ResNets, not for {name!r}; use stem='default'"))
+        raise InvalidValueError("stem-of-timm", f"stem={stem!r} is for timm's ResNets, not for {name!r}; use stem='default'")
     if pretrained:
-        raise coded(
+        raise InvalidValueError(
             "pretrained-of-timm",
-            ValueError(f"pretrained=True asks timm, which has no {name!r}; give a weight file: encoder_checkpoint=FILE"),
+            f"pretrained=True asks timm, which has no {name!r}; give a weight file: encoder_checkpoint=FILE",
         )
     model = build_library_network(name, **kwargs)
     encoder_levels(model)  # refuses what is no CNN

@@ -16,7 +16,7 @@ from typing import Any, cast
 import timm
 from torch import nn
 
-from hgkd.errors import abbreviate, coded, nearest_names, unknown_name_message
+from hgkd.errors import InvalidValueError, abbreviate, nearest_names, unknown_name_message
 from hgkd.mmcv_ops import register_ops
 from hgkd.networks.taps import tap
 from hgkd.registry import MODELS
@@ -68,50 +68,47 @@ def build_library_network(name: str, *, taps: Sequence[str] | None = None, **kwa
     _check_arguments(name, make, kwargs)
     own = make(**kwargs)
     if not isinstance(own, nn.Module):
-        raise coded("encoder-no-module", ValueError(f"{name!r} gives a {type(own).__name__}, an encoder is a torch.nn.Module"))
+        raise InvalidValueError("encoder-no-module", f"{name!r} gives a {type(own).__name__}, an encoder is a torch.nn.Module")
     return tap(own, name, taps)
 
 
 def _import(library: str, module: str) -> Any:
     package = _PACKAGES.get(library, library)
     if find_spec(library) is None:
-        raise coded(
+        raise InvalidValueError(
             "library-absent",
-            ValueError(f"an encoder named {library}.* needs {package}, which is not installed; pip install 'hgkd[downstream]'")
+            f"an encoder named {library}.* needs {package}, which is not installed; pip install 'hgkd[downstream]'"
             if library != "mmpretrain"
-            else ValueError(f"an encoder named {library}.* needs {package}, which is not installed; pip install {package}"),
+            else f"an encoder named {library}.* needs {package}, which is not installed; pip install {package}",
         )
     try:
         if library in OPENMMLAB:
             register_ops()  # they import mmcv's operators, compiled or not
         return import_module(module)
     except Exception as error:  # they raise what their compiled parts raise, not only ImportError
-        raise coded("library-broken", ValueError(f"{package} does not import: {error}; install it again")) from error
+        raise InvalidValueError("library-broken", f"{package} does not import: {error}; install it again") from error
 
 
 def _openmmlab(library: str, kind: str, kwargs: Mapping[str, Any]) -> nn.Module:
     backbones = _import(library, f"{library}.models.backbones")
     found = getattr(backbones, kind, None)
     if not isinstance(found, type):
-        raise coded(
-            "library-network-unknown",
-            ValueError(unknown_name_message(f"backbone of {library}", kind, backbones.__all__)),
+        raise InvalidValueError(
+            "library-network-unknown", unknown_name_message(f"backbone of {library}", kind, backbones.__all__)
         )
     name = f"{library}.{kind}"
     taken = [key for key in ("init_cfg", "pretrained") if kwargs.get(key) is not None]
     if taken:
-        raise coded(
+        raise InvalidValueError(
             "encoder-argument-ours",
-            ValueError(f"{taken[0]} of {name} is not taken: weights come from encoder_checkpoint=FILE, and nothing is fetched"),
+            f"{taken[0]} of {name} is not taken: weights come from encoder_checkpoint=FILE, and nothing is fetched",
         )
     norm = kwargs.get("norm_cfg")
     if isinstance(norm, Mapping) and str(norm.get("type")).endswith("SyncBN"):
-        raise coded(
+        raise InvalidValueError(
             "encoder-sync-norm",
-            ValueError(
-                f"norm_cfg of {name} asks for SyncBN, which no single process can train; give type='BN' (the weights are "
-                "the same): a run of several processes makes its norms synchronised itself"
-            ),
+            f"norm_cfg of {name} asks for SyncBN, which no single process can train; give type='BN' (the weights are "
+            "the same): a run of several processes makes its norms synchronised itself",
         )
     _check_arguments(name, found, kwargs)
     # mmdet's ResNets hold their norms' statistics by default, which nothing has set yet
@@ -127,17 +124,16 @@ def _torchvision(kind: str, kwargs: Mapping[str, Any]) -> tuple[nn.Module, list[
     models = _import("torchvision", "torchvision.models")
     known = models.list_models(module=models)
     if kind not in known:
-        raise coded("library-network-unknown", ValueError(unknown_name_message("model of torchvision", kind, known)))
+        raise InvalidValueError("library-network-unknown", unknown_name_message("model of torchvision", kind, known))
     taken = [key for key in ("weights", "weights_backbone") if kwargs.get(key) is not None]
     if taken:
-        raise coded(
-            "encoder-argument-ours",
-            ValueError(f"{taken[0]} of torchvision.{kind} is not taken: weights come from encoder_checkpoint=FILE"),
+        raise InvalidValueError(
+            "encoder-argument-ours", f"{taken[0]} of torchvision.{kind} is not taken: weights come from encoder_checkpoint=FILE"
         )
     try:
         network: nn.Module = models.get_model(kind, weights=None, **kwargs)
     except TypeError as error:
-        raise coded("encoder-argument-unknown", ValueError(f"torchvision.{kind}: {error}")) from error
+        raise InvalidValueError("encoder-argument-unknown", f"torchvision.{kind}: {error}") from error
     heads = [head for head in _HEADS if isinstance(getattr(network, head, None), nn.Module)]
     for head in heads:
         setattr(network, head, nn.Identity())
@@ -170,7 +166,7 @@ def _check_arguments(name: str, make: Callable[..., Any], kwargs: Mapping[str, A
     for key in kwargs:
         if key not in parameters:
             near = nearest_names(key, parameters) or [known for known in parameters if known != "self"]
-            raise coded(
+            raise InvalidValueError(
                 "encoder-argument-unknown",
-                ValueError(f"{name} takes no {key!r} (encoder_kwargs); arguments that it takes: {abbreviate(near)}, taps"),
+                f"{name} takes no {key!r} (encoder_kwargs); arguments that it takes: {abbreviate(near)}, taps",
             )

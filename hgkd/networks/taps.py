@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import abbreviate, code_of, coded, nearest_names
+from hgkd.errors import InvalidValueError, abbreviate, code_of, nearest_names
 from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 DRY_SHAPE = (128, 192)  # not square: a pooled map of one place then has two strides, and is no level
@@ -69,7 +69,7 @@ def tap(network: nn.Module, name: str, taps: Sequence[str] | None = None, classi
     """
     declared = getattr(network, "taps", None) if taps is None else taps
     if isinstance(declared, str) or (declared is not None and not all(isinstance(entry, str) for entry in declared)):
-        raise coded("taps-no-names", ValueError(f"taps of {name!r} must be a list of names of submodules, got {declared!r}"))
+        raise InvalidValueError("taps-no-names", f"taps of {name!r} must be a list of names of submodules, got {declared!r}")
     chosen = tuple(declared or ())
     check_taps(network, name, chosen)
     images = torch.zeros(1, 3, *DRY_SHAPE)
@@ -140,7 +140,7 @@ def read_taps(network: nn.Module, images: Tensor, taps: Sequence[str], to_the_en
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if name in found:
-                raise coded("tap-passed-twice", ValueError(f"tap {name!r} is called twice in a forward; tap another part"))
+                raise InvalidValueError("tap-passed-twice", f"tap {name!r} is called twice in a forward; tap another part")
             found[name] = output
             if len(found) == len(taps) and not whole:
                 raise _AllRead
@@ -160,7 +160,7 @@ def read_taps(network: nn.Module, images: Tensor, taps: Sequence[str], to_the_en
             handle.remove()
     unread = [name for name in taps if name not in found]
     if unread:
-        raise coded("tap-not-reached", ValueError(f"tap {unread[0]!r} is not called in a forward; tap a part that is"))
+        raise InvalidValueError("tap-not-reached", f"tap {unread[0]!r} is not called in a forward; tap a part that is")
     return [found[name] for name in taps]
 
 
@@ -170,9 +170,8 @@ def check_taps(network: nn.Module, name: str, taps: Sequence[str]) -> None:
     for entry in taps:
         if entry not in known:
             near = nearest_names(entry, known) or [path for path, _ in network.named_children()]
-            raise coded(
-                "tap-absent",
-                ValueError(f"tap {entry!r}: {name!r} has no part of that name; parts that it has: {abbreviate(near)}"),
+            raise InvalidValueError(
+                "tap-absent", f"tap {entry!r}: {name!r} has no part of that name; parts that it has: {abbreviate(near)}"
             )
 
 
@@ -182,13 +181,11 @@ def _dry_run(network: nn.Module, name: str, images: Tensor, taps: Sequence[str])
     except (AssertionError, AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if code_of(error) is not None:
             raise
-        raise coded(
+        raise InvalidValueError(
             "encoder-does-not-run",
-            ValueError(
-                f"{name!r} does not run on a {images.shape[2]} x {images.shape[3]} image ({' '.join(str(error).split())}); an "
-                "encoder takes images (B, 3, H, W) of any size that its total stride divides. Where a head wants one size, "
-                "declare the levels before it: taps=[...] in encoder_kwargs, names of submodules, finest first"
-            ),
+            f"{name!r} does not run on a {images.shape[2]} x {images.shape[3]} image ({' '.join(str(error).split())}); an "
+            "encoder takes images (B, 3, H, W) of any size that its total stride divides. Where a head wants one size, "
+            "declare the levels before it: taps=[...] in encoder_kwargs, names of submodules, finest first",
         ) from error
 
 
@@ -237,11 +234,9 @@ def find_taps(network: nn.Module, name: str, images: Tensor) -> tuple[str, ...]:
         last[passed[path][1]] = path
     if len(last) < 2:
         seen = ", ".join(f"{path} (stride {step})" for step, path in last.items()) or "none"
-        raise coded(
+        raise InvalidValueError(
             "no-levels-found",
-            ValueError(
-                f"{name!r} shows fewer than two levels on a {height} x {width} image: {seen}; declare them: taps=[...] in "
-                "encoder_kwargs, names of submodules, finest first, each giving (B, C, H/s, W/s)"
-            ),
+            f"{name!r} shows fewer than two levels on a {height} x {width} image: {seen}; declare them: taps=[...] in "
+            "encoder_kwargs, names of submodules, finest first, each giving (B, C, H/s, W/s)",
         )
     return tuple(last[step] for step in sorted(last))

@@ -17,7 +17,7 @@ from mmengine.config import Config, ConfigDict
 
 from hgkd.config.levels import level_of, same
 from hgkd.data.pixels import as_value_range
-from hgkd.errors import unknown_name_message
+from hgkd.errors import InvalidValueError, MissingFileError, unknown_name_message
 from hgkd.training.hooks.progress import UNREADABLE
 
 SCOPES = ("mmdet", "mmseg")

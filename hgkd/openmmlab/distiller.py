@@ -189,7 +189,7 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
                         "tap-map-sizes-differ",
                         f"taps.{index}, map {level}: {tuple(a.shape[2:])} positions of the student, {tuple(b.shape[2:])} of "
                         f"the teacher on a {_DRY_SIZE} px image; MGD compares position by position, so choose levels of equal "
-                        "stride"
+                        "stride",
                     )
                 found[f"{index}_{level}"] = MGDLoss(a.shape[1], b.shape[1], **tap.loss)
         return found

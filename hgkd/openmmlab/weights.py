@@ -21,7 +21,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import InvalidValueError, MissingFileError, WeightsError
 from hgkd.networks.libraries import LIBRARIES, build_library_network, library_of
 from hgkd.openmmlab.backbone import TimmBackbone
 from hgkd.pixels import pixel_statistics
@@ -96,13 +96,11 @@ def _check_norms(network: nn.Module, file: Path, path: str) -> None:
     norms = {name: layer.eps for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)}
     for name, layer in trained.named_modules():
         if isinstance(layer, _BatchNorm) and norms.get(name, layer.eps) != layer.eps:
-            raise coded(
+            raise WeightsError(
                 "backbone-norms-differ",
-                WeightsError(
-                    f"backbone={path} was trained with eps={layer.eps:g} in its norms, this config's backbone has "
-                    f"eps={norms[name]:g}: its features would be others. Set --cfg-options model.backbone.norm_cfg.eps="
-                    f"{layer.eps:g} model.backbone.norm_cfg.momentum={layer.momentum:g} (distillation: model.student.backbone)"
-                ),
+                f"backbone={path} was trained with eps={layer.eps:g} in its norms, this config's backbone has "
+                f"eps={norms[name]:g}: its features would be others. Set --cfg-options model.backbone.norm_cfg.eps="
+                f"{layer.eps:g} model.backbone.norm_cfg.momentum={layer.momentum:g} (distillation: model.student.backbone)",
             )
 
 
@@ -112,13 +110,11 @@ def _refuse_other_channels(network: nn.Module, weights: Mapping[str, Any], path:
     stem = weights.get(f"{name}.weight")
     if first is None or not isinstance(stem, Tensor) or stem.ndim != 4 or stem.shape[1] == first.in_channels:
         return
-    raise coded(
+    raise WeightsError(
         "channels-differ",
-        WeightsError(
-            f"backbone={path} takes images of {stem.shape[1]} channels, this config's backbone {first.in_channels}: mmdet and "
-            "mmseg read images as 8-bit BGR. Train the student on RGB images, or give the config a loader, a data_preprocessor "
-            "and a backbone of your own for as many channels"
-        ),
+        f"backbone={path} takes images of {stem.shape[1]} channels, this config's backbone {first.in_channels}: mmdet and "
+        "mmseg read images as 8-bit BGR. Train the student on RGB images, or give the config a loader, a data_preprocessor "
+        "and a backbone of your own for as many channels",
     )
 
 

@@ -41,8 +41,9 @@ def check_xml_files(dataset: Mapping[str, Any], file: Path, classes: Sequence[st
     unknown = sorted(found - set(classes))
     if not any(entry["instances"] for entry in entries):
         raise DataError(
+            "voc-classes-absent",
             f"{name}: no object in the {len(entries)} files of {file} is one of the classes {abbreviate(classes)}; they are "
-            f"called {abbreviate(unknown)}. Blanks, and upper and lower case, count: set the data set's metainfo.classes"
+            f"called {abbreviate(unknown)}. Blanks, and upper and lower case, count: set the data set's metainfo.classes",
         )
     remarks = (
         [f"{name}: {abbreviate(unknown)} of {file} are not among the config's classes and will be left out"] if unknown else []

@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from hgkd.errors import NoSparseRuleError, coded
+from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.sparse.kernels import gathers
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
@@ -94,12 +94,10 @@ class SparseModule:
             visible = CellLayout(visible, self.sparse_cell, self.sparse_renormalize)
         cells = visible
         if cells.renormalize != self.sparse_renormalize:
-            raise coded(
+            raise InvalidValueError(
                 "layout-of-another-network",
-                ValueError(
-                    f"the layout has renormalize={cells.renormalize}, the network renormalize={self.sparse_renormalize}: its "
-                    f"features would be others than in training; make the layout with renormalize={self.sparse_renormalize}"
-                ),
+                f"the layout has renormalize={cells.renormalize}, the network renormalize={self.sparse_renormalize}: its "
+                f"features would be others than in training; make the layout with renormalize={self.sparse_renormalize}",
             )
         if any("sparse_path" not in layer.__dict__ for layer in self.modules()):  # type: ignore[attr-defined]
             _give_rules(self)  # type: ignore[arg-type]  # e.g. convert_sync_batchnorm has put in new layers

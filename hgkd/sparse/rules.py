@@ -27,8 +27,8 @@ from hgkd.sparse.tensor import (
 BOTH = (PackedTensor, MaskedTensor)
 
 
-def _refuse(func: Function, why: str) -> NoSparseRuleError:
-    return NoSparseRuleError(f"{getattr(func, '__name__', func)} on a sparse feature map{calling_layer()}: {why}")
+def _refuse(code: str, func: Function, why: str) -> NoSparseRuleError:
+    return NoSparseRuleError(code, f"{getattr(func, '__name__', func)} on a sparse feature map{calling_layer()}: {why}")
 
 
 def check_same_cells(func: Function, owner: SparseTensor, other: SparseTensor) -> None:
@@ -121,7 +121,9 @@ def _pad(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) 
     sides, mode = tuple(int(n) for n in given["pad"]), given.get("mode", "constant")
     if len(sides) not in (2, 4) or owner.channel_dim != 1 or mode not in ("constant", "reflect") or min(sides) < 0:
         raise _refuse(
-            func, f"padding {sides} with mode={mode!r}; only positions may be padded, with a constant or by reflection"
+            "padding-without-sparse-rule",
+            func,
+            f"padding {sides} with mode={mode!r}; only positions may be padded, with a constant or by reflection",
         )
     if owner.pending is not None:
         raise _refuse("padded-twice", func, "it is padded already; pad once")
@@ -204,7 +206,9 @@ def _getitem(func: Function, owner: SparseTensor, args: Arguments, kwargs: Optio
     keeps = [isinstance(i, slice) and i == slice(None) for i in index]
     channels = [d for d, keep in enumerate(keeps) if not keep]
     if channels not in ([], [owner.channel_dim]) or not all(isinstance(i, slice) for i in index):
-        raise _refuse(func, f"index {args[1]} selects positions or images; only a slice of channels is supported")
+        raise _refuse(
+            "index-of-positions", func, f"index {args[1]} selects positions or images; only a slice of channels is supported"
+        )
     with plain_torch():
         return owner.like(func(*args, **kwargs))
 

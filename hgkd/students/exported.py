@@ -52,7 +52,8 @@ def load_student(
     part = "student" if encoder is None else "decoder"
     section = _section(path, "student", "decoder")
     if part not in section:
-        raise ValueError(
+        raise InvalidValueError(
+            "export-part-and-encoder",
             f"{path} holds a decoder alone; give the network to put it on with encoder="
             if encoder is None
             else f"{path} holds a whole student; leave encoder out",
@@ -76,5 +77,5 @@ def _section(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     section = read_config(Path(path).expanduser()).get("hgkd") or {}
     if not any(key in section for key in keys):
         shown = "".join(f" --part {key}" for key in keys[:1] if key != "cell")
-        raise WeightsError(f"{path} is no export that hgkd export wrote with --to sparse{shown}")
+        raise WeightsError("export-not-sparse", f"{path} is no export that hgkd export wrote with --to sparse{shown}")
     return dict(section)

@@ -153,8 +153,9 @@ class SparseUNet(Student):
         kwargs = plain_values(encoder_kwargs or {})
         channels = check_in_chans(kwargs.get("in_chans", 3) if in_chans is None else in_chans, "model.student.in_chans")
         if kwargs.get("in_chans", channels) != channels:
-            raise ValueError(
-                f"in_chans={channels} and encoder_kwargs.in_chans={kwargs['in_chans']} of the student differ; set one of them"
+            raise InvalidValueError(
+                "channels-given-twice",
+                f"in_chans={channels} and encoder_kwargs.in_chans={kwargs['in_chans']} of the student differ; set one of them",
             )
         require_statistics(channels, normalize, "model.student.normalize")
         kwargs |= {"in_chans": channels} if channels != 3 or "in_chans" in kwargs else {}

@@ -68,7 +68,9 @@ class MaskedViT(Student):
         given = {"patch_size": patch_size, "in_chans": in_chans}
         sizes = make_arch(arch, **{key: value for key, value in given.items() if value is not None})
         if sizes.decoder_depth < 1:
-            raise ValueError("a masked ViT needs a decoder, but decoder_depth is 0; set it to at least 1")
+            raise InvalidValueError(
+                "decoder-missing", "a masked ViT needs a decoder, but decoder_depth is 0; set it to at least 1"
+            )
         channels = check_in_chans(sizes.in_chans, "model.student.in_chans")
         known = None if mean is None or std is None else (mean, std)
         require_statistics(channels, known, "model.student.mean and model.student.std")

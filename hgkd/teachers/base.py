@@ -110,7 +110,7 @@ class Teacher(PixelNormalisation):
                     f"indices 0 to {self.info.depth - 1}",
                 )
         if needs.visible_only and self.capabilities.no_dropping:
-            raise coded("teacher-sees-whole-images", ValueError(self.capabilities.no_dropping))
+            raise InvalidValueError("teacher-sees-whole-images", self.capabilities.no_dropping)
         if needs.decoder_block is None:
             return
         self.require_decoder()
@@ -151,7 +151,7 @@ class Teacher(PixelNormalisation):
     def check_attention(self) -> None:
         """Raise ValueError when :meth:`attention` cannot be had; the message says why."""
         if type(self).attention is Teacher.attention and self.capabilities.no_attention:  # else a subclass's own
-            raise coded("teacher-without-attention", ValueError(self.capabilities.no_attention))
+            raise InvalidValueError("teacher-without-attention", self.capabilities.no_attention)
 
     def require_decoder(self) -> None:
         """Raise ValueError, naming the file and the one to use instead, when there is no decoder."""

@@ -36,11 +36,13 @@ def vit_of(weights: Mapping[str, Tensor], source: str) -> Any:
     fc1, fc2 = weights.get(f"blocks.0.mlp.fc1{'_g' * gated}.weight"), weights.get("blocks.0.mlp.fc2.weight")
     if patches.ndim != 4 or patches.shape[-2] != patch or fc1 is None or fc2 is None:
         shapes = f"patches {tuple(patches.shape)}" + ("" if fc1 is not None else ", blocks without mlp.fc1")
-        raise WeightsError(f"{source} is of no ViT of equal blocks: {shapes}; name its network (model.teacher.name)")
+        raise WeightsError(
+            "file-not-plain-vit", f"{source} is of no ViT of equal blocks: {shapes}; name its network (model.teacher.name)"
+        )
     try:
         check_channels(patches.shape[1], f"the number of channels of {source}")
     except ValueError as error:
-        raise WeightsError(str(error)) from error
+        raise WeightsError("channels-not-rgb", str(error)) from error
     sizes: dict[str, Any] = {
         "patch_size": patch,
         "embed_dim": width,

@@ -25,7 +25,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hgkd.errors import coded, nearest_names
+from hgkd.errors import InvalidValueError, nearest_names
 from hgkd.networks.encoder import evaluating
 from hgkd.networks.positions import positions_for
 from hgkd.networks.vit import check_attention_is_read, patch_attention
@@ -93,7 +93,7 @@ class Family:
 
     def attention(self, images: Tensor, block: int) -> Tensor:
         """How much the class token attends to each patch, (B, N); see :func:`hgkd.networks.vit.patch_attention`."""
-        raise ValueError(self.no_attention)
+        raise InvalidValueError("student-unknown", self.no_attention)
 
 
 class _ViT(Family):
@@ -155,7 +155,7 @@ class _ViT(Family):
 
     def attention(self, images: Tensor, block: int) -> Tensor:
         if self.no_attention:
-            raise ValueError(self.no_attention)
+            raise InvalidValueError("student-unknown", self.no_attention)
         x = self.embed(images)
         for i, layer in enumerate(self.network.blocks[:block]):
             x = layer(x, **self.arguments(i, None))
@@ -299,9 +299,8 @@ class Levels(Family):
             levels.setdefault(self._native_size[0] // shape[2], []).append(index)
         known = [f"{i} (stride {stride}, {maps[found[-1]][1]} channels)" for i, (stride, found) in enumerate(levels.items())]
         if not -len(levels) <= level < len(levels):
-            raise coded(
-                "no-such-level",
-                ValueError(f"level {level} does not exist: this {self.name} has the levels {', '.join(known)}"),
+            raise InvalidValueError(
+                "no-such-level", f"level {level} does not exist: this {self.name} has the levels {', '.join(known)}"
             )
         stride = list(levels)[level]
         deepest = maps[levels[stride][-1]][1]
@@ -348,12 +347,10 @@ class Levels(Family):
         for shape in shapes if indices is None else ():
             side = size[0] // shape[2] if len(shape) == 4 and shape[2] else 0
             if not side or (shape[2] * side, shape[3] * side) != size:
-                raise coded(
+                raise InvalidValueError(
                     "teacher-without-grid",
-                    ValueError(
-                        f"timm's {self.name} gives no tokens on a grid, as a teacher must: a feature of shape {shape} for "
-                        f"an image of {size[0]} x {size[1]} px is no (1, C, H/s, W/s); {advice(self._registered())}"
-                    ),
+                    f"timm's {self.name} gives no tokens on a grid, as a teacher must: a feature of shape {shape} for "
+                    f"an image of {size[0]} x {size[1]} px is no (1, C, H/s, W/s); {advice(self._registered())}",
                 )
         return shapes
 
@@ -377,13 +374,11 @@ class Levels(Family):
         own = ""
         if hasattr(self, "patch_size"):
             own = f", {height // self.patch_size} x {width // self.patch_size} tokens at this level"
-        return coded(
+        return InvalidValueError(
             "teacher-image-size",
-            ValueError(
-                f"timm's {self.name} takes no images of {size[0]} x {size[1]} px ({why}). Its own are {height} x {width}{own}: "
-                "choose image_size and the mask's cell so that the mask grid divides these tokens, another level, or a teacher "
-                "for any size such as vit_small_patch16_dinov3 or convnext_tiny"
-            ),
+            f"timm's {self.name} takes no images of {size[0]} x {size[1]} px ({why}). Its own are {height} x {width}{own}: "
+            "choose image_size and the mask's cell so that the mask grid divides these tokens, another level, or a teacher "
+            "for any size such as vit_small_patch16_dinov3 or convnext_tiny",
         )
 
     def _registered(self) -> str:

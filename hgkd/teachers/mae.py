@@ -69,7 +69,10 @@ class MAETeacher(Teacher):
         ema: bool = False,
     ) -> None:
         if checkpoint is None:
-            raise ValueError("MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file")
+            raise InvalidValueError(
+                "teacher-without-weights",
+                "MAETeacher has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file",
+            )
         checkpoint, entry = chosen_entry(checkpoint, entry, ema)
         arch, weights, pixels = read_mae(checkpoint, num_heads, decoder_num_heads, entry)
         require_statistics(arch.in_chans, normalize or pixels.get("mean"), "model.teacher.normalize")

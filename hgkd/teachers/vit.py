@@ -15,7 +15,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.networks.vit import check_timm_name
 from hgkd.pixels import check_channels, check_normalize
 from hgkd.registry import MODELS
@@ -57,12 +57,10 @@ def family_of(network: Any, name: str, level: int | None = None, image_size: tup
     if kind is Levels:
         return Levels(network, -1 if level is None else level, image_size)
     if level not in (None, 0, -1):
-        raise coded(
+        raise InvalidValueError(
             "no-such-level",
-            ValueError(
-                f"level={level}: teacher {name!r} is a ViT whose blocks all have one grid; choose a block of it instead, by "
-                "the objective's key (block=...), and leave level out"
-            ),
+            f"level={level}: teacher {name!r} is a ViT whose blocks all have one grid; choose a block of it instead, by "
+            "the objective's key (block=...), and leave level out",
         )
     return kind(network)
 
@@ -81,7 +79,7 @@ def load_network(network: Any, file: WeightFile, entry: str | None = None, dry: 
         return import_weights(network, file, entry=entry, allow=_AFTER, dry=dry).loaded
     weights = to_timm_names(file.tensors(entry), str(file))[1]
     if "decoder_embed.weight" in weights:
-        raise WeightsError(f"{file} is an MAE file with its decoder; load it with type='MAETeacher'")
+        raise WeightsError("mae-with-decoder", f"{file} is an MAE file with its decoder; load it with type='MAETeacher'")
     return load_vit(network, weights, str(file), dry)
 
 
@@ -107,11 +105,9 @@ def load_vit(network: Any, weights: Mapping[str, Tensor], source: str, dry: bool
             remedy = "set model.teacher.name (the short option teacher) to the file's own network"
             if count_blocks(weights) < len(network.blocks):
                 remedy += ", unless the file was cut"
-            raise coded("weights-of-other-sizes", WeightsError(f"{source} is of another network: {sizes}; {remedy}")) from error
+            raise WeightsError("weights-of-other-sizes", f"{source} is of another network: {sizes}; {remedy}") from error
         meaning = _meaning(network, own, weights)
-        raise coded(
-            "weights-of-another-network", WeightsError(f"{error}{'. ' if meaning else ''}{'; '.join(meaning)}")
-        ) from error
+        raise WeightsError("weights-of-another-network", f"{error}{'. ' if meaning else ''}{'; '.join(meaning)}") from error
 
 
 def _meaning(network: Any, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
@@ -189,7 +185,9 @@ class TimmTeacher(Teacher):
                 "pretrained=True to let timm download them",
             )
         if checkpoint is not None and pretrained:
-            raise ValueError("checkpoint and pretrained both name weights for the teacher; give one of them")
+            raise InvalidValueError(
+                "weights-named-twice", "checkpoint and pretrained both name weights for the teacher; give one of them"
+            )
         network = build_network(name, pretrained=pretrained, **kwargs)
         cfg: Any = network.pretrained_cfg
         if normalize is None:

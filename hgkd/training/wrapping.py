@@ -13,7 +13,7 @@ from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 
 
 def plain_model(runner: Runner) -> BaseModel:
@@ -41,13 +41,11 @@ def check_channels(model: nn.Module, loader: Any, place: str) -> None:
             continue
         found = 3 if dataset.in_chans is None else dataset.in_chans
         if found != wanted:
-            raise coded(
+            raise InvalidValueError(
                 "channels-differ",
-                ValueError(
-                    f"the images of {place} are read with {found} channels, and the model takes {wanted}; set "
-                    f"in_chans={found}, which "
-                    f"is for data and model alike (images of {found} channels), or in_chans={wanted}"
-                ),
+                f"the images of {place} are read with {found} channels, and the model takes {wanted}; set "
+                f"in_chans={found}, which "
+                f"is for data and model alike (images of {found} channels), or in_chans={wanted}",
             )
 
 

@@ -34,7 +34,9 @@ def _refuse_other_target(path: Path) -> None:
     if target not in READABLE or part == "decoder":
         shown = "" if part == "backbone" else f" --part {part}"
         raise WeightsError(
-            f"{path} is an export to {target}{shown}, which hgkd does not read back; export the checkpoint again with --to timm"
+            "export-of-another-target",
+            f"{path} is an export to {target}{shown}, which hgkd does not read back; "
+            "export the checkpoint again with --to timm",
         )
 
 

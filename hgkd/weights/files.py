@@ -129,7 +129,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """
     alone = part_of_several(str(path))
     if alone is not None and Path(path).expanduser().is_file():
-        raise coded("one-part-of-several", WeightsError(f"{path} holds a part of a model only: {alone}"))
+        raise WeightsError("one-part-of-several", f"{path} holds a part of a model only: {alone}")
     return _read_file(Path(path).expanduser())
 
 
@@ -266,16 +266,16 @@ def _read_parts(index: Path) -> dict[str, Any]:
     for name in names:
         part = index.parent / Path(name).name  # nothing outside the index's folder is read
         if part.suffix not in _SUFFIXES:
-            raise WeightsError(f"{index} names {name!r}, which is no weight file ({', '.join(_SUFFIXES)})")
+            raise WeightsError(
+                "weight-index-names-other-file", f"{index} names {name!r}, which is no weight file ({', '.join(_SUFFIXES)})"
+            )
         content.update(_read_file(part))
     absent = [name for name in places if name not in content]
     if absent:
-        raise coded(
+        raise WeightsError(
             "parts-of-another-model",
-            WeightsError(
-                f"{index} names {len(absent)} weights that are in none of its {len(names)} files, e.g. {absent[0]}: a file is "
-                "of another model or version; download all of them again, with the index"
-            ),
+            f"{index} names {len(absent)} weights that are in none of its {len(names)} files, e.g. {absent[0]}: a file is "
+            "of another model or version; download all of them again, with the index",
         )
     return content
 
@@ -356,12 +356,10 @@ def average_entry(content: Any, source: str) -> str:
     found = next((place for place in places if _AVERAGE.search(place)), None)
     if found is None:
         known = ", ".join(map(repr, filter(None, places))) or "one alone, without a name"
-        raise coded(
+        raise WeightsError(
             "no-average-of-weights",
-            WeightsError(
-                f"{source} holds no moving average of its weights (an entry such as 'state_dict_ema' or 'model_ema'); the sets "
-                f"of weights in it: {known}. Leave ema=True out, or name one with entry=..."
-            ),
+            f"{source} holds no moving average of its weights (an entry such as 'state_dict_ema' or 'model_ema'); the sets "
+            f"of weights in it: {known}. Leave ema=True out, or name one with entry=...",
         )
     return found
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.weights.cnn_names import find_cnn
 from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE, read_card, read_config, read_spec
 from hgkd.weights.files import average_entry, read_checkpoint, read_metadata, tensors_of
@@ -202,9 +202,8 @@ def chosen_entry(checkpoint: str | os.PathLike[str], entry: str | None, ema: boo
     if not ema:
         return identify(checkpoint, entry), entry
     if entry is not None:
-        raise coded(
-            "entry-and-average",
-            ValueError(f"entry={entry!r} and ema=True both choose a set of weights of {checkpoint}; give one of them"),
+        raise InvalidValueError(
+            "entry-and-average", f"entry={entry!r} and ema=True both choose a set of weights of {checkpoint}; give one of them"
         )
     file = identify(checkpoint)
     entry = average_entry(file.content, str(file))

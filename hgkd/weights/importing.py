@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import WeightsError
 from hgkd.weights.cnn_names import KeyStyle, fitted, styles_for
 from hgkd.weights.export_folder import read_spec
 from hgkd.weights.identify import identify
@@ -99,9 +99,9 @@ def import_weights(
     except WeightsError as error:
         sizes = other_sizes(state, own)
         if sizes is not None:
-            raise coded(
+            raise WeightsError(
                 "weights-of-other-sizes",
-                WeightsError(f"{source} is of another {type(network).__name__}: {sizes}; name the file's own network"),
+                f"{source} is of another {type(network).__name__}: {sizes}; name the file's own network",
             ) from error
         raise WeightsError(
             "weights-do-not-fit",

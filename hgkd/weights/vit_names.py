@@ -21,7 +21,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hgkd.errors import WeightsError, coded
+from hgkd.errors import WeightsError
 
 # heads, training remainders and what is computed anyway: no feature comes from there
 _UNUSED = (
@@ -271,7 +271,8 @@ def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict
     family = looks_like(weights)
     if family is not None:
         raise WeightsError(
-            f"{source} looks like {family}; {_NO_VIDEO if family == _VIDEO else BY_NAME}; otherwise {KNOWN_FILES}"
+            "vit-family-not-usable",
+            f"{source} looks like {family}; {_NO_VIDEO if family == _VIDEO else BY_NAME}; otherwise {KNOWN_FILES}",
         )
     found = _reshape(_gated(_fuse(renamed)), naming.positions_of_class)
     if naming.keys_without_bias:
@@ -321,13 +322,11 @@ def _check_periods(network: nn.Module, weights: Mapping[str, Tensor], source: st
         return
     theirs, ours = theirs.float().flatten(), ours.float().flatten()
     if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.02):  # files round them to bfloat16
-        raise coded(
+        raise WeightsError(
             "other-rotary-positions",
-            WeightsError(
-                f"{source} has rotary positions of {len(theirs)} periods from {theirs.min():.3g} to {theirs.max():.3g}, the "
-                f"network {len(ours)} from {ours.min():.3g} to {ours.max():.3g}: they would turn everything wrongly; set "
-                "model.teacher.name to the file's own network"
-            ),
+            f"{source} has rotary positions of {len(theirs)} periods from {theirs.min():.3g} to {theirs.max():.3g}, the "
+            f"network {len(ours)} from {ours.min():.3g} to {ours.max():.3g}: they would turn everything wrongly; set "
+            "model.teacher.name to the file's own network",
         )
 
 

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from hgkd.errors import coded, unknown_name_message
+from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.export.targets.graphs import (
     LEAST_IMAGES,
@@ -165,7 +165,7 @@ def ncnn_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
     net.opt.num_threads, net.opt.use_vulkan_compute = threads, False
     net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = net.opt.use_bf16_storage = False
     if net.load_param(str(file)) != 0 or net.load_model(str(file.with_suffix(".bin"))) != 0:
-        raise coded("ncnn-refuses-file", ExportError(f"ncnn does not read {file.name}; {_unknown_layers(file)}"))
+        raise ExportError("ncnn-refuses-file", f"ncnn does not read {file.name}; {_unknown_layers(file)}")
 
     def run(images: Tensor) -> Tensor:
         made = []
@@ -174,7 +174,7 @@ def ncnn_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
             extractor.input("in0", ncnn.Mat(image.contiguous().numpy()))
             failed, found = extractor.extract("out0")
             if failed:
-                raise coded("ncnn-fails", ExportError(f"ncnn fails on {file.name} (code {failed}); {_unknown_layers(file)}"))
+                raise ExportError("ncnn-fails", f"ncnn fails on {file.name} (code {failed}); {_unknown_layers(file)}")
             made.append(torch.tensor(found.numpy()))
         return torch.stack(made)
 
@@ -194,9 +194,8 @@ def _convert(pnnx: Any, traced: Path, shapes: Sequence[tuple[int, ...]], file: P
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode or not file.is_file():
         said = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise coded(
-            "pnnx-fails",
-            ExportError(f"pnnx cannot convert this network (exit code {done.returncode}): {' / '.join(said)}; use --to onnx"),
+        raise ExportError(
+            "pnnx-fails", f"pnnx cannot convert this network (exit code {done.returncode}): {' / '.join(said)}; use --to onnx"
         )
     for path in by_products.values():
         path.unlink(missing_ok=True)
@@ -212,11 +211,11 @@ def _unknown_layers(file: Path) -> str:
 def _precisions(job: Job, asked: Sequence[str], known: tuple[str, ...]) -> list[str]:
     for name in asked:
         if name not in ("fp32", *known):
-            raise coded("precision-unknown", ValueError(unknown_name_message("precision", name, ("fp32", *known))))
+            raise InvalidValueError("precision-unknown", unknown_name_message("precision", name, ("fp32", *known)))
     if "int8" in asked and (job.images is None or len(job.images) < LEAST_IMAGES):
-        raise coded(
+        raise InvalidValueError(
             "int8-needs-images",
-            ValueError(f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images="),
+            f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images=",
         )
     return [name for name in known if name in asked]
 

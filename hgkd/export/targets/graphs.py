@@ -108,7 +108,10 @@ def write_onnx(
         raise InvalidValueError("opset-too-low", f"opset must be 18 or later (what torch writes without loss), got {opset}")
     extra = [name for name in PRECISIONS[1:] if name in precision]
     if "int8" in extra and (job.images is None or len(job.images) < LEAST_IMAGES):
-        raise ValueError(f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images=")
+        raise InvalidValueError(
+            "int8-without-images",
+            f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images=",
+        )
     known = cast(int, job.network.num_classes) if trained.whole else getattr(trained.classifier, "out_features", None)
     if known is not None and job.labels is not None and job.labels.max() >= known:
         raise InvalidValueError(

@@ -92,7 +92,7 @@ def _write_own(library: str, job: Job) -> Written:
     owner, _, kind = name.partition(".")
     module, version = optional(f"{owner}.models")
     if module is None:
-        raise ExportError(f"{version}, and its {kind} cannot be written without it")
+        raise ExportError("library-not-importable", f"{version}, and its {kind} cannot be written without it")
     arguments = {key: value for key, value in job.source.spec.kwargs.items() if key != "taps"}
     defaults = defaults_of(getattr(module, kind))
     # eps and momentum of the norms are in no weight file, and the libraries' configs have others than their classes

@@ -23,7 +23,9 @@ def write(job: Job) -> Written:
     """See the module's header."""
     spec = job.source.spec
     if library_of(spec.name) is None:
-        raise UnsupportedLayerError(f"--to torch is for networks that are not timm's, and {spec.name} is; export it to timm")
+        raise UnsupportedLayerError(
+            "torch-target-for-timm", f"--to torch is for networks that are not timm's, and {spec.name} is; export it to timm"
+        )
     weights = renamed(job.network, TIMM)
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json({"hgkd": {"format": FORMAT, "encoder": spec.to_dict()}}, job.folder / CONFIG_FILE)

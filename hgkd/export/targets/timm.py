@@ -48,7 +48,7 @@ def write(job: Job) -> Written:
     """Write the export that the module's header describes."""
     spec = job.source.spec
     if library_of(spec.name) is not None:
-        raise UnsupportedLayerError(f"timm has no {spec.name}; {home_of(spec.name)}")
+        raise UnsupportedLayerError("network-kind-not-in-library", f"timm has no {spec.name}; {home_of(spec.name)}")
     if job.part == "classifier" and spec.stem != "default":
         raise WeightsError(
             "stem-not-in-timm-config",

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hgkd.errors import coded
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import (
     block_tokens,
     build_projector,
@@ -127,8 +127,9 @@ class HGKD(MaskedObjective):
                 "hgkd-target-unknown", f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}"
             )
         if centre and target != "full":
-            raise ValueError(
-                f"centre=True needs target='full', where every image has a token at every position, got {target!r}"
+            raise InvalidValueError(
+                "centre-needs-full-target",
+                f"centre=True needs target='full', where every image has a token at every position, got {target!r}",
             )
         if target == "full" and decoder_block is not None:
             raise InvalidValueError(
@@ -139,14 +140,14 @@ class HGKD(MaskedObjective):
         if beta <= 0:
             raise InvalidValueError("beta-not-positive", f"beta must be above 0, got {beta}; G2SD and H-GKD use 2.0")
         if cosine < 0:
-            raise ValueError(f"cosine is the weight of a loss and must not be negative, got {cosine}")
+            raise InvalidValueError(
+                "cosine-weight-negative", f"cosine is the weight of a loss and must not be negative, got {cosine}"
+            )
         if not visible_weight > 0.0 or (visible_weight != 1.0 and (supervise != "all" or target != "full")):
-            raise coded(
+            raise InvalidValueError(
                 "visible-weight",
-                ValueError(
-                    f"visible_weight={visible_weight} must be above 0, and other than 1 only with supervise='all' and "
-                    f"target='full', got {supervise!r} and {target!r}; supervise='masked' leaves visible positions out"
-                ),
+                f"visible_weight={visible_weight} must be above 0, and other than 1 only with supervise='all' and "
+                f"target='full', got {supervise!r} and {target!r}; supervise='masked' leaves visible positions out",
             )
         build_projector(projector, 1, 1)  # refuses an unknown kind here, before training
         self.target = target

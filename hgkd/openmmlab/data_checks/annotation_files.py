@@ -251,8 +251,9 @@ def _check_categories(categories: Sequence[tuple[Any, str]], classes: Sequence[s
             label = next(label for label in wanted if wanted.count(label) > 1)
             ids = [key for key, other in categories if other == label]
             raise DataError(
+                "coco-category-name-twice",
                 f"{where} has {len(ids)} categories called {label!r} (ids {abbreviate(ids)}): mmdet would number them as "
-                "different classes, and all that follow would be shifted. Take out or rename those that no object has"
+                "different classes, and all that follow would be shifted. Take out or rename those that no object has",
             )
         if wanted != list(classes):
             raise DataError(

@@ -294,8 +294,9 @@ def _check_heads(heads: Mapping[str, int], classes: Sequence[str], name: str) ->
     for path, count in heads.items():
         if classes and count != len(classes):
             raise DataError(
+                "head-classes-differ",
                 f"{path}.num_classes={count}, but the data set of {name} has {len(classes)} classes ({abbreviate(classes)}); "
-                f"set {path}.num_classes={len(classes)}, or the data set's metainfo.classes"
+                f"set {path}.num_classes={len(classes)}, or the data set's metainfo.classes",
             )
 
 

@@ -19,7 +19,7 @@ from mmengine.hooks import Hook, IterTimerHook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from hgkd.errors import DivergedError
+from hgkd.errors import DivergedError, InvalidValueError
 from hgkd.networks.guest import teachers_of
 from hgkd.networks.vit import is_finite
 from hgkd.registry import HOOKS

@@ -49,8 +49,9 @@ class VisualizationHook(Hook):
     def before_train(self, runner: Runner) -> None:
         model = plain_model(runner)
         if not hasattr(model, "student"):
-            raise ValueError(
-                f"VisualizationHook shows what a student learns, but a {type(model).__name__} has none; remove the hook"
+            raise InvalidValueError(
+                "hook-without-student",
+                f"VisualizationHook shows what a student learns, but a {type(model).__name__} has none; remove the hook",
             )
         dataset = runner.train_dataloader.dataset
         count = min(self.num_images, len(dataset))
