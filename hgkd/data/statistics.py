@@ -68,6 +68,6 @@ def measure_pixels(dataset: Any) -> tuple[PixelSums, list[str]]:
         sums.add(np.asarray(image).transpose(2, 0, 1) / 255 if dataset.in_chans is None else image.numpy())
     if not sums.images:
         raise DataError(
-            "no-readable-image", f"none of the {len(dataset)} images in {dataset.data_root} can be read, e.g. {unreadable[0]}"
+            "no-readable-images", f"none of the {len(dataset)} images in {dataset.data_root} can be read, e.g. {unreadable[0]}"
         )
     return sums, unreadable

@@ -7,7 +7,7 @@ differs from the rest. :func:`family_for` picks the one for a network.
 - :class:`RotaryViT`: timm's ``Eva`` (DINOv3, EUPE, EVA-02, Perception Encoder, ROPE-ViT ...). Queries and keys are turned by
   angles that are a function of a patch's row and column (RoPE, arXiv 2104.09864), so the angles of dropped patches are dropped
   with them: gathered by the same indices as the tokens.
-- :class:`BiasViT`: BEiT, whose attention has a bias for every pair of places.
+- :class:`BiasViT`: BEiT, whose attention has a bias for every pair of positions.
 - :class:`Levels`: every other network that gives maps of features (timm's ``forward_intermediates``): CNNs, hierarchical
   transformers, ViTs with windows, relative positions or a CNN in front.
 """
@@ -93,7 +93,7 @@ class Family:
 
     def attention(self, images: Tensor, block: int) -> Tensor:
         """How much the class token attends to each patch, (B, N); see :func:`hgkd.networks.vit.patch_attention`."""
-        raise InvalidValueError("student-unknown", self.no_attention)
+        raise InvalidValueError("teacher-without-attention", self.no_attention)
 
 
 class _ViT(Family):
@@ -155,7 +155,7 @@ class _ViT(Family):
 
     def attention(self, images: Tensor, block: int) -> Tensor:
         if self.no_attention:
-            raise InvalidValueError("student-unknown", self.no_attention)
+            raise InvalidValueError("teacher-without-attention", self.no_attention)
         x = self.embed(images)
         for i, layer in enumerate(self.network.blocks[:block]):
             x = layer(x, **self.arguments(i, None))

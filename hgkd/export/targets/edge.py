@@ -214,7 +214,7 @@ def _precisions(job: Job, asked: Sequence[str], known: tuple[str, ...]) -> list[
             raise InvalidValueError("precision-unknown", unknown_name_message("precision", name, ("fp32", *known)))
     if "int8" in asked and (job.images is None or len(job.images) < LEAST_IMAGES):
         raise InvalidValueError(
-            "int8-needs-images",
+            "int8-without-images",
             f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images=",
         )
     return [name for name in known if name in asked]
