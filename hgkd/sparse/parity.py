@@ -47,8 +47,24 @@ class Parity:
 
 
 def image_channels(network: nn.Module) -> int:
-    """Channels of the images that a network takes: those of its first convolution; 3 where it has none."""
-    return next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), 3)
+    """Channels of the images that a network takes: those of its first convolution, where it runs on so many; else 3.
+
+    It does not where something stands before that convolution, as YOLO's Focus does, which makes four channels of one.
+    """
+    first = next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first is None or first.in_channels == 3:
+        return 3
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(first.weight.new_zeros(1, first.in_channels, 64, 64))
+    except (RuntimeError, ValueError):
+        return 3
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return first.in_channels
 
 
 def measure_parity(

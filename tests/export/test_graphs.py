@@ -131,9 +131,9 @@ def test_a_classifier_is_measured_by_its_own_answers(tmp_path: Path) -> None:
     images = torch.rand(6, 3, 8, 8)
     job = SimpleNamespace(images=images, labels=torch.tensor([0, 1, 0, 0, 0, 1]))
     answers = {0: torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), 1: torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])}
-    found = graphs._agreement(job, "logits", lambda x: answers[0], lambda x: answers[1])  # of images 1, 3 and 5
+    found = graphs.agreement(job, "logits", lambda x: answers[0], lambda x: answers[1])  # of images 1, 3 and 5
     assert (found["images"], found["top1"]) == (3, pytest.approx(2 / 3))
-    found = graphs._agreement(SimpleNamespace(images=images, labels=None), "logits", lambda x: answers[0], lambda x: answers[0])
+    found = graphs.agreement(SimpleNamespace(images=images, labels=None), "logits", lambda x: answers[0], lambda x: answers[0])
     assert "top1" not in found
 
 
@@ -157,7 +157,7 @@ def test_a_graph_of_nan_has_no_agreement() -> None:
     good, bad = torch.rand(2, 3), torch.full((2, 3), float("nan"))
     for pair in ((good, bad), (bad, good), (bad, bad)):
         with refused(ExportError, "graph-not-finite"):
-            graphs._agreement(job, "pooled", lambda x, out=pair[0]: out, lambda x, out=pair[1]: out)
+            graphs.agreement(job, "pooled", lambda x, out=pair[0]: out, lambda x, out=pair[1]: out)
 
 
 def test_fp16_graphs_are_valid(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_same_padded_networks_end_and_are_exact() -> None:
     network = SamePadded().eval()
     theirs = timm.layers.pad_same
     graph = graphs.Graph(network, "features", None).eval()
-    program = graphs._program(SimpleNamespace(image_size=(64, 64)), graph).module()
+    program = graphs.exported_program(SimpleNamespace(image_size=(64, 64)), graph).module()
     assert sys.modules["timm.layers.conv2d_same"].pad_same is theirs
     for size in [(1, 3, 97, 130), (3, 3, 64, 64), (1, 3, 111, 95)]:
         images = torch.rand(size)
