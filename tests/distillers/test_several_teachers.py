@@ -188,7 +188,11 @@ UNFIT = {
         r"several \(dino, other\); say which: model.objectives.a.teacher='dino'",
         "teacher-not-named",
     ),
-    "idle": (dict(objectives=dict(a=DINO)), r"model.teachers.other is set, but no objective learns from it", "teacher-without-objective"),
+    "idle": (
+        dict(objectives=dict(a=DINO)),
+        r"model.teachers.other is set, but no objective learns from it",
+        "teacher-without-objective",
+    ),
     "both options": (dict(teacher=VIT), r"a teacher and teachers \(dino, other\)", "teacher-and-teachers"),
     "not needed": (dict(objectives=dict(a=DINO, b=PIXELS)), r"learns from no teacher; leave it out", "teacher-not-needed"),
     "mask not guided": (dict(mask_teacher="dino"), r"a RandomMask is guided by no teacher", "teacher-not-needed"),

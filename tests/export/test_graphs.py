@@ -249,7 +249,7 @@ def test_same_padded_networks_end_and_are_exact() -> None:
     network = SamePadded().eval()
     theirs = timm.layers.pad_same
     graph = graphs.Graph(network, "features", None).eval()
-    program = graphs.exported_program(SimpleNamespace(image_size=(64, 64)), graph).module()
+    program = graphs.exported_program(SimpleNamespace(image_size=(64, 64), network=network), graph).module()
     assert sys.modules["timm.layers.conv2d_same"].pad_same is theirs
     for size in [(1, 3, 97, 130), (3, 3, 64, 64), (1, 3, 111, 95)]:
         images = torch.rand(size)

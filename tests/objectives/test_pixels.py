@@ -23,7 +23,7 @@ from hgkd.structures import StudentOutput
 VISIBLE = torch.tensor([[[True, False, False], [False, True, False]]])
 
 
-HEADLESS = {"give_pixels": lambda: False}  # a student without a pixel head of its own
+HEADLESS = {"in_chans": 3, "give_pixels": lambda: False}  # a student without a pixel head of its own
 
 
 def prepared(channels: int = 3, out_stride: int = 1, **options: object) -> PixelReconstruction:
@@ -165,7 +165,7 @@ def test_without_standardisation_the_target_is_what_the_student_gets() -> None:
     """DMAE's released script, and MAE without norm-pix: the loss against naive loops."""
     objective = PixelReconstruction(standardise=False)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.5, 0.25, 1.0]).view(1, 3, 1, 1)
-    student = SimpleNamespace(give_pixels=lambda: False, decoded_channels=3, out_stride=1, cell=4, mean=mean, std=std)
+    student = SimpleNamespace(**HEADLESS, decoded_channels=3, out_stride=1, cell=4, mean=mean, std=std)
     objective.prepare(Setup(student, None, None, (2, 3)))
     images, decoded = torch.rand(1, 3, 8, 12), torch.rand(1, 3, 8, 12)
     layout = CellLayout(VISIBLE, 4)

@@ -71,7 +71,7 @@ def test_an_export_on_other_images_is_refused_and_the_remedy_works(exported, tar
     told = capsys.readouterr().err
     assert "was trained with images prepared as RGB, mean [123.675,116.28,103.53], std [58.395,57.12,57.375]" in told
     assert "this config prepares them as BGR, mean [103.53,116.28,123.675], std [1,1,1]" in told
-    remedy = re.search(r"Set --cfg-options (.*)", told)[1].split()
+    remedy = re.search(r"Set --cfg-options (.*) \[pixels-differ\]", told)[1].split()
     assert len(remedy) == 3
     changed = [word for word in words if "data_preprocessor" not in word]
     assert train_command.main([str(DETECTOR), "--dry-run", "--cfg-options", *changed, *remedy]) == 0
