@@ -219,7 +219,7 @@ def test_fp16_file_with_a_classifier_loads_strictly(tmp_path: Path) -> None:
 
 
 def test_refusals_say_what_to_do() -> None:
-    with refused(ValueError, "teacher-unknown", "vit_small_patch14_dinov2"):
+    with refused(ValueError, "timm-name-unknown", "vit_small_patch14_dinov2"):
         TimmTeacher("vit_smal_patch14_dinov2", allow_random=True)
     with pytest.raises(ValueError, match=r"no weights tagged 'lvd'.*'vit_small_patch16_dinov3\.lvd1689m'"):
         TimmTeacher("vit_small_patch16_dinov3.lvd", allow_random=True)
