@@ -67,7 +67,7 @@ def check_normalize(normalize: object, where: str, channels: int = CHANNELS) -> 
     return check_pixels(pair[0], pair[1], where, channels)
 
 
-def check_in_chans(channels: Any, where: str) -> int:
+def check_in_chans(channels: object, where: str) -> int:
     """The number of channels of a network's images, a whole number from 1.
 
     Raises:
@@ -103,7 +103,7 @@ def note_pixels(
     cast(Any, network).pretrained_cfg = config
 
 
-def require_statistics(channels: int, normalize: Any, where: str) -> None:
+def require_statistics(channels: int, normalize: object, where: str) -> None:
     """Refuse images of other channels than RGB without their statistics, which no network and no habit tells.
 
     Raises:

@@ -18,6 +18,7 @@ from hgkd.api.train import load_config
 from hgkd.data.shapes import write_imagefolder
 from hgkd.errors import InvalidValueError, StoppedError
 from hgkd.export import export
+from hgkd.export.job import ExportReport
 from hgkd.pictures.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report
 from hgkd.registry import RUNNERS
 from hgkd.weights.run_folder import find_last_checkpoint
@@ -202,7 +203,9 @@ def _print_table(results: dict[str, Any], seconds: dict[str, float]) -> None:
     Console().print(table)
 
 
-def _report(out: Path, plan: Plan, seed: int, results: dict[str, Any], seconds: dict[str, float], exported: Any) -> Path:
+def _report(
+    out: Path, plan: Plan, seed: int, results: dict[str, Any], seconds: dict[str, float], exported: ExportReport
+) -> Path:
     runs = out / "runs"
     curves = [
         Curves({name: read_scalars(runs / folder, key)}, "step", name)

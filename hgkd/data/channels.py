@@ -61,7 +61,7 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
 _INSTALL = "install tifffile, which reads all TIFFs: pip install tifffile (or hgkd's extra 'tiff')"
 
 
-def check_in_chans(in_chans: Any, where: str = "in_chans") -> int:
+def check_in_chans(in_chans: object, where: str = "in_chans") -> int:
     """``in_chans``, a whole number from 1.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
@@ -226,7 +226,7 @@ def _range(values: Values) -> Range:
 # --- TIFF: what Pillow does not tell ---------------------------------------------------------------------------------------
 
 
-def _sample_format(tags: Any) -> int:
+def _sample_format(tags: Mapping[int, Any]) -> int:
     found = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
     return int(found[0] if isinstance(found, tuple) else found)
 
@@ -299,7 +299,7 @@ def _lay_down(content: bytearray) -> None:
             content[entry + 8 : entry + 10] = (1).to_bytes(2, order)
 
 
-def _tiff_tags(file: BinaryIO) -> Any:
+def _tiff_tags(file: BinaryIO) -> Mapping[int, Any] | None:
     """The first directory of a TIFF, None when it is none."""
     file.seek(0)
     header = file.read(8)

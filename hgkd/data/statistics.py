@@ -1,8 +1,7 @@
 """Mean and standard deviation of every channel over all pixels of a data set, image by image.
 
-Sums of squares would lose digits over many pixels; parts are merged by their means and sums of squared differences instead
-(Chan,
-Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979), in 64 bits.
+Sums of squares would lose digits over many pixels; parts are merged by their means and sums of squared differences instead,
+in 64 bits (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
 """
 
 from __future__ import annotations

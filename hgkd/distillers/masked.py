@@ -190,7 +190,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         """Where a teacher stands in the config."""
         return "model.teacher" if self.teacher is not None else f"model.teachers.{teacher}"
 
-    def _teacher_of(self, name: str, objective: Any, chosen: str | None) -> str | None:
+    def _teacher_of(self, name: str, objective: MaskedObjective, chosen: str | None) -> str | None:
         """Name of the teacher that an objective learns from; None where there is none to choose."""
         kind, place = type(objective).__name__, f"model.objectives.{name}.teacher"
         if objective.needs is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from hgkd.export.job import ExportError, Job
 from hgkd.networks.taps import Tapped, maps_of, read_taps
 
 
-def level_reader(job: Job, network: Any) -> Callable[[Tensor], Tensor]:
+def level_reader(job: Job, network: nn.Module) -> Callable[[Tensor], Tensor]:
     """Images in [0, 1] -> all levels of a network, flattened (B, N): the source, or one of its own library's."""
     taps = job.network.taps if isinstance(job.network, Tapped) else ()
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Guest = TypeVar("Guest")
 
 
-def teachers_of(model: Any) -> dict[str, Any]:
+def teachers_of(model: object) -> dict[str, Any]:
     """All teachers of a model by name: of one with ``teachers`` these, a single one as 'teacher', none of any other model."""
     several = getattr(model, "teachers", None)
     if isinstance(several, Mapping):

@@ -10,7 +10,7 @@ Taps are read by forward hooks that live for one call, which ends at the last ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -113,7 +113,7 @@ def _tapped_type(network_type: type[nn.Module]) -> type[nn.Module]:
     )
 
 
-def maps_of(output: Any) -> list[Tensor]:
+def maps_of(output: object) -> list[Tensor]:
     """The maps (B, C, h, w) among what a network returned: a tensor, or tensors in a list, tuple or dictionary."""
     parts = list(output.values()) if isinstance(output, Mapping) else output
     parts = parts if isinstance(parts, (list, tuple)) else [parts]
@@ -137,8 +137,8 @@ def read_taps(network: nn.Module, images: Tensor, taps: Sequence[str], to_the_en
     found: dict[str, Tensor] = {}
     whole = to_the_end or torch.compiler.is_compiling()  # torch.export follows every module to its end
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
             if name in found:
                 raise InvalidValueError("tap-passed-twice", f"tap {name!r} is called twice in a forward; tap another part")
             found[name] = output
@@ -201,14 +201,14 @@ def find_taps(network: nn.Module, name: str, images: Tensor) -> tuple[str, ...]:
     passed: dict[str, tuple[int, int, int]] = {}  # name -> stride before and after, place in the order of returns
     calls: dict[str, int] = {}
 
-    def stride(value: Any) -> int:
+    def stride(value: Tensor) -> int:
         if not isinstance(value, Tensor) or value.dim() != 4 or not value.shape[2] or not value.shape[3]:
             return 0
         found = height // value.shape[2]
         return found if (value.shape[2] * found, value.shape[3] * found) == (height, width) else 0
 
-    def watch(path: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
             calls[path] = calls.get(path, 0) + 1
             if stride(output):
                 passed[path] = (stride(inputs[0]) if inputs else 0, stride(output), len(passed))

@@ -159,7 +159,11 @@ def _why_random(classifier: ImageClassifier) -> str | None:
 
 
 def _timm_classifier(
-    name: str, path: str | Path, image_size: int | tuple[int, ...], normalize: Any, kwargs: dict[str, Any]
+    name: str,
+    path: str | Path,
+    image_size: int | tuple[int, ...],
+    normalize: Sequence[Sequence[float]] | None,
+    kwargs: dict[str, Any],
 ) -> ImageClassifier:
     """A timm classifier with all weights of a file, its head included, whose size says the number of classes."""
     file = identify(path)

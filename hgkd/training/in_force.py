@@ -128,7 +128,7 @@ def pixels_text(model: nn.Module) -> str | None:
     return "; ".join(texts) or None
 
 
-def teachers_text(model: Any) -> str | None:
+def teachers_text(model: BaseModel) -> str | None:
     """Which objective learns from which of several teachers, and which of them guides the mask."""
     teachers, owners = teachers_of(model), getattr(model, "_pass_of", None)
     if len(teachers) < 2 or owners is None:

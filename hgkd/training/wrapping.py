@@ -12,6 +12,7 @@ import torch
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hgkd.errors import InvalidValueError
 
@@ -22,7 +23,7 @@ def plain_model(runner: Runner) -> BaseModel:
     return model
 
 
-def check_channels(model: nn.Module, loader: Any, place: str) -> None:
+def check_channels(model: nn.Module, loader: DataLoader[Any] | None, place: str) -> None:
     """Compare the channels that a model takes with those that a loader's images have, as far as both say.
 
     Args:

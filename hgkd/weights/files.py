@@ -346,7 +346,7 @@ def tensors_of(content: object, *, source: str, entry: str | None = None) -> dic
     return weights
 
 
-def average_entry(content: Any, source: str) -> str:
+def average_entry(content: object, source: str) -> str:
     """The entry of a file that holds the moving average of its weights, to be given as ``entry`` of :func:`tensors_of`.
 
     Raises:

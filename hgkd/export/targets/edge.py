@@ -21,6 +21,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 from unittest import mock
 
@@ -181,7 +182,7 @@ def ncnn_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _convert(pnnx: Any, traced: Path, shapes: Sequence[tuple[int, ...]], file: Path, half: bool) -> None:
+def _convert(pnnx: ModuleType, traced: Path, shapes: Sequence[tuple[int, ...]], file: Path, half: bool) -> None:
     """Let pnnx write ``file`` and its weights, and nothing else."""
     # every file that it writes is named: by default they lie around the traced one
     stem = file.with_suffix("")

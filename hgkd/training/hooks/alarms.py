@@ -18,6 +18,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook, IterTimerHook
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hgkd.errors import DivergedError, InvalidValueError
 from hgkd.networks.guest import teachers_of
@@ -125,7 +126,7 @@ def not_finite_before_the_student(runner: Runner, data_batch: object) -> str | N
         return None
     said: dict[str, list[bool]] = {name: [] for name in teachers}
 
-    def listen(name: str) -> Any:
+    def listen(name: str) -> RemovableHandle:
         return teachers[name].register_forward_hook(lambda *call: said[name].append(_all_finite(call[2])))
 
     handles = [listen(name) for name in teachers]
