@@ -88,7 +88,7 @@ def test_what_is_right_comes_back(mean: list[float], std: list[float]) -> None:
 
 
 def test_nan_is_refused() -> None:
-    with refused(ValueError, "pixels-not-three-numbers"):
+    with refused(ValueError, "pixels-no-numbers"):
         check_pixels((0.5, float("nan"), 0.5), (0.2, 0.2, 0.2), "here")
 
 
