@@ -67,6 +67,6 @@ LIBRARY_REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "deformable convolution (`dcn`): it reads where the image leads it",
     ),
     "mmdet.ResNeSt": ({"depth": 50, "base_channels": 16}, "SplitAttentionConv2d", "no rule yet; timm's `resnest14d` has one"),
-    "mmseg.MixVisionTransformer": ({"embed_dims": 8}, "MultiheadAttention", "attention between places"),
+    "mmseg.MixVisionTransformer": ({"embed_dims": 8}, "MultiheadAttention", "attention between positions"),
     "torchvision.shufflenet_v2_x0_5": ({}, "InvertedResidual", "no rule yet for its shuffle of channels"),
 }

@@ -84,7 +84,7 @@ def test_evaluation_and_pictures_read_such_images(run, folder, tmp_path, capsys)
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"pca.png", "neighbours.png"}
 
 
-@pytest.mark.parametrize("target", ["timm", "onnx", "program", "sparse"])
+@pytest.mark.parametrize("target", ["timm", "onnx", "pt2", "sparse"])
 def test_exports_take_as_many_channels_and_say_so(run, folder, tmp_path, target):
     report = export(run / "epoch_1.pth", tmp_path / "out", target, images=folder, max_images=2, value_range=(0, 4095))
     assert (report.channels, report.images) == (4, 2)
