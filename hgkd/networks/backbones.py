@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from hgkd.errors import InvalidValueError, MissingFileError, WeightsError, code_of
+from hgkd.errors import MissingFileError, WeightsError
 from hgkd.networks.encoder import build_encoder
 from hgkd.networks.vit import head_names
 from hgkd.pixels import channels_of, note_pixels, pixel_statistics
@@ -31,13 +31,7 @@ from hgkd.weights.run_file import (
 
 def build_backbone(spec: EncoderSpec) -> nn.Module:
     """The dense encoder that a spec describes, with random weights, in eval mode."""
-    try:
-        network = build_encoder(spec.name, stem=spec.stem, **spec.kwargs).eval()
-    except ValueError as error:
-        if code_of(error) != "timm-name-unknown":
-            raise
-        told = f"{error} A network of your own comes with the config that imports it (--config FILE)"
-        raise InvalidValueError("timm-name-unknown", told) from error
+    network = build_encoder(spec.name, stem=spec.stem, **spec.kwargs).eval()
     if spec.pixels is not None:
         note_pixels(network, pixels=spec.pixels)
     return network

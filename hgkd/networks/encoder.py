@@ -18,7 +18,7 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from hgkd.errors import InvalidValueError
+from hgkd.errors import InvalidValueError, code_of
 from hgkd.networks.libraries import HOW_TO_NAME, build_library_network, library_of
 from hgkd.networks.taps import Tapped
 from hgkd.networks.vit import check_timm_name
@@ -69,7 +69,7 @@ def build_encoder(
     try:
         check_timm_name("encoder", name)
     except ValueError as error:
-        if timm.is_model(name.partition(".")[0]):
+        if timm.is_model(name.partition(".")[0]) or code_of(error) != "timm-name-unknown":
             raise
         raise InvalidValueError("timm-name-unknown", f"{error} {HOW_TO_NAME}") from error
     if stem not in STEMS:

@@ -28,7 +28,7 @@ _HEADS = ("fc", "classifier", "head", "heads")  # torchvision's names of what fo
 OWN = "a user's own"
 HOW_TO_NAME = (
     "(other libraries' networks have theirs before the name: mmdet.CSPNeXt, torchvision.resnet18; your own is registered by "
-    "a module in the config's custom_imports, and hgkd export takes that config with --config)"
+    "a module in the config's custom_imports, and commands on its checkpoint take that config: --config FILE)"
 )
 
 

@@ -266,9 +266,9 @@ def test_shared_biases_of_beit(tmp_path: Path) -> None:
 def test_what_beit_cannot_do_is_refused() -> None:
     teacher = TimmTeacher("beit_base_patch16_224", allow_random=True, **SIZES)
     teacher.prepare((2, 2), 32)
-    with refused(ValueError, "beit-sees-whole-images", "BEiT"):
+    with refused(ValueError, "teacher-sees-whole-images", "BEiT"):
         teacher.check(TeacherNeeds(blocks=(0,), visible_only=True))
-    with refused(ValueError, "beit-attention-not-read", "BEiT"):
+    with refused(ValueError, "teacher-without-attention", "BEiT"):
         teacher.attention(torch.rand(1, 3, 64, 64))
 
 
