@@ -145,7 +145,7 @@ def test_an_own_network_is_evaluated_and_pictured_with_its_config(home, images, 
         command = [sys.executable, "-m", "hgkd", *command]
         found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert found.returncode == 2
-        assert "(--config FILE) [timm-name-unknown]\n" in found.stderr
+        assert "--config FILE) [timm-name-unknown]\n" in found.stderr
         found = subprocess.run([*command, "--config", str(path)], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stderr
     assert (tmp_path / "pictures/pca.png").is_file()
