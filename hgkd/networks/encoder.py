@@ -71,7 +71,7 @@ def build_encoder(
     except ValueError as error:
         if timm.is_model(name.partition(".")[0]):
             raise
-        raise coded("encoder-unknown", ValueError(f"{error} {HOW_TO_NAME}")) from error
+        raise ValueError(f"{error} {HOW_TO_NAME}") from error
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
     taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]
