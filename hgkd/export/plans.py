@@ -16,7 +16,7 @@ from timm.models import convnext, resnet
 from torch import nn
 
 from hgkd.errors import WeightsError
-from hgkd.networks.libraries import LIBRARIES, library_of
+from hgkd.networks.libraries import home_of
 from hgkd.networks.taps import Tapped
 
 _PLAIN = (nn.Conv2d, nn.Identity, nn.Sequential, nn.Flatten, nn.Dropout, timm.layers.DropPath, timm.layers.SelectAdaptivePool2d)
@@ -106,13 +106,6 @@ def plan_of(network: nn.Module, library: str) -> ResNetPlan | ConvNeXtPlan:
     raise UnsupportedLayerError(
         f"for {library}, hgkd writes {known}, and this student is a {type(network).__name__}; {_REMEDY}"
     )
-
-
-def home_of(name: str) -> str:
-    """Where a student of another library, or of the user, goes."""
-    library = library_of(name)
-    home = f"{library} or torch" if library in LIBRARIES else "torch"
-    return f"export it to {home}, onnx, program or sparse"
 
 
 def _resnet_plan(network: nn.Module, library: str) -> ResNetPlan:

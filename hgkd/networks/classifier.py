@@ -27,6 +27,7 @@ from hgkd.data.transforms import as_size
 from hgkd.errors import WeightsError, coded
 from hgkd.networks.backbones import read_source
 from hgkd.networks.encoder import STEMS, evaluating, use_cifar_stem
+from hgkd.networks.libraries import home_of, library_of
 from hgkd.networks.mae import read_mae
 from hgkd.networks.positions import positions_for
 from hgkd.networks.vit import check_timm_name, classifier_heads, head_names, is_vit
@@ -108,6 +109,7 @@ class ImageClassifier(PixelNormalisation):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        _refuse_library(name, f"{name} cannot be a classifier here")
         check_timm_name("classifier", name)
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
@@ -282,6 +284,7 @@ class ImageClassifier(PixelNormalisation):
 
     def _refuse_other(self, path: Path, name: str, file_stem: str, stem: str) -> None:
         own = str(self.network.pretrained_cfg["architecture"])
+        _refuse_library(name, f"{path} holds a {name!r}")
         if name.partition(".")[0] != own:
             raise WeightsError(f"{path} holds a {name!r}, but a {own!r} is to be trained; set student={name}, or another file")
         if file_stem != stem:
@@ -328,6 +331,15 @@ class ImageClassifier(PixelNormalisation):
             extra = positions.new_zeros(1, prefix - in_file, positions.shape[2])
             positions = torch.cat([positions[:, :in_file], extra, positions[:, in_file:]], 1)
         return {**weights, "pos_embed": positions}
+
+
+def _refuse_library(name: str, told: str) -> None:
+    """Raise ValueError for a network that is a student, but not timm's."""
+    if library_of(name) is not None:
+        raise coded(
+            "finetuning-of-timm",
+            WeightsError(f"{told}, and hgkd fine-tunes networks of timm only; {home_of(name)}, and fine-tune it there"),
+        )
 
 
 def load_classifier(path: str | os.PathLike[str], image_size: int | Sequence[int] | None = None) -> ImageClassifier:

@@ -40,6 +40,13 @@ def library_of(name: str) -> str | None:
     return OWN if name in MODELS.module_dict and not timm.is_model(name) else None
 
 
+def home_of(name: str) -> str:
+    """Where a student of another library, or of the user, goes."""
+    library = library_of(name)
+    home = f"{library} or torch" if library in LIBRARIES else "torch"
+    return f"export it to {home}, onnx, program or sparse"
+
+
 def build_library_network(name: str, *, taps: Sequence[str] | None = None, **kwargs: Any) -> nn.Module:
     """A network of another library, or of the user, with random weights, that gives its levels by taps.
 
@@ -142,7 +149,7 @@ def defaults_of(network_type: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for base in network_type.__mro__:
         if "__init__" in vars(base):
-            for name, parameter in inspect.signature(base.__init__).parameters.items():
+            for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items():
                 if parameter.default is not parameter.empty:
                     found.setdefault(name, parameter.default)
     return found

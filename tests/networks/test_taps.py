@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from student_checkpoints import write_student
 from torch import nn
 
 from hgkd.errors import NoSparseRuleError
-from hgkd.networks import build_encoder, encoder_levels
+from hgkd.networks import ImageClassifier, build_encoder, encoder_levels
 from hgkd.networks.encoder import encoder_features, freeze_unused
 from hgkd.networks.taps import Tapped, find_taps, tap
 from hgkd.pixels import pixel_statistics
@@ -238,3 +239,14 @@ def test_torchvision_loses_its_head_and_takes_its_own_files(tmp_path):
     torch.testing.assert_close(network.forward_features(images), trunk(images))
     with pytest.raises(NoSparseRuleError, match=r"called by layer stage2.0: InvertedResidual"):
         SparseUNet("torchvision.shufflenet_v2_x0_5")
+
+
+def test_fine_tuning_is_for_timms_networks(tmp_path):
+    message = (
+        "fine-tunes networks of timm only; export it to torchvision or torch, onnx, program or sparse, and fine-tune it there"
+    )
+    with pytest.raises(ValueError, match=f"torchvision.resnet18 cannot be a classifier here, and hgkd {message}"):
+        ImageClassifier("torchvision.resnet18", 3, 64)
+    write_student(tmp_path / "a.pth", "torchvision.resnet18", encoder=build_encoder("torchvision.resnet18"))
+    with pytest.raises(ValueError, match=f"holds a 'torchvision.resnet18', and hgkd {message}"):
+        ImageClassifier("resnet18", 3, 64, backbone=tmp_path / "a.pth")

@@ -20,9 +20,9 @@ from torch import nn
 from hgkd.errors import WeightsError
 from hgkd.export.card import write_json
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters
-from hgkd.export.plans import UnsupportedLayerError, home_of
+from hgkd.export.plans import UnsupportedLayerError
 from hgkd.networks.backbones import load_backbone
-from hgkd.networks.libraries import library_of
+from hgkd.networks.libraries import home_of, library_of
 from hgkd.weights.cnn_names import TIMM, renamed
 from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE
 from hgkd.weights.run_file import FORMAT, EncoderSpec
