@@ -34,6 +34,7 @@ from hgkd.cli.common import command, command_parser
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.diagnosis.environment import check_environment, exit_code
 from hgkd.errors import DataError, WeightsError
+from hgkd.networks.libraries import library_of
 from hgkd.networks.mae import MaskedAutoencoder, arch_of, read_mae
 from hgkd.networks.vit import check_attention_is_read
 from hgkd.pixels import check_channels
@@ -237,6 +238,8 @@ def _uses_of_export(file: WeightFile) -> tuple[str, ...]:
 def described(file: WeightFile) -> list[str]:
     """What ``hgkd doctor file`` prints: kind, names, what is known besides, and what takes the file; paths are never cut."""
     uses = _uses_of_export(file) if file.kind is Kind.EXPORT else USES[file.kind]
+    if file.kind is Kind.STUDENT and file.spec is not None and library_of(file.spec.name) is not None:
+        uses = tuple(use for use in uses if use != _START)  # timm's networks alone are fine-tuned
     lines = [f"{file}: {file.kind}"]
     if file.naming:
         lines.append(f"names of {file.naming}" + (f", behind {file.prefix!r}" if file.prefix else ""))

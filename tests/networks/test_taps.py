@@ -8,6 +8,7 @@ import torch
 from student_checkpoints import write_student
 from torch import nn
 
+from hgkd.cli.doctor import described
 from hgkd.errors import NoSparseRuleError
 from hgkd.networks import ImageClassifier, build_encoder, encoder_levels
 from hgkd.networks.encoder import encoder_features, freeze_unused
@@ -15,6 +16,7 @@ from hgkd.networks.taps import Tapped, find_taps, tap
 from hgkd.pixels import pixel_statistics
 from hgkd.registry import MODELS
 from hgkd.students import SparseUNet
+from hgkd.weights.identify import identify
 
 
 def stage(before, after, stride=2):
@@ -250,3 +252,6 @@ def test_fine_tuning_is_for_timms_networks(tmp_path):
     write_student(tmp_path / "a.pth", "torchvision.resnet18", encoder=build_encoder("torchvision.resnet18"))
     with pytest.raises(ValueError, match=f"holds a 'torchvision.resnet18', and hgkd {message}"):
         ImageClassifier("resnet18", 3, 64, backbone=tmp_path / "a.pth")
+    assert not [line for line in described(identify(tmp_path / "a.pth")) if "fine-tuning" in line]
+    write_student(tmp_path / "b.pth")
+    assert [line for line in described(identify(tmp_path / "b.pth")) if "fine-tuning" in line]
