@@ -45,6 +45,8 @@ from hgkd.writing import write_bytes
 
 STUDENT_FILE = "student.pth"
 _LOOPS = {"EpochBasedTrainLoop": StoppableEpochLoop, "IterBasedTrainLoop": StoppableIterLoop}
+# their first loss is near 0, as hardly a prediction is matched to a box then, and rises tenfold before it falls
+_RISING = ("RTMDet",)
 _NOT_OPTIONS = {"type", "by_epoch", "_scope_"}
 _LENGTHS = {"max_epochs", "max_iters", "val_interval", "val_begin"}
 
@@ -111,7 +113,9 @@ class DownstreamRunner(DistillRunner):
             built: Any = _LOOPS[name](self, self._train_dataloader, **options)
             self.register_hook(DownstreamFiniteLossHook())
             if not any(isinstance(hook, LossAlarmHook) for hook in self.hooks):  # a config may bring its own, otherwise set
-                self.register_hook(LossAlarmHook())
+                described = self.cfg.model.get("student", self.cfg.model)
+                rising = str(described.get("type")).rpartition(".")[2] in _RISING
+                self.register_hook(LossAlarmHook(spike=50.0) if rising else LossAlarmHook())
         else:
             built = Runner.build_train_loop(self, loop)
             self.logger.warning(

@@ -16,6 +16,7 @@ from tiny_runs import ROOT
 from hgkd.cli import train as train_command
 from hgkd.openmmlab import merge_options
 from hgkd.openmmlab.backbone import TimmBackbone
+from hgkd.training.hooks.alarms import LossAlarmHook
 
 need("mmdet", "mmseg")
 
@@ -78,6 +79,9 @@ def start(config, data, folder, **options):
     runner = train_tool.train(cfg)
     assert runner.iter == steps
     assert runner.val_loop is not None
+    # RTMDet's loss rises tenfold from a first one near 0, which is no divergence
+    (alarm,) = (hook for hook in runner.hooks if isinstance(hook, LossAlarmHook))
+    assert (alarm.spike, alarm.patience) == (50.0 if student.type == "RTMDet" else 5.0, 20)
     log = "".join(file.read_text() for file in (folder / "run").glob("*/*.log"))
     assert "(val)" in log
     return measure_tool.run_test(cfg, folder / "run" / ("iter_1.pth" if by_steps else "epoch_1.pth"))
