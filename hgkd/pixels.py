@@ -117,6 +117,21 @@ def require_statistics(channels: int, normalize: object, where: str) -> None:
         )
 
 
+def statistics_of(place: str, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> PixelStatistics:
+    """Mean and standard deviation that a user gives; None is ImageNet's, for RGB alone.
+
+    Args:
+        place: of the two in the config, e.g. 'model.student'.
+        channels: of the images.
+
+    Raises:
+        ValueError: see :func:`require_statistics` and :func:`check_pixels`.
+    """
+    require_statistics(channels, None if mean is None or std is None else (mean, std), f"{place}.mean and {place}.std")
+    mean, std = IMAGENET_MEAN if mean is None else mean, IMAGENET_STD if std is None else std
+    return check_pixels(mean, std, f"{place}.mean and std", channels)
+
+
 def check_images(images: Tensor, channels: int, what: str = "the model was built for", remedy: str = "") -> None:
     """Raise ValueError when images (B, C, H, W) have other channels than a network takes."""
     if images.ndim != 4 or images.shape[1] != channels:

@@ -39,7 +39,6 @@ from hgkd.data.pixels import (
     _pillow_values,
     share_beyond,
 )
-from hgkd.errors import InvalidValueError
 
 READING_CHANNELS = 1
 """Number of the rules below, raised when the same file gives other values."""
@@ -59,19 +58,6 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     8: (True, (0,)),
 }
 _INSTALL = "install tifffile, which reads all TIFFs: pip install tifffile (or hgkd's extra 'tiff')"
-
-
-def check_in_chans(in_chans: object, where: str = "in_chans") -> int:
-    """``in_chans``, a whole number from 1.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1:
-        raise InvalidValueError(
-            "channels-not-positive", f"{where} is the number of channels of the images, a whole number from 1, got {in_chans!r}"
-        )
-    return in_chans
 
 
 def decode_channels(file: BinaryIO, in_chans: int, value_range: Range | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hgkd.data.channels import READING_CHANNELS, check_in_chans, decode_channels, measure_channels
+from hgkd.data.channels import READING_CHANNELS, decode_channels, measure_channels
 from hgkd.data.folders import (
     ARRAY_EXTENSION,
     EXTENSION_LIST,
@@ -53,6 +53,7 @@ from hgkd.data.sampler import image_seed, seeded
 from hgkd.data.shards import ShardIndex, index_shards
 from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
 from hgkd.errors import DataError, InvalidValueError, MissingFileError, abbreviate
+from hgkd.pixels import check_in_chans
 from hgkd.registry import DATASETS
 
 _Item = TypeVar("_Item")
@@ -536,7 +537,7 @@ def _extensions(in_chans: int | None) -> tuple[str, ...]:
     """Of the files that are images."""
     if in_chans is None:
         return IMAGE_EXTENSIONS
-    check_in_chans(in_chans)
+    check_in_chans(in_chans, "in_chans")
     return _CHANNEL_EXTENSIONS
 
 

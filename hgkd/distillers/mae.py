@@ -20,12 +20,9 @@ from hgkd.errors import InvalidValueError
 from hgkd.masking import RandomMask, expand, grid_of, ids_keep_of
 from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae
 from hgkd.pixels import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     PixelNormalisation,
     check_in_chans,
-    check_pixels,
-    require_statistics,
+    statistics_of,
     to_unit_range,
 )
 from hgkd.registry import MODELS
@@ -89,14 +86,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
                 "decoder-missing", "MAE pretraining needs a decoder, but decoder_depth is 0; set it to at least 1"
             )
         channels = check_in_chans(sizes.in_chans, "model.in_chans")
-        known = None if mean is None or std is None else (mean, std)
-        require_statistics(channels, known, "model.mean and model.std")
-        mean, std = check_pixels(
-            IMAGENET_MEAN if mean is None else mean,
-            IMAGENET_STD if std is None else std,
-            "model.mean and std",
-            channels,
-        )
+        mean, std = statistics_of("model", channels, mean, std)
         self.network = MaskedAutoencoder(sizes)
         self.set_pixels(mean, std)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from hgkd.errors import InvalidValueError
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
-from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, check_in_chans, check_pixels, require_statistics
+from hgkd.pixels import check_in_chans, statistics_of
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import StudentOutput
@@ -72,14 +72,7 @@ class MaskedViT(Student):
                 "decoder-missing", "a masked ViT needs a decoder, but decoder_depth is 0; set it to at least 1"
             )
         channels = check_in_chans(sizes.in_chans, "model.student.in_chans")
-        known = None if mean is None or std is None else (mean, std)
-        require_statistics(channels, known, "model.student.mean and model.student.std")
-        mean, std = check_pixels(
-            IMAGENET_MEAN if mean is None else mean,
-            IMAGENET_STD if std is None else std,
-            "model.student.mean and std",
-            channels,
-        )
+        mean, std = statistics_of("model.student", channels, mean, std)
         patch = sizes.patch_size
         self.cell = patch if cell is None else cell
         if self.cell < patch or self.cell % patch:

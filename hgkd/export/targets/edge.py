@@ -28,15 +28,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.export.targets.graphs import (
-    LEAST_IMAGES,
     PARTS_WITH_GRAPHS,
     agreement,
     exported_program,
     fused_for_inference,
     graph_of,
+    lower_precisions,
     quiet,
 )
 from hgkd.pixels import channels_of
@@ -57,7 +56,7 @@ def write_openvino(
         output, classifier: as for ONNX, see :func:`hgkd.export.targets.graphs.write_onnx`.
         precision: further precisions, of 'fp16' and 'int8'; int8 needs real images.
     """
-    extra = _precisions(job, precision, ("fp16", "int8"))
+    extra = lower_precisions(job, precision)
     trained = graph_of(job, output, classifier)
     graph, notes = fused_for_inference(trained)
     with _unreported(), quiet():
@@ -126,7 +125,7 @@ def write_ncnn(
     precision: Sequence[str] = (),
 ) -> Written:
     """``model.ncnn.param`` with ``.bin``, and ``model_fp16`` when asked for; arguments as :func:`write_openvino`."""
-    extra = _precisions(job, precision, ("fp16",))
+    extra = lower_precisions(job, precision, ("fp32", "fp16"))
     trained = graph_of(job, output, classifier)
     ncnn, pnnx = need("ncnn", "ncnn", "pnnx")
     graph, notes = fused_for_inference(trained)
@@ -207,18 +206,6 @@ def _unknown_layers(file: Path) -> str:
     lines = file.read_text(encoding="utf-8").splitlines()[2:]
     found = sorted({kind for line in lines if line for kind in [line.split()[0]] if "." in kind or "::" in kind})
     return f"it lacks {', '.join(found)}; use --to onnx or openvino" if found else "use --to onnx or openvino"
-
-
-def _precisions(job: Job, asked: Sequence[str], known: tuple[str, ...]) -> list[str]:
-    for name in asked:
-        if name not in ("fp32", *known):
-            raise InvalidValueError("precision-unknown", unknown_name_message("precision", name, ("fp32", *known)))
-    if "int8" in asked and (job.images is None or len(job.images) < LEAST_IMAGES):
-        raise InvalidValueError(
-            "int8-without-images",
-            f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images=",
-        )
-    return [name for name in known if name in asked]
 
 
 def _suffix(precision: str) -> str:

@@ -101,17 +101,9 @@ def write_onnx(
     """
     trained = graph_of(job, output, classifier)
     output = trained.output
-    for name in precision:
-        if name not in PRECISIONS:
-            raise InvalidValueError("precision-unknown", unknown_name_message("precision", name, PRECISIONS))
+    extra = lower_precisions(job, precision)
     if opset < 18:
         raise InvalidValueError("opset-too-low", f"opset must be 18 or later (what torch writes without loss), got {opset}")
-    extra = [name for name in PRECISIONS[1:] if name in precision]
-    if "int8" in extra and (job.images is None or len(job.images) < LEAST_IMAGES):
-        raise InvalidValueError(
-            "int8-without-images",
-            f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images=",
-        )
     known = cast(int, job.network.num_classes) if trained.whole else getattr(trained.classifier, "out_features", None)
     if known is not None and job.labels is not None and job.labels.max() >= known:
         raise InvalidValueError(
@@ -216,6 +208,26 @@ def write_torchscript(job: Job, *, output: str | None = None, classifier: str | 
         notes=["TorchScript is deprecated in torch; prefer --to pt2 or onnx", *notes],
         tolerance=_tolerance(trained, graph),
     )
+
+
+def lower_precisions(job: Job, asked: Sequence[str], known: tuple[str, ...] = PRECISIONS) -> list[str]:
+    """The precisions below fp32 that are asked for, in the order of ``known``.
+
+    Args:
+        known: those of the target, fp32 first.
+
+    Raises:
+        ValueError: one is unknown, or int8 has no images to be calibrated on.
+    """
+    for name in asked:
+        if name not in known:
+            raise InvalidValueError("precision-unknown", unknown_name_message("precision", name, known))
+    if "int8" in asked and (job.images is None or len(job.images) < LEAST_IMAGES):
+        raise InvalidValueError(
+            "int8-without-images",
+            f"int8 is calibrated and measured on images: give a folder of {LEAST_IMAGES} or more with images=",
+        )
+    return [name for name in known[1:] if name in asked]
 
 
 def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
