@@ -10,9 +10,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hgkd.pictures.comparison import write_picture
 from hgkd.recipes import find_recipe
 from hgkd.training.work_folder import results_in
 
-ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block"}
+ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block", "after", "evaluate", "scores"}
 PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
 
 
@@ -40,6 +41,7 @@ class Job:
         options: config options.
         evaluate: arguments of ``evaluate``; empty: the run measures itself.
         scores: name -> key of the validations' log, or (key, factor).
+        after: folders of the runs that must have ended before, of those that are done here.
     """
 
     row: str
@@ -49,6 +51,7 @@ class Job:
     options: Mapping[str, Any]
     evaluate: Mapping[str, Any]
     scores: Mapping[str, str | Sequence[Any]]
+    after: tuple[Path, ...] = ()
 
     @property
     def train_command(self) -> list[str]:
@@ -63,46 +66,67 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such file, or no such config of a row.
         ValueError: an unknown key, rows without or with equal names, a row that is neither trained nor a backbone, not exactly
-            one of ``evaluate`` and ``scores``, or a ``{name}`` without a value.
+            one of ``evaluate`` and ``scores`` for a row, a row ``after`` one that does not stand above it, or a ``{name}``
+            without a value.
     """
     file = find_recipe(file)
     content = Config.fromfile(str(file)).to_dict()
     plan: dict[str, Any] = _fill(
-        {key: value for key, value in content.items() if not key.startswith("_")}, {**values, "seed": "{seed}"}
+        {key: value for key, value in content.items() if not key.startswith("_")},
+        {**values, "seed": "{seed}", "here": "{here}"},
     )
     unknown = sorted(set(plan) - PLAN_KEYS)
     if unknown:
         raise InvalidValueError(
             "plan-key-unknown", f"{file}: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(PLAN_KEYS))}"
         )
-    if ("evaluate" in plan) == ("scores" in plan):
-        raise InvalidValueError(
-            "plan-kind-unclear",
-            f"{file}: a plan has either evaluate (features are evaluated) or scores (runs measure themselves)",
-        )
     names = [row.get("name") for row in plan.get("rows", [])]
     if not names or None in names or len(set(names)) < len(names):
         raise InvalidValueError("plan-row-names", f"{file}: rows need a name each, all different, got {names}")
-    for row in plan["rows"]:
-        if set(row) - ROW_KEYS:
-            raise InvalidValueError(
-                "plan-row-key-unknown", f"{file}: row {row['name']!r} has the unknown key {sorted(set(row) - ROW_KEYS)[0]!r}"
-            )
-        if ("config" in row) == ("backbone" in row):
-            raise InvalidValueError(
-                "plan-row-kind-unclear", f"{file}: row {row['name']!r} needs either config (to train) or backbone (to evaluate)"
-            )
-        if "scores" in plan and "config" not in row:
-            raise InvalidValueError(
-                "plan-row-without-config",
-                f"{file}: row {row['name']!r} has no config, but with scores every row is a run that measures itself",
-            )
-        if "config" in row:
-            try:
-                row["config"] = str(find_recipe(row["config"]))
-            except FileNotFoundError as error:
-                raise MissingFileError("plan-row-file-missing", f"{file}: row {row['name']!r}: {error}") from error
+    for place, row in enumerate(plan["rows"]):
+        _check_row(file, row, plan, names[:place])
     return plan
+
+
+def _check_row(file: Path, row: dict[str, Any], plan: Mapping[str, Any], above: Sequence[str]) -> None:
+    """Check a row and complete it: the file of its recipe, ``evaluate`` or ``scores`` from the plan, ``after`` as a list.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`read_plan`.
+    """
+    if set(row) - ROW_KEYS:
+        raise InvalidValueError(
+            "plan-row-key-unknown", f"{file}: row {row['name']!r} has the unknown key {sorted(set(row) - ROW_KEYS)[0]!r}"
+        )
+    if ("config" in row) == ("backbone" in row):
+        raise InvalidValueError(
+            "plan-row-kind-unclear", f"{file}: row {row['name']!r} needs either config (to train) or backbone (to evaluate)"
+        )
+    own = row if "evaluate" in row or "scores" in row else plan
+    if ("evaluate" in own) == ("scores" in own):
+        raise InvalidValueError(
+            "plan-kind-unclear",
+            f"{file}: row {row['name']!r} needs either evaluate (features are evaluated) or scores (the run measures itself), "
+            "its own or the plan's",
+        )
+    row.update({key: own[key] for key in ("evaluate", "scores") if key in own})
+    if "scores" in row and "config" not in row:
+        raise InvalidValueError(
+            "plan-row-without-config",
+            f"{file}: row {row['name']!r} has no config, but with scores every row is a run that measures itself",
+        )
+    after = row.get("after", [])
+    row["after"] = [after] if isinstance(after, str) else list(after)
+    for name in row["after"]:
+        if name not in above:
+            raise InvalidValueError(
+                "plan-row-order", f"{file}: row {row['name']!r} comes after {name!r}, which must be a row that stands above it"
+            )
+    if "config" in row:
+        try:
+            row["config"] = str(find_recipe(row["config"]))
+        except FileNotFoundError as error:
+            raise MissingFileError("plan-row-file-missing", f"{file}: row {row['name']!r}: {error}") from error
 
 
 def _fill(value: object, values: Mapping[str, str]) -> Any:
@@ -130,21 +154,33 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -
     missing = [name for name in only if name not in names]
     if missing:
         raise InvalidValueError("plan-row-unknown", f"the plan has no row {missing[0]!r}; it has {', '.join(names)}")
+    seeds_of = {row["name"]: list(row.get("seeds", [0])) for row in plan["rows"]}
     found = []
     for row in plan["rows"]:
         if only and row["name"] not in only:
             continue
-        for order, seed in enumerate(row.get("seeds", [0])):
-            folder = work_dir / f"{re.sub(r'[^0-9A-Za-z-]+', '_', row['name'])}_seed{seed}"
-            evaluation = {**plan["evaluate"], "seed": seed} if "evaluate" in plan else {}
+        for order, seed in enumerate(seeds_of[row["name"]]):
+            filled = partial(_fill, values={"seed": str(seed), "here": str(work_dir)})
+            evaluation = {**filled(row["evaluate"]), "seed": seed} if "evaluate" in row else {}
             options: dict[str, Any] = {}
             if "config" in row:
-                options = {**_fill({**plan.get("options", {}), **row.get("options", {})}, {"seed": str(seed)}), "seed": seed}
+                options = {**filled({**plan.get("options", {}), **row.get("options", {})}), "seed": seed}
             else:
-                evaluation |= {key: row[key] for key in ("backbone", "checkpoint", "block") if key in row}
-            found.append(
-                (order, Job(row["name"], seed, folder, row.get("config"), options, evaluation, plan.get("scores", {})))
+                evaluation |= {key: filled(row[key]) for key in ("backbone", "checkpoint", "block") if key in row}
+            after = tuple(
+                _folder(work_dir, name, seed if seed in seeds_of[name] else seeds_of[name][0]) for name in row["after"]
             )
+            job = Job(
+                row["name"],
+                seed,
+                _folder(work_dir, row["name"], seed),
+                row.get("config"),
+                options,
+                evaluation,
+                row.get("scores", {}),
+                after,
+            )
+            found.append((order, job))
     rows: dict[Path, str] = {}
     for _, job in found:
         if rows.setdefault(job.folder, job.row) != job.row:
@@ -153,6 +189,11 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -
                 f"rows {rows[job.folder]!r} and {job.row!r} would share the folder {job.folder}; rename one of them",
             )
     return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+
+
+def _folder(work_dir: Path, row: str, seed: int) -> Path:
+    """Of a run."""
+    return work_dir / f"{re.sub(r'[^0-9A-Za-z-]+', '_', row)}_seed{seed}"
 
 
 def run(job: Job, threads: int) -> dict[str, Any]:
@@ -290,40 +331,74 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         rows.setdefault(result["row"], []).append(result)
-    methods = list(results[0]["scores"])
-    own = "value" in results[0]["scores"][methods[0]]
-    head = ["row", *(method if own else f"{method} top-1 %" for method in methods), "seeds", "training s", "CPU s", "images/s"]
+    kinds = {name: "value" in score for result in results for name, score in result["scores"].items()}
+    methods = list(kinds)
+    head = ["row", *(method if kinds[method] else f"{method} top-1 %" for method in methods)]
+    head += ["seeds", "training s", "CPU s", "images/s"]
     head += ["teacher % of step"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, runs in rows.items():
         cells = [name]
         for method in methods:
-            scores = [value_of(run["scores"][method]) for run in runs]
-            if len(scores) > 1:
+            measured = [run["scores"][method] for run in runs if method in run["scores"]]
+            scores = [value_of(score) for score in measured]
+            if not scores:
+                cells.append("")
+            elif len(scores) > 1:
                 cells.append(f"{statistics.mean(scores):.1f} +- {statistics.stdev(scores):.1f}")
-            elif own:
+            elif kinds[method]:
                 cells.append(f"{scores[0]:.1f}")
             else:
-                low, high = runs[0]["scores"][method]["ci95"]
+                low, high = measured[0]["ci95"]
                 cells.append(f"{scores[0]:.1f} ({low:.1f} .. {high:.1f})")
         cells.append(str(len(runs)))
         for key, factor in (("train_seconds", 1), ("train_cpu_seconds", 1), ("images_per_s", 1), ("teacher_share", 100)):
             known = [run[key] for run in runs if key in run and not run.get("resumed")]
             cells.append(f"{factor * statistics.mean(known):.0f}" if known else "")
         lines.append(f"| {' | '.join(cells)} |")
-    if own:
-        lines += ["", f"{methods[0]} after each validation, mean over seeds:", ""]
-        for name, runs in rows.items():
-            values = zip(*([value for _, value in run["curves"][methods[0]]] for run in runs), strict=False)
+    firsts = {name: next(iter(runs[0]["scores"])) for name, runs in rows.items()}
+    for first in dict.fromkeys(first for first in firsts.values() if kinds[first]):
+        lines += ["", f"{first} after each validation, mean over seeds:", ""]
+        for name in (name for name, own in firsts.items() if own == first):
+            values = zip(*([value for _, value in run["curves"][first]] for run in rows[name]), strict=False)
             lines.append(f"- {name}: {', '.join(f'{statistics.mean(at):.1f}' for at in values)}")
-        for run in results:
-            if run.get("found_nothing"):
-                steps = ", ".join(map(str, run["found_nothing"]))
-                lines.append(
-                    f"- {run['row']}, seed {run['seed']}: nothing was found in the validation at {steps}, which counts as 0"
-                )
+    for run in results:
+        if run.get("found_nothing"):
+            steps = ", ".join(map(str, run["found_nothing"]))
+            lines.append(
+                f"- {run['row']}, seed {run['seed']}: nothing was found in the validation at {steps}, which counts as 0"
+            )
     commands = [f"    {runs[0].get('command') or runs[0]['evaluate_command']}" for runs in rows.values()]
     return "\n".join([*lines, "", "Commands (first seed of each row):", "", *commands, ""])
+
+
+def _in_turn(
+    todo: Sequence[Job], attempt: Callable[[Job], dict[str, Any] | StoppedError], jobs: int
+) -> Iterator[tuple[Job, dict[str, Any] | StoppedError]]:
+    """The outcomes of the jobs as they end, ``jobs`` at a time, each when those that it comes ``after`` have ended well."""
+    waiting, running = list(todo), dict[Future[dict[str, Any] | StoppedError], Job]()
+    unfinished, failed = {job.folder for job in todo}, set[Path]()
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            for job in list(waiting):
+                lost = failed.intersection(job.after)
+                if lost:
+                    waiting.remove(job)
+                    failed.add(job.folder)
+                    unfinished.discard(job.folder)
+                    yield (
+                        job,
+                        StoppedError("run-before-failed", f"not started, for {min(lost)} has failed, which it comes after"),
+                    )
+                elif len(running) < jobs and not unfinished.intersection(job.after):
+                    waiting.remove(job)
+                    running[pool.submit(attempt, job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, outcome = running.pop(future), future.result()
+                unfinished.discard(job.folder)
+                if isinstance(outcome, StoppedError):
+                    failed.add(job.folder)
+                yield job, outcome
 
 
 def compare(
@@ -356,15 +431,16 @@ def compare(
         except StoppedError as error:  # hours of the other runs do not depend on it
             return error
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for job, result in zip(todo, pool.map(attempt, todo), strict=True):
-            if isinstance(result, StoppedError):
-                print(f"{job.row} seed {job.seed}: FAILED, {result}", flush=True)
-                failed.append(result)
-                continue
-            scores = "  ".join(f"{method} {value_of(score):.1f}" for method, score in result["scores"].items())
-            print(f"{job.row} seed {job.seed}: {scores}", flush=True)
-            results.append(result)
+    for job, result in _in_turn(todo, attempt, jobs):
+        if isinstance(result, StoppedError):
+            print(f"{job.row} seed {job.seed}: FAILED, {result}", flush=True)
+            failed.append(result)
+            continue
+        scores = "  ".join(f"{method} {value_of(score):.1f}" for method, score in result["scores"].items())
+        print(f"{job.row} seed {job.seed}: {scores}", flush=True)
+        results.append(result)
+    order = {job.folder: place for place, job in enumerate(todo)}
+    results.sort(key=lambda result: order[_folder(work_dir, result["row"], result["seed"])])
     if failed and not results:
         raise failed[0]
     (work_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

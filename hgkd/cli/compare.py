@@ -12,7 +12,9 @@ A plan is a Python, YAML or JSON file with
               key that its validation logs, e.g. {"top-1 %": "accuracy/top1"}, or [key, factor]; the last validation counts
 
 ``{name}`` in a string of the plan is replaced by the value of ``--set name=...``: data and teacher files stay out of the plan.
-``{seed}`` is the run's own, so that a run can start from the pretraining of its seed.
+``{seed}`` is the run's own, so that a run can start from the pretraining of its seed; ``{here}`` is DIR. A row may have
+``evaluate`` or ``scores`` of its own, and ``after=[NAME, ...]``: rows above it that it starts from, as in
+``teacher_checkpoint="{here}/teacher_seed0"``. Their runs of the same seed (or, without one, their first) are waited for.
 ``--cfg-options`` replaces shared options, e.g. ``limit=300 epochs=1`` for a trial; a row's own stay.
 Every run is a process of its own (``hgkd train``), with ``--jobs`` of them at a time and the cores shared between them.
 A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison. Where one fails,

@@ -14,7 +14,7 @@ from hgkd.api import train as train_tool
 from hgkd.cli import compare as tool
 from hgkd.cli import train as train_command
 from hgkd.data.shapes import write_imagefolder
-from hgkd.errors import StoppedError
+from hgkd.errors import StoppedError, code_of
 
 ROOT = Path(__file__).parents[2]
 SPARK = "configs/spark/spark_resnet18_shapes.py"
@@ -110,6 +110,65 @@ def test_runs_go_seed_by_seed_and_a_row_overrides_the_shared_options(tmp_path):
     assert [job.row for job in api.jobs_of(plan, tmp_path, ["b"])] == ["b", "b"]
     with refused(ValueError, "plan-row-unknown", "c"):
         api.jobs_of(plan, tmp_path, ["c"])
+
+
+def test_a_row_waits_for_those_that_it_starts_from(tmp_path):
+    rows = [
+        {"name": "teacher", "config": SPARK},
+        {"name": "student", "config": SPARK, "seeds": [0, 1], "after": "teacher", "options": {"a": "{here}/teacher_seed0"}},
+        {"name": "tuned", "config": SPARK, "seeds": [0, 1], "after": ["student"], "scores": {"top-1 %": "accuracy/top1"}},
+        {"name": "alone", "backbone": "resnet18", "seeds": [0, 1]},
+    ]
+    todo = api.jobs_of(api.read_plan(plan_file(tmp_path, rows), {"data": "/x"}), tmp_path)
+    by_name = {(job.row, job.seed): job for job in todo}
+    assert by_name["student", 1].after == (tmp_path / "teacher_seed0",)  # the teacher has one seed
+    assert by_name["tuned", 1].after == (tmp_path / "student_seed1",)
+    assert by_name["student", 1].options["a"] == f"{tmp_path}/teacher_seed0"
+    assert by_name["tuned", 0].scores
+    assert not by_name["tuned", 0].evaluate
+    assert by_name["student", 0].evaluate["methods"] == ["knn"]
+
+    ended = []
+
+    def attempt(job):
+        assert all(folder in ended for folder in job.after)
+        ended.append(job.folder)
+        return {}
+
+    assert {(job.row, job.seed) for job, _ in api._in_turn(todo, attempt, 2)} == set(by_name)
+
+    def failing(job):
+        return StoppedError("run-failed", "no") if (job.row, job.seed) == ("student", 1) else attempt(job)
+
+    ended.clear()
+    outcomes = {(job.row, job.seed): outcome for job, outcome in api._in_turn(todo, failing, 2)}
+    lost = {key for key, outcome in outcomes.items() if isinstance(outcome, StoppedError)}
+    assert lost == {("student", 1), ("tuned", 1)}
+    assert code_of(outcomes["tuned", 1]) == "run-before-failed"
+    assert "student_seed1" in str(outcomes["tuned", 1])
+    only = api.jobs_of(api.read_plan(plan_file(tmp_path, rows), {"data": "/x"}), tmp_path, ["tuned"])
+    assert len(list(api._in_turn(only, lambda job: {}, 1))) == 2  # what is not done here is taken as it is
+
+
+def test_a_row_after_one_below_it_and_one_measured_twice_are_refused(tmp_path):
+    rows = [{"name": "a", "config": SPARK, "after": "b"}, {"name": "b", "config": SPARK}]
+    with refused(ValueError, "plan-row-order", "'a'", "'b'"):
+        api.read_plan(plan_file(tmp_path, rows), {"data": "/x"})
+    rows = [{"name": "a", "config": SPARK, "scores": {"x": "y"}, "evaluate": {"methods": ["knn"]}}]
+    with refused(ValueError, "plan-kind-unclear", "'a'"):
+        api.read_plan(plan_file(tmp_path, rows), {"data": "/x"})
+
+
+def test_table_of_rows_that_are_measured_in_different_ways():
+    results = [
+        {"row": "a", "seed": 0, "scores": {"knn": {"top1": 30.0, "ci95": [29.0, 31.0]}}, "command": "hgkd train a"},
+        {"row": "b", "seed": 0, "scores": {"AP": {"value": 12.0}}, "curves": {"AP": [[1, 5.0], [2, 12.0]]}, "command": "b"},
+    ]
+    lines = api.table_of(results).splitlines()
+    assert lines[0].startswith("| row | knn top-1 % | AP | seeds |")
+    assert lines[2:4] == ["| a | 30.0 (29.0 .. 31.0) |  | 1 |  |  |  |  |", "| b |  | 12.0 | 1 |  |  |  |  |"]
+    assert "- b: 5.0, 12.0" in lines
+    assert not any(line.startswith("- a:") for line in lines)
 
 
 def test_table_by_hand():
