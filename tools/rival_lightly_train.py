@@ -5,9 +5,9 @@
     hgkd evaluate knn linear --backbone resnet18 --checkpoint OUT/exported_models/exported_last.pt --train BANK --test TEST
 
 It runs in an environment of its own, never in hgkd's, and imports nothing of hgkd. Method 'distillation' (version 3 of
-LightlyTrain 0.18) with its defaults; --lr, --drop-blocks and --batch-size change what a careful user would search. --teacher is a
-weight file of vit_small_patch14_dinov2 in timm's naming, as hgkd's recipes take it. At the end the processor seconds of this process are
-printed, which is what budgets are compared by. Nothing is reported to anybody, and nothing is downloaded.
+LightlyTrain 0.18) with its defaults; --lr, --drop-blocks and --batch-size change what a careful user would search. --teacher is
+a weight file of vit_small_patch14_dinov2 in timm's naming, as hgkd's recipes take it. At the end the processor seconds of this
+process are printed, which is what budgets are compared by. Nothing is reported to anybody, and nothing is downloaded.
 """
 
 from __future__ import annotations
