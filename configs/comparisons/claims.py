@@ -97,7 +97,11 @@ rows = [
     ),
     tuned("labels", "resnet18_10e_cifar128.py"),
     tuned(
-        "labels + MGD", "resnet18_mgd_10e_cifar128.py", ["judge"], **_judge, **{"model.teacher": dict(type="ClassifierTeacher")}
+        "labels + MGD",
+        "resnet18_mgd_10e_cifar128.py",
+        ["judge"],
+        **_judge,
+        **{"model.teacher._delete_": True, "model.teacher.type": "ClassifierTeacher"},
     ),
     tuned("pixels, tuned", "resnet18_10e_cifar128.py", ["pixels"], backbone="{here}/pixels_seed{seed}"),
     tuned("H-GKD, tuned", "resnet18_10e_cifar128.py", ["H-GKD"], backbone="{here}/H-GKD_seed{seed}"),

@@ -34,7 +34,10 @@ _stored = dict(teacher_features="{features}")
 _fresh = {  # random crops, so that nothing can be stored
     "teacher_features": None,
     "model.flip": 0.0,
-    "train_dataloader.dataset.transform": dict(_delete_=True, kind="train", scale=(0.35, 1.0), hflip=0.5),
+    "train_dataloader.dataset.transform._delete_": True,
+    "train_dataloader.dataset.transform.kind": "train",
+    "train_dataloader.dataset.transform.scale": (0.35, 1.0),
+    "train_dataloader.dataset.transform.hflip": 0.5,
 }
 
 
