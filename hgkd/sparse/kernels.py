@@ -233,7 +233,7 @@ def _attempt(what: str, rows: Tensor, taps: int, width: int, compute: Callable[[
 
 
 def _gather_multiply(source: Tensor, index: Tensor, matrix: Tensor, fuse: bool) -> Tensor:
-    """``concat_k(source[index[:, k]]) @ matrix``: (N, K) index of 0 ... M (M: zeros), source (M, C), matrix (K*C, O) -> (N, O)."""
+    """``concat_k(source[index[:, k]]) @ matrix``: index (N, K) to 0 ... M, source (M, C), matrix (K*C, O) -> (N, O)."""
     if fuse:
         taps, width = index.shape[1], matrix.shape[1]
         found = _attempt("gather_multiply", source, taps, width, lambda m: m.gather_multiply(source, index, matrix))

@@ -96,7 +96,7 @@ def _batch_norm(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Op
         raise NoSparseRuleError(
             "channels-last-order", "batch_norm on a sparse feature map in channels-last order; permute first"
         )
-    given = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
+    given: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
     given |= dict(zip(_BATCH_NORM_NAMES, args, strict=False)) | kwargs
     x = given.pop("input")
     if x.cells.all_visible or not given["training"]:  # with given statistics each position is normed by itself
@@ -136,9 +136,9 @@ class _MaskedBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # type: ignore[no-untyped-def, override]
         ctx, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, count: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def, override]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         values = x.to(mask.dtype)
         mean = (values * mask).sum(_POSITIONS) / count
         centred = (values - mean.view(1, -1, 1, 1)).mul_(mask)
