@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hgkd.sparse.choice import kernels_mode
 from hgkd.sparse.hardware import is_capturing, tf32_allowed
 from hgkd.sparse.layout import NOTHING, CellLayout, Stencil, cell_number, cells_reached, made_once
 
@@ -192,7 +193,7 @@ def _has_triton() -> bool:
 
 def _fused(rows: Tensor) -> ModuleType | None:
     """The module of Triton kernels where they serve these rows, else None."""
-    if not rows.is_cuda or not _has_triton():
+    if not rows.is_cuda or kernels_mode() == "torch" or not _has_triton():
         return None
     from hgkd.sparse import fused, self_check  # import Triton
 

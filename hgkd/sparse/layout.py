@@ -296,6 +296,7 @@ def made_once(make: Callable[..., Stencil]) -> Callable[..., Stencil]:
         device = cast(torch.device, arguments[-1])
         return make(*arguments) if is_capturing(device) else kept(*arguments)
 
+    find.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
     return find
 
 

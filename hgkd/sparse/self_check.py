@@ -45,9 +45,8 @@ _verdicts: dict[tuple[torch.device, torch.dtype], Verdict] = {}
 
 def passed(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the fused kernels may be used; checked when first asked. While a CUDA graph is recorded nothing is checked."""
-    mode = kernels_mode()
-    if mode in ("torch", "fused"):
-        return mode == "fused"
+    if kernels_mode() == "fused":
+        return True
     if (device, dtype) not in _verdicts and is_capturing(device):
         return False
     return verdict(device, dtype).ok
