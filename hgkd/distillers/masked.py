@@ -361,9 +361,11 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
         visible = self.draw_views(images)
         views = len(visible) // len(images)
-        # 2. the student sees these only; 3. the teacher, once for all objectives that can share a pass
+        # 2. the teacher, once for all objectives that can share a pass: its many large operations keep a GPU at work while
+        # the host prepares the student's; 3. the student, which sees the visible cells only
+        teacher_outs = self.teach(images, visible, index, flipped)
         student_out: StudentOutput = self.student(images if views == 1 else images.repeat(views, 1, 1, 1), visible)
-        return student_out, self.teach(images, visible, index, flipped)
+        return student_out, teacher_outs
 
     @property
     def shown_channels(self) -> Sequence[int] | None:

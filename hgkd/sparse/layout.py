@@ -253,7 +253,9 @@ class CellLayout:
         return cells.view(self.num_cells, s, s, channels).permute(0, 3, 1, 2)
 
     def scatter_cells(self, packed: Tensor, fill: float | Tensor = 0.0) -> Tensor:
-        """Inverse of :meth:`gather_cells`: (T, C, s, s) to (B, C, h*s, w*s) with ``fill`` at hidden positions; differentiable.
+        """Inverse of :meth:`gather_cells`: (T, C, s, s) to (B, C, h*s, w*s), channels_last, with ``fill`` at hidden positions.
+
+        Differentiable.
 
         Args:
             packed: (T, C, s, s).
@@ -264,7 +266,7 @@ class CellLayout:
         if not self.all_visible:
             rows = _PlaceRows.apply(rows, self._positions, self.batch * h * w)
         cells = rows.view(self.batch, h, w, s, s, channels)
-        dense = cells.permute(0, 5, 1, 3, 2, 4).reshape(self.batch, channels, h * s, w * s)
+        dense = cells.permute(0, 1, 3, 2, 4, 5).reshape(self.batch, h * s, w * s, channels).permute(0, 3, 1, 2)
         if isinstance(fill, Tensor):
             dense = torch.where(self.mask(self.cell // s), dense, fill.to(dense.dtype).view(1, channels, 1, 1))
         elif fill != 0.0:

@@ -197,6 +197,8 @@ class SparseUNet(Student):
                 for stage, stride in enumerate(strides)
             }
         )
+        for part in (self.densify, self.decoder):  # as the maps are that an encoder's levels make
+            part.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> StudentOutput:
         """Encode the visible cells and decode the whole image.

@@ -281,14 +281,14 @@ class Teacher(PixelNormalisation):
         return self.normalise(images).to(self.dtype)
 
     def on_grid(self, tokens: Tensor, ids_keep: Tensor | None) -> Tensor:
-        """(B, n, D) tokens of the kept patches -> fp32 (B, D, gh, gw), 0 elsewhere."""
+        """(B, n, D) tokens of the kept patches -> fp32 (B, D, gh, gw), 0 elsewhere; without dropped ones a view in fp32."""
         assert self.grid is not None
         batch, _, width = tokens.shape
         tokens = tokens.float()
         if ids_keep is not None:
             full = tokens.new_zeros(batch, self.grid[0] * self.grid[1], width)
             tokens = full.scatter(1, ids_keep[:, :, None].expand_as(tokens), tokens)
-        return tokens.transpose(1, 2).reshape(batch, width, *self.grid)
+        return tokens.transpose(1, 2).unflatten(2, self.grid)  # a view: channels_last, as objectives read it
 
 
 def _merge(parts: list[tuple[Tensor, TeacherOutput]], batch: int) -> TeacherOutput:

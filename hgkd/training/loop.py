@@ -221,8 +221,7 @@ class GuardedOptimWrapper:
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """The wrapper's own, from which on running statistics may change."""
         if self.updated or self.skipped:  # otherwise the statistics of before the accumulation are kept already
-            for kept, buffer in zip(self._kept, self._buffers, strict=True):
-                kept.copy_(buffer)
+            _copy_all(self._kept, self._buffers)
             self._bad = None
         with self.wrapper.optim_context(model):
             yield
@@ -265,8 +264,7 @@ class GuardedOptimWrapper:
             if self.updated:
                 wrapper.step()
             else:
-                for kept, buffer in zip(self._kept, self._buffers, strict=True):
-                    buffer.copy_(kept)
+                _copy_all(self._buffers, self._kept)
             wrapper.zero_grad()
         return dict(zip(outputs, numbers, strict=True))
 
@@ -279,6 +277,13 @@ class GuardedOptimWrapper:
             return torch.zeros((), dtype=torch.bool, device=device)
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
         return ~torch.isfinite(norms).all()
+
+
+@torch.no_grad()
+def _copy_all(into: list[Tensor], values: list[Tensor]) -> None:
+    """Copy each value, in one call: a GPU gets a few launches in place of one a buffer."""
+    if into:
+        torch._foreach_copy_(into, values)
 
 
 def idle_parameters(model: nn.Module) -> list[str]:
