@@ -328,6 +328,12 @@ def _settle_warmup(cfg: Config, epochs: Level | None, warmup: Level | None) -> l
     return remarks
 
 
+def amp_dtype() -> torch.dtype:
+    """What ``--amp`` computes in: bfloat16 where the device has it, else float16; GPUs before Ampere only emulate bfloat16."""
+    emulates = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if emulates else torch.bfloat16
+
+
 def use_mixed_precision(cfg: Config) -> None:
     """Switch the optimiser wrapper of ``cfg`` to mixed precision, in place.
 
@@ -341,7 +347,7 @@ def use_mixed_precision(cfg: Config) -> None:
             "amp-wrapper-replaced",
             f"--amp replaces an OptimWrapper, but optim_wrapper.type is {kind!r}; set its precision there",
         )
-    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if amp_dtype() is torch.float16:
         wrapper.update(type="AmpOptimWrapper", dtype="float16", loss_scale="dynamic")
     else:
         wrapper.pop("dtype", None)

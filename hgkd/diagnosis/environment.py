@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from hgkd.config.short_options import amp_dtype
 from hgkd.data import UnlabelledImages
 from hgkd.errors import DataError
 from hgkd.sparse import sparsify
@@ -124,7 +125,7 @@ def check_devices() -> Check:
     """Check of the devices that a training will compute on."""
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        precision = "bfloat16" if torch.cuda.is_bf16_supported() else "float16 with loss scaling"
+        precision = "bfloat16" if amp_dtype() is torch.bfloat16 else "float16 with loss scaling"
         return Check("devices", "ok", f"{names}; --amp would be {precision}; several processes talk through NCCL")
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     found = f"no CUDA device: the CPU, {cores} cores, {threads} threads; several processes talk through gloo"

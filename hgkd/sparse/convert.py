@@ -80,6 +80,14 @@ class SparseModule:
     sparse_backend: str
     sparse_renormalize: bool
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """What ``to``, ``cuda`` and the like call: each kind of device has weights of its own that are laid out."""
+        before = _device_type(self)  # type: ignore[arg-type]
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if self.sparse_backend == "gather" and _device_type(self) != before:  # type: ignore[arg-type]
+            _lay_out_weights(self)  # type: ignore[arg-type]
+        return self  # type: ignore[return-value]
+
     def pack(self, images: Tensor, visible: Tensor | CellLayout) -> SparseTensor:
         """Visible part of a batch of images.
 
@@ -193,6 +201,10 @@ def _lay_out_weights(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d) and gathers(layer.weight, layer.groups):
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _device_type(module: nn.Module) -> str | None:
+    return next((parameter.device.type for parameter in module.parameters()), None)
 
 
 def _rule_of(layer_type: type[nn.Module]) -> LayerRule | None:
@@ -318,12 +330,8 @@ def sync_batch_norm(layer: nn.SyncBatchNorm, x: SparseTensor) -> SparseTensor:
     """Statistics over the visible positions of all processes; torch weighs each by its number of rows."""
     if isinstance(x, PackedTensor):
         return x.like(nn.SyncBatchNorm.forward(layer, x.plain))
-    visible = cast(MaskedTensor, x).visible_mask[:, 0]
-    rows = x.plain.permute(0, 2, 3, 1)
-    normed = nn.SyncBatchNorm.forward(layer, rows[visible])
-    out = torch.zeros_like(rows, dtype=normed.dtype)
-    out[visible] = normed
-    return x.like(out.permute(0, 3, 1, 2))
+    cells = x.cells
+    return x.like(cells.scatter_cells(nn.SyncBatchNorm.forward(layer, cells.gather_cells(x.plain, cells.side(x.stride)))))
 
 
 @layer_rule(timm.layers.SyncBatchNormAct)

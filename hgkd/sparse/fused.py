@@ -6,28 +6,39 @@ zeros, so no zero row is appended either. The input gradient is the forward kern
 gradient sums over slices of the points and adds the partial sums in a fixed order, so no atomic addition occurs.
 
 The idea is that of implicit GEMM for sparse convolution (traveller59/spconv 2.x; TorchSparse++, arXiv 2311.12862), written
-from scratch for a dense index. The products run on tensor cores, so fp32 takes part only where torch may use TF32; exact fp32
-stays with torch's kernels. The tile sizes are a guess, not measured on a GPU. Tested are the arithmetic, in Triton's
-interpreter, and that the kernels compile for sm_90.
+from scratch for a dense index. The products run on tensor cores, so fp32 takes part only where torch's convolutions may use
+TF32; exact fp32, and GPUs before compute capability 8.0, stay with torch's kernels. The tile sizes are a guess, not measured
+on a GPU. Tested are the arithmetic, in Triton's interpreter, and that the kernels compile for sm_90; on a GPU
+:mod:`hgkd.sparse.self_check` compares their numbers before they are first used.
 """
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-def serves(dtype: torch.dtype) -> bool:
-    """Whether the kernels compute in a type as torch would be allowed to."""
-    return dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
+from hgkd.sparse.hardware import has_tensor_cores, tf32_allowed
 
 
-@triton.jit
+def serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels compute in a type on a GPU as torch's convolution would be allowed to, and by tensor cores."""
+    fits = dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and tf32_allowed("conv"))
+    return fits and has_tensor_cores(device)
+
+
+def launch(device: torch.device, kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+    """Start a kernel on the device of its tensors; Triton by itself takes the current one (triton issue 2441)."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants)
+
+
+# sizes that differ from step to step: without it, one that 16 divides would be compiled for anew in mid-training
+@triton.jit(do_not_specialize=["rows", "points"])
 def _gather_multiply(  # type: ignore[no-untyped-def]
     source,
     index,
@@ -41,6 +52,7 @@ def _gather_multiply(  # type: ignore[no-untyped-def]
     BLOCK_POINTS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A (BLOCK_POINTS, BLOCK_WIDTH) tile of ``concat_k(source[index[:, k]]) @ matrix``."""
     n = (tl.program_id(0) * BLOCK_POINTS + tl.arange(0, BLOCK_POINTS)).to(tl.int64)
@@ -54,12 +66,12 @@ def _gather_multiply(  # type: ignore[no-untyped-def]
             values = tl.load(source + row[:, None] * channels + c[None, :], mask=seen, other=0.0)
             inside = (c < channels)[:, None] & (o < width)[None, :]
             weights = tl.load(matrix + (k * channels + c)[:, None] * width + o[None, :], mask=inside, other=0.0)
-            total = tl.dot(values, weights, total, input_precision="tf32")
+            total = tl.dot(values, weights, total, input_precision=PRECISION)
     inside = (n < points)[:, None] & (o < width)[None, :]
     tl.store(out + n[:, None] * width + o[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "points", "slices"])
 def _weight_gradient(  # type: ignore[no-untyped-def]
     source,
     index,
@@ -70,10 +82,11 @@ def _weight_gradient(  # type: ignore[no-untyped-def]
     taps,
     channels,
     width,
-    SLICES: tl.constexpr,
+    slices,
     BLOCK_POINTS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One slice's share of ``grad.T @ source[index[:, k]]`` for one tap and a tile of (width, channels)."""
     blocks = tl.cdiv(channels, BLOCK_CHANNELS)
@@ -82,14 +95,14 @@ def _weight_gradient(  # type: ignore[no-untyped-def]
     o = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     slice_ = tl.program_id(2)
     total = tl.zeros((BLOCK_WIDTH, BLOCK_CHANNELS), dtype=tl.float32)
-    for first in range(slice_ * BLOCK_POINTS, points, SLICES * BLOCK_POINTS):
+    for first in range(slice_ * BLOCK_POINTS, points, slices * BLOCK_POINTS):
         n = (first + tl.arange(0, BLOCK_POINTS)).to(tl.int64)
         row = tl.load(index + n * taps + k, mask=n < points, other=rows)
         seen = (row < rows)[:, None] & (c < channels)[None, :]
         values = tl.load(source + row[:, None] * channels + c[None, :], mask=seen, other=0.0)
         inside = (n < points)[:, None] & (o < width)[None, :]
         slopes = tl.load(grad + n[:, None] * width + o[None, :], mask=inside, other=0.0)
-        total = tl.dot(tl.trans(slopes), values, total, input_precision="tf32")
+        total = tl.dot(tl.trans(slopes), values, total, input_precision=PRECISION)
     inside = (o < width)[:, None] & (c < channels)[None, :]
     line = (slice_ * width + o).to(tl.int64) * taps + k
     tl.store(partial + line[:, None] * channels + c[None, :], total, mask=inside)
@@ -111,7 +124,8 @@ def gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
     out = source.new_empty(points, width)
     blocks = {"BLOCK_POINTS": 128, "BLOCK_CHANNELS": _block(channels, 32), "BLOCK_WIDTH": _block(width, 128)}
     grid = (triton.cdiv(points, 128), triton.cdiv(width, blocks["BLOCK_WIDTH"]))
-    _gather_multiply[grid](source, index, matrix, out, rows, points, taps, channels, width, **blocks)
+    sizes = (rows, points, taps, channels, width)
+    launch(source.device, _gather_multiply, grid, source, index, matrix, out, *sizes, **blocks, PRECISION=_precision(source))
     return out
 
 
@@ -124,8 +138,9 @@ def weight_gradient(source: Tensor, index: Tensor, grad: Tensor) -> Tensor:
     # enough programs for a large GPU, each with at least a few blocks of points
     slices = max(1, min(triton.cdiv(points, 4 * 32), 512 // (tiles[0] * tiles[1])))
     partial = source.new_empty(slices, width, taps * channels, dtype=torch.float32)
-    sizes = (rows, points, taps, channels, width)
-    _weight_gradient[(*tiles, slices)](source, index, grad, partial, *sizes, SLICES=slices, **blocks)
+    sizes = (rows, points, taps, channels, width, slices)
+    grid = (*tiles, slices)
+    launch(source.device, _weight_gradient, grid, source, index, grad, partial, *sizes, **blocks, PRECISION=_precision(source))
     return partial.sum(0)
 
 
@@ -134,14 +149,6 @@ def _block(size: int, largest: int) -> int:
     return max(16, min(largest, triton.next_power_of_2(size)))
 
 
-@cache
-def works_on(device: torch.device) -> bool:
-    """Whether Triton can build and start a kernel on a GPU (it needs a C compiler); says so once when it cannot."""
-    try:
-        index = torch.zeros(16, 1, dtype=torch.int64, device=device)
-        zeros = torch.zeros(16, 16, dtype=torch.float16, device=device)
-        gather_multiply(zeros, index, zeros)
-    except Exception as error:  # whatever goes wrong in a compiler, the pure torch kernels serve
-        warnings.warn(f"Triton does not work on {device} ({error}); the slower torch kernels are used", stacklevel=2)
-        return False
-    return True
+def _precision(operand: Tensor) -> str:
+    """How ``tl.dot`` rounds fp32 factors; AMD's GPUs without TF32 refuse its name, even for half types."""
+    return "tf32" if operand.dtype == torch.float32 and torch.version.hip is None else "ieee"

@@ -11,7 +11,8 @@ A packed map (T, C, s, s) in channels_last memory *is* the matrix of its rows (T
 - ``map``: the whole image with zeros at hidden positions, of whose result the visible positions are kept. The choice for
   depthwise layers where cells are so small that their tiles together are larger than the whole.
 
-On a GPU with Triton, ``im2col`` runs as one fused kernel instead, without the columns in memory (:mod:`hgkd.sparse.fused`).
+On a GPU with Triton, ``im2col`` runs as one fused kernel instead, without the columns in memory (:mod:`hgkd.sparse.fused`);
+``columns`` is ``im2col`` that never does.
 
 Nothing here knows of masks: hidden positions are the index one past the last row, where a row of zeros is appended.
 """
@@ -19,6 +20,7 @@ Nothing here knows of masks: hidden positions are the index one past the last ro
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,12 +31,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hgkd.sparse.layout import NOTHING, CellLayout, Stencil, cell_number, cells_reached
+from hgkd.sparse.hardware import is_capturing, tf32_allowed
+from hgkd.sparse.layout import NOTHING, CellLayout, Stencil, cell_number, cells_reached, made_once
 
 Regrouping = Callable[[Tensor, CellLayout], Tensor]
 
 # rows * k * k * C of one im2col slice, elements: 4 MB in fp32, about what a core's share of the cache holds
 _SLICE_ELEMENTS = 1 << 20
+# of a GPU, where a slice more is a launch more, and what limits is memory: 256 MB in fp32
+_SLICE_ELEMENTS_GPU = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,15 @@ def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry, layout: C
         return "map" if weight.shape[1] == 1 and tile > 3 * layout.visible.numel() / layout.num_cells else "halo"
     if geometry.is_pointwise:
         return "matmul"
-    return "im2col" if gathers(weight, groups) else "halo"
+    return "im2col" if gathers(weight, groups) and not _follows_cudnn(weight) else "halo"
+
+
+def _follows_cudnn(x: Tensor) -> bool:
+    """Whether torch would round fp32 convolutions to TF32 and matrix products not, as is its default on CUDA.
+
+    A convolution must then be computed as one, or it would be slower, and more exact, than the ordinary network's.
+    """
+    return x.is_cuda and x.dtype == torch.float32 and tf32_allowed("conv") and not tf32_allowed("matmul")
 
 
 def convolve(
@@ -128,7 +141,7 @@ def convolve(
     Args:
         packed: (T, C, s_in, s_in).
         weight: (O, C/groups, kh, kw) as in ``torch.nn.functional.conv2d``.
-        kernel: 'matmul', 'im2col', 'halo' or 'map'; chosen by :func:`choose_kernel` when None.
+        kernel: 'matmul', 'im2col', 'columns', 'halo' or 'map'; chosen by :func:`choose_kernel` when None.
 
     Returns:
         (T, O, s_out, s_out), channels_last.
@@ -141,13 +154,15 @@ def convolve(
         bias = None if bias is None else bias.to(dtype)
     kernel = kernel or choose_kernel(weight, groups, geometry, layout)
     if kernel == "matmul":
+        if _follows_cudnn(packed):
+            return F.conv2d(packed, weight, bias, geometry.stride)
         stride_y, stride_x = geometry.stride
         if (stride_y, stride_x) != (1, 1):
             packed = packed[:, :, ::stride_y, ::stride_x]
         rows = rows_of(packed)
         return packed_of(F.linear(rows, weight.view(weight.shape[0], -1), bias), geometry.s_out)
-    if kernel == "im2col":
-        rows = _GatherConvolution.apply(rows_of(packed), weight, geometry, layout)
+    if kernel in ("im2col", "columns"):
+        rows = _GatherConvolution.apply(rows_of(packed), weight, geometry, layout, kernel == "im2col")
         return packed_of(rows if bias is None else rows + bias, geometry.s_out)
     if kernel == "map":
         whole, excess = _Regroup.apply(packed, layout, _spread, _collect), _excess_padding(geometry, layout)
@@ -161,8 +176,12 @@ def convolve(
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def _slices(rows: int, width: int) -> list[slice]:
-    size = max(64, _SLICE_ELEMENTS // max(1, width))
+def _slice_elements(device: torch.device) -> int:
+    return _SLICE_ELEMENTS if device.type == "cpu" else _SLICE_ELEMENTS_GPU
+
+
+def _slices(rows: int, width: int, elements: int) -> list[slice]:
+    size = max(64, elements // max(1, width))
     return [slice(a, min(a + size, rows)) for a in range(0, rows, size)]
 
 
@@ -175,20 +194,52 @@ def _fused(rows: Tensor) -> ModuleType | None:
     """The module of Triton kernels where they serve these rows, else None."""
     if not rows.is_cuda or not _has_triton():
         return None
-    from hgkd.sparse import fused  # imports Triton
+    from hgkd.sparse import fused, self_check  # import Triton
 
-    return fused if fused.serves(rows.dtype) and fused.works_on(rows.device) else None
-
-
-def _readable(rows: Tensor) -> Tensor:
-    """Rows in the form that the products below read hidden positions from."""
-    return rows if _fused(rows) else with_zero_row(rows)
+    serves = fused.serves(rows.dtype, rows.device) and self_check.passed(rows.device, rows.dtype)
+    return fused if serves else None
 
 
-def _gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
-    """``concat_k(source[index[:, k]]) @ matrix``: (N, K) index, source (M, C), matrix (K*C, O) -> (N, O)."""
-    if fused := _fused(source):
-        return fused.gather_multiply(source, index, matrix)
+# specialisations of the fused kernels that have run on a device, and those that failed when they first did
+_started: set[tuple[object, ...]] = set()
+_failed: set[tuple[object, ...]] = set()
+
+
+def _attempt(what: str, rows: Tensor, taps: int, width: int, compute: Callable[[ModuleType], Tensor]) -> Tensor | None:
+    """The result of a fused kernel; None where none serves, or where this one has failed at its first launch.
+
+    Only the first is watched: that is when a kernel is compiled and its memory asked for. A later error is not the kernel's.
+    """
+    key = (what, rows.device, rows.dtype, rows.shape[1], taps, width)
+    module = None if key in _failed else _fused(rows)
+    if module is None or key in _started:
+        return None if module is None else compute(module)
+    try:
+        out = compute(module)
+        if rows.is_cuda and not is_capturing(rows.device):
+            torch.cuda.synchronize(rows.device)  # once: errors of a launch appear at the next wait
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # memory is the user's matter, and after a fault the device computes nothing more
+    except Exception as error:
+        _failed.add(key)
+        warnings.warn(
+            f"the fused kernel {what} of {rows.shape[1]} -> {width} channels, {taps} taps in {rows.dtype} does not run on "
+            f"{rows.device} ({error}); torch's kernels serve this layer",
+            stacklevel=2,
+        )
+        return None
+    _started.add(key)
+    return out
+
+
+def _gather_multiply(source: Tensor, index: Tensor, matrix: Tensor, fuse: bool) -> Tensor:
+    """``concat_k(source[index[:, k]]) @ matrix``: index (N, K) to 0 ... M, source (M, C), matrix (K*C, O) -> (N, O)."""
+    if fuse:
+        taps, width = index.shape[1], matrix.shape[1]
+        found = _attempt("gather_multiply", source, taps, width, lambda m: m.gather_multiply(source, index, matrix))
+        if found is not None:
+            return found
+    source = with_zero_row(source)
     out = source.new_empty(index.shape[0], matrix.shape[1])
     for part, columns in _columns(source, index):
         torch.mm(columns, matrix, out=out[part])
@@ -198,7 +249,7 @@ def _gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
 def _columns(source: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """``source[index]`` as (rows, K*C) in slices that stay in cache; each takes the place of the one before."""
     taps, channels = index.shape[1], source.shape[1]
-    parts = _slices(index.shape[0], taps * channels)
+    parts = _slices(index.shape[0], taps * channels, _slice_elements(source.device))
     buffer = source.new_empty(parts[0].stop * taps, channels)
     for part in parts:
         found = buffer[: (part.stop - part.start) * taps]
@@ -210,21 +261,21 @@ class _GatherConvolution(torch.autograd.Function):
     """Dense (groups = 1) convolution of rows by gathering neighbours; saves the rows, not the columns."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, rows: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout, fuse: bool) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(rows, weight)
-        ctx.geometry, ctx.layout = geometry, layout
+        ctx.geometry, ctx.layout, ctx.fuse = geometry, layout, fuse
         # a view when the weights are channels_last: the product reads it transposed, nothing is copied
         matrix = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).t()
-        return _gather_multiply(_readable(rows), _forward_index(geometry, layout), matrix)
+        return _gather_multiply(rows, _forward_index(geometry, layout), matrix, fuse)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[no-untyped-def, override]
         rows, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_rows = _input_gradient(grad, weight, ctx.geometry, ctx.layout) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(rows, grad, weight, ctx.geometry, ctx.layout) if ctx.needs_input_grad[1] else None
-        return grad_rows, grad_weight, None, None
+        grad, how = grad.contiguous(), (ctx.geometry, ctx.layout, ctx.fuse)
+        grad_rows = _input_gradient(grad, weight, *how) if ctx.needs_input_grad[0] else None
+        grad_weight = _weight_gradient(rows, grad, weight, *how) if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_weight, None, None, None
 
 
 def _forward_index(geometry: ConvGeometry, layout: CellLayout) -> Tensor:
@@ -232,30 +283,35 @@ def _forward_index(geometry: ConvGeometry, layout: CellLayout) -> Tensor:
     return layout.neighbours(geometry.s_in, geometry.s_out, geometry.stride[0], geometry.offsets(0), geometry.offsets(1))
 
 
-def _weight_gradient(rows: Tensor, grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:
+def _weight_gradient(
+    rows: Tensor, grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout, fuse: bool
+) -> Tensor:
     out_channels, in_channels, kh, kw = weight.shape
-    index, source = _forward_index(geometry, layout), _readable(rows)
-    if fused := _fused(rows):
-        total = fused.weight_gradient(source, index, grad).to(weight.dtype)
-    else:
+    index, total = _forward_index(geometry, layout), None
+    if fuse:
+        total = _attempt(
+            "weight_gradient", rows, kh * kw, out_channels, lambda m: m.weight_gradient(rows, index, grad).to(weight.dtype)
+        )
+    if total is None:
         total = grad.new_empty(out_channels, kh * kw * in_channels)
-        for part, columns in _columns(source, index):
+        for part, columns in _columns(with_zero_row(rows), index):
             # beta=0 for the first: what memory holds before is not read, so it need not be filled with zeros
             total.addmm_(grad[part].t(), columns, beta=0 if part.start == 0 else 1)
     return total.view(out_channels, kh, kw, in_channels).permute(0, 3, 1, 2)  # channels_last, as such weights are
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout) -> Tensor:
+def _input_gradient(grad: Tensor, weight: Tensor, geometry: ConvGeometry, layout: CellLayout, fuse: bool) -> Tensor:
     """Gather, then multiply, as forward; but the other way round for strides and for weights larger than the map.
 
     The product with the weights as they lie has one row an output and tap. Every input then sums the few that it was part of.
     That copies no weight, and leaves a stride nothing to split into phases; a large map would leave the cache between the two.
     """
     out_channels, in_channels, kh, kw = weight.shape
-    if geometry.stride[0] == 1 and (grad.shape[0] * kh * kw * in_channels > _SLICE_ELEMENTS or _fused(grad)):
+    large = grad.shape[0] * kh * kw * in_channels > _slice_elements(grad.device)
+    if geometry.stride[0] == 1 and (large or (fuse and _fused(grad) is not None)):
         s = geometry.s_out
         index = layout.neighbours(s, s, 1, geometry.transposed_offsets(0), geometry.transposed_offsets(1))
-        return _gather_multiply(_readable(grad), index, weight.permute(2, 3, 0, 1).reshape(-1, in_channels))
+        return _gather_multiply(grad, index, weight.permute(2, 3, 0, 1).reshape(-1, in_channels), fuse)
     matrix = weight.permute(0, 2, 3, 1).reshape(out_channels, -1)
     products = grad.new_empty(grad.shape[0] + 1, matrix.shape[1])
     torch.mm(grad, matrix, out=products[:-1])
@@ -270,7 +326,7 @@ def _transposed_index(geometry: ConvGeometry, layout: CellLayout) -> Tensor:
     return layout.look_up(key, lambda: _transposed_stencil(geometry, layout.device), s_out * s_out * area, taps)
 
 
-@cache
+@made_once
 def _transposed_stencil(geometry: ConvGeometry, device: torch.device) -> Stencil:
     s_in, s_out, (kh, kw) = geometry.s_in, geometry.s_out, geometry.kernel
     with torch.inference_mode(False):  # it may be kept for a training to come
@@ -378,7 +434,7 @@ class _HaloTiles(torch.autograd.Function):
         if geometry.border != "constant":  # a place may occur several times in one tile
             (index,) = ctx.saved_tensors
             rows = grad.new_zeros(layout.num_cells * s * s + 1, grad.shape[1])
-            rows.index_add_(0, index.flatten(), tiles.reshape(-1, grad.shape[1]))
+            _add_rows(rows, index.flatten(), tiles.reshape(-1, grad.shape[1]))
             return packed_of(rows[:-1], s), None, None, None
         spans_y = _spans(s, geometry.pad[0], tiles.shape[1])
         spans_x = _spans(s, geometry.pad[1], tiles.shape[2])
@@ -398,6 +454,14 @@ class _HaloTiles(torch.autograd.Function):
                     strip = torch.cat([strip, strip.new_zeros(1, *strip.shape[1:])])
                     out[:, in_y, in_x] += strip.index_select(0, cells[:, dy + reach, dx + reach])
         return out.permute(0, 3, 1, 2), None, None, None
+
+
+def _add_rows(rows: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add values to the rows of an index with repeats, in a fixed order on every device."""
+    if values.is_cuda:  # there ``index_add_`` is atomic, while this sorts
+        rows.index_put_((index,), values, accumulate=True)
+    else:
+        rows.index_add_(0, index, values)
 
 
 def _spans(s: int, pad: int, size: int) -> dict[int, tuple[slice, slice]]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, TypeVar
+from functools import cache, cached_property, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hgkd.errors import InvalidTypeError, InvalidValueError
+from hgkd.sparse.hardware import is_capturing
 
 T = TypeVar("T")
 
@@ -37,8 +38,7 @@ class CellLayout:
 
     Raises:
         TypeError: ``visible`` is not a bool tensor.
-        ValueError: wrong shape, ``cell`` < 1, or (checked on the CPU only, to keep a GPU running) an image without any
-            visible cell.
+        ValueError: wrong shape, ``cell`` < 1, or an image without any visible cell.
     """
 
     def __init__(self, visible: Tensor, cell: int, renormalize: bool = False) -> None:
@@ -49,20 +49,21 @@ class CellLayout:
             raise InvalidValueError("visible-shape", f"visible must have shape (B, h, w), got {tuple(visible.shape)}")
         if cell < 1:
             raise InvalidValueError("cell-not-positive", f"cell must be a positive number of pixels, got {cell}")
-        if visible.device.type == "cpu" and not bool(visible.flatten(1).any(1).all()):
-            empty = (~visible.flatten(1).any(1)).nonzero().flatten().tolist()
-            raise InvalidValueError(
-                "image-without-visible-cell",
-                f"images {empty[:5]} of the batch have no visible cell; keep at least one cell an image",
-            )
+        counts = _sent_to_host(visible.flatten(1).sum(1))
         self.visible = visible
         self.cell = cell
         self.renormalize = renormalize
         self.batch, h, w = visible.shape
         self.grid = (h, w)
         self.image_size = (h * cell, w * cell)
-        self._positions = visible.flatten().nonzero().flatten()  # the one wait for the device
+        self._positions = visible.flatten().nonzero().flatten()  # the one wait for the device, after which counts are here too
         self.num_cells = self._positions.numel()
+        if 0 in (counted := counts.tolist()):
+            empty = [image for image, count in enumerate(counted) if not count]
+            raise InvalidValueError(
+                "image-without-visible-cell",
+                f"images {empty[:5]} of the batch have no visible cell; keep at least one cell an image",
+            )
         self._cache: dict[tuple[object, ...], Any] = {}
 
     def __repr__(self) -> str:
@@ -128,6 +129,10 @@ class CellLayout:
         """Visible positions of a feature map, bool (B, 1, H/stride, W/stride)."""
         s = self.side(stride)
         return self.keep(("mask", s), lambda: self.visible.repeat_interleave(s, 1).repeat_interleave(s, 2).unsqueeze(1))
+
+    def mask_as(self, stride: int, dtype: torch.dtype) -> Tensor:
+        """:meth:`mask` as numbers 1 and 0, (B, 1, H/stride, W/stride)."""
+        return self.keep(("mask", self.side(stride), dtype), lambda: self.mask(stride).to(dtype))
 
     def row_map(self, s: int) -> Tensor:
         """Packed row of every position, int64 (B, h*s, w*s), with ``T*s*s`` (one past the last row) at hidden positions."""
@@ -274,6 +279,28 @@ class CellLayout:
         return dense
 
 
+def _sent_to_host(values: Tensor) -> Tensor:
+    """A copy on the host. From a CUDA device it is there after the next wait for the stream, and brings no wait of its own."""
+    if not values.is_cuda:
+        return values.cpu()
+    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+
+
+def made_once(make: Callable[..., Stencil]) -> Callable[..., Stencil]:
+    """Cache of what depends on its arguments alone, of which the last is the device.
+
+    Not while a CUDA graph is recorded: what is made then holds nothing until the graph runs, and lies in the graph's memory.
+    """
+    kept = cache(make)
+
+    @wraps(make)
+    def find(*arguments: object) -> Stencil:
+        device = cast(torch.device, arguments[-1])
+        return make(*arguments) if is_capturing(device) else kept(*arguments)
+
+    return find
+
+
 @dataclass(frozen=True)
 class Stencil:
     """Neighbours that the points of a cell read: equal for every cell and mask, so made once a process.
@@ -292,7 +319,7 @@ class Stencil:
 NOTHING = 1 << 40  # more than any map has values
 
 
-@cache
+@made_once
 def regular_stencil(
     s: int, count: int, step: int, offsets_y: tuple[int, ...], offsets_x: tuple[int, ...], device: torch.device
 ) -> Stencil:
@@ -325,6 +352,34 @@ def spaced(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 def _mirrored(positions: Tensor, size: int) -> Tensor:
     """Positions beyond either end of an axis, folded back into 0 ... size - 1."""
     return size - 1 - (size - 1 - positions.abs()).abs()
+
+
+class RepeatImages(torch.autograd.Function):
+    """(B, ...) -> (T, ...), for each visible cell what its image has; the gradient is a sum in a fixed order, no atomics."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, cells: CellLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.cells = cells
+        return values.index_select(0, cells.image_of_cell)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+        return SumImages.apply(grad, ctx.cells), None
+
+
+class SumImages(torch.autograd.Function):
+    """(T, ...) -> (B, ...), the sum over each image's visible cells; the inverse direction of :class:`RepeatImages`."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, cells: CellLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.cells = cells
+        places = cells.visible[0].numel()
+        placed = values.new_zeros(cells.batch * places, *values.shape[1:]).index_copy_(0, cells._positions, values)
+        return placed.view(cells.batch, places, *values.shape[1:]).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+        return RepeatImages.apply(grad, ctx.cells), None
 
 
 class _SelectRows(torch.autograd.Function):

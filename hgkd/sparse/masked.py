@@ -1,8 +1,10 @@
 """Backend ``masked``: dense compute, hidden positions multiplied by zero before anything that reads neighbours.
 
 This is what SparK (arXiv 2301.03580) and its descendants do; here it is the reference that the other backends are tested
-against and the baseline of the benchmarks. With nothing hidden it multiplies nothing and is the dense network itself, so the
-other backends hand over to it then.
+against, the baseline of the benchmarks, and what :mod:`hgkd.sparse.choice` falls back to where it is the fastest. With nothing
+hidden it multiplies nothing and is the dense network itself, so the other backends hand over to it then.
+
+Nothing here waits for the device: positions are never picked by a mask, statistics are sums of products with it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
@@ -20,7 +23,10 @@ from hgkd.sparse.kernels import ConvGeometry
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.packed import _side_of
 from hgkd.sparse.taps import renormalised, tap_factor
-from hgkd.sparse.tensor import Arguments, Function, Options, Rule, SparseTensor, function_rule, plain_torch
+from hgkd.sparse.tensor import Arguments, Function, Options, Rule, SparseTensor, function_rule, plain_torch, wide
+
+_BATCH_NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_POSITIONS = (0, 2, 3)
 
 
 class MaskedTensor(SparseTensor):
@@ -32,8 +38,7 @@ class MaskedTensor(SparseTensor):
     def pack(cls, dense: Tensor, cells: CellLayout) -> MaskedTensor:
         if cells.all_visible:
             return cls.wrap(dense.view_as(dense), cells)
-        mask = cells.mask(cells.cell // _side_of(dense, cells))
-        return cls.wrap(dense * mask.to(dense.dtype), cells)
+        return cls.wrap(dense * cells.mask_as(cells.cell // _side_of(dense, cells), dense.dtype), cells)
 
     def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:  # type: ignore[override]
         self.check_complete()
@@ -60,7 +65,8 @@ class MaskedTensor(SparseTensor):
         """The values as an ordinary tensor with 0 at hidden positions, and padded if it was to be."""
         values = self.plain
         if not self.cells.all_visible:
-            values = values * self.visible_mask.to(values.dtype)
+            mask = self.cells.mask_as(self.stride, values.dtype)
+            values = values * (mask if self.channel_dim == 1 else mask.permute(0, 2, 3, 1))
         if self.pending is not None:
             fill = self.pending.value if self.pending.mode == "constant" else None
             values = F.pad(values, self.pending.sides, self.pending.mode, fill)
@@ -75,9 +81,9 @@ class MaskedTensor(SparseTensor):
         return value
 
     def image_sum(self, values: Tensor) -> Tensor:
-        """Sum of (B, C, H, W) values over visible positions: (B, C)."""
+        """Sum of (B, C, H, W) values over visible positions: (B, C), fp32 or wider."""
         hidden = ~self.visible_mask
-        return values.masked_fill(hidden, 0.0).sum(self.spatial_dims)
+        return values.masked_fill(hidden, 0.0).sum(self.spatial_dims, dtype=wide(values.dtype))
 
     def image_max(self) -> Tensor:
         """Maximum over visible positions: (B, C)."""
@@ -90,26 +96,87 @@ def _batch_norm(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Op
         raise NoSparseRuleError(
             "channels-last-order", "batch_norm on a sparse feature map in channels-last order; permute first"
         )
-    x = args[0] if args else kwargs.pop("input")
-    if x.cells.all_visible:
+    given: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
+    given |= dict(zip(_BATCH_NORM_NAMES, args, strict=False)) | kwargs
+    x = given.pop("input")
+    if x.cells.all_visible or not given["training"]:  # with given statistics each position is normed by itself
         with plain_torch():
-            return x.like(func(x, *args[1:], **kwargs))
-    visible = x.visible_mask[:, 0]
-    rows = x.plain.permute(0, 2, 3, 1)
-    with plain_torch():
-        normed = func(rows[visible], *args[1:], **kwargs)
-    out = torch.zeros_like(rows, dtype=normed.dtype)
-    out[visible] = normed
-    return x.like(out.permute(0, 3, 1, 2))
+            return x.like(F.batch_norm(x, **given))
+    return x.like(_normed(x, **given))
+
+
+def _normed(
+    x: MaskedTensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch normalisation by the statistics of the visible positions, which update the running ones."""
+    count = x.cells.num_cells * x.cells.side(x.stride) ** 2
+    F._verify_batch_size([count, x.shape[1]])  # type: ignore[attr-defined]  # torch's own error for one value a channel
+    mask = x.cells.mask_as(x.stride, wide(x.dtype))
+    out, mean, variance = _MaskedBatchNorm.apply(x.plain, mask, weight, bias, count, eps)
+    with torch.no_grad():
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        if running_var is not None:
+            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+    return out
+
+
+class _MaskedBatchNorm(torch.autograd.Function):
+    """Batch normalisation over the positions where a mask is 1; like torch's it saves its input, and adds in fp32 or wider.
+
+    The variance is that of the differences from the mean: in one pass, as sum(x*x*m)/n - mean**2, it would lose the digits that
+    both have in common. Outputs at hidden positions mean nothing, and their gradients are not read.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, count: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values = x.to(mask.dtype)
+        mean = (values * mask).sum(_POSITIONS) / count
+        centred = (values - mean.view(1, -1, 1, 1)).mul_(mask)
+        variance = torch.linalg.vector_norm(centred, dim=_POSITIONS).square() / count
+        deviation = torch.rsqrt(variance + eps)
+        scale = deviation if weight is None else deviation * weight
+        out = centred.mul_(scale.view(1, -1, 1, 1))
+        if bias is not None:
+            out.add_(bias.view(1, -1, 1, 1))
+        ctx.save_for_backward(x, mask, weight, mean, deviation)
+        ctx.count, ctx.has_bias = count, bias is not None
+        ctx.mark_non_differentiable(mean, variance)
+        return out.to(x.dtype), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+        x, mask, weight, mean, deviation = ctx.saved_tensors
+        slopes = grad.to(mask.dtype) * mask
+        centred = (x.to(mask.dtype) - mean.view(1, -1, 1, 1)).mul_(mask)
+        total, along = slopes.sum(_POSITIONS), (slopes * centred).sum(_POSITIONS)
+        scale = deviation if weight is None else deviation * weight
+        slopes.sub_((total / ctx.count).view(1, -1, 1, 1) * mask)
+        slopes.sub_(centred.mul_((along * deviation.square() / ctx.count).view(1, -1, 1, 1)))
+        grad_weight = None if weight is None else (along * deviation).to(weight.dtype)
+        grad_bias = total if ctx.has_bias else None
+        return slopes.mul_(scale.view(1, -1, 1, 1)).to(x.dtype), None, grad_weight, grad_bias, None, None
 
 
 @function_rule("conv2d", on=(MaskedTensor,))
 def _conv2d(func: Function, owner: MaskedTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     given = conv_arguments(args, kwargs)
     x = given.pop("input")
-    factor = tap_factor(x.cells, _check(x, "conv2d", given["weight"].shape[2:], given), x.dtype)
-    bias = given.pop("bias")
-    return x.like(renormalised(factor, bias, lambda bias: F.conv2d(x.zeroed, bias=bias, **given)))
+    geometry = _check(x, "conv2d", given["weight"].shape[2:], given)
+    factor, bias = tap_factor(x.cells, geometry, x.dtype), given.pop("bias")
+    # where each output reads its own position alone, hidden ones stay among themselves
+    values = x.plain if geometry.is_pointwise and x.pending is None else x.zeroed
+    return x.like(renormalised(factor, bias, lambda bias: F.conv2d(values, bias=bias, **given)))
 
 
 @function_rule("max_pool2d", on=(MaskedTensor,))

@@ -16,9 +16,9 @@ from torch import Tensor
 from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.sparse import kernels
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
-from hgkd.sparse.layout import CellLayout
+from hgkd.sparse.layout import CellLayout, RepeatImages, SumImages
 from hgkd.sparse.taps import packed_tap_factor, renormalised
-from hgkd.sparse.tensor import Arguments, Function, Options, Padding, Rule, SparseTensor, function_rule, plain_torch
+from hgkd.sparse.tensor import Arguments, Function, Options, Padding, Rule, SparseTensor, function_rule, plain_torch, wide
 
 
 class PackedTensor(SparseTensor):
@@ -51,22 +51,18 @@ class PackedTensor(SparseTensor):
             raise InvalidValueError(
                 "operand-shape", f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
             )
-        return value.index_select(0, self.cells.image_of_cell)
+        return RepeatImages.apply(value, self.cells)
 
     def image_sum(self, values: Tensor) -> Tensor:
         """Sum of (T, C, s, s) values over each image's visible positions: (B, C), fp32 or wider."""
-        per_cell = values.sum(self.spatial_dims, dtype=torch.promote_types(values.dtype, torch.float32))
-        # one small matrix product instead of atomic additions: the same result on every run
-        image = torch.arange(self.cells.batch, device=values.device)
-        member = image[:, None] == self.cells.image_of_cell[None, :]
-        return (member.to(per_cell.dtype) @ per_cell).to(values.dtype)
+        return SumImages.apply(values.sum(self.spatial_dims, dtype=wide(values.dtype)), self.cells)
 
     def image_max(self) -> Tensor:
         """Maximum over each image's visible positions: (B, C)."""
         per_cell = self.plain.amax(self.spatial_dims)
-        index = self.cells.image_of_cell[:, None].expand_as(per_cell)
-        out = per_cell.new_full((self.cells.batch, per_cell.shape[1]), float("-inf"))
-        return out.scatter_reduce(0, index, per_cell, "amax")
+        batch, places = self.cells.batch, self.cells.visible[0].numel()
+        least = per_cell.new_full((batch * places, per_cell.shape[1]), float("-inf"))
+        return least.index_copy(0, self.cells._positions, per_cell).view(batch, places, -1).amax(1)
 
 
 def _side_of(dense: Tensor, cells: CellLayout) -> int:

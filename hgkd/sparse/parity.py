@@ -74,6 +74,7 @@ def measure_parity(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     renormalize: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Parity:
     """Run a copy of a network on three small images with 1, 3 and 6 of 2 x 3 cells visible, forward and backward.
 
@@ -87,6 +88,7 @@ def measure_parity(
         backend: the one to be checked.
         dtype: of parameters and images.
         renormalize: of :func:`hgkd.sparse.sparsify`.
+        device: where both run; numbers are drawn on the CPU, so they are the same everywhere.
 
     Raises:
         NoSparseRuleError: the network holds an operation that has no rule; it is named.
@@ -100,11 +102,12 @@ def measure_parity(
         for parameter in network.parameters():
             if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
                 parameter.uniform_(0.5, 1.5, generator=generator)
-    images = torch.randn(3, image_channels(network), 2 * cell, 3 * cell, dtype=dtype, generator=generator)
+    images = torch.randn(3, image_channels(network), 2 * cell, 3 * cell, dtype=dtype, generator=generator).to(device)
+    network = network.to(device)
     some = torch.zeros(3, 2, 3, dtype=torch.bool)
     some[0, 1, 1] = some[1, 0, 0] = some[1, 0, 1] = some[1, 1, 2] = True
     some[2] = True
-    hidden, everything = (CellLayout(mask, cell, renormalize) for mask in (some, torch.ones_like(some)))
+    hidden, everything = (CellLayout(mask.to(device), cell, renormalize) for mask in (some, torch.ones_like(some)))
     found = _run(sparsify(network, cell, backend, renormalize), images, backend, hidden)
     expected = _run(sparsify(network, cell, "masked", renormalize), images, "masked", hidden)
     open_found = _run(sparsify(network, cell, backend, renormalize), images, backend, everything)
@@ -120,10 +123,10 @@ def _run(network: nn.Module, images: Tensor, backend: str | None, cells: CellLay
     forward = getattr(network, "forward_features", network)
     made = forward(leaf if backend is None else BACKENDS[backend].pack(leaf, cells))
     outputs = {str(i): t.to_dense() if isinstance(t, SparseTensor) else t for i, t in enumerate(_tensors(made))}
-    total = torch.zeros((), dtype=images.dtype)
+    total = images.new_zeros(())
     for i, output in enumerate(outputs.values()):
         probe = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(i))
-        total = total + (output * probe).sum()
+        total = total + (output * probe.to(output.device)).sum()
     total.backward()
     named = [("images", leaf), *network.named_parameters()]
     gradients = {name: tensor.grad for name, tensor in named if tensor.grad is not None}

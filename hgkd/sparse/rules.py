@@ -22,6 +22,7 @@ from hgkd.sparse.tensor import (
     calling_layer,
     function_rule,
     plain_torch,
+    wide,
 )
 
 BOTH = (PackedTensor, MaskedTensor)
@@ -287,7 +288,7 @@ def _mean(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options)
 
 @function_rule("sum", on=BOTH)
 def _sum(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:
-    return _reduce(func, owner, args, kwargs, 2, lambda: owner.image_sum(owner.plain))
+    return _reduce(func, owner, args, kwargs, 2, lambda: as_dense_would(owner, owner.image_sum(owner.plain)))
 
 
 @function_rule("amax", on=BOTH)
@@ -302,7 +303,8 @@ def _norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options)
         raise _refuse("norm-power", func, f"the norm with p={power}; only p=2 is supported")
     rest = {"dim": args[2] if len(args) > 2 else kwargs.get("dim")}
     rest["keepdim"] = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
-    return _reduce(func, owner, (owner,), rest, 2, lambda: owner.image_sum(owner.plain.square()).sqrt())
+    squares = owner.plain.to(wide(owner.dtype)).square()  # of fp16 they would overflow above 255
+    return _reduce(func, owner, (owner,), rest, 2, lambda: as_dense_would(owner, owner.image_sum(squares).sqrt()))
 
 
 @function_rule("adaptive_avg_pool2d", on=BOTH)
@@ -330,7 +332,12 @@ def image_mean(x: SparseTensor) -> Tensor:
     s = x.cells.side(x.stride)
     positions = (x.cells.cells_per_image * (s * s)).unsqueeze(1)
     total = x.image_sum(x.plain)
-    return total / positions.to(total.dtype)
+    return (total / positions.to(total.dtype)).to(x.dtype)
+
+
+def as_dense_would(x: SparseTensor, statistics: Tensor) -> Tensor:
+    """Sums and norms in the type of the map; under autocast they stay fp32, as torch's do there."""
+    return statistics if torch.is_autocast_enabled(x.device.type) else statistics.to(x.dtype)
 
 
 @function_rule("group_norm", on=BOTH)
@@ -338,6 +345,8 @@ def _group_norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Op
     names = ("input", "num_groups", "weight", "bias", "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
     groups, eps = given["num_groups"], given.get("eps", 1e-5)
+    dtype = owner.dtype
+    owner = cast(SparseTensor, owner.to(wide(dtype)))
 
     def per_group(mean: Tensor) -> Tensor:
         batch, channels = mean.shape
@@ -349,7 +358,7 @@ def _group_norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Op
         out = out * given["weight"].view(1, -1, 1, 1)
     if given.get("bias") is not None:
         out = out + given["bias"].view(1, -1, 1, 1)
-    return out
+    return cast(SparseTensor, out if torch.is_autocast_enabled(owner.device.type) else out.to(dtype))
 
 
 @function_rule("interpolate", on=BOTH)

@@ -32,6 +32,11 @@ T = TypeVar("T", bound="SparseTensor")
 plain_torch = torch._C.DisableTorchFunctionSubclass
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that statistics are taken in: fp32 or wider, under autocast as well."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class Padding:
     """Positions that ``torch.nn.functional.pad`` put round the image, remembered until a window function reads them.
@@ -96,7 +101,7 @@ class SparseTensor(Tensor):
         raise NotImplementedError
 
     def image_sum(self, values: Tensor) -> Tensor:
-        """Sum of plain values, stored as this tensor's are, over each image's visible positions: (B, C)."""
+        """Sum of plain values, stored as this tensor's are, over each image's visible positions: (B, C), fp32 or wider."""
         raise NotImplementedError
 
     def image_max(self) -> Tensor:

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -104,19 +103,6 @@ def test_cpu_tensors_use_the_torch_kernels() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="there it does work on the CPU")
-def test_triton_that_does_not_work_is_said_once() -> None:
-    from hgkd.sparse import fused
-
-    fused.works_on.cache_clear()
-    with pytest.warns(UserWarning, match=r"Triton does not work on cpu .*; the slower torch kernels are used"):
-        assert not fused.works_on(torch.device("cpu"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not fused.works_on(torch.device("cpu"))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
 @pytest.mark.parametrize("name", ["_gather_multiply", "_weight_gradient"])
 def test_the_kernels_compile_for_a_gpu(name, tmp_path, monkeypatch) -> None:
@@ -129,23 +115,10 @@ def test_the_kernels_compile_for_a_gpu(name, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(fused, name)
-    constants = {"BLOCK_POINTS": 32, "BLOCK_CHANNELS": 32, "BLOCK_WIDTH": 32, "SLICES": 2}
+    constants = {"BLOCK_POINTS": 32, "BLOCK_CHANNELS": 32, "BLOCK_WIDTH": 32, "PRECISION": "ieee"}
     kinds = {"index": "*i64", "partial": "*fp32"} | dict.fromkeys(["source", "matrix", "out", "grad"], "*bf16")
-    kinds |= dict.fromkeys(["rows", "points", "taps", "channels", "width"], "i32")
+    kinds |= dict.fromkeys(["rows", "points", "taps", "channels", "width", "slices"], "i32")
     signature = {argument: kinds.get(argument, "constexpr") for argument in kernel.arg_names}
     given = {(i,): constants[a] for i, a in enumerate(kernel.arg_names) if a in constants}
     made = triton.compile(ASTSource(kernel, signature, given), target=GPUTarget("cuda", 90, 32))
     assert "mma" in made.asm["ptx"], "the product should run on tensor cores"
-
-
-def test_which_types_the_kernels_serve() -> None:
-    fused = pytest.importorskip("hgkd.sparse.fused")
-    before = torch.backends.cuda.matmul.allow_tf32  # monkeypatch cannot restore it: it is no real attribute
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-        assert [fused.serves(kind) for kind in kinds] == [True, True, False, False]
-        torch.backends.cuda.matmul.allow_tf32 = True
-        assert fused.serves(torch.float32)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
