@@ -84,7 +84,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             sees each, and the teacher sees the image once where the objectives ask for whole images. A step then costs one
             teacher pass and ``masks_per_image`` student passes.
         whole_view: the student sees each training image whole as well.
-        data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device.
+        data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device, without waiting for it.
 
     Attributes:
         teachers: all teachers by name; a single one is called 'teacher', and is also the attribute ``teacher``.
@@ -113,7 +113,11 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         teacher_channels: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         mask_teacher: str | None = None,
     ) -> None:
-        super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
+        # copies from the loader's pinned memory go on while the host prepares the step
+        preprocessor = (
+            {"type": "BaseDataPreprocessor", "non_blocking": True} if data_preprocessor is None else data_preprocessor
+        )
+        super().__init__(data_preprocessor=dict(preprocessor))
         if not 0.0 <= flip <= 1.0:
             raise InvalidValueError("flip-out-of-range", f"flip must be a probability in [0, 1], got {flip}")
         if isinstance(masks_per_image, bool) or not isinstance(masks_per_image, int) or masks_per_image < 1:
@@ -364,8 +368,23 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         # 2. the teacher, once for all objectives that can share a pass: its many large operations keep a GPU at work while
         # the host prepares the student's; 3. the student, which sees the visible cells only
         teacher_outs = self.teach(images, visible, index, flipped)
-        student_out: StudentOutput = self.student(images if views == 1 else images.repeat(views, 1, 1, 1), visible)
-        return student_out, teacher_outs
+        return self._student_sees(images, visible, self._cells_shown(len(images), views)), teacher_outs
+
+    def _student_sees(self, images: Tensor, visible: Tensor, num_cells: int | None) -> StudentOutput:
+        views = len(visible) // len(images)
+        seen = images if views == 1 else images.repeat(views, 1, 1, 1)
+        counted = {"num_cells": num_cells} if self.student.takes_count else {}
+        out: StudentOutput = self.student(seen, visible, **counted)
+        return out
+
+    def _cells_shown(self, batch: int, views: int) -> int | None:
+        """How many cells all views of a batch show together, where the mask's generator fixes it; None: to be counted."""
+        mask = self.mask
+        if not isinstance(mask, CountedMask) or (mask.counts_differ and not mask.in_unmasked_end):
+            return None
+        h, w = self.mask_grid
+        whole = self.whole_view and not mask.in_unmasked_end
+        return batch * ((views - whole) * mask.count((h, w)) + whole * h * w)
 
     @property
     def shown_channels(self) -> Sequence[int] | None:
