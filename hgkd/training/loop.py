@@ -34,10 +34,11 @@ from torch.utils.data import DataLoader
 
 from hgkd.data.sampler import EpochSampler, mixed_seed
 from hgkd.errors import DivergedError, InvalidValueError
+from hgkd.networks.untouched import unchanged
 from hgkd.training.in_force import in_force, lines_of
 from hgkd.training.last_batch import check_last_batch, told_single_values
 from hgkd.training.resuming import images_that_differ
-from hgkd.training.wrapping import plain_model, unchanged
+from hgkd.training.wrapping import plain_model
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
