@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ class TeacherOutput:
             return self
 
         def repeated(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.repeat(views, *[1] * (value.dim() - 1))
+            return None if value is None else torch.cat([value] * views)  # keeps the memory format
 
-        tokens = {block: value.repeat(views, 1, 1, 1) for block, value in self.tokens.items()}
+        tokens = {block: torch.cat([value] * views) for block, value in self.tokens.items()}
         return TeacherOutput(tokens, self.grid, repeated(self.cls), repeated(self.decoded))
 
 

@@ -21,6 +21,7 @@ from mmengine.registry import Registry
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
+from hgkd.distillers.graphs import StepGraphs, taken_apart
 from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.masking import CountedMask, MaskGenerator, Randomness
 from hgkd.networks.guest import TeacherOwner
@@ -84,7 +85,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             sees each, and the teacher sees the image once where the objectives ask for whole images. A step then costs one
             teacher pass and ``masks_per_image`` student passes.
         whole_view: the student sees each training image whole as well.
-        data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device.
+        cuda_graph: record what follows mask and teachers as a CUDA graph; True, False or 'auto': on a GPU, where every image
+            shows a fixed number of cells and one process trains, once a graph's losses and gradients agree with the eager ones.
+        data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device, without waiting for it.
 
     Attributes:
         teachers: all teachers by name; a single one is called 'teacher', and is also the attribute ``teacher``.
@@ -112,14 +115,20 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         teachers: Mapping[str, Mapping[str, Any]] | None = None,
         teacher_channels: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         mask_teacher: str | None = None,
+        cuda_graph: bool | str = "auto",
     ) -> None:
-        super().__init__(data_preprocessor=None if data_preprocessor is None else dict(data_preprocessor))
+        # copies from the loader's pinned memory go on while the host prepares the step
+        preprocessor = (
+            {"type": "BaseDataPreprocessor", "non_blocking": True} if data_preprocessor is None else data_preprocessor
+        )
+        super().__init__(data_preprocessor=dict(preprocessor))
         if not 0.0 <= flip <= 1.0:
             raise InvalidValueError("flip-out-of-range", f"flip must be a probability in [0, 1], got {flip}")
         if isinstance(masks_per_image, bool) or not isinstance(masks_per_image, int) or masks_per_image < 1:
             raise InvalidValueError(
                 "masks-per-image", f"masks_per_image is the number of masks of an image, 1 or more, got {masks_per_image!r}"
             )
+        self._graphs = StepGraphs(cuda_graph)
         self.flip = flip
         self.masks_per_image = masks_per_image
         self.whole_view = whole_view
@@ -151,6 +160,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         self.mask.check(self.mask_grid)
         self._check_hidden()
         self._check_counts()
+        self._check_graph()
         grids: dict[str | None, tuple[int, int]] = {}
         for name, part in self.teachers.items():
             if len(self.teachers) > 1:
@@ -276,6 +286,17 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
                 "takes as many of each; use one mask_ratio without a whole view, or a SparseUNet",
             )
 
+    def _check_graph(self) -> None:
+        """Raise ValueError when a CUDA graph is asked for, and its shapes would change from step to step."""
+        fixed = isinstance(self.mask, CountedMask) and not self.mask.counts_differ
+        if self._graphs.choice is True and not (fixed and self.student.takes_count):
+            asked = f"a {type(self.student).__name__}" if fixed else f"{type(self.mask).__name__}"
+            raise InvalidValueError(
+                "cuda-graph-impossible",
+                f"cuda_graph=True needs a SparseUNet and a mask that shows a fixed number of cells, not {asked} with "
+                f"mask_ratio={getattr(self.mask, 'mask_ratio', None)}; use cuda_graph='auto', which trains without it",
+            )
+
     def _seen(self) -> str:
         """What the student sees, for the log."""
         height, width = self.mask_grid
@@ -321,8 +342,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         """
         images = to_unit_range(inputs)
         if mode == "loss":
-            found = self._loss_terms(images, data.get("index"))
-            return {name: weight * term.loss() for name, (weight, term) in found.items()}
+            return self._losses(images, data.get("index"))
         if mode == "predict":
             return feature_samples(self.student.pooled(images).float(), data)
         if mode == "tensor":
@@ -336,7 +356,11 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
 
     def _loss_terms(self, images: Tensor, index: Tensor | None) -> dict[str, tuple[float, LossTerm]]:
         """Name of a loss -> its weight and its term."""
-        student_out, teacher_outs = self._see(images, index)
+        return self._terms_of(*self._see(images, index))
+
+    def _terms_of(
+        self, student_out: StudentOutput, teacher_outs: Mapping[str, TeacherOutput]
+    ) -> dict[str, tuple[float, LossTerm]]:
         parts: dict[str, Any] = dict(self.objectives.items())
         return {
             f"{name}_{term}_loss": (self.weights[name], found)
@@ -352,6 +376,26 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
 
     def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """Outputs of student and teacher for a batch; the teacher's by name of the objective."""
+        images, visible, teacher_outs = self._show(images, index)
+        return self._student_sees(images, visible, self._cells_shown(len(images), len(visible))), teacher_outs
+
+    def _losses(self, images: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+        """Name -> loss, what follows mask and teachers by a CUDA graph where there is one."""
+        images, visible, teacher_outs = self._show(images, index)
+        num_cells = self._cells_shown(len(images), len(visible))
+        tensors, rebuilt = taken_apart(teacher_outs)
+
+        def compute(images: Tensor, visible: Tensor, *tensors: Tensor) -> dict[str, Tensor]:
+            found = self._terms_of(self._student_sees(images, visible, num_cells), rebuilt(tensors))
+            return {name: weight * term.loss() for name, (weight, term) in found.items()}
+
+        inputs = (images, visible, *tensors)
+        if num_cells is None or not self.student.takes_count:
+            return compute(*inputs)
+        return self._graphs.losses(self, compute, inputs, (num_cells,))
+
+    def _show(self, images: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, dict[str, TeacherOutput]]:
+        """The images, mirrored or not, the visible cells of every view, and the teachers' outputs."""
         check_size(images, self.image_size)
         check_images(images, self.student.in_chans)
         # 1. mirror some of the images, and draw the visible cells of every view
@@ -360,10 +404,30 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             flipped = torch.rand(len(images), device=images.device) < self.flip
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
         visible = self.draw_views(images)
+        # 2. the teacher, once for all objectives that can share a pass: its many large operations keep a GPU at work while
+        # the host prepares the student's
+        return images, visible, self.teach(images, visible, index, flipped)
+
+    def _student_sees(self, images: Tensor, visible: Tensor, num_cells: int | None) -> StudentOutput:
         views = len(visible) // len(images)
-        # 2. the student sees these only; 3. the teacher, once for all objectives that can share a pass
-        student_out: StudentOutput = self.student(images if views == 1 else images.repeat(views, 1, 1, 1), visible)
-        return student_out, self.teach(images, visible, index, flipped)
+        seen = images if views == 1 else images.repeat(views, 1, 1, 1)
+        counted = {"num_cells": num_cells} if self.student.takes_count else {}
+        out: StudentOutput = self.student(seen, visible, **counted)
+        return out
+
+    def _cells_shown(self, batch: int, seen: int) -> int | None:
+        """How many cells all views of a batch show together, where the mask's generator fixes it; None: to be counted.
+
+        Args:
+            batch: images.
+            seen: images times views.
+        """
+        mask = self.mask
+        if not isinstance(mask, CountedMask) or (mask.counts_differ and not mask.in_unmasked_end):
+            return None
+        (h, w), views = self.mask_grid, seen // batch
+        whole = self.whole_view and not mask.in_unmasked_end
+        return batch * ((views - whole) * mask.count((h, w)) + whole * h * w)
 
     @property
     def shown_channels(self) -> Sequence[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from hgkd.errors import InvalidValueError, NoSparseRuleError
@@ -66,9 +67,25 @@ def window_geometry(
         ValueError: a cell smaller than the stride, or an output whose size is not input / stride.
         NoSparseRuleError: different strides along the two axes, or a padding that the function cannot continue.
     """
-    stride, padding, dilation = given["stride"], given["padding"], given["dilation"]
-    ceil_mode = given.get("ceil_mode", False)
-    kernel, stride, dilation = pair(kernel), pair(stride), pair(dilation)
+    padding = given["padding"]
+    padding = padding if isinstance(padding, str) else pair(padding)
+    ceil_mode, stride, dilation = given.get("ceil_mode", False), pair(given["stride"]), pair(given["dilation"])
+    return _checked_geometry(what, s_in, size, pair(kernel), stride, padding, dilation, ceil_mode, pending)
+
+
+@lru_cache(maxsize=4096)  # the same layers ask at every step
+def _checked_geometry(
+    what: str,
+    s_in: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+    pending: Padding | None,
+) -> ConvGeometry:
+    """See :func:`window_geometry`; all pairs are (vertical, horizontal)."""
     if stride[0] != stride[1]:
         raise NoSparseRuleError(
             "strides-differ-along-axes", f"{what} with strides {stride}: different strides along the axes have no sparse rule"
@@ -84,7 +101,7 @@ def window_geometry(
         pad = (total[0] // 2, total[1] // 2)  # torch pads the odd position below and right
         above_and_below = tuple(total)
     else:
-        pad = pair(padding)
+        pad = padding
         above_and_below = (2 * pad[0], 2 * pad[1])
     before, padded = (0, 0), size
     if pending is not None:

@@ -2,7 +2,7 @@
 
 A layout is built once a step from a mask and lives as long as the tensors that carry it; every index is made when a layer
 first asks for it and kept, so that all layers with the same geometry share one. Everything is made on the mask's own
-device; counting the visible cells is the only step that waits for it.
+device; counting the visible cells is the only step that waits for it, and none does where their number is given.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class CellLayout:
         visible: bool (B, h, w), True = visible. Images may have different numbers of visible cells, at least one each.
         cell: side of a square cell, pixels.
         renormalize: scale what convolutions and average pooling give next to hidden cells; see :mod:`hgkd.sparse.taps`.
+        num_cells: True entries of ``visible``, where known: the host then waits for nothing, and a CUDA graph may hold the
+            layout. A mask with another number ends the process on a GPU (a device-side assertion).
 
     Attributes:
         batch: B.
@@ -44,7 +46,7 @@ class CellLayout:
 
     chosen: Mapping[str, str] = {}
 
-    def __init__(self, visible: Tensor, cell: int, renormalize: bool = False) -> None:
+    def __init__(self, visible: Tensor, cell: int, renormalize: bool = False, num_cells: int | None = None) -> None:
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
             raise InvalidTypeError("visible-dtype", f"visible must be a bool tensor with True = visible, got {kind}")
@@ -52,22 +54,41 @@ class CellLayout:
             raise InvalidValueError("visible-shape", f"visible must have shape (B, h, w), got {tuple(visible.shape)}")
         if cell < 1:
             raise InvalidValueError("cell-not-positive", f"cell must be a positive number of pixels, got {cell}")
-        counts = _sent_to_host(visible.flatten(1).sum(1))
         self.visible = visible
         self.cell = cell
         self.renormalize = renormalize
         self.batch, h, w = visible.shape
         self.grid = (h, w)
         self.image_size = (h * cell, w * cell)
-        self._positions = visible.flatten().nonzero().flatten()  # the one wait for the device, after which counts are here too
-        self.num_cells = self._positions.numel()
+        self._positions = self._counted() if num_cells is None else self._expected(num_cells)
+        self.num_cells = len(self._positions)
+        self._cache: dict[tuple[object, ...], Any] = {}
+
+    def _counted(self) -> Tensor:
+        """Places of the visible cells, ascending, int64 (T,)."""
+        counts = _sent_to_host(self.visible.flatten(1).sum(1))
+        positions = self.visible.flatten().nonzero().flatten()  # the one wait for the device, after which counts are here too
         if 0 in (counted := counts.tolist()):
             empty = [image for image, count in enumerate(counted) if not count]
             raise InvalidValueError(
                 "image-without-visible-cell",
                 f"images {empty[:5]} of the batch have no visible cell; keep at least one cell an image",
             )
-        self._cache: dict[tuple[object, ...], Any] = {}
+        return positions
+
+    def _expected(self, num_cells: int) -> Tensor:
+        """The same where their number is known."""
+        counts = self.visible.flatten(1).sum(1)
+        fits = (counts.sum() == num_cells) & counts.all()
+        if self.device.type != "cpu":
+            torch._assert_async(fits)
+        elif not bool(fits):
+            raise InvalidValueError(
+                "visible-cells-miscounted",
+                f"the mask was said to show {num_cells} cells, at least one an image, and shows {counts.tolist()[:8]}: a mask "
+                "generator's count(grid) must be the number of cells that its draw() shows",
+            )
+        return torch.nonzero_static(self.visible.flatten(), size=num_cells).flatten()
 
     def __repr__(self) -> str:
         total = self.batch * self.grid[0] * self.grid[1]
@@ -261,7 +282,9 @@ class CellLayout:
         return cells.view(self.num_cells, s, s, channels).permute(0, 3, 1, 2)
 
     def scatter_cells(self, packed: Tensor, fill: float | Tensor = 0.0) -> Tensor:
-        """Inverse of :meth:`gather_cells`: (T, C, s, s) to (B, C, h*s, w*s) with ``fill`` at hidden positions; differentiable.
+        """Inverse of :meth:`gather_cells`: (T, C, s, s) to (B, C, h*s, w*s), channels_last, with ``fill`` at hidden positions.
+
+        Differentiable.
 
         Args:
             packed: (T, C, s, s).
@@ -272,7 +295,7 @@ class CellLayout:
         if not self.all_visible:
             rows = _PlaceRows.apply(rows, self._positions, self.batch * h * w)
         cells = rows.view(self.batch, h, w, s, s, channels)
-        dense = cells.permute(0, 5, 1, 3, 2, 4).reshape(self.batch, channels, h * s, w * s)
+        dense = cells.permute(0, 1, 3, 2, 4, 5).reshape(self.batch, h * s, w * s, channels).permute(0, 3, 1, 2)
         if isinstance(fill, Tensor):
             dense = torch.where(self.mask(self.cell // s), dense, fill.to(dense.dtype).view(1, channels, 1, 1))
         elif fill != 0.0:

@@ -25,6 +25,7 @@ class Student(PixelNormalisation):
         encoder_spec: {'name', 'stem', 'kwargs'} of a timm network that lies in the attribute ``encoder``: with it checkpoints
             can be exported and evaluated; None: they cannot.
         equal_counts: all images of a batch must show the same number of cells.
+        takes_count: :meth:`forward` has a third argument, ``num_cells``: how many cells ``visible`` shows, or None.
     """
 
     cell: int
@@ -35,6 +36,7 @@ class Student(PixelNormalisation):
     feature_strides: tuple[int, ...]
     encoder_spec: dict[str, Any] | None = None
     equal_counts = False
+    takes_count = False
 
     def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
         """The mask grid (h, w) of images of this size, (H, W) or one side of a square.

@@ -124,6 +124,8 @@ class SparseUNet(Student):
         NoSparseRuleError: the network holds a layer that the sparse engine cannot mask.
     """
 
+    takes_count = True
+
     def __init__(
         self,
         encoder: str = "resnet18",
@@ -197,13 +199,16 @@ class SparseUNet(Student):
                 for stage, stride in enumerate(strides)
             }
         )
+        for part in (self.densify, self.decoder):  # as the maps are that an encoder's levels make
+            part.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> StudentOutput:
+    def forward(self, images: Tensor, visible: Tensor | None = None, num_cells: int | None = None) -> StudentOutput:
         """Encode the visible cells and decode the whole image.
 
         Args:
             images: (B, C, H, W) in [0, 1], of three channels RGB; H and W multiples of ``cell``.
             visible: bool (B, H/cell, W/cell), True = visible; None: everything.
+            num_cells: True entries of ``visible`` where known, see :class:`hgkd.sparse.CellLayout`.
         """
         grid = self.prepare(tuple(images.shape[-2:]))
         if visible is None:
@@ -214,7 +219,7 @@ class SparseUNet(Student):
                 f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
                 f"cells need {(images.shape[0], *grid)}",
             )
-        layout = CellLayout(visible, self.cell, self.renormalize)
+        layout = CellLayout(visible, self.cell, self.renormalize, num_cells)
         alone = layout.num_cells * (self.cell // self.feature_strides[-1]) ** 2 == 1
         if self.training and alone and any(type(level.norm) is nn.BatchNorm2d for level in self.densify.values()):
             raise InvalidValueError(

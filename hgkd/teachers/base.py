@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,28 @@ from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
 from hgkd.structures import Capabilities, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.teachers.health import can_be_judged, check_outputs, weight_health
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def usual_precision(device: torch.device) -> torch.dtype:
+    """Precision of a frozen teacher that nobody chose one for: bfloat16 on GPUs that multiply in it, else fp32.
+
+    Its rounding is far below what a student leaves unexplained, and fp32 without TF32 is several times as dear there. Cards
+    that only emulate it (below Ampere) gain nothing.
+    """
+    real = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if real else torch.float32
 
 
 class Teacher(PixelNormalisation):
     """Base of teachers; subclasses set ``info`` and ``network``, give the steps below and call :meth:`freeze`.
 
     Args:
-        dtype: precision that the network computes in; outputs are fp32.
+        dtype: precision that the network computes in; outputs are fp32. None: :func:`usual_precision` of the device that the
+            teacher is on.
         mean, std: of the pixels in [0, 1] that the network was trained with, RGB.
 
     Attributes:
@@ -43,11 +57,12 @@ class Teacher(PixelNormalisation):
     allow_random = False
     network: Any
 
-    def __init__(self, dtype: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, dtype: str | None, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise InvalidValueError("dtype-unknown", f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.dtype = DTYPES[dtype]
+        if dtype is not None and dtype not in DTYPES:
+            raise InvalidValueError("dtype-unknown", f"dtype must be one of {', '.join(DTYPES)}, or None, got {dtype!r}")
+        self._dtype_follows = dtype is None
+        self.dtype = torch.float32 if dtype is None else DTYPES[dtype]
         self.set_pixels(*check_pixels(mean, std, "the teacher's normalize (model.teacher.normalize)", len(mean)))
         self.grid: tuple[int, int] | None = None
         self.input_size = (0, 0)
@@ -82,13 +97,24 @@ class Teacher(PixelNormalisation):
         tokens, layer, prefix = self._before_block(images, block)
         return patch_attention(layer, tokens, prefix, self.has_class_token)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        at = next(self.parameters(), None)
+        if self._dtype_follows and at is not None and usual_precision(at.device) != self.dtype:
+            self.dtype = usual_precision(at.device)
+            self._set_precision()
+        return self
+
+    def _set_precision(self) -> None:
+        for part in self.children():  # mean and std stay fp32
+            part.to(self.dtype)
+
     # --- protocol ---------------------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
         """No gradients, eval mode, the asked precision; a subclass calls it once its weights are in."""
         self.requires_grad_(False)
-        for part in self.children():  # mean and std stay fp32
-            part.to(self.dtype)
+        self._set_precision()
         super().train(False)
 
     def train(self, mode: bool = True) -> Teacher:
@@ -281,14 +307,14 @@ class Teacher(PixelNormalisation):
         return self.normalise(images).to(self.dtype)
 
     def on_grid(self, tokens: Tensor, ids_keep: Tensor | None) -> Tensor:
-        """(B, n, D) tokens of the kept patches -> fp32 (B, D, gh, gw), 0 elsewhere."""
+        """(B, n, D) tokens of the kept patches -> fp32 (B, D, gh, gw), 0 elsewhere; without dropped ones a view in fp32."""
         assert self.grid is not None
         batch, _, width = tokens.shape
         tokens = tokens.float()
         if ids_keep is not None:
             full = tokens.new_zeros(batch, self.grid[0] * self.grid[1], width)
             tokens = full.scatter(1, ids_keep[:, :, None].expand_as(tokens), tokens)
-        return tokens.transpose(1, 2).reshape(batch, width, *self.grid)
+        return tokens.transpose(1, 2).unflatten(2, self.grid)  # a view: channels_last, as objectives read it
 
 
 def _merge(parts: list[tuple[Tensor, TeacherOutput]], batch: int) -> TeacherOutput:

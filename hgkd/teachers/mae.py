@@ -44,7 +44,7 @@ class MAETeacher(Teacher):
     Args:
         checkpoint: .safetensors or .pth.
         num_heads, decoder_num_heads: where the file does not say and 64 channels a head (decoder: 16 heads) is wrong.
-        dtype: 'float32', 'float16' or 'bfloat16'.
+        dtype: 'float32', 'float16' or 'bfloat16'; None: bfloat16 on GPUs that compute in it, else float32.
         normalize: (mean, std) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what the file tells, else ImageNet's, as in the official files.
         allow_random: distil from weights that look random (tests and baselines).
@@ -62,7 +62,7 @@ class MAETeacher(Teacher):
         checkpoint: str | os.PathLike[str],
         num_heads: int | None = None,
         decoder_num_heads: int | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         normalize: Sequence[Sequence[float]] | None = None,
         allow_random: bool = False,
         entry: str | None = None,

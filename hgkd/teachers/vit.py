@@ -149,7 +149,7 @@ class TimmTeacher(Teacher):
         checkpoint: local weight file (.safetensors or .pth, or the index of one in several files) in timm's or another known
             naming.
         pretrained: take timm's own weights, which may download them; the only way to any download.
-        dtype: 'float32', 'float16' or 'bfloat16'.
+        dtype: 'float32', 'float16' or 'bfloat16'; None: bfloat16 on GPUs that compute in it, else float32.
         normalize: (mean, std) of the pixels in [0, 1] that the network was trained with, three numbers each, RGB; None
             takes what timm notes for the name.
         allow_random: accept a network without weights, or with some that look random (tests and baselines).
@@ -170,7 +170,7 @@ class TimmTeacher(Teacher):
         name: str,
         checkpoint: str | os.PathLike[str] | None = None,
         pretrained: bool = False,
-        dtype: str = "float32",
+        dtype: str | None = None,
         normalize: Sequence[Sequence[float]] | None = None,
         allow_random: bool = False,
         entry: str | None = None,

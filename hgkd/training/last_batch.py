@@ -12,7 +12,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from torch import Tensor
 
 from hgkd.errors import InvalidValueError
-from hgkd.training.wrapping import unchanged
+from hgkd.networks.untouched import unchanged
 
 
 def check_last_batch(model: BaseModel, loop: BaseLoop, batch: object) -> None:

@@ -34,10 +34,11 @@ from torch.utils.data import DataLoader
 
 from hgkd.data.sampler import EpochSampler, mixed_seed
 from hgkd.errors import DivergedError, InvalidValueError
+from hgkd.networks.untouched import unchanged
 from hgkd.training.in_force import in_force, lines_of
 from hgkd.training.last_batch import check_last_batch, told_single_values
 from hgkd.training.resuming import images_that_differ
-from hgkd.training.wrapping import plain_model, unchanged
+from hgkd.training.wrapping import plain_model
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -194,6 +195,7 @@ class GuardedOptimWrapper:
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._bad: Tensor | None = None  # on the device: whether anything since the last update was not finite
+        self._norm: Tensor | None = None  # on the device: of all gradients, where they are clipped here
         self._unsettled = False
 
     def __getattr__(self, name: str) -> Any:
@@ -221,8 +223,7 @@ class GuardedOptimWrapper:
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """The wrapper's own, from which on running statistics may change."""
         if self.updated or self.skipped:  # otherwise the statistics of before the accumulation are kept already
-            for kept, buffer in zip(self._kept, self._buffers, strict=True):
-                kept.copy_(buffer)
+            _copy_all(self._kept, self._buffers)
             self._bad = None
         with self.wrapper.optim_context(model):
             yield
@@ -237,7 +238,10 @@ class GuardedOptimWrapper:
         bad = ~torch.isfinite(loss.detach()).all()
         wrapper.backward(wrapper.scale_loss(loss))
         if wrapper.should_update() and not hasattr(wrapper, "loss_scaler"):
-            bad = bad | self._gradients_not_finite(loss.device)
+            norms = self._gradient_norms()
+            if norms is not None:
+                bad = bad | ~torch.isfinite(norms).all()
+                self._norm = torch.linalg.vector_norm(norms) if self._clips_here() else None
         self._bad = bad if self._bad is None else self._bad | bad
         self._unsettled = True
 
@@ -254,31 +258,56 @@ class GuardedOptimWrapper:
         flags = torch.stack([self._bad.float(), torch.full_like(self._bad, stop, dtype=torch.float32)])
         if get_world_size() > 1:
             all_reduce(flags, "max")
+        norm, self._norm = self._norm, None
         values = [torch.as_tensor(value, device=flags.device).detach().reshape(1) for value in outputs.values()]
-        bad, wanted, *numbers = torch.cat([flags, *values]).tolist()  # the one place where the host waits
+        asked = torch.cat([flags, *values, *([] if norm is None else [norm.reshape(1)])])
+        bad, wanted, *numbers = asked.tolist()  # the one place where the host waits
         self.stop = bool(wanted)
         self.updated = self.skipped = self._unsettled = False
         if wrapper.should_update():
             self.updated, self.skipped = not bad, bool(bad)
             self.made += self.updated
             self.left_out += self.skipped
-            if self.updated:
+            if self.updated and norm is not None:
+                self._clip(norm, numbers.pop())
+                wrapper.optimizer.step()
+            elif self.updated:
                 wrapper.step()
             else:
-                for kept, buffer in zip(self._kept, self._buffers, strict=True):
-                    buffer.copy_(kept)
+                _copy_all(self._buffers, self._kept)
             wrapper.zero_grad()
-        return dict(zip(outputs, numbers, strict=True))
+        return dict(zip(outputs, numbers, strict=False))  # a norm of gradients that are left out is the last of the numbers
 
-    def _gradients_not_finite(self, device: torch.device) -> Tensor:
+    def _gradients(self) -> list[Tensor]:
         groups = self.wrapper.optimizer.param_groups
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return [p.grad for group in groups for p in group["params"] if p.grad is not None]
+
+    def _gradient_norms(self) -> Tensor | None:
+        """The norm of each gradient, fp32; None where there is none."""
         # of sharded parameters (FSDP2) each process judges its own part; the flags of all are reduced in settle
-        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
-        if not gradients:
-            return torch.zeros((), dtype=torch.bool, device=device)
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-        return ~torch.isfinite(norms).all()
+        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in self._gradients()]
+        return torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]) if gradients else None
+
+    def _clips_here(self) -> bool:
+        """Whether the wrapper would only clip by the norm that is at hand, and wait for the device to log it."""
+        wrapper, options = self.wrapper, self.wrapper.clip_grad_kwargs
+        plain = type(wrapper).step is OptimWrapper.step and type(wrapper)._clip_grad is OptimWrapper._clip_grad
+        by_norm = plain and wrapper.clip_func is nn.utils.clip_grad_norm_ if options else False
+        ordinary = set(options or ()) <= {"max_norm", "norm_type"} and float((options or {}).get("norm_type", 2.0)) == 2.0
+        return by_norm and ordinary and all(g.dtype == torch.float32 and not hasattr(g, "to_local") for g in self._gradients())
+
+    def _clip(self, norm: Tensor, value: float) -> None:
+        """As ``OptimWrapper._clip_grad``, by a norm that has been read already."""
+        parameters = [p for group in self.wrapper.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        nn.utils.clip_grads_with_norm_(parameters, self.wrapper.clip_grad_kwargs["max_norm"], norm)
+        self.wrapper.message_hub.update_scalar(f"train/{self.wrapper.grad_name}", value)
+
+
+@torch.no_grad()
+def _copy_all(into: list[Tensor], values: list[Tensor]) -> None:
+    """Copy each value, in one call: a GPU gets a few launches in place of one a buffer."""
+    if into:
+        torch._foreach_copy_(into, values)
 
 
 def idle_parameters(model: nn.Module) -> list[str]:

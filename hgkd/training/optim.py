@@ -14,7 +14,7 @@ from mmengine import registry as roots
 from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from timm.optim import param_groups_layer_decay
-from torch import nn
+from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
 from hgkd.networks.vit import classifier_heads, is_plain_vit
@@ -34,6 +34,28 @@ class BFloat16OptimWrapper(OptimWrapper):
         device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(device, dtype=torch.bfloat16):
             yield
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, whose fused kernel for the CPU copies every tensor that is not contiguous, there and back, each step.
+
+    Convolution weights in channels_last memory are such tensors, and their moments and gradients with them. What the kernel
+    does, it does value by value, so it is given the same memory as contiguous views. State and results are torch's own.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        found: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        if group.get("fused"):
+            *values, _ = lists  # the last holds the numbers of steps
+            for i, tensors in enumerate(zip(*(kind for kind in values if kind), strict=True)):
+                if not tensors[0].is_contiguous() and all(map(_is_channels_last, tensors)):
+                    for kind in filter(None, values):
+                        kind[i] = kind[i].detach().permute(0, 2, 3, 1)
+        return found
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -65,8 +87,9 @@ class DecayGroupsConstructor:
         """The wrapper of an optimiser over parameter groups, of which empty ones are left out."""
         kind = self.optimizer_cfg["type"]
         cls = roots.OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+        cls = AdamW if cls is torch.optim.AdamW else cls
         first = next(iter(inspect.signature(cls).parameters))
-        optimizer = roots.OPTIMIZERS.build({**self.optimizer_cfg, first: [g for g in groups if g["params"]]})
+        optimizer = roots.OPTIMIZERS.build({**self.optimizer_cfg, "type": cls, first: [g for g in groups if g["params"]]})
         wrapper: OptimWrapper = OPTIM_WRAPPERS.build(
             {"type": "OptimWrapper", "_scope_": "hgkd", **self.wrapper_cfg, "optimizer": optimizer}
         )

@@ -1,14 +1,9 @@
-"""Getting at a model inside its wrappers, and using it without leaving traces."""
+"""Getting at a model inside its wrappers."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -48,20 +43,3 @@ def check_channels(model: nn.Module, loader: DataLoader[Any] | None, place: str)
                 f"in_chans={found}, which "
                 f"is for data and model alike (images of {found} channels), or in_chans={wanted}",
             )
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Context after which the model's buffers, and the random numbers of Python, NumPy and torch, are what they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

@@ -19,7 +19,7 @@ from hgkd.errors import WeightsError
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.registry import MODELS
 from hgkd.structures import TeacherNeeds
-from hgkd.teachers import MAETeacher, Teacher
+from hgkd.teachers import MAETeacher, Teacher, base
 from hgkd.teachers.described import vit_of
 from hgkd.teachers.vit import TimmTeacher, load_vit
 
@@ -440,3 +440,36 @@ def test_a_file_s_own_shapes_describe_its_network(name: str, kwargs: dict[str, A
     with torch.device("meta"):
         state = dict(timm.create_model(name, num_classes=0, **{**SMALL, **kwargs}).state_dict())
     load_vit(vit_of(state, "file"), state, "file", dry=True)
+
+
+class TestUsualPrecision:
+    """Without a dtype a teacher computes in bfloat16 on a GPU that does, which here is a CPU that is taken for one."""
+
+    def teacher(self, **options):
+        torch.manual_seed(0)
+        return TimmTeacher("vit_tiny_patch16_224", allow_random=True, img_size=32, depth=1, **options)
+
+    def test_follows_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made, chosen = self.teacher(), self.teacher(dtype="float32")
+        assert made.dtype == torch.float32
+        made.prepare((2, 2), 16)
+        chosen.prepare((2, 2), 16)
+        monkeypatch.setattr(base, "usual_precision", lambda device: torch.bfloat16)
+        for teacher in (made, chosen):
+            teacher.to("cpu")
+        images = torch.rand(2, 3, 32, 32)
+        found, expected = (teacher(images).tokens[0] for teacher in (made, chosen))
+        assert (made.dtype, chosen.dtype) == (torch.bfloat16, torch.float32)
+        assert {p.dtype for p in made.network.parameters()} == {torch.bfloat16}
+        assert made.mean.dtype == found.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+    def test_emulated_bfloat16_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[bool] = []
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation))
+        assert base.usual_precision(torch.device("cuda")) == torch.float32
+        assert asked == [False]
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+        assert base.usual_precision(torch.device("cuda")) == torch.bfloat16
+        assert base.usual_precision(torch.device("cpu")) == torch.float32

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from operation_counts import CountingOperations
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
@@ -203,3 +204,63 @@ def test_a_reading_process_outlives_the_first_signal():
     os.kill(pid, signal.SIGINT)
     os.kill(pid, signal.SIGTERM)
     assert [int(found) for found in reader] == [pid] * 39
+
+
+class TestClipping:
+    """The guard clips by the norm that it has read with everything else: mmengine's wrapper would wait once more to log it."""
+
+    @pytest.mark.parametrize("accumulated", [1, 2])
+    def test_equals_mmengines_bit_for_bit(self, accumulated):
+        nets = {}
+        for guarded in (True, False):
+            net, wrapper, guard = make(accumulated)
+            wrapper.initialize_count_status(net, 0, 100)
+            for step in range(4):
+                x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step)) * 30
+                net.step(x, guard if guarded else wrapper)
+            logged = wrapper.message_hub.get_scalar("train/grad_norm").data[0]
+            nets[guarded] = (*state(net, wrapper), torch.tensor(logged[-(4 // accumulated) :]))
+        for one, other in zip(nets[True], nets[False], strict=True):
+            assert torch.equal(one, other)
+        assert nets[True][-1].max() > 1.0, "nothing was clipped"
+
+    def test_nothing_is_read_a_second_time(self):
+        net = Net()
+        wrapper = OptimWrapper(torch.optim.SGD(net.parameters(), 0.1), clip_grad=dict(max_norm=1.0))
+        guard = GuardedOptimWrapper(wrapper, net)
+        loss = net.linear(net.norm(torch.randn(4, 3))).square().mean()
+        guard.update_params(loss)
+        with Reads() as reads:
+            guard.settle({"loss": loss})
+        assert (reads.count, guard.updated) == (0, True)
+        assert wrapper.message_hub.get_scalar("train/grad_norm").current() > 0.0
+
+    def test_an_update_that_is_left_out_says_its_losses(self):
+        net, _, guard = make()
+        loss = net.linear(net.norm(BAD)).square().mean()
+        guard.update_params(loss)
+        assert list(guard.settle({"loss": loss, "other": torch.tensor(2.0)})) == ["loss", "other"]
+        assert guard.skipped
+
+    def test_other_ways_to_clip_are_left_to_the_wrapper(self):
+        net = Net()
+        options = [
+            dict(type="value", clip_value=0.1),
+            dict(max_norm=1.0, norm_type=1),
+            dict(max_norm=1.0, error_if_nonfinite=True),
+        ]
+        for clip_grad in options:
+            wrapper = OptimWrapper(torch.optim.SGD(net.parameters(), 0.1), clip_grad=clip_grad)
+            guard = GuardedOptimWrapper(wrapper, net)
+            loss = net.linear(net.norm(torch.randn(4, 3))).square().mean()
+            guard.update_params(loss)
+            guard.settle({"loss": loss})
+            assert guard.updated
+
+
+def test_buffers_are_kept_by_one_operation():
+    net = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(20)))
+    guard = GuardedOptimWrapper(OptimWrapper(torch.optim.SGD(net.parameters(), 0.1)), net)
+    with CountingOperations() as counted, guard.optim_context(net):
+        pass
+    assert counted.seen == {"_foreach_copy_": 1}

@@ -1,12 +1,15 @@
 """Decay groups and bfloat16."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from refusals import refused
 from torch import nn
 
 from hgkd.training import BFloat16OptimWrapper, DecayGroupsConstructor
-from hgkd.training.optim import check_optim_config
+from hgkd.training.optim import AdamW, check_optim_config
 
 
 def build(model, **wrapper):
@@ -70,3 +73,62 @@ def test_loss_scaling_on_a_cpu():
         with refused(ValueError, "amp-needs-gpu", "--amp", "bfloat16"):
             check_optim_config(dict(type=kind))
     check_optim_config(dict(type="AmpOptimWrappers", optimizer=dict(lr=0.1), clip_grad=None))
+
+
+class TestAdamW:
+    @pytest.mark.parametrize("amsgrad", [False, True])
+    def test_channels_last_weights_change_as_in_torch(self, amsgrad: bool) -> None:
+        torch.manual_seed(0)
+        ours = nn.Sequential(nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last), nn.Conv2d(16, 8, 3))
+        theirs = copy.deepcopy(ours)
+        options: dict[str, Any] = dict(lr=1e-2, weight_decay=0.05, amsgrad=amsgrad, fused=True)
+        pairs = ((AdamW(ours.parameters(), **options), ours), (torch.optim.AdamW(theirs.parameters(), **options), theirs))
+        for optimizer, net in pairs:
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(3):
+                for p in net.parameters():
+                    p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+                optimizer.step()
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert one.stride() == other.stride()
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        for one, other in zip(*(optimizer.state_dict()["state"].values() for optimizer, _ in pairs), strict=True):
+            assert {name: value.stride() for name, value in one.items()} == {name: v.stride() for name, v in other.items()}
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+    def test_the_fused_kernel_gets_contiguous_values(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[torch.Tensor] = []
+        kernel = torch._fused_adamw_
+
+        def noted(*lists: list[torch.Tensor], **options: Any) -> None:
+            for values in lists[:4]:
+                given.extend(values)
+            kernel(*lists, **options)
+
+        monkeypatch.setattr(torch, "_fused_adamw_", noted)
+        net = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+        before = net.weight.detach().clone()
+        net.weight.grad = torch.ones_like(net.weight)
+        AdamW(net.parameters(), fused=True).step()
+        assert given
+        assert all(value.is_contiguous() for value in given)
+        assert not torch.equal(net.weight, before)
+
+    def test_moments_of_another_memory_format_are_left_to_torch(self) -> None:
+        """As after resuming a checkpoint of an earlier version."""
+        net = nn.Conv2d(8, 16, 3)
+        optimizer = AdamW(net.parameters(), fused=True)
+        twin = copy.deepcopy(net)
+        other = torch.optim.AdamW(twin.parameters(), fused=True)
+        for step in range(2):
+            for model, rule in ((net, optimizer), (twin, other)):
+                for p in model.parameters():
+                    p.grad = torch.ones_like(p)
+                rule.step()
+            if not step:
+                net.weight.data = net.weight.data.contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(net.weight, twin.weight, rtol=1e-6, atol=1e-7)
+
+    def test_the_constructor_makes_it(self) -> None:
+        wrapper = DecayGroupsConstructor(dict(optimizer=dict(type="AdamW", lr=1e-3, fused=True)))(nn.Linear(2, 2))
+        assert type(wrapper.optimizer) is AdamW

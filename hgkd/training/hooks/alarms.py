@@ -22,9 +22,10 @@ from torch.utils.hooks import RemovableHandle
 
 from hgkd.errors import DivergedError, InvalidValueError
 from hgkd.networks.guest import teachers_of
+from hgkd.networks.untouched import unchanged
 from hgkd.networks.vit import is_finite
 from hgkd.registry import HOOKS
-from hgkd.training.wrapping import plain_model, unchanged
+from hgkd.training.wrapping import plain_model
 
 DUMP = "nonfinite_step_"  # how the names of its files begin
 
