@@ -167,8 +167,8 @@ def _of_shards(store: Store, found: Content, extensions: tuple[str, ...]) -> Ima
         raise DataError(
             "no-images-in-shards",
             f"no images below {where}; looked for files ending in {EXTENSION_LIST} and for members of its {len(found.shards)} "
-            f".tar shards named like key.jpg; there are {left_out.told() or 'none of other kinds'}. Set data_root to the folder "
-            "that holds them, or pack them again (hgkd make-shards)",
+            f".tar shards named like key.jpg; there are {left_out.told() or 'none of other kinds'}. Set data_root to the "
+            "folder that holds them, or pack them again (hgkd make-shards)",
         )
     print_log(f"{len(source)} images in {len(found.shards)} shards below {where}", logger="current")
     _tell(store.root, len(source), left_out)

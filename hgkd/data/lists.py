@@ -193,7 +193,8 @@ def read_labels(list_file: ListFile, store: Store) -> dict[str, list[str]]:
         if is_image_name(columns[1]) and not is_image_name(columns[0]):
             raise DataError(
                 "label-list-columns-swapped",
-                f"{called} line {number}: {printable(line)[:80]!r} names the class first; a {suffix} has lines like {example!r}",
+                f"{called} line {number}: {printable(line)[:80]!r} names the class first; a {suffix} has lines like "
+                f"{example!r}",
             )
         path = _listed_path(columns[0], called, number, store)
         line_before, name_before = found.setdefault(path, (number, columns[1]))

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -240,14 +240,14 @@ class RemoteStore(Store):
             list(pool.map(self._fetched, kept))
         if len(kept) < len(names):
             print_log(
-                f"{len(names) - len(kept)} of {len(names)} files ({sum(sizes) / 1e9:.2f} GB in all) below {self.root} do not fit "
-                f"into the cache and are read piece by piece; HGKD_CACHE_GB is {cache_limit() / 1e9:g}",
+                f"{len(names) - len(kept)} of {len(names)} files ({sum(sizes) / 1e9:.2f} GB in all) below {self.root} do not "
+                f"fit into the cache and are read piece by piece; HGKD_CACHE_GB is {cache_limit() / 1e9:g}",
                 logger="current",
                 level=logging.WARNING,
             )
 
     @contextmanager
-    def copy(self, name: str) -> Iterator[str]:
+    def _copied(self, name: str) -> Iterator[str]:
         if os.path.isfile(self._target(name)) or self._fits(name):
             yield self._fetched(name)
             return
@@ -255,6 +255,9 @@ class RemoteStore(Store):
             path = os.path.join(folder, "copy")
             self._fetch(name, path)
             yield path
+
+    def copy(self, name: str) -> AbstractContextManager[str]:
+        return self._copied(name)
 
     def note(self, name: str, kind: str, make: Callable[[], bytes]) -> bytes:
         """What ``make`` gives for a file, kept beside the copies for as long as the file stays as it is."""

@@ -25,6 +25,7 @@ from pathlib import PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hgkd.data.folders import DOTTED, Content, is_system, kind_name, printable, search
 from hgkd.data.remote import RemoteStore
@@ -78,8 +79,8 @@ def shard_members(
     except tarfile.TarError as error:
         raise DataError(
             "shard-damaged",
-            f"shard {called or printable(os.fspath(path))} is damaged or no uncompressed tar file, after {count} members ({error}); pack "
-            "it again (without compression: images are compressed already), or remove it",
+            f"shard {called or printable(os.fspath(path))} is damaged or no uncompressed tar file, after {count} members "
+            f"({error}); pack it again (without compression: images are compressed already), or remove it",
         ) from error
     return found
 
@@ -102,7 +103,9 @@ class ShardImages(ImageSource):
         places: of the images.
     """
 
-    def __init__(self, store: Store, shards: Sequence[str], names: Iterable[str], places: Sequence[Place]) -> None:
+    def __init__(
+        self, store: Store, shards: Sequence[str], names: Iterable[str], places: Sequence[Place] | NDArray[np.int64]
+    ) -> None:
         self.store = store
         self.shards = list(shards)
         self._names = Names(names)

@@ -209,14 +209,14 @@ def _braces(pattern: str) -> list[str]:
     if "{" not in pattern:
         return [pattern]
     try:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        import braceexpand
     except ImportError as error:
         raise MissingPackageError(
             "braceexpand-missing", f"{pattern} has braces, which need braceexpand ({error}); pip install 'hgkd[remote]'"
         ) from error
     try:
-        return list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
         raise InvalidValueError(
             "pattern-braces-unbalanced", f"data_root {pattern}: {error}; write e.g. images-{{000..099}}.tar"
         ) from error

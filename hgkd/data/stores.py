@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO
 
 from hgkd.data.folders import Content, search
@@ -65,7 +64,7 @@ class Store(ABC):
         """Make ready to read these files, all of which are needed."""
 
     @abstractmethod
-    def copy(self, name: str) -> Iterator[str]:
+    def copy(self, name: str) -> AbstractContextManager[str]:
         """Context with the path of a file on this machine, which may go at its end."""
 
 
@@ -101,9 +100,8 @@ class LocalStore(Store):
     def prepare(self, names: list[str]) -> None:
         pass
 
-    @contextmanager
-    def copy(self, name: str) -> Iterator[str]:
-        yield self.path(name)
+    def copy(self, name: str) -> AbstractContextManager[str]:
+        return nullcontext(self.path(name))
 
 
 def read_part(path: str, offset: int, size: int) -> bytes:

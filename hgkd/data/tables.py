@@ -73,15 +73,8 @@ class _Parquet:
     def bytes_of(self, column: str) -> list[int]:
         """Size of a column in each row group."""
         meta = self._file.metadata
-        groups = [meta.row_group(group) for group in range(meta.num_row_groups)]
-        return [
-            sum(
-                part.total_uncompressed_size
-                for part in map(group.column, range(group.num_columns))
-                if part.path_in_schema == column
-            )
-            for group in groups
-        ]
+        place = next(i for i in range(meta.num_columns) if meta.schema.column(i).path == column)
+        return [meta.row_group(group).column(place).total_uncompressed_size for group in range(meta.num_row_groups)]
 
     def block(self, number: int, column: str) -> pa.Array:
         # one thread: pools of threads do not outlive a fork
@@ -272,8 +265,8 @@ class TableImages(ImageSource):
         window = max(1, KEPT_BYTES // largest)
         if window < min(_FEW_GROUPS, len(sizes)):
             print_log(
-                f"{printable(self.store.root)}: a row group holds {largest / 1e6:.0f} MB of images, and each reading process keeps "
-                f"{window}; images are mixed within these only, and all are read for one. Write smaller row groups "
+                f"{printable(self.store.root)}: a row group holds {largest / 1e6:.0f} MB of images, and each reading process "
+                f"keeps {window}; images are mixed within these only, and all are read for one. Write smaller row groups "
                 "(row_group_size=100), or pack shards of it (hgkd make-shards)",
                 logger="current",
                 level=logging.WARNING,
@@ -293,8 +286,8 @@ class TableImages(ImageSource):
         except OSError as error:
             raise DataError(
                 "table-without-bytes",
-                f"{printable(self.path(0))}: {error}; tables that name files are not followed: write them with the images inside "
-                "(datasets: save_to_disk or to_parquet after cast_column(..., Image()))",
+                f"{printable(self.path(0))}: {error}; tables that name files are not followed: write them with the images "
+                "inside (datasets: save_to_disk or to_parquet after cast_column(..., Image()))",
             ) from error
 
 
@@ -309,8 +302,8 @@ def arrow_tables(store: Store, tables: Sequence[str]) -> list[str]:
             splits = json.load(file).get("splits", [])
         raise DataError(
             "table-splits-mixed",
-            f"{printable(store.root)} holds several data sets of Hugging Face ({', '.join(splits)}); set data_root to one of them, "
-            f"e.g. {printable(store.path(splits[0] if splits else 'train'))}",
+            f"{printable(store.root)} holds several data sets of Hugging Face ({', '.join(splits)}); set data_root to one of "
+            f"them, e.g. {printable(store.path(splits[0] if splits else 'train'))}",
         )
     if not store.exists("state.json"):
         # beside a data set lie what its maps have made of it
@@ -345,8 +338,8 @@ def check_splits(store: Store, tables: Iterable[str]) -> None:
         example = posixpath.join(folder, f"{next(iter(found))}*") if parted else folder
         raise DataError(
             "table-splits-mixed",
-            f"the tables below {printable(store.root)} are of several parts ({', '.join(found)}); set data_root to one of them, "
-            f"e.g. {printable(store.path(example))}",
+            f"the tables below {printable(store.root)} are of several parts ({', '.join(found)}); set data_root to one of "
+            f"them, e.g. {printable(store.path(example))}",
         )
 
 
@@ -386,12 +379,8 @@ def _image_column(schema: pa.Schema, asked: str | None, where: str) -> str:
 
 def _label_column(schema: pa.Schema, asked: str | None, image: str, where: str) -> str:
     types = _pyarrow().types
-    fits = [
-        field.name
-        for field in schema
-        if field.name != image
-        and (types.is_integer(field.type) or types.is_string(field.type) or types.is_large_string(field.type))
-    ]
+    kinds = (types.is_integer, types.is_string, types.is_large_string)
+    fits = [field.name for field in schema if field.name != image and any(kind(field.type) for kind in kinds)]
     if asked is not None and asked not in fits:
         raise InvalidValueError(
             "label-column-unknown",
@@ -420,13 +409,9 @@ def _chosen(what: str, asked: str | None, fits: Sequence[str], usual: Sequence[s
 
 
 def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    feature = _features(schema).get(column)
-    if (
-        _kind_of_feature(feature) == "ClassLabel"
-        and feature.get("names")
-        and not _pyarrow().types.is_string(schema.field(column).type)
-    ):
-        return [str(name) for name in feature["names"]]
+    feature = _features(schema).get(column, {})
+    if _kind_of_feature(feature) == "ClassLabel" and _pyarrow().types.is_integer(schema.field(column).type):
+        return [str(name) for name in feature.get("names") or ()] or None
     return None
 
 
