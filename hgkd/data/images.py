@@ -29,6 +29,7 @@ from hgkd.data.pixels import (
     READING,
     BandsError,
     Range,
+    Shrink,
     as_value_range,
     check_value_range,
     decode,
@@ -38,7 +39,7 @@ from hgkd.data.pixels import (
 )
 from hgkd.data.sampler import image_seed, seeded
 from hgkd.data.sources import Blocks, ImageSource
-from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
+from hgkd.data.transforms import ImageTransform, build_transform, eval_transform, shrink_of
 from hgkd.errors import DataError, InvalidValueError, StoppedError, abbreviate
 from hgkd.registry import DATASETS
 
@@ -137,6 +138,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         max_bad_share: share of the files, in [0, 1], that may turn out unreadable.
         value_range, use_alpha: see :func:`hgkd.data.pixels.decode`.
         in_chans: number of channels, see :func:`hgkd.data.channels.decode_channels`; None: 8-bit RGB.
+        shrink: how much smaller JPEGs may be decoded; None: not at all.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         value_range: Sequence[float] | None = None,
         use_alpha: bool = True,
         in_chans: int | None = None,
+        shrink: Shrink | None = None,
     ) -> None:
         if not 0 <= max_bad_share <= 1:
             raise InvalidValueError(
@@ -155,6 +158,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         self.value_range = as_value_range(value_range)
         self.use_alpha = use_alpha
         self.in_chans = in_chans
+        self.shrink = shrink
         self.source = source
         self.data_root = source.store.root
         self.transform = transform
@@ -187,7 +191,8 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         """How files become pixels, as plain values: what is stored of pixels belongs to it."""
         if self.in_chans is not None:
             return {"channels": self.in_chans, "rules": READING_CHANNELS, "value_range": self.value_range}
-        return {"rules": READING, "value_range": self.value_range, "use_alpha": self.use_alpha}
+        scaled = {} if self.shrink is None else {"scaled_decoding": True}
+        return {"rules": READING, "value_range": self.value_range, "use_alpha": self.use_alpha, **scaled}
 
     def open(self, index: int) -> BinaryIO:
         """The file of an image, from wherever it lies."""
@@ -199,7 +204,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         with self.open(index) as file:
             if self.in_chans is not None:
                 return decode_channels(file, self.in_chans, self.value_range)
-            return decode_rgb(file, self.value_range, self.use_alpha)
+            return decode(file, self.value_range, self.use_alpha, self.shrink)
 
     def bad_files(self) -> list[str]:
         """Absolute paths of the files found unreadable so far, by any worker process, in the order of the data set."""
@@ -337,6 +342,8 @@ class UnlabelledImages(_ImageFiles):
         bits
             of the file, and NumPy arrays (.npy) are images, too; see :func:`hgkd.data.channels.decode_channels`. None: RGB.
         image_column: of Parquet and Arrow files, where it does not follow from types and names.
+        scaled_decoding: decode JPEGs that are much larger than their crops at a half, quarter or eighth of their sides. Faster,
+            and the pixels differ a little (docs/scaling.md); small images are read as ever.
 
     Raises:
         FileNotFoundError: the folder or the list does not exist.
@@ -357,6 +364,7 @@ class UnlabelledImages(_ImageFiles):
         use_alpha: bool = True,
         in_chans: int | None = None,
         image_column: str | None = None,
+        scaled_decoding: bool = False,
     ) -> None:
         _check_limit("limit", limit)
         built = build_transform(image_size, transform, in_chans)
@@ -364,7 +372,8 @@ class UnlabelledImages(_ImageFiles):
         if limit is not None:
             kept = _first_shuffled(list(range(len(source))), limit)
             source = source.taken(kept if source.blocks is None else sorted(kept))
-        super().__init__(source, built, max_bad_share, value_range, use_alpha, in_chans)
+        shrink = _shrink(scaled_decoding, in_chans, image_size, transform)
+        super().__init__(source, built, max_bad_share, value_range, use_alpha, in_chans, shrink)
         self.metainfo: dict[str, Any] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -392,7 +401,7 @@ class LabelledImages(_ImageFiles):
         label_fraction: keep this share of the images of every class, at least one, as drawn with ``label_seed``; logged.
         label_seed: of that draw.
         split: tag that every item carries, so that a metric can tell memory and test images apart.
-        max_bad_share, value_range, use_alpha, in_chans, image_column: see :class:`UnlabelledImages`.
+        max_bad_share, value_range, use_alpha, in_chans, image_column, scaled_decoding: see :class:`UnlabelledImages`.
         label_column: of Parquet and Arrow files, where it does not follow from types and names.
 
     Attributes:
@@ -424,6 +433,7 @@ class LabelledImages(_ImageFiles):
         in_chans: int | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        scaled_decoding: bool = False,
     ) -> None:
         _check_limit("limit_per_class", limit_per_class)
         if not 0 < label_fraction <= 1:
@@ -455,7 +465,8 @@ class LabelledImages(_ImageFiles):
             kept.sort()
         self.labels = np.array([label for _, label in kept], dtype=np.int64)
         source = source.taken([place for place, _ in kept])
-        super().__init__(source, built, max_bad_share, value_range, use_alpha, in_chans)
+        shrink = _shrink(scaled_decoding, in_chans, image_size, transform or {"kind": "eval"}, resize_ratio)
+        super().__init__(source, built, max_bad_share, value_range, use_alpha, in_chans, shrink)
         if label_fraction < 1:
             counts = np.bincount(self.labels)
             print_log(
@@ -482,6 +493,17 @@ def _check_limit(name: str, limit: int | None) -> None:
         raise InvalidValueError(
             "limit-not-positive", f"{name} must be None (all images) or a whole number from 1, got {limit!r}"
         )
+
+
+def _shrink(
+    scaled: bool, in_chans: int | None, size: int | Sequence[int], transform: Mapping[str, Any] | None, ratio: float = 1.0
+) -> Shrink | None:
+    if scaled and in_chans is not None:
+        raise InvalidValueError(
+            "scaled-decoding-for-rgb",
+            f"scaled_decoding is for JPEGs of photographs, and in_chans={in_chans} promises all bits; leave one of them out",
+        )
+    return shrink_of(size, transform, ratio) if scaled else None
 
 
 def _first_shuffled(items: list[_Item], limit: int | None) -> list[_Item]:

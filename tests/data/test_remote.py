@@ -187,7 +187,9 @@ def test_a_server_that_goes_down_ends_the_run_and_marks_no_image(folder, monkeyp
     with refused(StoppedError, "address-unreachable", "--resume"):
         there[1]
     assert there.bad_files() == []
-    with refused(StoppedError, "address-unreachable"):
+    with pytest.raises(
+        StoppedError, match="cannot be read after 3 tries"
+    ):  # torch keeps type and text of what a process raises
         list(DataLoader(there, 2, num_workers=1))
 
 
