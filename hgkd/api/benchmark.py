@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import statistics
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from hgkd.api.make_shards import pack_images
 from hgkd.api.train import load_config
 from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
+from hgkd.data.sampler import in_arrays
 from hgkd.distillers import MaskedDistiller
 from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.masking import RandomMask, grid_of, visible_count
@@ -301,6 +305,8 @@ def benchmark_data(
     """Measure reading; returns ``{"settings", "results": [{"what", "images_per_s", "of_decoding"}]}``.
 
     Each round does all of it one after the other, so that a busy machine slows all alike; rates are medians over the rounds.
+    All but the loader is done by one process, so these are rates of a core. Shards and Parquet are written of the same images,
+    where the library that writes them is installed.
     """
     if workers < 1 or images < 1 or batch_size < 1 or repeats < 1:
         raise InvalidValueError(
@@ -309,9 +315,8 @@ def benchmark_data(
         )
     dataset = UnlabelledImages(data_root, image_size=image_size, max_bad_share=0.0, limit=images)
     count = len(dataset)
-    loader = DataLoader(
-        dataset, batch_size, sampler=EpochSampler(dataset, seed=0), num_workers=workers, persistent_workers=True
-    )
+    order = EpochSampler(dataset, seed=0)
+    loader = in_arrays(DataLoader(dataset, batch_size, sampler=order, num_workers=workers, persistent_workers=True))
 
     def all_of(read: Callable[[int], Any]) -> Step:
         def step() -> None:
@@ -324,18 +329,27 @@ def benchmark_data(
         for _ in loader:
             pass
 
-    steps = {
-        "decoding": all_of(dataset.image),
-        "data set": all_of(lambda index: dataset[SeededIndex(index, 0)]),
-        f"loader, {workers} processes": load,
-    }
-    times, _ = measure_times(steps, repeats=repeats)
+    def shown_of(images: UnlabelledImages) -> Step:
+        return all_of(lambda index: images[SeededIndex(index, 0)])
+
+    scaled = UnlabelledImages(data_root, image_size=image_size, max_bad_share=0.0, limit=images, scaled_decoding=True)
+    with tempfile.TemporaryDirectory(prefix="hgkd-benchmark-") as folder:
+        packed = _packed_again(dataset, Path(folder), image_size)
+        steps = {
+            "decoding": all_of(dataset.image),
+            "decoding, scaled": all_of(scaled.image),
+            "data set": shown_of(dataset),
+            "data set, scaled decoding": shown_of(scaled),
+            **{f"data set, {what}": shown_of(part) for what, part in packed.items()},
+            f"loader, {workers} processes": load,
+        }
+        times, _ = measure_times(steps, repeats=repeats)
     rates = {name: count / statistics.median(times[name]) for name in steps}
     return {
         "settings": {
             "data_root": str(data_root),
             "images": count,
-            "mean_kb": sum(map(dataset.size, range(count))) / count / 1e3,
+            "mean_kb": sum(_bytes_of(dataset, index) for index in range(count)) / count / 1e3,
             "image_size": image_size,
             "batch_size": batch_size,
             "workers": workers,
@@ -346,6 +360,31 @@ def benchmark_data(
             {"what": name, "images_per_s": rate, "of_decoding": rate / rates["decoding"]} for name, rate in rates.items()
         ],
     }
+
+
+_STORED = 256
+"""Shorter side of the images that the benchmark stores in shards, as ``make-shards --size``."""
+
+
+def _bytes_of(dataset: UnlabelledImages, index: int) -> int:
+    with dataset.open(index) as file:
+        return len(file.read())
+
+
+def _packed_again(dataset: UnlabelledImages, folder: Path, image_size: int) -> dict[str, UnlabelledImages]:
+    """The images in other forms, as far as what writes them is installed."""
+    made = {}
+    if importlib.util.find_spec("webdataset") is not None:
+        pack_images(dataset, folder / "shards", size=_STORED)
+        made[f"shards of {_STORED} px"] = folder / "shards"
+    if importlib.util.find_spec("pyarrow") is not None:
+        from pyarrow import parquet, table
+
+        contents = [dataset.open(index).read() for index in range(len(dataset))]
+        (folder / "parquet").mkdir()
+        parquet.write_table(table({"image": contents}), folder / "parquet/images.parquet", row_group_size=100)
+        made["Parquet"] = folder / "parquet"
+    return {what: UnlabelledImages(place, image_size=image_size, max_bad_share=0.0) for what, place in made.items()}
 
 
 def _distill_loss(model: MaskedDistiller, pixels: Tensor) -> Callable[[], Tensor]:

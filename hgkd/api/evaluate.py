@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from hgkd.api.train import train as launch
 from hgkd.data import LabelledImages
 from hgkd.data.images import shared_images
+from hgkd.data.sources import is_source
 from hgkd.errors import DataError, InvalidValueError
 from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, linear_probe, load_extractor
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS, check_shots
@@ -60,7 +61,8 @@ def evaluate(
     Args:
         methods: of 'knn', 'linear', 'fewshot', 'finetune'.
         backbone, checkpoint, block, pretrained: see ``hgkd.evaluation.load_extractor``.
-        train, test: folders with the same class folders, or lists (see ``hgkd.data.LabelledImages``) with the same classes.
+        train, test: folders with the same class folders, lists, or Parquet and Arrow files (see ``hgkd.data.LabelledImages``)
+            with the same classes.
         ks: neighbours; ``top1`` is that of the first.
         shots, draws: see ``hgkd.evaluation.few_shot``; ``top1`` is that of the first number.
         finetune_options: config options of the recipe, e.g. epochs, lr, batch_size; student where a MAE file is fine-tuned.
@@ -118,9 +120,9 @@ def evaluate(
         elif method == "fewshot":
             correct, extra, settings = _few_shot(known, asked, shots, draws, seed)
         else:
-            source = {"list_file": train} if Path(train).expanduser().is_file() else {}
-            data = {"limit_per_class": limit_per_class, **source}
-            options = {"data_root": bank.data_root, "image_size": image_size, "workers": workers, "seed": seed}
+            root, list_file = _root_and_list(train, data_root)
+            data = {"limit_per_class": limit_per_class, **({} if list_file is None else {"list_file": list_file})}
+            options = {"data_root": root, "image_size": image_size, "workers": workers, "seed": seed}
             options["value_range"] = bank.value_range
             if in_chans is not None:
                 network: Any = getattr(extractor, "teacher", extractor)
@@ -184,6 +186,13 @@ def fine_tune(extractor: FeatureExtractor, num_classes: int, options: Mapping[st
         return FineTuned(runner.model.classifier, runner.max_epochs)
 
 
+def _root_and_list(source: str, data_root: str | None) -> tuple[str, str | None]:
+    """``data_root`` and ``list_file`` of a data set that a user has named by one word."""
+    if is_source(source) or not Path(source).expanduser().is_file():
+        return source, None
+    return (str(Path(source).expanduser().parent) if data_root is None else data_root), source
+
+
 def _labelled(
     source: str,
     data_root: str | None,
@@ -192,10 +201,7 @@ def _labelled(
     value_range: Sequence[float] | None,
     in_chans: int | None,
 ) -> LabelledImages:
-    path = Path(source).expanduser()
-    root, list_file = path, None
-    if path.is_file():
-        root, list_file = Path(path.parent if data_root is None else data_root), path
+    root, list_file = _root_and_list(source, data_root)
     return LabelledImages(
         root, image_size, limit_per_class=limit_per_class, list_file=list_file, value_range=value_range, in_chans=in_chans
     )

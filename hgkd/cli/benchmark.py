@@ -15,8 +15,9 @@ the median over the repeats is printed. Where others compute as well, ``--clock 
 wall clock. Peak memory is that of live tensors during one step beyond what was there before it. On a GPU the share of index
 building is the time to launch it.
 
-``data``: images a second by bare decoding in this process, by the data set (decoding, crop, resize, flip), and by a loader with
-reading processes, as a training has it. The files are read once before, so the disk does not count.
+``data``: images a second of one process by bare decoding, by the data set (decoding, crop, resize, flip), both also with scaled
+decoding, by the same images from shards of 256 px and from Parquet (where webdataset and pyarrow are installed), and by a
+loader with reading processes, as a training has it. The files are read once before, so the disk does not count.
 """
 
 from __future__ import annotations

@@ -91,7 +91,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("methods", nargs="+", choices=METHODS, help="features are extracted once")
     parser.add_argument("--backbone", required=True, help="checkpoint, export folder, MAE file or timm name")
-    parser.add_argument("--train", required=True, help="training images: a folder with one sub-folder a class, or a list")
+    parser.add_argument(
+        "--train",
+        required=True,
+        help="training images: a folder with one sub-folder a class, a list, or a .parquet file, folder or pattern of them",
+    )
     parser.add_argument("--test", required=True, help="test images with the same classes")
     parser.add_argument("--checkpoint", help="weight file for a timm name, loaded strictly")
     parser.add_argument("--config", metavar="FILE", help="config whose custom_imports bring a network of your own")

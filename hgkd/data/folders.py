@@ -18,6 +18,7 @@ from PIL import features
 from hgkd.errors import DataError
 
 SHARD_EXTENSION = ".tar"
+TABLE_EXTENSIONS = (".parquet", ".arrow")
 UNFINISHED_EXTENSION = ".tar.partial"
 """Of a shard that is being written: beside others it says that their packing did not come to its end."""
 
@@ -52,6 +53,8 @@ DOTTED = "images with a further dot in their names, as in key.seg.png (to read t
 """A kind of what shards leave out: to the webdataset library all after the first dot is the kind."""
 
 _KINDS_TOLD = 6
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
+"""Names of the parts of a data set, which are no classes."""
 Identity = tuple[int, int]
 
 
@@ -77,6 +80,7 @@ class Content:
     Attributes:
         images: files named like images.
         shards: tar files.
+        tables: Parquet and Arrow files.
         unfinished: shards whose writing did not end.
         left_out: kind (extension in lower case) -> number of files that are none of these.
         system: number of files and folders that belong to a system, the folders not searched.
@@ -84,9 +88,15 @@ class Content:
 
     images: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     system: int = 0
+
+    def sort(self) -> None:
+        """Bring the names into their order."""
+        for names in (self.images, self.shards, self.tables):
+            names.sort()
 
     @property
     def misses_pictures(self) -> bool:
@@ -127,8 +137,7 @@ def search(folder: str, passed_over: Iterable[Identity | None] = (), extensions:
         for name in names:
             if not is_system(name):
                 _sort_in(found, os.path.relpath(os.path.join(here, name), folder), name.lower(), extensions)
-    found.images.sort()
-    found.shards.sort()
+    found.sort()
     return found
 
 
@@ -140,11 +149,22 @@ def kind_name(name: str) -> str:
     return printable(extension) if extension else "without an extension"
 
 
+def sort_in(found: Content, path: str, extensions: tuple[str, ...]) -> None:
+    """Count a file behind an address, whose folders nobody has walked through, under its kind."""
+    plain = path.partition("?")[0]
+    if any(map(is_system, plain.split("/"))):
+        found.system += 1
+    else:
+        _sort_in(found, path, plain.rpartition("/")[2].lower(), extensions)
+
+
 def _sort_in(found: Content, path: str, name: str, extensions: tuple[str, ...]) -> None:
     if name.endswith(extensions):
         found.images.append(path)
     elif name.endswith(SHARD_EXTENSION):
         found.shards.append(path)
+    elif name.endswith(TABLE_EXTENSIONS):
+        found.tables.append(path)
     elif name.endswith(UNFINISHED_EXTENSION):
         found.unfinished.append(path)
     else:

@@ -9,12 +9,10 @@ Images are turned upright by their EXIF orientation, as viewers and OpenMMLab do
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -25,23 +23,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hgkd.data.channels import READING_CHANNELS, decode_channels, measure_channels
-from hgkd.data.folders import (
-    ARRAY_EXTENSION,
-    EXTENSION_LIST,
-    IMAGE_EXTENSIONS,
-    SHARD_EXTENSION,
-    Content,
-    folder_identity,
-    is_system,
-    kind_name,
-    printable,
-    search,
-)
-from hgkd.data.lists import read_labels, read_list
+from hgkd.data.finding import CHANNEL_EXTENSIONS, extensions_of, find_labelled, find_source
+from hgkd.data.folders import IMAGE_EXTENSIONS, printable, search
 from hgkd.data.pixels import (
     READING,
     BandsError,
     Range,
+    Shrink,
     as_value_range,
     check_value_range,
     decode,
@@ -50,15 +38,13 @@ from hgkd.data.pixels import (
     warnings_of,
 )
 from hgkd.data.sampler import image_seed, seeded
-from hgkd.data.shards import ShardIndex, index_shards
-from hgkd.data.transforms import ImageTransform, build_transform, eval_transform
-from hgkd.errors import DataError, InvalidValueError, MissingFileError, abbreviate
-from hgkd.pixels import check_in_chans
+from hgkd.data.sources import Blocks, ImageSource
+from hgkd.data.transforms import ImageTransform, build_transform, eval_transform, shrink_of
+from hgkd.errors import DataError, InvalidValueError, StoppedError, abbreviate
 from hgkd.registry import DATASETS
 
 _Item = TypeVar("_Item")
 _LOOKED_AT = 16
-_CHANNEL_EXTENSIONS = (*IMAGE_EXTENSIONS, ARRAY_EXTENSION)
 
 
 def read_rgb(path: str | os.PathLike[str], value_range: Range | None = None, use_alpha: bool = True) -> Image.Image:
@@ -120,22 +106,7 @@ def find_images(folder: str, arrays: bool = False) -> list[str]:
     Raises:
         DataError: a folder that cannot be listed.
     """
-    return search(folder, extensions=_CHANNEL_EXTENSIONS if arrays else IMAGE_EXTENSIONS).images
-
-
-class _PathTable:
-    """Strings in two arrays: reference counting would copy a list of a million objects into every forked worker."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+    return search(folder, extensions=CHANNEL_EXTENSIONS if arrays else IMAGE_EXTENSIONS).images
 
 
 class _BadMarks:
@@ -162,25 +133,23 @@ class _ImageFiles(Dataset[dict[str, Any]]):
     """Reading and replacing of damaged files, shared by the data sets below.
 
     Args:
-        root: absolute folder; relative ``paths`` are below it.
-        paths: relative or absolute.
+        source: the images.
         transform: PIL RGB image -> uint8 tensor (3, H, W); with ``in_chans`` float tensor (C, H, W) -> one.
         max_bad_share: share of the files, in [0, 1], that may turn out unreadable.
         value_range, use_alpha: see :func:`hgkd.data.pixels.decode`.
-        shards: where the images lie when they are no files of their own; ``paths`` are then names for messages.
         in_chans: number of channels, see :func:`hgkd.data.channels.decode_channels`; None: 8-bit RGB.
+        shrink: how much smaller JPEGs may be decoded; None: not at all.
     """
 
     def __init__(
         self,
-        root: str,
-        paths: Sequence[str],
+        source: ImageSource,
         transform: ImageTransform,
         max_bad_share: float,
         value_range: Sequence[float] | None = None,
         use_alpha: bool = True,
-        shards: ShardIndex | None = None,
         in_chans: int | None = None,
+        shrink: Shrink | None = None,
     ) -> None:
         if not 0 <= max_bad_share <= 1:
             raise InvalidValueError(
@@ -189,41 +158,45 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         self.value_range = as_value_range(value_range)
         self.use_alpha = use_alpha
         self.in_chans = in_chans
-        self.data_root = root
+        self.shrink = shrink
+        self.source = source
+        self.data_root = source.store.root
         self.transform = transform
         self.max_bad_share = max_bad_share
-        self._paths = _PathTable(paths)
-        self._shards = shards
-        self._bad = _BadMarks(len(paths))
+        self._bad = _BadMarks(len(source))
         self._look()
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.source)
 
     def path(self, index: int) -> str:
-        """Absolute path of an image; of one in a shard, the shard's with the member's name after it."""
-        return os.path.join(self.data_root, self._paths[index])
+        """Absolute path or address of an image; of one in a shard or table, that with the member or row after it."""
+        return self.source.path(index)
 
     def names(self) -> Iterator[str]:
-        """The paths as they are kept: below ``data_root``, or absolute."""
-        return (self._paths[index] for index in range(len(self)))
+        """The names of the images: below ``data_root``, or absolute."""
+        return (self.source.name(index) for index in range(len(self)))
 
     def size(self, index: int) -> int:
-        """Bytes of an image file or member; -1 when the file is not there."""
-        if self._shards is not None:
-            return self._shards.size(index)
-        return os.path.getsize(self.path(index)) if os.path.exists(self.path(index)) else -1
+        """Bytes of an image, in a table of the table's file; -1 when it is not there."""
+        return self.source.size(index)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Which images are read together, for the sampler."""
+        return self.source.blocks
 
     @property
     def reading(self) -> dict[str, Any]:
         """How files become pixels, as plain values: what is stored of pixels belongs to it."""
         if self.in_chans is not None:
             return {"channels": self.in_chans, "rules": READING_CHANNELS, "value_range": self.value_range}
-        return {"rules": READING, "value_range": self.value_range, "use_alpha": self.use_alpha}
+        scaled = {} if self.shrink is None else {"scaled_decoding": True}
+        return {"rules": READING, "value_range": self.value_range, "use_alpha": self.use_alpha, **scaled}
 
     def open(self, index: int) -> BinaryIO:
         """The file of an image, from wherever it lies."""
-        return open_image(self.path(index)) if self._shards is None else io.BytesIO(self._shards.read(index))
+        return self.source.open(index)
 
     def image(self, index: int) -> Image.Image | Tensor:
         """An image, decoded and no more: 8-bit RGB, or with ``in_chans`` a float tensor (C, H, W); errors as
@@ -231,7 +204,7 @@ class _ImageFiles(Dataset[dict[str, Any]]):
         with self.open(index) as file:
             if self.in_chans is not None:
                 return decode_channels(file, self.in_chans, self.value_range)
-            return decode_rgb(file, self.value_range, self.use_alpha)
+            return decode(file, self.value_range, self.use_alpha, self.shrink)
 
     def bad_files(self) -> list[str]:
         """Absolute paths of the files found unreadable so far, by any worker process, in the order of the data set."""
@@ -259,6 +232,8 @@ class _ImageFiles(Dataset[dict[str, Any]]):
             if not self._bad.flags[place]:
                 try:
                     image = self.image(place)
+                except StoppedError:  # a network that is down says nothing about an image
+                    raise
                 except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
                     self._mark(place, error)
                 else:
@@ -349,11 +324,13 @@ class UnlabelledImages(_ImageFiles):
     unreadable: with the default of 10 % a single one ends a run on 9 images, and is tolerated among 10.
 
     Args:
-        data_root: folder of the images (``IMAGE_EXTENSIONS``), any depth and any file names; or of .tar files, at any depth,
-            whose images are read (:mod:`hgkd.data.shards`). What is a system's (hidden, ``__MACOSX``) is passed over; what is
-            left out is told by kind.
-        list_file: text file (UTF-8, or UTF-16 with its mark) used instead of searching: one path a line, relative to
-            ``data_root`` or absolute, but below ``data_root``: a list from elsewhere reaches no other file.
+        data_root: folder of the images (``IMAGE_EXTENSIONS``), any depth and any file names; or of .tar files
+            (:mod:`hgkd.data.shards`), or of Parquet and Arrow files (:mod:`hgkd.data.tables`). Or an address of such a folder
+            (``s3://``, ``https://``), one .tar or .parquet file, or a pattern of them (:mod:`hgkd.data.sources`). What is a
+            system's (hidden, ``__MACOSX``) is passed over; what is left out is told by kind.
+        list_file: text file (UTF-8, or UTF-16 with its mark) used instead of searching: one path of an image a line, or one of
+            a .tar file, relative to ``data_root`` or absolute, but below ``data_root``: a list from elsewhere reaches no other
+            file.
         image_size: result side in pixels, or (H, W).
         transform: options of :func:`hgkd.data.train_transform`, or with ``kind='eval'`` of ``eval_transform``.
         max_bad_share: share of unreadable files above which the run stops; 0 tolerates none.
@@ -364,6 +341,9 @@ class UnlabelledImages(_ImageFiles):
         in_chans: number of channels that every file has. The items' ``inputs`` are then float (C, H, W) in [0, 1], with all
         bits
             of the file, and NumPy arrays (.npy) are images, too; see :func:`hgkd.data.channels.decode_channels`. None: RGB.
+        image_column: of Parquet and Arrow files, where it does not follow from types and names.
+        scaled_decoding: decode JPEGs that are much larger than their crops at a half, quarter or eighth of their sides. Faster,
+            and the pixels differ a little (docs/scaling.md); small images are read as ever.
 
     Raises:
         FileNotFoundError: the folder or the list does not exist.
@@ -383,21 +363,17 @@ class UnlabelledImages(_ImageFiles):
         value_range: Sequence[float] | None = None,
         use_alpha: bool = True,
         in_chans: int | None = None,
+        image_column: str | None = None,
+        scaled_decoding: bool = False,
     ) -> None:
         _check_limit("limit", limit)
-        extensions = _extensions(in_chans)
         built = build_transform(image_size, transform, in_chans)
-        root = _existing_folder(data_root)
-        index: ShardIndex | None = None
-        if list_file is not None:
-            paths = _first_shuffled(read_list(os.path.expanduser(os.fspath(list_file)), root), limit)
-        else:
-            found = search(root, extensions=extensions)
-            if found.shards or found.unfinished:
-                paths, index = _from_shards(root, found, limit, extensions)
-            else:
-                paths = _first_shuffled(_images_of(root, found), limit)
-        super().__init__(root, paths, built, max_bad_share, value_range, use_alpha, index, in_chans)
+        source = find_source(data_root, list_file, extensions_of(in_chans), image_column)
+        if limit is not None:
+            kept = _first_shuffled(list(range(len(source))), limit)
+            source = source.taken(kept if source.blocks is None else sorted(kept))
+        shrink = _shrink(scaled_decoding, in_chans, image_size, transform)
+        super().__init__(source, built, max_bad_share, value_range, use_alpha, in_chans, shrink)
         self.metainfo: dict[str, Any] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -413,7 +389,8 @@ class LabelledImages(_ImageFiles):
     file, label and index are those of the image which took its place (a repeated index is a replaced image).
 
     Args:
-        data_root: folder of the class folders; hidden ones and those of a system (``__MACOSX``) are passed over.
+        data_root: folder of the class folders; hidden ones and those of a system (``__MACOSX``) are passed over. Or an address
+            of such a folder, or Parquet and Arrow files as of :class:`UnlabelledImages`; ``label_column`` tells the class.
         list_file: text file (UTF-8, or UTF-16 with its mark) used instead of class folders: one image a line, its path and
             its class, separated by spaces in a .txt (the class is the last word), by a comma in a .csv, by a tab in a .tsv.
             A first line ``path,label`` is passed over. Paths are relative to ``data_root`` or absolute, but below it.
@@ -424,7 +401,8 @@ class LabelledImages(_ImageFiles):
         label_fraction: keep this share of the images of every class, at least one, as drawn with ``label_seed``; logged.
         label_seed: of that draw.
         split: tag that every item carries, so that a metric can tell memory and test images apart.
-        max_bad_share, value_range, use_alpha, in_chans: see :class:`UnlabelledImages`.
+        max_bad_share, value_range, use_alpha, in_chans, image_column, scaled_decoding: see :class:`UnlabelledImages`.
+        label_column: of Parquet and Arrow files, where it does not follow from types and names.
 
     Attributes:
         classes: class names, sorted; a label is an index into them.
@@ -453,9 +431,11 @@ class LabelledImages(_ImageFiles):
         value_range: Sequence[float] | None = None,
         use_alpha: bool = True,
         in_chans: int | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        scaled_decoding: bool = False,
     ) -> None:
         _check_limit("limit_per_class", limit_per_class)
-        extensions = _extensions(in_chans)
         if not 0 < label_fraction <= 1:
             raise InvalidValueError(
                 "label-fraction-out-of-range",
@@ -469,31 +449,29 @@ class LabelledImages(_ImageFiles):
         built = (
             eval_transform(image_size, resize_ratio) if transform is None else build_transform(image_size, transform, in_chans)
         )
-        root = _existing_folder(data_root)
-        found = (
-            _class_folders(root, extensions)
-            if list_file is None
-            else read_labels(os.path.expanduser(os.fspath(list_file)), root)
-        )
-        found = {printable(name): paths for name, paths in found.items()}  # names go into logs, tables and files
+        source, found = find_labelled(data_root, list_file, extensions_of(in_chans), image_column, label_column)
+        found = {printable(name): places for name, places in found.items()}  # names go into logs, tables and files
         self.classes = sorted(found)
         self.split = split
         self.metainfo: dict[str, Any] = {"classes": tuple(self.classes)}
-        paths: list[str] = []
-        labels: list[int] = []
+        kept: list[tuple[int, int]] = []
         for label, name in enumerate(self.classes):
-            kept = _first_shuffled(found[name], limit_per_class)
-            if label_fraction < 1:
-                kept = sorted(random.Random(f"{label_seed} {name}").sample(kept, max(1, round(label_fraction * len(kept)))))
-            paths += kept
-            labels += [label] * len(kept)
-        self.labels = np.array(labels, dtype=np.int64)
-        super().__init__(root, paths, built, max_bad_share, value_range, use_alpha, in_chans=in_chans)
+            places = _first_shuffled(found[name], limit_per_class)
+            if label_fraction < 1 and places:
+                drawn = random.Random(f"{label_seed} {name}").sample(places, max(1, round(label_fraction * len(places))))
+                places = sorted(drawn, key=source.name)
+            kept += [(place, label) for place in places]
+        if source.blocks is not None:  # rows that lie together are read together
+            kept.sort()
+        self.labels = np.array([label for _, label in kept], dtype=np.int64)
+        source = source.taken([place for place, _ in kept])
+        shrink = _shrink(scaled_decoding, in_chans, image_size, transform or {"kind": "eval"}, resize_ratio)
+        super().__init__(source, built, max_bad_share, value_range, use_alpha, in_chans, shrink)
         if label_fraction < 1:
             counts = np.bincount(self.labels)
             print_log(
-                f"label_fraction={label_fraction} (label_seed {label_seed}): {len(paths)} labelled images of "
-                f"{len(self.classes)} classes in {root}, {counts.min()} to {counts.max()} a class",
+                f"label_fraction={label_fraction} (label_seed {label_seed}): {len(self)} labelled images of "
+                f"{len(self.classes)} classes in {self.data_root}, {counts.min()} to {counts.max()} a class",
                 logger="current",
             )
 
@@ -510,138 +488,22 @@ def shared_images(first: Dataset[Any], second: Dataset[Any]) -> int:
     return len(paths[0] & paths[1])
 
 
-def _existing_folder(data_root: str | os.PathLike[str]) -> str:
-    root = os.path.abspath(os.path.expanduser(os.fspath(data_root)))
-    if not os.path.isdir(root):
-        why = "is not a folder" if os.path.exists(root) else "does not exist"
-        raise MissingFileError(
-            "data-root-missing", f"data_root {printable(root)} {why}; set it to the folder that holds the images"
-        )
-    return root
-
-
-def _images_of(root: str, found: Content) -> list[str]:
-    if not found.images:
-        told = found.told()
-        raise DataError(
-            "no-images",
-            f"no images below {printable(root)}; looked for files ending in {EXTENSION_LIST}"
-            + (f"; there are {told}" if told else "")
-            + ". Set data_root to the folder that holds them",
-        )
-    _tell(root, len(found.images), found)
-    return found.images
-
-
-def _extensions(in_chans: int | None) -> tuple[str, ...]:
-    """Of the files that are images."""
-    if in_chans is None:
-        return IMAGE_EXTENSIONS
-    check_in_chans(in_chans, "in_chans")
-    return _CHANNEL_EXTENSIONS
-
-
-def _from_shards(
-    root: str, found: Content, limit: int | None, extensions: tuple[str, ...] = IMAGE_EXTENSIONS
-) -> tuple[list[str], ShardIndex]:
-    """Names of the images in the shards, and where they lie."""
-    where = printable(root)
-    if found.unfinished:
-        raise DataError(
-            "shards-unfinished",
-            f"packing the shards in {where} did not come to its end ({printable(found.unfinished[0])} is left), so images "
-            "would be missing; remove the folder and pack again",
-        )
-    if found.images:
-        raise DataError(
-            "images-and-shards-mixed",
-            f"{where} holds {len(found.images)} image files (e.g. {printable(found.images[0])}) and {len(found.shards)} shards "
-            f"(e.g. {printable(found.shards[0])}); which are meant? Set data_root to a folder of one kind, move the others "
-            "away, or name the images in a list_file",
-        )
-    left_out = Content(left_out=found.left_out.copy(), system=found.system)
-    shards, names, places = index_shards(root, extensions, left_out)
-    if not names:
-        raise DataError(
-            "no-images-in-shards",
-            f"no images below {where}; looked for files ending in {EXTENSION_LIST} and for members of its {len(shards)} .tar "
-            f"shards named like key.jpg; there are {left_out.told() or 'none of other kinds'}. Set data_root to the folder "
-            "that holds them, or pack them again (hgkd make-shards)",
-        )
-    print_log(f"{len(names)} images in {len(shards)} shards below {where}", logger="current")
-    _tell(root, len(names), left_out)
-    kept = _first_shuffled(list(zip(names, places, strict=True)), limit)
-    return [name for name, _ in kept], ShardIndex(root, shards, (place for _, place in kept))
-
-
-def _tell(root: str, count: int, found: Content) -> None:
-    """Say what was left out: a warning when there are pictures among it."""
-    told = found.told()
-    if told:
-        level = logging.WARNING if found.misses_pictures else logging.INFO
-        print_log(f"{count} images below {printable(root)}; left out: {told}", logger="current", level=level)
-
-
-_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
-
-
-def _class_folders(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> dict[str, list[str]]:
-    """Class name -> its images, relative to ``root``."""
-    where = printable(root)
-    with os.scandir(root) as entries:
-        inside = [entry for entry in entries if not is_system(entry.name)]
-        names = sorted(entry.name for entry in inside if entry.is_dir())
-    if not names:
-        raise DataError(
-            "no-class-folders", f"no class folders in {where}; expected {where}/<class>/<image>, one folder a class"
-        )
-    if _SPLITS.issuperset(map(str.lower, names)):
-        raise DataError(
-            "splits-as-classes",
-            f"the folders in {where} are called {', '.join(names)}, which are no classes; set data_root to one of them, "
-            f"e.g. {os.path.join(where, names[-1])}",
-        )
-    identities = {name: folder_identity(os.path.join(root, name)) for name in names}
-    beside = Content(left_out=Counter(kind_name(entry.name) for entry in inside if not entry.is_dir()))
-    classes: dict[str, list[str]] = {}
-    taken: dict[object, str] = {folder_identity(root): "data_root itself"}
-    for name in names:
-        folder = os.path.join(root, name)
-        if identities[name] in taken:
-            raise DataError(
-                "class-folder-linked-twice",
-                f"class folder {printable(folder)} is the same folder as {printable(taken[identities[name]])}, so its images "
-                "would have two classes; remove the link",
-            )
-        taken[identities[name]] = name
-        # a link from one class into another would give images two classes
-        found = search(folder, {folder_identity(root), *identities.values()} - {identities[name]}, extensions)
-        if not found.images:
-            told = f"; there are {found.told()}" if found.told() else ""
-            raise DataError(
-                "class-folder-empty",
-                f"class folder {printable(folder)} holds no images (files ending in {EXTENSION_LIST}){told}; "
-                "fill it or remove it",
-            )
-        classes[name] = [os.path.join(name, path) for path in found.images]
-        beside.left_out += found.left_out + Counter({SHARD_EXTENSION: len(found.shards)})
-        beside.system += found.system
-    _tell(root, sum(map(len, classes.values())), beside)
-    if len(classes) == 1:
-        print_log(
-            f"{where} holds one class folder only ({printable(names[0])}), so there is nothing to tell apart; is data_root the "
-            "folder of the class folders?",
-            logger="current",
-            level=logging.WARNING,
-        )
-    return classes
-
-
 def _check_limit(name: str, limit: int | None) -> None:
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InvalidValueError(
             "limit-not-positive", f"{name} must be None (all images) or a whole number from 1, got {limit!r}"
         )
+
+
+def _shrink(
+    scaled: bool, in_chans: int | None, size: int | Sequence[int], transform: Mapping[str, Any] | None, ratio: float = 1.0
+) -> Shrink | None:
+    if scaled and in_chans is not None:
+        raise InvalidValueError(
+            "scaled-decoding-for-rgb",
+            f"scaled_decoding is for JPEGs of photographs, and in_chans={in_chans} promises all bits; leave one of them out",
+        )
+    return shrink_of(size, transform, ratio) if scaled else None
 
 
 def _first_shuffled(items: list[_Item], limit: int | None) -> list[_Item]:

@@ -15,13 +15,21 @@ import os
 from mmengine.logging import print_log
 
 from hgkd.data.folders import SHARD_EXTENSION, is_image_name, printable
-from hgkd.data.pixels import BandsError, measure, open_image
-from hgkd.errors import DataError, MissingFileError
+from hgkd.data.pixels import BandsError, measure
+from hgkd.data.remote import RemoteStore, shown
+from hgkd.data.stores import LocalStore, Store, is_address
+from hgkd.errors import DataError, MissingFileError, StoppedError
+
+ListFile = str | os.PathLike[str]
 
 _LOOKED_AT = 16
 
 
 def _list_lines(list_file: str) -> list[str]:
+    if is_address(list_file):
+        folder, _, name = list_file.rpartition("/")
+        with RemoteStore(folder).open(name) as file:
+            return _lines(file.read())
     if not os.path.isfile(list_file):
         raise MissingFileError(
             "list-file-missing",
@@ -29,43 +37,53 @@ def _list_lines(list_file: str) -> list[str]:
             "or leave list_file out to search data_root",
         )
     with open(list_file, "rb") as file:
-        content = file.read()
+        return _lines(file.read())
+
+
+def _lines(content: bytes) -> list[str]:
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's and Excel's
     # names of files are bytes, and need not be UTF-8
     text = content.decode("utf-16", "replace") if utf16 else content.decode("utf-8-sig", "surrogateescape")
     return [line.strip() for line in io.StringIO(text, newline=None)]
 
 
-def _listed_path(entry: str, list_file: str, number: int, root: str) -> str:
+def _named(list_file: ListFile) -> tuple[str, str]:
+    """A list's place, and what messages call it."""
+    text = os.fspath(list_file)
+    return (text, shown(text)) if is_address(text) else (os.path.expanduser(text), printable(os.path.expanduser(text)))
+
+
+def _listed_path(entry: str, list_file: str, number: int, store: Store) -> str:
     """A path of a list, as written but without '.' and '..' parts."""
-    where = f"{printable(list_file)} line {number}"
+    where = f"{list_file} line {number}"
     if "\0" in entry:
         raise DataError("list-file-not-text", f"{where} is not text; give a text file with one image path a line")
-    path = os.path.normpath(entry)
-    if not _is_below(os.path.join(root, path), root):
+    path = store.name_of(entry)
+    if path is None:
+        everything = "/ allows every path" if isinstance(store, LocalStore) else "https:// every address of that kind"
         raise DataError(
             "listed-path-leaves-root",
-            f"{where}: {printable(entry)!r} leaves data_root {printable(root)}; set data_root to a folder above all "
-            "images (data_root=/ allows every path)",
+            f"{where}: {printable(entry)!r} leaves data_root {printable(store.root)}; set data_root to a folder above all "
+            f"images (data_root={everything})",
         )
     return path
 
 
-def read_list(list_file: str, root: str) -> list[str]:
-    """Paths of a list file."""
-    lines = [(number, entry) for number, entry in enumerate(_list_lines(list_file), start=1) if entry]
-    paths = [_listed_path(entry, list_file, number, root) for number, entry in lines]
+def read_list(list_file: ListFile, store: Store) -> list[str]:
+    """Names of the images of a list file, or of its shards."""
+    place, called = _named(list_file)
+    lines = [(number, entry) for number, entry in enumerate(_list_lines(place), start=1) if entry]
+    paths = [_listed_path(entry, called, number, store) for number, entry in lines]
     if not paths:
         raise DataError(
             "list-file-empty",
-            f"list_file {printable(list_file)} names no images; write one path a line, relative to {printable(root)} "
-            "or absolute",
+            f"list_file {called} names no images; write one path a line, relative to {printable(store.root)} or absolute",
         )
-    _check_listed(list(zip([number for number, _ in lines], paths, strict=True)), list_file, root)
+    _check_listed(list(zip([number for number, _ in lines], paths, strict=True)), place, store)
     return paths
 
 
-def _check_listed(paths: list[tuple[int, str]], list_file: str, root: str) -> None:
+def _check_listed(paths: list[tuple[int, str]], list_file: str, store: Store) -> None:
     """Look at some paths of a list: those not named like images, which must be images all the same, and some of all.
 
     Args:
@@ -74,35 +92,45 @@ def _check_listed(paths: list[tuple[int, str]], list_file: str, root: str) -> No
     Raises:
         DataError: a path that is no image, or none of the looked at exists; with the line, and the cause where it shows.
     """
-    odd = [place for place in paths if not is_image_name(place[1])][:_LOOKED_AT]
+    shards = all(is_shard_name(path) for _, path in paths)
+    odd = [] if shards else [place for place in paths if not is_image_name(place[1].partition("?")[0])][:_LOOKED_AT]
     for number, path in odd:
-        if not _is_image(os.path.join(root, path)):
+        if not _is_image(store, path):
             raise DataError(
                 "listed-path-no-image",
-                f"{printable(list_file)} line {number}: {printable(path)[:200]!r} is no image{_cause(path, list_file, root)}; "
+                f"{printable(list_file)} line {number}: {printable(path)[:200]!r} is no image{_cause(path, list_file, store)}; "
                 "a list has the path of one image a line, and nothing else",
             )
     count = min(_LOOKED_AT, len(paths))
     looked_at = [paths[i * len(paths) // count] for i in range(count)]
-    absent = [place for place in looked_at if not os.path.lexists(os.path.join(root, place[1]))]
+    absent = [place for place in looked_at if not store.exists(place[1])]
     if not absent:
         return
     number, path = absent[0]
     told = (
         f"{len(absent)} of {count} images of {printable(list_file)} that were looked for do not exist, e.g. line {number}: "
-        f"{printable(os.path.join(root, path))[:300]}{_cause(path, list_file, root)}"
+        f"{printable(store.path(path))[:300]}{_cause(path, list_file, store)}"
     )
     if len(absent) == count:
-        raise DataError("listed-images-missing", f"{told}; write paths relative to data_root {printable(root)}, or absolute")
+        raise DataError(
+            "listed-images-missing", f"{told}; write paths relative to data_root {printable(store.root)}, or absolute"
+        )
     print_log(told, logger="current", level=logging.WARNING)
 
 
-def _is_image(path: str) -> bool:
+def is_shard_name(name: str) -> bool:
+    """Whether a list names a shard, and no image."""
+    return name.partition("?")[0].lower().endswith(SHARD_EXTENSION)
+
+
+def _is_image(store: Store, path: str) -> bool:
     try:
-        with open_image(path) as file:
+        with store.open(path) as file:
             measure(file)
     except BandsError:
         return True  # is told elsewhere
+    except StoppedError:
+        raise
     except Exception:  # as above
         return False
     return True
@@ -111,8 +139,9 @@ def _is_image(path: str) -> bool:
 _HEADINGS = frozenset({"path", "paths", "file", "filename", "file_name", "filepath", "image", "images", "image_path", "img"})
 
 
-def _cause(path: str, list_file: str, root: str) -> str:
+def _cause(path: str, list_file: str, store: Store) -> str:
     """Why a listed path leads nowhere, in brackets, as far as it shows."""
+    root = store.root
     folder = os.path.dirname(os.path.abspath(list_file))
     words = path.replace(",", " ").replace(";", " ").split()
     if path.lower() in _HEADINGS or (words and words[0].lower() in _HEADINGS and not any(map(is_image_name, words))):
@@ -122,9 +151,11 @@ def _cause(path: str, list_file: str, root: str) -> str:
     if path[0] in "[{":
         return " (the file seems to be JSON)"
     if "://" in path or path.startswith(("http:", "https:", "s3:", "gs:")):
-        return " (an address: download the images first)"
+        return " (an address: set data_root to the address that all of them begin with)"
     if SHARD_EXTENSION in path:
-        return " (shards cannot be listed: set data_root to their folder, without a list_file)"
+        return " (a list names images, or shards, and not both)"
+    if not isinstance(store, LocalStore):
+        return ""
     if "\\" in path and os.path.lexists(os.path.join(root, path.replace("\\", "/"))):
         return " (write / instead of \\)"
     if len(words) > 1 and os.path.lexists(os.path.join(root, words[0])):
@@ -136,46 +167,47 @@ def _cause(path: str, list_file: str, root: str) -> str:
     return " (the list is not UTF-8, or the file's name is not)" if printable(path) != path else ""
 
 
-def read_labels(list_file: str, root: str) -> dict[str, list[str]]:
+def read_labels(list_file: ListFile, store: Store) -> dict[str, list[str]]:
     """Class name -> its images, as a list with labels has them."""
-    suffix = os.path.splitext(list_file)[1].lower()
-    shown = printable(list_file)
+    place, called = _named(list_file)
+    suffix = os.path.splitext(place.partition("?")[0])[1].lower()
     if suffix not in _LABEL_COLUMNS:
         raise DataError(
             "label-list-suffix",
-            f"list of labels {shown} is of an unknown format; expected a .txt with 'PATH CLASS' a line, a .csv with "
+            f"list of labels {called} is of an unknown format; expected a .txt with 'PATH CLASS' a line, a .csv with "
             "'PATH,CLASS' or a .tsv with the two separated by a tab",
         )
     split, example = _LABEL_COLUMNS[suffix]
     found: dict[str, tuple[int, str]] = {}  # path -> line, class
     classes: dict[str, list[str]] = {}
-    for number, line in enumerate(_list_lines(list_file), start=1):
+    for number, line in enumerate(_list_lines(place), start=1):
         columns = split(line)
         if not line or (number == 1 and columns == ["path", "label"]):
             continue
         if len(columns) != 2 or not all(columns):
             raise DataError(
                 "label-list-line",
-                f"{shown} line {number}: {printable(line)[:80]!r} is not a path and a class; "
+                f"{called} line {number}: {printable(line)[:80]!r} is not a path and a class; "
                 f"a {suffix} has lines like {example!r}",
             )
         if is_image_name(columns[1]) and not is_image_name(columns[0]):
             raise DataError(
                 "label-list-columns-swapped",
-                f"{shown} line {number}: {printable(line)[:80]!r} names the class first; a {suffix} has lines like {example!r}",
+                f"{called} line {number}: {printable(line)[:80]!r} names the class first; a {suffix} has lines like "
+                f"{example!r}",
             )
-        path = _listed_path(columns[0], list_file, number, root)
+        path = _listed_path(columns[0], called, number, store)
         line_before, name_before = found.setdefault(path, (number, columns[1]))
         if name_before != columns[1]:
             raise DataError(
                 "label-list-two-classes",
-                f"{shown} line {number}: {printable(path)} is of class {columns[1]!r}, and in line {line_before} of class "
+                f"{called} line {number}: {printable(path)} is of class {columns[1]!r}, and in line {line_before} of class "
                 f"{name_before!r}; an image has one class",
             )
         classes.setdefault(columns[1], []).append(path)
     if not classes:
-        raise DataError("label-list-empty", f"list of labels {shown} names no images; write a path and a class a line")
-    _check_listed([(number, path) for path, (number, _) in found.items()], list_file, root)
+        raise DataError("label-list-empty", f"list of labels {called} names no images; write a path and a class a line")
+    _check_listed([(number, path) for path, (number, _) in found.items()], place, store)
     return classes
 
 
@@ -197,7 +229,3 @@ _LABEL_COLUMNS = {
     ".csv": (_csv_columns, "a/1.jpg,cat"),
     ".tsv": (_tab_columns, "a/1.jpg\tcat"),
 }
-
-
-def _is_below(path: str, root: str) -> bool:
-    return os.path.commonpath([os.path.normpath(path), root]) == root

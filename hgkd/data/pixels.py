@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
@@ -49,6 +49,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = 5  # from this orientation on width and height are exchanged
 _MAX_BANDS = 4
 _ROWS = 256  # converted at once
 _MEASURED_ROWS = 2048  # of an image, at most
@@ -96,7 +97,16 @@ def open_image(path: str | os.PathLike[str]) -> BinaryIO:
     return open(path, "rb")
 
 
-def decode(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = True) -> Image.Image:
+FULL_SIZE = "full_size"
+"""Key in ``info`` of an image that was decoded smaller: width and height of the whole one, of which crops are drawn."""
+
+Shrink = Callable[[int, int], float]
+"""From width and height of an upright image to how many times smaller it may be decoded."""
+
+
+def decode(
+    file: BinaryIO, value_range: Range | None = None, use_alpha: bool = True, shrink: Shrink | None = None
+) -> Image.Image:
     """An open image file as 8-bit RGB, upright by its EXIF orientation; of several frames (GIF, WebP, TIFF) the first.
 
     Transparent places become white. Images of more than 8 bits a value: ``value_range`` gives the values of black and white;
@@ -106,6 +116,9 @@ def decode(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = T
     Args:
         value_range: (low, high); images of 8 bits are not concerned.
         use_alpha: False: a band that is tagged as transparency is left out.
+        shrink: JPEGs may be given as many times smaller: they are decoded at 1/2, 1/4 or 1/8 of their sides where that is
+            enough, by fewer coefficients of each block (Pillow's ``draft``). The result's ``info`` then has the upright
+            size of the file under :data:`FULL_SIZE`.
 
     Raises:
         BandsError: more than four bands.
@@ -129,12 +142,24 @@ def decode(file: BinaryIO, value_range: Range | None = None, use_alpha: bool = T
         turn = _orientation(image)
         if packed and value_range is not None:
             return _turned(_as_rgb(_cv2_values(file), value_range, use_alpha), turn)
+        whole = image.size
+        if shrink is not None and image.format in ("JPEG", "MPO"):
+            _draft(image, shrink(*(whole if turn < _SIDEWAYS else whole[::-1])))
         image.load()
         deep = _is_deep(image)
         rgb = _as_rgb(_pillow_values(image), value_range, use_alpha) if deep else _flattened(image, use_alpha)
+        if rgb.size != whole:
+            rgb.info[FULL_SIZE] = whole if turn < _SIDEWAYS else whole[::-1]
         if deep and _is_white_zero(image):  # Pillow inverts 8 bits only
             rgb = ImageOps.invert(rgb)
         return rgb if image.format == "TIFF" else _turned(rgb, turn)  # Pillow turns TIFFs itself
+
+
+def _draft(image: Image.Image, times: float) -> None:
+    step = next((step for step in (8, 4, 2) if step <= times), None)
+    if step is not None:
+        width, height = image.size
+        image.draft(None, (width // step, height // step))
 
 
 def _flattened(image: Image.Image, use_alpha: bool) -> Image.Image:

@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dist import get_dist_info, sync_random_seed
-from torch.utils.data import Sampler
+from numpy.typing import NDArray
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from hgkd.data.sources import Blocks
 from hgkd.errors import InvalidValueError
 from hgkd.registry import DATA_SAMPLERS
+
+Numbers = NDArray[np.int64]
 
 
 def mixed_seed(*parts: int) -> int:
@@ -52,6 +57,46 @@ class SeededIndex(int):
         return int(self), self.epoch_seed
 
 
+class SeededBatch:
+    """The numbers of some images with their seeds, as two arrays, which cost the training process nothing an image.
+
+    Iterated, in the process that reads, it gives :class:`SeededIndex` objects.
+    """
+
+    def __init__(self, indices: Numbers, seeds: Numbers) -> None:
+        self._indices, self._seeds = indices, seeds
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[SeededIndex]:
+        return map(SeededIndex, self._indices.tolist(), self._seeds.tolist())
+
+
+class SeededBatches(BatchSampler):
+    """torch's batches of an :class:`EpochSampler`, as :class:`SeededBatch` objects.
+
+    A loader makes its ``BatchSampler`` itself; :func:`in_arrays` turns it into this one.
+    """
+
+    sampler: EpochSampler
+
+    def __iter__(self) -> Iterator[SeededBatch]:  # type: ignore[override]
+        indices, seeds = self.sampler.rest()
+        stop = len(indices) - len(indices) % self.batch_size if self.drop_last else len(indices)
+        for start in range(0, stop, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield SeededBatch(indices[part], seeds[part])
+
+
+def in_arrays(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The loader itself, which from now on sends its reading processes arrays where its sampler is an :class:`EpochSampler`."""
+    batches = loader.batch_sampler
+    if type(batches) is BatchSampler and type(batches.sampler) is EpochSampler:
+        batches.__class__ = SeededBatches
+    return loader
+
+
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Context in which torch's CPU generator starts from ``seed``, and after which it is as it was; None: nothing happens."""
@@ -69,6 +114,9 @@ def seeded(seed: int | None) -> Iterator[None]:
 @DATA_SAMPLERS.register_module()
 class EpochSampler(Sampler[int]):
     """Each image once an epoch, in an order of its own each epoch, divided between the processes.
+
+    Where images lie in blocks that are read as a whole (:class:`hgkd.data.sources.Blocks`), the blocks are shuffled, and the
+    images of ``window`` blocks at a time among each other.
 
     Process r of W takes the images r, r + W, r + 2W ... of the order, so that step n of all processes together shows the images
     that one process with W times the batch would show. When W does not divide the number of images, the order starts again from
@@ -109,12 +157,24 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        return iter(SeededBatch(*self.rest()))
+
+    def rest(self) -> tuple[Numbers, Numbers]:
+        """Numbers and seeds of the images of this process that are not passed over, (N,) each."""
         first, self.skip = self.skip, 0
+        places, copies = np.divmod(self.rank + np.arange(first, len(self)) * self.world_size, self.repeats)
+        bases = np.array([epoch_seed(self.seed, self.epoch, copy) for copy in range(self.repeats)], dtype=np.int64)
+        return self._order()[places % len(self.dataset)], bases[copies]
+
+    def _order(self) -> Numbers:
+        """All images in the order of the epoch."""
         count = len(self.dataset)
-        order = torch.arange(count)
-        if self.shuffle:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch, 0)))
-        bases = [epoch_seed(self.seed, self.epoch, copy) for copy in range(self.repeats)]
-        for place in range(first, len(self)):
-            image, copy = divmod(self.rank + place * self.world_size, self.repeats)
-            yield SeededIndex(int(order[image % count]), bases[copy])
+        if not self.shuffle:
+            return np.arange(count)
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch, 0))
+        order: Numbers = torch.randperm(count, generator=generator).numpy()
+        blocks: Blocks | None = getattr(self.dataset, "blocks", None)
+        if blocks is None:
+            return order
+        turn = torch.randperm(int(blocks.of.max()) + 1, generator=generator).numpy() // blocks.window
+        return order[np.argsort(turn[blocks.of[order]], kind="stable")]

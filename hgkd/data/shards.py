@@ -15,19 +15,26 @@ Nothing is ever unpacked, so a member's name reaches no file; links and devices 
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hgkd.data.folders import DOTTED, SHARD_EXTENSION, Content, is_system, kind_name, printable, search
+from hgkd.data.folders import DOTTED, Content, is_system, kind_name, printable, search
+from hgkd.data.remote import RemoteStore
+from hgkd.data.sources import ImageSource, Names
+from hgkd.data.stores import Store
 from hgkd.errors import DataError
 
-__all__ = ["SHARD_EXTENSION", "Place", "ShardIndex", "find_shards", "index_shards", "kind_of", "shard_members"]
-
 Place = tuple[int, int, int]  # number of the shard, offset of the first byte, size in bytes
+Member = tuple[str, int, int]  # name, offset, size
 
 
 def find_shards(folder: str) -> list[str]:
@@ -42,12 +49,13 @@ def kind_of(member: str) -> str:
 
 
 def shard_members(
-    path: str | os.PathLike[str], kinds: Sequence[str], left_out: Content | None = None
-) -> list[tuple[str, int, int]]:
+    path: str | os.PathLike[str], kinds: Sequence[str], left_out: Content | None = None, called: str | None = None
+) -> list[Member]:
     """Members of a shard whose kind is one of ``kinds``: (name, offset of the first byte, size in bytes), in their order.
 
     Args:
         left_out: counts the others, by kind.
+        called: the shard's name for messages, where ``path`` is that of a copy.
 
     Raises:
         DataError: no uncompressed tar file, or one that ends too early.
@@ -71,8 +79,8 @@ def shard_members(
     except tarfile.TarError as error:
         raise DataError(
             "shard-damaged",
-            f"shard {printable(os.fspath(path))} is damaged or no uncompressed tar file, after {count} members ({error}); pack "
-            "it again (without compression: images are compressed already), or remove it",
+            f"shard {called or printable(os.fspath(path))} is damaged or no uncompressed tar file, after {count} members "
+            f"({error}); pack it again (without compression: images are compressed already), or remove it",
         ) from error
     return found
 
@@ -85,54 +93,78 @@ def _left_out_kind(member: tarfile.TarInfo, kinds: Sequence[str]) -> str:
     return kind_name(member.name)
 
 
-class ShardIndex:
-    """Index of images in shards: file, offset and size of each.
+class ShardImages(ImageSource):
+    """Images in shards: file, offset and size of each.
 
     Args:
-        root: folder of the shards.
-        shards: their paths, relative to ``root``.
+        store: of the shards.
+        shards: their names.
+        names: 'shard/member' of each image.
         places: of the images.
     """
 
-    def __init__(self, root: str, shards: Sequence[str], places: Iterable[Place]) -> None:
-        self.root = root
+    def __init__(
+        self, store: Store, shards: Sequence[str], names: Iterable[str], places: Sequence[Place] | NDArray[np.int64]
+    ) -> None:
+        self.store = store
         self.shards = list(shards)
+        self._names = Names(names)
         # arrays: reference counting would copy a list of a million tuples into every forked worker
-        self._places = np.array(list(places), dtype=np.int64).reshape(-1, 3)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return self._names[index]
 
     def size(self, index: int) -> int:
-        """Bytes of an image."""
         return int(self._places[index, 2])
 
-    def read(self, index: int) -> bytes:
-        """The bytes of an image.
-
-        Raises:
-            OSError: the shard is not there any more, or is shorter than it was.
-        """
+    def open(self, index: int) -> BinaryIO:
         shard, offset, size = (int(value) for value in self._places[index])
-        path = os.path.join(self.root, self.shards[shard])
-        with open(path, "rb", buffering=0) as file:
-            content = os.pread(file.fileno(), size, offset)
-        if len(content) != size:
-            raise OSError(f"{path} ends within this member")
-        return content
+        return io.BytesIO(self.store.read(self.shards[shard], offset, size))
+
+    def taken(self, places: Sequence[int]) -> ShardImages:
+        rows = self._places[np.asarray(places, dtype=np.int64)]
+        return ShardImages(self.store, self.shards, (self._names[place] for place in places), rows)
 
 
-def index_shards(root: str, kinds: Sequence[str], left_out: Content | None = None) -> tuple[list[str], list[str], list[Place]]:
-    """All shards below ``root``, and of every image in them 'shard/member' and its place.
+def index_shards(store: Store, shards: Sequence[str], kinds: Sequence[str], left_out: Content | None = None) -> ShardImages:
+    """The images of some shards.
 
     Args:
         left_out: counts the members that are no images, by kind.
 
     Raises:
         DataError: a shard is damaged.
+        StoppedError, FileNotFoundError: one behind an address cannot be had.
     """
-    shards = find_shards(root)
+    left_out = Content() if left_out is None else left_out
+    store.prepare(list(shards))
     names: list[str] = []
     places: list[Place] = []
     for number, shard in enumerate(shards):
-        for name, offset, size in shard_members(os.path.join(root, shard), kinds, left_out):
-            names.append(f"{shard}/{name}")
+        plain = shard.partition("?")[0] if isinstance(store, RemoteStore) else shard
+        for name, offset, size in _members(store, shard, kinds, left_out):
+            names.append(f"{plain}/{name}")
             places.append((number, offset, size))
-    return shards, names, places
+    return ShardImages(store, shards, names, places)
+
+
+def _members(store: Store, shard: str, kinds: Sequence[str], left_out: Content) -> list[Member]:
+    if not isinstance(store, RemoteStore):
+        return shard_members(store.path(shard), kinds, left_out)
+
+    def index() -> bytes:
+        others = Content()
+        with store.copy(shard) as path:
+            found = shard_members(path, kinds, others, store.path(shard))
+        return json.dumps([found, others.left_out, others.system]).encode()
+
+    # kept, or a shard that does not fit into the cache would be fetched for its headers at every start
+    kind = f"index-{hashlib.sha256(' '.join(kinds).encode()).hexdigest()[:8]}"
+    found, others, system = json.loads(store.note(shard, kind, index))
+    left_out.left_out.update(others)
+    left_out.system += system
+    return [(name, offset, size) for name, offset, size in found]

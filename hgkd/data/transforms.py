@@ -10,6 +10,7 @@ Resizing is PIL's bicubic, which smooths when it shrinks.
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from hgkd.data.pixels import FULL_SIZE, Shrink
 from hgkd.errors import InvalidTypeError, InvalidValueError, unknown_name_message
 
 ImageTransform = Callable[[Any], Tensor]
@@ -66,6 +68,47 @@ class PILToTensor(v2.PILToTensor):
         return tensor
 
 
+def _full_size(image: Any) -> tuple[int, int]:
+    """(H, W) of an image as it is in its file, also where it was decoded smaller."""
+    if not _is_smaller(image):
+        height, width = v2.functional.get_size(image)
+        return height, width
+    full: tuple[int, int] = image.info[FULL_SIZE]
+    return full[1], full[0]
+
+
+def _is_smaller(image: Any) -> bool:
+    """Whether an image was decoded at a part of its sides."""
+    return isinstance(image, Image.Image) and FULL_SIZE in image.info
+
+
+def _resized_part(image: Image.Image, size: Sequence[int], box: tuple[float, float, float, float]) -> Image.Image:
+    """A part of an image that was decoded smaller, resized to (h, w).
+
+    Args:
+        box: left, top, right and bottom in pixels of the whole image. One decoded pixel stands for exactly 2, 4 or 8 of them,
+            also at the far edges, where it stands for places beyond.
+    """
+    step = 2 ** math.ceil(math.log2(image.info[FULL_SIZE][0] / image.width))
+    part = tuple(edge / step for edge in box)
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=part)  # type: ignore[arg-type]  # of four
+
+
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, which draws the same crop of an image that was decoded smaller.
+
+    Called like torchvision's own, because stores of a teacher's features depend on the names of the steps.
+    """
+
+    def forward(self, *inputs: Any) -> Any:
+        image = inputs[0]
+        if not _is_smaller(image):
+            return super().forward(*inputs)
+        box = self.make_params([torch.empty(1, *_full_size(image), device="meta")])
+        left, top = box["left"], box["top"]
+        return _resized_part(image, self.size, (left, top, left + box["width"], top + box["height"]))
+
+
 class CentreCropToSize(nn.Module):
     """Resize until the image just covers ``size`` times ``resize_ratio``, then cut out the centre.
 
@@ -84,16 +127,21 @@ class CentreCropToSize(nn.Module):
 
     def forward(self, image: Any) -> Any:
         h, w = self.size
-        height, width = v2.functional.get_size(image)
+        height, width = _full_size(image)
         limit_w = max(1, min(width, height * _MAX_ASPECT * w // h))
         limit_h = max(1, min(height, width * _MAX_ASPECT * h // w))
+        top, left = (height - limit_h) / 2, (width - limit_w) / 2
         if (limit_h, limit_w) != (height, width):
-            image = v2.functional.center_crop(image, [limit_h, limit_w])
+            if not _is_smaller(image):
+                image = v2.functional.center_crop(image, [limit_h, limit_w])
             height, width = limit_h, limit_w
         scale = self.resize_ratio * max(h / height, w / width)
         # rounded down as torchvision and timm do, but 29.999999 is 30
         resized = [max(h, int(height * scale + 1e-6)), max(w, int(width * scale + 1e-6))]
-        image = v2.functional.resize(image, resized, interpolation=_BICUBIC, antialias=True)
+        if _is_smaller(image):
+            image = _resized_part(image, resized, (left, top, left + width, top + height))
+        else:
+            image = v2.functional.resize(image, resized, interpolation=_BICUBIC, antialias=True)
         return v2.functional.center_crop(image, [h, w])
 
 
@@ -127,7 +175,7 @@ def train_transform(
         raise InvalidValueError("flip-out-of-range", f"hflip is a probability in [0, 1], got {hflip}")
     if color_jitter < 0:
         raise InvalidValueError("color-jitter-negative", f"color_jitter must be 0 (off) or positive, got {color_jitter}")
-    steps: list[nn.Module] = [v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=_BICUBIC, antialias=True)]
+    steps: list[nn.Module] = [RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=_BICUBIC, antialias=True)]
     if hflip > 0:
         steps.append(v2.RandomHorizontalFlip(hflip))
     if color_jitter > 0:
@@ -285,6 +333,42 @@ def build_transform(
                 "transform-option-unknown", unknown_name_message(f"option of the {kind} transform", str(name), known)
             )
     return _KINDS[kind](image_size, **arguments)
+
+
+_GAP = 2.0  # pixels left for one of the result: below, what a coarser grid has lost begins to show
+
+
+def shrink_of(image_size: int | Sequence[int], options: Mapping[str, Any] | None = None, resize_ratio: float = 1.0) -> Shrink:
+    """How many times smaller images may be decoded, so that the smallest crop still has twice the result's pixels a side.
+
+    Args:
+        options: as for :func:`build_transform`.
+        resize_ratio: of an evaluation's crop.
+
+    Raises:
+        ValueError: the transform's crops are not drawn here.
+    """
+    h, w = as_size(image_size)
+    given = dict(options or {})
+    kind = given.pop("kind", "train")
+    if kind == "augment":
+        raise InvalidValueError(
+            "scaled-decoding-of-other-crops",
+            "scaled_decoding is for transform kinds 'train' and 'eval'; the crops of kind='augment' are timm's own, and may be "
+            "so small that nothing is gained; leave it out",
+        )
+    if kind == "eval":
+        ratio = float(given.get("resize_ratio", resize_ratio))
+        return lambda width, height: min(width / w, height / h) / ratio / _GAP
+    defaults = inspect.signature(train_transform).parameters
+    smallest = float(given.get("scale", defaults["scale"].default)[0])
+    narrow, wide = (float(side) for side in given.get("ratio", defaults["ratio"].default))
+
+    def shrink(width: int, height: int) -> float:
+        area = smallest * width * height
+        return min(math.sqrt(area * narrow) / w, math.sqrt(area / wide) / h) / _GAP
+
+    return shrink
 
 
 def _pair(name: str, value: Sequence[float]) -> tuple[float, float]:

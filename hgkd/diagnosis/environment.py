@@ -22,7 +22,7 @@ import torch
 
 from hgkd.config.short_options import amp_dtype
 from hgkd.data import UnlabelledImages
-from hgkd.errors import DataError
+from hgkd.errors import Refusal
 from hgkd.sparse import choice, self_check, sparsify
 from hgkd.sparse.choice import kernels_mode
 
@@ -192,7 +192,7 @@ def check_images(data_root: str | os.PathLike[str]) -> Check:
         count = min(_SAMPLE, len(dataset))
         for i in range(count):
             dataset[i * len(dataset) // count]
-    except (DataError, FileNotFoundError) as error:
+    except Refusal as error:
         return Check("images", "failure", str(error), "set data_root to the folder of the images")
     bad = dataset.bad_files()
     found = f"{len(dataset)} below {dataset.data_root}; {count} looked at, {len(bad)} cannot be read"

@@ -24,6 +24,9 @@ import torchvision
 
 import hgkd
 from hgkd.data.images import LabelledImages, UnlabelledImages, find_images
+from hgkd.data.remote import shown
+from hgkd.data.sources import is_source
+from hgkd.data.stores import is_address
 from hgkd.digests import file_digest, files_digest
 from hgkd.errors import WeightsError
 from hgkd.weights.export_folder import CARD_FILE, CARD_PAGE
@@ -175,8 +178,10 @@ def _data(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
     root = dataset.get("data_root") or cfg.get("data_root")
     if not root:
         return {"root": absent, "fingerprint": absent}
+    if is_address(str(root)):
+        return {"root": shown(str(root)), "fingerprint": "unknown: what lies behind an address is not looked up"}
     folder = Path(str(root)).expanduser()
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_source(str(root)):
         return {"root": str(root), "fingerprint": "unknown: no such folder on this machine any more"}
     kind = _DATASETS.get(str(dataset.get("type", "UnlabelledImages")).rpartition(".")[2])
     files, of = _files_of_run(kind, {**dataset, "data_root": str(folder)}) if kind else _files_below(folder)

@@ -34,6 +34,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hgkd.config.schedule import without_empty_warmup
+from hgkd.data.sampler import in_arrays
 from hgkd.errors import InvalidValueError, WeightsError, configured
 from hgkd.registry import RUNNERS
 from hgkd.sparse.choice import use_kernels
@@ -217,8 +218,10 @@ class DistillRunner(Runner):
         dataloader: DataLoader[Any] | dict[str, Any], seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader[Any]:
         if not isinstance(dataloader, DataLoader):
-            dataloader = {"pin_memory": torch.cuda.is_available(), **dataloader}  # without CUDA it only warns
-        loader: DataLoader[Any] = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+            # without CUDA pinning only warns; reading processes that stay keep their caches, and start once
+            kept = {"pin_memory": torch.cuda.is_available(), "persistent_workers": dataloader.get("num_workers", 0) > 0}
+            dataloader = {**kept, **dataloader}
+        loader: DataLoader[Any] = in_arrays(Runner.build_dataloader(dataloader, seed, diff_rank_seed))
         if not isinstance(dataloader, DataLoader) and "worker_init_fn" not in dataloader:
             # mmengine's gives a worker the same seed in every epoch; here images bring their own
             loader.worker_init_fn = ignore_first_signal

@@ -56,8 +56,11 @@ def test_marks_blanks_and_line_ends(root, content):
         ('"sub/a.png"\n', r"line 1: .*\(remove the quotes\)"),
         ("sub/a.png\nnotes.txt", r"line 2: 'notes\.txt' is no image"),
         ("sub/a.png\nsub", r"line 2: 'sub' is no image"),
-        ("shards/a.tar", r"line 1: .*\(shards cannot be listed"),
-        ("https://host/a.png", r"1 of 1 images .* do not exist, e\.g\. line 1: .*\(an address: download the images first\)"),
+        ("shards/a.tar", r"line 1: .*\(a list names images, or shards, and not both"),
+        (
+            "https://host/a.png",
+            r"1 of 1 images .* do not exist, e\.g\. line 1: .*\(an address: set data_root to",
+        ),
         ("sub\\a.png\nsub\\b.png", r"2 of 2 images .*\(write / instead of \\\)"),
         ("data/sub/a.png", r"1 of 1 images .*\(it lies one folder higher: set data_root=.*\)"),
         (

@@ -13,7 +13,7 @@ from refusals import refused
 from torch.utils.data import DataLoader
 
 from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
-from hgkd.data.sampler import epoch_seed, image_seed, mixed_seed, seeded
+from hgkd.data.sampler import SeededBatch, epoch_seed, image_seed, in_arrays, mixed_seed, seeded
 
 
 def sampler(count, rank=0, world=1, **options):
@@ -162,3 +162,40 @@ def test_the_processes_share_the_copies_of_repeated_augmentation(monkeypatch):
     assert shown[0] == shown[1] == shown[2]
     for images in zip(*shown, strict=True):
         assert len({image.epoch_seed for image in images}) == 3
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_batches_of_arrays_hold_the_same_images_and_seeds(drop_last, repeats):
+    def pairs(batches):
+        return [[(int(i), i.epoch_seed) for i in batch] for batch in batches]
+
+    one, other = (EpochSampler(range(13), seed=4, repeats=repeats) for _ in range(2))
+    plain = DataLoader(range(13), 4, sampler=one, drop_last=drop_last)
+    arrays = in_arrays(DataLoader(range(13), 4, sampler=other, drop_last=drop_last))
+    for epoch, skip in ((0, 0), (1, 4), (1, 0)):
+        for part in (one, other):
+            part.set_epoch(epoch)
+            part.skip = skip
+        expected, found = list(plain.batch_sampler), list(arrays.batch_sampler)
+        assert all(isinstance(batch, SeededBatch) for batch in found)
+        assert pairs(map(pickle.loads, map(pickle.dumps, found))) == pairs(expected)
+        assert [len(batch) for batch in found] == [len(batch) for batch in expected]
+    assert len(arrays) == len(plain)
+
+
+def test_a_loader_with_another_sampler_stays_as_it_is():
+    loader = in_arrays(DataLoader(range(5), 2, shuffle=True))
+    assert sorted(int(i) for batch in loader for i in batch) == list(range(5))
+    assert isinstance(next(iter(loader.batch_sampler)), list)
+
+
+def test_a_batch_is_sent_as_two_arrays_whatever_its_length():
+    """Objects an image would be made, pickled and counted by the process that trains."""
+    sampler = EpochSampler(range(2000), seed=0)
+    loader = in_arrays(DataLoader(range(2000), 1000, sampler=sampler))
+    batch = next(iter(loader.batch_sampler))
+    content = pickle.dumps(batch, protocol=4)
+    assert content.count(b"SeededIndex") == 0
+    assert len(content) < 1000 * 16 + 1000
+    assert [int(i) for i in batch] == [int(i) for i in sampler][:1000]

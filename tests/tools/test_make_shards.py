@@ -4,8 +4,10 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from refusals import refused
 from tiny_runs import write_images
 
@@ -114,3 +116,69 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
     with refused(ValueError, "webdataset-missing", "hgkd[shards]"):
         tool.make_shards(tmp_path, tmp_path / "out")
+
+
+def test_shrunk_images_are_upright_jpegs_of_that_shorter_side(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    (tmp_path / "images").mkdir()
+    down, right = np.mgrid[0:1:90j, 0:1:60j] * 255
+    upright = Image.fromarray(np.stack([down, right, 255 - down], axis=-1).astype(np.uint8))  # 60 wide
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "images/turned.jpg", exif=exif, quality=100)
+    upright.save(tmp_path / "images/plain.png")
+    upright.resize((20, 30)).save(tmp_path / "images/small.png")
+    (tmp_path / "images/damaged.jpg").write_bytes((tmp_path / "images/turned.jpg").read_bytes()[:1500])
+    for i in range(16):
+        upright.resize((8, 8)).save(tmp_path / f"images/tiny{i}.png")
+    count, shards = tool.make_shards(tmp_path / "images", tmp_path / "out", size=30, quality=95)
+    assert count == 19  # the damaged one is left out
+    packed = UnlabelledImages(tmp_path / "out", image_size=16)
+    images = {Path(packed.path(i)).name.partition("_")[2]: packed.image(i) for i in range(19)}
+    expected = np.asarray(upright.resize((30, 45), Image.Resampling.BICUBIC), dtype=float)
+    for name in ("turned.jpg", "plain.jpg"):
+        assert images[name].size == (30, 45)
+        assert np.abs(np.asarray(images[name], dtype=float) - expected).mean() < 4
+    assert images["small.png"].size == (20, 30)
+    with tarfile.open(shards[0]) as shard:
+        members = {member.name.partition("_")[2]: shard.extractfile(member).read() for member in shard}
+    assert members["small.png"] == (tmp_path / "images/small.png").read_bytes()
+    tool.make_shards(tmp_path / "images", tmp_path / "rough", size=30, quality=5)
+    assert sum(p.stat().st_size for p in (tmp_path / "rough").iterdir()) <= sum(p.stat().st_size for p in shards)
+
+
+def test_bytes_of_other_channels_are_copied(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    (tmp_path / "arrays").mkdir()
+    for i in range(3):
+        np.save(tmp_path / f"arrays/{i}.npy", np.full((8, 8, 5), i, dtype=np.uint16))
+    count, _ = tool.make_shards(tmp_path / "arrays", tmp_path / "out", in_chans=5)
+    assert count == 3
+    packed = UnlabelledImages(tmp_path / "out", image_size=8, in_chans=5, transform={"kind": "eval"}, value_range=(0, 2))
+    assert [float(item["inputs"].mean()) for item in packed] == pytest.approx([0, 0.5, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"size": 0}, ("size-or-quality-out-of-range", "0", "90")),
+        ({"size": 8, "quality": 101}, ("size-or-quality-out-of-range", "8", "101")),
+        ({"size": 8, "in_chans": 4}, ("packing-options-exclude", "8", "in_chans=4")),
+        ({"value_range": (0, 9)}, ("packing-options-exclude", "value_range")),
+    ],
+)
+def test_options_that_exclude_each_other(tmp_path: Path, options: dict[str, object], refusal: tuple[str, ...]) -> None:
+    with refused(ValueError, *refusal):
+        tool.make_shards(tmp_path, tmp_path / "out", **options)
+
+
+def test_tables_are_packed_too(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = write_images(tmp_path / "images", each=3, size=16)
+    contents = [path.read_bytes() for path in sorted(source.rglob("*.png"))]
+    pq.write_table(pa.table({"image": contents}), tmp_path / "images.parquet")
+    count, _ = tool.make_shards(tmp_path / "images.parquet", tmp_path / "out")
+    packed = UnlabelledImages(tmp_path / "out", image_size=16)
+    assert count == 6
+    assert [packed.open(i).read() for i in range(6)] == contents
