@@ -57,6 +57,8 @@ EXTRAS = {
     "edge": EDGE,
     "shards": SHARDS,  # to write them; reading needs nothing
     "tiff": TIFF,  # TIFFs of several bands, where in_chans says how many
+    "wandb": ["wandb>=0.18"],  # tracker=wandb
+    "mlflow": ["mlflow-skinny>=2.16"],  # tracker=mlflow; `mlflow ui`, to look at the runs, is in the whole package
     "test": TEST,
     "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],
 }
