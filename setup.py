@@ -19,6 +19,7 @@ INSTALL = [
     "torch>=2.4",
     "torchvision>=0.19",
     "timm>=1.0.20,<2",
+    "huggingface_hub>=0.25",  # timm needs it, too
     "onedl-mmengine>=0.10.12,<0.11" if ONEDL else "mmengine>=0.10.7,<0.11",
     "setuptools<80",  # mmengine imports pkg_resources
     "safetensors>=0.4",
