@@ -19,6 +19,7 @@ INSTALL = [
     "torch>=2.4",
     "torchvision>=0.19",
     "timm>=1.0.20,<2",
+    "huggingface_hub>=0.25",  # timm needs it, too
     "onedl-mmengine>=0.10.12,<0.11" if ONEDL else "mmengine>=0.10.7,<0.11",
     "setuptools<80",  # mmengine imports pkg_resources
     "safetensors>=0.4",
@@ -57,6 +58,8 @@ EXTRAS = {
     "edge": EDGE,
     "shards": SHARDS,  # to write them; reading needs nothing
     "tiff": TIFF,  # TIFFs of several bands, where in_chans says how many
+    "wandb": ["wandb>=0.18"],  # tracker=wandb
+    "mlflow": ["mlflow-skinny>=2.16"],  # tracker=mlflow; `mlflow ui`, to look at the runs, is in the whole package
     "test": TEST,
     "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],
 }

@@ -25,6 +25,7 @@ from hgkd.evaluation.comparison import trained, value_of, write_csv
 from hgkd.pictures.comparison import write_picture
 from hgkd.recipes import find_recipe
 from hgkd.training.work_folder import results_in
+from hgkd.weights.run_folder import logged_lines
 
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block", "after", "evaluate", "scores"}
 PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
@@ -287,20 +288,18 @@ def _log(job: Job) -> dict[str, Any]:
     curves: dict[str, dict[int, float]] = {name: {} for name in keys}
     logged: set[str] = set()
     validations: dict[int, set[str]] = {}  # what each logged
-    for file in sorted(job.folder.glob("*/vis_data/scalars.json")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if "lr" not in entry:  # of a validation
-                names = set(entry) - {"step", "time", "data_time"}
-                logged |= names
-                if "step" in entry:  # of a resumed run the later one counts
-                    validations[entry["step"]] = names
-            for key, values in steps.items():
-                if key in entry:
-                    values.append(entry[key])
-            for name, (key, factor) in keys.items():
-                if key in entry:
-                    curves[name][entry["step"]] = factor * entry[key]
+    for entry in logged_lines(job.folder):
+        if "lr" not in entry:  # of a validation
+            names = set(entry) - {"step", "time", "data_time"}
+            logged |= names
+            if "step" in entry:  # of a resumed run the later one counts
+                validations[entry["step"]] = names
+        for key, values in steps.items():
+            if key in entry:
+                values.append(entry[key])
+        for name, (key, factor) in keys.items():
+            if key in entry:
+                curves[name][entry["step"]] = factor * entry[key]
     missing = [keys[name][0] for name in job.scores if not curves[name]]
     if missing:
         raise StoppedError(

@@ -3,6 +3,7 @@
 hgkd export work_dirs/run/epoch_100.pth --to timm --out exported/resnet18
 hgkd export work_dirs/run/epoch_100.pth --to onnx --precision fp16 int8 --images photos --out exported/edge
 hgkd export spark_resnet50.pth --encoder resnet50 --to mmdet --out exported/spark
+hgkd export work_dirs/run/epoch_100.pth --to timm --out exported/resnet18 --push user/name --private
 
 A weight file of another project (SparK, ConvNeXt, mmpretrain, torchvision, transformers, timm) is read with --encoder NAME.
 docs/export.md describes the targets.
@@ -25,6 +26,7 @@ from hgkd.cli.common import command, command_parser
 from hgkd.config.reading import read_config
 from hgkd.errors import InvalidValueError
 from hgkd.export import PARTS, TARGETS, ExportReport, export
+from hgkd.export.hub import check_push, push_export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS
 
 _OPTIONS = ("cell", "output", "classifier", "opset", "precision")
@@ -102,6 +104,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--config", metavar="FILE", help="config whose custom_imports bring a target, or a network, of your own"
     )
+    parser.add_argument("--push", metavar="USER/NAME", help="timm, transformers: send it to the Hugging Face hub by your login")
+    parser.add_argument("--private", action="store_true", help="with --push: for your eyes only")
     options = parser.add_argument_group("options of single targets")
     options.add_argument("--cell", type=int, help="sparse: side of a mask cell in pixels")
     options.add_argument("--output", help=f"graphs: {', '.join(OUTPUTS)} (default pooled)")
@@ -130,11 +134,18 @@ def main(argv: Sequence[str]) -> int:
         )
     if side is not None and side < 1:
         raise InvalidValueError("latency-size", f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
+    repo, private = args.pop("push"), args.pop("private")
+    if repo is not None:
+        check_push(repo, args["to"])
+    elif private:
+        raise InvalidValueError("private-without-push", "--private is about --push USER/NAME; give both, or leave it out")
     report = export(**args, licences=dict(_pair(text) for text in licences), **options)
     console = Console()
     console.print(table_of(report))
     if report.table:
         console.print(graphs_table(report.table if side is None else with_latency(report, side)))
+    if repo is not None:
+        console.print(f"sent to {push_export(report.out, repo, private)}{' (private)' if private else ''}", soft_wrap=True)
     return 0
 
 

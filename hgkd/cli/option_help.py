@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from hgkd.config.short_options import SHORT_OPTIONS
 from hgkd.openmmlab.config import SHORT_OPTIONS as DOWNSTREAM_OPTIONS
+from hgkd.training.trackers import TRACKERS
 
 
 def help_text(examples: str, codes: Mapping[int, str]) -> str:
@@ -14,6 +15,7 @@ def help_text(examples: str, codes: Mapping[int, str]) -> str:
     lines += [f"  {name:<18} {option.help}" for name, option in SHORT_OPTIONS.items()]
     lines += ["", "short options of detectors and segmentors:"]
     lines += [f"  {name:<18} {text}" for name, text in DOWNSTREAM_OPTIONS.items()]
+    lines += ["", "of all of them:", f"  {'tracker':<18} {' or '.join(TRACKERS)}: where the run is recorded, too"]
     lines += [
         "",
         "The command line wins over the config, and a config over those in its _base_. A short option and the dotted path that",

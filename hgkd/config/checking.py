@@ -38,6 +38,7 @@ _CFG_KEYS = {
     "model_wrapper_cfg",
     "runner_type",
     "sync_bn",
+    "tracker",
 }
 _TOP_KEYS = _RUNNER_KEYS | _CFG_KEYS | set(SHORT_OPTIONS)
 

@@ -25,6 +25,7 @@ from hgkd.training.hooks.progress import peak_memory_mb
 from hgkd.training.in_force import in_force, lines_of
 from hgkd.training.last_batch import check_last_batch
 from hgkd.training.loop import GuardedOptimWrapper, seed_step
+from hgkd.training.trackers import check_tracker
 from hgkd.training.work_folder import trial_folder
 from hgkd.training.wrapping import plain_model
 
@@ -48,6 +49,7 @@ def dry_run(cfg: Config) -> str:
     target = Path(cfg.work_dir).absolute()
     cfg = cfg.copy()
     cfg.visualizer = dict(type="Visualizer", vis_backends=[])
+    check_tracker(cfg.pop("tracker", None))
     cfg.resume, cfg.load_from = False, None
     with trial_folder() as folder:
         cfg.work_dir = folder

@@ -31,6 +31,7 @@ from hgkd.digests import file_digest, files_digest
 from hgkd.errors import WeightsError
 from hgkd.weights.export_folder import CARD_FILE, CARD_PAGE
 from hgkd.weights.run_file import literal_config
+from hgkd.weights.run_folder import logged_lines
 
 LICENCE_FIELDS = ("weights", "teacher", "data")
 _DATASETS: dict[str, Any] = {"UnlabelledImages": UnlabelledImages, "LabelledImages": LabelledImages}
@@ -69,6 +70,7 @@ def run_card(
         "data": _looked_up(_data, cfg, absent),
         "teacher": _looked_up(_teacher, cfg, absent),
         "metrics": dict(source.metrics) or absent,
+        "run": _looked_up(_scores, {"file": source.path} if from_run else {}, absent),
         "versions": {
             "hgkd": hgkd.__version__,
             "torch": torch.__version__,
@@ -136,7 +138,7 @@ def model_card(card: Mapping[str, Any], library: str, usage: str) -> str:
         named = re.fullmatch(r"[A-Za-z0-9.+-]+", licence)
         lines += [f"license: {licence.lower()}"] if named else ["license: other", f"license_name: {json.dumps(licence)}"]
     lines += ["---", f"# {card['network']['name']}, pretrained with hgkd", "", "## Use", "", "```python", usage, "```", ""]
-    for section in ("network", "metrics", "versions", "licences", "notes"):
+    for section in ("network", "metrics", "run", "versions", "licences", "notes"):
         lines += [f"## {section}", ""]
         lines += _items(card[section], "") if isinstance(card[section], Mapping | list) else [str(card[section])]
         lines.append("")
@@ -205,6 +207,23 @@ def _files_below(folder: Path) -> tuple[list[tuple[str, int]], str]:
     """The same of all images below a folder, where a data set of another library chose among them."""
     paths = [(name, folder / name) for name in find_images(str(folder))]
     return [(name, path.stat().st_size if path.exists() else -1) for name, path in paths], "images_in_the_folder"
+
+
+def _scores(run: Mapping[str, Path], absent: str) -> dict[str, Any]:
+    """Scores of all validations of the run whose work folder the checkpoint lies in, by its log."""
+    path = run.get("file")
+    if path is None or not re.fullmatch(r"(epoch|iter|best)_.*\.pth", path.name):
+        return {"scores": absent}
+    found: dict[str, dict[int, float]] = {}
+    for entry in logged_lines(path.parent):
+        for name, value in entry.items() if "lr" not in entry else ():
+            if name not in ("step", "time", "data_time") and isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(name, {})[entry["step"]] = value  # of a resumed run the later one counts
+    return {
+        name: {"last": values[max(values)], "lowest": min(values.values()), "highest": max(values.values())}
+        | {"validations": len(values)}
+        for name, values in found.items()
+    } or {"scores": "unknown: no log of the run lies beside the checkpoint"}
 
 
 def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:

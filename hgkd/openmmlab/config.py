@@ -43,7 +43,7 @@ _READ = {
     *("default_scope", "randomness", "experiment_name", "model_wrapper_cfg", "sync_bn", "find_unused_parameters"),
     *("activation_checkpointing", "efficient_conv_bn_eval", "compile"),
     # by hgkd, and by the tools of mmdet and mmseg
-    *("backbone", "runner_type", "tta_model", "tta_pipeline"),
+    *("backbone", "runner_type", "tracker", "tta_model", "tta_pipeline"),
 }
 
 

@@ -37,6 +37,7 @@ from hgkd.training.last_batch import check_last_batch
 from hgkd.training.loop import GuardedOptimWrapper, end_workers_at_exit, ignore_first_signal
 from hgkd.training.resuming import ReadCheckpoint
 from hgkd.training.runner import DistillRunner
+from hgkd.training.trackers import check_tracker
 from hgkd.training.work_folder import trial_folder
 from hgkd.training.wrapping import plain_model
 from hgkd.weights.files import read_checkpoint
@@ -254,6 +255,7 @@ def dry_run_downstream(cfg: Config) -> str:
     target = Path(cfg.work_dir).absolute()
     cfg = cfg.copy()
     cfg.visualizer = {**cfg.visualizer, "vis_backends": None}
+    check_tracker(cfg.pop("tracker", None))
     with trial_folder() as folder:
         cfg.work_dir = folder
         runner = DownstreamRunner.from_cfg(cfg)

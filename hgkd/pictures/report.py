@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from hgkd.errors import MissingFileError
+from hgkd.weights.run_folder import logged_lines
 from hgkd.writing import written_beside
 
 _STYLE = """
@@ -131,13 +131,10 @@ def read_scalars(work_dir: str | os.PathLike[str], key: str) -> tuple[list[int],
     Raises:
         FileNotFoundError: the folder holds no log.
     """
-    files = sorted(Path(work_dir).glob("*/vis_data/scalars.json"))
-    if not files:
+    if not any(Path(work_dir).glob("*/vis_data/scalars.json")):
         raise MissingFileError("scalars-missing", f"{work_dir} holds no */vis_data/scalars.json; was a run finished there?")
     found: dict[int, float] = {}
-    for file in files:
-        for line in file.read_text().splitlines():
-            entry = json.loads(line)
-            if key in entry:
-                found[int(entry["step"])] = float(entry[key])  # of a resumed run, the later one counts
+    for entry in logged_lines(work_dir):
+        if key in entry:
+            found[int(entry["step"])] = float(entry[key])  # of a resumed run, the later one counts
     return list(found), list(found.values())

@@ -45,6 +45,7 @@ from hgkd.training.optim import check_optim_config
 from hgkd.training.recompute import recompute_activations
 from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, images_of
 from hgkd.training.sync_norm import sync_batch_norms
+from hgkd.training.trackers import TRACKERS, Tracker, check_tracker
 from hgkd.training.work_folder import check_unused, held_until_the_end, lock_folder, release_folder
 from hgkd.training.wrapping import check_channels, plain_model
 from hgkd.weights.identify import describe_network, hgkd_of
@@ -110,6 +111,7 @@ class DistillRunner(Runner):
         """
         try:
             with tell_system_errors(cfg.work_dir), configured():
+                check_tracker(cfg.get("tracker"))
                 runner: DistillRunner = super().from_cfg(cfg)
         except BaseException:
             release_folder(cfg.work_dir)  # nothing was begun
@@ -177,9 +179,19 @@ class DistillRunner(Runner):
         with tell_system_errors(self.work_dir), held_until_the_end(self.work_dir), chosen:
             recompute_activations(plain_model(self), self.cfg.get("activation_checkpointing") or [])
             self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
-            model: nn.Module = super().train()
-            self._after_training()
+            try:
+                model: nn.Module = super().train()
+                self._after_training()
+            except BaseException:
+                self._close_tracker()
+                raise
         return model
+
+    def _close_tracker(self) -> None:
+        """Tell a tracker that the training has failed; mmengine closes it only where one ends well."""
+        for backend in self.visualizer._vis_backends.values() if is_main_process() else ():
+            if isinstance(backend, Tracker):
+                backend.close(failed=True)
 
     def _after_training(self) -> None:
         """What is left to do while the work folder is still held; nothing here."""
@@ -197,6 +209,10 @@ class DistillRunner(Runner):
 
     def build_visualizer(self, visualizer: Visualizer | Mapping[str, Any] | None = None) -> Visualizer:
         built = super().build_visualizer(visualizer)
+        tracker = self.cfg.get("tracker") if self._train_loop is not None else None
+        if tracker is not None:
+            resumed = bool(self.cfg.get("resume"))
+            built._vis_backends[tracker] = TRACKERS[tracker](self.work_dir, resumed, lambda: self.iter)
         for backend in built._vis_backends.values() if is_main_process() else ():
             _ = backend.experiment  # imports the library that it writes with, which the log would ask for later
         return built

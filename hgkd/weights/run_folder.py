@@ -10,6 +10,7 @@ torch reads such a file like any other.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -125,6 +126,13 @@ def last_intact(work_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]
             "--resume, or start anew in another folder",
         )
     return None
+
+
+def logged_lines(work_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """What the runs in a work folder have logged, oldest first (mmengine's JSON lines); without ``lr``: of validations."""
+    for file in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
 
 
 def checkpoint_file(path: str | os.PathLike[str]) -> Path:
