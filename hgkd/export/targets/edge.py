@@ -20,9 +20,10 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 from unittest import mock
 
 import torch
@@ -31,14 +32,19 @@ from torch import Tensor
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.export.targets.graphs import (
     PARTS_WITH_GRAPHS,
-    agreement,
+    Graph,
     exported_program,
     fused_for_inference,
     graph_of,
     lower_precisions,
+    norms_note,
+    operators_named,
+    pads_same,
+    precision_table,
     quiet,
 )
-from hgkd.pixels import channels_of
+from hgkd.networks.encoder import encoder_levels
+from hgkd.weights.signature import ImageInput, Output
 
 _TOLERANCE = 1e-4  # kernels of another library (Winograd's products, fused activations) round in another order
 
@@ -62,10 +68,14 @@ def write_openvino(
     with _unreported(), quiet():
         (openvino,) = need("openvino", "openvino")
         nncf = need("openvino", "nncf")[0] if "int8" in extra else None
-        model = openvino.convert_model(exported_program(job, graph))
+        with operators_named("openvino"):
+            model = openvino.convert_model(exported_program(job, graph))
         model.inputs[0].get_tensor().set_names({"images"})
         model.outputs[0].get_tensor().set_names({trained.output})
-        model.reshape({0: openvino.PartialShape([-1, channels_of(job.network), -1, -1])})
+        shape = [-1, -1, -1, -1]
+        shape[job.input.axis("C")] = job.input.channels
+        model.reshape({0: openvino.PartialShape(shape)})
+        notes.append(norms_note(trained, sum(op.get_type_name() == "BatchNormInference" for op in model.get_ops())))
         openvino.save_model(model, job.folder / "model.xml", compress_to_fp16=False)
         for name in extra:
             lower = model
@@ -77,14 +87,14 @@ def write_openvino(
     run = openvino_runner(files["fp32"])
     return Written(
         load_with=f"model = openvino.Core().compile_model('{job.out / 'model.xml'}', 'CPU')\n"
-        "model(images)[0]  # float32 in [0, 1], (B, C, H, W)",
+        f"model(images)[0]  # {job.input.about}",
         proven_with=f"openvino {openvino.get_version()}",
         reloaded=run,
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input images in [0, 1], any batch and size; output {trained.output}", *notes],
-        table=_table(job, trained.output, files, openvino_runner),
+        notes=[f"input: {job.input.about}; output {trained.output}", *notes],
+        table=precision_table(job, trained.output, files, openvino_runner),
         tolerance=_TOLERANCE,
     )
 
@@ -129,9 +139,7 @@ def write_ncnn(
     trained = graph_of(job, output, classifier)
     ncnn, pnnx = need("ncnn", "ncnn", "pnnx")
     graph, notes = fused_for_inference(trained)
-    height, width = job.image_size
-    channels = channels_of(job.network)
-    shapes = [(1, channels, height, width), (1, channels, height + 64, width + 128)]  # what differs between the two is free
+    taken, shapes = _ncnn_input(job, graph)
     traced = job.folder / "traced.pt"
     with quiet(), torch.no_grad():
         torch.jit.trace(graph, torch.rand(shapes[0])).save(str(traced))
@@ -148,10 +156,33 @@ def write_ncnn(
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input 'in0': one image (C, H, W) in [0, 1], any size; output 'out0': {trained.output}", *notes],
-        table=_table(job, trained.output, files, ncnn_runner),
+        notes=[
+            f"input 'in0': {taken.about}; output 'out0': {trained.output}",
+            *notes,
+            norms_note(trained, _layers(files["fp32"]).count("BatchNorm")),
+        ],
+        table=precision_table(job, trained.output, files, ncnn_runner),
         tolerance=_TOLERANCE,
+        input=taken,
+        outputs=(Output("out0", trained.output),),
     )
+
+
+def _ncnn_input(job: Job, graph: Graph) -> tuple[ImageInput, list[tuple[int, ...]]]:
+    """What a network of ncnn's takes, and the shapes by which pnnx learns it: what differs between two of them is free.
+
+    pnnx makes constants of paddings that depend on the size of the image ('same'). They hold for all sides that are multiples of
+    the total stride, if the first shape's are; else for that size alone.
+    """
+    height, width = job.image_size
+    stride = encoder_levels(job.network)[-1].stride
+    taken = replace(job.input, name="in0", layout="CHW", batch=1)
+    first = (1, taken.channels, height, width)
+    if pads_same(graph, torch.rand(first)):
+        if height % stride or width % stride:
+            return replace(taken, height=height, width=width), [first]
+        taken = replace(taken, multiple=stride, least=stride)
+    return taken, [first, (1, taken.channels, height + 2 * stride, width + 4 * stride)]
 
 
 def ncnn_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
@@ -189,7 +220,7 @@ def _convert(pnnx: ModuleType, traced: Path, shapes: Sequence[tuple[int, ...]], 
         kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("pnnxparam", "pnnxbin", "pnnxpy", "pnnxonnx", "ncnnpy")
     }
     outputs = {"ncnnparam": file, "ncnnbin": file.with_suffix(".bin"), **by_products}
-    inputs = [f"inputshape{number}=[{','.join(map(str, shape))}]f32" for number, shape in zip(("", "2"), shapes, strict=True)]
+    inputs = [f"inputshape{number}=[{','.join(map(str, shape))}]f32" for number, shape in zip(("", "2"), shapes, strict=False)]
     command = [pnnx.EXEC_PATH, traced, *inputs, f"fp16={int(half)}", *(f"{kind}={path}" for kind, path in outputs.items())]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode or not file.is_file():
@@ -203,27 +234,17 @@ def _convert(pnnx: ModuleType, traced: Path, shapes: Sequence[tuple[int, ...]], 
 
 def _unknown_layers(file: Path) -> str:
     """The operators that pnnx left as torch's, which ncnn does not have, as a text."""
-    lines = file.read_text(encoding="utf-8").splitlines()[2:]
-    found = sorted({kind for line in lines if line for kind in [line.split()[0]] if "." in kind or "::" in kind})
+    found = sorted({kind for kind in _layers(file) if "." in kind or "::" in kind})
     return f"it lacks {', '.join(found)}; use --to onnx or openvino" if found else "use --to onnx or openvino"
+
+
+def _layers(file: Path) -> list[str]:
+    """Kinds of the layers in a file of ncnn's."""
+    return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines()[2:] if line]
 
 
 def _suffix(precision: str) -> str:
     return "" if precision == "fp32" else f"_{precision}"
-
-
-def _table(
-    job: Job, output: str, files: dict[str, Path], runner: Callable[[Path], Callable[[Tensor], Tensor]]
-) -> list[dict[str, Any]]:
-    """Size of each file, and with real images how alike it is to fp32."""
-    full = runner(files["fp32"])
-    rows = []
-    for precision, file in files.items():
-        row: dict[str, Any] = {"file": file.name, "precision": precision, "bytes": file.with_suffix(".bin").stat().st_size}
-        if job.images is not None:
-            row |= agreement(job, output, full, runner(file))
-        rows.append(row)
-    return rows
 
 
 TARGETS = (
@@ -233,6 +254,11 @@ TARGETS = (
         write_openvino,
         PARTS_WITH_GRAPHS,
         runner=openvino_runner,
+        runtime="openvino",
+        hub_library="openvino",
+        preprocessing=True,
     ),
-    Target("ncnn", "ncnn, by pnnx, any size; fp16 on request", write_ncnn, PARTS_WITH_GRAPHS, runner=ncnn_runner),
+    Target(
+        "ncnn", "ncnn, by pnnx, any size; fp16 on request", write_ncnn, PARTS_WITH_GRAPHS, runner=ncnn_runner, runtime="ncnn"
+    ),
 )
