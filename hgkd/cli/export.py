@@ -27,7 +27,7 @@ from hgkd.errors import InvalidValueError
 from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS
 
-_OPTIONS = ("cell", "output", "classifier", "opset", "precision")
+_OPTIONS = ("cell", "output", "classifier", "opset", "precision", "fixed_size")
 
 
 def table_of(report: ExportReport) -> Table:
@@ -108,6 +108,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--classifier", metavar="FILE", help="graphs: safetensors with weight and bias, for --output logits")
     options.add_argument("--opset", type=int, help="onnx: version of the operators (default 18)")
     options.add_argument("--precision", nargs="+", help=f"onnx, openvino, ncnn: further ones, of {', '.join(PRECISIONS[1:])}")
+    options.add_argument(
+        "--fixed-size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="onnx, openvino, of --part model: the only size of pictures that the graph takes (default: any)",
+    )
     options.add_argument(
         "--latency", type=int, metavar="SIDE", help="onnx, openvino, ncnn: time one image of this side on the CPU"
     )
