@@ -44,7 +44,7 @@ class Picture(nn.Module):
 
 
 class Detector(nn.Module):
-    """A picture, uint8 RGB (1, 3, H, W) -> boxes (N, 4), x1 y1 x2 y2 in its pixels, scores (N,), labels (N,), best first."""
+    """A picture, uint8 RGB (1, 3, H, W) -> boxes (1, N, 4), x1 y1 x2 y2 in its pixels, scores and labels (1, N), best first."""
 
     def __init__(self, parts: DetectorParts) -> None:
         super().__init__()
@@ -60,7 +60,8 @@ class Detector(nn.Module):
             boxes, scores, labels = self._yolox(maps)
         else:
             boxes, scores, labels = self._dense(maps, size)
-        return _best(boxes, scores, labels, self.parts.rule)
+        boxes, scores, labels = _best(boxes, scores, labels, self.parts.rule)
+        return boxes[None], scores[None], labels[None]
 
     def _dense(self, maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Candidates of a one-stage head, the best of each level: ``BaseDenseHead._predict_by_feat_single``."""

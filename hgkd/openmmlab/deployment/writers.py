@@ -95,7 +95,7 @@ class Whole:
 
     def prove(self, run: Run, reader: str) -> Agreement:
         """Compare a graph with the library's own inference on all pictures; errors as of :mod:`.proof`."""
-        with DefaultScope.overwrite_default_scope(self.pipeline.scope):
+        with quiet(), DefaultScope.overwrite_default_scope(self.pipeline.scope):
             own = [own_prediction(self.model, self.pipeline, picture) for picture in self.pictures]
         found = [run(picture) for picture in self.pictures]
         if self.detects:
@@ -189,12 +189,13 @@ def _whole(job: ModelJob, fixed_size: Sequence[int] | None) -> Whole:
         need(f"onnx with --part model of {scope}", scope)
     register_ops()
     pipeline = TestPipeline.of(cfg, scope)
-    with DefaultScope.overwrite_default_scope(scope):
+    with quiet(), DefaultScope.overwrite_default_scope(scope):
         model = build_model(job.source.config, scope, job.source.state, str(job.source.path))
         parts = (detector_parts if scope == "mmdet" else segmentor_parts)(model, pipeline.steps)
         pictures = pipeline.read(files)
     graph = (Detector(parts) if isinstance(parts, DetectorParts) else Segmentor(parts)).eval()
-    multiple = _multiple(graph) if fixed is None else 1
+    with quiet():
+        multiple = _multiple(graph) if fixed is None else 1
     if fixed is not None:
         pictures = [fitted(picture, fixed, fill_of(parts, pipeline)) for picture in pictures]
         more = [torch.zeros(1, 3, *fixed, dtype=torch.uint8)]
