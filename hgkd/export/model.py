@@ -30,7 +30,8 @@ from torch import Tensor
 from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.export.card import run_card, write_cards
 from hgkd.export.folder import new_folder
-from hgkd.export.job import ExportError, ExportReport, optional, options_of
+from hgkd.export.job import ExportError, ExportReport, Target, optional, options_of
+from hgkd.export.measure import measured
 from hgkd.registry import MODEL_WRITERS
 from hgkd.weights.export_folder import WEIGHTS_FILE
 from hgkd.weights.files import read_checkpoint
@@ -180,10 +181,11 @@ def _refuse_other_library(path: Path, cfg: Mapping[str, Any], library: str) -> N
 def export_model(
     checkpoint: str | os.PathLike[str],
     out: Path,
-    to: str,
+    target: Target,
     licences: Mapping[str, str],
     images: str | os.PathLike[str] | None = None,
     max_images: int = 64,
+    latency: int | None = None,
     **options: object,
 ) -> ExportReport:
     """Write a whole model, read it back, and only then let the folder appear.
@@ -191,8 +193,8 @@ def export_model(
     Args:
         checkpoint: see :func:`read_model`; of a work folder the last one.
         out: folder to make, checked before.
-        to: 'mmdet', 'mmseg' or 'mmpretrain', whose model it is, or a graph's target.
-        licences, images, max_images: see :func:`hgkd.export.export`; graphs alone take images.
+        target: 'mmdet', 'mmseg' or 'mmpretrain', whose model it is, or a graph's.
+        licences, images, max_images, latency: see :func:`hgkd.export.export`; graphs alone take the last three.
         options: of the target's writer.
 
     Raises:
@@ -200,14 +202,17 @@ def export_model(
         ValueError: the model is another library's, or has a part that the target lacks.
         ExportError: what was read back differs, or the library's own model does not take it.
     """
-    source = read_model(checkpoint)
+    to, source = target.name, read_model(checkpoint)
     check_finite(source.path, source.state)
     with new_folder(out) as work:
         job = ModelJob(source, work, out, None if images is None else Path(images).expanduser(), max_images)
         written = _write_weights(job, to) if to in LIBRARIES else _graph_writer(to)(job, **options)
+        table = written.table
+        if latency is not None and written.signature is not None:
+            table = measured(target, work, table, written.signature.input, latency)
         usage = written.load_with.replace(str(out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
         facts: dict[str, Any] = {"target": to, "part": "model", "load_with": usage, "proven_with": written.proven_with}
-        facts |= {"max_difference": written.max_difference, "real_images": written.images, "table": written.table}
+        facts |= {"max_difference": written.max_difference, "real_images": written.images, "table": table}
         left = ", ".join(f"{count} of {name}" for name, count in source.aside.items())
         notes = [*([f"left behind, as only the training needs it: {left}"] if left else []), *written.notes]
         card = run_card(source, facts, work, licences, notes)
@@ -228,7 +233,7 @@ def export_model(
             source_sha256=card["source"]["sha256"],
             files={name: entry["bytes"] for name, entry in card["files"].items()},
             notes=notes,
-            table=written.table,
+            table=table,
             signature=written.signature,
         )
 

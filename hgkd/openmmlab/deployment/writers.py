@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from hgkd.errors import InvalidValueError
 from hgkd.export.job import ExportError, count_parameters, need, optional
 from hgkd.export.model import ModelJob, WrittenModel
+from hgkd.export.onnx_versions import least_runtime, set_ir
 from hgkd.export.targets.edge import openvino_compiled, unreported
 from hgkd.export.targets.graphs import onnx_session, quiet
 from hgkd.mmcv_ops.finder import register_ops
@@ -122,8 +123,10 @@ def write_onnx(job: ModelJob, *, fixed_size: Sequence[int] | None = None) -> Wri
     agreement = whole.prove(onnx_model_runner(file), reader)
     load_with = f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"
     load_with += f"session.run(None, {{'{INPUT}': picture}})  # {whole.named}"
-    tensors = len(onnx.load(str(file)).graph.initializer)
-    return _written(job, whole, agreement, reader, load_with, tensors, {"fp32": file.name}, file.stat().st_size)
+    model = onnx.load(str(file))
+    least = least_runtime(OPSET, model.ir_version)
+    tensors, note = len(model.graph.initializer), f"opset {OPSET}, IR version {model.ir_version}: onnxruntime {least} or later"
+    return _written(job, whole, agreement, reader, load_with, tensors, file, [note])
 
 
 @MODEL_WRITERS.register_module(name="openvino")
@@ -142,8 +145,7 @@ def write_openvino(job: ModelJob, *, fixed_size: Sequence[int] | None = None) ->
     agreement = whole.prove(openvino_model_runner(file), reader)
     load_with = f"model = openvino.Core().compile_model('{job.out / file.name}', 'CPU')\n"
     load_with += f"model(picture)  # {whole.named}"
-    size = file.stat().st_size + file.with_suffix(".bin").stat().st_size
-    return _written(job, whole, agreement, reader, load_with, len(whole.graph.state_dict()), {"fp32": file.name}, size)
+    return _written(job, whole, agreement, reader, load_with, len(whole.graph.state_dict()), file, [])
 
 
 def onnx_model_runner(file: Path, threads: int = 1) -> Run:
@@ -242,7 +244,9 @@ def _write(whole: Whole, file: Path) -> None:
             program = torch.onnx.export(
                 _program(whole), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=names, verbose=False
             )
-        cast(torch.onnx.ONNXProgram, program).save(str(file))
+        model = cast(torch.onnx.ONNXProgram, program).model_proto
+        set_ir(model, None)
+        onnx.save(model, str(file))
         onnx.checker.check_model(str(file))
     except OSError:
         raise
@@ -295,18 +299,19 @@ def _written(
     reader: str,
     load_with: str,
     tensors: int,
-    files: dict[str, str],
-    size: int,
+    file: Path,
+    notes: list[str],
 ) -> WrittenModel:
     own = optional(whole.pipeline.scope)[1]
     things = "detections" if whole.detects else "pixels"
-    row: dict[str, Any] = {"file": files["fp32"], "precision": "fp32", "bytes": size}
+    size = sum(part.stat().st_size for part in job.folder.iterdir())
+    row: dict[str, Any] = {"file": file.name, "precision": "fp32", "bytes": size}
     row |= {"pictures": agreement.pictures, things: agreement.things, "mismatched": agreement.mismatched}
     if whole.detects:
         row |= {"box (px)": agreement.difference, "score": agreement.score}
     image = _input(whole)
     signature = Signature(
-        files=files,
+        files={"fp32": file.name},
         input=image,
         outputs=whole.outputs,
         task="detection" if whole.detects else "segmentation",
@@ -322,7 +327,7 @@ def _written(
         parameters=count_parameters(whole.model),
         max_difference=agreement.difference,
         images=whole.real,
-        notes=_notes(whole, image),
+        notes=[*_notes(whole, image), *notes],
         table=[row],
         signature=signature,
     )
@@ -363,7 +368,7 @@ def _notes(whole: Whole, image: ImageInput) -> list[str]:
         ", ".join(f"{key}={value}" if key != "type" else str(value) for key, value in step.items())
         for step in whole.pipeline.described
     ]
-    notes = [f"opset {OPSET}; input: {image.about}", f"inside: {whole.parts.pixels}"]
+    notes = [f"input: {image.about}", f"inside: {whole.parts.pixels}"]
     if before:
         notes.append(f"before it, as the run's test pipeline does: {'; '.join(before)}; results are in pixels of the input")
     if isinstance(whole.parts, DetectorParts):
