@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -65,7 +65,7 @@ def write_openvino(
     extra = lower_precisions(job, precision)
     trained = graph_of(job, output, classifier)
     graph, notes = fused_for_inference(trained)
-    with _unreported(), quiet():
+    with unreported(), quiet():
         (openvino,) = need("openvino", "openvino")
         nncf = need("openvino", "nncf")[0] if "int8" in extra else None
         with operators_named("openvino"):
@@ -100,7 +100,7 @@ def write_openvino(
 
 
 @contextmanager
-def _unreported() -> Iterator[None]:
+def unreported() -> Iterator[None]:
     """Within, the tools of OpenVINO act as for a user who has declined to report their use."""
     with ExitStack() as stack:
         try:
@@ -115,16 +115,21 @@ def _unreported() -> Iterator[None]:
 
 def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
     """A graph of OpenVINO's on the CPU, in fp32: images in [0, 1] (B, C, H, W) -> its output."""
-    with _unreported():
-        (openvino,) = need("openvino", "openvino")
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+    compiled = openvino_compiled(file, threads)
 
     def run(images: Tensor) -> Tensor:
         # the request owns its result and writes into it again
         return torch.from_numpy(compiled(images.numpy())[0].copy())
 
     return run
+
+
+def openvino_compiled(file: Path, threads: int = 1) -> Any:
+    """OpenVINO's compiled model of a graph, on the CPU, in fp32."""
+    with unreported():
+        (openvino,) = need("openvino", "openvino")
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(str(file), "CPU", settings)
 
 
 def write_ncnn(
@@ -252,7 +257,7 @@ TARGETS = (
         "openvino",
         "OpenVINO IR, any batch and size; fp16 and int8 on request",
         write_openvino,
-        PARTS_WITH_GRAPHS,
+        (*PARTS_WITH_GRAPHS, "model"),
         runner=openvino_runner,
         runtime="openvino",
         hub_library="openvino",

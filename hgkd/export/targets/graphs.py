@@ -285,13 +285,18 @@ def lower_precisions(job: Job, asked: Sequence[str], known: tuple[str, ...] = PR
 
 def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
     """A graph on the CPU: images in [0, 1] (B, 3, H, W) -> its output."""
-    (onnxruntime,) = need("onnx", "onnxruntime")
-    session = onnxruntime.InferenceSession(str(file), _options(threads), providers=["CPUExecutionProvider"])
+    session = onnx_session(file, threads)
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {_INPUT: images.numpy()})[0])
 
     return run
+
+
+def onnx_session(file: Path, threads: int = 1) -> Any:
+    """onnxruntime's session of a graph, on the CPU."""
+    (onnxruntime,) = need("onnx", "onnxruntime")
+    return onnxruntime.InferenceSession(str(file), _options(threads), providers=["CPUExecutionProvider"])
 
 
 def _options(threads: int = 1) -> object:
@@ -662,7 +667,7 @@ TARGETS = (
         "onnx",
         "ONNX for onnxruntime, any batch and size; fp16 and int8 on request",
         write_onnx,
-        PARTS_WITH_GRAPHS,
+        (*PARTS_WITH_GRAPHS, "model"),
         runner=onnx_runner,
         runtime="onnxruntime",
         hub_library="onnx",
