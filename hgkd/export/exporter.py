@@ -23,6 +23,7 @@ from hgkd.networks.backbones import Source, read_source
 from hgkd.pixels import channels_of, to_unit_range
 from hgkd.weights.loading import check_finite
 from hgkd.weights.run_file import EncoderSpec
+from hgkd.weights.signature import Output, Signature
 
 PARTS = ("backbone", "student", "decoder", "classifier", "model")
 TOLERANCE = 1e-5
@@ -241,7 +242,10 @@ def _describe(
         [] if channels == 3 else [f"takes images of {channels} channels, (B, {channels}, H, W), in the order of the training's"]
     )
     notes = [*([read_as] if read_as else []), *taken, *written.notes]
+    signature = None if target.runner is None else _signature(job, written, options)
     card = run_card(job.source, facts, job.folder, licences, notes)
+    if signature is not None:
+        card["signature"] = signature.to_dict()
     write_cards(card, job.folder)
     if target.hub_library is not None:
         (job.folder / PAGE).write_text(model_card(card, target.hub_library, usage), encoding="utf-8")
@@ -261,4 +265,18 @@ def _describe(
         files={name: entry["bytes"] for name, entry in card["files"].items()},
         notes=notes,
         table=list(written.table),
+        signature=signature,
+    )
+
+
+def _signature(job: Job, written: Written, options: Mapping[str, Any]) -> Signature:
+    """What the graphs that a target wrote take and give."""
+    whole = job.part == "classifier"
+    kind = str(options.get("output") or ("logits" if whole else "pooled"))
+    return Signature(
+        files={row["precision"]: row["file"] for row in written.table},
+        input=written.input or job.input,
+        outputs=written.outputs or (Output(kind, kind),),
+        task="classification" if kind == "logits" else "features",
+        classes=job.source.classes if whole else (),
     )

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from hgkd.errors import Refusal, StoppedError
 from hgkd.mmcv_ops import register_ops
 from hgkd.networks.backbones import Source
 from hgkd.pixels import PixelNormalisation, pixel_statistics
+from hgkd.weights.signature import ImageInput, Output, Signature
 
 EXTRAS = {
     "openvino": "edge",
@@ -49,8 +51,9 @@ class Job:
         folder: where to write; it becomes ``out`` when the proof has passed.
         out: the folder that the user asked for, for messages.
         part: which part of the student.
-        images: real images in [0, 1], (N, 3, H, W), or None when none were given.
+        images: real images as ``input`` has them, of the size of the network, or None when none were given.
         labels: classes of ``images`` (N,), or None when they lie in no class folders.
+        given: what graphs take, where the user chose it; see :attr:`input`.
     """
 
     source: Source
@@ -59,6 +62,16 @@ class Job:
     part: str
     images: Tensor | None = None
     labels: Tensor | None = None
+    given: ImageInput | None = None
+
+    @property
+    def input(self) -> ImageInput:
+        """What graphs take: what the user chose, or else float32 (B, C, H, W) in [0, 1]."""
+        return self.given or input_of(self.network)
+
+    def random_images(self, batch: int, height: int, width: int) -> Tensor:
+        """Random images as :attr:`input` has them."""
+        return self.input.prepare(torch.rand(batch, self.input.channels, height, width))
 
     @property
     def network(self) -> nn.Module:
@@ -100,6 +113,8 @@ class Written:
         notes: what a user should know.
         table: rows about the files, e.g. sizes and agreement of quantised graphs.
         tolerance: largest relative difference that the proof may find; None: the exporter's own.
+        input: what the graphs take, where it is less than :attr:`Job.input` (a fixed size, one image at a time).
+        outputs: of the graphs, where they are called otherwise than what was asked for ('pooled', ...).
     """
 
     load_with: str
@@ -111,6 +126,8 @@ class Written:
     notes: list[str] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
     tolerance: float | None = None
+    input: ImageInput | None = None
+    outputs: tuple[Output, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,6 +150,7 @@ class ExportReport:
         notes: what a user should know.
         table: rows about the files, e.g. agreement of quantised graphs.
         channels: of the images that the network takes.
+        signature: what the graphs take and give; None: the target has no graphs.
     """
 
     out: Path
@@ -150,6 +168,7 @@ class ExportReport:
     notes: list[str] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
     channels: int = 3
+    signature: Signature | None = None
 
 
 @dataclass(frozen=True)
@@ -162,8 +181,10 @@ class Target:
         write: ``write(job, **options) -> Written``; fills ``job.folder``. Its keyword-only arguments are the target's options.
         part: parts of a student that it can hold.
         hub_library: ``library_name`` of the Hugging Face hub for folders of this target; None: no such layout, no model card.
-        runner: ``runner(file, threads=N)`` -> images in [0, 1] (B, 3, H, W) -> outputs of a file of the table, on the CPU, by
+        runner: ``runner(file, threads=N)`` -> images as the file takes them -> outputs of a file of the table, on the CPU, by
             which it is timed; None: it cannot be.
+        runtime: module that runs the files; '' where there is no runner.
+        preprocessing: whether it holds what ``--with-preprocessing`` puts into a graph: integers in, any layout and order.
     """
 
     name: str
@@ -172,12 +193,20 @@ class Target:
     part: tuple[str, ...] = ("backbone",)
     hub_library: str | None = None
     runner: Callable[..., Callable[[Tensor], Tensor]] | None = None
+    runtime: str = ""
+    preprocessing: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the options that :attr:`write` takes."""
         parameters = inspect.signature(self.write).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def input_of(network: nn.Module) -> ImageInput:
+    """What graphs of a network take by default: float32 (B, C, H, W) in [0, 1], RGB or the training's channels."""
+    channels, height, width = cast(Any, network).pretrained_cfg["input_size"]
+    return ImageInput(channels=int(channels), order="RGB" if channels == 3 else "", size=(int(height), int(width)))
 
 
 def need(target: str, *modules: str) -> list[ModuleType]:

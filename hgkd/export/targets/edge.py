@@ -20,9 +20,10 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 from unittest import mock
 
 import torch
@@ -31,14 +32,15 @@ from torch import Tensor
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.export.targets.graphs import (
     PARTS_WITH_GRAPHS,
-    agreement,
     exported_program,
     fused_for_inference,
     graph_of,
     lower_precisions,
+    precision_table,
     quiet,
 )
 from hgkd.pixels import channels_of
+from hgkd.weights.signature import Output
 
 _TOLERANCE = 1e-4  # kernels of another library (Winograd's products, fused activations) round in another order
 
@@ -84,7 +86,7 @@ def write_openvino(
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
         notes=[f"input images in [0, 1], any batch and size; output {trained.output}", *notes],
-        table=_table(job, trained.output, files, openvino_runner),
+        table=precision_table(job, trained.output, files, openvino_runner),
         tolerance=_TOLERANCE,
     )
 
@@ -149,8 +151,10 @@ def write_ncnn(
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
         notes=[f"input 'in0': one image (C, H, W) in [0, 1], any size; output 'out0': {trained.output}", *notes],
-        table=_table(job, trained.output, files, ncnn_runner),
+        table=precision_table(job, trained.output, files, ncnn_runner),
         tolerance=_TOLERANCE,
+        input=replace(job.input, name="in0", layout="CHW", batch=1),
+        outputs=(Output("out0", trained.output),),
     )
 
 
@@ -212,20 +216,6 @@ def _suffix(precision: str) -> str:
     return "" if precision == "fp32" else f"_{precision}"
 
 
-def _table(
-    job: Job, output: str, files: dict[str, Path], runner: Callable[[Path], Callable[[Tensor], Tensor]]
-) -> list[dict[str, Any]]:
-    """Size of each file, and with real images how alike it is to fp32."""
-    full = runner(files["fp32"])
-    rows = []
-    for precision, file in files.items():
-        row: dict[str, Any] = {"file": file.name, "precision": precision, "bytes": file.with_suffix(".bin").stat().st_size}
-        if job.images is not None:
-            row |= agreement(job, output, full, runner(file))
-        rows.append(row)
-    return rows
-
-
 TARGETS = (
     Target(
         "openvino",
@@ -233,6 +223,9 @@ TARGETS = (
         write_openvino,
         PARTS_WITH_GRAPHS,
         runner=openvino_runner,
+        runtime="openvino",
     ),
-    Target("ncnn", "ncnn, by pnnx, any size; fp16 on request", write_ncnn, PARTS_WITH_GRAPHS, runner=ncnn_runner),
+    Target(
+        "ncnn", "ncnn, by pnnx, any size; fp16 on request", write_ncnn, PARTS_WITH_GRAPHS, runner=ncnn_runner, runtime="ncnn"
+    ),
 )

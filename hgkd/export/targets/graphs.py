@@ -21,8 +21,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
@@ -141,15 +142,12 @@ def write_onnx(
         )
     onnx.checker.check_model(str(file))
     run = onnx_runner(file)
-    table: list[dict[str, Any]] = [{"file": file.name, "precision": "fp32", "bytes": file.stat().st_size}]
+    files = {"fp32": file}
     for name in extra:
-        lower = job.folder / f"model_{name}.onnx"
+        lower = files[name] = job.folder / f"model_{name}.onnx"
         with quiet():
             notes += _LOWER[name](job, file, lower)
         onnx.checker.check_model(str(lower))
-        table.append({"file": lower.name, "precision": name, "bytes": lower.stat().st_size})
-    if job.images is not None:
-        table = [{**row, **agreement(job, output, run, onnx_runner(job.folder / row["file"]))} for row in table]
     tensors = len(onnx.load(str(file)).graph.initializer)
     return Written(
         load_with=f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"
@@ -160,9 +158,33 @@ def write_onnx(
         tensors=tensors,
         parameters=count_parameters(graph),
         notes=[f"opset {opset}; input images in [0, 1], any batch and size; output {output}", *notes],
-        table=table,
+        table=precision_table(job, output, files, onnx_runner),
         tolerance=_tolerance(trained, graph),
     )
+
+
+def pt2_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
+    """A program of ``torch.export`` on the CPU: images as it takes them -> its output."""
+    return _with_threads(torch.export.load(str(file)).module(), threads)
+
+
+def torchscript_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
+    """A TorchScript file on the CPU: images as it takes them -> its output."""
+    with quiet():
+        return _with_threads(torch.jit.load(str(file)).eval(), threads)
+
+
+def _with_threads(module: nn.Module, threads: int) -> Callable[[Tensor], Tensor]:
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return cast(Tensor, module(images))
+        finally:
+            torch.set_num_threads(before)
+
+    return run
 
 
 def write_pt2(job: Job, *, output: str | None = None, classifier: str | os.PathLike[str] | None = None) -> Written:
@@ -173,7 +195,7 @@ def write_pt2(job: Job, *, output: str | None = None, classifier: str | os.PathL
     memory = io.BytesIO()  # torch's own writer aborts the process when the disk is full
     torch.export.save(exported_program(job, graph), memory)
     file.write_bytes(memory.getbuffer())
-    again = torch.export.load(str(file)).module()
+    again = pt2_runner(file)
     least = 2 * encoder_levels(job.network)[-1].stride  # torch takes for granted that no axis shrinks to 1 within
     return Written(
         load_with=f"torch.export.load('{job.out / file.name}').module()  # images in [0, 1]",
@@ -183,7 +205,9 @@ def write_pt2(job: Job, *, output: str | None = None, classifier: str | os.PathL
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
         notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {graph.output}", *notes],
+        table=precision_table(job, trained.output, {"fp32": file}, pt2_runner),
         tolerance=_tolerance(trained, graph),
+        input=replace(job.input, least=least),
     )
 
 
@@ -197,15 +221,15 @@ def write_torchscript(job: Job, *, output: str | None = None, classifier: str | 
         memory = io.BytesIO()  # see above
         torch.jit.save(traced, memory)
         file.write_bytes(memory.getbuffer())
-        again = torch.jit.load(str(file)).eval()
     return Written(
         load_with=f"torch.jit.load('{job.out / file.name}')  # images in [0, 1]",
         proven_with=f"torch {torch.__version__}",
-        reloaded=again,
+        reloaded=torchscript_runner(file),
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
         notes=["TorchScript is deprecated in torch; prefer --to pt2 or onnx", *notes],
+        table=precision_table(job, trained.output, {"fp32": file}, torchscript_runner),
         tolerance=_tolerance(trained, graph),
     )
 
@@ -468,6 +492,23 @@ def agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Ca
     return found
 
 
+def precision_table(
+    job: Job, output: str, files: Mapping[str, Path], runner: Callable[[Path], Callable[[Tensor], Tensor]]
+) -> list[dict[str, Any]]:
+    """A row a precision: size of its files, and with real images how alike it is to fp32.
+
+    Args:
+        files: precision -> the file that the runner takes, fp32 first; weights may lie beside it in a ``.bin``.
+    """
+    full, rows = runner(files["fp32"]), []
+    for precision, file in files.items():
+        beside = file.with_suffix(".bin")
+        size = file.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
+        row: dict[str, Any] = {"file": file.name, "precision": precision, "bytes": size}
+        rows.append(row if job.images is None else row | agreement(job, output, full, runner(file)))
+    return rows
+
+
 def _nearest(features: Tensor) -> Tensor:
     """Index of every row's most similar other row, by cosine."""
     unit = nn.functional.normalize(features - features.mean(0))
@@ -496,7 +537,22 @@ TARGETS = (
         write_onnx,
         PARTS_WITH_GRAPHS,
         runner=onnx_runner,
+        runtime="onnxruntime",
     ),
-    Target("pt2", "torch.export program (.pt2), any batch and size", write_pt2, PARTS_WITH_GRAPHS),
-    Target("torchscript", "traced TorchScript, deprecated in torch", write_torchscript, PARTS_WITH_GRAPHS),
+    Target(
+        "pt2",
+        "torch.export program (.pt2), any batch and size",
+        write_pt2,
+        PARTS_WITH_GRAPHS,
+        runner=pt2_runner,
+        runtime="torch",
+    ),
+    Target(
+        "torchscript",
+        "traced TorchScript, deprecated in torch",
+        write_torchscript,
+        PARTS_WITH_GRAPHS,
+        runner=torchscript_runner,
+        runtime="torch",
+    ),
 )
