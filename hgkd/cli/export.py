@@ -11,12 +11,9 @@ docs/export.md describes the targets.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,7 +24,7 @@ from hgkd.errors import InvalidValueError
 from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS
 
-_OPTIONS = ("cell", "output", "classifier", "opset", "precision")
+_OPTIONS = ("cell", "output", "classifier", "opset", "ir_version", "precision")
 
 
 def table_of(report: ExportReport) -> Table:
@@ -60,24 +57,6 @@ def graphs_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def with_latency(report: ExportReport, side: int, repeats: int = 20) -> list[dict[str, Any]]:
-    """The report's table with the median time of one image (1, C, side, side) on one and two CPU threads, in milliseconds."""
-    images = torch.rand(1, report.channels, side, side)
-    runner = TARGETS[report.target].runner
-    assert runner is not None
-    runs = [[runner(report.out / row["file"], threads=threads) for threads in (1, 2)] for row in report.table]
-    times: list[list[list[float]]] = [[[], []] for _ in runs]
-    for repeat in range(repeats + 3):
-        for row, both in zip(times, runs, strict=True):  # in turn, so that a busy machine slows all of them alike
-            for taken, run in zip(row, both, strict=True):
-                start = time.perf_counter()
-                run(images)
-                if repeat >= 3:  # the first runs allocate
-                    taken.append(1000 * (time.perf_counter() - start))
-    medians = [{"ms": statistics.median(one), "ms, 2 threads": statistics.median(two)} for one, two in times]
-    return [{**row, **found} for row, found in zip(report.table, medians, strict=True)]
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("checkpoint", help=".pth file that hgkd train wrote; with --encoder, a weight file of another project")
@@ -89,7 +68,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-images", type=int, default=64, metavar="N", help="use N of them at most (default 64)")
     parser.add_argument("--labels", action="store_true", help="they lie in one folder a class: fp16 and int8 get an accuracy")
     parser.add_argument(
-        "--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="black and white in images of more than 8 bits"
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="black and white in images of more than 8 bits (default: the run's)",
     )
     parser.add_argument(
         "--licence", nargs="+", default=[], metavar="FIELD=TEXT", help="for the cards: weights=, teacher=, data="
@@ -106,10 +89,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--cell", type=int, help="sparse: side of a mask cell in pixels")
     options.add_argument("--output", help=f"graphs: {', '.join(OUTPUTS)} (default pooled)")
     options.add_argument("--classifier", metavar="FILE", help="graphs: safetensors with weight and bias, for --output logits")
-    options.add_argument("--opset", type=int, help="onnx: version of the operators (default 18)")
+    options.add_argument(
+        "--opset", type=int, help="onnx: version of the operators (default: the lowest that the network allows)"
+    )
+    options.add_argument(
+        "--ir-version", type=int, help="onnx: version of the format (default: the lowest that the opset allows)"
+    )
     options.add_argument("--precision", nargs="+", help=f"onnx, openvino, ncnn: further ones, of {', '.join(PRECISIONS[1:])}")
     options.add_argument(
-        "--latency", type=int, metavar="SIDE", help="onnx, openvino, ncnn: time one image of this side on the CPU"
+        "--with-preprocessing",
+        dest="preprocessing",
+        nargs="?",
+        const="nhwc",
+        metavar="LAYOUT",
+        help="graphs that take uint8 as image libraries give it, range, mean and std inside: nhwc-rgb (PIL, the default), "
+        f"nhwc-bgr (OpenCV), nchw-rgb, nchw-bgr ({', '.join(name for name, t in TARGETS.items() if t.preprocessing)})",
+    )
+    options.add_argument(
+        "--latency",
+        type=int,
+        metavar="SIDE",
+        help="graphs: time one image of this side on one and two threads, and peak memory",
     )
     return parser.parse_args(argv)
 
@@ -117,24 +117,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 @command
 def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
-    side, licences = args.pop("latency"), args.pop("licence")
+    licences = args.pop("licence")
     options = {name: value for name in _OPTIONS if (value := args.pop(name)) is not None}
     own = args.pop("config")
     if own is not None:
         read_config(own)  # imports what it names
-    target = TARGETS.get(args["to"])
-    if side is not None and target is not None and target.runner is None:
-        able = ", ".join(name for name, other in TARGETS.items() if other.runner is not None)
-        raise InvalidValueError(
-            "latency-needs-graphs", f"--latency times graphs ({able}), and {args['to']} is none; leave it out"
-        )
-    if side is not None and side < 1:
-        raise InvalidValueError("latency-size", f"--latency takes the side of an image in pixels, e.g. 224, got {side}")
     report = export(**args, licences=dict(_pair(text) for text in licences), **options)
     console = Console()
     console.print(table_of(report))
     if report.table:
-        console.print(graphs_table(report.table if side is None else with_latency(report, side)))
+        console.print(graphs_table(report.table))
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from hgkd.export.exporter import PARTS, export
 from hgkd.export.job import ExportError, ExportReport, Job, MissingLibraryError, Target, Written
 from hgkd.export.plans import UnsupportedLayerError
+from hgkd.export.preprocessing import PREPROCESSINGS
 from hgkd.export.targets import TARGETS, register_target
 from hgkd.networks.backbones import Source, StudentCheckpoint, load_backbone, read_source, read_student
 from hgkd.students.exported import load_sparse, load_student
@@ -16,6 +17,7 @@ from hgkd.weights.run_file import EncoderSpec
 
 __all__ = [
     "PARTS",
+    "PREPROCESSINGS",
     "TARGETS",
     "EncoderSpec",
     "ExportError",

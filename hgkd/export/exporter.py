@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 
 from hgkd.data.images import find_images, read_crops
+from hgkd.data.pixels import as_value_range
 from hgkd.differences import largest_difference
 from hgkd.errors import DataError, InvalidValueError, WeightsError, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
 from hgkd.export.classifier import read_classifier
 from hgkd.export.folder import PAGE, check_free, new_folder
 from hgkd.export.job import ExportError, ExportReport, Job, Target, Written
+from hgkd.export.measure import check_latency, measured
 from hgkd.export.model import export_model
+from hgkd.export.preprocessing import input_for, run_value_range
 from hgkd.export.targets import TARGETS
 from hgkd.networks.backbones import Source, read_source
 from hgkd.pixels import channels_of, to_unit_range
@@ -43,6 +47,8 @@ def export(
     max_images: int = 64,
     labels: bool = False,
     value_range: Sequence[float] | None = None,
+    preprocessing: str | None = None,
+    latency: int | None = None,
     licences: Mapping[str, str] | None = None,
     **options: object,
 ) -> ExportReport:
@@ -61,7 +67,10 @@ def export(
             measure int8.
         max_images: maximum number of them, spread over the sorted list.
         labels: ``images`` holds one folder a class: lower precisions are measured by an accuracy, too.
-        value_range: (low, high), the values of black and white in ``images`` of more than 8 bits.
+        value_range: (low, high), the values of black and white in images of more than 8 bits; None: those of the run.
+        preprocessing: one of ``hgkd.export.PREPROCESSINGS``: the graph takes the values of image files in this layout and
+            order, uint8, and range, mean and std are inside; None: float32 (B, C, H, W) in [0, 1].
+        latency: side in pixels of the image by which the files are timed, and their peak memory is measured.
         licences: of 'weights', 'teacher' and 'data', for the cards; what is not given is said to be unknown.
         options: of the target: the keyword-only arguments of its ``write``.
 
@@ -76,6 +85,11 @@ def export(
         ExportError: the written folder does not give the source's outputs.
     """
     target = _check_request(to, part, options, licences or {})
+    if preprocessing is not None and not target.preprocessing:
+        able = ", ".join(name for name, other in TARGETS.items() if other.preprocessing)
+        raise InvalidValueError(
+            "preprocessing-not-in-target", f"target {to!r} cannot hold the preprocessing; leave it out, or use {able}"
+        )
     if part in ("classifier", "model") and (encoder is not None or prefix is not None or allow):
         raise InvalidValueError(
             "backbone-options-for-model",
@@ -86,7 +100,7 @@ def export(
             "model-takes-no-images", "a whole model is proven by its weights, not on images; leave images and labels out"
         )
     out = Path(out).expanduser().absolute()
-    check_free(out, force)
+    check_free(out, force, to)
     if part == "model":
         return export_model(checkpoint, out, to, licences or {})
     if part == "classifier":
@@ -97,23 +111,30 @@ def export(
     if decoded and not source.student:
         raise WeightsError("decoder-not-in-file", f"{source.path} holds an encoder without decoder; use part='backbone'")
     check_finite(source.path, source.student if decoded else source.network.state_dict())
-    if value_range is not None and images is None:
+    if value_range is not None and images is None and preprocessing is None:
         raise InvalidValueError(
             "value-range-without-images",
-            f"value_range={tuple(value_range)} is for real images: give a folder of them with images=",
+            f"value_range={tuple(value_range)} is for real images, or for preprocessing: give a folder of images with images=",
         )
     if labels and images is None:
         raise InvalidValueError(
             "labels-without-images", "labels=True measures an accuracy on images: give a folder of class folders with images="
         )
+    if latency is not None:
+        check_latency(target, [name for name, other in TARGETS.items() if other.runner], latency)
+    value_range = run_value_range(source.meta) if value_range is None else as_value_range(value_range)
+    taken = input_for(source.network, preprocessing, value_range)
     real, classes = (None, None) if images is None else _read_images(images, max_images, source, labels, value_range)
 
     with new_folder(out) as work:
-        job = Job(source, work, out, part, real, classes)
+        job = Job(source, work, out, part, None if real is None else taken.prepare(real), classes, taken)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             written = target.write(job, **options)
             difference = _prove_equal(job, written)
+            if latency is not None:
+                table = measured(target, work, written.table, written.input or taken, latency)
+                written = replace(written, table=table)
         return _describe(job, target, written, difference, options, licences or {})
 
 
@@ -184,8 +205,9 @@ def _prove_equal(job: Job, written: Written) -> float:
         ExportError: outputs differ in shape, or by more than the tolerance, or are not finite.
     """
     height, width = job.image_size
-    channels = channels_of(job.network)
-    batches = [torch.rand(2, channels, height, width), torch.rand(1, channels, 2 * height, width)]
+    taken = written.input or job.input
+    free = taken.height is None
+    batches = [job.random_images(2, height, width), job.random_images(1, 2 * height if free else height, width)]
     if job.images is not None:
         batches += list(job.images.split(8))
     expect = written.expected or job.features
@@ -232,6 +254,7 @@ def _describe(
         "load_with": usage,
         "proven_with": written.proven_with,
         "max_difference": difference,
+        "requires": written.requires,
         "input_channels": channels_of(job.network),
         "real_images": images,
         "table": written.table,
@@ -241,6 +264,11 @@ def _describe(
     taken = (
         [] if channels == 3 else [f"takes images of {channels} channels, (B, {channels}, H, W), in the order of the training's"]
     )
+    if job.input.value_range and target.runner is not None and job.input.range == (0.0, 1.0):
+        black, white = job.input.value_range
+        taken.append(
+            f"0 and 1 stand for the values {black:g} and {white:g} of images of more than 8 bits, what lies beyond is cut"
+        )
     notes = [*([read_as] if read_as else []), *taken, *written.notes]
     signature = None if target.runner is None else _signature(job, written, options)
     card = run_card(job.source, facts, job.folder, licences, notes)

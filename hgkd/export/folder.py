@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hgkd.errors import ExistingFileError, InvalidValueError
-from hgkd.weights.export_folder import CARD_FILE, CARD_PAGE
+from hgkd.weights.export_folder import CARD_FILE, CARD_PAGE, read_card
 from hgkd.writing import writing
 
 PAGE = "README.md"
@@ -36,8 +36,12 @@ def new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def check_free(out: Path, force: bool) -> None:
-    """Raise unless ``out`` may be made: FileExistsError, or ValueError when ``force`` would delete what is no export."""
+def check_free(out: Path, force: bool, target: str) -> None:
+    """Raise unless ``out`` may be made: FileExistsError, or ValueError when ``force`` would delete what is no export.
+
+    Args:
+        target: that is to be written; a folder holds one.
+    """
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
@@ -45,6 +49,13 @@ def check_free(out: Path, force: bool) -> None:
     names = {str(file.relative_to(out)) for file in out.rglob("*") if not file.is_dir() or not any(file.iterdir())}
     if not names:
         return
+    held = read_card(out).get("target", target)
+    if not force and held != target:
+        raise ExistingFileError(
+            "folder-of-another-target",
+            f"{out} holds an export to {held}, and a folder holds one target; choose another --out for {target}, or --force to "
+            "replace what is there",
+        )
     if not force:
         raise ExistingFileError(
             "folder-not-empty", f"{out} exists and is not empty; choose another --out, or --force to replace an export"

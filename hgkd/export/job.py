@@ -113,6 +113,7 @@ class Written:
         notes: what a user should know.
         table: rows about the files, e.g. sizes and agreement of quantised graphs.
         tolerance: largest relative difference that the proof may find; None: the exporter's own.
+        requires: the least versions of what reads the files, for the cards.
         input: what the graphs take, where it is less than :attr:`Job.input` (a fixed size, one image at a time).
         outputs: of the graphs, where they are called otherwise than what was asked for ('pooled', ...).
     """
@@ -126,6 +127,7 @@ class Written:
     notes: list[str] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
     tolerance: float | None = None
+    requires: dict[str, str | int] = field(default_factory=dict)
     input: ImageInput | None = None
     outputs: tuple[Output, ...] = ()
 

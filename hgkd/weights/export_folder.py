@@ -150,7 +150,7 @@ def read_card(path: Path) -> dict[str, str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of an exported folder; raises as :func:`load_backbone` does."""
+    """``config.json`` of an exported folder whose files are as they were written; raises as :func:`load_backbone` does."""
     if not path.is_dir():
         raise MissingFileError(
             "export-folder-missing", f"export folder {path} does not exist; expected one that hgkd export wrote"
@@ -171,4 +171,5 @@ def read_config(path: Path) -> dict[str, Any]:
             "export-config-not-an-object",
             f"{file} holds a {type(config).__name__}, expected an object; export the checkpoint again",
         )
+    check_files(path)
     return config

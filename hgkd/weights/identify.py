@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.weights.cnn_names import find_cnn
-from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE, read_card, read_config, read_spec
+from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE, check_files, read_card, read_config, read_spec
 from hgkd.weights.files import average_entry, read_checkpoint, read_metadata, tensors_of
 from hgkd.weights.run_file import STUDENT_PREFIX, ClassifierSpec, EncoderSpec
 from hgkd.weights.run_folder import last_intact
@@ -216,6 +216,7 @@ def _folder(path: Path) -> WeightFile:
         return WeightFile(path, Kind.UNKNOWN, detail="a folder without checkpoints of a run, and no export")
     if not card and not isinstance(read_config(path).get("hgkd"), Mapping):
         return WeightFile(path, Kind.UNKNOWN, detail="a folder of another project; give the weight file in it")
+    check_files(path)
     target, part = card.get("target", "timm"), card.get("part", "backbone")
     return WeightFile(path, Kind.EXPORT, detail=f"{part} for {target}", card=card)
 

@@ -33,6 +33,7 @@ class ImageInput:
         channels: C.
         order: 'RGB' or 'BGR'; '' for other channels, which come in the order of the training's images.
         range: (black, white), the values that stand for 0 and 1; what lies beyond is cut inside the graph.
+        value_range: black and white in image files of more than 8 bits, by which they become [0, 1]; empty: of their type.
         mean, std: by which the caller normalises pixels in [0, 1], RGB; empty where the graph does it.
         size: (H, W) that the network is used at.
         batch, height, width: what they must be; None: anything.
@@ -49,6 +50,7 @@ class ImageInput:
     channels: int = 3
     order: str = "RGB"
     range: tuple[float, float] = (0.0, 1.0)
+    value_range: tuple[float, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     size: tuple[int, int] = (224, 224)

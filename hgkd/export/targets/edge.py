@@ -36,6 +36,8 @@ from hgkd.export.targets.graphs import (
     fused_for_inference,
     graph_of,
     lower_precisions,
+    norms_note,
+    operators_named,
     precision_table,
     quiet,
 )
@@ -64,10 +66,14 @@ def write_openvino(
     with _unreported(), quiet():
         (openvino,) = need("openvino", "openvino")
         nncf = need("openvino", "nncf")[0] if "int8" in extra else None
-        model = openvino.convert_model(exported_program(job, graph))
+        with operators_named("openvino"):
+            model = openvino.convert_model(exported_program(job, graph))
         model.inputs[0].get_tensor().set_names({"images"})
         model.outputs[0].get_tensor().set_names({trained.output})
-        model.reshape({0: openvino.PartialShape([-1, channels_of(job.network), -1, -1])})
+        shape = [-1, -1, -1, -1]
+        shape[job.input.axis("C")] = job.input.channels
+        model.reshape({0: openvino.PartialShape(shape)})
+        notes.append(norms_note(trained, sum(op.get_type_name() == "BatchNormInference" for op in model.get_ops())))
         openvino.save_model(model, job.folder / "model.xml", compress_to_fp16=False)
         for name in extra:
             lower = model
@@ -79,13 +85,13 @@ def write_openvino(
     run = openvino_runner(files["fp32"])
     return Written(
         load_with=f"model = openvino.Core().compile_model('{job.out / 'model.xml'}', 'CPU')\n"
-        "model(images)[0]  # float32 in [0, 1], (B, C, H, W)",
+        f"model(images)[0]  # {job.input.about}",
         proven_with=f"openvino {openvino.get_version()}",
         reloaded=run,
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input images in [0, 1], any batch and size; output {trained.output}", *notes],
+        notes=[f"input: {job.input.about}; output {trained.output}", *notes],
         table=precision_table(job, trained.output, files, openvino_runner),
         tolerance=_TOLERANCE,
     )
@@ -150,7 +156,11 @@ def write_ncnn(
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input 'in0': one image (C, H, W) in [0, 1], any size; output 'out0': {trained.output}", *notes],
+        notes=[
+            f"input 'in0': one image (C, H, W) in [0, 1], any size; output 'out0': {trained.output}",
+            *notes,
+            norms_note(trained, _layers(files["fp32"]).count("BatchNorm")),
+        ],
         table=precision_table(job, trained.output, files, ncnn_runner),
         tolerance=_TOLERANCE,
         input=replace(job.input, name="in0", layout="CHW", batch=1),
@@ -207,9 +217,13 @@ def _convert(pnnx: ModuleType, traced: Path, shapes: Sequence[tuple[int, ...]], 
 
 def _unknown_layers(file: Path) -> str:
     """The operators that pnnx left as torch's, which ncnn does not have, as a text."""
-    lines = file.read_text(encoding="utf-8").splitlines()[2:]
-    found = sorted({kind for line in lines if line for kind in [line.split()[0]] if "." in kind or "::" in kind})
+    found = sorted({kind for kind in _layers(file) if "." in kind or "::" in kind})
     return f"it lacks {', '.join(found)}; use --to onnx or openvino" if found else "use --to onnx or openvino"
+
+
+def _layers(file: Path) -> list[str]:
+    """Kinds of the layers in a file of ncnn's."""
+    return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines()[2:] if line]
 
 
 def _suffix(precision: str) -> str:
@@ -224,6 +238,8 @@ TARGETS = (
         PARTS_WITH_GRAPHS,
         runner=openvino_runner,
         runtime="openvino",
+        hub_library="openvino",
+        preprocessing=True,
     ),
     Target(
         "ncnn", "ncnn, by pnnx, any size; fp16 on request", write_ncnn, PARTS_WITH_GRAPHS, runner=ncnn_runner, runtime="ncnn"

@@ -1,7 +1,8 @@
 """Graphs: ONNX for onnxruntime, and torch's own exported program (.pt2).
 
-Both take images in [0, 1], RGB, (B, 3, H, W) as float32, of any batch and size: the normalisation is inside. Both come from one
-``torch.export`` (torch 2.4 and later); ONNX by torch's translator of such programs (onnxscript).
+Both take images in [0, 1], RGB, (B, 3, H, W) as float32, of any batch and size: the normalisation is inside; or the values of
+image files (:mod:`hgkd.export.preprocessing`). Both come from one ``torch.export`` (torch 2.4 and later); ONNX by torch's
+translator of such programs (onnxscript).
 
 Networks with branches that only training needs (MobileOne, RepVGG, RepViT, FastViT) leave as timm fuses them
 (``timm.utils.reparameterize_model``); the fused graph must agree with the network as trained to 1e-4, every other one to 1e-5.
@@ -19,6 +20,7 @@ import io
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,15 +39,26 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 from hgkd.differences import largest_difference
-from hgkd.errors import InvalidValueError, MissingFileError, WeightsError, unknown_name_message
-from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
+from hgkd.errors import InvalidValueError, MissingFileError, Refusal, WeightsError, unknown_name_message
+from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, input_of, need
+from hgkd.export.onnx_versions import (
+    INT8_LEAST,
+    LEAST_OPSET,
+    OPSET_OF_TORCH,
+    check_versions,
+    in_version,
+    least_runtime,
+    opset_of,
+    set_ir,
+)
 from hgkd.networks.encoder import encoder_levels
 from hgkd.networks.taps import last_channels
-from hgkd.pixels import PixelNormalisation, channels_of, pixel_statistics
+from hgkd.pixels import PixelNormalisation, pixel_statistics
 from hgkd.weights.files import read_weights
+from hgkd.weights.signature import ImageInput
 
 if TYPE_CHECKING:
-    from onnx import NodeProto
+    from onnx import ModelProto, NodeProto
 
 OUTPUTS = ("features", "pooled", "logits")
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -53,27 +66,37 @@ LEAST_IMAGES = 8
 _INPUT = "images"
 _FUSED_TOLERANCE = 1e-4
 FP16_LARGEST = 65504.0
+_OPERATOR = re.compile(r"\b(?:aten|prims?|torchvision|timm|hgkd|custom|mmcv|quantized)(?:::|\.)\w+(?:\.\w+)?")
 
 
 class Graph(PixelNormalisation):
-    """Images in [0, 1] -> the last feature map (B, C, h, w), its mean over places (B, C), or logits (B, K).
+    """Images -> the last feature map (B, C, h, w), its mean over places (B, C), or logits (B, K).
 
     Args:
         network: timm's, normalised images in.
         output: one of ``OUTPUTS``.
         classifier: linear layer on the pooled features, for 'logits'.
         whole: the network gives logits itself.
+        taken: what the images are; None: (B, C, H, W) in [0, 1].
     """
 
     pixels_in_state = True
 
-    def __init__(self, network: nn.Module, output: str, classifier: nn.Linear | None, whole: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        output: str,
+        classifier: nn.Linear | None,
+        whole: bool = False,
+        taken: ImageInput | None = None,
+    ) -> None:
         super().__init__()
+        self.taken = taken or input_of(network)
         self.set_pixels(*pixel_statistics(network))
         self.network, self.output, self.classifier, self.whole = network, output, classifier, whole
 
     def forward(self, images: Tensor) -> Tensor:
-        normalised = self.normalise(images)
+        normalised = self.normalise(self.taken.unit(images))
         if self.whole:
             logits: Tensor = self.network(normalised)
             return logits
@@ -89,7 +112,8 @@ def write_onnx(
     *,
     output: str | None = None,
     classifier: str | os.PathLike[str] | None = None,
-    opset: int = 18,
+    opset: int | None = None,
+    ir_version: int | None = None,
     precision: Sequence[str] = (),
 ) -> Written:
     """``model.onnx``, and ``model_fp16.onnx`` and ``model_int8.onnx`` when asked for.
@@ -97,14 +121,13 @@ def write_onnx(
     Args:
         output: 'features', 'pooled' or 'logits'; None: logits of a classifier, else pooled.
         classifier: for 'logits', a safetensors file with ``weight`` (K, C) and ``bias`` (K).
-        opset: version of ONNX's operators, 18 or later; ValueError where torch cannot write it.
+        opset, ir_version: of ONNX's operators and its format, see :mod:`hgkd.export.onnx_versions`; None: the lowest that the
+            network allows. ValueError where it cannot be had in these.
         precision: further precisions, of 'fp16' and 'int8'; int8 needs real images.
     """
     trained = graph_of(job, output, classifier)
     output = trained.output
     extra = lower_precisions(job, precision)
-    if opset < 18:
-        raise InvalidValueError("opset-too-low", f"opset must be 18 or later (what torch writes without loss), got {opset}")
     known = cast(int, job.network.num_classes) if trained.whole else getattr(trained.classifier, "out_features", None)
     if known is not None and job.labels is not None and job.labels.max() >= known:
         raise InvalidValueError(
@@ -115,49 +138,49 @@ def write_onnx(
     onnx, onnxruntime, _ = need("onnx", "onnx", "onnxruntime", "onnxscript")
     if extra:
         need("onnx", "onnxruntime.quantization")
-
-    newest = onnx.defs.onnx_opset_version()
-    if opset > newest:
-        raise InvalidValueError(
-            "opset-unknown", f"opset {opset} does not exist in onnx {onnx.__version__}; give one of 18 .. {newest}"
-        )
+    check_versions(opset, ir_version, "int8" in extra)
 
     graph, notes = fused_for_inference(trained)
+    by_torch = _onnx_by_torch(job, graph, opset)
+    model = in_version(
+        by_torch,
+        opset,
+        ir_version,
+        lambda found: _computes(found, trained, job),
+        INT8_LEAST if "int8" in extra else LEAST_OPSET,
+    )
+    notes.append(norms_note(trained, sum(node.op_type == "BatchNormalization" for node in model.graph.node)))
     file = job.folder / "model.onnx"
-    with quiet():
-        program = torch.onnx.export(
-            exported_program(job, graph),
-            dynamo=True,
-            opset_version=opset,
-            input_names=[_INPUT],
-            output_names=[output],
-            verbose=False,
-        )
-        cast(torch.onnx.ONNXProgram, program).save(str(file))
-    written = {entry.domain: entry.version for entry in onnx.load(str(file), load_external_data=False).opset_import}[""]
-    if written != opset:
-        raise InvalidValueError(
-            "opset-not-written",
-            f"torch {torch.__version__} cannot write opset {opset} of this network, only {written}; give {written}",
-        )
+    onnx.save(model, str(file))
     onnx.checker.check_model(str(file))
     run = onnx_runner(file)
-    files = {"fp32": file}
+    files, needs = {"fp32": file}, [(opset_of(model), model.ir_version)]
     for name in extra:
         lower = files[name] = job.folder / f"model_{name}.onnx"
         with quiet():
-            notes += _LOWER[name](job, file, lower)
+            notes += _LOWER[name](job, file, lower, by_torch)
+        made = onnx.load(str(lower))
+        set_ir(made, model.ir_version)
+        onnx.save(made, str(lower))
         onnx.checker.check_model(str(lower))
-    tensors = len(onnx.load(str(file)).graph.initializer)
+        onnx_runner(lower)
+        needs.append((opset_of(made), made.ir_version))
+    opset, ir_version = max(needs)
+    least = least_runtime(opset, ir_version)
     return Written(
         load_with=f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"
-        f"session.run(None, {{'{_INPUT}': images}})  # float32 in [0, 1]",
+        f"session.run(None, {{'{_INPUT}': images}})  # {job.input.about}",
         proven_with=f"onnxruntime {onnxruntime.__version__}",
         reloaded=run,
         expected=trained,
-        tensors=tensors,
+        tensors=len(model.graph.initializer),
         parameters=count_parameters(graph),
-        notes=[f"opset {opset}; input images in [0, 1], any batch and size; output {output}", *notes],
+        notes=[
+            f"opset {opset}, IR version {ir_version}: read by onnxruntime {least} and later, by its published table",
+            f"input: {job.input.about}; output {output}",
+            *notes,
+        ],
+        requires={"onnxruntime": least, "opset": opset, "ir_version": ir_version},
         table=precision_table(job, output, files, onnx_runner),
         tolerance=_tolerance(trained, graph),
     )
@@ -196,18 +219,19 @@ def write_pt2(job: Job, *, output: str | None = None, classifier: str | os.PathL
     torch.export.save(exported_program(job, graph), memory)
     file.write_bytes(memory.getbuffer())
     again = pt2_runner(file)
-    least = 2 * encoder_levels(job.network)[-1].stride  # torch takes for granted that no axis shrinks to 1 within
+    # torch takes for granted that no axis shrinks to 1 within
+    taken = replace(job.input, least=2 * encoder_levels(job.network)[-1].stride)
     return Written(
-        load_with=f"torch.export.load('{job.out / file.name}').module()  # images in [0, 1]",
+        load_with=f"torch.export.load('{job.out / file.name}').module()  # {job.input.about}",
         proven_with=f"torch {torch.__version__}",
         reloaded=again,
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"input images in [0, 1], any batch, sides from {least} pixels; output {graph.output}", *notes],
+        notes=[f"input: {taken.about}; output {graph.output}", *notes, norms_note(trained)],
         table=precision_table(job, trained.output, {"fp32": file}, pt2_runner),
         tolerance=_tolerance(trained, graph),
-        input=replace(job.input, least=least),
+        input=taken,
     )
 
 
@@ -217,18 +241,23 @@ def write_torchscript(job: Job, *, output: str | None = None, classifier: str | 
     graph, notes = fused_for_inference(trained)
     file = job.folder / "model.ts"
     with quiet():
-        traced = torch.jit.trace(graph, torch.rand(2, channels_of(job.network), *job.image_size))
+        traced = torch.jit.trace(graph, job.random_images(2, *job.image_size))
         memory = io.BytesIO()  # see above
         torch.jit.save(traced, memory)
         file.write_bytes(memory.getbuffer())
     return Written(
-        load_with=f"torch.jit.load('{job.out / file.name}')  # images in [0, 1]",
+        load_with=f"torch.jit.load('{job.out / file.name}')  # {job.input.about}",
         proven_with=f"torch {torch.__version__}",
         reloaded=torchscript_runner(file),
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=["TorchScript is deprecated in torch; prefer --to pt2 or onnx", *notes],
+        notes=[
+            "TorchScript is deprecated in torch; prefer --to pt2 or onnx",
+            f"input: {job.input.about}; output {graph.output}",
+            *notes,
+            norms_note(trained),
+        ],
         table=precision_table(job, trained.output, {"fp32": file}, torchscript_runner),
         tolerance=_tolerance(trained, graph),
     )
@@ -281,7 +310,7 @@ def graph_of(job: Job, output: str | None, classifier: str | os.PathLike[str] | 
                 "logits-of-classifier",
                 "a classifier gives the logits of its own head; leave output and the classifier file out",
             )
-        return Graph(job.network, "logits", None, whole=True).eval()
+        return Graph(job.network, "logits", None, whole=True, taken=job.input).eval()
     output = output or "pooled"
     if output not in OUTPUTS:
         raise InvalidValueError("graph-output-unknown", unknown_name_message("output", output, OUTPUTS))
@@ -290,9 +319,8 @@ def graph_of(job: Job, output: str | None, classifier: str | os.PathLike[str] | 
             "logits-without-classifier",
             "output='logits' and a classifier file (safetensors with weight (K, C) and bias (K)) go together",
         )
-    return Graph(
-        job.network, output, None if classifier is None else _linear(Path(classifier).expanduser(), job.network)
-    ).eval()
+    linear = None if classifier is None else _linear(Path(classifier).expanduser(), job.network)
+    return Graph(job.network, output, linear, taken=job.input).eval()
 
 
 def _linear(file: Path, network: nn.Module) -> nn.Linear:
@@ -321,8 +349,22 @@ def fused_for_inference(graph: Graph) -> tuple[Graph, list[str]]:
     if len(list(network.modules())) == len(list(graph.network.modules())):
         return graph, []
     before, after = (sum(isinstance(m, nn.Conv2d) for m in net.modules()) for net in (graph.network, network))
-    fused = Graph(network, graph.output, graph.classifier, graph.whole).eval()
+    fused = Graph(network, graph.output, graph.classifier, graph.whole, graph.taken).eval()
     return fused, [f"fused for inference, as timm does it: {after} convolutions of the {before} that were trained"]
+
+
+def norms_note(trained: Graph, left: int | None = None) -> str:
+    """What became of a network's BatchNorms.
+
+    Args:
+        left: in the written graph; None: they all stay, and what runs the graph may fold them.
+    """
+    total = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trained.network.modules())
+    if not total:
+        return "BatchNorm: the network has none"
+    if left is None:
+        return f"BatchNorm: the {total} that were trained are layers of the file; other targets fold them into convolutions"
+    return f"BatchNorm: {total} were trained, {left} are left in the file, the others are folded into convolutions"
 
 
 def _tolerance(trained: Graph, graph: Graph) -> float | None:
@@ -371,26 +413,97 @@ def _exportable_padding() -> Iterator[None]:
 def exported_program(job: Job, graph: Graph) -> ExportedProgram:
     """The graph for any batch and image size."""
     height, width = job.image_size
+    taken = graph.taken
     # sides that differ from each other and from those of the proof, so that neither is taken for a constant
-    example = torch.rand(2, channels_of(job.network), height, 2 * width)
-    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    example = taken.prepare(torch.rand(2, taken.channels, height, 2 * width))
+    free = {0: Dim.DYNAMIC, taken.axis("H"): Dim.DYNAMIC, taken.axis("W"): Dim.DYNAMIC}
     with _exportable_padding():
         return torch.export.export(graph, (example,), dynamic_shapes={"images": free})
 
 
-def _write_fp16(job: Job, file: Path, lower: Path) -> list[str]:
+def _onnx_by_torch(job: Job, graph: Graph, opset: int | None) -> ModelProto:
+    """The graph as torch writes it, in ``opset`` or in the lowest that it writes.
+
+    Raises:
+        ValueError: torch cannot write that opset of this network.
+        ExportError: ONNX, or torch's translator, lacks an operator.
+    """
+    asked = max(opset or OPSET_OF_TORCH, OPSET_OF_TORCH)
+    with quiet(), operators_named("onnx"):
+        program = torch.onnx.export(
+            exported_program(job, graph),
+            dynamo=True,
+            opset_version=asked,
+            input_names=[_INPUT],
+            output_names=[graph.output],
+            verbose=False,
+        )
+    model = cast(torch.onnx.ONNXProgram, program).model_proto
+    written = opset_of(model)
+    if written != asked:
+        raise InvalidValueError(
+            "opset-not-written",
+            f"torch {torch.__version__} cannot write opset {asked} of this network, only {written}; give {written}",
+        )
+    return model
+
+
+@torch.no_grad()
+def _computes(model: ModelProto, trained: Graph, job: Job) -> bool:
+    """Whether onnxruntime reads a model and computes what the graph does, on random images of two shapes."""
+    (onnxruntime,) = need("onnx", "onnxruntime")
+    height, width = job.image_size
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), _options(), providers=["CPUExecutionProvider"])
+        for batch in (job.random_images(2, height, width), job.random_images(1, 2 * height, width)):
+            found = torch.from_numpy(session.run(None, {_INPUT: batch.numpy()})[0])
+            if not largest_difference(found, trained(batch)) <= _FUSED_TOLERANCE:
+                return False
+    except Exception:
+        # what onnxruntime's C++ raises for operators and types that it does not read in an opset
+        return False
+    return True
+
+
+@contextmanager
+def operators_named(target: str) -> Iterator[None]:
+    """Within, a converter's failure over an operator becomes an error that names it.
+
+    Raises:
+        ExportError: a converter failed.
+    """
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:
+        # each converter has exceptions of its own, chained down to the one that names the operator
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        named = sorted({name for one in chain for name in _OPERATOR.findall(str(one))})
+        if not named:
+            raise
+        said = str(chain[-1]).strip().splitlines()[0]
+        raise ExportError(
+            "operator-not-in-target",
+            f"--to {target} cannot hold this network, for the operator {', '.join(named)}: {said}; use another target, or a "
+            "network without it",
+        ) from error
+
+
+def _write_fp16(job: Job, file: Path, lower: Path, by_torch: ModelProto) -> list[str]:
     """Write the graph in fp16; a note on how far its values reach.
+
+    Args:
+        by_torch: the same graph, whose nodes say which layer they are from.
 
     Raises:
         ExportError: a weight, or a value on the images of the proof, is beyond fp16's largest number.
     """
     onnx, float16, models = need("onnx", "onnx", "onnxruntime.transformers.float16", "onnxruntime.transformers.onnx_model")
-    images = (
-        torch.rand(2, channels_of(job.network), *job.image_size)
-        if job.images is None
-        else torch.cat([job.images, torch.rand_like(job.images[:1])])
-    )
-    largest, where = _reach(file, images)
+    images = [*job.random_images(2, *job.image_size), *(() if job.images is None else job.images)]
+    largest, where = _reach(by_torch, images)
     if not largest <= FP16_LARGEST:
         raise ExportError(
             "fp16-overflows",
@@ -403,14 +516,15 @@ def _write_fp16(job: Job, file: Path, lower: Path) -> list[str]:
     return [f"fp16: the largest value inside is {largest:.3g}, in {where} (fp16 ends at {FP16_LARGEST:.0f})"]
 
 
-def _reach(file: Path, images: Tensor) -> tuple[float, str]:
+def _reach(graph: ModelProto, images: Iterable[Tensor]) -> tuple[float, str]:
     """The largest finite magnitude among a graph's weights and all values between its nodes, and where it is.
 
     Args:
-        images: (N, 3, H, W) in [0, 1], run one by one: all values of one image are held at once.
+        images: as the graph takes them, run one by one: all values of one image are held at once.
     """
     onnx, onnxruntime = need("onnx", "onnx", "onnxruntime")
-    model = onnx.load(str(file))
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
     found = [(_largest(onnx.numpy_helper.to_array(w)), f"the weight {w.name}") for w in model.graph.initializer]
     outputs = {output.name for output in model.graph.output}
     nodes = {name: node for node in model.graph.node for name in node.output if name}
@@ -438,7 +552,7 @@ def _layer(node: NodeProto) -> str:
     return f"{path.removeprefix('network.')} ({node.op_type})" if path else f"{node.name} ({node.op_type})"
 
 
-def _write_int8(job: Job, file: Path, lower: Path) -> list[str]:
+def _write_int8(job: Job, file: Path, lower: Path, by_torch: ModelProto) -> list[str]:
     (quantization,) = need("onnx", "onnxruntime.quantization")
     images = cast(Tensor, job.images)
 
@@ -462,7 +576,7 @@ def _write_int8(job: Job, file: Path, lower: Path) -> list[str]:
     return []
 
 
-_LOWER: dict[str, Callable[[Job, Path, Path], list[str]]] = {"fp16": _write_fp16, "int8": _write_int8}
+_LOWER: dict[str, Callable[[Job, Path, Path, ModelProto], list[str]]] = {"fp16": _write_fp16, "int8": _write_int8}
 
 
 def agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -470,8 +584,8 @@ def agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Ca
 
     Returns:
         ``cosine``: mean cosine of an image's outputs; ``difference``: largest difference relative to the largest output;
-        ``same_nearest``: share of images whose most similar other image is the same; ``top1``, with labels: the classifier's
-        accuracy, or of features that of the leave-one-out 1-NN.
+        ``same_nearest``: share of images whose most similar other image is the same; with labels ``top1``: the classifier's
+        accuracy, or of features that of the leave-one-out 1-NN; and ``top1_change``: it, less that of ``full``.
     """
     images = cast(Tensor, job.images)
     held_out = images[1::2]
@@ -488,7 +602,11 @@ def agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Ca
     if job.labels is not None:
         labels = job.labels[1::2]
         # a classifier answers for itself; of features their nearest neighbour does
-        found["top1"] = ((b.argmax(1) if output == "logits" else labels[near_b]) == labels).float().mean().item()
+        before, after = (
+            ((outputs.argmax(1) if output == "logits" else labels[near]) == labels).double().mean().item()
+            for outputs, near in ((a, near_a), (b, near_b))
+        )
+        found |= {"top1": after, "top1_change": after - before}
     return found
 
 
@@ -538,6 +656,8 @@ TARGETS = (
         PARTS_WITH_GRAPHS,
         runner=onnx_runner,
         runtime="onnxruntime",
+        hub_library="onnx",
+        preprocessing=True,
     ),
     Target(
         "pt2",
@@ -546,6 +666,7 @@ TARGETS = (
         PARTS_WITH_GRAPHS,
         runner=pt2_runner,
         runtime="torch",
+        preprocessing=True,
     ),
     Target(
         "torchscript",
@@ -554,5 +675,6 @@ TARGETS = (
         PARTS_WITH_GRAPHS,
         runner=torchscript_runner,
         runtime="torch",
+        preprocessing=True,
     ),
 )
