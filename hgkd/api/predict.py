@@ -107,7 +107,7 @@ def predict(
         neighbours: so many nearest images of it vote, and are told.
         limit: stop after so many frames.
         pictures: draw them.
-        value_range: (low, high), the values of black and white in images of more than 8 bits.
+        value_range: (low, high), the values of black and white in images of more than 8 bits; None: as recorded.
         told: is given every line as it is found.
 
     Raises:
@@ -118,8 +118,9 @@ def predict(
     """
     _check(top=top, neighbours=neighbours, **({} if limit is None else {"limit": limit}))
     exported = open_export(folder, runtime=runtime, threads=threads, precision=precision)
-    channels = exported.signature.input.channels
-    in_chans = None if channels == 3 else channels
+    expected = exported.signature.input
+    in_chans = None if expected.channels == 3 else expected.channels
+    value_range = value_range or expected.value_range or None
     stream = frames(source, value_range=value_range, in_chans=in_chans)
     place_out = None if out is None else _new(Path(out).expanduser())
     read = _reader(exported, top, score_threshold, gallery, neighbours, place_out, value_range)
@@ -134,7 +135,7 @@ def predict(
                     failed[frame.source] = frame.failed
                     _say({"image": frame.source, "error": frame.failed}, lines, told)
                     continue
-                placed = place(frame.pixels, exported.signature.input)
+                placed = place(frame.pixels, exported.signature)
                 before = time.perf_counter()
                 outputs = exported(placed.images)
                 run = time.perf_counter() - before
@@ -263,7 +264,7 @@ def _gallery_reader(
             pixels = known.image(index)
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
             raise DataError("image-unreadable", f"image {name} of {gallery} cannot be read ({error}); leave it out") from error
-        rows.append(_vector(exported(place(pixels, exported.signature.input).images)))
+        rows.append(_vector(exported(place(pixels, exported.signature).images)))
         labels.append(int(known.labels[index]))
         names.append(name)
     bank, truth = torch.stack(rows), torch.tensor(labels)

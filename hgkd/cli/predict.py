@@ -39,7 +39,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, metavar="N", help="stop after N frames")
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw nothing")
     parser.add_argument(
-        "--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="black and white in images of more than 8 bits"
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="black and white of more than 8 bits (default: recorded)",
     )
     return parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from hgkd.data.transforms import CentreCropToSize, PILToTensor
 from hgkd.pixels import to_unit_range
-from hgkd.weights.signature import ImageInput
+from hgkd.weights.signature import Signature
 
 OUTSIDE = 255
 """In a label map: a place that the graph has not seen, as it lies beyond the crop."""
@@ -51,29 +51,49 @@ class Placed:
         return torch.where(inside[0][:, None] & inside[1], found, OUTSIDE)
 
 
-def place(pixels: Image.Image | Tensor, expected: ImageInput) -> Placed:
-    """A picture at the size that a graph was exported for, by its own way of resizing.
+def place(pixels: Image.Image | Tensor, signature: Signature) -> Placed:
+    """A picture at a size that a graph takes, by the way of resizing in its record.
+
+    A graph of free sides gets no more padding than it needs, and what is kept whole may lie or stand, as OpenMMLab's ``Resize``
+    has it; the run's own ``Pad`` to a size is heeded.
 
     Args:
         pixels: PIL's 8-bit RGB, or float (C, H, W) in [0, 1].
     """
+    expected = signature.input
     height, width = v2.functional.get_size(pixels)
     target = expected.height or expected.size[0], expected.width or expected.size[1]
     if expected.resize == "crop":
         return _cropped(pixels, (height, width), target)
+    resized = target
     if expected.resize == "pad":
+        free = expected.height is None and expected.width is None
+        if free and (height > width) != (target[0] > target[1]):
+            target = target[1], target[0]
         ratio = min(target[0] / height, target[1] / width)
         resized = max(1, round(height * ratio)), max(1, round(width * ratio))
-    else:
-        resized = target
-    made = v2.functional.resize(pixels, list(resized), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
-    images = to_unit_range(PILToTensor()(made))
+        if free and not _padded_to_size(signature):
+            least, step = expected.least, expected.multiple
+            target = _up(max(least, resized[0]), step), _up(max(least, resized[1]), step)
+    # as OpenCV resizes for OpenMMLab: no smoothing
+    values = PILToTensor()(pixels)
+    images = v2.functional.resize(values, list(resized), interpolation=v2.InterpolationMode.BILINEAR, antialias=False)
+    images = to_unit_range(images)
     if resized != target:
         filled = images.new_full((images.shape[0], *target), expected.pad)
         filled[:, : resized[0], : resized[1]] = images
         images = filled
     scale = resized[0] / height, resized[1] / width
     return Placed(images[None], (height, width), scale, (0.0, 0.0))
+
+
+def _padded_to_size(signature: Signature) -> bool:
+    """Whether the test pipeline that a detector was trained with fills pictures up to a size."""
+    return any(step.get("type") == "Pad" and step.get("size") for step in signature.options.get("test_pipeline", ()))
+
+
+def _up(side: int, step: int) -> int:
+    return -(-side // step) * step
 
 
 def _cropped(pixels: Image.Image | Tensor, size: tuple[int, int], target: tuple[int, int]) -> Placed:

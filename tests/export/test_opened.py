@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from hgkd.errors import WeightsError
 from hgkd.export import export
 from hgkd.export.opened import open_export
 from hgkd.export.placing import OUTSIDE, place
-from hgkd.weights.signature import ImageInput
+from hgkd.weights.signature import ImageInput, Signature
 
 SMALL = {"layers": (1, 1, 1, 1)}
 
@@ -109,11 +111,15 @@ def spot(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image
     return image
 
 
+def taking(**image: Any) -> Signature:
+    return Signature({}, ImageInput(**image), ())
+
+
 @pytest.mark.parametrize("resize", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize(("width", "height"), [(160, 80), (48, 96), (64, 64), (1000, 20)])
 def test_a_box_comes_back_to_its_place(resize: str, width: int, height: int) -> None:
     box = (width // 2 - 8, height // 2 - 4, width // 2 + 8, height // 2 + 8)
-    expected = ImageInput(size=(64, 96), resize=resize, pad=0.25)
+    expected = taking(size=(64, 96), height=64, width=96, resize=resize, pad=0.25)
     image = spot(width, height, box)
     placed = place(image, expected)
     assert placed.images.shape == (1, 3, 64, 96)
@@ -137,12 +143,31 @@ def test_the_crop_is_that_of_the_training(tmp_path: Path) -> None:
     image = Image.effect_noise((90, 50), 80).convert("RGB")
     image.save(tmp_path / "a.png")
     crop = read_crops([tmp_path / "a.png"], (32, 48)).float() / 255
-    torch.testing.assert_close(place(image, ImageInput(size=(32, 48))).images, crop)
+    torch.testing.assert_close(place(image, taking(size=(32, 48))).images, crop)
 
 
 def test_a_coarser_label_map_covers_the_picture() -> None:
-    placed = place(spot(40, 20, (0, 0, 20, 20)), ImageInput(size=(32, 64), resize="stretch"))
+    placed = place(spot(40, 20, (0, 0, 20, 20)), taking(size=(32, 64), resize="stretch"))
     found = placed.label_map(torch.tensor([[1, 0], [1, 0]]))
     assert found.shape == (20, 40)
     assert torch.equal(found[:, :20], torch.ones(20, 20, dtype=torch.long))
     assert found[:, 20:].sum() == 0
+
+
+def test_free_sides_are_not_filled_up_more_than_needed() -> None:
+    """A picture that stands gets the turned size, as mmcv's Resize by (long, short) side; Pad of the run's own is heeded."""
+    free = taking(size=(80, 128), resize="pad", multiple=32, pad=0.5)
+    assert place(spot(200, 100, (0, 0, 1, 1)), free).images.shape == (1, 3, 64, 128)
+    standing = place(spot(100, 200, (0, 0, 1, 1)), free)
+    assert standing.images.shape == (1, 3, 128, 64)
+    assert standing.scale == (0.64, 0.64)
+    padding = replace(free, options={"test_pipeline": [{"type": "Resize"}, {"type": "Pad", "size": [128, 80]}]})
+    assert place(spot(200, 100, (0, 0, 1, 1)), padding).images.shape == (1, 3, 80, 128)
+
+
+def test_resizing_is_that_of_opencv() -> None:
+    cv2 = pytest.importorskip("cv2")
+    image = Image.effect_noise((90, 50), 80).convert("RGB")
+    expected = cv2.resize(np.array(image), (40, 30), interpolation=cv2.INTER_LINEAR)
+    found = place(image, taking(size=(30, 40), resize="stretch")).images[0].permute(1, 2, 0) * 255
+    assert np.abs(found.numpy() - expected).max() <= 2

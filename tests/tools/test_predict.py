@@ -95,7 +95,7 @@ def test_boxes_lie_on_the_picture(tmp_path: Path, resize: str) -> None:
         assert found["box"] == pytest.approx(box, abs=2.5)
     picture = np.asarray(Image.open(tmp_path / "out" / first["picture"])).astype(int)
     assert picture.shape == (64, 128, 3)
-    assert np.abs(picture[30, 32] - class_colour(1)).max() < 60  # the left edge of the box
+    assert np.abs(picture[30, 32] - class_colour(1)).max() < 90  # the left edge, as JPEG has it of the box
     assert predict(graph, tmp_path / "images", tmp_path / "all", score_threshold=0.05, limit=1, pictures=False).frames == 1
     (line,) = lines(tmp_path / "all")
     assert [found["label"] for found in line["objects"]] == ["spot", "ground"]

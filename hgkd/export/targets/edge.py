@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -111,16 +111,17 @@ def _unreported() -> Iterator[None]:
         yield
 
 
-def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
-    """A graph of OpenVINO's on the CPU, in fp32: images in [0, 1] (B, C, H, W) -> its output."""
+def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
+    """A graph of OpenVINO's on the CPU, in fp32: images as it takes them -> its output, or a list of several."""
     with _unreported():
         (openvino,) = need("openvino", "openvino")
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(file), "CPU", settings)
 
-    def run(images: Tensor) -> Tensor:
-        # the request owns its result and writes into it again
-        return torch.from_numpy(compiled(images.numpy())[0].copy())
+    def run(images: Tensor) -> Any:
+        # the request owns its results and writes into them again
+        found = [torch.from_numpy(value.copy()) for value in compiled(images.numpy()).values()]
+        return found[0] if len(found) == 1 else found
 
     return run
 
