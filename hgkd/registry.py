@@ -2,7 +2,8 @@
 
 Classes are registered under their own name; a second registration of a name is an error.
 ``MODELS`` holds students, teachers, mask generators and distillers; ``MASKED_OBJECTIVES`` and ``FINETUNING_OBJECTIVES`` the two
-kinds of objective; ``DATASETS``, ``DATA_SAMPLERS``, ``HOOKS``, ``METRICS`` and ``RUNNERS`` what their names say.
+kinds of objective; ``DATASETS``, ``DATA_SAMPLERS``, ``HOOKS``, ``METRICS`` and ``RUNNERS`` what their names say;
+``MODEL_WRITERS`` what writes whole detectors and segmentors, by export target.
 """
 
 from mmengine import registry as _roots
@@ -21,6 +22,7 @@ DATA_SAMPLERS = Registry("data sampler", parent=_roots.DATA_SAMPLERS, scope="hgk
 HOOKS = Registry("hook", parent=_roots.HOOKS, scope="hgkd", locations=["hgkd.training"])
 METRICS = Registry("metric", parent=_roots.METRICS, scope="hgkd", locations=["hgkd.evaluation"])
 RUNNERS = Registry("runner", parent=_roots.RUNNERS, scope="hgkd", locations=["hgkd.training"])
+MODEL_WRITERS = Registry("writer of whole models", scope="hgkd", locations=["hgkd.openmmlab.deployment"])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optim wrapper constructor",
     parent=_roots.OPTIM_WRAPPER_CONSTRUCTORS,

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from hgkd.errors import InvalidValueError, MissingFileError, StoppedError
 from hgkd.evaluation import ClassificationMetric
 from hgkd.evaluation.records import CLASSIFIER, append_csv, check_outputs, make_result, write_json
 from hgkd.openmmlab.config import drop_teacher, is_downstream
+from hgkd.openmmlab.deployment import ExportedModel, is_exported_model
 from hgkd.registry import RUNNERS
 from hgkd.training.wrapping import plain_model
 from hgkd.weights.run_folder import checkpoint_file, read_run_checkpoint
@@ -37,8 +39,8 @@ def run_test(
 
     Args:
         config, options, launcher: as for training.
-        checkpoint: of that config's model; of a work folder the last. Of a distilled detector or segmentor the student is
-            measured, without its teacher.
+        checkpoint: of that config's model; of a work folder the last; or an export of the whole model to a graph. Of a
+            distilled detector or segmentor the student is measured, without its teacher.
         work_dir: folder for the log; None: a temporary one.
         json_file, csv_file: see the module's header; the CSV grows by a line, a classifier's only.
 
@@ -51,8 +53,9 @@ def run_test(
         WriteError: the disk does not take a result.
         StoppedError: a detector without a single detection, of which mmdet measures nothing.
     """
-    checkpoint = checkpoint_file(checkpoint)
-    if not checkpoint.is_file():
+    exported = is_exported_model(checkpoint)
+    checkpoint = Path(checkpoint).expanduser() if exported else checkpoint_file(checkpoint)
+    if not exported and not checkpoint.is_file():
         raise MissingFileError("checkpoint-missing", f"checkpoint does not exist: {checkpoint}")
     with tempfile.TemporaryDirectory(prefix="hgkd-test-") as folder:
         cfg = load_config(config, work_dir or folder, False, False, options, launcher)
@@ -70,7 +73,7 @@ def run_test(
         # what only a training needs
         cfg.update(train_dataloader=None, train_cfg=None, optim_wrapper=None, param_scheduler=None)
         cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
-        cfg.load_from = str(checkpoint)
+        cfg.load_from = None if exported else str(checkpoint)
         classifier = cfg.model.type == "ClassifierTraining"
         if classifier:
             _without_teacher(cfg)
@@ -79,7 +82,13 @@ def run_test(
                 "csv-needs-classifier", f"--csv={csv_file} takes classifiers; of a {cfg.model.type} write --json"
             )
         check_outputs(json_file, csv_file)
+        if exported and not is_downstream(cfg):
+            raise InvalidValueError(
+                "exported-model-of-another-task", f"{checkpoint} is a detector or segmentor, {config} is no config of one"
+            )
         runner = RUNNERS.build(cfg)
+        if exported:
+            runner.model = ExportedModel(checkpoint, cfg, runner.test_dataloader.dataset.metainfo["classes"])
         metrics = {name: float(value) for name, value in runner.test().items()}
     if not metrics:
         raise StoppedError(

@@ -24,7 +24,7 @@ from hgkd.errors import InvalidValueError
 from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS
 
-_OPTIONS = ("cell", "output", "classifier", "opset", "ir_version", "precision")
+_OPTIONS = ("cell", "output", "classifier", "opset", "ir_version", "precision", "fixed_size")
 
 
 def table_of(report: ExportReport) -> Table:
@@ -96,6 +96,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--ir-version", type=int, help="onnx: version of the format (default: the lowest that the opset allows)"
     )
     options.add_argument("--precision", nargs="+", help=f"onnx, openvino, ncnn: further ones, of {', '.join(PRECISIONS[1:])}")
+    options.add_argument(
+        "--fixed-size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="onnx, openvino, of --part model: the only size of pictures that the graph takes (default: any)",
+    )
     options.add_argument(
         "--with-preprocessing",
         dest="preprocessing",

@@ -37,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
     parser = command_parser("Measure a trained classifier, detector or segmentor by the evaluator of its config.")
     parser.epilog = help_text(EXAMPLES, CODES)
     parser.add_argument("config", help="the config that trained it, or the one that lies in its work folder")
-    parser.add_argument("checkpoint", help="its checkpoint, or its work folder: the last one there")
+    parser.add_argument(
+        "checkpoint",
+        help="its checkpoint; its work folder: the last one there; or a folder of 'hgkd export --part model --to onnx'",
+    )
     parser.add_argument("--work-dir", help="folder for log and reports (a temporary one)")
     parser.add_argument("--json", metavar="FILE", help="write the result to this file")
     parser.add_argument("--csv", metavar="FILE", help="append a classifier's line to this file, as 'hgkd evaluate' does")

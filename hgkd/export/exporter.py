@@ -20,7 +20,7 @@ from hgkd.export.classifier import read_classifier
 from hgkd.export.folder import PAGE, check_free, new_folder
 from hgkd.export.job import ExportError, ExportReport, Job, Target, Written
 from hgkd.export.measure import check_latency, measured
-from hgkd.export.model import export_model
+from hgkd.export.model import LIBRARIES, export_model, model_options
 from hgkd.export.preprocessing import input_for, run_value_range
 from hgkd.export.targets import TARGETS
 from hgkd.networks.backbones import Source, read_source
@@ -55,8 +55,8 @@ def export(
     """Write a student as a folder that others load, after reading it back and comparing outputs.
 
     Args:
-        checkpoint: a .pth file of hgkd's runner, a folder of an earlier export to timm or sparse, or, with ``encoder``, a
-            weight file of another project.
+        checkpoint: a .pth file of hgkd's runner (of a whole model also its work folder), a folder of an earlier export to timm
+            or sparse, or, with ``encoder``, a weight file of another project.
         out: folder to make. It appears complete or not at all.
         to: target, a key of ``hgkd.export.TARGETS``.
         part: 'backbone' (the encoder), 'student' (encoder and decoder), 'decoder', 'classifier' (a fine-tuned CNN with its
@@ -95,14 +95,22 @@ def export(
             "backbone-options-for-model",
             f"encoder, prefix and allow are for backbones of other projects; leave them out with part={part!r}",
         )
-    if part == "model" and (images is not None or labels):
+    if part == "model" and preprocessing is not None:
         raise InvalidValueError(
-            "model-takes-no-images", "a whole model is proven by its weights, not on images; leave images and labels out"
+            "preprocessing-of-model", "the graph of a whole model holds its preprocessing always; leave preprocessing out"
+        )
+    if part == "model" and (labels or value_range is not None or (images is not None and to in LIBRARIES)):
+        raise InvalidValueError(
+            "model-takes-no-images",
+            "a whole model's weights are proven bit for bit, and its graph on plain pictures; leave labels, value_range and, "
+            "with a library as target, images out",
         )
     out = Path(out).expanduser().absolute()
     check_free(out, force, to)
+    if latency is not None:
+        check_latency(target, [name for name, other in TARGETS.items() if other.runner], latency)
     if part == "model":
-        return export_model(checkpoint, out, to, licences or {})
+        return export_model(checkpoint, out, target, licences or {}, images, max_images, latency, **options)
     if part == "classifier":
         source = read_classifier(checkpoint)
     else:
@@ -120,8 +128,6 @@ def export(
         raise InvalidValueError(
             "labels-without-images", "labels=True measures an accuracy on images: give a folder of class folders with images="
         )
-    if latency is not None:
-        check_latency(target, [name for name, other in TARGETS.items() if other.runner], latency)
     value_range = run_value_range(source.meta) if value_range is None else as_value_range(value_range)
     taken = input_for(source.network, preprocessing, value_range)
     real, classes = (None, None) if images is None else _read_images(images, max_images, source, labels, value_range)
@@ -150,10 +156,13 @@ def _check_request(to: str, part: str, options: Mapping[str, Any], licences: Map
         raise InvalidValueError(
             "target-without-part", f"target {to!r} holds the {' or '.join(target.part)}, not the {part}; targets for it: {able}"
         )
+    known = model_options(to) if part == "model" else target.options
     for name in options:
-        if name not in target.options:
-            takes = ", ".join(target.options) or "none"
-            raise InvalidValueError("target-option-unknown", f"target {to!r} has no option {name!r}; it takes: {takes}")
+        if name not in known:
+            takes = ", ".join(known) or "none"
+            raise InvalidValueError(
+                "target-option-unknown", f"target {to!r} has no option {name!r} for the {part}; it takes: {takes}"
+            )
     for name in licences:
         if name not in LICENCE_FIELDS:
             raise InvalidValueError("licence-field-unknown", unknown_name_message("licence field", name, LICENCE_FIELDS))

@@ -201,8 +201,12 @@ class Target:
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the options that :attr:`write` takes."""
-        parameters = inspect.signature(self.write).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        return options_of(self.write)
+
+
+def options_of(write: Callable[..., object]) -> tuple[str, ...]:
+    """Names of the options of a writer: its keyword-only arguments."""
+    return tuple(p.name for p in inspect.signature(write).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
 def input_of(network: nn.Module) -> ImageInput:

@@ -6,13 +6,16 @@ names without ``student.``; teacher, objectives, optimiser, schedule and log sta
 
 The proof: both files are read back and compared bit for bit; where the library imports and the checkpoint describes its model
 as plain values, the library's own model takes the weights strictly.
+
+As a graph (ONNX, OpenVINO) a detector or segmentor leaves with its post-processing, by what is registered for the target in
+``hgkd.registry.MODEL_WRITERS``; see :mod:`hgkd.openmmlab.deployment`.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pprint import pformat
@@ -27,12 +30,16 @@ from torch import Tensor
 from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.export.card import run_card, write_cards
 from hgkd.export.folder import new_folder
-from hgkd.export.job import ExportError, ExportReport, optional
+from hgkd.export.job import ExportError, ExportReport, Target, optional, options_of
+from hgkd.export.measure import measured
+from hgkd.registry import MODEL_WRITERS
 from hgkd.weights.export_folder import WEIGHTS_FILE
 from hgkd.weights.files import read_checkpoint
 from hgkd.weights.identify import meta_of
 from hgkd.weights.loading import check_finite
 from hgkd.weights.run_file import literal_config, run_metrics
+from hgkd.weights.run_folder import checkpoint_file
+from hgkd.weights.signature import Signature
 
 MODEL_FILE, MODEL_CONFIG = "model.pth", "model_config.py"
 LIBRARIES = ("mmdet", "mmseg", "mmpretrain")
@@ -65,6 +72,55 @@ class ModelSource:
         return {"name": str(self.config.get("type", "unknown: the checkpoint does not describe its model in plain values"))}
 
 
+@dataclass(frozen=True)
+class ModelJob:
+    """One export of a whole model, as its writer sees it.
+
+    Attributes:
+        source: the model.
+        folder: where to write; it becomes ``out`` when the proof has passed.
+        out: the folder that the user asked for, for messages.
+        images: folder of pictures for the proof, or None when none was given.
+        max_images: how many of them at most.
+    """
+
+    source: ModelSource
+    folder: Path
+    out: Path
+    images: Path | None = None
+    max_images: int = 64
+
+
+@dataclass(frozen=True)
+class WrittenModel:
+    """What a writer wrote and proved; attributes as in :class:`hgkd.export.job.ExportReport`."""
+
+    load_with: str
+    proven_with: str
+    tensors: int
+    parameters: int
+    max_difference: float = 0.0
+    images: int = 0
+    notes: list[str] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
+    signature: Signature | None = None
+
+
+def model_options(to: str) -> tuple[str, ...]:
+    """Names of the options with which a whole model leaves for a target."""
+    return () if to in LIBRARIES else options_of(_graph_writer(to))
+
+
+def _graph_writer(to: str) -> Callable[..., WrittenModel]:
+    found: Callable[..., WrittenModel] | None = MODEL_WRITERS.get(to)
+    if found is None:  # a target of the user's own that says that it holds whole models
+        raise InvalidValueError(
+            "model-writer-missing",
+            f"no function in hgkd.registry.MODEL_WRITERS writes whole models for {to!r}",
+        )
+    return found
+
+
 def read_model(path: str | os.PathLike[str]) -> ModelSource:
     """Read a checkpoint of mmengine's runner, without running code that the file may hold.
 
@@ -73,7 +129,7 @@ def read_model(path: str | os.PathLike[str]) -> ModelSource:
         WeightsError: damaged, no checkpoint of a runner, of hgkd's own pretraining or classification, or nothing but parts of
             a training.
     """
-    path = Path(path).expanduser()
+    path = checkpoint_file(path)
     checkpoint = read_checkpoint(path)
     meta = meta_of(checkpoint)
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
@@ -122,62 +178,85 @@ def _refuse_other_library(path: Path, cfg: Mapping[str, Any], library: str) -> N
         )
 
 
-def export_model(checkpoint: str | os.PathLike[str], out: Path, library: str, licences: Mapping[str, str]) -> ExportReport:
+def export_model(
+    checkpoint: str | os.PathLike[str],
+    out: Path,
+    target: Target,
+    licences: Mapping[str, str],
+    images: str | os.PathLike[str] | None = None,
+    max_images: int = 64,
+    latency: int | None = None,
+    **options: object,
+) -> ExportReport:
     """Write a whole model, read it back, and only then let the folder appear.
 
     Args:
-        checkpoint: see :func:`read_model`.
+        checkpoint: see :func:`read_model`; of a work folder the last one.
         out: folder to make, checked before.
-        library: 'mmdet', 'mmseg' or 'mmpretrain', whose model it is.
-        licences: see :func:`hgkd.export.export`.
+        target: 'mmdet', 'mmseg' or 'mmpretrain', whose model it is, or a graph's.
+        licences, images, max_images, latency: see :func:`hgkd.export.export`; graphs alone take the last three.
+        options: of the target's writer.
 
     Raises:
         FileNotFoundError, WeightsError: see :func:`read_model`; or the weights are not finite.
-        ValueError: the model is another library's.
+        ValueError: the model is another library's, or has a part that the target lacks.
         ExportError: what was read back differs, or the library's own model does not take it.
     """
-    source = read_model(checkpoint)
-    _refuse_other_library(source.path, literal_config(source.meta.get("cfg")), library)
+    to, source = target.name, read_model(checkpoint)
     check_finite(source.path, source.state)
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in source.state.items()}
-    left = ", ".join(f"{count} of {name}" for name, count in source.aside.items())
-    notes = [f"left behind, as only the training needs it: {left}"] if left else []
     with new_folder(out) as work:
-        named = {
-            key: value for key, value in source.meta.items() if key == "dataset_meta"
-        }  # names of the classes, for inferencers
-        torch.save({"meta": named, "state_dict": state}, work / MODEL_FILE)
-        save_file(state, work / WEIGHTS_FILE, metadata={"format": "pt"})
-        if source.config:
-            page = f"default_scope = {library!r}\nmodel = {pformat(source.config, sort_dicts=False)}\n"
-            (work / MODEL_CONFIG).write_text(page, encoding="utf-8")
-        _same_files(state, work)
-        proven_with = f"torch {torch.__version__} and safetensors, bit for bit; " + _prove_in(library, source.config, work)
-        load_with = f"mmengine.runner.load_checkpoint(model, '{out / MODEL_FILE}', strict=True)"
-        load_with += f"  # model = {library}.registry.MODELS.build(Config.fromfile('{out / MODEL_CONFIG}').model)" * bool(
-            source.config
-        )
-        usage = load_with.replace(str(out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
-        facts = {"target": library, "part": "model", "load_with": usage, "proven_with": proven_with, "max_difference": 0.0}
+        job = ModelJob(source, work, out, None if images is None else Path(images).expanduser(), max_images)
+        written = _write_weights(job, to) if to in LIBRARIES else _graph_writer(to)(job, **options)
+        table = written.table
+        if latency is not None and written.signature is not None:
+            table = measured(target, work, table, written.signature.input, latency)
+        usage = written.load_with.replace(str(out), "PATH/OF/THIS/FOLDER")  # no paths of this machine in public
+        facts: dict[str, Any] = {"target": to, "part": "model", "load_with": usage, "proven_with": written.proven_with}
+        facts |= {"max_difference": written.max_difference, "real_images": written.images, "table": table}
+        left = ", ".join(f"{count} of {name}" for name, count in source.aside.items())
+        notes = [*([f"left behind, as only the training needs it: {left}"] if left else []), *written.notes]
         card = run_card(source, facts, work, licences, notes)
+        if written.signature is not None:
+            card["signature"] = written.signature.to_dict()
         write_cards(card, work)
         return ExportReport(
             out=out,
-            target=library,
+            target=to,
             part="model",
             network=source.describe(),
-            tensors=len(state),
-            parameters=sum(
-                value.numel() for key, value in state.items() if value.is_floating_point() and ".running_" not in key
-            ),
-            loaded_with=load_with,
-            proven_with=proven_with,
-            max_difference=0.0,
-            images=0,
+            tensors=written.tensors,
+            parameters=written.parameters,
+            loaded_with=written.load_with,
+            proven_with=written.proven_with,
+            max_difference=written.max_difference,
+            images=written.images,
             source_sha256=card["source"]["sha256"],
             files={name: entry["bytes"] for name, entry in card["files"].items()},
             notes=notes,
+            table=table,
+            signature=written.signature,
         )
+
+
+def _write_weights(job: ModelJob, library: str) -> WrittenModel:
+    """The weights alone, for the library whose model it is."""
+    source, work, out = job.source, job.folder, job.out
+    _refuse_other_library(source.path, literal_config(source.meta.get("cfg")), library)
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in source.state.items()}
+    named = {key: value for key, value in source.meta.items() if key == "dataset_meta"}  # names of the classes, for inferencers
+    torch.save({"meta": named, "state_dict": state}, work / MODEL_FILE)
+    save_file(state, work / WEIGHTS_FILE, metadata={"format": "pt"})
+    if source.config:
+        page = f"default_scope = {library!r}\nmodel = {pformat(source.config, sort_dicts=False)}\n"
+        (work / MODEL_CONFIG).write_text(page, encoding="utf-8")
+    _same_files(state, work)
+    proven_with = f"torch {torch.__version__} and safetensors, bit for bit; " + _prove_in(library, source.config, work)
+    load_with = f"mmengine.runner.load_checkpoint(model, '{out / MODEL_FILE}', strict=True)"
+    load_with += f"  # model = {library}.registry.MODELS.build(Config.fromfile('{out / MODEL_CONFIG}').model)" * bool(
+        source.config
+    )
+    parameters = sum(value.numel() for key, value in state.items() if value.is_floating_point() and ".running_" not in key)
+    return WrittenModel(load_with, proven_with, len(state), parameters)
 
 
 def _same_files(state: Mapping[str, Tensor], folder: Path) -> None:

@@ -23,19 +23,16 @@ from hgkd.errors import InvalidValueError, MissingFileError
 from hgkd.mmcv_ops.finder import register_ops
 from hgkd.openmmlab.config import (
     dataset_class,
-    drop_downloads,
     drop_teacher,
     is_downstream,
     load_with_care,
     merge_options,
-    model_config,
-    without_scope,
 )
 from hgkd.openmmlab.data_checks.checks import class_names
 from hgkd.openmmlab.images import LoadReadableImage
+from hgkd.openmmlab.models import build_model
 from hgkd.openmmlab.weights import student_weights
 from hgkd.weights.files import read_checkpoint
-from hgkd.weights.loading import load_strict
 from hgkd.writing import written_beside
 
 
@@ -119,13 +116,9 @@ def _files(images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) ->
 
 
 def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> BaseModel:
-    described = without_scope(model_config(cfg.model), cfg.default_scope)
-    drop_downloads(described)
-    model = roots.MODELS.build(described)
     content = read_checkpoint(checkpoint)
     state: Mapping[str, Any] = content.get("state_dict", {}) if isinstance(content, Mapping) else {}
-    load_strict(model, student_weights(state), source=str(checkpoint))
-    return model.eval()
+    return build_model(cfg.model, cfg.default_scope, student_weights(state), str(checkpoint))
 
 
 def _names(dataset: Mapping[str, Any], scope: str) -> dict[str, Any]:

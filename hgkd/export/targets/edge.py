@@ -63,7 +63,7 @@ def write_openvino(
     extra = lower_precisions(job, precision)
     trained = graph_of(job, output, classifier)
     graph, notes = fused_for_inference(trained)
-    with _unreported(), quiet():
+    with unreported(), quiet():
         (openvino,) = need("openvino", "openvino")
         nncf = need("openvino", "nncf")[0] if "int8" in extra else None
         with operators_named("openvino"):
@@ -98,7 +98,7 @@ def write_openvino(
 
 
 @contextmanager
-def _unreported() -> Iterator[None]:
+def unreported() -> Iterator[None]:
     """Within, the tools of OpenVINO act as for a user who has declined to report their use."""
     with ExitStack() as stack:
         try:
@@ -113,10 +113,7 @@ def _unreported() -> Iterator[None]:
 
 def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
     """A graph of OpenVINO's on the CPU, in fp32: images as it takes them -> its output, or a list of several."""
-    with _unreported():
-        (openvino,) = need("openvino", "openvino")
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+    compiled = openvino_compiled(file, threads)
 
     def run(images: Tensor) -> Any:
         # the request owns its results and writes into them again
@@ -124,6 +121,14 @@ def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
         return found[0] if len(found) == 1 else found
 
     return run
+
+
+def openvino_compiled(file: Path, threads: int = 1) -> Any:
+    """OpenVINO's compiled model of a graph, on the CPU, in fp32."""
+    with unreported():
+        (openvino,) = need("openvino", "openvino")
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(str(file), "CPU", settings)
 
 
 def write_ncnn(
@@ -236,7 +241,7 @@ TARGETS = (
         "openvino",
         "OpenVINO IR, any batch and size; fp16 and int8 on request",
         write_openvino,
-        PARTS_WITH_GRAPHS,
+        (*PARTS_WITH_GRAPHS, "model"),
         runner=openvino_runner,
         runtime="openvino",
         hub_library="openvino",

@@ -285,8 +285,7 @@ def lower_precisions(job: Job, asked: Sequence[str], known: tuple[str, ...] = PR
 
 def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
     """A graph on the CPU: images as it takes them -> its output, or a list of several."""
-    (onnxruntime,) = need("onnx", "onnxruntime")
-    session = onnxruntime.InferenceSession(str(file), _options(threads), providers=["CPUExecutionProvider"])
+    session = onnx_session(file, threads)
 
     name = session.get_inputs()[0].name
 
@@ -295,6 +294,12 @@ def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
         return found[0] if len(found) == 1 else found
 
     return run
+
+
+def onnx_session(file: Path, threads: int = 1) -> Any:
+    """onnxruntime's session of a graph, on the CPU."""
+    (onnxruntime,) = need("onnx", "onnxruntime")
+    return onnxruntime.InferenceSession(str(file), _options(threads), providers=["CPUExecutionProvider"])
 
 
 def _options(threads: int = 1) -> object:
@@ -656,7 +661,7 @@ TARGETS = (
         "onnx",
         "ONNX for onnxruntime, any batch and size; fp16 and int8 on request",
         write_onnx,
-        PARTS_WITH_GRAPHS,
+        (*PARTS_WITH_GRAPHS, "model"),
         runner=onnx_runner,
         runtime="onnxruntime",
         hub_library="onnx",

@@ -1,0 +1,163 @@
+"""Pictures as a run's own test pipeline gives them, and what mmdet or mmseg itself says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dataset import Compose
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hgkd.data.images import find_images
+from hgkd.errors import DataError, InvalidValueError
+from hgkd.openmmlab.config import load_with_care
+
+_READS = ("LoadImageFromFile", "LoadReadableImage")
+_ANNOTATIONS = "LoadAnnotations"
+
+
+def kind_of(step: Mapping[str, Any]) -> str:
+    """Name of a pipeline's step without its scope."""
+    return str(step.get("type")).rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class TestPipeline:
+    """A run's test pipeline without annotations.
+
+    Attributes:
+        steps: as config.
+        scope: 'mmdet' or 'mmseg'.
+    """
+
+    __test__ = False  # to pytest it looks like a test
+
+    steps: Sequence[Mapping[str, Any]]
+    scope: str
+
+    @classmethod
+    def of(cls, cfg: Mapping[str, Any], scope: str) -> TestPipeline:
+        """That of a run's config.
+
+        Raises:
+            ValueError: the config has none that reads files.
+        """
+        loader = cfg.get("test_dataloader") or cfg.get("val_dataloader") or {}
+        dataset = loader.get("dataset") or {}
+        while isinstance(dataset, Mapping) and "dataset" in dataset:
+            dataset = dataset["dataset"]
+        steps = [step for step in dataset.get("pipeline") or () if kind_of(step) != _ANNOTATIONS]
+        if not steps or kind_of(steps[0]) not in _READS:
+            raise InvalidValueError(
+                "model-without-test-pipeline",
+                "the run's config has no test pipeline that begins with LoadImageFromFile, so nobody knows how pictures reach "
+                "this model; train with a test_dataloader (or val_dataloader)",
+            )
+        return cls(steps, scope)
+
+    @property
+    def described(self) -> list[dict[str, Any]]:
+        """What a user has to do with a picture before the graph takes it: the steps between reading and packing."""
+        return [{**step, "type": kind_of(step)} for step in self.steps[1:] if not kind_of(step).startswith("Pack")]
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(H, W) that pictures are brought to, or into; None: they stay as they are."""
+        for kind, key in (("Pad", "size"), ("Resize", "scale")):
+            for step in self.steps:
+                if kind_of(step) == kind and isinstance(step.get(key), (list, tuple)):
+                    width, height = step[key]  # OpenMMLab's order
+                    return int(height), int(width)
+        return None
+
+    @property
+    def fill(self) -> float | None:
+        """The value, of 0 to 255, that ``Pad`` fills in; None: there is none, or one of several."""
+        step = next((step for step in self.steps if kind_of(step) == "Pad"), {})
+        value = step.get("pad_val", 0 if step else None)
+        value = value.get("img") if isinstance(value, Mapping) else value
+        values = set(value) if isinstance(value, (list, tuple)) else {value}
+        return float(found) if len(values) == 1 and (found := values.pop()) is not None else None
+
+    def read(self, files: Sequence[Path]) -> list[Tensor]:
+        """Pictures, uint8 RGB (1, 3, H, W).
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        steps = [dict(step) for step in self.steps]
+        load_with_care(steps, {"required": True})
+        pipeline = Compose(steps)
+        return [self.rgb(pipeline({"img_path": str(file), "img_id": 0})["inputs"])[None] for file in files]
+
+    @property
+    def order(self) -> str:
+        """Of the channels that the pipeline gives."""
+        return str(self.steps[0].get("channel_order", "bgr")).upper()
+
+    def rgb(self, picture: Tensor) -> Tensor:
+        """(3, H, W) in the pipeline's order -> RGB; its own inverse."""
+        return picture.flip(0) if self.order == "BGR" else picture
+
+
+def find_pictures(folder: Path, limit: int) -> list[Path]:
+    """Files below a folder, at most ``limit``, spread over the sorted list.
+
+    Raises:
+        DataError: there are none.
+        ValueError: ``limit`` is below 1.
+    """
+    if limit < 1:
+        raise InvalidValueError("count-not-positive", f"max_images must be 1 or more, got {limit}")
+    names = find_images(str(folder)) if folder.is_dir() else []
+    if not names:
+        raise DataError(
+            "no-images-to-compare",
+            f"{folder} holds no images to compare outputs on; give a folder of .jpg, .png or others, at any depth",
+        )
+    count = min(limit, len(names))
+    return [folder / names[i * len(names) // count] for i in range(count)]
+
+
+@torch.no_grad()
+def own_prediction(model: nn.Module, pipeline: TestPipeline, picture: Tensor) -> tuple[Tensor, ...]:
+    """What the library's own inference says about a picture, uint8 RGB (1, 3, H, W), in its pixels.
+
+    Returns:
+        boxes (N, 4), scores (N,), labels (N,) of a detector; the label map (1, H, W) and its logits (K, H, W) of a segmentor.
+    """
+    size = tuple(picture.shape[-2:])
+    meta = {"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
+    if pipeline.scope == "mmdet":
+        from mmdet.structures import DetDataSample as Sample
+    else:
+        from mmseg.structures import SegDataSample as Sample
+    data = {"inputs": [pipeline.rgb(picture[0])], "data_samples": [Sample(metainfo=meta)]}
+    found = model.test_step(data)[0]  # type: ignore[operator]
+    if pipeline.scope == "mmdet":
+        boxes = found.pred_instances
+        return boxes.bboxes, boxes.scores, boxes.labels
+    return found.pred_sem_seg.data.to(torch.uint8), found.seg_logits.data
+
+
+def fitted(picture: Tensor, size: tuple[int, int], fill: float) -> Tensor:
+    """A picture (1, 3, H, W) cut to at most ``size``, then filled at the right and below."""
+    picture = picture[..., : size[0], : size[1]]
+    height, width = picture.shape[-2:]
+    return functional.pad(picture, (0, size[1] - width, 0, size[0] - height), value=int(fill))
+
+
+def at_other_sizes(pictures: Sequence[Tensor], step: int) -> list[Tensor]:
+    """The first two pictures at another size each: three quarters high and turned; sides in multiples of ``step``."""
+    cut = [
+        picture[..., : _floor(picture.shape[-2] * 3 // 4, step), : _floor(picture.shape[-1], step)] for picture in pictures[:2]
+    ]
+    return [cut[0], *(picture.transpose(-1, -2) for picture in cut[1:])]
+
+
+def _floor(side: int, step: int) -> int:
+    return max(step, side // step * step)
