@@ -5,6 +5,7 @@
     hgkd.train("hgkd/hgkd_vit-s14_resnet18_10e_cifar128", "work_dirs/mine", options={"data_root": "photos"})
     hgkd.export("work_dirs/mine", "exported/mine", to="timm")
     hgkd.evaluate(["knn", "linear"], "exported/mine", "DIR/train", "DIR/test")
+    hgkd.predict("exported/mine", "photos", "predicted")
 
 Importing this package stays light: torch only when a submodule or one of these functions is asked for, and never mmdet,
 mmsegmentation or spconv.
@@ -16,9 +17,10 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from hgkd.api.evaluate import evaluate
+    from hgkd.api.predict import predict
     from hgkd.api.train import train
 
-__all__ = ["__version__", "evaluate", "train"]
+__all__ = ["__version__", "evaluate", "predict", "train"]
 
 
 def __getattr__(name: str) -> object:
@@ -30,6 +32,10 @@ def __getattr__(name: str) -> object:
         from hgkd.api.train import train
 
         return train
+    if name == "predict":
+        from hgkd.api.predict import predict
+
+        return predict
     if name == "evaluate":
         from hgkd.api.evaluate import evaluate
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from hgkd.errors import StoppedError
+from hgkd.errors import InvalidValueError, StoppedError
 
 try:
     import fcntl
@@ -114,6 +114,22 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     yield content
     with written_beside(path) as beside:
         beside.write_bytes(content.getvalue())
+
+
+def filled(text: str, begin: str, end: str, content: str, where: str) -> str:
+    """``text`` with what stands between two markers replaced.
+
+    Args:
+        where: the page, for the message.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    if begin not in text or end not in text:
+        raise InvalidValueError(
+            "page-without-markers", f"{where} needs the lines {begin.strip()!r} and {end.strip()!r} round its table"
+        )
+    return text[: text.index(begin) + len(begin)] + content + text[text.index(end) :]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from hgkd.errors import WeightsError
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.sparse import save_sparse, sparsify
-from hgkd.writing import WriteError, replacing, write_text, writing, written_beside, written_whole
+from hgkd.writing import WriteError, filled, replacing, write_text, writing, written_beside, written_whole
 
 
 def test_beside_then_renamed(tmp_path: Path) -> None:
@@ -115,3 +115,11 @@ def test_networks_are_written_whole_or_not_at_all(tmp_path: Path, kind: str) -> 
         with full_disk(1000), refused(WriteError, "file-not-written", "sparse.safetensors"):
             save_sparse(sparsify(timm.create_model("test_resnet", num_classes=0), 32), file, overwrite=True)
     assert (file.read_text(), os.listdir(tmp_path)) == ("old", [file.name])
+
+
+def test_filling_changes_what_stands_between_the_markers_only() -> None:
+    assert filled("a\n<!-- b -->\nold\n<!-- e -->\nz\n", "<!-- b -->\n", "<!-- e -->\n", "new\n", "p.md") == (
+        "a\n<!-- b -->\nnew\n<!-- e -->\nz\n"
+    )
+    with refused(ValueError, "page-without-markers", "p.md", "'<!-- e -->'"):
+        filled("<!-- b -->\n", "<!-- b -->\n", "<!-- e -->\n", "new\n", "p.md")

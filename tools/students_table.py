@@ -9,23 +9,18 @@ Parity is that of the shortened member that the tests use, in float64. The speed
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import platform
-import statistics
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hgkd.api.benchmark import encoder_step, measure_times
-from hgkd.masking import RandomMask
+from hgkd.api.benchmark import in_own_process, sparse_speedup
 from hgkd.networks.members import LIBRARY_FAMILIES, LIBRARY_REFUSED, Member
-from hgkd.sparse import measure_parity, sparsify
+from hgkd.sparse import measure_parity
 from hgkd.sparse.families import FAMILIES, REFUSED, Family
+from hgkd.writing import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,38 +37,17 @@ def parity_error(family: Family | Member) -> float:
 def speedup(family: Family | Member, repeats: int) -> float:
     """Step of the dense network over that of the sparse one."""
     torch.manual_seed(0)
-    model = family.build(short=False).to(memory_format=torch.channels_last).train()
-    images = torch.randn(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
-    mask = RandomMask(MASK_RATIO)
-    grid = (SIZE // CELL, SIZE // CELL)
-    steps = {
-        "gather": encoder_step(sparsify(model, CELL), images, lambda: mask(BATCH, grid, device="cpu"), "cpu", "fp32"),
-        "dense": encoder_step(model, images, None, "cpu", "fp32"),
-    }
-    times, _ = measure_times(steps, repeats=repeats, clock="cpu")
-    return statistics.median(times["dense"]) / statistics.median(times["gather"])
-
-
-def _apart(function: Callable[..., float], *args: Any) -> float | None:
-    """``function(*args)`` in a process of its own; None when that crashed.
-
-    Some ordinary dense networks kill torch on the CPU in channels_last: a strided 1x1 convolution of fewer than 16 channels
-    writes past its workspace in the backward (uxlfoundation/oneDNN, issue 6035), and RepVGG's stem has one.
-    """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        try:
-            return pool.submit(function, *args).result()
-        except BrokenProcessPool:
-            return None
+    model = family.build(short=False)
+    return sparse_speedup(model, SIZE, CELL, batch_size=BATCH, mask_ratio=MASK_RATIO, repeats=repeats, clock="cpu")
 
 
 def families_table(families: Sequence[Family | Member], repeats: int) -> str:
     """The table of supported families, markdown."""
     lines = ["| family | member | parity error | step over dense |", "|---|---|---|---|"]
     for family in families:
-        ratio = _apart(speedup, family, repeats)
+        ratio = in_own_process(speedup, family, repeats)
         ratio = "dense crashes" if ratio is None else f"{ratio:.2f}x"
-        lines.append(f"| {family.name} | `{family.member}` | {_apart(parity_error, family):.0e} | {ratio} |")
+        lines.append(f"| {family.name} | `{family.member}` | {in_own_process(parity_error, family):.0e} | {ratio} |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 
@@ -95,17 +69,6 @@ def machine() -> str:
     )
 
 
-def fill(text: str, table: str) -> str:
-    """``text`` with the part between the two markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"docs/students.md needs the lines {BEGIN.strip()!r} and {END.strip()!r} round its table")
-    return text[: text.index(BEGIN) + len(BEGIN)] + table + text[text.index(END) :]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="MEMBER", help="print the rows of these members, change no file")
@@ -117,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     page = ROOT / "docs/students.md"
     table = f"Measured on {machine()}.\n\n{families_table(chosen, args.repeats)}\nRefused:\n\n{refused_table()}"
-    page.write_text(fill(page.read_text(), table))
+    page.write_text(filled(page.read_text(), BEGIN, END, table, str(page)))
     return 0
 
 

@@ -22,6 +22,7 @@ from mmengine.logging import MMLogger
 from hgkd.structures import Capabilities, TeacherNeeds
 from hgkd.teachers import TimmTeacher
 from hgkd.teachers.vit import build_network
+from hgkd.writing import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/teachers.md"
@@ -185,17 +186,6 @@ HEAD = (
 )
 
 
-def fill(text: str, table: str) -> str:
-    """``text`` with the part between the two markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{PAGE} needs the lines {BEGIN.strip()!r} and {END.strip()!r} round its table")
-    return text[: text.index(BEGIN) + len(BEGIN)] + table + text[text.index(END) :]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="print the rows of these names, change no file")
@@ -207,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row(member))
             print(rows[-1], flush=True)
     if args.only is None:
-        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), HEAD + "\n".join(rows) + "\n"), encoding="utf-8")
+        table = HEAD + "\n".join(rows) + "\n"
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), BEGIN, END, table, str(PAGE)), encoding="utf-8")
     return 0
 
 

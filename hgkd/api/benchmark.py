@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import timm
 import torch
@@ -34,6 +37,7 @@ from hgkd.sparse.convert import SparseModule
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Step = Callable[[], None]
+_Result = TypeVar("_Result")
 
 
 class _LiveMemory(TorchDispatchMode):
@@ -187,6 +191,56 @@ def encoder_step(network: nn.Module, images: Tensor, visible: Callable[[], Tenso
         return features(cast(SparseModule, network).pack(images, visible())).plain.float().square().mean()
 
     return _train_step(network, loss, device, dtype)
+
+
+def sparse_speedup(
+    model: nn.Module,
+    image_size: int,
+    cell: int = 32,
+    *,
+    batch_size: int = 4,
+    mask_ratio: float = 0.75,
+    repeats: int = 3,
+    clock: str = "wall",
+) -> float:
+    """Step (forward and backward, fp32, CPU) of an encoder's ordinary dense network over that of its sparse form.
+
+    Args:
+        model: with ``forward_features``; it is put into training mode and channels_last.
+        image_size: side in pixels, a multiple of ``cell``.
+
+    Raises:
+        ValueError: the cells do not divide the images.
+        NoSparseRuleError: a layer cannot be masked.
+    """
+    grid = grid_of((image_size, image_size), cell)
+    model.to(memory_format=torch.channels_last).train()
+    images = torch.randn(batch_size, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+    mask = RandomMask(mask_ratio)
+    steps = {
+        "gather": encoder_step(sparsify(model, cell), images, lambda: mask(batch_size, grid, device="cpu"), "cpu", "fp32"),
+        "dense": encoder_step(model, images, None, "cpu", "fp32"),
+    }
+    times, _ = measure_times(steps, repeats=repeats, clock=clock)
+    return statistics.median(times["dense"]) / statistics.median(times["gather"])
+
+
+def in_own_process(function: Callable[..., _Result], *args: object, **kwargs: object) -> _Result | None:
+    """``function(...)`` in a fresh process, which must be able to import it; None when that process crashed.
+
+    Some ordinary dense networks kill torch on the CPU in channels_last: a strided 1x1 convolution of fewer than 16 channels
+    writes past its workspace in the backward (uxlfoundation/oneDNN, issue 6035), and RepVGG's stem has one.
+    """
+    # not forked from this one, whose threads would be missing in the copy
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__, function.__module__])
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(function, *args, **kwargs).result()
+        except BrokenProcessPool:
+            return None
 
 
 def benchmark_sparse(

@@ -6,6 +6,7 @@
     hgkd doctor teacher dinov2.safetensors --name vit_small_patch14_dinov2 --images DIR
     hgkd doctor pixels FOLDER --in-chans 8 --value-range 0 4095
     hgkd doctor extract run.pth state_dict_ema averaged.safetensors
+    hgkd doctor students --budget-ms 20 --threads 2 --runtime openvino --out students.json
     hgkd doctor errors mask-ratio-too-high
 
 ``file`` takes any weight file, work folder or export and says what it is and which commands take it.
@@ -14,6 +15,7 @@ What a teacher file can teach is found by building its network without weights a
 images its features are compared with those of a random network of the same shape; with one sub-folder a class, by k-NN too.
 Files other than MAE's need timm's name for that. ``pixels`` reads all images of a folder and prints the mean and standard
 std of every channel as options of a config. ``extract`` writes one of several sets of weights to a file of its own.
+``students`` measures timm's CNNs in a runtime on this machine, and lists those within the budget that hgkd can train sparse.
 ``errors`` lists the codes in which messages end, with their texts, or those that have a word in them.
 """
 
@@ -34,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hgkd.cli.common import command, command_parser
+from hgkd.cli.doctor_students import add_students_options, run_students
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.data.statistics import PixelSums, measure_pixels
 from hgkd.diagnosis.environment import check_environment, exit_code
@@ -412,6 +415,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     extract.add_argument("file", help="weight file")
     extract.add_argument("entry", help="name of the set, e.g. state_dict_ema; inner ones behind a dot")
     extract.add_argument("out", help="file to write, .safetensors; it must not exist")
+    add_students_options(commands.add_parser("students", help="measure small CNNs in a runtime here, and list those that fit"))
     errors = commands.add_parser("errors", help="list the codes of errors")
     errors.add_argument("word", nargs="?", default="", help="part of a code or of a message (default: all)")
     errors.add_argument("--out", metavar="FILE.md", help="write the list as a page instead")
@@ -436,6 +440,8 @@ def main(argv: Sequence[str]) -> int:
     if args.command == "extract":
         print(f"{extract_entry(args.file, args.entry, args.out)} tensors of {args.entry!r} written to {args.out}")
         return 0
+    if args.command == "students":
+        return run_students(args)
     if args.command == "errors":
         if args.out is not None:
             print(f"{write_page(args.out)} codes written to {args.out}")

@@ -14,6 +14,7 @@ COMMANDS = {
     "test": "measure a trained classifier, detector or segmentor",
     "evaluate": "measure a backbone: k-NN, linear probe, few-shot, fine-tuning",
     "export": "write a student for the library that will load it, and prove it",
+    "predict": "run an exported folder on images, a video or a camera",
     "visualize": "pictures of features, attention, reconstructions, predictions",
     "compare": "train and evaluate a plan of several rows and seeds, and write one table",
     "recipes": "list the recipes that are shipped",

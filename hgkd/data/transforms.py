@@ -125,24 +125,26 @@ class CentreCropToSize(nn.Module):
         self.size = size
         self.resize_ratio = resize_ratio
 
-    def forward(self, image: Any) -> Any:
+    def places(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Of an image: first row and column of what is resized, its (H, W) after that, and before."""
         h, w = self.size
-        height, width = _full_size(image)
         limit_w = max(1, min(width, height * _MAX_ASPECT * w // h))
         limit_h = max(1, min(height, width * _MAX_ASPECT * h // w))
-        top, left = (height - limit_h) / 2, (width - limit_w) / 2
-        if (limit_h, limit_w) != (height, width):
-            if not _is_smaller(image):
-                image = v2.functional.center_crop(image, [limit_h, limit_w])
-            height, width = limit_h, limit_w
-        scale = self.resize_ratio * max(h / height, w / width)
+        scale = self.resize_ratio * max(h / limit_h, w / limit_w)
         # rounded down as torchvision and timm do, but 29.999999 is 30
-        resized = [max(h, int(height * scale + 1e-6)), max(w, int(width * scale + 1e-6))]
+        resized = max(h, int(limit_h * scale + 1e-6)), max(w, int(limit_w * scale + 1e-6))
+        return (round((height - limit_h) / 2.0), round((width - limit_w) / 2.0)), resized, (limit_h, limit_w)
+
+    def forward(self, image: Any) -> Any:
+        size = _full_size(image)
+        (top, left), resized, kept = self.places(*size)
         if _is_smaller(image):
-            image = _resized_part(image, resized, (left, top, left + width, top + height))
+            image = _resized_part(image, list(resized), (left, top, left + kept[1], top + kept[0]))
         else:
-            image = v2.functional.resize(image, resized, interpolation=_BICUBIC, antialias=True)
-        return v2.functional.center_crop(image, [h, w])
+            if kept != tuple(size):
+                image = v2.functional.center_crop(image, list(kept))
+            image = v2.functional.resize(image, list(resized), interpolation=_BICUBIC, antialias=True)
+        return v2.functional.center_crop(image, list(self.size))
 
 
 def train_transform(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 
 from hgkd.config.reading import read_config
+from hgkd.data.frames import picture_names
 from hgkd.data.images import find_images
 from hgkd.errors import InvalidValueError, MissingFileError
 from hgkd.mmcv_ops.finder import register_ops
@@ -113,22 +113,6 @@ def _files(images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) ->
             "image-missing", f"no image at {missing[0] if missing else images}; give a folder of images, or files"
         )
     return files
-
-
-def picture_names(files: Sequence[Path]) -> list[str]:
-    """A name for each file, all different: its stem; where that occurs again its folders, too, and at last a number."""
-    stems = Counter(file.stem for file in files)
-    common = os.path.commonpath([file.absolute().parent for file in files])
-    names: list[str] = []
-    for file in files:
-        folders = file.absolute().parent.relative_to(common).parts if stems[file.stem] > 1 else ()
-        name = chosen = "_".join([*folders, file.stem])
-        number = 1
-        while chosen in names:
-            number += 1
-            chosen = f"{name}_{number}"
-        names.append(chosen)
-    return names
 
 
 def _model(cfg: Config, checkpoint: str | os.PathLike[str]) -> BaseModel:

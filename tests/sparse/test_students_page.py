@@ -1,11 +1,8 @@
 """docs/students.md: its code runs, its table has every family, and the script that fills it."""
 
-import os
 import re
 import sys
 from pathlib import Path
-
-import pytest
 
 from hgkd.networks.members import LIBRARY_FAMILIES, LIBRARY_REFUSED
 from hgkd.sparse.families import FAMILIES, REFUSED
@@ -31,21 +28,9 @@ def test_the_table_has_every_family() -> None:
     assert students_table.refused_table().count("\n") == 2 + len(REFUSED) + len(LIBRARY_REFUSED)
 
 
-def test_filling_changes_the_table_only() -> None:
-    text = f"before\n{students_table.BEGIN}old\n{students_table.END}after\n"
-    assert students_table.fill(text, "new\n") == text.replace("old", "new")
-    with pytest.raises(ValueError, match=r"needs the lines '<!-- tools/students_table.py -->' and '<!-- end -->'"):
-        students_table.fill("no table", "new\n")
-
-
 def test_a_row(monkeypatch, capsys) -> None:
     monkeypatch.setattr(students_table, "speedup", lambda family, repeats: 1.234)
-    monkeypatch.setattr(students_table, "_apart", lambda function, *args: function(*args))
+    monkeypatch.setattr(students_table, "in_own_process", lambda function, *args: function(*args))
     family = next(f for f in FAMILIES if f.member == "mobilenetv3_small_050")
     table = students_table.families_table([family], 1)
     assert re.search(r"^\| MobileNet v3 \| `mobilenetv3_small_050` \| \de-1\d \| 1.23x \|$", table, re.MULTILINE)
-
-
-def test_a_crash_costs_one_number_only() -> None:
-    assert students_table._apart(os.getpid) != os.getpid()
-    assert students_table._apart(os._exit, 1) is None

@@ -4,8 +4,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from tools import teachers_table  # noqa: E402
@@ -31,10 +29,3 @@ def test_a_row() -> None:
     member = teachers_table.Member("ROPE", "vit_small_patch16_rope_mixed_224", kwargs={"img_size": 32, "depth": 1})
     expected = "| ROPE | `vit_small_patch16_rope_mixed_224` | 2 x 2 | 0 | first 1 x 384 | 16 px | yes | yes | 0 | yes |"
     assert teachers_table.row(member) == expected
-
-
-def test_filling_changes_the_table_only() -> None:
-    text = f"before\n{teachers_table.BEGIN}old\n{teachers_table.END}after\n"
-    assert teachers_table.fill(text, "new\n") == text.replace("old", "new")
-    with pytest.raises(ValueError, match="needs the lines"):
-        teachers_table.fill("no table", "new\n")

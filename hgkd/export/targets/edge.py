@@ -113,13 +113,14 @@ def unreported() -> Iterator[None]:
         yield
 
 
-def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
-    """A graph of OpenVINO's on the CPU, in fp32: images in [0, 1] (B, C, H, W) -> its output."""
+def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
+    """A graph of OpenVINO's on the CPU, in fp32: images as it takes them -> its output, or a list of several."""
     compiled = openvino_compiled(file, threads)
 
-    def run(images: Tensor) -> Tensor:
-        # the request owns its result and writes into it again
-        return torch.from_numpy(compiled(images.numpy())[0].copy())
+    def run(images: Tensor) -> Any:
+        # the request owns its results and writes into them again
+        found = [torch.from_numpy(value.copy()) for value in compiled(images.numpy()).values()]
+        return found[0] if len(found) == 1 else found
 
     return run
 

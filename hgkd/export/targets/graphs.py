@@ -283,12 +283,15 @@ def lower_precisions(job: Job, asked: Sequence[str], known: tuple[str, ...] = PR
     return [name for name in known[1:] if name in asked]
 
 
-def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
-    """A graph on the CPU: images in [0, 1] (B, 3, H, W) -> its output."""
+def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
+    """A graph on the CPU: images as it takes them -> its output, or a list of several."""
     session = onnx_session(file, threads)
 
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {_INPUT: images.numpy()})[0])
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Any:
+        found = [torch.from_numpy(value) for value in session.run(None, {name: images.numpy()})]
+        return found[0] if len(found) == 1 else found
 
     return run
 

@@ -19,17 +19,19 @@ from hgkd.export.plans import ConvNeXtPlan, ResNetPlan, UnsupportedLayerError, p
 from hgkd.networks.libraries import library_of
 from hgkd.weights.cnn_names import TIMM, TORCHVISION_CONVNEXT, fitted, renamed
 from hgkd.weights.export_folder import WEIGHTS_FILE
+from hgkd.weights.run_file import EncoderSpec
+
+BUILD_FILE = "build.py"
 
 
 def write(job: Job) -> Written:
     """``model.safetensors`` in torchvision's naming, without classifier, and ``build.py`` that makes the network."""
+    recipe = recipe_of(job.network, job.source.spec)
+    (job.folder / BUILD_FILE).write_text(recipe, encoding="utf-8")
+    model: nn.Module = runpy.run_path(str(job.folder / BUILD_FILE))["model"]  # what is proven is what the user is given
     if library_of(job.source.spec.name) == "torchvision":
-        return _write_own(job)
-    plan = plan_of(job.network, "torchvision")
-    resnet_like = isinstance(plan, ResNetPlan)
-    recipe = _resnet_recipe(plan) if isinstance(plan, ResNetPlan) else _convnext_recipe(plan)
-    (job.folder / "build.py").write_text(recipe, encoding="utf-8")
-    model: nn.Module = runpy.run_path(str(job.folder / "build.py"))["model"]  # what is proven is what the user is given
+        return _write_own(job, model)
+    resnet_like = isinstance(plan_of(job.network, "torchvision"), ResNetPlan)
     weights = renamed(job.network, TIMM if resnet_like else TORCHVISION_CONVNEXT)
     save_file(fitted(weights, model.state_dict()), job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
     load_all(model, load_file(job.folder / WEIGHTS_FILE), "torchvision")
@@ -46,16 +48,30 @@ def write(job: Job) -> Written:
     )
 
 
-def _write_own(job: Job) -> Written:
-    """The same of a student that is a model of torchvision by name."""
-    spec = job.source.spec
+def recipe_of(network: nn.Module, spec: EncoderSpec) -> str:
+    """The text of ``build.py``.
+
+    Raises:
+        UnsupportedLayerError: torchvision has no such network.
+    """
+    if library_of(spec.name) == "torchvision":
+        return _own_recipe(network, spec)
+    plan = plan_of(network, "torchvision")
+    return _resnet_recipe(plan) if isinstance(plan, ResNetPlan) else _convnext_recipe(plan)
+
+
+def _own_recipe(network: nn.Module, spec: EncoderSpec) -> str:
+    """Of a student that is a model of torchvision by name."""
     kwargs = {key: value for key, value in spec.kwargs.items() if key != "taps"}
-    heads = [head for head in cast(Any, job.network).pretrained_cfg["classifier"] if hasattr(job.network, head)]
+    heads = [head for head in cast(Any, network).pretrained_cfg["classifier"] if hasattr(network, head)]
     lines = ["from torch import nn", "from torchvision.models import get_model", ""]
     lines.append(f"model = get_model({spec.name.partition('.')[2]!r}, weights=None, **{kwargs!r})")
     lines += [f"model.{head} = nn.Identity()" for head in heads]
-    (job.folder / "build.py").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    model: nn.Module = runpy.run_path(str(job.folder / "build.py"))["model"]
+    return "\n".join([*lines, ""])
+
+
+def _write_own(job: Job, model: nn.Module) -> Written:
+    """The rest of :func:`write` for a student that is a model of torchvision by name."""
     weights = renamed(job.network, TIMM)
     save_file(weights, job.folder / WEIGHTS_FILE, metadata={"format": "pt"})
     load_all(model, load_file(job.folder / WEIGHTS_FILE), "torchvision")

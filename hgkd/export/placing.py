@@ -1,0 +1,106 @@
+"""Pictures at the size that an exported graph takes, and its places back on the picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from hgkd.data.transforms import CentreCropToSize, PILToTensor
+from hgkd.pixels import to_unit_range
+from hgkd.weights.signature import Signature
+
+OUTSIDE = 255
+"""In a label map: a place that the graph has not seen, as it lies beyond the crop."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A picture as the input of a graph: a place x of the picture is ``x * scale - offset`` of the input.
+
+    Attributes:
+        images: float (1, C, H, W) in [0, 1].
+        size: (H, W) of the picture.
+        scale, offset: (vertical, horizontal); offset in pixels of the input.
+    """
+
+    images: Tensor
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """Boxes (N, 4: left, top, right, bottom) in pixels of the input -> of the picture, cut at its border."""
+        scale, offset = (torch.tensor([pair[1], pair[0]] * 2) for pair in (self.scale, self.offset))
+        height, width = self.size
+        return ((boxes.float() + offset) / scale).clamp(min=0).minimum(torch.tensor([width, height] * 2))
+
+    def label_map(self, labels: Tensor) -> Tensor:
+        """A map (h, w) of the input -> (H, W) of the picture, uint8 or int64, nearest; ``OUTSIDE`` where it ends."""
+        places, inside = [], []
+        for side, scale, offset, within, pixels in zip(
+            self.size, self.scale, self.offset, labels.shape, self.images.shape[-2:], strict=True
+        ):
+            at = ((torch.arange(side) + 0.5) * scale - offset) * within / pixels  # a map may be coarser than its input
+            inside.append((at >= 0) & (at < within))
+            places.append(at.long().clamp(0, within - 1))
+        found = labels.long()[places[0]][:, places[1]]
+        return torch.where(inside[0][:, None] & inside[1], found, OUTSIDE)
+
+
+def place(pixels: Image.Image | Tensor, signature: Signature) -> Placed:
+    """A picture at a size that a graph takes, by the way of resizing in its record.
+
+    A graph of free sides gets no more padding than it needs, and what is kept whole may lie or stand, as OpenMMLab's ``Resize``
+    has it; the run's own ``Pad`` to a size is heeded.
+
+    Args:
+        pixels: PIL's 8-bit RGB, or float (C, H, W) in [0, 1].
+    """
+    expected = signature.input
+    height, width = v2.functional.get_size(pixels)
+    target = expected.height or expected.size[0], expected.width or expected.size[1]
+    if expected.resize == "crop":
+        return _cropped(pixels, (height, width), target)
+    resized = target
+    if expected.resize == "pad":
+        free = expected.height is None and expected.width is None
+        if free and (height > width) != (target[0] > target[1]):
+            target = target[1], target[0]
+        ratio = min(target[0] / height, target[1] / width)
+        resized = max(1, round(height * ratio)), max(1, round(width * ratio))
+        if free and not _padded_to_size(signature):
+            least, step = expected.least, expected.multiple
+            target = _up(max(least, resized[0]), step), _up(max(least, resized[1]), step)
+    # as OpenCV resizes for OpenMMLab: no smoothing
+    values = PILToTensor()(pixels)
+    images = v2.functional.resize(values, list(resized), interpolation=v2.InterpolationMode.BILINEAR, antialias=False)
+    images = to_unit_range(images)
+    if resized != target:
+        filled = images.new_full((images.shape[0], *target), expected.pad)
+        filled[:, : resized[0], : resized[1]] = images
+        images = filled
+    scale = resized[0] / height, resized[1] / width
+    return Placed(images[None], (height, width), scale, (0.0, 0.0))
+
+
+def _padded_to_size(signature: Signature) -> bool:
+    """Whether the test pipeline that a detector was trained with fills pictures up to a size."""
+    return any(step.get("type") == "Pad" and step.get("size") for step in signature.options.get("test_pipeline", ()))
+
+
+def _up(side: int, step: int) -> int:
+    return -(-side // step) * step
+
+
+def _cropped(pixels: Image.Image | Tensor, size: tuple[int, int], target: tuple[int, int]) -> Placed:
+    crop = CentreCropToSize(target, 1.0)
+    images = to_unit_range(PILToTensor()(crop(pixels)))
+    (top, left), resized, before = crop.places(*size)
+    scale = resized[0] / before[0], resized[1] / before[1]
+    # what is cut off before resizing, only of long strips, and after it
+    cut = [round((after - kept) / 2.0) for after, kept in zip(resized, target, strict=True)]
+    return Placed(images[None], size, scale, (top * scale[0] + cut[0], left * scale[1] + cut[1]))
