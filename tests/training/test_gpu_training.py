@@ -1,4 +1,4 @@
-"""Whole trainings on a GPU, by ``make test-gpu``: mixed precision, one process of data-parallel training, resuming bit for bit."""
+"""Whole trainings on a GPU, by ``make test-gpu``: mixed precision, data-parallel by one process, resuming bit for bit."""
 
 import math
 import os
