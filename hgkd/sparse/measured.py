@@ -47,6 +47,8 @@ def choice_for(network: nn.Module, images: Tensor, cells: CellLayout) -> Choice:
     if key not in known:
         if not _trains(network) or is_capturing(images.device):
             return Choice()
+        if spread and any(hasattr(layer, "process_group") for layer in network.modules()):
+            return Choice(why="by rule: one process cannot measure norms that need all")
         known[key] = Choice()  # for the steps that are measured
         known[key] = _same_for_all(network, images, cells, key) if spread else _found(network, images, cells, key)
     return known[key]

@@ -13,6 +13,7 @@ from hgkd.diagnosis import environment
 from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, choice, convert, kernels, measured, sparsify
 from hgkd.sparse.choice import Choice, fastest_backend, fastest_kernel, kernels_mode, use_kernels
 from hgkd.sparse.tensor import SparseTensor
+from hgkd.training.sync_norm import SyncedBatchNorm2d
 
 CPU = torch.device("cpu")
 VISIBLE = torch.tensor([[[True, False], [False, True]], [[True, True], [False, True]]])
@@ -210,10 +211,9 @@ def test_a_backend_without_memory_is_left_out(monkeypatch) -> None:
     assert clock.runs > 2
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_process_decides_for_all(rank, monkeypatch) -> None:
-    clock = Clock(monkeypatch, {"gather": 9, "masked": 2, "dense": 3})
-    told = []
+def one_of_two_processes(monkeypatch, rank: int) -> list[object]:
+    """Let this process seem to be one of two; returns what it tells the other."""
+    told: list[object] = []
 
     def broadcast(objects, src, device=None):
         told.append(objects[0])
@@ -229,6 +229,22 @@ def test_the_first_process_decides_for_all(rank, monkeypatch) -> None:
         broadcast_object_list=broadcast,
     )
     monkeypatch.setattr(measured.torch, "distributed", distributed)
+    return told
+
+
+def test_a_network_whose_norms_talk_is_not_measured_by_one_process(monkeypatch) -> None:
+    """The others would wait for the choice, and it for their statistics."""
+    clock, told = Clock(monkeypatch), one_of_two_processes(monkeypatch, 0)
+    network = net()
+    network.norm.__class__ = SyncedBatchNorm2d
+    assert type(pack(network)) is PackedTensor
+    assert clock.runs == len(told) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_decides_for_all(rank, monkeypatch) -> None:
+    clock = Clock(monkeypatch, {"gather": 9, "masked": 2, "dense": 3})
+    told = one_of_two_processes(monkeypatch, rank)
     network = net()
     assert type(pack(network)) is MaskedTensor
     assert type(pack(network, torch.tensor([[[True, False], [False, False]]]))) is MaskedTensor, "other shapes, no second talk"
