@@ -4,8 +4,8 @@ torch's kernels read and write a map some ten times between two convolutions (st
 back); here statistics are one pass, the rest a second one, in both directions. What they compute is torch's: the mean and the
 biased variance of every channel over all rows, in fp32 whatever the rows are kept in. The variance is put together from the
 means and squared deviations of blocks (Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
-Sample Variances", 1979), so a mean that is large against the deviation costs no digits. Sums of slices are added in a fixed order;
-there is no atomic addition.
+Sample Variances", 1979), so a mean that is large against the deviation costs no digits. Sums of slices are added in a fixed
+order; there is no atomic addition.
 
 Tested in Triton's interpreter against torch; tile sizes are guesses, not measured on a GPU.
 """

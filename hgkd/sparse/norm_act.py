@@ -88,7 +88,7 @@ def _is_plain(norm: object, act: object) -> bool:
     return norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def norm_act(kernels: Any, norm: nn.BatchNorm2d, x: PackedTensor, residual: PackedTensor | None = None) -> PackedTensor:
+def norm_act(kernels: Any, norm: nn.BatchNorm2d, x: PackedTensor, residual: SparseTensor | None = None) -> PackedTensor:
     """``relu(norm(x) + residual)`` by the kernels; updates the running statistics as ``norm`` would."""
     s, count = x.side, x.plain.numel() // x.plain.shape[1]
     added = None if residual is None else rows_of(residual.plain)
