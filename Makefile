@@ -11,13 +11,15 @@ OUT ?= demo_out
 DEMO_FLAGS ?=
 # the tests take one process a core and one thread a process: small tensors gain nothing from more
 TEST_FLAGS ?= -n auto
+GPU_FLAGS ?=
 INSTALL = $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test test-fast test-onedl lint format clean help
+.PHONY: demo test test-fast test-gpu test-onedl lint format clean help
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo 'make lint   ruff and mypy;  make format   ruff format'
+	@echo 'make test-gpu   what needs a CUDA device'
 	@echo 'make test-onedl   tests/openmmlab and tests/mmcv_ops with the OneDL forks, in an environment of its own'
 
 $(BIN)/pip:
@@ -42,6 +44,10 @@ test: $(VENV)/.installed-test
 
 test-fast: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) -m 'not slow'
+
+# what needs a CUDA device, one test at a time; the other tests leave it out where there is none
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m gpu $(GPU_FLAGS)
 
 # setup.py reads HGKD_ONEDL and requires the forks instead of the originals; MMCV_WITH_OPS=0 builds onedl-mmcv without a compiler
 test-onedl: export HGKD_ONEDL = 1

@@ -131,6 +131,7 @@ def measure_times(
     """Run steps in turn, once to warm up and then ``repeats`` times: seconds of each step, and of its index building."""
     now = CLOCKS[clock]
     cuda = torch.device(device).type == "cuda"
+    torch.backends.cudnn.benchmark = cuda  # as in a training: the dense network would be tuned less
     times: dict[str, list[float]] = {name: [] for name in steps}
     building: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):

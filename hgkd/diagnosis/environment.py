@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ import torch
 from hgkd.config.short_options import amp_dtype
 from hgkd.data import UnlabelledImages
 from hgkd.errors import DataError
-from hgkd.sparse import sparsify
+from hgkd.sparse import choice, self_check, sparsify
+from hgkd.sparse.choice import kernels_mode
 
 _NEEDED = ("torch", "torchvision", "timm", "mmengine", "numpy", "pillow", "safetensors", "scikit-learn", "tensorboard")
 _SAMPLE = 32
@@ -61,7 +63,7 @@ def check_environment(
         planned_mb: space that checkpoints and logs will need, in MB (2**20 bytes); ``--dry-run`` tells it.
     """
     checks = [check_versions(), check_torchvision(), check_pkg_resources(), check_mm_forks(), check_devices()]
-    checks += [check_sparse_backend()]
+    checks += [check_sparse_backend(), check_kernels()]
     checks += [check_work_dir(work_dir, planned_mb)]
     return checks if data_root is None else [*checks, check_images(data_root)]
 
@@ -137,9 +139,7 @@ def check_devices() -> Check:
 def check_sparse_backend(load: Callable[[str], object] = importlib.import_module) -> Check:
     """The backend that the sparse encoder computes with, why it is this one, and what else there is."""
     backend = inspect.signature(sparsify).parameters["backend"].default
-    fused = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    kernels = "Triton kernels in fp16 and bf16, torch's else" if fused else "torch's kernels"
-    found = f"{backend}, as it needs no library besides torch; {kernels}"
+    found = f"{backend}, as it needs no library besides torch"
     try:
         load("spconv.pytorch")
     except ImportError as error:
@@ -148,6 +148,22 @@ def check_sparse_backend(load: Callable[[str], object] = importlib.import_module
         fix = "uninstall spconv, or install a build that fits: pip install 'hgkd[spconv]'"
         return Check("sparse backend", "warning", f"{found}; spconv does not import: {error}", fix)
     return Check("sparse backend", "ok", f"{found}; model.student.backend=spconv would serve, too")
+
+
+def check_kernels() -> Check:
+    """Which kernels compute the sparse encoder on each device, why, and what trainings have measured there."""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    lines, wrong = [f"HGKD_KERNELS={kernels_mode()}; a training measures unless kernels=rule is set"], False
+    for device in devices or [torch.device("cpu")]:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            lines += self_check.describe(device)
+        wrong |= bool(warned)
+        measured = [choice.describe(key, found) for key, found in choice.kept(device).items()]
+        lines += measured or [f"nothing measured yet in {choice.cache_file(device)}"]
+    found = "\n          ".join(lines)
+    fix = "the numbers are right with torch's kernels; update Triton and the driver for the fused ones"
+    return Check("kernels", "warning" if wrong else "ok", found, fix if wrong else "")
 
 
 def check_work_dir(work_dir: str | os.PathLike[str], planned_mb: float) -> Check:

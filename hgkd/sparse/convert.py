@@ -18,9 +18,11 @@ import torchvision
 from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError, NoSparseRuleError
+from hgkd.sparse.choice import kernels_mode
 from hgkd.sparse.kernels import gathers
 from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
+from hgkd.sparse.measured import choice_for
 from hgkd.sparse.packed import PackedTensor
 from hgkd.sparse.spconv import SpconvTensor
 from hgkd.sparse.tensor import SparseTensor
@@ -111,6 +113,9 @@ class SparseModule:
             _give_rules(self)  # type: ignore[arg-type]  # e.g. convert_sync_batchnorm has put in new layers
         # with nothing hidden there is nothing to save, and dense kernels are the fastest
         kind = MaskedTensor if cells.all_visible else BACKENDS[self.sparse_backend]
+        if kind is PackedTensor and kernels_mode() == "measure":
+            choice = choice_for(self, images, cells)  # type: ignore[arg-type]
+            cells.chosen, kind = choice.layers, BACKENDS[choice.backend]
         return kind.pack(images, cells)
 
     def forward(self, images: Tensor, *args: object, visible: Tensor | CellLayout | None = None, **kwargs: object) -> object:

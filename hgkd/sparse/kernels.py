@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hgkd.sparse.choice import kernels_mode
 from hgkd.sparse.hardware import is_capturing, tf32_allowed
 from hgkd.sparse.layout import NOTHING, CellLayout, Stencil, cell_number, cells_reached, made_once
 
@@ -127,6 +129,36 @@ def _follows_cudnn(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and tf32_allowed("conv") and not tf32_allowed("matmul")
 
 
+def layer_key(weight: Tensor, groups: int, geometry: ConvGeometry) -> str:
+    """Names a layer's shape, for what was measured of it."""
+    (out_channels, in_channels, kh, kw), (pad_y, pad_x) = weight.shape, geometry.pad
+    rest = f", dilation {geometry.dilation}" if geometry.dilation != (1, 1) else ""
+    rest += f", {groups} groups" if groups > 1 else ""
+    stride = geometry.stride[0]
+    return f"{in_channels * groups} -> {out_channels}, {kh}x{kw}/{stride} pad {pad_y},{pad_x}{rest}, {geometry.s_in} a side"
+
+
+_watchers: list[Callable[[str, Tensor, Tensor, int, ConvGeometry, CellLayout], None]] = []
+
+
+@contextmanager
+def watched(watch: Callable[[str, Tensor, Tensor, int, ConvGeometry, CellLayout], None]) -> Iterator[None]:
+    """Context in which every convolution whose kernel is chosen is told: the rule's kernel, and what it is called with."""
+    _watchers.append(watch)
+    try:
+        yield
+    finally:
+        _watchers.remove(watch)
+
+
+def _kernel_for(packed: Tensor, weight: Tensor, groups: int, geometry: ConvGeometry, layout: CellLayout) -> str:
+    """The kernel that was measured to be the fastest for this layer, where one was, else the rule's."""
+    rule = choose_kernel(weight, groups, geometry, layout)
+    for watch in _watchers:
+        watch(rule, packed, weight, groups, geometry, layout)
+    return layout.chosen.get(layer_key(weight, groups, geometry), rule) if layout.chosen else rule
+
+
 def convolve(
     packed: Tensor,
     weight: Tensor,
@@ -141,7 +173,7 @@ def convolve(
     Args:
         packed: (T, C, s_in, s_in).
         weight: (O, C/groups, kh, kw) as in ``torch.nn.functional.conv2d``.
-        kernel: 'matmul', 'im2col', 'columns', 'halo' or 'map'; chosen by :func:`choose_kernel` when None.
+        kernel: 'matmul', 'im2col', 'columns', 'halo' or 'map'; when None the layout's choice, else :func:`choose_kernel`'s.
 
     Returns:
         (T, O, s_out, s_out), channels_last.
@@ -152,7 +184,7 @@ def convolve(
         dtype = torch.get_autocast_dtype(device_type)
         packed, weight = packed.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    kernel = kernel or choose_kernel(weight, groups, geometry, layout)
+    kernel = kernel or _kernel_for(packed, weight, groups, geometry, layout)
     if kernel == "matmul":
         if _follows_cudnn(packed):
             return F.conv2d(packed, weight, bias, geometry.stride)
@@ -192,7 +224,7 @@ def _has_triton() -> bool:
 
 def _fused(rows: Tensor) -> ModuleType | None:
     """The module of Triton kernels where they serve these rows, else None."""
-    if not rows.is_cuda or not _has_triton():
+    if not rows.is_cuda or kernels_mode() == "torch" or not _has_triton():
         return None
     from hgkd.sparse import fused, self_check  # import Triton
 

@@ -7,7 +7,7 @@ device; counting the visible cells is the only step that waits for it, and none 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from typing import Any, TypeVar, cast
@@ -37,11 +37,14 @@ class CellLayout:
         grid: (h, w).
         image_size: (h * cell, w * cell) in pixels.
         num_cells: T, visible cells in the whole batch; packed tensors have this length.
+        chosen: layer -> kernel, where it is not the rule's; see :mod:`hgkd.sparse.measured`.
 
     Raises:
         TypeError: ``visible`` is not a bool tensor.
         ValueError: wrong shape, ``cell`` < 1, or an image without any visible cell.
     """
+
+    chosen: Mapping[str, str] = {}
 
     def __init__(self, visible: Tensor, cell: int, renormalize: bool = False, num_cells: int | None = None) -> None:
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
@@ -319,6 +322,7 @@ def made_once(make: Callable[..., Stencil]) -> Callable[..., Stencil]:
         device = cast(torch.device, arguments[-1])
         return make(*arguments) if is_capturing(device) else kept(*arguments)
 
+    find.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
     return find
 
 

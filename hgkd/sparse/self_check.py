@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hgkd.sparse import kernels
 from hgkd.sparse.choice import kernels_mode
 from hgkd.sparse.hardware import capability, has_tensor_cores, is_capturing, name_of
 from hgkd.sparse.layout import CellLayout
@@ -45,9 +44,8 @@ _verdicts: dict[tuple[torch.device, torch.dtype], Verdict] = {}
 
 def passed(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the fused kernels may be used; checked when first asked. While a CUDA graph is recorded nothing is checked."""
-    mode = kernels_mode()
-    if mode in ("torch", "fused"):
-        return mode == "fused"
+    if kernels_mode() == "fused":
+        return True
     if (device, dtype) not in _verdicts and is_capturing(device):
         return False
     return verdict(device, dtype).ok
@@ -62,11 +60,11 @@ def verdict(device: torch.device, dtype: torch.dtype) -> Verdict:
     return _verdicts[device, dtype]
 
 
-def check(device: torch.device, dtype: torch.dtype) -> Verdict:
-    """Run the check; whatever goes wrong in a compiler or on the device is an answer."""
+def check(device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = (3, 5)) -> Verdict:
+    """Run the check for kernels of some sizes; whatever goes wrong in a compiler or on the device is an answer."""
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            errors, repeatable = _measure(device, dtype)
+            errors, repeatable = _measure(device, dtype, sizes)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -104,17 +102,15 @@ def describe(device: torch.device) -> list[str]:
     return lines
 
 
-def _measure(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, float], bool]:
+def _measure(device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> tuple[dict[str, float], bool]:
     visible = torch.tensor([[[1, 0, 1], [1, 1, 0], [0, 1, 1]], [[0, 0, 0], [0, 1, 0], [1, 0, 0]]], device=device).bool()
     layout = CellLayout(visible, _SIDE)
     generator = torch.Generator().manual_seed(0)
     errors: dict[str, float] = {"product": 0.0, "input gradient": 0.0, "weight gradient": 0.0}
     repeatable = True
-    for size in (3, 5):
-        pad = size // 2
-        geometry = kernels.ConvGeometry(_SIDE, (size, size), (1, 1), (pad, pad), (1, 1))
-        index = kernels._forward_index(geometry, layout)
-        back = layout.neighbours(_SIDE, _SIDE, 1, geometry.transposed_offsets(0), geometry.transposed_offsets(1))
+    for size in sizes:
+        offsets = tuple(range(-(size // 2), size // 2 + 1))
+        index, back = (layout.neighbours(_SIDE, _SIDE, 1, along, along) for along in (offsets, offsets[::-1]))
         taps, points = size * size, index.shape[0]
         source, grad = (_poisoned(points, width, dtype, device, generator) for width in (_CHANNELS, _WIDTH))
         matrix, turned = (

@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from hgkd.config.schedule import without_empty_warmup
 from hgkd.errors import InvalidValueError, WeightsError, configured
 from hgkd.registry import RUNNERS
+from hgkd.sparse.choice import use_kernels
 from hgkd.training.checkpoint_hook import CheckpointWriteError
 from hgkd.training.hooks.alarms import DUMP
 from hgkd.training.loop import ExactEpochLoop, end_workers_at_exit, ignore_first_signal
@@ -171,7 +172,8 @@ class DistillRunner(Runner):
 
     def train(self) -> nn.Module:
         """Train as mmengine's runner, with activation checkpointing for sparse tensors (:mod:`hgkd.training.recompute`)."""
-        with tell_system_errors(self.work_dir), held_until_the_end(self.work_dir):
+        chosen = use_kernels(self.cfg.get("kernels", "measure"), self.logger.info)
+        with tell_system_errors(self.work_dir), held_until_the_end(self.work_dir), chosen:
             recompute_activations(plain_model(self), self.cfg.get("activation_checkpointing") or [])
             self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
             model: nn.Module = super().train()

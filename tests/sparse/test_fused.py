@@ -12,13 +12,14 @@ import torch.nn.functional as F
 
 from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, kernels
 
+CHECKED = [str(Path(__file__).with_name("test_self_check.py")) + "::test_the_kernels_pass_in_the_interpreter"]
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs inside the interpreter's process")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="would start itself for ever")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, *CHECKED]
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root}
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
