@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hgkd.errors import InvalidValueError
@@ -107,6 +109,44 @@ class Randomness:
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in [0, 1)."""
         return torch.rand(*shape, generator=self.generator, device=self.device)
+
+
+class UniformNumbers:
+    """Context that gives the numbers that many calls of ``torch.rand`` would give, from a few.
+
+    After it the generator has advanced by as many as were taken.
+
+    Args:
+        generator: None: torch's own of the CPU. One on a GPU numbers its calls, so it is asked for each.
+    """
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self._generator = torch.default_generator if generator is None else generator
+        self._ahead = self._generator.device.type == "cpu"
+        self._drawn: list[float] = []
+        self._taken = 0
+
+    def __enter__(self) -> UniformNumbers:
+        self._before = self._generator.get_state()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._ahead:
+            self._generator.set_state(self._before)
+            self._draw(self._taken)
+
+    def _draw(self, count: int) -> list[float]:
+        numbers: list[float] = torch.rand(count, generator=self._generator, device=self._generator.device).tolist()
+        return numbers
+
+    def take(self, count: int) -> list[float]:
+        """The next numbers in [0, 1)."""
+        if not self._ahead:
+            return self._draw(count)
+        if self._taken + count > len(self._drawn):
+            self._drawn += self._draw(4096)
+        first, self._taken = self._taken, self._taken + count
+        return self._drawn[first : self._taken]
 
 
 class CountedMask:
@@ -333,13 +373,16 @@ class BlockMask(CountedMask):
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
         cells = grid[0] * grid[1]
         counts = self.counts(batch, grid, at).tolist() if self.counts_differ else [self.count(grid)] * batch
-        return torch.stack([self._one(grid, cells - count, at.generator) for count in counts]).to(at.device)
+        visible = np.ones((batch, *grid), dtype=bool)
+        with UniformNumbers(at.generator) as numbers:
+            for image, count in zip(visible, counts, strict=True):
+                self._hide(image, cells - count, numbers)
+        return torch.from_numpy(visible).to(at.device)
 
-    def _one(self, grid: tuple[int, int], hidden: int, generator: torch.Generator | None) -> Tensor:
-        visible = torch.ones(grid, dtype=torch.bool)
+    def _hide(self, visible: NDArray[np.bool_], hidden: int, numbers: UniformNumbers) -> None:
+        grid = visible.shape
         while hidden:
-            where = None if generator is None else generator.device
-            area, shape, top, left = torch.rand(4, generator=generator, device=where).tolist()
+            area, shape, top, left = numbers.take(4)
             low = min(self.min_cells, hidden)
             cells = low + area * (hidden - low)
             aspect = self.min_aspect ** (2.0 * shape - 1.0)
@@ -349,7 +392,6 @@ class BlockMask(CountedMask):
             block = visible[row : row + height, column : column + width]
             hidden -= int(block.sum())
             block[:] = False
-        return visible
 
 
 @MODELS.register_module()
@@ -411,15 +453,15 @@ class RectangleMask(CountedMask):
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
         asked = CountedMask.count
         counts = self.counts(batch, grid, at).tolist() if self.counts_differ else [asked(self, grid)] * batch
-        visible = torch.zeros(batch, *grid, dtype=torch.bool)
-        for image, count in zip(visible, counts, strict=True):
-            shapes = self.shapes(grid, count)
-            where = None if at.generator is None else at.generator.device
-            shape, top, left = torch.rand(3, generator=at.generator, device=where).tolist()
-            rows, columns = shapes[int(shape * len(shapes))]
-            row, column = int(top * (grid[0] - rows + 1)), int(left * (grid[1] - columns + 1))
-            image[row : row + rows, column : column + columns] = True
-        return visible.to(at.device)
+        shapes_of = {count: self.shapes(grid, count) for count in set(counts)}
+        visible = np.zeros((batch, *grid), dtype=bool)
+        with UniformNumbers(at.generator) as numbers:
+            for image, count in zip(visible, counts, strict=True):
+                shape, top, left = numbers.take(3)
+                rows, columns = shapes_of[count][int(shape * len(shapes_of[count]))]
+                row, column = int(top * (grid[0] - rows + 1)), int(left * (grid[1] - columns + 1))
+                image[row : row + rows, column : column + columns] = True
+        return torch.from_numpy(visible).to(at.device)
 
 
 @MODELS.register_module()

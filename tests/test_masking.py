@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operation_counts import CountingOperations
 from refusals import refused
 
 from hgkd.errors import code_of
@@ -17,6 +18,7 @@ from hgkd.masking import (
     RandomMask,
     Randomness,
     RectangleMask,
+    UniformNumbers,
     expand,
     grid_of,
     highest,
@@ -412,3 +414,25 @@ def test_a_rectangle_that_no_grid_has_is_refused() -> None:
         RectangleMask(0.5).check((1, 16))
     with refused(ValueError, "min-aspect-out-of-range", "min_aspect", "0", "1"):
         RectangleMask(0.5, min_aspect=0)
+
+
+class TestUniformNumbers:
+    @pytest.mark.parametrize("seeded", [False, True])
+    def test_are_those_of_single_calls_and_leave_the_generator_there(self, seeded: bool) -> None:
+        found = []
+        for ahead in (True, False):
+            generator = torch.Generator() if seeded else torch.default_generator
+            generator.manual_seed(5)
+            given = generator if seeded else None
+            if ahead:
+                with UniformNumbers(given) as numbers:
+                    taken = [x for _ in range(1500) for x in numbers.take(4)]
+            else:
+                taken = [x for _ in range(1500) for x in torch.rand(4, generator=given).tolist()]
+            found.append((taken, torch.rand(3, generator=given).tolist()))
+        assert found[0] == found[1]
+
+    def test_blocks_are_drawn_without_an_operation_an_image(self) -> None:
+        with CountingOperations() as counted:
+            BlockMask(0.6)(64, (7, 7), device="cpu")
+        assert sum(counted.seen.values()) < 15

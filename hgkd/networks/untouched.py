@@ -14,7 +14,8 @@ from torch import nn
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Context after which the model's buffers, and the random numbers of Python, NumPy and torch, are what they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -25,4 +26,4 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy)
         if buffers:
             with torch.no_grad():
-                torch._foreach_copy_(*map(list, zip(*buffers, strict=True)))
+                torch._foreach_copy_(buffers, before)

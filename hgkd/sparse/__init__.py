@@ -7,7 +7,8 @@ Useful without the rest of hgkd: masked inference on partial views, or on images
 >>> dense = features.to_dense()                  # (B, 512, H/32, W/32), 0 at hidden positions
 """
 
-from hgkd.sparse import rules as _rules  # noqa: F401  (fills the tables)
+from hgkd.sparse import norm_act as _norm_act  # noqa: F401  (fills the tables)
+from hgkd.sparse import rules as _rules  # noqa: F401
 from hgkd.sparse.convert import BACKENDS, SparseModule, layer_rule, sparsify
 from hgkd.sparse.files import load_sparse, save_sparse
 from hgkd.sparse.layout import CellLayout
