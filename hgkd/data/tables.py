@@ -143,7 +143,11 @@ class TableImages(ImageSource):
         self._leaf = f"{self.column}.bytes" if _is_struct(schema.field(self.column).type) else self.column
         for number, table in enumerate(self.tables):
             if self._file(number).schema.field(self.column).type != schema.field(self.column).type:
-                raise _differ(store, table, self.tables[0], self.column)
+                raise DataError(
+                    "tables-differ",
+                    f"{printable(store.path(table))} and {printable(store.path(self.tables[0]))} have different types of the "
+                    f"column {self.column!r}; set data_root to tables of one kind",
+                )
         self._first_block = np.cumsum([0, *map(len, rows)])  # of each table
         self._starts = np.cumsum([0, *(count for counts in rows for count in counts)])  # of each block, in rows of all
         self._rows: Rows = np.arange(int(self._starts[-1]))
@@ -419,11 +423,3 @@ def _distinct(names: Sequence[str]) -> list[str]:
     """Names of which two are the same (ImageNet has two cranes) get their numbers."""
     counts = Counter(names)
     return [f"{name} {number}" if counts[name] > 1 else name for number, name in enumerate(names)]
-
-
-def _differ(store: Store, table: str, first: str, column: str) -> DataError:
-    return DataError(
-        "tables-differ",
-        f"{printable(store.path(table))} and {printable(store.path(first))} have different types of the column {column!r}; set "
-        "data_root to tables of one kind",
-    )
