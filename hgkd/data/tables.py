@@ -301,7 +301,9 @@ def arrow_tables(store: Store, tables: Sequence[str]) -> list[str]:
     Raises:
         DataError: the folder holds several data sets (``DatasetDict``), or misses a file of its own.
     """
-    if store.exists("dataset_dict.json"):
+    if all(table.partition("?")[0].lower().endswith(".parquet") for table in tables):
+        return list(tables)
+    if _has(store, "dataset_dict.json"):
         with store.open("dataset_dict.json") as file:
             splits = json.load(file).get("splits", [])
         raise DataError(
@@ -309,18 +311,26 @@ def arrow_tables(store: Store, tables: Sequence[str]) -> list[str]:
             f"{printable(store.root)} holds several data sets of Hugging Face ({', '.join(splits)}); set data_root to one of "
             f"them, e.g. {printable(store.path(splits[0] if splits else 'train'))}",
         )
-    if not store.exists("state.json"):
+    if not _has(store, "state.json"):
         # beside a data set lie what its maps have made of it
         return [table for table in tables if not posixpath.basename(table).startswith(("cache-", "tmp"))]
     with store.open("state.json") as file:
         named = [str(entry["filename"]) for entry in json.load(file)["_data_files"]]
-    absent = sorted(set(named) - set(tables))
+    absent = [name for name in named if name not in tables and not store.exists(name)]
     if absent:
         raise DataError(
             "table-files-missing",
             f"{printable(store.root)} misses {abbreviate(absent)}, which its state.json names; copy the whole folder",
         )
-    return named
+    return [name for name in named if name in tables]  # of a pattern some
+
+
+def _has(store: Store, name: str) -> bool:
+    """Whether a file is there. Some servers say of what is not there that it may not be read."""
+    try:
+        return store.exists(name)
+    except DataError:
+        return False
 
 
 def check_splits(store: Store, tables: Iterable[str]) -> None:
