@@ -49,7 +49,9 @@ EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"]
 EDGE = ["openvino>=2025.0", "nncf>=2.17", "ncnn>=1.0.20250503", "pnnx>=20250530"]
 SHARDS = ["webdataset>=1.0"]
 TIFF = ["tifffile>=2023.8.12"]
-TEST = [*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, *TIFF, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
+PARQUET = ["pyarrow>=15"]
+REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
+TEST = [*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, *TIFF, *PARQUET, *REMOTE, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
 EXTRAS = {
     "downstream": DOWNSTREAM,
     # any spconv build serves; this one has wheels up to Python 3.11
@@ -60,6 +62,8 @@ EXTRAS = {
     "tiff": TIFF,  # TIFFs of several bands, where in_chans says how many
     "wandb": ["wandb>=0.18"],  # tracker=wandb
     "mlflow": ["mlflow-skinny>=2.16"],  # tracker=mlflow; `mlflow ui`, to look at the runs, is in the whole package
+    "parquet": PARQUET,  # Parquet and Arrow files of images, Hugging Face's among them
+    "remote": REMOTE,  # http(s)://; s3:// and gs:// need s3fs and gcsfs as well
     "test": TEST,
     "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],
 }

@@ -41,7 +41,7 @@ _TRAIN, _BANK, _QUERY = "train_dataloader.dataset", "val_dataloader.dataset.bank
 _VAL = "val_dataloader.dataset"
 
 SHORT_OPTIONS: dict[str, ShortOption] = {
-    "data_root": ShortOption((f"{_TRAIN}.data_root",), "folder of the training images"),
+    "data_root": ShortOption((f"{_TRAIN}.data_root",), "the training images: a folder, shards, Parquet, an address"),
     "list_file": ShortOption((f"{_TRAIN}.list_file",), "text file naming the training images, one a line"),
     "limit": ShortOption((f"{_TRAIN}.limit",), "maximum number of training images", kind="whole"),
     "val_train_root": ShortOption((f"{_BANK}.data_root",), "labelled images, one folder a class: the k-NN's memory"),

@@ -1,4 +1,4 @@
-"""Data: folders and lists of images (read here, registered in ``hgkd.registry.DATASETS``) and generated shapes."""
+"""Data: images in files, shards and tables (their data sets are in ``hgkd.registry.DATASETS``), and generated shapes."""
 
 from hgkd.data.bank_and_query import BankAndQuery
 from hgkd.data.images import LabelledImages, UnlabelledImages

@@ -94,6 +94,12 @@ def find_labelled(
             members[names[label]].append(place)
         return tables, members
     _refuse_columns(image_column=image_column, label_column=label_column)
+    if found.shards and not found.images:
+        raise DataError(
+            "shards-without-labels",
+            f"{printable(store.root)} holds {len(found.shards)} shards, whose images have no labels here; give one folder a "
+            "class, a list with labels, or Parquet files",
+        )
     if isinstance(store, LocalStore):
         return _numbered(store, _class_folders(store.root, extensions))
     return _numbered(store, _class_prefixes(store, found))
@@ -101,8 +107,11 @@ def find_labelled(
 
 def _holds_images(data_root: Path, extensions: tuple[str, ...]) -> bool:
     """Whether a folder of this machine has an image, as far as it shows without links: found without looking at all files."""
-    walked = os.walk(os.path.expanduser(os.fspath(data_root).removeprefix("file://")))
-    return any(name.lower().endswith(extensions) for _, _, names in walked for name in names)
+    for _, folders, names in os.walk(os.path.expanduser(os.fspath(data_root).removeprefix("file://"))):
+        folders[:] = [name for name in folders if not is_system(name)]
+        if any(name.lower().endswith(extensions) and not is_system(name) for name in names):
+            return True
+    return False
 
 
 def _numbered(store: Store, classes: dict[str, list[str]]) -> tuple[ImageSource, dict[str, list[int]]]:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 from mmengine.logging import print_log
 
@@ -339,7 +339,8 @@ class RemoteStore(Store):
             FileNotFoundError, DataError: it answers that there is no such file, or that it may not be read.
         """
         where = self.path(name)
-        for pause in (*PAUSES, None):
+        pauses = iter(PAUSES)
+        while True:
             try:
                 return call()
             except Refusal:
@@ -347,17 +348,12 @@ class RemoteStore(Store):
             except Exception as error:
                 cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
                 _raise_final(cause, where)
+                pause = next(pauses, None)
                 told = f"{type(cause).__name__}: {cause}"[:300]
                 if pause is None:
-                    code = "download-truncated" if isinstance(cause, _ShortError) else "address-unreachable"
-                    raise StoppedError(
-                        code,
-                        f"{where} cannot be read after {len(PAUSES) + 1} tries ({told}); look at the address and the network. "
-                        "What was fetched is kept: start again, a training with --resume",
-                    ) from error
-                print_log(f"{where}: {told}; trying again in {pause:g} s", logger="current", level=logging.WARNING)
-                time.sleep(pause)
-        raise AssertionError  # the last turn returns or raises
+                    _give_up(cause, f"{where} cannot be read after {len(PAUSES) + 1} tries ({told})")
+            print_log(f"{where}: {told}; trying again in {pause:g} s", logger="current", level=logging.WARNING)
+            time.sleep(pause)
 
 
 def shown(address: str) -> str:
@@ -407,3 +403,17 @@ def _raise_final(cause: BaseException, where: str) -> None:
             f"{where} may not be read, says the server ({type(cause).__name__}: {cause}); give fsspec the credentials of its "
             "protocol (environment variables or its configuration file)",
         )
+
+
+def _give_up(cause: BaseException, told: str) -> NoReturn:
+    """Raise what ends a run.
+
+    Raises:
+        StoppedError.
+    """
+    kept = "what was fetched is kept: start again, a training with --resume"
+    if isinstance(cause, _ShortError):
+        raise StoppedError(
+            "download-truncated", f"{told}: the connection breaks off, or the file is changing; {kept}"
+        ) from cause
+    raise StoppedError("address-unreachable", f"{told}; look at the address and the network. Then, {kept}") from cause

@@ -143,7 +143,11 @@ class TableImages(ImageSource):
         self._leaf = f"{self.column}.bytes" if _is_struct(schema.field(self.column).type) else self.column
         for number, table in enumerate(self.tables):
             if self._file(number).schema.field(self.column).type != schema.field(self.column).type:
-                raise _differ(store, table, self.tables[0], self.column)
+                raise DataError(
+                    "tables-differ",
+                    f"{printable(store.path(table))} and {printable(store.path(self.tables[0]))} have different types of the "
+                    f"column {self.column!r}; set data_root to tables of one kind",
+                )
         self._first_block = np.cumsum([0, *map(len, rows)])  # of each table
         self._starts = np.cumsum([0, *(count for counts in rows for count in counts)])  # of each block, in rows of all
         self._rows: Rows = np.arange(int(self._starts[-1]))
@@ -297,7 +301,9 @@ def arrow_tables(store: Store, tables: Sequence[str]) -> list[str]:
     Raises:
         DataError: the folder holds several data sets (``DatasetDict``), or misses a file of its own.
     """
-    if store.exists("dataset_dict.json"):
+    if all(table.partition("?")[0].lower().endswith(".parquet") for table in tables):
+        return list(tables)
+    if _has(store, "dataset_dict.json"):
         with store.open("dataset_dict.json") as file:
             splits = json.load(file).get("splits", [])
         raise DataError(
@@ -305,18 +311,26 @@ def arrow_tables(store: Store, tables: Sequence[str]) -> list[str]:
             f"{printable(store.root)} holds several data sets of Hugging Face ({', '.join(splits)}); set data_root to one of "
             f"them, e.g. {printable(store.path(splits[0] if splits else 'train'))}",
         )
-    if not store.exists("state.json"):
+    if not _has(store, "state.json"):
         # beside a data set lie what its maps have made of it
         return [table for table in tables if not posixpath.basename(table).startswith(("cache-", "tmp"))]
     with store.open("state.json") as file:
         named = [str(entry["filename"]) for entry in json.load(file)["_data_files"]]
-    absent = sorted(set(named) - set(tables))
+    absent = [name for name in named if name not in tables and not store.exists(name)]
     if absent:
         raise DataError(
             "table-files-missing",
             f"{printable(store.root)} misses {abbreviate(absent)}, which its state.json names; copy the whole folder",
         )
-    return named
+    return [name for name in named if name in tables]  # of a pattern some
+
+
+def _has(store: Store, name: str) -> bool:
+    """Whether a file is there. Some servers say of what is not there that it may not be read."""
+    try:
+        return store.exists(name)
+    except DataError:
+        return False
 
 
 def check_splits(store: Store, tables: Iterable[str]) -> None:
@@ -419,11 +433,3 @@ def _distinct(names: Sequence[str]) -> list[str]:
     """Names of which two are the same (ImageNet has two cranes) get their numbers."""
     counts = Counter(names)
     return [f"{name} {number}" if counts[name] > 1 else name for number, name in enumerate(names)]
-
-
-def _differ(store: Store, table: str, first: str, column: str) -> DataError:
-    return DataError(
-        "tables-differ",
-        f"{printable(store.path(table))} and {printable(store.path(first))} have different types of the column {column!r}; set "
-        "data_root to tables of one kind",
-    )

@@ -255,6 +255,8 @@ def test_folders_of_images_and_of_classes(web, pictures):
     assert [Path(name).name for name in there.names()] == [Path(name).name for name in here.names()]
     for i in range(6):
         assert torch.equal(there[SeededIndex(i, 4)]["inputs"], here[SeededIndex(i, 4)]["inputs"])
+    with refused(DataError, "shards-without-labels", "2", f"{web.url}/shards"):
+        LabelledImages(f"{web.url}/shards", image_size=16)
     labelled = LabelledImages(f"{web.url}/photos", image_size=16)
     assert labelled.classes == ["a", "b"]
     assert labelled.labels.tolist() == [0, 0, 0, 1, 1, 1]

@@ -164,6 +164,20 @@ def test_the_processes_share_the_copies_of_repeated_augmentation(monkeypatch):
         assert len({image.epoch_seed for image in images}) == 3
 
 
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_order_of_earlier_versions_is_kept(repeats):
+    """Runs that were begun with them go on with the same images."""
+    part = EpochSampler(range(50), seed=5, repeats=repeats)
+    part.rank, part.world_size = 1, 2
+    part.set_epoch(3)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(mixed_seed(5, 3, 0))).tolist()
+    expected = []
+    for place in range(25):
+        image, copy = divmod(1 + place * 2, repeats)
+        expected.append((order[image % 50], epoch_seed(5, 3, copy)))
+    assert [(int(i), i.epoch_seed) for i in part] == expected
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_batches_of_arrays_hold_the_same_images_and_seeds(drop_last, repeats):

@@ -234,6 +234,7 @@ def test_load_from_disk_is_mapped_and_in_any_order(tmp_path):
     assert found == expected
     batches = [batch["inputs"] for batch in DataLoader(dataset, 5, num_workers=2)]
     assert torch.equal(torch.cat(batches)[11], dataset[11]["inputs"])
+    assert len(LabelledImages(root / "data-00001*", image_size=24)) == 5
     (root / "data-00001-of-00002.arrow").unlink()
     with refused(DataError, "table-files-missing", "data-00001-of-00002.arrow"):
         UnlabelledImages(root, image_size=8)
