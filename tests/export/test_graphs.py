@@ -68,6 +68,7 @@ def test_program(tmp_path: Path, name: str, kwargs: dict) -> None:
         images = torch.rand(size)
         close(program(images), features_of(source, images))
     least = int(re.search(r"sides from (\d+) pixels", report.notes[0])[1])
+    assert report.signature.input.least == least
     assert program(torch.rand(1, 3, least, least)).shape[0] == 1
 
 
@@ -107,6 +108,7 @@ def test_torchscript(tmp_path: Path, name: str, kwargs: dict) -> None:
     images = torch.rand(2, 3, 64, 96)
     close(torch.jit.load(str(tmp_path / "out/model.ts"))(images), features_of(source, images).mean((2, 3)))
     assert "deprecated" in report.notes[0]
+    assert report.notes[-1].startswith("BatchNorm")
 
 
 def test_lower_precisions_are_smaller_and_measured(tmp_path: Path) -> None:
@@ -198,15 +200,15 @@ def test_opsets_that_cannot_be_written(tmp_path: Path) -> None:
     onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     newest = onnx.defs.onnx_opset_version()
     write_student(tmp_path / "a.pth")
-    with refused(ValueError, "opset-unknown", "99", onnx.__version__, "18", newest):
+    with refused(ValueError, "opset-unknown", "99", onnx.__version__, "7", newest):
         export(tmp_path / "a.pth", tmp_path / "out", "onnx", opset=99)
     try:  # torch may know the newest or not; what it wrote is what the report says
         report = export(tmp_path / "a.pth", tmp_path / "out", "onnx", opset=newest)
     except ValueError as error:
-        assert re.search(rf"cannot write opset {newest} of this network, only 18; give 18", str(error))  # noqa: PT017
+        assert re.search(rf"cannot write opset {newest} of this network, only \d+", str(error))  # noqa: PT017
     else:
         written = onnx.load(tmp_path / "out/model.onnx").opset_import
-        assert report.notes[0].startswith(f"opset {next(entry.version for entry in written if entry.domain == '')};")
+        assert report.notes[0].startswith(f"opset {next(entry.version for entry in written if entry.domain == '')},")
 
 
 @given(
@@ -339,7 +341,6 @@ def test_refusals(tmp_path: Path) -> None:
 
     fails(("graph-output-unknown", "feature", "features"), output="feature")
     fails(("precision-unknown", "fp17", "fp16"), precision=["fp17"])
-    fails(("opset-too-low", "18", "11"), opset=11)
     fails(("int8-without-images", "int8", "8"), precision=["int8"])
     fails(("logits-without-classifier", "output='logits'"), output="logits")
     fails(("logits-without-classifier", "output='logits'"), classifier=tmp_path / "head.safetensors")
