@@ -85,6 +85,8 @@ def export(
         ExportError: the written folder does not give the source's outputs.
     """
     target = _check_request(to, part, options, licences or {})
+    if latency is not None:
+        check_latency(target, [name for name, other in TARGETS.items() if other.runner], latency)
     if preprocessing is not None and not target.preprocessing:
         able = ", ".join(name for name, other in TARGETS.items() if other.preprocessing)
         raise InvalidValueError(
@@ -120,8 +122,6 @@ def export(
         raise InvalidValueError(
             "labels-without-images", "labels=True measures an accuracy on images: give a folder of class folders with images="
         )
-    if latency is not None:
-        check_latency(target, [name for name, other in TARGETS.items() if other.runner], latency)
     value_range = run_value_range(source.meta) if value_range is None else as_value_range(value_range)
     taken = input_for(source.network, preprocessing, value_range)
     real, classes = (None, None) if images is None else _read_images(images, max_images, source, labels, value_range)

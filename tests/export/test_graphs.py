@@ -3,6 +3,7 @@
 Most of these take 3 to 7 seconds: torch.export traces the network symbolically, however small it is.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -113,6 +114,7 @@ def test_torchscript(tmp_path: Path, name: str, kwargs: dict) -> None:
 
 def test_lower_precisions_are_smaller_and_measured(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     write_student(tmp_path / "a.pth")
     images = pictures(tmp_path / "pictures")
@@ -127,6 +129,14 @@ def test_lower_precisions_are_smaller_and_measured(tmp_path: Path) -> None:
     assert all(row["images"] == 8 and 0 <= row["top1"] <= 1 for row in rows.values())
     assert set(report.files) == {"model.onnx", "model_fp16.onnx", "model_int8.onnx"}
     assert report.images == 16
+    assert "BatchNorm: 15 were trained, 0 are left in the file, the others are folded into convolutions" in report.notes
+    requires = json.loads((tmp_path / "out/run_card.json").read_text())["export"]["requires"]
+    assert requires == {"onnxruntime": "1.8", "opset": 14, "ir_version": 7}
+    for file in report.files:
+        graph = onnx.load(tmp_path / "out" / file)
+        assert ("", 14, 7) in [(entry.domain, entry.version, graph.ir_version) for entry in graph.opset_import]
+    for page in ("run_card.md", "README.md"):
+        assert "read by onnxruntime 1.8 and later" in (tmp_path / "out" / page).read_text()
 
 
 def test_a_classifier_is_measured_by_its_own_answers(tmp_path: Path) -> None:

@@ -495,8 +495,8 @@ def operators_named(target: str) -> Iterator[None]:
             raise
         raise ExportError(
             "operator-not-in-target",
-            f"--to {target} cannot hold this network: it lacks the operator {', '.join(named)}; use another target, or a network "
-            "without it",
+            f"--to {target} cannot hold this network: it lacks the operator {', '.join(named)}; use another target, or a "
+            "network without it",
         ) from error
 
 
