@@ -244,6 +244,21 @@ def test_same_padded_networks_in_ncnn_say_their_sizes(tmp_path: Path, side: int,
     assert any(("multiples of 32" if side == 224 else "200 x 200 pixels (fixed at export)") in note for note in report.notes)
 
 
+def test_a_graph_that_is_right_at_its_own_size_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(job: object) -> Written:
+        graph = graphs.graph_of(job, None, None)
+
+        def wrong(images: Tensor) -> Tensor:
+            return graph(images) + (images.shape[2] % 2)
+
+        return Written("", "nothing", wrong, 1, 1, expected=graph)
+
+    write_student(tmp_path / "a.pth")
+    monkeypatch.setitem(TARGETS, "mine", Target("mine", "", write, runner=lambda file, threads: None))
+    with refused(ExportError, "graph-wrong-at-a-size", "160 x 160", "177 x 169"):
+        export(tmp_path / "a.pth", tmp_path / "out", "mine")
+
+
 # --- measured --------------------------------------------------------------------------------------------------------------
 
 
