@@ -177,8 +177,8 @@ def write_ncnn(
 def _ncnn_input(job: Job, graph: Graph) -> tuple[ImageInput, list[tuple[int, ...]]]:
     """What a network of ncnn's takes, and the shapes by which pnnx learns it: what differs between two of them is free.
 
-    pnnx makes constants of paddings that depend on the size of the image ('same'). They hold for all sides that are multiples of
-    the total stride, if the first shape's are; else for that size alone.
+    pnnx makes constants of paddings that depend on the size of the image ("same"). They hold for all sides that are multiples
+    of the total stride, if the first shape's are; else for that size alone.
     """
     height, width = job.image_size
     stride = encoder_levels(job.network)[-1].stride

@@ -66,7 +66,7 @@ LEAST_IMAGES = 8
 _INPUT = "images"
 _FUSED_TOLERANCE = 1e-4
 FP16_LARGEST = 65504.0
-_OPERATOR = re.compile(r"\b(?:aten|prims?|torchvision|timm|hgkd|custom|mmcv|quantized)(?:::|\.)\w+(?:\.\w+)?")
+_OPERATOR = re.compile(r"\b(aten|prims?|torchvision|hgkd|mmcv)(?:::|\.)(\w+)")  # as torch names them: library, name
 
 
 class Graph(PixelNormalisation):
@@ -498,13 +498,12 @@ def operators_named(target: str) -> Iterator[None]:
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
             chain.append(cause)
-        named = sorted({name for one in chain for name in _OPERATOR.findall(str(one))})
+        named = sorted({"::".join(name) for one in chain for name in _OPERATOR.findall(str(one))})
         if not named:
             raise
-        said = str(chain[-1]).strip().splitlines()[0]
         raise ExportError(
             "operator-not-in-target",
-            f"--to {target} cannot hold this network, for the operator {', '.join(named)}: {said}; use another target, or a "
+            f"--to {target} cannot hold this network: it lacks the operator {', '.join(named)}; use another target, or a "
             "network without it",
         ) from error
 
