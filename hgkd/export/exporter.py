@@ -85,6 +85,8 @@ def export(
         ExportError: the written folder does not give the source's outputs.
     """
     target = _check_request(to, part, options, licences or {})
+    if latency is not None:
+        check_latency(target, [name for name, other in TARGETS.items() if other.runner], latency)
     if preprocessing is not None and not target.preprocessing:
         able = ", ".join(name for name, other in TARGETS.items() if other.preprocessing)
         raise InvalidValueError(
