@@ -26,6 +26,7 @@ need("mmdet", "mmseg")
 pytest.importorskip("onnxruntime", reason="pip install 'hgkd[export]'")
 WIDTHS = [32, 48, 192, 96]  # of timm's test_resnet
 TIMM = dict(type="hgkd.TimmBackbone", name="test_resnet")
+COCO = tuple(f"class {number}" for number in range(80))
 CLASSIFY = ("retina_cls", "rtm_cls", "rpn_cls", "fc_cls", "conv_cls", "conv_obj", "conv_seg", "centerness")
 
 
@@ -36,17 +37,19 @@ def recipe(path, **options):
 def retinanet():
     cfg = recipe("detection/retinanet_r18_12e_bccd.py")
     cfg.model.backbone = TIMM
-    cfg.model.neck.update(in_channels=WIDTHS, out_channels=16)
+    cfg.model.neck.update(in_channels=WIDTHS, out_channels=16, start_level=2, num_outs=3)
     cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1)
+    cfg.model.bbox_head.anchor_generator.strides = [16, 32, 64]
     return cfg
 
 
 def faster_rcnn():
     cfg = recipe("detection/faster-rcnn_r18_12e_bccd.py")
     cfg.model.backbone = TIMM
-    cfg.model.neck.update(in_channels=WIDTHS, out_channels=16)
+    cfg.model.neck.update(in_channels=WIDTHS, out_channels=16, start_level=2, num_outs=2)
     cfg.model.rpn_head.update(in_channels=16, feat_channels=16)
-    cfg.model.roi_head.bbox_roi_extractor.out_channels = 16
+    cfg.model.rpn_head.anchor_generator.strides = [16, 32]
+    cfg.model.roi_head.bbox_roi_extractor.update(out_channels=16, featmap_strides=[16, 32])
     cfg.model.roi_head.bbox_head.update(in_channels=16, fc_out_channels=32)
     cfg.model.test_cfg.rpn.update(nms_pre=100, max_per_img=40)
     return cfg
@@ -87,7 +90,7 @@ def spread(layer: nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tens
     return logits / scale
 
 
-def written(folder: Path, cfg, classes=None) -> Path:
+def written(folder: Path, cfg) -> Path:
     """A checkpoint of an untrained model whose scores are spread and differ from each other."""
     from mmengine.registry import MODELS
 
@@ -104,7 +107,7 @@ def written(folder: Path, cfg, classes=None) -> Path:
         own_prediction(model.eval(), TestPipeline.of(cfg, cfg.default_scope), smooth.byte())
     kept = {key: cfg[key].to_dict() for key in ("model", "test_dataloader")} | {"default_scope": cfg.default_scope}
     text = "".join(f"{key} = {value!r}\n" for key, value in kept.items())
-    meta = {"cfg": text, "dataset_meta": {"classes": classes or cfg.test_dataloader.dataset.metainfo.classes}}
+    meta = {"cfg": text, "dataset_meta": {"classes": cfg.test_dataloader.dataset.get("metainfo", {}).get("classes", COCO)}}
     torch.save({"meta": meta, "state_dict": model.state_dict()}, folder / "model.pth")
     return folder / "model.pth"
 
