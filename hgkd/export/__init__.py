@@ -11,7 +11,7 @@ from hgkd.export.preprocessing import PREPROCESSINGS
 from hgkd.export.targets import TARGETS, register_target
 from hgkd.networks.backbones import Source, StudentCheckpoint, load_backbone, read_source, read_student
 from hgkd.students.exported import load_sparse, load_student
-from hgkd.weights.export_folder import read_spec
+from hgkd.weights.export_folder import read_graph, read_spec
 from hgkd.weights.importing import ImportReport, import_weights
 from hgkd.weights.run_file import EncoderSpec
 
@@ -35,6 +35,7 @@ __all__ = [
     "load_backbone",
     "load_sparse",
     "load_student",
+    "read_graph",
     "read_source",
     "read_spec",
     "read_student",

@@ -61,15 +61,15 @@ def measured(
     runs = [[target.runner(folder / row["file"], threads=threads) for threads in (1, 2)] for row in table]
     times: list[list[list[float]]] = [[[], []] for _ in runs]
     for repeat in range(repeats + 3):
-        for row, both in zip(times, runs, strict=True):
-            for spent, run in zip(row, both, strict=True):
+        for of_file, both in zip(times, runs, strict=True):
+            for spent, run in zip(of_file, both, strict=True):
                 start = time.perf_counter()
                 run(images)
                 if repeat >= 3:  # the first runs allocate
                     spent.append(1000 * (time.perf_counter() - start))
     found = []
-    for row, taken_ms in zip(table, times, strict=True):
-        one, two = (statistics.median(spent) for spent in taken_ms)
+    for row, of_file in zip(table, times, strict=True):
+        one, two = (statistics.median(spent) for spent in of_file)
         peak = peak_memory(target.runner, target.runtime, folder / row["file"], images)
         found.append({**row, "ms": one, "ms, 2 threads": two, **({} if peak is None else {"peak MB": peak})})
     return found

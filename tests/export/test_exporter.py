@@ -226,6 +226,7 @@ def test_load_backbone_refusals(tmp_path: Path) -> None:
     with refused(FileNotFoundError, "export-config-missing", "config.json"):
         load_backbone(tmp_path)
 
+    (out / "run_card.json").unlink()  # by which a changed file is told before it is read
     weights = safetensors.torch.load_file(out / "model.safetensors")
     safetensors.torch.save_file({**weights, "extra": torch.zeros(1)}, out / "model.safetensors")
     with refused(WeightsError, "weights-do-not-fit", "extra"):

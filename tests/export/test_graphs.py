@@ -3,6 +3,7 @@
 Most of these take 3 to 7 seconds: torch.export traces the network symbolically, however small it is.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -68,6 +69,7 @@ def test_program(tmp_path: Path, name: str, kwargs: dict) -> None:
         images = torch.rand(size)
         close(program(images), features_of(source, images))
     least = int(re.search(r"sides from (\d+) pixels", report.notes[0])[1])
+    assert report.signature.input.least == least
     assert program(torch.rand(1, 3, least, least)).shape[0] == 1
 
 
@@ -107,10 +109,12 @@ def test_torchscript(tmp_path: Path, name: str, kwargs: dict) -> None:
     images = torch.rand(2, 3, 64, 96)
     close(torch.jit.load(str(tmp_path / "out/model.ts"))(images), features_of(source, images).mean((2, 3)))
     assert "deprecated" in report.notes[0]
+    assert report.notes[-1].startswith("BatchNorm")
 
 
 def test_lower_precisions_are_smaller_and_measured(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     write_student(tmp_path / "a.pth")
     images = pictures(tmp_path / "pictures")
@@ -125,6 +129,14 @@ def test_lower_precisions_are_smaller_and_measured(tmp_path: Path) -> None:
     assert all(row["images"] == 8 and 0 <= row["top1"] <= 1 for row in rows.values())
     assert set(report.files) == {"model.onnx", "model_fp16.onnx", "model_int8.onnx"}
     assert report.images == 16
+    assert "BatchNorm: 15 were trained, 0 are left in the file, the others are folded into convolutions" in report.notes
+    requires = json.loads((tmp_path / "out/run_card.json").read_text())["export"]["requires"]
+    assert requires == {"onnxruntime": "1.8", "opset": 14, "ir_version": 7}
+    for file in report.files:
+        graph = onnx.load(tmp_path / "out" / file)
+        assert ("", 14, 7) in [(entry.domain, entry.version, graph.ir_version) for entry in graph.opset_import]
+    for page in ("run_card.md", "README.md"):
+        assert "read by onnxruntime 1.8 and later" in (tmp_path / "out" / page).read_text()
 
 
 def test_a_classifier_is_measured_by_its_own_answers(tmp_path: Path) -> None:
@@ -198,15 +210,15 @@ def test_opsets_that_cannot_be_written(tmp_path: Path) -> None:
     onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     newest = onnx.defs.onnx_opset_version()
     write_student(tmp_path / "a.pth")
-    with refused(ValueError, "opset-unknown", "99", onnx.__version__, "18", newest):
+    with refused(ValueError, "opset-unknown", "99", onnx.__version__, "7", newest):
         export(tmp_path / "a.pth", tmp_path / "out", "onnx", opset=99)
     try:  # torch may know the newest or not; what it wrote is what the report says
         report = export(tmp_path / "a.pth", tmp_path / "out", "onnx", opset=newest)
     except ValueError as error:
-        assert re.search(rf"cannot write opset {newest} of this network, only 18; give 18", str(error))  # noqa: PT017
+        assert re.search(rf"cannot write opset {newest} of this network, only \d+", str(error))  # noqa: PT017
     else:
         written = onnx.load(tmp_path / "out/model.onnx").opset_import
-        assert report.notes[0].startswith(f"opset {next(entry.version for entry in written if entry.domain == '')};")
+        assert report.notes[0].startswith(f"opset {next(entry.version for entry in written if entry.domain == '')},")
 
 
 @given(
@@ -339,7 +351,6 @@ def test_refusals(tmp_path: Path) -> None:
 
     fails(("graph-output-unknown", "feature", "features"), output="feature")
     fails(("precision-unknown", "fp17", "fp16"), precision=["fp17"])
-    fails(("opset-too-low", "18", "11"), opset=11)
     fails(("int8-without-images", "int8", "8"), precision=["int8"])
     fails(("logits-without-classifier", "output='logits'"), output="logits")
     fails(("logits-without-classifier", "output='logits'"), classifier=tmp_path / "head.safetensors")

@@ -32,17 +32,19 @@ from torch import Tensor
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.export.targets.graphs import (
     PARTS_WITH_GRAPHS,
+    Graph,
     exported_program,
     fused_for_inference,
     graph_of,
     lower_precisions,
     norms_note,
     operators_named,
+    pads_same,
     precision_table,
     quiet,
 )
-from hgkd.pixels import channels_of
-from hgkd.weights.signature import Output
+from hgkd.networks.encoder import encoder_levels
+from hgkd.weights.signature import ImageInput, Output
 
 _TOLERANCE = 1e-4  # kernels of another library (Winograd's products, fused activations) round in another order
 
@@ -143,9 +145,7 @@ def write_ncnn(
     trained = graph_of(job, output, classifier)
     ncnn, pnnx = need("ncnn", "ncnn", "pnnx")
     graph, notes = fused_for_inference(trained)
-    height, width = job.image_size
-    channels = channels_of(job.network)
-    shapes = [(1, channels, height, width), (1, channels, height + 64, width + 128)]  # what differs between the two is free
+    taken, shapes = _ncnn_input(job, graph)
     traced = job.folder / "traced.pt"
     with quiet(), torch.no_grad():
         torch.jit.trace(graph, torch.rand(shapes[0])).save(str(traced))
@@ -163,15 +163,32 @@ def write_ncnn(
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
         notes=[
-            f"input 'in0': one image (C, H, W) in [0, 1], any size; output 'out0': {trained.output}",
+            f"input 'in0': {taken.about}; output 'out0': {trained.output}",
             *notes,
             norms_note(trained, _layers(files["fp32"]).count("BatchNorm")),
         ],
         table=precision_table(job, trained.output, files, ncnn_runner),
         tolerance=_TOLERANCE,
-        input=replace(job.input, name="in0", layout="CHW", batch=1),
+        input=taken,
         outputs=(Output("out0", trained.output),),
     )
+
+
+def _ncnn_input(job: Job, graph: Graph) -> tuple[ImageInput, list[tuple[int, ...]]]:
+    """What a network of ncnn's takes, and the shapes by which pnnx learns it: what differs between two of them is free.
+
+    pnnx makes constants of paddings that depend on the size of the image ("same"). They hold for all sides that are multiples
+    of the total stride, if the first shape's are; else for that size alone.
+    """
+    height, width = job.image_size
+    stride = encoder_levels(job.network)[-1].stride
+    taken = replace(job.input, name="in0", layout="CHW", batch=1)
+    first = (1, taken.channels, height, width)
+    if pads_same(graph, torch.rand(first)):
+        if height % stride or width % stride:
+            return replace(taken, height=height, width=width), [first]
+        taken = replace(taken, multiple=stride, least=stride)
+    return taken, [first, (1, taken.channels, height + 2 * stride, width + 4 * stride)]
 
 
 def ncnn_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
@@ -209,7 +226,7 @@ def _convert(pnnx: ModuleType, traced: Path, shapes: Sequence[tuple[int, ...]], 
         kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("pnnxparam", "pnnxbin", "pnnxpy", "pnnxonnx", "ncnnpy")
     }
     outputs = {"ncnnparam": file, "ncnnbin": file.with_suffix(".bin"), **by_products}
-    inputs = [f"inputshape{number}=[{','.join(map(str, shape))}]f32" for number, shape in zip(("", "2"), shapes, strict=True)]
+    inputs = [f"inputshape{number}=[{','.join(map(str, shape))}]f32" for number, shape in zip(("", "2"), shapes, strict=False)]
     command = [pnnx.EXEC_PATH, traced, *inputs, f"fp16={int(half)}", *(f"{kind}={path}" for kind, path in outputs.items())]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode or not file.is_file():

@@ -66,7 +66,7 @@ LEAST_IMAGES = 8
 _INPUT = "images"
 _FUSED_TOLERANCE = 1e-4
 FP16_LARGEST = 65504.0
-_OPERATOR = re.compile(r"\b(?:aten|prims?|torchvision|timm|hgkd|custom|mmcv|quantized)(?:::|\.)\w+(?:\.\w+)?")
+_OPERATOR = re.compile(r"\b(aten|prims?|torchvision|hgkd|mmcv)(?:::|\.)(\w+)")  # as torch names them: library, name
 
 
 class Graph(PixelNormalisation):
@@ -397,23 +397,32 @@ def _pad_same(
     x = functional.pad(x, (left, reach[1] - 1 - left, top, reach[0] - 1 - top), value=value)
     for axis, (side, r, s) in enumerate(zip(sides, reach, stride, strict=True)):
         if s > 1:
-            length = (side + s - 1) // s * s - s + r  # of ceil(side / s) windows
-            needed = r - s + (-side) % s
+            whole = (side + s - 1) // s * s  # not by %, which OpenVINO does not convert
+            length, needed = whole - s + r, whole - side + r - s  # of ceil(side / s) windows
             before = (needed if r >= s else torch.sym_max(needed, 0)) // 2
             x = x.index_select(axis + 2, torch.arange(length, device=x.device) + ((r - 1) // 2 - before))
     return x
 
 
+@torch.no_grad()
+def pads_same(graph: Graph, images: Tensor) -> bool:
+    """Whether a layer pads by the size of its image, as TensorFlow does, which a graph of constants cannot."""
+    seen = mock.Mock(side_effect=timm.layers.pad_same)
+    with _padding(seen):
+        graph(images)
+    return seen.called
+
+
 @contextmanager
-def _exportable_padding() -> Iterator[None]:
-    """timm's 'same' layers with :func:`_pad_same`, wherever a module of timm has imported theirs."""
+def _padding(ours: Callable[..., Tensor]) -> Iterator[None]:
+    """timm's 'same' layers with another ``pad_same``, wherever a module of timm has imported theirs."""
     theirs = timm.layers.pad_same
     users = [
         m for name, m in list(sys.modules.items()) if name.startswith("timm.layers.") and vars(m).get("pad_same") is theirs
     ]
     with ExitStack() as stack:
         for module in users:
-            stack.enter_context(mock.patch.object(module, "pad_same", _pad_same))
+            stack.enter_context(mock.patch.object(module, "pad_same", ours))
         yield
 
 
@@ -424,7 +433,7 @@ def exported_program(job: Job, graph: Graph) -> ExportedProgram:
     # sides that differ from each other and from those of the proof, so that neither is taken for a constant
     example = taken.prepare(torch.rand(2, taken.channels, height, 2 * width))
     free = {0: Dim.DYNAMIC, taken.axis("H"): Dim.DYNAMIC, taken.axis("W"): Dim.DYNAMIC}
-    with _exportable_padding():
+    with _padding(_pad_same):
         return torch.export.export(graph, (example,), dynamic_shapes={"images": free})
 
 
@@ -488,13 +497,12 @@ def operators_named(target: str) -> Iterator[None]:
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
             chain.append(cause)
-        named = sorted({name for one in chain for name in _OPERATOR.findall(str(one))})
+        named = sorted({"::".join(name) for one in chain for name in _OPERATOR.findall(str(one))})
         if not named:
             raise
-        said = str(chain[-1]).strip().splitlines()[0]
         raise ExportError(
             "operator-not-in-target",
-            f"--to {target} cannot hold this network, for the operator {', '.join(named)}: {said}; use another target, or a "
+            f"--to {target} cannot hold this network: it lacks the operator {', '.join(named)}; use another target, or a "
             "network without it",
         ) from error
 
