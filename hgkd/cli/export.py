@@ -2,6 +2,7 @@
 
 hgkd export work_dirs/run/epoch_100.pth --to timm --out exported/resnet18
 hgkd export work_dirs/run/epoch_100.pth --to onnx --precision fp16 int8 --images photos --out exported/edge
+hgkd export work_dirs/bccd --part model --to onnx --images photos --out exported/bccd
 hgkd export spark_resnet50.pth --encoder resnet50 --to mmdet --out exported/spark
 
 A weight file of another project (SparK, ConvNeXt, mmpretrain, torchvision, transformers, timm) is read with --encoder NAME.

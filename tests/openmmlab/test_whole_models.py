@@ -1,5 +1,6 @@
 """Whole detectors and segmentors as graphs: what they say is what mmdet and mmseg say, and what has no graph is named."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -7,23 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from downstream_runs import measure_tool, need, scope, shapes_ade20k, shapes_coco, tiny_detector, tiny_segmentor, train_tool
+from downstream_runs import need, scope, train_tool
 from PIL import Image
 from refusals import refused
 from tiny_runs import ROOT
 from torch import nn
 
-from hgkd.data.shapes import CLASSES
-from hgkd.errors import StoppedError, WeightsError
+from hgkd.api.test import run_test
+from hgkd.errors import WeightsError
 from hgkd.export import ExportError, export
-from hgkd.openmmlab.deployment import proof, writers
+from hgkd.openmmlab.deployment import ExportedModel, parts, proof, writers
 from hgkd.openmmlab.deployment.graphs import AnySizePool
+from hgkd.openmmlab.deployment.pictures import TestPipeline, own_prediction
 from hgkd.openmmlab.models import build_model
 
 need("mmdet", "mmseg")
 pytest.importorskip("onnxruntime", reason="pip install 'hgkd[export]'")
 WIDTHS = [32, 48, 192, 96]  # of timm's test_resnet
 TIMM = dict(type="hgkd.TimmBackbone", name="test_resnet")
+COCO = tuple(f"class {number}" for number in range(80))
 CLASSIFY = ("retina_cls", "rtm_cls", "rpn_cls", "fc_cls", "conv_cls", "conv_obj", "conv_seg", "centerness")
 
 
@@ -34,17 +37,19 @@ def recipe(path, **options):
 def retinanet():
     cfg = recipe("detection/retinanet_r18_12e_bccd.py")
     cfg.model.backbone = TIMM
-    cfg.model.neck.update(in_channels=WIDTHS, out_channels=16)
+    cfg.model.neck.update(in_channels=WIDTHS, out_channels=16, start_level=2, num_outs=3)
     cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1)
+    cfg.model.bbox_head.anchor_generator.strides = [16, 32, 64]
     return cfg
 
 
 def faster_rcnn():
     cfg = recipe("detection/faster-rcnn_r18_12e_bccd.py")
     cfg.model.backbone = TIMM
-    cfg.model.neck.update(in_channels=WIDTHS, out_channels=16)
+    cfg.model.neck.update(in_channels=WIDTHS, out_channels=16, start_level=2, num_outs=2)
     cfg.model.rpn_head.update(in_channels=16, feat_channels=16)
-    cfg.model.roi_head.bbox_roi_extractor.out_channels = 16
+    cfg.model.rpn_head.anchor_generator.strides = [16, 32]
+    cfg.model.roi_head.bbox_roi_extractor.update(out_channels=16, featmap_strides=[16, 32])
     cfg.model.roi_head.bbox_head.update(in_channels=16, fc_out_channels=32)
     cfg.model.test_cfg.rpn.update(nms_pre=100, max_per_img=40)
     return cfg
@@ -78,32 +83,245 @@ def upernet():
 MODELS = {build.__name__: build for build in (retinanet, faster_rcnn, rtmdet, yolox, upernet)}
 
 
-def written(folder: Path, cfg, classes=None) -> Path:
+def spread(layer: nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tensor:
+    """Once a picture has passed, logits have a spread of one."""
+    scale = logits.std().clamp(min=1)  # of several levels that of the widest
+    layer.weight.data /= scale
+    return logits / scale
+
+
+def written(folder: Path, cfg) -> Path:
     """A checkpoint of an untrained model whose scores are spread and differ from each other."""
     from mmengine.registry import MODELS
 
     torch.manual_seed(0)
     with scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
-    with torch.no_grad():
-        for name, layer in model.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and any(part in name for part in CLASSIFY):
-                layer.weight.normal_(std=0.5)
-                nn.init.zeros_(layer.bias)
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.running_mean.uniform_(-0.2, 0.2)
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and any(part in name for part in CLASSIFY):
+            nn.init.normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            layer.register_forward_hook(spread)
+    smooth = nn.functional.interpolate(torch.rand(1, 3, 6, 8) * 255, (128, 160), mode="bilinear")
+    with scope(cfg.default_scope):
+        own_prediction(model.eval(), TestPipeline.of(cfg, cfg.default_scope), smooth.byte())
     kept = {key: cfg[key].to_dict() for key in ("model", "test_dataloader")} | {"default_scope": cfg.default_scope}
     text = "".join(f"{key} = {value!r}\n" for key, value in kept.items())
-    meta = {"cfg": text, "dataset_meta": {"classes": classes or cfg.test_dataloader.dataset.metainfo.classes}}
+    meta = {"cfg": text, "dataset_meta": {"classes": cfg.test_dataloader.dataset.get("metainfo", {}).get("classes", COCO)}}
     torch.save({"meta": meta, "state_dict": model.state_dict()}, folder / "model.pth")
     return folder / "model.pth"
 
 
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def draw(folder: Path, sizes) -> Path:
     folder.mkdir()
-    for number, size in enumerate(((120, 160), (96, 128))):
+    for number, size in enumerate(sizes):
         smooth = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
         Image.fromarray(smooth).resize(size[::-1]).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("whole") / "pictures", ((120, 160), (96, 128)))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory, pictures: Path):
+    """A model in both forms: its checkpoint, the two reports. OpenVINO's is made from that very ONNX, written once."""
+    done = {}
+
+    def both(name: str, **options):
+        key = (name, *options.items())
+        if key not in done:
+            folder = tmp_path_factory.mktemp(name)
+            file = written(folder, MODELS[name]())
+            first = export(file, folder / "onnx", "onnx", part="model", images=pictures, **options)
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(writers, "_write", lambda whole, file: shutil.copy(folder / "onnx/model.onnx", file))
+                done[key] = file, first, export(file, folder / "openvino", "openvino", part="model", images=pictures, **options)
+        return done[key]
+
+    return both
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_graph_says_what_the_library_says_at_any_size(exports, name: str) -> None:
+    for report in exports(name)[1:]:
+        (row,) = report.table
+        assert (report.images, row["pictures"]) == (2, 5)  # two of other sizes, and a black one
+        assert row["mismatched"] == 0
+        assert row.get("detections", row.get("pixels")) > 50
+        assert report.max_difference <= 1e-3
+        taken = report.signature.input
+        assert (taken.dtype, taken.order, taken.range, taken.batch) == ("uint8", "RGB", (0.0, 255.0), 1)
+        assert (taken.height, taken.width) == (None, None)
+        card = json.loads((report.out / "run_card.json").read_text())
+        assert (
+            set(report.files)
+            == set(card["files"])
+            == {"onnx": {"model.onnx"}, "openvino": {"model.xml", "model.bin"}}[report.target]
+        )
+        assert card["signature"]["task"] == ("segmentation" if name == "upernet" else "detection")
+        assert card["signature"]["classes"]
+
+
+def test_of_a_fixed_size_smaller_pictures_are_filled(exports) -> None:
+    _, *reports = exports("retinanet", fixed_size=(128, 192))
+    for report in reports:
+        assert (report.signature.input.height, report.signature.input.width) == (128, 192)
+        assert report.table[0]["mismatched"] == 0
+    run = writers.onnx_model_runner(reports[0].out / "model.onnx")
+    boxes, scores, labels = run(torch.zeros(1, 3, 128, 192, dtype=torch.uint8))
+    assert boxes.shape == (*scores.shape, 4)
+    assert scores.shape == labels.shape
+    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+        run(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_where_nothing_is_found_there_is_no_box_and_no_proof(tmp_path: Path, pictures: Path, monkeypatch) -> None:
+    cfg = faster_rcnn()
+    cfg.model.test_cfg.rcnn.score_thr = 0.9999
+    file = written(tmp_path, cfg)
+    compare, found = writers.compare_detections, []
+    monkeypatch.setattr(writers, "compare_detections", lambda *given: found.append(given[1]) or compare(*given))
+    with refused(ExportError, "proof-without-detections", "3"):
+        export(file, tmp_path / "onnx", "onnx", part="model", images=pictures, fixed_size=(64, 64))
+    assert [tuple(part.shape) for part in found[0][0]] == [(0, 4), (0,), (0,)]
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_the_record_says_what_comes_before_and_what_is_inside(exports) -> None:
+    signature = exports("yolox")[1].signature
+    taken, options = signature.input, signature.options
+    assert (taken.size, taken.resize, taken.pad, taken.multiple) == ((416, 416), "pad", 114 / 255, 1)
+    assert [step["type"] for step in options["test_pipeline"]] == ["Resize", "Pad"]
+    assert options["inside"]["thresholds"]["iou"] == 0.65
+    assert options["inside"]["padding_divisor"] == 32
+
+
+def test_in_the_place_of_the_model_a_graph_gives_boxes_of_the_original_picture(exports, pictures: Path) -> None:
+    from mmengine.dataset import Compose
+
+    file, report, _ = exports("retinanet")
+    cfg = retinanet()
+    classes = cfg.test_dataloader.dataset.metainfo.classes
+    graph = ExportedModel(report.out, cfg, classes)
+    with scope("mmdet"):
+        model = build_model(cfg.model, "mmdet", torch.load(file)["state_dict"], str(file))
+        steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type != "LoadAnnotations"]
+        steps[1].scale = (100, 80)  # so that the picture's own pixels are others
+        data = Compose(steps)({"img_path": str(pictures / "0.png"), "img_id": 0})
+        batch = {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
+        own, found = (each.test_step(copy.deepcopy(batch))[0].pred_instances for each in (model, graph))
+    assert found.bboxes.max() > 100
+    sides = [[tuple(part[key] for key in ("bboxes", "scores", "labels"))] for part in (own, found)]
+    assert proof.compare_detections(*sides, "onnxruntime").mismatched == 0
+    with refused(ValueError, "exported-model-of-another-task", "RBC", "cell"):
+        ExportedModel(report.out, cfg, ("cell",))
+
+
+def test_hgkd_test_measures_a_graph_by_the_evaluator_of_its_config(tmp_path: Path, exports, pictures: Path) -> None:
+    file, report, ir = exports("upernet")
+    (tmp_path / "data/annotations").mkdir(parents=True)
+    shutil.copytree(pictures, tmp_path / "data/images/test")
+    (tmp_path / "data/annotations/test").mkdir()
+    for picture in (tmp_path / "data/images/test").iterdir():
+        side = Image.open(picture).size[::-1]
+        Image.fromarray(np.random.default_rng(1).integers(0, 11, side, dtype=np.uint8)).save(
+            tmp_path / "data/annotations/test" / picture.name
+        )
+    cfg = upernet()
+    cfg.test_dataloader.dataset.pipeline.pop(1)  # at their own size, where logits are enlarged once
+    cfg.test_dataloader.dataset.img_suffix = ".png"
+    cfg.dump(tmp_path / "upernet.py")
+    options = {"data_root": str(tmp_path / "data")}
+    own, *found = (run_test(tmp_path / "upernet.py", tested, options=options) for tested in (file, report.out, ir.out))
+    assert own["mIoU"] > 0
+    assert found == [own, own]
+    (report.out / "model.onnx").write_bytes((report.out / "model.onnx").read_bytes() + b" ")
+    with refused(WeightsError, "export-file-changed", "model.onnx"):
+        run_test(tmp_path / "upernet.py", report.out, options=options)
+
+
+REFUSED = [
+    ("detection/mask-rcnn_r18_1x_coco.py", {}, "FCNMaskHead"),
+    ("detection/rtmdet-ins_cspnext-tiny_300e_coco.py", {}, "RTMDetInsSepBNHead"),
+    ("detection/retinanet_r18_12e_bccd.py", {"model.test_cfg.nms.type": "soft_nms"}, "RetinaHead"),
+    ("segmentation/upernet_r18_1k_camvid.py", {"model.test_cfg.mode": "slide"}, "EncoderDecoder"),
+]
+
+
+@pytest.mark.parametrize(("path", "options", "name"), REFUSED)
+def test_a_part_without_graph_is_refused_by_name(path: str, options: dict, name: str) -> None:
+    from mmengine.registry import MODELS
+
+    cfg = recipe(path, **options)
+    with scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        check = parts.detector_parts if cfg.default_scope == "mmdet" else parts.segmentor_parts
+        with refused(ValueError, "model-part-without-graph", name):
+            check(model, cfg.test_dataloader.dataset.pipeline)
+
+
+def test_what_is_missing_for_a_graph_is_said_before(tmp_path: Path, pictures: Path) -> None:
+    file = written(tmp_path, retinanet())
+    go = {"to": "onnx", "part": "model"}
+    with refused(ValueError, "model-graph-without-images", "mmdet"):
+        export(file, tmp_path / "out", **go)
+    with refused(ValueError, "fixed-size", "[0, 64]"):
+        export(file, tmp_path / "out", **go, images=pictures, fixed_size=(0, 64))
+    with refused(ValueError, "target-option-unknown", "precision", "fixed_size"):
+        export(file, tmp_path / "out", **go, images=pictures, precision=["fp16"])
+    with refused(ValueError, "preprocessing-of-model"):
+        export(file, tmp_path / "out", **go, images=pictures, preprocessing="nhwc")
+    content = torch.load(file)
+    torch.save({**content, "meta": {"cfg": "default_scope = 'mmdet'\n"}}, file)
+    with refused(ValueError, "model-not-of-a-library", file):
+        export(file, tmp_path / "out", **go, images=pictures)
+    assert not (tmp_path / "out").exists()
+
+
+def box(*sides: float, score: float = 0.9, label: int = 1):
+    return torch.tensor([sides]), torch.tensor([score]), torch.tensor([label])
+
+
+@pytest.mark.parametrize(
+    ("found", "count"),
+    [
+        (box(0, 0, 10, 10.01), 0),
+        (box(0, 0, 10, 10.2), 2),
+        (box(0, 0, 10, 10, score=0.88), 2),
+        (box(0, 0, 10, 10, label=2), 2),
+        (tuple(torch.cat([part, part]) for part in box(0, 0, 10, 10)), 1),
+    ],
+)
+def test_detections_without_a_partner_are_counted(found, count: int) -> None:
+    many = [box(0, 0, 10, 10)] * 300
+    agreement = proof.compare_detections(many, [found, *many[1:]], "onnxruntime")
+    assert (agreement.things, agreement.mismatched) == (300, count)
+    if count:
+        with refused(ExportError, "detections-differ", count):
+            proof.compare_detections(many[:1], [found], "onnxruntime")
+
+
+def test_not_a_number_is_no_agreement() -> None:
+    with refused(ExportError, "export-outputs-not-finite", "onnxruntime"):
+        proof.compare_detections([box(0, 0, 1, 1)], [box(0, 0, 1, float("nan"))], "onnxruntime")
+    logits = torch.tensor([[[float("nan"), 1.0]], [[0.0, 0.0]]])
+    with refused(ExportError, "export-outputs-not-finite"):
+        proof.compare_label_maps([(logits.argmax(0)[None], logits)], [logits.argmax(0)[None]], "onnxruntime")
+
+
+def test_a_pixel_may_differ_where_the_logits_tie() -> None:
+    logits = torch.tensor([[[1.0, 1.0]], [[1.0005, 0.5]]])
+    own = logits.argmax(0)[None]
+    agreement = proof.compare_label_maps([(own, logits)], [torch.tensor([[[0, 0]]])], "onnxruntime")
+    assert (agreement.things, agreement.mismatched) == (2, 1)
+    with refused(ExportError, "label-maps-differ", 1, 2):
+        proof.compare_label_maps([(own, logits)], [torch.tensor([[[1, 1]]])], "onnxruntime")
+
+
+def test_bins_of_a_pool_are_those_of_torch() -> None:
+    for sides, bins in (((7, 5), (3, 2)), ((4, 9), (6, 6)), ((1, 1), (2, 3))):
+        x = torch.randn(2, 3, *sides, dtype=torch.float64)
+        torch.testing.assert_close(AnySizePool(bins)(x), nn.AdaptiveAvgPool2d(bins)(x))

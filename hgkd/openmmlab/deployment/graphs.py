@@ -43,87 +43,129 @@ class Picture(nn.Module):
         return x
 
 
-class Detector(nn.Module):
-    """A picture, uint8 RGB (1, 3, H, W) -> boxes (1, N, 4), x1 y1 x2 y2 in its pixels, scores and labels (1, N), best first."""
+class DetectorNetwork(nn.Module):
+    """The first half of a detector: a picture, uint8 RGB (1, 3, H, W), to maps.
+
+    Returns:
+        of each level of the head (of a first stage, its RPN) one map (1, C, h, w) of all that it gives; of two stages also the
+        features of each level that regions are pooled from; and (4,) W, H, W, H of the picture, float.
+    """
 
     def __init__(self, parts: DetectorParts) -> None:
         super().__init__()
         self.picture = Picture(parts.pixels, parts.divisor, parts.pad_value)
-        self.model, self.parts = parts.model, parts
+        self.model, self.two_stages = parts.model, parts.proposals is not None
 
-    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size = picture.shape[-2:]
-        maps = cast(Any, self.model).extract_feat(self.picture(picture))
-        if self.parts.kind == "two-stage":
-            boxes, scores, labels = self._second_stage(maps, self._proposals(maps, size), size)
-        elif self.parts.kind == "yolox":
-            boxes, scores, labels = self._yolox(maps)
+    def forward(self, picture: Tensor) -> tuple[Tensor, ...]:
+        model, size = cast(Any, self.model), picture.shape[-2:]
+        features = model.extract_feat(self.picture(picture))
+        given = (model.rpn_head if self.two_stages else model.bbox_head)(features)
+        maps = [torch.cat(level, 1) for level in zip(*given, strict=True)]
+        pooled = features[: model.roi_head.bbox_roi_extractor.num_inputs] if self.two_stages else ()
+        border = torch.stack([torch.full((), side, dtype=torch.float32) for side in (size[1], size[0])] * 2)
+        return (*maps, *pooled, border)
+
+
+class DetectorResults(nn.Module):
+    """The second half: what :class:`DetectorNetwork` gives, to boxes (1, N, 4), x1 y1 x2 y2 in pixels of the picture, scores
+    and labels (1, N), best first.
+
+    Args:
+        levels: number of maps; what follows are features.
+    """
+
+    def __init__(self, parts: DetectorParts, levels: int) -> None:
+        super().__init__()
+        model = cast(Any, parts.model)
+        self.head = Coded(model.rpn_head if parts.proposals else model.bbox_head)
+        self.roi_head = model.roi_head if parts.proposals else None
+        self.parts_of = parts.kind, parts.rule, parts.proposals
+        self.levels = levels
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kind, rule, proposals = self.parts_of
+        maps, features, border = given[: self.levels], given[self.levels : -1], given[-1]
+        if kind == "yolox":
+            found = self.head.of_every_place(maps)
+        elif proposals is None:
+            found = self.head.of_every_class(maps, rule.before, border)
         else:
-            boxes, scores, labels = self._dense(maps, size)
-        boxes, scores, labels = _best(boxes, scores, labels, self.parts.rule)
+            regions = _best(*self.head.of_every_level(maps, proposals.before, border), proposals)[0]
+            found = self._second_stage(features, regions, border)
+        boxes, scores, labels = _best(*found, rule)
         return boxes[None], scores[None], labels[None]
 
-    def _dense(self, maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates of a one-stage head, the best of each level: ``BaseDenseHead._predict_by_feat_single``."""
-        head, found = cast(Any, self.model).bbox_head, []
-        for scores, deltas, priors in _levels(head, maps):
-            classes = scores.shape[1]
-            best, places = _top(scores.flatten(), self.parts.rule.before)
-            rows = places // classes
-            found.append((priors[rows], deltas[rows], best, places % classes))
-        priors, deltas, scores, labels = (torch.cat(part) for part in zip(*found, strict=True))
-        return _decoded(head, priors, deltas, size), scores, labels
-
-    def _yolox(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates of YOLOX, one a place: ``YOLOXHead.predict_by_feat``."""
-        head = cast(Any, self.model).bbox_head
-        classes, deltas, objects = head(maps)
-        places = head.prior_generator.grid_priors([m.shape[-2:] for m in classes], device=maps[0].device, with_stride=True)
-        scores, labels = torch.cat([_rows(m, head.cls_out_channels) for m in classes]).sigmoid().max(1)
-        scores = scores * torch.cat([_rows(m, 1)[:, 0] for m in objects]).sigmoid()
-        return head._bbox_decode(torch.cat(places), torch.cat([_rows(m, 4) for m in deltas])), scores, labels
-
-    def _proposals(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Proposals (P, 4) of the RPN: ``RPNHead._predict_by_feat_single``, NMS within each level."""
-        head, rule, found = cast(Any, self.model).rpn_head, cast(NMSRule, self.parts.proposals), []
-        for level, (scores, deltas, priors) in enumerate(_levels(head, maps)):
-            best, rows = _top(scores[:, 0], rule.before)
-            found.append((priors[rows], deltas[rows], best, torch.full_like(rows, level)))
-        priors, deltas, scores, levels = (torch.cat(part) for part in zip(*found, strict=True))
-        return _best(_decoded(head, priors, deltas, size), scores, levels, rule)[0]
-
-    def _second_stage(self, maps: Sequence[Tensor], proposals: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _second_stage(self, maps: Sequence[Tensor], proposals: Tensor, border: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Candidates of the box head: ``StandardRoIHead.predict_bbox`` and ``BBoxHead._predict_by_feat_single``."""
-        stage = cast(Any, self.model).roi_head
+        stage = cast(Any, self.roi_head)
         head = stage.bbox_head
-        # a region more, dropped below, so that there is one of every level and never none
-        extractor = stage.bbox_roi_extractor
-        spare = proposals.new_tensor(_spares(extractor))
+        # a region more of every level, dropped below, so that none is without one
+        spare = proposals.new_tensor(_spares(stage.bbox_roi_extractor))
         regions = torch.cat([spare, proposals])
-        features = _pooled(extractor, maps, regions)
+        features = _pooled(stage.bbox_roi_extractor, maps, regions)
         if stage.with_shared_head:
             features = stage.shared_head(features)
         logits, deltas = head(features)
         classes = head.num_classes
         each = 1 if head.reg_class_agnostic else classes
         rows = regions[:, None].expand(-1, each, 4).reshape(-1, 4)
-        boxes = _decoded(head, rows, deltas.reshape(-1, head.bbox_coder.encode_size), size)
+        boxes = _decoded(head.bbox_coder, rows, deltas.reshape(-1, head.bbox_coder.encode_size), border)
         boxes = boxes.view(-1, each, 4).expand(-1, classes, 4)[len(spare) :]
         scores = logits.softmax(-1)[len(spare) :, :-1]
         labels = torch.arange(classes, device=scores.device).expand_as(scores)
         return boxes.reshape(-1, 4), scores.reshape(-1), labels.reshape(-1)
 
 
-def _levels(head: Any, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of every level of a head over anchors or points: scores (n, K), deltas (n, 4) and priors (n, 4 or 2)."""
-    classes, deltas = head(maps)
-    priors = head.prior_generator.grid_priors([m.shape[-2:] for m in classes], dtype=maps[0].dtype, device=maps[0].device)
-    found = []
-    for logits, delta, prior in zip(classes, deltas, priors, strict=True):
-        rows = _rows(logits, head.cls_out_channels)
-        scores = rows.sigmoid() if head.use_sigmoid_cls else rows.softmax(-1)[:, :-1]
-        found.append((scores, _rows(delta, head.bbox_coder.encode_size), prior))
-    return found
+class Coded:
+    """How the maps of a one-stage head, or of an RPN, become candidates: boxes (n, 4), scores, and labels or levels (n,)."""
+
+    def __init__(self, head: Any) -> None:
+        self.head = (head,)  # not as a module, whose weights are not used here
+        self.classes: int = head.cls_out_channels
+
+    def of_every_class(self, maps: Sequence[Tensor], most: int, border: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best of each level: ``BaseDenseHead._predict_by_feat_single``."""
+        found = []
+        for scores, deltas, priors in self._levels(maps):
+            classes = scores.shape[1]
+            best, places = _top(scores.flatten(), most)
+            rows = places // classes
+            found.append((priors[rows], deltas[rows], best, places % classes))
+        return self._joined(found, border)
+
+    def of_every_level(self, maps: Sequence[Tensor], most: int, border: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with levels in the place of labels: ``RPNHead._predict_by_feat_single``."""
+        found = []
+        for level, (scores, deltas, priors) in enumerate(self._levels(maps)):
+            best, rows = _top(scores[:, 0], most)
+            found.append((priors[rows], deltas[rows], best, torch.full_like(rows, level)))
+        return self._joined(found, border)
+
+    def of_every_place(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """One a place: ``YOLOXHead.predict_by_feat``."""
+        (head,) = self.head
+        priors = head.prior_generator.grid_priors([m.shape[-2:] for m in maps], device=maps[0].device, with_stride=True)
+        rows = torch.cat([_rows(m, self.classes + 5) for m in maps])
+        scores, labels = rows[:, : self.classes].sigmoid().max(1)
+        scores = scores * rows[:, -1].sigmoid()
+        return head._bbox_decode(torch.cat(priors), rows[:, self.classes : -1]), scores, labels
+
+    def _levels(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of every level: scores (n, K), deltas (n, 4) and priors (n, 4 or 2)."""
+        (head,) = self.head
+        priors = head.prior_generator.grid_priors([m.shape[-2:] for m in maps], dtype=maps[0].dtype, device=maps[0].device)
+        each = head.num_base_priors
+        found = []
+        for level, prior in zip(maps, priors, strict=True):
+            logits, deltas = level.split([each * self.classes, each * head.bbox_coder.encode_size], 1)
+            rows = _rows(logits, self.classes)
+            scores = rows.sigmoid() if head.use_sigmoid_cls else rows.softmax(-1)[:, :-1]
+            found.append((scores, _rows(deltas, head.bbox_coder.encode_size), prior))
+        return found
+
+    def _joined(self, found: Sequence[tuple[Tensor, ...]], border: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        priors, deltas, scores, labels = (torch.cat(part) for part in zip(*found, strict=True))
+        return _decoded(self.head[0].bbox_coder, priors, deltas, border), scores, labels
 
 
 def _rows(maps: Tensor, channels: int) -> Tensor:
@@ -138,13 +180,10 @@ def _top(scores: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return torch.topk(scores, torch.sym_min(most, scores.shape[0]))
 
 
-def _decoded(head: Any, priors: Tensor, deltas: Tensor, size: Sequence[int]) -> Tensor:
-    """Boxes (n, 4) by the head's own coder, cut at the picture's border where it does so."""
-    boxes = head.bbox_coder.decode(priors, deltas, max_shape=None)
-    if not head.bbox_coder.clip_border:
-        return cast(Tensor, boxes)
-    border = torch.stack([torch.full((), side, dtype=boxes.dtype, device=boxes.device) for side in (size[1], size[0])] * 2)
-    return torch.minimum(boxes.clamp(min=0), border)
+def _decoded(coder: Any, priors: Tensor, deltas: Tensor, border: Tensor) -> Tensor:
+    """Boxes (n, 4) by a head's own coder, cut at the picture's border where it does so."""
+    boxes: Tensor = coder.decode(priors, deltas, max_shape=None)
+    return torch.minimum(boxes.clamp(min=0), border) if coder.clip_border else boxes
 
 
 def _best(boxes: Tensor, scores: Tensor, labels: Tensor, rule: NMSRule) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,6 +226,20 @@ def _pooled(extractor: Any, maps: Sequence[Tensor], regions: Tensor) -> Tensor:
 
 def _aligned(layer: Any, features: Tensor, rois: Tensor) -> Tensor:
     return roi_align(features, rois, layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned)
+
+
+class Detector(nn.Module):
+    """Both halves: a picture, uint8 RGB (1, 3, H, W), to boxes, scores and labels."""
+
+    def __init__(self, parts: DetectorParts) -> None:
+        super().__init__()
+        self.network = DetectorNetwork(parts)
+        head = cast(Any, parts.model).rpn_head if parts.proposals else cast(Any, parts.model).bbox_head
+        self.results = DetectorResults(parts, len(head.prior_generator.strides))
+
+    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = self.results(*self.network(picture))
+        return found
 
 
 class Segmentor(nn.Module):

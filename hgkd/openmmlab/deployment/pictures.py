@@ -62,7 +62,11 @@ class TestPipeline:
     @property
     def described(self) -> list[dict[str, Any]]:
         """What a user has to do with a picture before the graph takes it: the steps between reading and packing."""
-        return [{**step, "type": kind_of(step)} for step in self.steps[1:] if not kind_of(step).startswith("Pack")]
+        return [
+            {"type": kind_of(step), **{k: v for k, v in step.items() if k != "type"}}
+            for step in self.steps[1:]
+            if not kind_of(step).startswith("Pack")
+        ]
 
     @property
     def size(self) -> tuple[int, int] | None:

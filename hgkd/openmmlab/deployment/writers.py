@@ -10,16 +10,16 @@ fp32 alone: in fp16 the coordinates of boxes would be whole pixels from 1024 on,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
 from hgkd.errors import InvalidValueError
 from hgkd.export.job import ExportError, count_parameters, need, optional
@@ -43,6 +43,9 @@ from hgkd.openmmlab.models import build_model
 from hgkd.registry import MODEL_WRITERS
 from hgkd.weights.run_file import literal_config
 from hgkd.weights.signature import ImageInput, Output, Signature
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 OPSET = 18
 LEAST = 64  # the shortest side in the proof
@@ -238,13 +241,9 @@ def _write(whole: Whole, file: Path) -> None:
         ExportError: torch cannot follow the model, or has no operator of ONNX's for a part of it.
     """
     (onnx,) = need("onnx", "onnx")
-    names = [output.name for output in whole.outputs]
     try:
-        with quiet(), _any_size_pools(whole.graph):
-            program = torch.onnx.export(
-                _program(whole), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=names, verbose=False
-            )
-        model = cast(torch.onnx.ONNXProgram, program).model_proto
+        with quiet(), torch.no_grad(), _any_size_pools(whole.graph):
+            model = _detector(whole) if whole.detects else _half(whole.graph, [INPUT], _picture(whole), _names(whole))
         set_ir(model, None)
         onnx.save(model, str(file))
         onnx.checker.check_model(str(file))
@@ -259,23 +258,53 @@ def _write(whole: Whole, file: Path) -> None:
         ) from error
 
 
-def _program(whole: Whole) -> ExportedProgram:
-    # torch takes sides of 1 within for constants, so the example is larger than any stride
+def _names(whole: Whole) -> list[str]:
+    return [output.name for output in whole.outputs]
+
+
+def _picture(whole: Whole) -> tuple[Tensor, bool]:
+    """An example, and whether its sides are free; larger than any stride, as torch takes sides of 1 within for constants."""
     height, width = whole.fixed or (384, 640)
-    free = None if whole.fixed else ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    return torch.zeros(1, 3, height, width, dtype=torch.uint8), whole.fixed is None
+
+
+def _detector(whole: Whole) -> ModelProto:
+    """A detector out of its halves: across both, sides of maps would be nested quotients of the picture's, and torch would need
+    minutes for what it proves about them."""
+    (compose,) = need("onnx", "onnx.compose")
+    network, results = (cast(nn.Module, getattr(whole.graph, name)) for name in ("network", "results"))
+    example, free = _picture(whole)
+    between = network(example)
+    names = [f"between_{number}" for number in range(len(between))]
+    first = _half(network, [INPUT], (example, free), names)
+    second = _half(results, names, (*between, free), _names(whole))
+    second = compose.add_prefix(second, "results.", rename_inputs=False, rename_outputs=False)
+    second.ir_version = first.ir_version
+    for half in (first, second):
+        del half.graph.value_info[:]  # names of sides are of one half
+    for value in (*first.graph.output, *second.graph.input):
+        value.type.tensor_type.ClearField("shape")
+    return cast("ModelProto", compose.merge_models(first, second, io_map=[(name, name) for name in names]))
+
+
+def _half(module: nn.Module, takes: list[str], example: tuple[Any, ...], gives: list[str]) -> ModelProto:
+    """A module as ONNX; the last of ``example`` says whether the sides of its maps are free."""
+    *tensors, free = example
+    shapes = tuple({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if tensor.dim() == 4 else None for tensor in tensors)
     # switches mixed precision off for a layer, which is off anyway, and has no form in ONNX
-    plain = mock.patch.object(torch.cuda.amp, "autocast", return_value=contextlib.nullcontext())
-    with plain, torch.no_grad():
-        return torch.export.export(
-            whole.graph,
-            (torch.zeros(1, 3, height, width, dtype=torch.uint8),),
-            dynamic_shapes=free,
+    with mock.patch.object(torch.cuda.amp, "autocast", return_value=contextlib.nullcontext()):
+        program = torch.export.export(
+            module,
+            tuple(tensors),
+            dynamic_shapes=(shapes if len(shapes) == 1 else (shapes,)) if free else None,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+    made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, input_names=takes, output_names=gives, verbose=False)
+    return cast(torch.onnx.ONNXProgram, made).model_proto
 
 
 @contextlib.contextmanager
-def _any_size_pools(graph: nn.Module) -> Any:
+def _any_size_pools(graph: nn.Module) -> Iterator[None]:
     """Within, poolings to several places are the ones that ONNX can have at free sides."""
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in graph.modules():
