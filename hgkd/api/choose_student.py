@@ -162,11 +162,13 @@ def count_macs(name: str, size: int) -> int | None:
     No weights are made: the network is built on the meta device.
     """
     try:
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network = reparameterize_model(build_encoder(name).eval())
-            before = counter.get_total_flops()  # of the dry run that finds the levels
-            cast(Any, network).forward_features(torch.zeros(1, 3, size, size))
-        return int(counter.get_total_flops() - before) // 2
+        with torch.device("meta"), torch.no_grad():
+            foreign = library_of(name) is not None
+            network = build_encoder(name) if foreign else timm.create_model(name, num_classes=0, global_pool="")
+            network = reparameterize_model(network.eval())
+            with FlopCounterMode(display=False) as counter:
+                cast(Any, network).forward_features(torch.zeros(1, 3, size, size))
+        return counter.get_total_flops() // 2
     except Exception:  # what cannot be a student, or not on this device; the measurement says which and why
         return None
 

@@ -148,13 +148,10 @@ def with_known_speedups(rows: Sequence[StudentRow], known: Iterable[StudentRow])
 
 
 def _row(values: Mapping[str, Any]) -> StudentRow:
-    missing = [name for name in _NEEDED if values.get(name) in (None, "")]
-    if missing:
-        raise KeyError(f"a row lacks {', '.join(missing)}")
-    typed = {name: _typed(name, values[name]) for name in _NAMES if values.get(name) is not None}
+    typed = {name: _typed(name, values[name]) for name in _NAMES if name in _NEEDED or values.get(name) is not None}
     return StudentRow(**{name: value for name, value in typed.items() if value is not None})
 
 
 def _typed(name: str, value: Any) -> Any:
     kind = _TYPES.get(name, str)
-    return None if value == "" and kind is not str else kind(value)
+    return None if value == "" and kind is not str and name not in _NEEDED else kind(value)

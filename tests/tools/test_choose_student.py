@@ -60,7 +60,7 @@ def test_multiplications_are_those_of_the_fused_network() -> None:
     assert count_macs("resnet18", 224) == 1_813_561_344  # by hand: 1.81 G, as the paper's 1.8 * 10^9
     fused = count_macs("mobileone_s0", 224)
     assert 250e6 < fused < 300e6  # the paper's table: 275 M
-    assert count_macs("vit_tiny_patch16_224", 224) is None
+    assert count_macs("vit_tiny_patch16_224", 64) is None  # it takes 224 alone
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "openvino", "ncnn"])

@@ -286,7 +286,6 @@ def lower_precisions(job: Job, asked: Sequence[str], known: tuple[str, ...] = PR
 def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
     """A graph on the CPU: images as it takes them -> its output, or a list of several."""
     session = onnx_session(file, threads)
-
     name = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Any:
