@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 from unittest import mock
 
 import torch
@@ -31,16 +31,15 @@ from torch import Tensor
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.export.targets.graphs import (
     PARTS_WITH_GRAPHS,
-    agreement,
     exported_program,
     fused_for_inference,
     graph_of,
     lower_precisions,
+    precision_table,
     quiet,
 )
+from hgkd.export.targets.runtimes import TOLERANCE, suffix
 from hgkd.pixels import channels_of
-
-_TOLERANCE = 1e-4  # kernels of another library (Winograd's products, fused activations) round in another order
 
 
 def write_openvino(
@@ -73,7 +72,7 @@ def write_openvino(
                 images = cast(Tensor, job.images)[::2]
                 lower = nncf.quantize(model, nncf.Dataset([image[None].numpy() for image in images]), subset_size=len(images))
             openvino.save_model(lower, job.folder / f"model_{name}.xml", compress_to_fp16=name == "fp16")
-    files = {name: job.folder / f"model{_suffix(name)}.xml" for name in ("fp32", *extra)}
+    files = {name: job.folder / f"model{suffix(name)}.xml" for name in ("fp32", *extra)}
     run = openvino_runner(files["fp32"])
     return Written(
         load_with=f"model = openvino.Core().compile_model('{job.out / 'model.xml'}', 'CPU')\n"
@@ -84,8 +83,8 @@ def write_openvino(
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
         notes=[f"input images in [0, 1], any batch and size; output {trained.output}", *notes],
-        table=_table(job, trained.output, files, openvino_runner),
-        tolerance=_TOLERANCE,
+        table=precision_table(job, trained.output, files, openvino_runner),
+        tolerance=TOLERANCE,
     )
 
 
@@ -135,7 +134,7 @@ def write_ncnn(
     traced = job.folder / "traced.pt"
     with quiet(), torch.no_grad():
         torch.jit.trace(graph, torch.rand(shapes[0])).save(str(traced))
-    files = {name: job.folder / f"model{_suffix(name)}.ncnn.param" for name in ("fp32", *extra)}
+    files = {name: job.folder / f"model{suffix(name)}.ncnn.param" for name in ("fp32", *extra)}
     for name, file in files.items():
         _convert(pnnx, traced, shapes, file, half=name == "fp16")
     traced.unlink()
@@ -149,8 +148,8 @@ def write_ncnn(
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
         notes=[f"input 'in0': one image (C, H, W) in [0, 1], any size; output 'out0': {trained.output}", *notes],
-        table=_table(job, trained.output, files, ncnn_runner),
-        tolerance=_TOLERANCE,
+        table=precision_table(job, trained.output, files, ncnn_runner),
+        tolerance=TOLERANCE,
     )
 
 
@@ -206,24 +205,6 @@ def _unknown_layers(file: Path) -> str:
     lines = file.read_text(encoding="utf-8").splitlines()[2:]
     found = sorted({kind for line in lines if line for kind in [line.split()[0]] if "." in kind or "::" in kind})
     return f"it lacks {', '.join(found)}; use --to onnx or openvino" if found else "use --to onnx or openvino"
-
-
-def _suffix(precision: str) -> str:
-    return "" if precision == "fp32" else f"_{precision}"
-
-
-def _table(
-    job: Job, output: str, files: dict[str, Path], runner: Callable[[Path], Callable[[Tensor], Tensor]]
-) -> list[dict[str, Any]]:
-    """Size of each file, and with real images how alike it is to fp32."""
-    full = runner(files["fp32"])
-    rows = []
-    for precision, file in files.items():
-        row: dict[str, Any] = {"file": file.name, "precision": precision, "bytes": file.with_suffix(".bin").stat().st_size}
-        if job.images is not None:
-            row |= agreement(job, output, full, runner(file))
-        rows.append(row)
-    return rows
 
 
 TARGETS = (

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -344,12 +344,20 @@ def _exportable_padding() -> Iterator[None]:
         yield
 
 
-def exported_program(job: Job, graph: Graph) -> ExportedProgram:
-    """The graph for any batch and image size."""
+def exported_program(job: Job, graph: Graph, batch: int = 2, free: Mapping[int, object] | None = None) -> ExportedProgram:
+    """The graph as torch's program, by default for any batch and image size.
+
+    Args:
+        batch: of the example.
+        free: axis -> what torch takes for its range; empty: this batch, at the network's own size, and no other.
+    """
     height, width = job.image_size
+    if free is None:
+        free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    if not free:
+        return torch.export.export(graph, (torch.rand(batch, channels_of(job.network), height, width),))
     # sides that differ from each other and from those of the proof, so that neither is taken for a constant
-    example = torch.rand(2, channels_of(job.network), height, 2 * width)
-    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    example = torch.rand(batch, channels_of(job.network), height, 2 * width)
     with _exportable_padding():
         return torch.export.export(graph, (example,), dynamic_shapes={"images": free})
 
@@ -466,6 +474,23 @@ def agreement(job: Job, output: str, full: Callable[[Tensor], Tensor], lower: Ca
         # a classifier answers for itself; of features their nearest neighbour does
         found["top1"] = ((b.argmax(1) if output == "logits" else labels[near_b]) == labels).float().mean().item()
     return found
+
+
+def precision_table(
+    job: Job, output: str, files: Mapping[str, Path], runner: Callable[[Path], Callable[[Tensor], Tensor]]
+) -> list[dict[str, Any]]:
+    """A row a precision: size of its files, and with real images how alike it is to fp32.
+
+    Args:
+        files: precision -> the file that the runner takes, fp32 first; weights may lie beside it in a ``.bin``.
+    """
+    full, rows = runner(files["fp32"]), []
+    for precision, file in files.items():
+        beside = file.with_suffix(".bin")
+        size = file.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
+        row: dict[str, Any] = {"file": file.name, "precision": precision, "bytes": size}
+        rows.append(row if job.images is None else row | agreement(job, output, full, runner(file)))
+    return rows
 
 
 def _nearest(features: Tensor) -> Tensor:

@@ -1,0 +1,23 @@
+"""What the runtimes of small devices share."""
+
+from __future__ import annotations
+
+import re
+
+from hgkd.export.job import ExportError
+
+TOLERANCE = 1e-4  # kernels of another library (Winograd's products, fused activations) round in another order
+_OPERATOR = re.compile(r"\b(?:torch\.ops\.)?aten(?:\.|::)\w+(?:\.\w+)?|op '(\w+)' not implemented")
+
+
+def suffix(precision: str) -> str:
+    """What a file of a precision is called by, after its stem."""
+    return "" if precision == "fp32" else f"_{precision}"
+
+
+def lacking(runtime: str, code: str, error: Exception) -> ExportError:
+    """The error of a converter that stopped, with the operators that its text names, or else with its last line."""
+    named = sorted({found[1] or found[0].removeprefix("torch.ops.") for found in _OPERATOR.finditer(str(error))})
+    lines = str(error).strip().splitlines() or [""]
+    what = f"it lacks {', '.join(named)}" if named else f"it says {type(error).__name__}: {lines[-1].strip()[:300]}"
+    return ExportError(code, f"{runtime} cannot hold this network: {what}; use --to onnx or openvino")
