@@ -70,6 +70,7 @@ def with_latency(report: ExportReport, side: int, repeats: int = 20) -> list[dic
     for repeat in range(repeats + 3):
         for row, both in zip(times, runs, strict=True):  # in turn, so that a busy machine slows all of them alike
             for taken, run in zip(row, both, strict=True):
+                run(images)  # whatever the other runs have put out of the caches, or of ExecuTorch's one pool of threads
                 start = time.perf_counter()
                 run(images)
                 if repeat >= 3:  # the first runs allocate
@@ -107,9 +108,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--output", help=f"graphs: {', '.join(OUTPUTS)} (default pooled)")
     options.add_argument("--classifier", metavar="FILE", help="graphs: safetensors with weight and bias, for --output logits")
     options.add_argument("--opset", type=int, help="onnx: version of the operators (default 18)")
-    options.add_argument("--precision", nargs="+", help=f"onnx, openvino, ncnn: further ones, of {', '.join(PRECISIONS[1:])}")
+    options.add_argument("--precision", nargs="+", help=f"onnx and edge runtimes: further ones, of {', '.join(PRECISIONS[1:])}")
     options.add_argument(
-        "--latency", type=int, metavar="SIDE", help="onnx, openvino, ncnn: time one image of this side on the CPU"
+        "--latency", type=int, metavar="SIDE", help="onnx and edge runtimes: time one image of this side on the CPU"
     )
     return parser.parse_args(argv)
 

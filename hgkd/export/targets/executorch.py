@@ -1,9 +1,9 @@
 """ExecuTorch, PyTorch's runtime of phones and small boards (BSD-3): ``model.pte`` for its CPU backend, XNNPACK.
 
-From the same ``torch.export`` as ONNX, for one image at a time and sides up to ``LARGEST_SIDE`` (or twice the network's own):
-ExecuTorch plans its memory for the largest. int8 is torchao's static quantisation by ExecuTorch's own ``XNNPACKQuantizer``
-(weights per channel, symmetric; activations per tensor), calibrated on every second one of the given images.
-https://docs.pytorch.org/executorch/stable/backends/xnnpack/xnnpack-quantization.html
+From the same ``torch.export`` as ONNX, for one image at a time and sides up to ``LARGEST_SIDE`` (or twice the network's own),
+in multiples of the network's stride: ExecuTorch plans its memory for the largest. int8 is torchao's static quantisation by
+ExecuTorch's own ``XNNPACKQuantizer`` (weights per channel, symmetric; activations per tensor), calibrated on every second one of
+the given images. https://docs.pytorch.org/executorch/stable/backends/xnnpack/xnnpack-quantization.html
 
 What XNNPACK does not take runs on ExecuTorch's portable kernels, slowly; how many operators do stands in a note. Written and
 tried with executorch 1.5.1, torchao 0.18.0 and torch 2.15.
@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
 from hgkd.export.targets.graphs import (
     PARTS_WITH_GRAPHS,
-    Graph,
     exported_program,
     fused_for_inference,
     graph_of,
@@ -58,9 +57,8 @@ def write_executorch(
         need("executorch", _EXIR, _PARTITIONER, _RUNTIME, *([_QUANTIZER, _PT2E] if extra else []))
     graph, notes = fused_for_inference(trained)
     files = {name: job.folder / f"model{suffix(name)}.pte" for name in ("fp32", *extra)}
-    least, largest = _sides(job)
     with quiet(), torch.no_grad():
-        program = _program(job, graph)
+        program = exported_program(job, graph, batch=1, free=_free_sides(job))
         for name, file in files.items():
             slow = _lower(program if name == "fp32" else _quantised(job, program), file)
             notes += [f"{name}: outside XNNPACK, on portable kernels: {', '.join(slow)}"] if slow else []
@@ -72,9 +70,10 @@ def write_executorch(
         expected=trained,
         tensors=len(graph.state_dict()),
         parameters=count_parameters(graph),
-        notes=[f"one image (1, C, H, W) in [0, 1], sides of {least} to {largest} pixels; output {trained.output}", *notes],
+        notes=[f"one image (1, C, H, W) in [0, 1], {_sizes(job)}; output {trained.output}", *notes],
         table=precision_table(job, trained.output, files, executorch_runner),
         tolerance=TOLERANCE,
+        fixed_size=not _free_sides(job),
     )
 
 
@@ -106,16 +105,27 @@ def executorch_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor
 _pools: list[int] = []  # the pools of threads that runners have made in this process, by their sizes
 
 
-def _sides(job: Job) -> tuple[int, int]:
-    """The shortest and longest side in pixels that a program takes."""
-    # torch takes for granted that no axis shrinks to 1 within
-    return 2 * encoder_levels(job.network)[-1].stride, max(LARGEST_SIDE, 2 * max(job.image_size))
+def _free_sides(job: Job) -> dict[int, Any]:
+    """The axes of a program whose length is free: sides in multiples of the network's stride, so that no layer rounds.
+
+    Empty where the network's own size is no such multiple: then it is the only one.
+    """
+    stride = encoder_levels(job.network)[-1].stride
+    if any(side % stride for side in job.image_size):
+        return {}
+    largest = max(LARGEST_SIDE, 2 * max(job.image_size)) // stride
+    # from 2: torch takes for granted that no axis shrinks to 1 within
+    return {axis: stride * Dim(name, min=2, max=largest) for axis, name in ((2, "rows"), (3, "columns"))}
 
 
-def _program(job: Job, graph: nn.Module) -> ExportedProgram:
-    least, largest = _sides(job)
-    free = {axis: Dim(name, min=least, max=largest) for axis, name in ((2, "height"), (3, "width"))}
-    return exported_program(job, cast(Graph, graph), batch=1, free=free)
+def _sizes(job: Job) -> str:
+    """The sizes that a program takes, in words."""
+    free = _free_sides(job)
+    height, width = job.image_size
+    if not free:
+        return f"{height} x {width} pixels alone"
+    stride = encoder_levels(job.network)[-1].stride
+    return f"sides of {free[2].min} to {free[2].max} pixels in multiples of {stride}"
 
 
 def _quantised(job: Job, program: ExportedProgram) -> ExportedProgram:
@@ -126,7 +136,7 @@ def _quantised(job: Job, program: ExportedProgram) -> ExportedProgram:
     prepared = pt2e.prepare_pt2e(program.module(), quantizer)
     for image in cast(Tensor, job.images)[::2]:
         prepared(image[None])
-    return _program(job, pt2e.convert_pt2e(prepared))
+    return exported_program(job, pt2e.convert_pt2e(prepared), batch=1, free=_free_sides(job))
 
 
 def _lower(program: ExportedProgram, file: Path) -> list[str]:

@@ -344,7 +344,7 @@ def _exportable_padding() -> Iterator[None]:
         yield
 
 
-def exported_program(job: Job, graph: Graph, batch: int = 2, free: Mapping[int, object] | None = None) -> ExportedProgram:
+def exported_program(job: Job, graph: nn.Module, batch: int = 2, free: Mapping[int, object] | None = None) -> ExportedProgram:
     """The graph as torch's program, by default for any batch and image size.
 
     Args:

@@ -4,8 +4,8 @@ Converted by litert-torch from the network itself, for one image (1, C, H, W) of
 once. int8 is ai-edge-quantizer's static quantisation (weights per channel; activations per tensor; float32 in and out),
 calibrated on every second one of the given images. https://ai.google.dev/edge/litert
 
-litert-torch 0.10.0 declares torch 2.4 to 2.14. Tried with ai-edge-litert 2.3.0 and ai-edge-quantizer 0.10.0 on torch 2.14.1 and,
-past the declaration, on 2.15. Where it imports it is used: the proof says whether the file is right.
+litert-torch 0.10.0 declares torch 2.4 to 2.14. Tried with ai-edge-litert 2.3.0 and ai-edge-quantizer 0.10.0 on torch 2.14.1
+and, past the declaration, on 2.15. Where it imports it is used: the proof says whether the file is right.
 """
 
 from __future__ import annotations
