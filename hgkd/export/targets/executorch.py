@@ -2,7 +2,7 @@
 
 From the same ``torch.export`` as ONNX, for one image at a time and sides up to ``LARGEST_SIDE`` (or twice the network's own),
 in multiples of the network's stride: ExecuTorch plans its memory for the largest. int8 is torchao's static quantisation by
-ExecuTorch's own ``XNNPACKQuantizer`` (weights per channel, symmetric; activations per tensor), calibrated on every second one of
+ExecuTorch's ``XNNPACKQuantizer`` (weights per channel, symmetric; activations per tensor), calibrated on every second one of
 the given images. https://docs.pytorch.org/executorch/stable/backends/xnnpack/xnnpack-quantization.html
 
 What XNNPACK does not take runs on ExecuTorch's portable kernels, slowly; how many operators do stands in a note. Written and
