@@ -38,6 +38,7 @@ from torch.nn import functional
 from hgkd.differences import largest_difference
 from hgkd.errors import InvalidValueError, MissingFileError, WeightsError, unknown_name_message
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, need
+from hgkd.export.targets.tensorrt import tensorrt_note
 from hgkd.networks.encoder import encoder_levels
 from hgkd.networks.taps import last_channels
 from hgkd.pixels import PixelNormalisation, channels_of, pixel_statistics
@@ -150,6 +151,7 @@ def write_onnx(
         table.append({"file": lower.name, "precision": name, "bytes": lower.stat().st_size})
     if job.images is not None:
         table = [{**row, **agreement(job, output, run, onnx_runner(job.folder / row["file"]))} for row in table]
+    notes += [tensorrt_note(job.folder / row["file"]) for row in table]
     tensors = len(onnx.load(str(file)).graph.initializer)
     return Written(
         load_with=f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"

@@ -10,10 +10,8 @@ and, past the declaration, on 2.15. Where it imports it is used: the proof says 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
@@ -31,7 +29,7 @@ from hgkd.export.targets.graphs import (
     precision_table,
     quiet,
 )
-from hgkd.export.targets.runtimes import TOLERANCE, lacking, suffix
+from hgkd.export.targets.runtimes import TOLERANCE, lacking, silent, suffix
 from hgkd.pixels import channels_of
 
 
@@ -52,7 +50,7 @@ def write_litert(
     height, width = job.image_size
     channels = channels_of(job.network)
     files = {name: job.folder / f"model{suffix(name)}.tflite" for name in ("fp32", *extra)}
-    with quiet(), _silent():
+    with quiet(), silent():
         try:
             model = converter.convert(graph, (torch.rand(1, channels, height, width),))
         except Exception as error:
@@ -121,13 +119,6 @@ def _quantise(job: Job, file: Path, lower: Path) -> None:
     images = cast(Tensor, job.images)[::2]
     found = work.calibrate({signature: [{name: image[None].numpy()} for image in images]})
     work.quantize(found).export_model(str(lower))
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without the progress that the converter and the quantiser print."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 TARGETS = (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+from collections.abc import Iterator
 
 from hgkd.export.job import ExportError
 
@@ -21,3 +24,10 @@ def lacking(runtime: str, code: str, error: Exception) -> ExportError:
     lines = str(error).strip().splitlines() or [""]
     what = f"it lacks {', '.join(named)}" if named else f"it says {type(error).__name__}: {lines[-1].strip()[:300]}"
     return ExportError(code, f"{runtime} cannot hold this network: {what}; use --to onnx or openvino")
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without the progress that converters print."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
