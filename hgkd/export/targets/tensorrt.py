@@ -1,7 +1,7 @@
 """Whether TensorRT takes an ONNX file, by the operators that it is published to take. Nothing is run: it needs an NVIDIA GPU.
 
 The operators, the opsets and the restriction of zero points are those of
-https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md, as it was for TensorRT 10.15. Other restrictions of that page (of
+https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md, as it was for TensorRT 10.15. Its other restrictions (of
 types, and of values that must be constant) are not checked.
 """
 
