@@ -65,7 +65,7 @@ def write_coreml(
                 )
             except Exception as error:
                 # its passes raise errors of many kinds; the operator is in the text
-                raise lacking("Core ML", "coreml-lacks-operator", error) from error
+                raise lacking("Core ML", error) from error
             model.save(str(file))
         run = mil_runner(files["fp32"])
         table = _table(job, trained.output, files, run)

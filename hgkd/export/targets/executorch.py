@@ -153,14 +153,14 @@ def _lower(program: ExportedProgram, file: Path) -> list[str]:
         lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner.XnnpackPartitioner()]).to_executorch()
     except Exception as error:
         # its passes raise errors of many kinds; the operators are in the text
-        raise lacking("ExecuTorch", "executorch-lacks-operator", error) from error
+        raise lacking("ExecuTorch", error) from error
     # a symbol's arithmetic (sides) is done by kernels too, but takes no time
     nodes = [node.target for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
     names = {f"{op._schema.name}.{op._schema.overload_name}".rstrip(".") for op in nodes if hasattr(op, "_schema")}
     absent = sorted(names - set(runtime.Runtime.get().operator_registry.operator_names))
     if absent:
         raise ExportError(
-            "executorch-lacks-operator",
+            "operator-not-in-target",
             f"ExecuTorch {version('executorch')} has no kernel for {', '.join(absent)}; use --to onnx or openvino",
         )
     with file.open("wb") as opened:

@@ -55,7 +55,7 @@ def write_litert(
             model = converter.convert(graph, (torch.rand(1, channels, height, width),))
         except Exception as error:
             # its lowerings raise errors of many kinds; the operator is in the text
-            raise lacking("LiteRT", "litert-lacks-operator", error) from error
+            raise lacking("LiteRT", error) from error
         model.export(str(files["fp32"]))
         if extra:
             _quantise(job, files["fp32"], files["int8"])

@@ -18,12 +18,12 @@ def suffix(precision: str) -> str:
     return "" if precision == "fp32" else f"_{precision}"
 
 
-def lacking(runtime: str, code: str, error: Exception) -> ExportError:
+def lacking(runtime: str, error: Exception) -> ExportError:
     """The error of a converter that stopped, with the operators that its text names, or else with its last line."""
     named = sorted({found[1] or found[0].removeprefix("torch.ops.") for found in _OPERATOR.finditer(str(error))})
     lines = str(error).strip().splitlines() or [""]
     what = f"it lacks {', '.join(named)}" if named else f"it says {type(error).__name__}: {lines[-1].strip()[:300]}"
-    return ExportError(code, f"{runtime} cannot hold this network: {what}; use --to onnx or openvino")
+    return ExportError("operator-not-in-target", f"{runtime} cannot hold this network: {what}; use --to onnx or openvino")
 
 
 @contextlib.contextmanager
