@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from hgkd.export.job import ExportError
 
 TOLERANCE = 1e-4  # kernels of another library (Winograd's products, fused activations) round in another order
-_OPERATOR = re.compile(r"\b(?:torch\.ops\.)?aten(?:\.|::)\w+(?:\.\w+)?|op '(\w+)' not implemented")
+_OPERATOR = re.compile(r"\b(?:torch\.ops\.)?aten(?:\.|::)\w+(?:\.\w+)?|(?:\bop '|fx node \w+, kind )(\w+)")
 
 
 def suffix(precision: str) -> str:
