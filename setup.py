@@ -47,6 +47,10 @@ DOWNSTREAM = [
 ]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"]
 EDGE = ["openvino>=2025.0", "nncf>=2.17", "ncnn>=1.0.20250503", "pnnx>=20250530"]
+EXECUTORCH = ["executorch>=1.5,<1.6", "torchao>=0.18,<0.19"]
+# litert-torch 0.10 declares torch below 2.15: pip installs 2.14 with it, or refuses a newer one
+LITERT = ["litert-torch>=0.10,<0.11", "ai-edge-litert>=2.3,<2.4", "ai-edge-quantizer>=0.10,<0.11"]
+COREML = ["coremltools>=9.0,<10"]
 SHARDS = ["webdataset>=1.0"]
 TIFF = ["tifffile>=2023.8.12"]
 PARQUET = ["pyarrow>=15"]
@@ -58,6 +62,9 @@ EXTRAS = {
     "spconv": ["spconv-cu120>=2.3.6; python_version < '3.12'", "spconv-cu126>=2.3.8; python_version >= '3.12'"],
     "export": EXPORT,
     "edge": EDGE,
+    "executorch": EXECUTORCH,
+    "litert": LITERT,
+    "coreml": COREML,
     "shards": SHARDS,  # to write them; reading needs nothing
     "tiff": TIFF,  # TIFFs of several bands, where in_chans says how many
     "wandb": ["wandb>=0.18"],  # tracker=wandb

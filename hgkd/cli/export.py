@@ -100,7 +100,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument(
         "--ir-version", type=int, help="onnx: version of the format (default: the lowest that the opset allows)"
     )
-    options.add_argument("--precision", nargs="+", help=f"onnx, openvino, ncnn: further ones, of {', '.join(PRECISIONS[1:])}")
+    options.add_argument("--precision", nargs="+", help=f"onnx and edge runtimes: further ones, of {', '.join(PRECISIONS[1:])}")
     options.add_argument(
         "--fixed-size",
         type=int,

@@ -213,7 +213,7 @@ def _read_images(
 
 @torch.no_grad()
 def _prove_equal(job: Job, written: Written) -> float:
-    """Largest relative difference of outputs over random images of two shapes, and the real ones.
+    """Largest relative difference of outputs over random images, of two shapes where it takes them, and the real ones.
 
     Raises:
         ExportError: outputs differ in shape, or by more than the tolerance, or are not finite.

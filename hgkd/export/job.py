@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -25,12 +26,25 @@ EXTRAS = {
     "nncf": "edge",
     "ncnn": "edge",
     "pnnx": "edge",
+    "executorch": "executorch",
+    "torchao": "executorch",
+    "litert_torch": "litert",
+    "ai_edge_litert": "litert",
+    "ai_edge_quantizer": "litert",
+    "coremltools": "coreml",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
     "mmdet": "downstream",
     "mmseg": "downstream",
 }
+# what the makers of a runtime say that it takes, of the version that was tried: module -> (version, lowest and highest)
+_PYTHONS = {
+    "executorch": ("executorch 1.5.1", (3, 10), (3, 14)),
+    "litert_torch": ("litert-torch 0.10.0", (3, 10), (3, 14)),
+    "coremltools": ("coremltools 9.0", (3, 10), (3, 13)),
+}
+_TORCHES = {"litert_torch": ("litert-torch 0.10.0", (2, 4), (2, 14))}
 _DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}  # of the libraries over mmcv
 
 
@@ -219,7 +233,8 @@ def need(target: str, *modules: str) -> list[ModuleType]:
     """Import what a target cannot do without.
 
     Raises:
-        MissingLibraryError: one is not installed; the message names the extra of hgkd that installs it.
+        MissingLibraryError: one is not installed; the message names the extra of hgkd that installs it, and where this Python
+            or torch is too old or too new for it, the versions that are not.
     """
     found = []
     for module in modules:
@@ -229,9 +244,23 @@ def need(target: str, *modules: str) -> list[ModuleType]:
             top = module.partition(".")[0]
             name = f"'hgkd[{EXTRAS[top]}]'" if top in EXTRAS else top
             raise MissingLibraryError(
-                "target-library-missing", f"--to {target} needs {top}, which does not import ({error}); pip install {name}"
+                "target-library-missing",
+                f"--to {target} needs {top}, which does not import ({error}); pip install {name}{_where_it_runs(top)}",
             ) from error
     return found
+
+
+def _where_it_runs(module: str) -> str:
+    """Where this Python or torch cannot have a library, the versions that can; else nothing."""
+    here = {"Python": sys.version_info[:2], "torch": tuple(int(part) for part in torch.__version__.split(".")[:2])}
+    said = []
+    for what, table in (("Python", _PYTHONS), ("torch", _TORCHES)):
+        if module in table:
+            library, low, high = table[module]
+            if not low <= here[what] <= high:
+                low_text, high_text, own = (".".join(map(str, version)) for version in (low, high, here[what]))
+                said.append(f"{library} takes {what} {low_text} to {high_text}, and this is {own}")
+    return f" in an environment of its own: {'; '.join(said)}" if said else ""
 
 
 def optional(module: str) -> tuple[ModuleType | None, str]:

@@ -2,9 +2,21 @@
 
 from hgkd.errors import InvalidValueError
 from hgkd.export.job import Target
-from hgkd.export.targets import edge, graphs, openmmlab, own, sparse, timm, torchvision, transformers
+from hgkd.export.targets import (
+    coreml,
+    edge,
+    executorch,
+    graphs,
+    litert,
+    openmmlab,
+    own,
+    sparse,
+    timm,
+    torchvision,
+    transformers,
+)
 
-_FAMILIES = (timm, torchvision, openmmlab, transformers, graphs, edge, sparse, own)
+_FAMILIES = (timm, torchvision, openmmlab, transformers, graphs, edge, executorch, litert, coreml, sparse, own)
 TARGETS: dict[str, Target] = {target.name: target for family in _FAMILIES for target in family.TARGETS}
 
 

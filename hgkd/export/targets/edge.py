@@ -43,10 +43,9 @@ from hgkd.export.targets.graphs import (
     precision_table,
     quiet,
 )
+from hgkd.export.targets.runtimes import TOLERANCE, suffix
 from hgkd.networks.encoder import encoder_levels
 from hgkd.weights.signature import ImageInput, Output
-
-_TOLERANCE = 1e-4  # kernels of another library (Winograd's products, fused activations) round in another order
 
 
 def write_openvino(
@@ -83,7 +82,7 @@ def write_openvino(
                 images = cast(Tensor, job.images)[::2]
                 lower = nncf.quantize(model, nncf.Dataset([image[None].numpy() for image in images]), subset_size=len(images))
             openvino.save_model(lower, job.folder / f"model_{name}.xml", compress_to_fp16=name == "fp16")
-    files = {name: job.folder / f"model{_suffix(name)}.xml" for name in ("fp32", *extra)}
+    files = {name: job.folder / f"model{suffix(name)}.xml" for name in ("fp32", *extra)}
     run = openvino_runner(files["fp32"])
     return Written(
         load_with=f"model = openvino.Core().compile_model('{job.out / 'model.xml'}', 'CPU')\n"
@@ -95,7 +94,7 @@ def write_openvino(
         parameters=count_parameters(graph),
         notes=[f"input: {job.input.about}; output {trained.output}", *notes],
         table=precision_table(job, trained.output, files, openvino_runner),
-        tolerance=_TOLERANCE,
+        tolerance=TOLERANCE,
     )
 
 
@@ -149,7 +148,7 @@ def write_ncnn(
     traced = job.folder / "traced.pt"
     with quiet(), torch.no_grad():
         torch.jit.trace(graph, torch.rand(shapes[0])).save(str(traced))
-    files = {name: job.folder / f"model{_suffix(name)}.ncnn.param" for name in ("fp32", *extra)}
+    files = {name: job.folder / f"model{suffix(name)}.ncnn.param" for name in ("fp32", *extra)}
     for name, file in files.items():
         _convert(pnnx, traced, shapes, file, half=name == "fp16")
     traced.unlink()
@@ -168,7 +167,7 @@ def write_ncnn(
             norms_note(trained, _layers(files["fp32"]).count("BatchNorm")),
         ],
         table=precision_table(job, trained.output, files, ncnn_runner),
-        tolerance=_TOLERANCE,
+        tolerance=TOLERANCE,
         input=taken,
         outputs=(Output("out0", trained.output),),
     )
@@ -247,10 +246,6 @@ def _unknown_layers(file: Path) -> str:
 def _layers(file: Path) -> list[str]:
     """Kinds of the layers in a file of ncnn's."""
     return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines()[2:] if line]
-
-
-def _suffix(precision: str) -> str:
-    return "" if precision == "fp32" else f"_{precision}"
 
 
 TARGETS = (

@@ -51,6 +51,7 @@ from hgkd.export.onnx_versions import (
     opset_of,
     set_ir,
 )
+from hgkd.export.targets.tensorrt import tensorrt_note
 from hgkd.networks.encoder import encoder_levels
 from hgkd.networks.taps import last_channels
 from hgkd.pixels import PixelNormalisation, pixel_statistics
@@ -66,7 +67,12 @@ LEAST_IMAGES = 8
 _INPUT = "images"
 _FUSED_TOLERANCE = 1e-4
 FP16_LARGEST = 65504.0
-_OPERATOR = re.compile(r"\b(aten|prims?|torchvision|hgkd|mmcv)(?:::|\.)(\w+)")  # as torch names them: library, name
+# as torch names them, and in coremltools' words
+_OPERATOR = re.compile(
+    r"\b(?P<library>aten|prims?|torchvision|hgkd|mmcv)(?:::|\.)(?P<name>\w+)|(?:\bop '|fx node \w+, kind )(?P<own>\w+)"
+)
+    r"\b(?P<library>aten|prims?|torchvision|hgkd|mmcv)(?:::|\.)(?P<name>\w+)|(?:\bop '|fx node \w+, kind )(?P<own>\w+)"
+)
 
 
 class Graph(PixelNormalisation):
@@ -167,6 +173,7 @@ def write_onnx(
         needs.append((opset_of(made), made.ir_version))
     opset, ir_version = max(needs)
     least = least_runtime(opset, ir_version)
+    notes += [tensorrt_note(found) for found in files.values()]
     return Written(
         load_with=f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"
         f"session.run(None, {{'{_INPUT}': images}})  # {job.input.about}",
@@ -426,13 +433,22 @@ def _padding(ours: Callable[..., Tensor]) -> Iterator[None]:
         yield
 
 
-def exported_program(job: Job, graph: Graph) -> ExportedProgram:
-    """The graph for any batch and image size."""
+def exported_program(job: Job, graph: nn.Module, batch: int = 2, free: Mapping[int, object] | None = None) -> ExportedProgram:
+    """The graph as torch's program, by default for any batch and image size.
+
+    Args:
+        graph: of :func:`graph_of`, or what a quantiser has made of its program.
+        batch: of the example.
+        free: axis -> what torch takes for its range; empty: this batch, at the network's own size, and no other.
+    """
     height, width = job.image_size
-    taken = graph.taken
+    taken = job.input
+    if free is None:
+        free = {0: Dim.DYNAMIC, taken.axis("H"): Dim.DYNAMIC, taken.axis("W"): Dim.DYNAMIC}
+    if not free:
+        return torch.export.export(graph, (taken.prepare(torch.rand(batch, taken.channels, height, width)),))
     # sides that differ from each other and from those of the proof, so that neither is taken for a constant
-    example = taken.prepare(torch.rand(2, taken.channels, height, 2 * width))
-    free = {0: Dim.DYNAMIC, taken.axis("H"): Dim.DYNAMIC, taken.axis("W"): Dim.DYNAMIC}
+    example = taken.prepare(torch.rand(batch, taken.channels, height, 2 * width))
     with _padding(_pad_same):
         return torch.export.export(graph, (example,), dynamic_shapes={"images": free})
 
@@ -483,7 +499,7 @@ def _computes(model: ModelProto, trained: Graph, job: Job) -> bool:
 
 @contextmanager
 def operators_named(target: str) -> Iterator[None]:
-    """Within, a converter's failure over an operator becomes an error that names it.
+    """Within, a converter's failure becomes an error that names the operators that it speaks of.
 
     Raises:
         ExportError: a converter failed.
@@ -497,13 +513,13 @@ def operators_named(target: str) -> Iterator[None]:
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
             chain.append(cause)
-        named = sorted({"::".join(name) for one in chain for name in _OPERATOR.findall(str(one))})
-        if not named:
-            raise
+        found = [match for one in chain for match in _OPERATOR.finditer(str(one))]
+        named = sorted({match["own"] or f"{match['library']}::{match['name']}" for match in found})
+        last = (str(error).strip().splitlines() or [""])[-1].strip()[:300]
+        why = f"it lacks the operator {', '.join(named)}" if named else f"its converter says {type(error).__name__}: {last}"
         raise ExportError(
             "operator-not-in-target",
-            f"--to {target} cannot hold this network: it lacks the operator {', '.join(named)}; use another target, or a "
-            "network without it",
+            f"--to {target} cannot hold this network: {why}; use another target, or a network without it",
         ) from error
 
 
