@@ -71,8 +71,6 @@ FP16_LARGEST = 65504.0
 _OPERATOR = re.compile(
     r"\b(?P<library>aten|prims?|torchvision|hgkd|mmcv)(?:::|\.)(?P<name>\w+)|(?:\bop '|fx node \w+, kind )(?P<own>\w+)"
 )
-    r"\b(?P<library>aten|prims?|torchvision|hgkd|mmcv)(?:::|\.)(?P<name>\w+)|(?:\bop '|fx node \w+, kind )(?P<own>\w+)"
-)
 
 
 class Graph(PixelNormalisation):
