@@ -23,7 +23,7 @@ from hgkd.writing import replacing
 
 MODES = ("rule", "measure", "torch", "fused")
 # a layer leaves its rule, and a network the sparse computation, only for a gain that is more than noise
-KERNEL_GAIN = 0.15
+KERNEL_GAIN = 0.10
 BACKEND_GAIN = 0.05
 # how much longer than the ordinary dense network's a step may take
 PROMISE = 1.05

@@ -118,7 +118,7 @@ def _normed(
     """Batch normalisation by the statistics of the visible positions, which update the running ones."""
     count = x.cells.num_cells * x.cells.side(x.stride) ** 2
     F._verify_batch_size([count, x.shape[1]])  # type: ignore[attr-defined]  # torch's own error for one value a channel
-    mask = x.cells.mask_as(x.stride, wide(x.dtype))
+    mask = x.cells.mask_as(x.stride, x.dtype)
     out, mean, variance = _MaskedBatchNorm.apply(x.plain, mask, weight, bias, count, eps)
     with torch.no_grad():
         if running_mean is not None:
@@ -139,33 +139,32 @@ class _MaskedBatchNorm(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def, override]
         ctx, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, count: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values = x.to(mask.dtype)
-        mean = (values * mask).sum(_POSITIONS) / count
-        centred = (values - mean.view(1, -1, 1, 1)).mul_(mask)
+        seen, dtype = x * mask, wide(x.dtype)
+        mean = seen.sum(_POSITIONS, dtype=dtype) / count
+        centred = torch.addcmul(seen.to(dtype), mean.view(1, -1, 1, 1), mask.to(dtype), value=-1)
         variance = torch.linalg.vector_norm(centred, dim=_POSITIONS).square() / count
-        deviation = torch.rsqrt(variance + eps)
-        scale = deviation if weight is None else deviation * weight
-        out = centred.mul_(scale.view(1, -1, 1, 1))
-        if bias is not None:
-            out.add_(bias.view(1, -1, 1, 1))
-        ctx.save_for_backward(x, mask, weight, mean, deviation)
-        ctx.count, ctx.has_bias = count, bias is not None
+        # torch's own kernels, told these statistics: one pass each
+        out = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, mask, weight, mean, variance)
+        ctx.count, ctx.eps, ctx.has_bias = count, eps, bias is not None
         ctx.mark_non_differentiable(mean, variance)
-        return out.to(x.dtype), mean, variance
+        return out, mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
-        x, mask, weight, mean, deviation = ctx.saved_tensors
-        slopes = grad.to(mask.dtype) * mask
-        centred = (x.to(mask.dtype) - mean.view(1, -1, 1, 1)).mul_(mask)
-        total, along = slopes.sum(_POSITIONS), (slopes * centred).sum(_POSITIONS)
-        scale = deviation if weight is None else deviation * weight
-        slopes.sub_((total / ctx.count).view(1, -1, 1, 1) * mask)
-        slopes.sub_(centred.mul_((along * deviation.square() / ctx.count).view(1, -1, 1, 1)))
-        grad_weight = None if weight is None else (along * deviation).to(weight.dtype)
-        grad_bias = total if ctx.has_bias else None
-        return slopes.mul_(scale.view(1, -1, 1, 1)).to(x.dtype), None, grad_weight, grad_bias, None, None
+        x, mask, weight, mean, variance = ctx.saved_tensors
+        factor = torch.ones_like(mean) if weight is None else weight
+        passed, slope, total = torch.ops.aten.native_batch_norm_backward(
+            grad * mask, x, factor, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        deviation = torch.rsqrt(variance + ctx.eps)
+        scale = deviation * factor
+        # what the statistics take back: (total + (x - mean) * deviation * slope) * scale / count
+        along = scale * deviation * slope / ctx.count
+        back = torch.native_batch_norm(x, along, scale * total / ctx.count, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
+        grad_weight, grad_bias = None if weight is None else slope, total if ctx.has_bias else None
+        return passed.addcmul_(back, mask, value=-1), None, grad_weight, grad_bias, None, None
 
 
 @function_rule("conv2d", on=(MaskedTensor,))

@@ -9,7 +9,7 @@ process measures for all, since other kernels round otherwise.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.packed import PackedTensor
 from hgkd.sparse.tensor import SparseTensor
 
-BUDGET_S = 3.0  # for layers, and as much for whole steps; a run that has begun is ended
+BUDGET_S = 5.0  # for layers, and as much for whole steps; a run that has begun is ended
 _RUNS = 3
 _FAR = 3.0  # times the fastest
 _IMAGES_ON_CPU = 4  # time is proportional to images there; a GPU may be idle with so few
@@ -48,7 +48,8 @@ def choice_for(network: nn.Module, images: Tensor, cells: CellLayout) -> Choice:
         if not _trains(network) or is_capturing(images.device):
             return Choice()
         if spread and any(hasattr(layer, "process_group") for layer in network.modules()):
-            return Choice(why="by rule: one process cannot measure norms that need all")
+            known[key] = Choice(why="by rule: one process cannot measure norms that need all")
+            return known[key]
         known[key] = Choice()  # for the steps that are measured
         known[key] = _same_for_all(network, images, cells, key) if spread else _found(network, images, cells, key)
     return known[key]
@@ -109,7 +110,9 @@ def measure(network: nn.Module, images: Tensor, cells: CellLayout) -> Choice:
     with _undisturbed(network, images.device):
         layers = _layers_of(network, images, layout())
         end = now() + BUDGET_S
-        layer_ms = {key: times for key, run in layers.items() if (times := _times(_candidates(*run), images.device, end))}
+        layer_ms = {
+            key: times for key, run in layers.items() if (times := _times(_candidates(*run), images.device, end, run[:1]))
+        }
         chosen = {key: fastest_kernel(times, layers[key][0]) for key, times in layer_ms.items()}
         chosen = {key: kernel for key, kernel in chosen.items() if kernel != layers[key][0]}
         steps: dict[str, Callable[[], object]] = {
@@ -117,7 +120,7 @@ def measure(network: nn.Module, images: Tensor, cells: CellLayout) -> Choice:
             "masked": lambda: _step(network, _packed(MaskedTensor, images, layout(), {})),
             "dense": lambda: _step(network, images),
         }
-        step_ms = _times(steps, images.device, now() + BUDGET_S)
+        step_ms = _times(steps, images.device, now() + BUDGET_S, ("gather", "dense"))
     if not {"gather", "masked"} <= step_ms.keys():
         return Choice("gather", f"by rule: two steps take more than {BUDGET_S:g} s", step_ms, chosen, layer_ms)
     return Choice(*fastest_backend(step_ms), step_ms, chosen, layer_ms)
@@ -172,27 +175,27 @@ def _candidates(
     return {name: lambda name=name: run(name) for name in dict.fromkeys([rule, *names])}  # type: ignore[misc]
 
 
-def _times(runs: dict[str, Callable[[], object]], device: torch.device, end: float) -> dict[str, float]:
-    """Milliseconds of each, the least of some runs by turns, after a run to warm up; nothing where time is up by then.
+def _times(
+    runs: dict[str, Callable[[], object]], device: torch.device, end: float, trusted: Collection[str]
+) -> dict[str, float]:
+    """Milliseconds of each, from some runs by turns after one to warm up; nothing where time is up by then.
 
-    What lacks memory is left out. On the CPU warming up compiles nothing: it tells what is far too slow, and everything where
-    time is up.
+    Of those that are trusted the fastest run counts, of others the slowest: on a busy machine nothing wins by chance. What
+    lacks memory is left out. On the CPU, where warming up compiles nothing, it tells what is far too slow.
     """
     warm: dict[str, float] = {}
     for name, run in runs.items():
         spent = _time(run, device) if now() <= end else None
         warm |= {} if spent is None else {name: spent}
-    on_cpu, late = device.type == "cpu", now() > end
-    if len(warm) < 2 or (late and not on_cpu):
+    if len(warm) < 2 or now() > end:
         return {}
-    least = min(warm.values())
-    near = {name for name, spent in warm.items() if not late and (spent <= _FAR * least or not on_cpu)}
-    times = {name: [] if name in near else [spent] for name, spent in warm.items()}
+    most = _FAR * min(warm.values()) if device.type == "cpu" else float("inf")
+    times = {name: [spent] if spent > most else [] for name, spent in warm.items()}
     for turn in range(_RUNS):
-        for name in near if not turn or now() <= end else ():
+        for name in [name for name, spent in warm.items() if spent <= most and (not turn or now() <= end)]:
             spent = _time(runs[name], device)
             times[name] += [] if spent is None else [spent]
-    return {name: 1e3 * min(found) for name, found in times.items() if found}
+    return {name: 1e3 * (min if name in trusted else max)(found) for name, found in times.items() if found}
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float | None:

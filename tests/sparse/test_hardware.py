@@ -222,6 +222,26 @@ def test_group_norm_of_half_types_is_computed_in_fp32() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_masked_batch_norm_is_that_of_the_visible_rows(affine) -> None:
+    """Values, gradients and running statistics in fp64, against torch's norm of the rows that are visible."""
+    cells, weights = CellLayout(UNEVEN, 4), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    x, rows = (weights.flip(0).clone().requires_grad_() for _ in range(2))
+    norms = [nn.BatchNorm2d(3, affine=affine).double() for _ in range(2)]
+    for norm in norms if affine else []:
+        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    found = norms[0](MaskedTensor.pack(x, cells)).to_dense()
+    expected = cells.scatter_cells(norms[1](cells.gather_cells(rows, 4)))
+    for out in (found, expected):
+        (out * weights).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, rows.grad, rtol=1e-12, atol=1e-12)
+    for name, value in norms[0].state_dict().items():
+        torch.testing.assert_close(value, norms[1].state_dict()[name], rtol=1e-12, atol=1e-12)
+    for parameter, other in zip(norms[0].parameters(), norms[1].parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
 def test_masked_batch_norm_keeps_its_digits_far_from_zero() -> None:
     """In one pass, as the difference of two sums, nothing of the variance would be left."""
     x = torch.randn(2, 3, 8, 8) + 3e4

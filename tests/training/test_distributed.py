@@ -1,12 +1,13 @@
 """Two processes on the CPU (gloo), started by torchrun as a user would."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from process_of_two import build, material, one_step
 from refusals import refused
-from tiny_runs import torchrun, write_images
+from tiny_runs import SPARK, tiny, torchrun, write_images
 from torch import nn
 
 from hgkd.training.sync_norm import sync_batch_norms
@@ -81,3 +82,19 @@ def test_alone_a_synchronised_layer_is_the_ordinary_one():
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(plain(x), synced(x))
     assert plain.state_dict().keys() == synced.state_dict().keys()
+
+
+@pytest.mark.slow
+def test_one_process_measures_kernels_for_both(images, tmp_path, monkeypatch):
+    monkeypatch.delenv("HGKD_KERNELS")
+    monkeypatch.setenv("HGKD_KERNELS_CACHE", str(tmp_path / "kernels"))
+    options = tiny(images, val_train_root=None, val_test_root=None, batch_size=4, epochs=1, warmup_epochs=0)
+    command = ["-m", "hgkd", "train", SPARK, "--launcher", "pytorch", "--work-dir", tmp_path / "run", "--cfg-options"]
+    done = torchrun([*command, *(f"{key}={value}" for key, value in options.items())], tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = [line for line in done.stdout.splitlines() if "kernels of ResNet" in line]
+    assert len(said) == 1, "it is the first process that logs"
+    (file,) = (tmp_path / "kernels").iterdir()
+    (choice,) = json.loads(file.read_text()).values()
+    assert choice["backend"] in said[0]
+    assert {"gather", "masked", "dense"} == choice["step_ms"].keys()
