@@ -213,9 +213,15 @@ def test_a_copy_of_the_model_has_no_graphs() -> None:
     assert not copy.deepcopy(net)._graphs._graphs
 
 
-def test_what_is_recorded_waits_for_nothing() -> None:
+@pytest.mark.parametrize(
+    "objectives",
+    [HGKD, dict(pooled=dict(type="PooledFeature")), dict(pixels=dict(type="PixelReconstruction")), dict(mgd=dict(type="MGD"))],
+    ids=["hgkd", "pooled", "pixels", "mgd"],
+)
+def test_what_is_recorded_waits_for_nothing(objectives: dict[str, Any]) -> None:
     """A wait for the device cannot be part of a graph; on the CPU the count of the mask is checked, and nothing else read."""
-    net = model(False)
+    needs_teacher = "pixels" not in objectives
+    net = model(False, objectives=objectives, teacher=dict(type=FakeTeacher.__name__) if needs_teacher else None)
     images, visible, outs = net._show(batch().float() / 255, None)
     with CountingOperations() as counted:
         terms = net._terms_of(net._student_sees(images, visible, net._cells_shown(4, 4)), outs)
