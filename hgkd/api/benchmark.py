@@ -1,4 +1,7 @@
-"""Step time and memory of the sparse engine, and the rate of reading images, as ratios in one process."""
+"""Step time and memory of the sparse engine, and the rate of reading images, as ratios in one process.
+
+The engine is measured without mmengine: what needs it is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
@@ -18,12 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from hgkd.api.train import load_config
-from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
-from hgkd.distillers import MaskedDistiller
+if TYPE_CHECKING:
+    from hgkd.distillers import MaskedDistiller
+
+from hgkd.cells import grid_of, highest, visible_count
 from hgkd.errors import InvalidValueError, unknown_name_message
-from hgkd.masking import RandomMask, grid_of, visible_count
-from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, sparsify
 from hgkd.sparse.convert import SparseModule
 
@@ -205,15 +207,18 @@ def benchmark_sparse(
     model: Any = timm.create_model(student, num_classes=0, global_pool="")
     model.to(device, memory_format=torch.channels_last).train()
     images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
-    mask = RandomMask(mask_ratio)
+    keep = visible_count(*grid, mask_ratio)
+
+    def draw() -> Tensor:
+        return highest(torch.rand(batch_size, *grid, device=device), keep)
+
     steps = {}
     for backend in backends:
         if backend == "dense":
             steps[backend] = encoder_step(model, images, None, device, dtype)
         else:
             network = sparsify(model, cell, backend)
-            steps[backend] = encoder_step(network, images, lambda: mask(batch_size, grid, device=device), device, dtype)
-    keep = visible_count(*grid, mask_ratio)
+            steps[backend] = encoder_step(network, images, draw, device, dtype)
     settings = {"student": student, "image_size": image_size, "cell": cell, "visible_cells": [keep, grid[0] * grid[1]]}
     results = measure(steps, batch_size, device, repeats, clock)
     return {
@@ -249,6 +254,9 @@ def benchmark_distill(
     Raises:
         ValueError: the recipe is of another kind, or a variant has the name of a backend.
     """
+    from hgkd.api.train import load_config
+    from hgkd.registry import MODELS
+
     cfg = load_config(config, options=options)
     taken = set(variants or {}) & set(backends)
     if taken:
@@ -307,6 +315,8 @@ def benchmark_data(
             "count-not-positive",
             f"workers, images, batch_size and repeats must be 1 or more, got {workers}, {images}, {batch_size}, {repeats}",
         )
+    from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
+
     dataset = UnlabelledImages(data_root, image_size=image_size, max_bad_share=0.0, limit=images)
     count = len(dataset)
     loader = DataLoader(

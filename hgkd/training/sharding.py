@@ -1,7 +1,7 @@
 """Sharded parameters by the config's key ``fsdp``: torch's ``fully_shard`` (FSDP 2; ZeRO, arXiv 1910.02054) over all processes.
 
-Of what is trained, parameters, gradients and optimiser state are divided among the processes; a ViT's blocks are gathered one at a
-time, everything else (a whole CNN) at once, as it is walked through and not called. Of a frozen ViT teacher the blocks are divided.
+Of what is trained, parameters, gradients and optimiser state are divided among the processes. A ViT is gathered block by block,
+everything else (a whole CNN) at once, as it is walked through and not called. A frozen ViT teacher is divided, too.
 mmengine 0.10.7's own strategy is FSDP 1, refuses a CPU and writes sharded files. Here a checkpoint is that of an ordinary run.
 """
 
@@ -104,7 +104,8 @@ def whole(value: Any, keep: bool = True) -> Any:
         keep: this process wants the result; otherwise its tensors are empty.
     """
     if isinstance(value, Tensor):
-        gathered: Any = value.detach().full_tensor() if hasattr(value, "full_tensor") else value.detach()
+        gathered: Any = value.detach()
+        gathered = gathered.full_tensor() if hasattr(gathered, "full_tensor") else gathered
         return gathered.cpu() if keep else torch.empty(0)
     if isinstance(value, Mapping):
         return {key: whole(item, keep) for key, item in value.items()}
@@ -135,7 +136,7 @@ def divided_state(state: Mapping[str, Any], wrapper: OptimWrapper) -> dict[str, 
 
 
 def check_hooks(runner: Runner) -> None:
-    """Refuse hooks that use the model in one process alone, or copy it; leave out the pictures, which are no part of a training.
+    """Refuse hooks that use the model in one process alone, or copy it; leave out pictures, which are no part of a training.
 
     Raises:
         ValueError: names the hook.
@@ -149,6 +150,6 @@ def check_hooks(runner: Runner) -> None:
             remedy = "set teacher_features=None" if isinstance(hook, TeacherCacheHook) else "remove the hook"
             raise InvalidValueError(
                 "fsdp-with-hook",
-                f"fsdp=True does not go with {type(hook).__name__}, which copies parts of the model, or uses them in one process "
-                f"and not in another; {remedy}, or leave fsdp out",
+                f"fsdp=True does not go with {type(hook).__name__}, which copies parts of the model, or uses them in one "
+                f"process and not in another; {remedy}, or leave fsdp out",
             )

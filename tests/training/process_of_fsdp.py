@@ -20,6 +20,8 @@ VIT = {"model.student": dict(type="MaskedViT", arch=ARCH, cell=32)}
 
 def options_of(kind, images, **options):
     """A CNN, or a ViT that learns from a ViT; the teacher of both learns nothing."""
+    if kind == "vit":
+        options |= {"val_train_root": None, "val_test_root": None}
     options = {"batch_size": 4, "teacher_features": None, "optim_wrapper.clip_grad": dict(max_norm=0.5), **options}
     if kind == "cnn":
         return SPARK, tiny(images, sync_bn=True, **options)
@@ -58,8 +60,8 @@ def whole_run(kind, images, folder):
     folder = Path(folder)
     found = {name: run(kind, images, folder / name, fsdp=name == "fsdp") for name in ("ddp", "fsdp")}
     again = {}
-    for name, start, fsdp in (("resumed", "fsdp", True), ("unsharded", "fsdp", False), ("sharded", "ddp", True)):
-        again[name] = run(kind, images, folder / name, resume=folder / start / "epoch_1.pth", fsdp=fsdp)
+    for name, fsdp in (("resumed", True), ("unsharded", False)):
+        again[name] = run(kind, images, folder / name, resume=folder / "fsdp/epoch_1.pth", fsdp=fsdp)
     if get_rank() == 0:
         content = {name: {"losses": losses, "held": held} for name, (losses, held) in (found | again).items()}
         (folder / "found.json").write_text(json.dumps(content))
@@ -86,5 +88,7 @@ def refusals(kind, images, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"run": whole_run, "refusals": refusals}[sys.argv[1]](*sys.argv[2:5])
+    whole_run(*sys.argv[1:4])
+    if sys.argv[1] == "vit":
+        refusals(*sys.argv[1:4])
     leave_group()
