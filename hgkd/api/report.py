@@ -44,6 +44,7 @@ LAYERS = (
     *((256, 256, 3, 2, 4), (256, 256, 3, 1, 2), (512, 512, 3, 2, 2), (512, 512, 3, 1, 1)),
 )
 _MOST_ROUNDS = 9
+_STEPS = 14  # dense steps' time that a table with one repeat takes, its look at the memory included
 _EXACT = 1e-9  # of fp64 against fp64
 _FACTOR = 2.0  # an error may be so many times that of torch's own dense kernels in the same precision
 _FLOOR = 1e-6  # and what lies below this is rounding
@@ -315,6 +316,18 @@ def _turns(steps: Mapping[str, Callable[[], None]], device: str, seconds: float)
 # --- steps and reading -----------------------------------------------------------------------------------------------------
 
 
+def fitting_batch(machine: Machine, seconds: float) -> int:
+    """Images of a step, so that a table of steps fits its time, as one dense step of two images tells; two at least."""
+    network: Any = timm.create_model(machine.student, num_classes=0, global_pool="").to(machine.device).train()
+    images = torch.rand(2, 3, machine.image_size, machine.image_size, device=machine.device)
+
+    def dense() -> None:
+        network.forward_features(images).square().mean().backward()
+
+    each = _turns({"dense": dense}, machine.device, 0)["dense"] / len(images)
+    return max(2, min(machine.batch, int(seconds / (_STEPS * each))))
+
+
 def _within(measure: Callable[[int], dict[str, Any]], seconds: float) -> dict[str, Any]:
     """A measurement with as many repeats as its time allows, by what one repeat has taken."""
     start = time.perf_counter()
@@ -329,7 +342,8 @@ def _step_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for row in result["results"]:
         over = {f"over {name}": ratio for name, ratio in row["speedup_over"].items()}
-        kept = {"step ms": row["step_ms"], "images/s": row["images_per_s"], "peak MB": row["peak_mb"]}
+        kept: dict[str, Any] = {"batch": result["settings"]["batch_size"]}
+        kept |= {"step ms": row["step_ms"], "images/s": row["images_per_s"], "peak MB": row["peak_mb"]}
         rows.append({"step": row["backend"], "precision": result["settings"]["dtype"], **kept, **over})
     return rows
 
@@ -337,25 +351,28 @@ def _step_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def encoder_step_rows(machine: Machine, seconds: float) -> list[dict[str, Any]]:
     """Forward and backward of the encoder, three quarters of its cells hidden: engine, masked-dense, dense."""
     rows = []
+    seconds /= len(machine.dtypes)
+    batch = fitting_batch(machine, seconds)
     for dtype in machine.dtypes:
 
         def measure(repeats: int, dtype: str = dtype) -> dict[str, Any]:
             return benchmark_sparse(
                 machine.student,
                 machine.image_size,
-                batch_size=machine.batch,
+                batch_size=batch,
                 device=machine.device,
                 dtype=dtype,
                 repeats=repeats,
             )
 
-        rows += _step_rows(_within(measure, seconds / len(machine.dtypes)))
+        rows += _step_rows(_within(measure, seconds))
     return rows
 
 
 def whole_step(machine: Machine, seconds: float) -> list[dict[str, Any]]:
     """Forward and backward of a distillation with its teacher (random weights); 'dense' is the encoder alone."""
     importlib.import_module("mmengine")
+    batch = fitting_batch(machine, seconds)
     options = {
         "student": machine.student,
         "image_size": machine.image_size,
@@ -369,7 +386,7 @@ def whole_step(machine: Machine, seconds: float) -> list[dict[str, Any]]:
         return benchmark_distill(
             machine.recipe,
             options,
-            batch_size=machine.batch,
+            batch_size=batch,
             device=machine.device,
             dtype=machine.dtypes[-1],
             backends=("gather", "dense"),

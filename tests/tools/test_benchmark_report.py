@@ -50,6 +50,15 @@ def test_a_report_holds_all_parts_as_markdown_and_json(tmp_path, monkeypatch, ca
     assert page in capsys.readouterr().out
 
 
+def test_a_slow_machine_gets_a_small_batch(monkeypatch):
+    monkeypatch.setattr(report_api, "_turns", lambda steps, device, seconds: {"dense": 4.0})  # two seconds an image
+    sizes = {
+        seconds: report_api.fitting_batch(Machine("cpu", ("fp32",), 64, student="test_resnet"), seconds)
+        for seconds in (1, 100, 10**6)
+    }
+    assert sizes == {1: 2, 100: 3, 10**6: 64}
+
+
 def test_wrong_values_are_seen(tmp_path, monkeypatch, capsys):
     honest = report_api.sparsify
 
@@ -57,7 +66,7 @@ def test_wrong_values_are_seen(tmp_path, monkeypatch, capsys):
         made = honest(network, cell, backend)
         if backend == "gather":
             with torch.no_grad():
-                made.conv1.weight[0, 0, 0, 0] += 1e-3
+                next(made.parameters())[0, 0, 0, 0] += 1e-3
         return made
 
     monkeypatch.setattr(report_api, "sparsify", slightly_wrong)
