@@ -1,4 +1,7 @@
-"""Step time and memory of the sparse engine, and the rate of reading images, as ratios in one process."""
+"""Step time and memory of the sparse engine, and the rate of reading images, as ratios in one process.
+
+The engine is measured without mmengine: what needs it is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import timm
 import torch
@@ -23,16 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from hgkd.api.make_shards import pack_images
-from hgkd.api.train import load_config
-from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
-from hgkd.data.sampler import in_arrays
-from hgkd.distillers import MaskedDistiller
+from hgkd.cells import grid_of, highest, visible_count
 from hgkd.errors import InvalidValueError, unknown_name_message
-from hgkd.masking import RandomMask, grid_of, visible_count
-from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, sparsify
 from hgkd.sparse.convert import SparseModule
+
+if TYPE_CHECKING:
+    from hgkd.data import UnlabelledImages
+    from hgkd.distillers import MaskedDistiller
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -217,9 +218,13 @@ def sparse_speedup(
     grid = grid_of((image_size, image_size), cell)
     model.to(memory_format=torch.channels_last).train()
     images = torch.randn(batch_size, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
-    mask = RandomMask(mask_ratio)
+    keep = visible_count(*grid, mask_ratio)
+
+    def draw() -> Tensor:
+        return highest(torch.rand(batch_size, *grid), keep)
+
     steps = {
-        "gather": encoder_step(sparsify(model, cell), images, lambda: mask(batch_size, grid, device="cpu"), "cpu", "fp32"),
+        "gather": encoder_step(sparsify(model, cell), images, draw, "cpu", "fp32"),
         "dense": encoder_step(model, images, None, "cpu", "fp32"),
     }
     times, _ = measure_times(steps, repeats=repeats, clock=clock)
@@ -264,15 +269,18 @@ def benchmark_sparse(
     model: Any = timm.create_model(student, num_classes=0, global_pool="")
     model.to(device, memory_format=torch.channels_last).train()
     images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
-    mask = RandomMask(mask_ratio)
+    keep = visible_count(*grid, mask_ratio)
+
+    def draw() -> Tensor:
+        return highest(torch.rand(batch_size, *grid, device=device), keep)
+
     steps = {}
     for backend in backends:
         if backend == "dense":
             steps[backend] = encoder_step(model, images, None, device, dtype)
         else:
             network = sparsify(model, cell, backend)
-            steps[backend] = encoder_step(network, images, lambda: mask(batch_size, grid, device=device), device, dtype)
-    keep = visible_count(*grid, mask_ratio)
+            steps[backend] = encoder_step(network, images, draw, device, dtype)
     settings = {"student": student, "image_size": image_size, "cell": cell, "visible_cells": [keep, grid[0] * grid[1]]}
     results = measure(steps, batch_size, device, repeats, clock)
     return {
@@ -308,6 +316,9 @@ def benchmark_distill(
     Raises:
         ValueError: the recipe is of another kind, or a variant has the name of a backend.
     """
+    from hgkd.api.train import load_config
+    from hgkd.registry import MODELS
+
     cfg = load_config(config, options=options)
     taken = set(variants or {}) & set(backends)
     if taken:
@@ -368,6 +379,9 @@ def benchmark_data(
             "count-not-positive",
             f"workers, images, batch_size and repeats must be 1 or more, got {workers}, {images}, {batch_size}, {repeats}",
         )
+    from hgkd.data import EpochSampler, SeededIndex, UnlabelledImages
+    from hgkd.data.sampler import in_arrays
+
     dataset = UnlabelledImages(data_root, image_size=image_size, max_bad_share=0.0, limit=images)
     count = len(dataset)
     order = EpochSampler(dataset, seed=0)
@@ -428,6 +442,9 @@ def _bytes_of(dataset: UnlabelledImages, index: int) -> int:
 
 def _packed_again(dataset: UnlabelledImages, folder: Path, image_size: int) -> dict[str, UnlabelledImages]:
     """The images in other forms, as far as what writes them is installed."""
+    from hgkd.api.make_shards import pack_images
+    from hgkd.data import UnlabelledImages
+
     made = {}
     if importlib.util.find_spec("webdataset") is not None:
         pack_images(dataset, folder / "shards", size=_STORED)

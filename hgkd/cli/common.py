@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hgkd.config.options import OptionsAction
+import torch
+
 from hgkd.errors import USER_ERRORS, code_of
 
 Main = Callable[[Sequence[str]], int]
@@ -22,8 +23,23 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def device_name(text: str) -> str:
+    """A device of this machine, or 'auto'; argparse's ``type`` of ``--device``."""
+    if text != "auto":
+        try:
+            torch.empty(0, device=text)
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).splitlines()[0]
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no device of this machine ({why}); take cpu, or leave it out"
+            ) from None
+    return text
+
+
 def add_config_options(parser: argparse.ArgumentParser, text: str = "override keys of the config") -> None:
     """Add ``--cfg-options``."""
+    from hgkd.config.options import OptionsAction  # mmengine's, which not every command needs
+
     parser.add_argument("--cfg-options", nargs="+", action=OptionsAction, default={}, metavar="KEY=VALUE", help=text)
 
 

@@ -27,8 +27,8 @@ from hgkd.api.evaluate import (
     RECIPE,
     evaluate,
 )
-from hgkd.cli.common import command, command_parser
-from hgkd.config.options import OptionsAction, device_name
+from hgkd.cli.common import command, command_parser, device_name
+from hgkd.config.options import OptionsAction
 from hgkd.config.reading import read_config
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS
 from hgkd.evaluation.linear import DEFAULT_GRID

@@ -15,7 +15,12 @@ def help_text(examples: str, codes: Mapping[int, str]) -> str:
     lines += [f"  {name:<18} {option.help}" for name, option in SHORT_OPTIONS.items()]
     lines += ["", "short options of detectors and segmentors:"]
     lines += [f"  {name:<18} {text}" for name, text in DOWNSTREAM_OPTIONS.items()]
-    lines += ["", "of all of them:", f"  {'tracker':<18} {' or '.join(TRACKERS)}: where the run is recorded, too"]
+    lines += [
+        "",
+        "keys without a place of their own:",
+        f"  {'tracker':<18} {' or '.join(TRACKERS)}: where the run is recorded, too",
+        f"  {'fsdp':<18} True: divide the parameters among the processes (not of detectors and segmentors)",
+    ]
     lines += [
         "",
         "The command line wins over the config, and a config over those in its _base_. A short option and the dotted path that",

@@ -21,8 +21,8 @@ from pathlib import Path
 from mmengine.device import get_device
 from torch import Tensor
 
-from hgkd.cli.common import command, command_parser
-from hgkd.config.options import OptionsAction, device_name
+from hgkd.cli.common import command, command_parser, device_name
+from hgkd.config.options import OptionsAction
 from hgkd.config.reading import read_config
 from hgkd.data.images import read_crops
 from hgkd.errors import InvalidValueError

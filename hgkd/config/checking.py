@@ -34,6 +34,7 @@ _CFG_KEYS = {
     "custom_imports",
     "efficient_conv_bn_eval",
     "find_unused_parameters",
+    "fsdp",
     "kernels",
     "model_wrapper_cfg",
     "runner_type",

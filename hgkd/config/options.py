@@ -1,4 +1,4 @@
-"""Parsing of ``--device`` and of ``--cfg-options KEY=VALUE``.
+"""Parsing of ``--cfg-options KEY=VALUE``.
 
 Values are read as mmengine's ``DictAction`` does, except that texts stay as typed: it takes blanks out of every value,
 makes lists of what has a comma and numbers of folders that are called 2024.
@@ -7,11 +7,10 @@ makes lists of what has a comma and numbers of folders that are called 2024.
 from __future__ import annotations
 
 import ast
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from mmengine.config import DictAction
 
 _PATHS = ("_root", "_file", "_checkpoint", "_dir", "_from", "backbone", "checkpoint")
@@ -72,14 +71,3 @@ def _inside(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(_inside, value))}]"
     return repr(value)
-
-
-def device_name(text: str) -> str:
-    """A device of this machine, or 'auto'; argparse's ``type`` of ``--device``."""
-    if text != "auto":
-        try:
-            torch.empty(0, device=text)
-        except (RuntimeError, AssertionError) as error:
-            why = str(error).splitlines()[0]
-            raise ArgumentTypeError(f"{text!r} is no device of this machine ({why}); take cpu, or leave it out") from None
-    return text

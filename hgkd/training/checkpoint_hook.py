@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ class RunCheckpointHook(CheckpointHook):
         self._due = False
         self._saved_at = time.monotonic()
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
-        self._write_and_remove(runner, name, meta)
+        with getattr(runner, "whole_state", nullcontext)():  # of sharded parameters all processes gather, and one writes
+            self._write_and_remove(runner, name, meta)
 
     @master_only
     def _write_and_remove(self, runner: Runner, name: str, meta: dict[str, Any]) -> None:

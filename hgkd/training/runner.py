@@ -15,7 +15,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from torch.utils.data import DataLoader
 from hgkd.config.schedule import without_empty_warmup
 from hgkd.data.sampler import in_arrays
 from hgkd.errors import InvalidValueError, WeightsError, configured
+from hgkd.networks.guest import teachers_of
 from hgkd.registry import RUNNERS
 from hgkd.sparse.choice import use_kernels
 from hgkd.training.checkpoint_hook import CheckpointWriteError
@@ -44,12 +46,13 @@ from hgkd.training.loop import ExactEpochLoop, end_workers_at_exit, ignore_first
 from hgkd.training.optim import check_optim_config
 from hgkd.training.recompute import recompute_activations
 from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, images_of
+from hgkd.training.sharding import check_hooks, divided, divided_state, shard_model, whole
 from hgkd.training.sync_norm import sync_batch_norms
 from hgkd.training.trackers import TRACKERS, Tracker, check_tracker
 from hgkd.training.work_folder import check_unused, held_until_the_end, lock_folder, release_folder
 from hgkd.training.wrapping import check_channels, plain_model
 from hgkd.weights.identify import describe_network, hgkd_of
-from hgkd.weights.loading import load_strict, match
+from hgkd.weights.loading import check_finite, load_strict, match
 from hgkd.weights.run_folder import find_last_checkpoint, read_run_checkpoint, seal, tell_system_errors
 from hgkd.writing import replacing
 
@@ -100,6 +103,8 @@ class DistillRunner(Runner):
     _load_from: str | None
     model: nn.Module
     _read: ReadCheckpoint | None = None
+    _sharded = False
+    _whole: dict[str, Any] | None = None
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> DistillRunner:
@@ -153,13 +158,57 @@ class DistillRunner(Runner):
         return logger
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        if not self.distributed:
+            self._fsdp()
         if not self.distributed or model_wrapper_cfg is not None or is_model_wrapper(model):
             wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
             return wrapped
-        model = model.to(get_device())
+        fsdp = self._fsdp()
+        if not fsdp:
+            model = model.to(get_device())
         if self.cfg.get("sync_bn"):
             self.logger.info(f"{sync_batch_norms(model)} batch normalisations take their statistics over all processes")
+        if fsdp:
+            for part in (model, *teachers_of(model).values()):
+                for value in part.state_dict().values():
+                    broadcast(value)
+            self.logger.info(shard_model(model))
+            self._sharded = True
+            return model
         return _data_parallel(model, self.cfg.get("find_unused_parameters", False))
+
+    def _fsdp(self) -> bool:
+        """Whether the config divides the parameters of a training among several processes."""
+        fsdp = self.cfg.get("fsdp")
+        if fsdp not in (None, True, False):
+            raise InvalidValueError("fsdp-not-bool", f"fsdp={fsdp!r}: expected True, or False")
+        if fsdp and self._train_loop is not None and not self.distributed:
+            raise InvalidValueError(
+                "fsdp-needs-processes",
+                "fsdp=True divides the parameters among several processes, and this is one alone: start with torchrun and "
+                "--launcher pytorch, or leave fsdp out",
+            )
+        return bool(fsdp) and self._train_loop is not None
+
+    def _init_model_weights(self) -> None:
+        if not self._sharded:  # otherwise all processes had process 0's before they were divided
+            super()._init_model_weights()
+
+    @contextmanager
+    def whole_state(self) -> Iterator[None]:
+        """Context in which one process alone may write a checkpoint of sharded parameters; all processes enter it."""
+        gathers = self._sharded and self._whole is None
+        if gathers:
+            keep = is_main_process()
+            self._whole = {
+                "state_dict": whole(plain_model(self).state_dict(), keep),
+                "optimizer": whole(self.optim_wrapper.state_dict(), keep),
+            }
+        try:
+            yield
+        finally:
+            if gathers:
+                self._whole = None
 
     def say_idle_parameters(self, names: Sequence[str]) -> None:
         """Warn of parameters that no loss reaches, and let data-parallel training not wait for their gradients."""
@@ -177,6 +226,8 @@ class DistillRunner(Runner):
         """Train as mmengine's runner, with activation checkpointing for sparse tensors (:mod:`hgkd.training.recompute`)."""
         chosen = use_kernels(self.cfg.get("kernels", "measure"), self.logger.info)
         with tell_system_errors(self.work_dir), held_until_the_end(self.work_dir), chosen:
+            if self._sharded:
+                check_hooks(self)
             recompute_activations(plain_model(self), self.cfg.get("activation_checkpointing") or [])
             self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
             try:
@@ -196,7 +247,9 @@ class DistillRunner(Runner):
     def _after_training(self) -> None:
         """What is left to do while the work folder is still held; nothing here."""
 
-    def call_hook(self, fn_name: str, **kwargs: object) -> None:
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        if fn_name == "before_save_checkpoint" and self._whole is not None:
+            kwargs["checkpoint"].update(self._whole)
         if fn_name not in ("before_run", "before_train"):
             return super().call_hook(fn_name, **kwargs)
         with configured():  # hooks build parts of theirs here, as EMAHook its average
@@ -372,7 +425,14 @@ class DistillRunner(Runner):
                 f"Use the config that wrote it, or start anew without it; {error}",
             ) from error
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)  # may exchange the weights, as EMAHook does
-        load_strict(model, checkpoint["state_dict"], source=str(filename), ignore_unexpected=unused)
+        state = checkpoint["state_dict"]
+        if self._sharded:
+            check_finite(Path(filename), state)
+            own = model.state_dict()
+            state = {key: divided(value, own.get(key)) for key, value in state.items()}
+            if "optimizer" in checkpoint and isinstance(self.optim_wrapper, OptimWrapper):
+                checkpoint["optimizer"] = divided_state(checkpoint["optimizer"], self.optim_wrapper)
+        load_strict(model, state, source=str(filename), ignore_unexpected=unused, finite=not self._sharded)
         if hasattr(model, "load_meta"):
             model.load_meta(hgkd_of(checkpoint))
         self._has_loaded = True
@@ -386,6 +446,10 @@ class DistillRunner(Runner):
         Raises:
             CheckpointWriteError: it cannot be written, e.g. because the disk is full.
         """
+        with self.whole_state():
+            self._save(out_dir, filename, *args, meta=meta, **kwargs)
+
+    def _save(self, out_dir: str, filename: str, *args: object, meta: dict[str, Any] | None, **kwargs: object) -> None:
         model = plain_model(self)
         meta = {**(meta or {}), "steps_per_epoch": len(self.train_dataloader), "images": images_of(self)}
         meta["optimizer"] = type(self.optim_wrapper.optimizer).__name__

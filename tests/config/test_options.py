@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hgkd.config.options import OptionsAction, device_name, option_text, option_value
+from hgkd.cli.common import device_name
+from hgkd.config.options import OptionsAction, option_text, option_value
 
 
 def parse(*pairs):
