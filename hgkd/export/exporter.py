@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -140,6 +141,8 @@ def export(
             torch.manual_seed(0)
             written = target.write(job, **options)
             difference = _prove_equal(job, written)
+            if target.runner is not None:
+                difference = max(difference, _prove_any_size(job, written))
             if latency is not None:
                 table = measured(target, work, written.table, written.input or taken, latency)
                 written = replace(written, table=table)
@@ -252,6 +255,37 @@ def _prove_equal(job: Job, written: Written) -> float:
     return difference
 
 
+@torch.no_grad()
+def _prove_any_size(job: Job, written: Written) -> float:
+    """The same at odd sides, for graphs that are said to take any size; 0 where the network itself takes no such image.
+
+    Raises:
+        ExportError: the graph does not compute there what the network does.
+    """
+    taken, expect = written.input or job.input, written.expected or job.features
+    if taken.height is not None or taken.width is not None or taken.multiple > 1:
+        return 0.0
+    height, width = job.image_size[0] + 17, job.image_size[1] + 9
+    images = job.random_images(1, height, width)
+    try:
+        expected = expect(images)
+    except Exception:
+        # networks that add maps of several scales, or cut them into windows, want whole ones; torch says so in many ways
+        return 0.0
+    try:
+        difference, said = largest_difference(written.reloaded(images), expected), ""
+    except Exception as error:
+        # every runtime has its own
+        difference, said = math.inf, f" ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    if not difference <= (TOLERANCE if written.tolerance is None else written.tolerance):
+        raise ExportError(
+            "graph-wrong-at-a-size",
+            f"{written.proven_with} computes what the {job.part} does at {job.image_size[0]} x {job.image_size[1]}, but not at "
+            f"{height} x {width}{said}: outputs differ by {difference:.2e}; use another target, e.g. onnx",
+        )
+    return difference
+
+
 def _describe(
     job: Job, target: Target, written: Written, difference: float, options: Mapping[str, Any], licences: Mapping[str, str]
 ) -> ExportReport:
@@ -313,7 +347,7 @@ def _signature(job: Job, written: Written, options: Mapping[str, Any]) -> Signat
     whole = job.part == "classifier"
     kind = str(options.get("output") or ("logits" if whole else "pooled"))
     return Signature(
-        files={row["precision"]: row["file"] for row in written.table},
+        files={str(row.get("precision", "fp32")): str(row["file"]) for row in written.table if "file" in row},
         input=written.input or job.input,
         outputs=written.outputs or (Output(kind, kind),),
         task="classification" if kind == "logits" else "features",

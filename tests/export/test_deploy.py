@@ -23,6 +23,7 @@ from hgkd.export import onnx_versions as versions
 from hgkd.export.measure import measured
 from hgkd.export.preprocessing import inside
 from hgkd.export.targets import graphs
+from hgkd.weights.identify import identify
 from hgkd.weights.signature import ImageInput, Signature
 
 BRANCHED = ("repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8")
@@ -244,6 +245,21 @@ def test_same_padded_networks_in_ncnn_say_their_sizes(tmp_path: Path, side: int,
     assert any(("multiples of 32" if side == 224 else "200 x 200 pixels (fixed at export)") in note for note in report.notes)
 
 
+def test_a_graph_that_is_right_at_its_own_size_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(job: object) -> Written:
+        graph = graphs.graph_of(job, None, None)
+
+        def wrong(images: Tensor) -> Tensor:
+            return graph(images) + (images.shape[2] % 2)
+
+        return Written("", "nothing", wrong, 1, 1, expected=graph)
+
+    write_student(tmp_path / "a.pth")
+    monkeypatch.setitem(TARGETS, "mine", Target("mine", "", write, runner=lambda file, threads: None))
+    with refused(ExportError, "graph-wrong-at-a-size", "160 x 160", "177 x 169"):
+        export(tmp_path / "a.pth", tmp_path / "out", "mine")
+
+
 # --- measured --------------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +386,8 @@ def test_a_folder_that_was_changed_is_refused(tmp_path: Path) -> None:
         (folder / file).write_bytes(content)
         with refused(WeightsError, "export-file-changed", file):
             read(folder)
+        with refused(WeightsError, "export-file-changed", file):
+            identify(folder / file)
         (folder / file).unlink()
         with refused(FileNotFoundError, "export-file-missing", file):
             read(folder)
