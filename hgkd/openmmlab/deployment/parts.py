@@ -7,7 +7,7 @@ operations; a class that overrides one of them would do something else, and is r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from torch import nn
@@ -105,7 +105,7 @@ def detector_parts(model: Any, pipeline: Any) -> DetectorParts:
         for layer in second.bbox_roi_extractor.roi_layers:
             if type(layer).__name__ != "RoIAlign" or layer.pool_mode != "avg":
                 _refuse(layer, "is another pooling of regions than the mean of RoIAlign")
-        rule = _rule(second.bbox_head, second.test_cfg)
+        rule = replace(_rule(second.bbox_head, second.test_cfg), least_side=None)  # a box head asks for none
         return DetectorParts(model, "two-stage", pixels, *padding, rule, proposals=_rule(first, first.test_cfg, -1.0))
     _same(model, detectors.SingleStageDetector, "predict", "extract_feat")
     head = model.bbox_head
