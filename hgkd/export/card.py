@@ -127,7 +127,8 @@ def model_card(card: Mapping[str, Any], library: str, usage: str) -> str:
         usage: the lines that load the folder.
     """
     licence = card["licences"]["weights"]
-    lines = ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", "- hgkd"]
+    task = "image-classification" if card["export"]["part"] == "classifier" else "image-feature-extraction"
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}", "tags:", "- hgkd"]
     if not licence.startswith("unknown"):
         # the hub knows identifiers; any other text is a name, quoted as YAML takes it
         named = re.fullmatch(r"[A-Za-z0-9.+-]+", licence)

@@ -104,8 +104,11 @@ def read_graph(path: str | os.PathLike[str]) -> ExportedGraph:
     return ExportedGraph(path, named["target"], named["part"], signature, card["files"], card)
 
 
-def check_files(path: Path) -> None:
+def check_files(path: Path, only: str | None = None) -> None:
     """Compare the files of an export with the SHA-256 in its run card; a folder without card is passed over.
+
+    Args:
+        only: a file in the folder, which may be none of the export's; None: all that the card lists.
 
     Raises:
         FileNotFoundError: one is missing.
@@ -113,6 +116,8 @@ def check_files(path: Path) -> None:
     """
     files = _card(path).get("files")
     for name, noted in (files if isinstance(files, Mapping) else {}).items():
+        if only not in (None, name) or not isinstance(noted, Mapping) or not {"sha256", "bytes"} <= noted.keys():
+            continue
         file, again = path / name, "copy the whole folder again, or export the checkpoint again"
         if not file.is_file():
             raise MissingFileError("export-file-missing", f"{path} lacks {name}, which its {CARD_FILE} lists; {again}")

@@ -181,12 +181,13 @@ def identify(path: str | os.PathLike[str], entry: str | None = None) -> WeightFi
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        WeightsError: damaged, or unsafe to read; see :func:`hgkd.weights.files.read_checkpoint`.
+        WeightsError: damaged, or unsafe to read; see :func:`hgkd.weights.files.read_checkpoint`; of an export, and changed.
     """
     if isinstance(path, WeightFile):
         return path
     found = Path(path).expanduser()
     if not found.is_dir():
+        check_files(found.parent, found.name)  # where it lies in an export
         return _file(found, read_checkpoint(found), entry)
     last = last_intact(found)
     return _folder(found) if last is None else _file(*last, entry)

@@ -23,6 +23,7 @@ from hgkd.export import onnx_versions as versions
 from hgkd.export.measure import measured
 from hgkd.export.preprocessing import inside
 from hgkd.export.targets import graphs
+from hgkd.weights.identify import identify
 from hgkd.weights.signature import ImageInput, Signature
 
 BRANCHED = ("repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8")
@@ -385,6 +386,8 @@ def test_a_folder_that_was_changed_is_refused(tmp_path: Path) -> None:
         (folder / file).write_bytes(content)
         with refused(WeightsError, "export-file-changed", file):
             read(folder)
+        with refused(WeightsError, "export-file-changed", file):
+            identify(folder / file)
         (folder / file).unlink()
         with refused(FileNotFoundError, "export-file-missing", file):
             read(folder)
