@@ -25,6 +25,7 @@ from hgkd.differences import largest_difference
 from hgkd.errors import InvalidValueError, Refusal, unknown_name_message
 from hgkd.export import TARGETS, EncoderSpec, ExportError, Job, MissingLibraryError, Source
 from hgkd.export.exporter import TOLERANCE
+from hgkd.export.job import need
 from hgkd.networks.encoder import build_encoder
 from hgkd.networks.libraries import library_of
 from hgkd.students import SparseUNet
@@ -99,7 +100,9 @@ def choose_students(
         MissingLibraryError: the runtime is not installed.
         FileNotFoundError, DataError: a table is absent or damaged.
     """
-    _check(budget_ms, runtime, threads=threads, size=size, repeats=repeats, **({} if limit is None else {"limit": limit}))
+    _check(
+        budget_ms, runtime, measure, threads=threads, size=size, repeats=repeats, **({} if limit is None else {"limit": limit})
+    )
     others = [row for table in tables for row in read_table(table)]
     machine = machine or this_machine()
     known = read_table(out) if out is not None and check_table_name(out).exists() else []
@@ -267,7 +270,7 @@ def _in_turn(families: Iterable[list[str]], counted: dict[str, int | None]) -> l
     return [family[turn] for turn in turns for family in ordered if turn < len(family)]
 
 
-def _check(budget_ms: float, runtime: str, **counts: int) -> None:
+def _check(budget_ms: float, runtime: str, measure: bool, **counts: int) -> None:
     timed = [name for name, target in TARGETS.items() if target.runner is not None]
     if runtime not in timed:
         raise InvalidValueError("runtime-unknown", unknown_name_message("runtime", runtime, timed))
@@ -276,6 +279,8 @@ def _check(budget_ms: float, runtime: str, **counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise InvalidValueError("count-not-positive", f"{name} must be 1 or more, got {value}")
+    if measure and TARGETS[runtime].runtime:
+        need(runtime, TARGETS[runtime].runtime)
 
 
 def _line(row: StudentRow) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,12 +135,11 @@ def test_wrong_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused(ValueError, "count-not-positive", "threads", "0"):
         choose_students(20, "onnx", threads=0)
 
-    def absent(*_: object, **__: object) -> None:
-        raise MissingLibraryError("target-library-missing", "needs ncnn")
-
-    monkeypatch.setattr(choose_student, "_run", absent)
-    with refused(MissingLibraryError, "target-library-missing"):
-        measure_latency(ROW, 1)
+    monkeypatch.setitem(sys.modules, "ncnn", None)
+    with refused(MissingLibraryError, "target-library-missing", "ncnn"):
+        choose_students(20, "ncnn")
+    with refused(MissingLibraryError, "target-library-missing", "ncnn"):
+        measure_latency(replace(ROW, runtime="ncnn"), 1)
 
 
 def test_a_crash_costs_one_number_only(monkeypatch: pytest.MonkeyPatch) -> None:
