@@ -60,7 +60,7 @@ def _listed_path(entry: str, list_file: str, number: int, store: Store) -> str:
         raise DataError("list-file-not-text", f"{where} is not text; give a text file with one image path a line")
     path = store.name_of(entry)
     if path is None:
-        everything = "/ allows every path" if isinstance(store, LocalStore) else "https:// every address of that kind"
+        everything = "/ allows every path" if isinstance(store, LocalStore) else "https:// allows every address of that kind"
         raise DataError(
             "listed-path-leaves-root",
             f"{where}: {printable(entry)!r} leaves data_root {printable(store.root)}; set data_root to a folder above all "

@@ -27,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from hgkd.data.folders import DOTTED, Content, is_system, kind_name, printable, search
+from hgkd.data.folders import DOTTED, Content, is_system, kind_name, printable
 from hgkd.data.remote import RemoteStore
 from hgkd.data.sources import ImageSource, Names
 from hgkd.data.stores import Store
@@ -35,11 +35,6 @@ from hgkd.errors import DataError
 
 Place = tuple[int, int, int]  # number of the shard, offset of the first byte, size in bytes
 Member = tuple[str, int, int]  # name, offset, size
-
-
-def find_shards(folder: str) -> list[str]:
-    """Paths of all .tar files below ``folder``, relative to it, sorted; links are followed, cycles are not."""
-    return search(folder).shards
 
 
 def kind_of(member: str) -> str:

@@ -14,7 +14,6 @@ from refusals import refused
 from hgkd.data import LabelledImages, UnlabelledImages
 from hgkd.data.folders import is_system, printable, search
 from hgkd.data.images import find_images
-from hgkd.data.shards import find_shards
 from hgkd.errors import DataError
 
 
@@ -130,7 +129,7 @@ def test_links_to_folders_of_shards_are_followed_and_cycles_end(tmp_path):
     (root / "link").symlink_to(far)
     (far / "back").symlink_to(root)
     (root / "self").symlink_to("self")
-    assert find_shards(str(root)) == ["link/a.tar"]
+    assert search(str(root)).shards == ["link/a.tar"]
     dataset = UnlabelledImages(root, image_size=8, max_bad_share=0)
     assert [os.path.relpath(dataset.path(i), root) for i in range(len(dataset))] == ["link/a.tar/0.png", "link/a.tar/b/4.jfif"]
     assert len(list(dataset)) == 2
