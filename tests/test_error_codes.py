@@ -115,16 +115,14 @@ def test_the_page_of_codes_is_up_to_date(tmp_path, capsys):
 
 def test_the_page_shows_messages_with_their_values():
     text = page()
-    assert (
-        "| `mask-ratio-too-high` | InvalidValueError | `masking` | mask\\_ratio {mask\\_ratio} leaves no visible cell" in text
-    )
+    assert "| `mask-ratio-too-high` | InvalidValueError | `cells` | mask\\_ratio {mask\\_ratio} leaves no visible cell" in text
     assert "| `layout-unknown` | InvalidValueError | `cli.make_shapes` | unknown layout {layout}; did you mean {...}? |" in text
 
 
 def test_codes_can_be_searched(capsys):
     assert doctor(["errors", "mask-ratio-too-high"]) == 0
     assert capsys.readouterr().out.startswith(
-        "mask-ratio-too-high (InvalidValueError, hgkd.masking)\n    mask_ratio {mask_ratio}"
+        "mask-ratio-too-high (InvalidValueError, hgkd.cells)\n    mask_ratio {mask_ratio}"
     )
     assert doctor(["errors", "no such word"]) == 2
     assert "'no such word'" in (said := capsys.readouterr().err)
