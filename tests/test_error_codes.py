@@ -27,7 +27,7 @@ SIGNAL = "no error: it carries a signal, or an error that another process has me
 UNCODED = {
     "hgkd.__getattr__": ("AttributeError", METHOD),
     "hgkd.api.compare.compare": ("failed[0]", SIGNAL),
-    "hgkd.cli.common.device_name": ("ArgumentTypeError", "argparse tells it, in its own form"),
+    "hgkd.cli.common.device_name": ("argparse.ArgumentTypeError", "argparse tells it, in its own form"),
     "hgkd.data.images._load": ("IndexError", METHOD),
     "hgkd.data.channels.known_range": ("BandsError", READ),
     "hgkd.data.channels.channel_values": ("BandsError", READ),
@@ -116,16 +116,14 @@ def test_the_page_of_codes_is_up_to_date(tmp_path, capsys):
 
 def test_the_page_shows_messages_with_their_values():
     text = page()
-    assert (
-        "| `mask-ratio-too-high` | InvalidValueError | `masking` | mask\\_ratio {mask\\_ratio} leaves no visible cell" in text
-    )
+    assert "| `mask-ratio-too-high` | InvalidValueError | `cells` | mask\\_ratio {mask\\_ratio} leaves no visible cell" in text
     assert "| `layout-unknown` | InvalidValueError | `cli.make_shapes` | unknown layout {layout}; did you mean {...}? |" in text
 
 
 def test_codes_can_be_searched(capsys):
     assert doctor(["errors", "mask-ratio-too-high"]) == 0
     assert capsys.readouterr().out.startswith(
-        "mask-ratio-too-high (InvalidValueError, hgkd.masking)\n    mask_ratio {mask_ratio}"
+        "mask-ratio-too-high (InvalidValueError, hgkd.cells)\n    mask_ratio {mask_ratio}"
     )
     assert doctor(["errors", "no such word"]) == 2
     assert "'no such word'" in (said := capsys.readouterr().err)

@@ -6,6 +6,7 @@ import argparse
 import functools
 import os
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,9 +31,7 @@ def device_name(text: str) -> str:
             torch.empty(0, device=text)
         except (RuntimeError, AssertionError) as error:
             why = str(error).splitlines()[0]
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no device of this machine ({why}); take cpu, or leave it out"
-            ) from None
+            raise ArgumentTypeError(f"{text!r} is no device of this machine ({why}); take cpu, or leave it out") from None
     return text
 
 
