@@ -27,7 +27,7 @@ pytest.importorskip("onnxruntime", reason="pip install 'hgkd[export]'")
 WIDTHS = [32, 48, 192, 96]  # of timm's test_resnet
 TIMM = dict(type="hgkd.TimmBackbone", name="test_resnet")
 COCO = tuple(f"class {number}" for number in range(80))
-CLASSIFY = ("retina_cls", "rtm_cls", "rpn_cls", "fc_cls", "conv_cls", "conv_obj", "conv_seg", "centerness")
+SPREAD = ("conv_reg", "retina_cls", "rtm_cls", "rpn_cls", "fc_cls", "conv_cls", "conv_obj", "conv_seg", "centerness")
 
 
 def recipe(path, **options):
@@ -91,14 +91,14 @@ def spread(layer: nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tens
 
 
 def written(folder: Path, cfg) -> Path:
-    """A checkpoint of an untrained model whose scores are spread and differ from each other."""
+    """A checkpoint of an untrained model whose scores are spread and differ from each other, and whose boxes are finite."""
     from mmengine.registry import MODELS
 
     torch.manual_seed(0)
     with scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
     for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and any(part in name for part in CLASSIFY):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and any(part in name for part in SPREAD):
             nn.init.normal_(layer.weight)
             nn.init.zeros_(layer.bias)
             layer.register_forward_hook(spread)
