@@ -26,8 +26,8 @@ need("mmdet", "mmseg")
 pytest.importorskip("onnxruntime", reason="pip install 'hgkd[export]'")
 WIDTHS = [32, 48, 192, 96]  # of timm's test_resnet
 TIMM = dict(type="hgkd.TimmBackbone", name="test_resnet")
-COCO = tuple(f"class {number}" for number in range(80))
-CLASSIFY = ("retina_cls", "rtm_cls", "rpn_cls", "fc_cls", "conv_cls", "conv_obj", "conv_seg", "centerness")
+NAMES = ("first", "second", "third")
+SPREAD = ("conv_reg", "retina_cls", "rtm_cls", "rpn_cls", "fc_cls", "conv_cls", "conv_obj", "conv_seg", "centerness")
 
 
 def recipe(path, **options):
@@ -68,7 +68,7 @@ def yolox():
     cfg = recipe("detection/yolox_cspdarknet-tiny_300e_coco.py")
     cfg.model.backbone.update(widen_factor=0.125)
     cfg.model.neck.update(in_channels=[32, 64, 128], out_channels=16)
-    cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1)
+    cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=3)
     return cfg
 
 
@@ -91,23 +91,28 @@ def spread(layer: nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tens
 
 
 def written(folder: Path, cfg) -> Path:
-    """A checkpoint of an untrained model whose scores are spread and differ from each other."""
+    """A checkpoint of an untrained model whose scores are spread and differ from each other, and whose boxes are finite."""
     from mmengine.registry import MODELS
 
     torch.manual_seed(0)
     with scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
     for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and any(part in name for part in CLASSIFY):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and any(part in name for part in SPREAD):
             nn.init.normal_(layer.weight)
             nn.init.zeros_(layer.bias)
             layer.register_forward_hook(spread)
     smooth = nn.functional.interpolate(torch.rand(1, 3, 6, 8) * 255, (128, 160), mode="bilinear")
     with scope(cfg.default_scope):
         own_prediction(model.eval(), TestPipeline.of(cfg, cfg.default_scope), smooth.byte())
+    for name, layer in model.named_modules():
+        if "conv_reg" in name and isinstance(
+            layer, nn.Conv2d
+        ):  # YOLOX's sides are exponentials, and boxes of thousands of pixels hide what a pixel is
+            layer.weight.data /= 4
     kept = {key: cfg[key].to_dict() for key in ("model", "test_dataloader")} | {"default_scope": cfg.default_scope}
     text = "".join(f"{key} = {value!r}\n" for key, value in kept.items())
-    meta = {"cfg": text, "dataset_meta": {"classes": cfg.test_dataloader.dataset.get("metainfo", {}).get("classes", COCO)}}
+    meta = {"cfg": text, "dataset_meta": {"classes": cfg.test_dataloader.dataset.get("metainfo", {}).get("classes", NAMES)}}
     torch.save({"meta": meta, "state_dict": model.state_dict()}, folder / "model.pth")
     return folder / "model.pth"
 
