@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +82,12 @@ class Job:
     def input(self) -> ImageInput:
         """What graphs take: what the user chose, or else float32 (B, C, H, W) in [0, 1]."""
         return self.given or input_of(self.network)
+
+    @property
+    def fixed_input(self) -> ImageInput:
+        """:attr:`input` for one image of the network's own size alone."""
+        height, width = self.image_size
+        return replace(self.input, batch=1, height=height, width=width)
 
     def random_images(self, batch: int, height: int, width: int) -> Tensor:
         """Random images as :attr:`input` has them."""

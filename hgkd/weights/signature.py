@@ -37,7 +37,7 @@ class ImageInput:
         mean, std: by which the caller normalises pixels in [0, 1], RGB; empty where the graph does it.
         size: (H, W) that the network is used at.
         batch, height, width: what they must be; None: anything.
-        least: the shortest side in pixels.
+        least, most: the shortest side in pixels and the longest; None: any.
         multiple: sides are multiples of it.
         resize: how an image of another size is brought to ``size``: 'crop' (shorter side to it, centre cropped, as
             :func:`hgkd.data.images.read_crops`), 'pad' (kept whole, filled at the right and below with ``pad``) or 'stretch'.
@@ -58,6 +58,7 @@ class ImageInput:
     height: int | None = None
     width: int | None = None
     least: int = 1
+    most: int | None = None
     multiple: int = 1
     resize: str = "crop"
     pad: float = 0.0
@@ -103,7 +104,8 @@ class ImageInput:
         """Raise ValueError for a size that the graph does not take."""
         sides = (height, width)
         fixed = all(must in (None, side) for must, side in zip((self.height, self.width), sides, strict=True))
-        if not fixed or min(sides) < self.least or any(side % self.multiple for side in sides):
+        long = self.most is not None and max(sides) > self.most
+        if not fixed or long or min(sides) < self.least or any(side % self.multiple for side in sides):
             raise InvalidValueError(
                 "graph-image-size", f"the graph takes images of {self.sizes}, not of {height} x {width}; resize them"
             )
@@ -113,7 +115,8 @@ class ImageInput:
         """The sizes that it takes, in words."""
         if self.height is not None or self.width is not None:
             return f"{self.height or 'any'} x {self.width or 'any'} pixels (fixed at export)"
-        words = ["any size"] if self.least <= 1 else [f"sides from {self.least} pixels"]
+        upwards = "" if self.most is None else f" to {self.most}"
+        words = ["any size"] if self.least <= 1 and not upwards else [f"sides from {self.least}{upwards} pixels"]
         return " ".join([*words, *([f"in multiples of {self.multiple}"] if self.multiple > 1 else [])])
 
     @property

@@ -89,7 +89,7 @@ def test_a_file_computes_what_torch_does_and_lower_precisions_are_measured(tmp_p
     full, row = report.table
     assert (full["precision"], full["difference"], row["precision"]) == ("fp32", 0.0, lower)
     assert row["bytes"] < full["bytes"]
-    assert 0.0 < row["difference"] < 0.3
+    assert 0.0 < row["difference"] < 0.6
     assert row["cosine"] > 0.98
     assert row["images"] == 8  # every second one of 16; the others calibrated
     assert 0.0 <= row["top1"] <= 1.0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def write_coreml(
         (coremltools,) = need("coreml", "coremltools")
     graph, notes = fused_for_inference(trained)
     height, width = job.image_size
-    taken = replace(job.input, batch=1, height=height, width=width)
+    taken = job.fixed_input
     files = {name: job.folder / f"model{suffix(name)}.mlpackage" for name in ("fp32", *extra)}
     with quiet(), silent(), torch.no_grad():
         program = exported_program(job, graph, batch=1, free={}).run_decompositions({})

@@ -63,7 +63,7 @@ def write_executorch(
     taken = _taken(job)
     files = {name: job.folder / f"model{suffix(name)}.pte" for name in ("fp32", *extra)}
     with quiet(), torch.no_grad():
-        program = exported_program(job, graph, batch=1, free=_free_sides(job))
+        program = exported_program(job, graph, batch=1, free=_free(_taken(job)))
         for name, file in files.items():
             slow = _lower(program if name == "fp32" else _quantised(job, program), file)
             notes += [f"{name}: outside XNNPACK, on portable kernels: {', '.join(slow)}"] if slow else []
@@ -110,28 +110,26 @@ def executorch_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor
 _pools: list[int] = []  # the pools of threads that runners have made in this process, by their sizes
 
 
-def _free_sides(job: Job) -> dict[int, Any]:
-    """The axes of a program whose length is free: sides in multiples of the network's stride, so that no layer rounds.
+def _taken(job: Job) -> ImageInput:
+    """What a program takes: sides in multiples of the network's stride, so that no layer rounds.
 
-    Empty where the network's own size is no such multiple: then it is the only one.
+    Where the network's own size is no such multiple, it is the only one.
     """
     stride = encoder_levels(job.network)[-1].stride
     if any(side % stride for side in job.image_size):
-        return {}
-    largest = max(LARGEST_SIDE, 2 * max(job.image_size)) // stride
+        return job.fixed_input
+    most = max(LARGEST_SIDE, 2 * max(job.image_size)) // stride * stride
     # from 2: torch takes for granted that no axis shrinks to 1 within
-    axes = (job.input.axis("H"), "rows"), (job.input.axis("W"), "columns")
-    return {axis: stride * Dim(name, min=2, max=largest) for axis, name in axes}
+    return replace(job.input, batch=1, multiple=stride, least=2 * stride, most=most)
 
 
-def _taken(job: Job) -> ImageInput:
-    """What a program takes."""
-    height, width = job.image_size
-    taken = replace(job.input, batch=1)
-    if not _free_sides(job):
-        return replace(taken, height=height, width=width)
-    stride = encoder_levels(job.network)[-1].stride
-    return replace(taken, multiple=stride, least=2 * stride)
+def _free(taken: ImageInput) -> dict[int, Any]:
+    """The axes of a program whose length is free; empty: none."""
+    if taken.most is None:
+        return {}
+    stride = taken.multiple
+    ranges = {"min": taken.least // stride, "max": taken.most // stride}
+    return {taken.axis(axis): stride * Dim(name, **ranges) for axis, name in (("H", "rows"), ("W", "columns"))}
 
 
 def _quantised(job: Job, program: ExportedProgram) -> ExportedProgram:
@@ -142,7 +140,7 @@ def _quantised(job: Job, program: ExportedProgram) -> ExportedProgram:
     prepared = pt2e.prepare_pt2e(program.module(), quantizer)
     for image in cast(Tensor, job.images)[::2]:
         prepared(image[None])
-    return exported_program(job, pt2e.convert_pt2e(prepared), batch=1, free=_free_sides(job))
+    return exported_program(job, pt2e.convert_pt2e(prepared), batch=1, free=_free(_taken(job)))
 
 
 def _lower(program: ExportedProgram, file: Path) -> list[str]:

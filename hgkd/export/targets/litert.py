@@ -51,7 +51,7 @@ def write_litert(
         need("litert", "ai_edge_litert.interpreter", *(["ai_edge_quantizer"] if extra else []))
     graph, notes = fused_for_inference(trained)
     height, width = job.image_size
-    taken = replace(job.input, name="args_0", batch=1, height=height, width=width)
+    taken = replace(job.fixed_input, name="args_0")
     files = {name: job.folder / f"model{suffix(name)}.tflite" for name in ("fp32", *extra)}
     with quiet(), silent():
         with operators_named("litert"):
