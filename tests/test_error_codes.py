@@ -27,7 +27,7 @@ SIGNAL = "no error: it carries a signal, or an error that another process has me
 UNCODED = {
     "hgkd.__getattr__": ("AttributeError", METHOD),
     "hgkd.api.compare.compare": ("failed[0]", SIGNAL),
-    "hgkd.cli.common.device_name": ("argparse.ArgumentTypeError", "argparse tells it, in its own form"),
+    "hgkd.cli.common.device_name": ("ArgumentTypeError", "argparse tells it, in its own form"),
     "hgkd.data.images._load": ("IndexError", METHOD),
     "hgkd.data.channels.known_range": ("BandsError", READ),
     "hgkd.data.channels.channel_values": ("BandsError", READ),

@@ -30,7 +30,7 @@ def test_export_then_refuse_then_force(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["gone.pth"], "checkpoint gone.pth does not exist"),
         (["gone.pth", "--to", "tensorflow"], "unknown export target 'tensorflow'"),
-        (["gone.pth", "--cell", "32"], "target 'timm' has no option 'cell'; it takes: none"),
+        (["gone.pth", "--cell", "32"], "target 'timm' has no option 'cell' for the backbone; it takes: none"),
         (["gone.pth", "--latency", "64"], "and timm is none; leave it out"),
         (["gone.pth", "--to", "onnx", "--latency", "0"], "latency takes the side of an image in pixels, e.g. 224, got 0"),
         (["gone.pth", "--licence", "mit"], "--licence takes FIELD=TEXT, e.g. weights=apache-2.0, got 'mit'"),
