@@ -37,21 +37,37 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, whose fused kernel for the CPU copies every tensor that is not contiguous, there and back, each step.
+    """torch's AdamW, whose fused kernel pairs the values of its tensors as they lie in memory.
 
-    Convolution weights in channels_last memory are such tensors, and their moments and gradients with them. What the kernel
-    does, it does value by value, so it is given the same memory as contiguous views. State and results are torch's own.
+    So weights, gradients and moments must be laid out alike, or it makes wrong updates without a word (torch 2.15). Gradients
+    and moments, those of a checkpoint above all, are laid out as the weights are. On the CPU the kernel also copies every tensor
+    that is not contiguous, there and back, each step; convolution weights in channels_last memory are such tensors, so it is
+    given the same memory as contiguous views. State and results are torch's own.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        if not group.get("fused"):
+            plain: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+            return plain
+        for parameter in group["params"]:
+            state = self.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = _laid_out_as(parameter, value)
         found: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
-        if group.get("fused"):
-            *values, _ = lists  # the last holds the numbers of steps
-            for i, tensors in enumerate(zip(*(kind for kind in values if kind), strict=True)):
-                if not tensors[0].is_contiguous() and all(map(_is_channels_last, tensors)):
-                    for kind in filter(None, values):
-                        kind[i] = kind[i].detach().permute(0, 2, 3, 1)
+        parameters, gradients, *_ = lists
+        gradients[:] = map(_laid_out_as, parameters, gradients)
+        *values, _ = lists  # the last holds the numbers of steps
+        for i, tensors in enumerate(zip(*(kind for kind in values if kind), strict=True)):
+            if not tensors[0].is_contiguous() and all(map(_is_channels_last, tensors)):
+                for kind in filter(None, values):
+                    kind[i] = kind[i].detach().permute(0, 2, 3, 1)
         return found
+
+
+def _laid_out_as(model: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where the other one, of its shape, has another order of its axes in memory."""
+    return tensor if tensor.stride() == model.stride() else torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
