@@ -12,6 +12,7 @@ import numpy as np
 from mmengine.config import Config
 from PIL import Image
 
+from hgkd.data.shapes import CLASSES
 from hgkd.openmmlab.config import model_config
 
 _NARROW = {  # of a backbone that is 64 channels wide in its first stage
@@ -102,6 +103,12 @@ def write_bccd(root: Path) -> None:
     _write_coco(root, splits, ("WBC", "RBC", "Platelets"))
 
 
+def write_shapes_coco(root: Path) -> None:
+    """As ``hgkd make-shapes --layout coco`` writes."""
+    splits = {f"annotations/{split}.json": (f"images/{split}", n) for split, n in (("train", 2), ("val", 1))}
+    _write_coco(root, splits, CLASSES)
+
+
 def _write_label_maps(root: Path, pairs, values) -> None:
     rng = np.random.default_rng(1)
     write_images(root, [image for image, _ in pairs], (64, 128))
@@ -135,6 +142,7 @@ def write_camvid(root: Path) -> None:
 LAYOUTS = {
     "coco": write_coco_2017,
     "bccd": write_bccd,
+    "shapes": write_shapes_coco,
     "ade20k": write_ade20k,
     "cityscapes": write_cityscapes,
     "camvid": write_camvid,

@@ -40,9 +40,9 @@ class AdamW(torch.optim.AdamW):
     """torch's AdamW, whose fused kernel pairs the values of its tensors as they lie in memory.
 
     So weights, gradients and moments must be laid out alike, or it makes wrong updates without a word (torch 2.15). Gradients
-    and moments, those of a checkpoint above all, are laid out as the weights are. On the CPU the kernel also copies every tensor
-    that is not contiguous, there and back, each step; convolution weights in channels_last memory are such tensors, so it is
-    given the same memory as contiguous views. State and results are torch's own.
+    and moments, above all those of a checkpoint, are laid out as the weights are. On the CPU the kernel also copies what is not
+    contiguous, there and back, each step; convolution weights in channels_last memory are such tensors, so it is given the same
+    memory as contiguous views. State and results are torch's own.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:

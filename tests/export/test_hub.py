@@ -196,7 +196,7 @@ def test_what_is_missing_is_told_before_the_export(run, tmp_path, hub, monkeypat
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err.split("[")[-1].split("]")[0]
 
-    assert code("--to", "onnx", "--push", "ana/tiny") == "push-target"
+    assert code("--to", "ncnn", "--push", "ana/tiny") == "push-target"
     assert code("--to", "tim", "--push", "ana/tiny") == "push-target"
     assert code("--private") == "private-without-push"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -139,8 +139,8 @@ def test_images_already_seen_are_not_read_again(images, tmp_path, monkeypatch):
     options = {"val_train_root": None, "val_test_root": None, "epochs": 2}
     killed(images, tmp_path, KillAt(6), **options)
     read = []
-    decode = reading.decode_rgb
-    monkeypatch.setattr(reading, "decode_rgb", lambda *given: read.append(given) or decode(*given))
+    decode = reading.decode
+    monkeypatch.setattr(reading, "decode", lambda *given: read.append(given) or decode(*given))
     runner = build(images, tmp_path, resume=True, **options)
     runner._hooks = [hook for hook in runner._hooks if type(hook).__name__ != "VisualizationHook"]  # reads images of its own
     runner.train()
