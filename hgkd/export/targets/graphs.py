@@ -440,7 +440,7 @@ def exported_program(job: Job, graph: nn.Module, batch: int = 2, free: Mapping[i
         free: axis -> what torch takes for its range; empty: this batch, at the network's own size, and no other.
     """
     height, width = job.image_size
-    taken = job.input
+    taken = graph.taken if isinstance(graph, Graph) else job.input
     if free is None:
         free = {0: Dim.DYNAMIC, taken.axis("H"): Dim.DYNAMIC, taken.axis("W"): Dim.DYNAMIC}
     if not free:
