@@ -13,7 +13,9 @@ from PIL import Image
 from refusals import refused
 from tiny_runs import ROOT
 from torch import nn
+from torchvision.ops import box_iou
 
+from hgkd.api.predict import predict
 from hgkd.api.test import run_test
 from hgkd.errors import WeightsError
 from hgkd.export import ExportError, export
@@ -198,7 +200,7 @@ def test_where_nothing_is_found_there_is_no_box_and_no_proof(tmp_path: Path, pic
 def test_the_record_says_what_comes_before_and_what_is_inside(exports) -> None:
     signature = exports("yolox")[1].signature
     taken, options = signature.input, signature.options
-    assert (taken.size, taken.resize, taken.pad, taken.multiple) == ((416, 416), "pad", 114 / 255, 1)
+    assert (taken.size, taken.resize, taken.pad, taken.multiple) == ((416, 416), "square", 114 / 255, 1)
     assert [step["type"] for step in options["test_pipeline"]] == ["Resize", "Pad"]
     assert options["inside"]["thresholds"]["iou"] == 0.65
     assert options["inside"]["padding_divisor"] == 32
@@ -223,6 +225,35 @@ def test_in_the_place_of_the_model_a_graph_gives_boxes_of_the_original_picture(e
     assert proof.compare_detections(*sides, "onnxruntime").mismatched == 0
     with refused(ValueError, "exported-model-of-another-task", "RBC", "cell"):
         ExportedModel(report.out, cfg, ("cell",))
+
+
+@pytest.mark.parametrize(("name", "resize"), [("retinanet", "fit"), ("yolox", "square"), ("upernet", "fit")])
+def test_hgkd_predict_finds_what_the_pipeline_of_the_test_finds(tmp_path: Path, exports, name: str, resize: str) -> None:
+    """On the same picture, lying and standing; OpenCV's rounding of resized pixels differs by a level or two."""
+    from mmengine.dataset import Compose
+
+    report, cfg = exports(name)[1], MODELS[name]()
+    assert report.signature.input.resize == resize
+    pictures = draw(tmp_path / "pictures", ((240, 320), (300, 200)))
+    predict(report.out, pictures, tmp_path / "out", score_threshold=0, pictures=False)
+    lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    with scope(cfg.default_scope):
+        graph = ExportedModel(report.out, cfg, report.signature.classes)
+        pipeline = Compose([step for step in cfg.test_dataloader.dataset.pipeline if step.type != "LoadAnnotations"])
+        for line in lines:
+            data = pipeline({"img_path": line["image"], "img_id": 0})
+            found = graph.test_step({"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]})[0]
+            if name == "upernet":
+                labels = np.asarray(Image.open(tmp_path / "out" / line["label_map"]))
+                assert (labels == found.pred_sem_seg.data[0].numpy()).mean() > 0.97
+                continue
+            own = found.pred_instances
+            boxes = torch.tensor([one["box"] for one in line["objects"]])
+            assert len(own) > 5
+            overlap = box_iou(own.bboxes, boxes) * (
+                own.labels[:, None] == torch.tensor([one["class"] for one in line["objects"]])
+            )
+            assert (overlap.amax(1) > 0.9).float().mean() > 0.9
 
 
 def test_hgkd_test_measures_a_graph_by_the_evaluator_of_its_config(tmp_path: Path, exports, pictures: Path) -> None:
