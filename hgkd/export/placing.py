@@ -54,8 +54,8 @@ class Placed:
 def place(pixels: Image.Image | Tensor, signature: Signature) -> Placed:
     """A picture at a size that a graph takes, by the way of resizing in its record.
 
-    A graph of free sides gets no more padding than it needs, and what is kept whole may lie or stand, as OpenMMLab's ``Resize``
-    has it; the run's own ``Pad`` to a size is heeded.
+    For a graph of free sides what is kept whole may lie or stand, as OpenMMLab's ``Resize`` has it, and beyond what the record
+    asks for only as much is filled in as the graph needs.
 
     Args:
         pixels: PIL's 8-bit RGB, or float (C, H, W) in [0, 1].
@@ -65,31 +65,34 @@ def place(pixels: Image.Image | Tensor, signature: Signature) -> Placed:
     target = expected.height or expected.size[0], expected.width or expected.size[1]
     if expected.resize == "crop":
         return _cropped(pixels, (height, width), target)
-    resized = target
-    if expected.resize == "pad":
-        free = expected.height is None and expected.width is None
-        if free and (height > width) != (target[0] > target[1]):
-            target = target[1], target[0]
-        ratio = min(target[0] / height, target[1] / width)
-        resized = max(1, round(height * ratio)), max(1, round(width * ratio))
-        if free and not _padded_to_size(signature):
-            least, step = expected.least, expected.multiple
-            target = _up(max(least, resized[0]), step), _up(max(least, resized[1]), step)
+    free = expected.height is None and expected.width is None
+    resized = _resized((height, width), target, expected.resize, free)
+    filled = {"pad": (max(resized[0], target[0]), max(resized[1], target[1])), "square": (max(resized),) * 2}
+    target = filled.get(expected.resize, resized)
+    if free:
+        target = _up(max(expected.least, target[0]), expected.multiple), _up(max(expected.least, target[1]), expected.multiple)
     # as OpenCV resizes for OpenMMLab: no smoothing
     values = PILToTensor()(pixels)
     images = v2.functional.resize(values, list(resized), interpolation=v2.InterpolationMode.BILINEAR, antialias=False)
     images = to_unit_range(images)
     if resized != target:
-        filled = images.new_full((images.shape[0], *target), expected.pad)
-        filled[:, : resized[0], : resized[1]] = images
-        images = filled
+        canvas = images.new_full((images.shape[0], *target), expected.pad)
+        canvas[:, : resized[0], : resized[1]] = images
+        images = canvas
     scale = resized[0] / height, resized[1] / width
     return Placed(images[None], (height, width), scale, (0.0, 0.0))
 
 
-def _padded_to_size(signature: Signature) -> bool:
-    """Whether the test pipeline that a detector was trained with fills pictures up to a size."""
-    return any(step.get("type") == "Pad" and step.get("size") for step in signature.options.get("test_pipeline", ()))
+def _resized(size: tuple[int, int], box: tuple[int, int], how: str, free: bool) -> tuple[int, int]:
+    """Sides of a picture after its resizing, before it is filled up; rounded as OpenMMLab does."""
+    if how == "keep":
+        return size
+    if how == "stretch":
+        return box
+    if free and (size[0] > size[1]) != (box[0] > box[1]):
+        box = box[1], box[0]
+    ratio = min(box[0] / size[0], box[1] / size[1])
+    return max(1, int(size[0] * ratio + 0.5)), max(1, int(size[1] * ratio + 0.5))
 
 
 def _up(side: int, step: int) -> int:

@@ -17,7 +17,7 @@ from hgkd.errors import InvalidValueError, WeightsError
 
 FORMAT = 1
 LAYOUTS = ("NCHW", "NHWC", "CHW")
-RESIZES = ("crop", "pad", "stretch")
+RESIZES = ("crop", "fit", "keep", "pad", "square", "stretch")
 TASKS = ("features", "classification", "detection", "segmentation")
 _DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "uint16": torch.uint16}
 
@@ -39,9 +39,11 @@ class ImageInput:
         batch, height, width: what they must be; None: anything.
         least, most: the shortest side in pixels and the longest; None: any.
         multiple: sides are multiples of it.
-        resize: how an image of another size is brought to ``size``: 'crop' (shorter side to it, centre cropped, as
-            :func:`hgkd.data.images.read_crops`), 'pad' (kept whole, filled at the right and below with ``pad``) or 'stretch'.
-        pad: value in [0, 1] of what 'pad' fills in.
+        resize: how an image becomes the input: 'crop' (shorter side to ``size``, centre cropped, as
+            :func:`hgkd.data.images.read_crops`), 'stretch' (to ``size``), 'fit' (resized as a whole into ``size``, which may be
+            turned, and not filled), 'square' (the same, then filled to a square), 'pad' (filled to ``size``) or 'keep' (its own
+            size). Filling is at the right and below; sides that the graph does not take are filled up to the next that it does.
+        pad: value in [0, 1] of what is filled in.
     """
 
     name: str = "images"
@@ -185,6 +187,11 @@ class Signature:
                 f"{where} has a signature of format {found.get('format')!r}, known is {FORMAT}; update hgkd",
             )
         try:
+            if (resize := found["input"].get("resize", "crop")) not in RESIZES:
+                raise WeightsError(
+                    "export-resize-unknown",
+                    f"{where} resizes images by {resize!r}, known are {', '.join(RESIZES)}; update hgkd",
+                )
             image = {key: tuple(value) if isinstance(value, list) else value for key, value in found["input"].items()}
             return cls(
                 files={str(key): str(value) for key, value in found["files"].items()},

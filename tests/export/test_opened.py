@@ -154,15 +154,37 @@ def test_a_coarser_label_map_covers_the_picture() -> None:
     assert found[:, 20:].sum() == 0
 
 
-def test_free_sides_are_not_filled_up_more_than_needed() -> None:
-    """A picture that stands gets the turned size, as mmcv's Resize by (long, short) side; Pad of the run's own is heeded."""
-    free = taking(size=(80, 128), resize="pad", multiple=32, pad=0.5)
-    assert place(spot(200, 100, (0, 0, 1, 1)), free).images.shape == (1, 3, 64, 128)
-    standing = place(spot(100, 200, (0, 0, 1, 1)), free)
-    assert standing.images.shape == (1, 3, 128, 64)
-    assert standing.scale == (0.64, 0.64)
-    padding = replace(free, options={"test_pipeline": [{"type": "Resize"}, {"type": "Pad", "size": [128, 80]}]})
-    assert place(spot(200, 100, (0, 0, 1, 1)), padding).images.shape == (1, 3, 80, 128)
+@pytest.mark.parametrize(
+    ("resize", "lying", "standing"),
+    [
+        ("fit", (62, 128), (128, 62)),
+        ("square", (128, 128), (128, 128)),
+        ("pad", (80, 128), (128, 128)),
+        ("keep", (97, 201), (201, 97)),
+        ("stretch", (80, 128), (80, 128)),
+    ],
+)
+def test_free_sides_are_filled_up_as_the_record_says(resize: str, lying: tuple[int, int], standing: tuple[int, int]) -> None:
+    """A picture that stands gets the turned size, as mmcv's Resize by (long, short) side; Pad does not turn."""
+    free = taking(size=(80, 128), resize=resize, pad=0.5)
+    for size, expected in (((201, 97), lying), ((97, 201), standing)):
+        placed = place(spot(*size, (0, 0, 1, 1)), free)
+        assert placed.images.shape == (1, 3, *expected)
+        if resize in ("fit", "square", "pad"):
+            assert placed.scale == tuple((62 if side == 97 else 128) / side for side in placed.size)
+        assert (placed.images == 0.5).any() == (resize in ("square", "pad"))
+    stepped = replace(free, input=replace(free.input, multiple=32, least=96))
+    placed = place(spot(201, 97, (0, 0, 1, 1)), stepped)
+    stepped.input.check_size(*placed.images.shape[-2:])
+    assert placed.scale == place(spot(201, 97, (0, 0, 1, 1)), free).scale
+
+
+def test_another_way_of_resizing_is_of_a_newer_hgkd() -> None:
+    card = taking(resize="fit").to_dict()
+    assert Signature.parse(card, "run_card.json").input.resize == "fit"
+    card["input"]["resize"] = "fold"
+    with refused(WeightsError, "export-resize-unknown", "fold", "square"):
+        Signature.parse(card, "run_card.json")
 
 
 def test_resizing_is_that_of_opencv() -> None:

@@ -78,6 +78,23 @@ class TestPipeline:
                     return int(height), int(width)
         return None
 
+    def resize(self, fixed: bool) -> str:
+        """One of :data:`hgkd.weights.signature.RESIZES`; ``fixed``: for a graph of one size."""
+        resizes = [step for step in self.steps if kind_of(step) == "Resize"]
+        if not all(step.get("keep_ratio", False) for step in resizes):
+            return "stretch"
+        pads = [step for step in self.steps if kind_of(step) == "Pad"]
+        if fixed or any(step.get("size") for step in pads):
+            return "pad"
+        if any(step.get("pad_to_square") for step in pads):
+            return "square"
+        return "fit" if resizes else "keep"
+
+    @property
+    def divisor(self) -> int:
+        """Sides are filled up to multiples of it before the graph."""
+        return max((int(step.get("size_divisor") or 1) for step in self.steps if kind_of(step) == "Pad"), default=1)
+
     @property
     def fill(self) -> float | None:
         """The value, of 0 to 255, that ``Pad`` fills in; None: there is none, or one of several."""

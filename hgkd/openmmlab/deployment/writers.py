@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
@@ -365,7 +366,6 @@ def _written(
 def _input(whole: Whole) -> ImageInput:
     height, width = whole.fixed or (None, None)
     size = whole.fixed or whole.pipeline.size or tuple(whole.pictures[0].shape[-2:])
-    keeps = all(step.get("keep_ratio", False) for step in whole.pipeline.described if step["type"] == "Resize")
     return ImageInput(
         name=INPUT,
         dtype="uint8",
@@ -375,8 +375,8 @@ def _input(whole: Whole) -> ImageInput:
         height=height,
         width=width,
         least=1 if whole.fixed else LEAST,
-        multiple=whole.multiple,
-        resize="pad" if keeps else "stretch",
+        multiple=whole.multiple if whole.fixed else lcm(whole.multiple, whole.pipeline.divisor),
+        resize=whole.pipeline.resize(whole.fixed is not None),
         pad=whole.fill / 255,
     )
 
