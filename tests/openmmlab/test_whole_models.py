@@ -67,11 +67,10 @@ def rtmdet():
 
 
 def yolox():
-    cfg = recipe("detection/yolox_cspdarknet-tiny_24e_bccd.py")
-    cfg.model.backbone.update(widen_factor=0.125, deepen_factor=0.1)
+    cfg = recipe("detection/yolox_cspdarknet-tiny_300e_coco.py")
+    cfg.model.backbone.update(widen_factor=0.125)
     cfg.model.neck.update(in_channels=[32, 64, 128], out_channels=16)
-    cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1)
-    cfg.model.test_cfg.update(score_thr=0.4)
+    cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=3)
     return cfg
 
 
@@ -157,14 +156,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory, pictures: Path):
     return find
 
 
-OFTEN = ("retinanet", "upernet")  # in OpenVINO; the others when slow tests run
-FORMS = [
-    *((name, "onnx") for name in MODELS),
-    *(pytest.param(name, "openvino", marks=() if name in OFTEN else pytest.mark.slow) for name in MODELS),
-]
-
-
-@pytest.mark.parametrize(("name", "target"), FORMS)
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_graph_says_what_the_library_says_at_any_size(exports, name: str, target: str) -> None:
     _, report = exports(name, target)
     (row,) = report.table
@@ -212,7 +205,7 @@ def test_where_nothing_is_found_there_is_no_box_and_no_proof(tmp_path: Path, pic
 def test_the_record_says_what_comes_before_and_what_is_inside(exports) -> None:
     signature = exports("yolox")[1].signature
     taken, options = signature.input, signature.options
-    assert (taken.size, taken.resize, taken.pad, taken.multiple) == ((240, 320), "square", 114 / 255, 1)
+    assert (taken.size, taken.resize, taken.pad, taken.multiple) == ((416, 416), "square", 114 / 255, 1)
     assert [step["type"] for step in options["test_pipeline"]] == ["Resize", "Pad"]
     assert options["inside"]["thresholds"]["iou"] == 0.65
     assert options["inside"]["padding_divisor"] == 32
@@ -239,7 +232,7 @@ def test_in_the_place_of_the_model_a_graph_gives_boxes_of_the_original_picture(e
         ExportedModel(report.out, cfg, ("cell",))
 
 
-@pytest.mark.parametrize(("name", "resize"), [("retinanet", "fit"), ("yolox", "square"), ("upernet", "fit")])
+@pytest.mark.parametrize(("name", "resize"), [("retinanet", "fit"), ("upernet", "fit")])
 def test_hgkd_predict_finds_what_the_pipeline_of_the_test_finds(tmp_path: Path, exports, name: str, resize: str) -> None:
     """On the same picture, lying and standing; OpenCV's rounding of resized pixels differs by a level or two."""
     from mmengine.dataset import Compose
@@ -262,8 +255,8 @@ def test_hgkd_predict_finds_what_the_pipeline_of_the_test_finds(tmp_path: Path, 
             own = found.pred_instances
             boxes, labels = (torch.tensor([one[key] for one in line["objects"]]) for key in ("box", "class"))
             assert len(own) > 5
-            overlap = box_iou(own.bboxes[:20], boxes) * (own.labels[:20, None] == labels)  # the best
-            assert (overlap.amax(1) > 0.8).float().mean() >= 0.8
+            overlap = box_iou(own.bboxes, boxes) * (own.labels[:, None] == labels)
+            assert (overlap.amax(1) > 0.9).float().mean() > 0.9
 
 
 def test_hgkd_test_measures_a_graph_by_the_evaluator_of_its_config(tmp_path: Path, exports, pictures: Path) -> None:
