@@ -72,6 +72,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-images", type=int, default=64, metavar="N", help="use N of them at most (default 64)")
     parser.add_argument("--labels", action="store_true", help="they lie in one folder a class: fp16 and int8 get an accuracy")
     parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="SIDE",
+        help="pixels that a backbone is used at, SIDE or H W: of the proof, of int8's calibration, of graphs of one size "
+        "(default: timm's for the network, 224 of most, whatever the run trained at)",
+    )
+    parser.add_argument(
         "--value-range",
         type=float,
         nargs=2,
@@ -132,6 +140,8 @@ def main(argv: Sequence[str]) -> int:
     args = vars(parse_args(argv))
     licences = args.pop("licence")
     options = {name: value for name in _OPTIONS if (value := args.pop(name)) is not None}
+    if args["image_size"] is not None and len(args["image_size"]) == 1:
+        (args["image_size"],) = args["image_size"]
     own = args.pop("config")
     if own is not None:
         read_config(own)  # imports what it names

@@ -7,13 +7,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hgkd.data.images import find_images, read_crops
 from hgkd.data.pixels import as_value_range
+from hgkd.data.transforms import as_size
 from hgkd.differences import largest_difference
 from hgkd.errors import DataError, InvalidValueError, WeightsError, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
@@ -49,6 +50,7 @@ def export(
     labels: bool = False,
     value_range: Sequence[float] | None = None,
     preprocessing: str | None = None,
+    image_size: int | Sequence[int] | None = None,
     latency: int | None = None,
     licences: Mapping[str, str] | None = None,
     **options: object,
@@ -71,6 +73,8 @@ def export(
         value_range: (low, high), the values of black and white in images of more than 8 bits; None: those of the run.
         preprocessing: one of ``hgkd.export.PREPROCESSINGS``: the graph takes the values of image files in this layout and
             order, uint8, and range, mean and std are inside; None: float32 (B, C, H, W) in [0, 1].
+        image_size: side in pixels, or (H, W), that a backbone is used at: of the images of the proof, of int8's calibration and
+            of graphs of one size; it is noted for the library that loads the folder. None: timm's for the network.
         latency: side in pixels of the image by which the files are timed, and their peak memory is measured.
         licences: of 'weights', 'teacher' and 'data', for the cards; what is not given is said to be unknown.
         options: of the target: the keyword-only arguments of its ``write``.
@@ -108,16 +112,23 @@ def export(
             "a whole model's weights are proven bit for bit, and its graph on plain pictures; leave labels, value_range and, "
             "with a library as target, images out",
         )
+    if image_size is not None and part in ("classifier", "model"):
+        raise InvalidValueError(
+            "image-size-of-backbone",
+            f"image_size={image_size} is for backbones; a {part} leaves at the size that it was trained at, leave it out",
+        )
     out = Path(out).expanduser().absolute()
     check_free(out, force, to)
-    if latency is not None:
-        check_latency(target, [name for name, other in TARGETS.items() if other.runner], latency)
     if part == "model":
         return export_model(checkpoint, out, target, licences or {}, images, max_images, latency, **options)
     if part == "classifier":
         source = read_classifier(checkpoint)
     else:
         source = read_source(checkpoint, encoder, prefix=prefix, allow=allow)
+        if image_size is not None:
+            network = cast(Any, source.network)
+            size = (channels_of(network), *as_size(image_size))
+            network.pretrained_cfg = {**network.pretrained_cfg, "input_size": size}
     decoded = part in ("student", "decoder")
     if decoded and not source.student:
         raise WeightsError("decoder-not-in-file", f"{source.path} holds an encoder without decoder; use part='backbone'")

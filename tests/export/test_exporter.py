@@ -69,6 +69,21 @@ def test_timm_reads_the_same_network(tmp_path: Path, name: str, kwargs: dict) ->
     ]
 
 
+def test_a_backbone_leaves_at_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    report = export(tmp_path / "a.pth", tmp_path / "timm", "timm", image_size=64)
+    assert report.max_difference == 0.0
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 64, 64)
+    signature = export(tmp_path / "a.pth", tmp_path / "pt2", "pt2", image_size=(64, 96)).signature
+    assert signature is not None
+    assert signature.input.size == (64, 96)
+    with refused(ValueError, "image-size-of-backbone", "64", "classifier"):
+        export(tmp_path / "a.pth", tmp_path / "c", "timm", part="classifier", image_size=64)
+    with refused(ValueError, "image-size-not-positive", "0"):
+        export(tmp_path / "a.pth", tmp_path / "d", "timm", image_size=0)
+
+
 def test_timm_adds_a_fresh_classifier(tmp_path: Path) -> None:
     source = write_student(tmp_path / "a.pth")
     export(tmp_path / "a.pth", tmp_path / "out")
