@@ -270,7 +270,8 @@ class GuardedOptimWrapper:
             self.left_out += self.skipped
             if self.updated and norm is not None:
                 self._clip(norm, numbers.pop())
-                wrapper.optimizer.step()
+                with _unclipped(wrapper):  # through the wrapper, which is what the schedulers count
+                    wrapper.step()
             elif self.updated:
                 wrapper.step()
             else:
@@ -301,6 +302,16 @@ class GuardedOptimWrapper:
         parameters = [p for group in self.wrapper.optimizer.param_groups for p in group["params"] if p.grad is not None]
         nn.utils.clip_grads_with_norm_(parameters, self.wrapper.clip_grad_kwargs["max_norm"], norm)
         self.wrapper.message_hub.update_scalar(f"train/{self.wrapper.grad_name}", value)
+
+
+@contextmanager
+def _unclipped(wrapper: OptimWrapper) -> Iterator[None]:
+    """Context in which a wrapper takes the gradients as they are."""
+    options, wrapper.clip_grad_kwargs = wrapper.clip_grad_kwargs, None
+    try:
+        yield
+    finally:
+        wrapper.clip_grad_kwargs = options
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.optim import AmpOptimWrapper, LinearLR, OptimWrapper
 from operation_counts import CountingOperations
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -241,6 +241,18 @@ class TestClipping:
         guard.update_params(loss)
         assert list(guard.settle({"loss": loss, "other": torch.tensor(2.0)})) == ["loss", "other"]
         assert guard.skipped
+
+    def test_schedulers_count_the_updates(self, recwarn):
+        net = Net()
+        wrapper = OptimWrapper(torch.optim.SGD(net.parameters(), 0.1), clip_grad=dict(max_norm=1.0))
+        scheduler = LinearLR(wrapper, start_factor=0.5, end=4)
+        options, guard = wrapper.clip_grad_kwargs, GuardedOptimWrapper(wrapper, net)
+        loss = net.linear(net.norm(torch.randn(4, 3))).square().mean()
+        guard.update_params(loss)
+        guard.settle({"loss": loss})
+        scheduler.step()
+        assert wrapper.clip_grad_kwargs is options
+        assert not [str(w.message) for w in recwarn if "optimizer.step" in str(w.message)]
 
     def test_other_ways_to_clip_are_left_to_the_wrapper(self):
         net = Net()
