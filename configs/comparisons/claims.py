@@ -112,7 +112,7 @@ rows = [
         "boxes + MGD",
         "mgd_retinanet_r50_r18_12e_shapes.py",
         ["teacher, boxes"],
-        teacher_checkpoint="{here}/teacher_boxes_seed0",
+        teacher_checkpoint="{here}/teacher_boxes_seed0/epoch_36.pth",
         **{"model.inherit": False},
     ),
 ]
