@@ -146,3 +146,10 @@ def unknown_name_message(what: str, name: str, known: Iterable[str]) -> str:
 def abbreviate(names: Sequence[object], most: int = 6) -> str:
     """The first of some names, and how many more there are."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ValueError for the first of some options that is below 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise InvalidValueError("count-not-positive", f"{name} must be 1 or more, got {value}")

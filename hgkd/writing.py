@@ -34,6 +34,12 @@ class WriteError(StoppedError):
     """A file cannot be written; what was there before is untouched."""
 
 
+def user_cache(variable: str, name: str) -> Path:
+    """Folder for what can be made again: what an environment variable says, else ``hgkd/NAME`` of the user's cache folder."""
+    chosen = os.environ.get(variable) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hgkd" / name
+    return Path(chosen).expanduser().absolute()
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str], remedy: str = "free some space or name another place") -> Iterator[None]:
     """Context in which ``path`` is written: what the disk refuses becomes one sentence.

@@ -195,6 +195,23 @@ def encoder_step(network: nn.Module, images: Tensor, visible: Callable[[], Tenso
     return _train_step(network, loss, device, dtype)
 
 
+def _encoder_steps(
+    model: nn.Module, images: Tensor, keep: int, cell: int, backends: Sequence[str], device: str = "cpu", dtype: str = "fp32"
+) -> dict[str, Step]:
+    """Backend, 'dense' among them -> the step of an encoder that sees ``keep`` cells of each image, others in each step."""
+    batch, grid = len(images), (images.shape[-2] // cell, images.shape[-1] // cell)
+
+    def draw() -> Tensor:
+        return highest(torch.rand(batch, *grid, device=device), keep)
+
+    return {
+        backend: encoder_step(model, images, None, device, dtype)
+        if backend == "dense"
+        else encoder_step(sparsify(model, cell, backend), images, draw, device, dtype)
+        for backend in backends
+    }
+
+
 def sparse_speedup(
     model: nn.Module,
     image_size: int,
@@ -218,15 +235,7 @@ def sparse_speedup(
     grid = grid_of((image_size, image_size), cell)
     model.to(memory_format=torch.channels_last).train()
     images = torch.randn(batch_size, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
-    keep = visible_count(*grid, mask_ratio)
-
-    def draw() -> Tensor:
-        return highest(torch.rand(batch_size, *grid), keep)
-
-    steps = {
-        "gather": encoder_step(sparsify(model, cell), images, draw, "cpu", "fp32"),
-        "dense": encoder_step(model, images, None, "cpu", "fp32"),
-    }
+    steps = _encoder_steps(model, images, visible_count(*grid, mask_ratio), cell, ("gather", "dense"))
     times, _ = measure_times(steps, repeats=repeats, clock=clock)
     return statistics.median(times["dense"]) / statistics.median(times["gather"])
 
@@ -270,17 +279,7 @@ def benchmark_sparse(
     model.to(device, memory_format=torch.channels_last).train()
     images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     keep = visible_count(*grid, mask_ratio)
-
-    def draw() -> Tensor:
-        return highest(torch.rand(batch_size, *grid, device=device), keep)
-
-    steps = {}
-    for backend in backends:
-        if backend == "dense":
-            steps[backend] = encoder_step(model, images, None, device, dtype)
-        else:
-            network = sparsify(model, cell, backend)
-            steps[backend] = encoder_step(network, images, draw, device, dtype)
+    steps = _encoder_steps(model, images, keep, cell, backends, device, dtype)
     settings = {"student": student, "image_size": image_size, "cell": cell, "visible_cells": [keep, grid[0] * grid[1]]}
     results = measure(steps, batch_size, device, repeats, clock)
     return {

@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from hgkd.api.benchmark import in_own_process, measure_times, sparse_speedup
 from hgkd.api.student_table import StudentRow, check_table_name, read_table, this_machine, with_known_speedups, write_table
 from hgkd.differences import largest_difference
-from hgkd.errors import InvalidValueError, Refusal, unknown_name_message
+from hgkd.errors import InvalidValueError, Refusal, check_counts, unknown_name_message
 from hgkd.export import TARGETS, EncoderSpec, ExportError, Job, MissingLibraryError, Source
 from hgkd.export.exporter import TOLERANCE
-from hgkd.export.job import need
+from hgkd.export.job import need, use_at
 from hgkd.networks.encoder import build_encoder
 from hgkd.networks.libraries import library_of
 from hgkd.students import SparseUNet
@@ -208,8 +208,7 @@ def _run(asked: StudentRow, repeats: int) -> dict[str, Any]:
     """Export, compare, time."""
     target = TARGETS[asked.runtime]
     network = build_encoder(asked.student).eval()
-    known = cast("dict[str, Any]", network.pretrained_cfg)
-    cast(Any, network).pretrained_cfg = {**known, "input_size": (3, asked.size, asked.size)}
+    use_at(network, (asked.size, asked.size))
     image = torch.rand(1, 3, asked.size, asked.size)
     with tempfile.TemporaryDirectory(prefix="hgkd-student-") as name:
         folder = Path(name)
@@ -276,9 +275,7 @@ def _check(budget_ms: float, runtime: str, measure: bool, **counts: int) -> None
         raise InvalidValueError("runtime-unknown", unknown_name_message("runtime", runtime, timed))
     if not budget_ms > 0:
         raise InvalidValueError("budget-not-positive", f"budget_ms must be above 0 milliseconds, got {budget_ms}")
-    for name, value in counts.items():
-        if value < 1:
-            raise InvalidValueError("count-not-positive", f"{name} must be 1 or more, got {value}")
+    check_counts(**counts)
     if measure and TARGETS[runtime].runtime:
         need(runtime, TARGETS[runtime].runtime)
 

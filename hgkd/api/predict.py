@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hgkd.data import LabelledImages
 from hgkd.data.frames import Frame, frames
-from hgkd.errors import DataError, ExistingFileError, InvalidValueError
+from hgkd.errors import DataError, ExistingFileError, InvalidValueError, check_counts
 from hgkd.evaluation.knn import knn_scores, nearest_neighbours
 from hgkd.export.opened import OpenedExport, open_export
 from hgkd.export.placing import OUTSIDE, Placed, place
@@ -116,7 +116,7 @@ def predict(
         FileExistsError: ``out`` holds predictions already.
         ValueError: options that do not fit the task or each other.
     """
-    _check(top=top, neighbours=neighbours, **({} if limit is None else {"limit": limit}))
+    check_counts(top=top, neighbours=neighbours, **({} if limit is None else {"limit": limit}))
     exported = open_export(folder, runtime=runtime, threads=threads, precision=precision)
     expected = exported.signature.input
     in_chans = None if expected.channels == 3 else expected.channels
@@ -345,9 +345,3 @@ def _about(exported: OpenedExport) -> str:
     signature = exported.signature
     through = "" if exported.runtime == exported.target else f" by {exported.runtime}"
     return f"{exported.target}{through}, {exported.precision}, {signature.task}, {signature.input.about}"
-
-
-def _check(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise InvalidValueError("count-not-positive", f"{name} must be 1 or more, got {value}")

@@ -33,6 +33,7 @@ from hgkd.cells import highest
 from hgkd.differences import largest_difference
 from hgkd.errors import InvalidValueError
 from hgkd.sparse import CellLayout, sparsify
+from hgkd.sparse.hardware import cpu_model
 from hgkd.sparse.kernels import ConvGeometry, convolve
 from hgkd.writing import write_text
 
@@ -135,7 +136,7 @@ def facts(machine: Machine) -> dict[str, Any]:
     cuda = torch.device(machine.device).type == "cuda"
     found = {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(machine.device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(machine.device) if cuda else cpu_model(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "hgkd": hgkd.__version__,
@@ -150,14 +151,6 @@ def facts(machine: Machine) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return found
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -10,13 +10,14 @@ import csv
 import io
 import json
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hgkd.errors import DataError, InvalidValueError, MissingFileError
+from hgkd.sparse.hardware import cpu_model
 from hgkd.writing import write_text, writing
 
 FORMATS = (".json", ".csv")
@@ -70,18 +71,11 @@ _NEEDED = ("student", "machine", "runtime", "threads", "size")
 
 
 def this_machine() -> str:
-    """The processor and its number of cores, as tables name a machine."""
-    name = platform.processor() or platform.machine()
-    for file, label in ((Path("/proc/device-tree/model"), ""), (Path("/proc/cpuinfo"), "model name")):
-        try:
-            text = file.read_text(encoding="utf-8", errors="replace").replace("\0", "")
-        except OSError:
-            continue
-        found = [line.partition(":")[2] for line in text.splitlines() if line.startswith(label)] if label else [text]
-        if found and found[0].strip():
-            name = found[0].strip()
-            break
-    return f"{name}, {os.cpu_count()} cores"
+    """The board or processor and its number of cores, as tables name a machine."""
+    board = ""
+    with suppress(OSError):
+        board = Path("/proc/device-tree/model").read_text(encoding="utf-8", errors="replace").replace("\0", "").strip()
+    return f"{board or cpu_model()}, {os.cpu_count()} cores"
 
 
 def check_table_name(path: str | os.PathLike[str]) -> Path:

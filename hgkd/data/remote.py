@@ -31,7 +31,7 @@ from mmengine.logging import print_log
 from hgkd.data.folders import Content, sort_in
 from hgkd.data.stores import Store, read_part
 from hgkd.errors import DataError, InvalidValueError, MissingFileError, MissingPackageError, Refusal, StoppedError
-from hgkd.writing import PARTIAL, locked, write_bytes, writing, written_beside
+from hgkd.writing import PARTIAL, locked, user_cache, write_bytes, writing, written_beside
 
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try; a server that restarts is back in a quarter of a minute."""
@@ -51,8 +51,7 @@ class _ShortError(OSError):
 
 def cache_folder() -> Path:
     """Where copies are kept: ``HGKD_CACHE``, else ``hgkd/data`` in the user's cache folder."""
-    chosen = os.environ.get("HGKD_CACHE")
-    return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hgkd/data").expanduser().absolute()
+    return user_cache("HGKD_CACHE", "data")
 
 
 def cache_limit() -> float:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from hgkd.data.images import find_images, read_crops
 from hgkd.data.pixels import as_value_range
 from hgkd.data.transforms import as_size
 from hgkd.differences import largest_difference
-from hgkd.errors import DataError, InvalidValueError, WeightsError, unknown_name_message
+from hgkd.errors import DataError, InvalidValueError, WeightsError, check_counts, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
 from hgkd.export.classifier import read_classifier
 from hgkd.export.folder import PAGE, check_free, new_folder
-from hgkd.export.job import ExportError, ExportReport, Job, Target, Written
+from hgkd.export.job import ExportError, ExportReport, Job, Target, Written, use_at
 from hgkd.export.measure import check_latency, measured
 from hgkd.export.model import LIBRARIES, export_model, model_options
 from hgkd.export.preprocessing import input_for, run_value_range
@@ -126,9 +126,7 @@ def export(
     else:
         source = read_source(checkpoint, encoder, prefix=prefix, allow=allow)
         if image_size is not None:
-            network = cast(Any, source.network)
-            size = (channels_of(network), *as_size(image_size))
-            network.pretrained_cfg = {**network.pretrained_cfg, "input_size": size}
+            use_at(source.network, as_size(image_size))
     decoded = part in ("student", "decoder")
     if decoded and not source.student:
         raise WeightsError("decoder-not-in-file", f"{source.path} holds an encoder without decoder; use part='backbone'")
@@ -201,8 +199,7 @@ def _read_images(
             "no-images-to-compare",
             f"{root} holds no images to compare outputs on; give a folder of .jpg, .png or others, at any depth",
         )
-    if limit < 1:
-        raise InvalidValueError("count-not-positive", f"max_images must be 1 or more, got {limit}")
+    check_counts(max_images=limit)
     classes = sorted({name.split(os.sep)[0] for name in names})
     if labelled and (len(classes) < 2 or not all(os.sep in name for name in names)):
         raise DataError(

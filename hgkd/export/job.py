@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hgkd.errors import Refusal, StoppedError
 from hgkd.mmcv_ops import register_ops
 from hgkd.networks.backbones import Source
-from hgkd.pixels import PixelNormalisation, pixel_statistics
+from hgkd.pixels import PixelNormalisation, channels_of, pixel_statistics
 from hgkd.weights.signature import ImageInput, Output, Signature
 
 EXTRAS = {
@@ -233,6 +233,12 @@ def input_of(network: nn.Module) -> ImageInput:
     """What graphs of a network take by default: float32 (B, C, H, W) in [0, 1], RGB or the training's channels."""
     channels, height, width = cast(Any, network).pretrained_cfg["input_size"]
     return ImageInput(channels=int(channels), order="RGB" if channels == 3 else "", size=(int(height), int(width)))
+
+
+def use_at(network: nn.Module, size: tuple[int, int]) -> None:
+    """Note (H, W) as the size that a network is used at; see :attr:`Job.image_size`."""
+    cfg = cast(Any, network).pretrained_cfg
+    cast(Any, network).pretrained_cfg = {**cfg, "input_size": (channels_of(network), *size)}
 
 
 def need(target: str, *modules: str) -> list[ModuleType]:

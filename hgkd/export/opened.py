@@ -18,14 +18,23 @@ import timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hgkd.errors import InvalidValueError, MissingFileError, WeightsError, unknown_name_message
+from hgkd.errors import InvalidValueError, WeightsError, check_counts, unknown_name_message
 from hgkd.export.job import ExportError, input_of, load_all
 from hgkd.export.targets import TARGETS
-from hgkd.export.targets.graphs import _with_threads
+from hgkd.export.targets.graphs import with_threads
 from hgkd.export.targets.torchvision import BUILD_FILE, recipe_of
 from hgkd.networks.backbones import build_backbone, load_backbone
 from hgkd.pixels import pixel_statistics
-from hgkd.weights.export_folder import CARD_FILE, READABLE, WEIGHTS_FILE, check_files, read_card, read_config, read_graph
+from hgkd.weights.export_folder import (
+    CARD_FILE,
+    READABLE,
+    WEIGHTS_FILE,
+    check_files,
+    check_folder,
+    read_card,
+    read_config,
+    read_graph,
+)
 from hgkd.weights.run_file import FORMAT, EncoderSpec
 from hgkd.weights.signature import Output, Signature
 
@@ -95,12 +104,8 @@ def open_export(
         MissingLibraryError: the runtime is not installed.
     """
     path = Path(path).expanduser()
-    if threads < 1:
-        raise InvalidValueError("count-not-positive", f"threads must be 1 or more, got {threads}")
-    if not path.is_dir():
-        raise MissingFileError(
-            "export-folder-missing", f"export folder {path} does not exist; expected one that hgkd export wrote"
-        )
+    check_counts(threads=threads)
+    check_folder(path)
     card = read_card(path)
     target, part = card.get("target", "timm"), card.get("part", "backbone")  # a folder of timm's own has no card
     read = TARGETS[target].runner if target in TARGETS else None
@@ -148,7 +153,7 @@ def _weights_of(path: Path, part: str, threads: int) -> tuple[Signature, Run]:
         network = load_backbone(path)
     classes = tuple(map(str, config.get("label_names") or ()))
     whole = part == "classifier" or bool(config.get("num_classes"))
-    return _described(network, None if whole else "pooled", classes), _with_threads(_Pooled(network, whole), threads)
+    return _described(network, None if whole else "pooled", classes), with_threads(_Pooled(network, whole), threads)
 
 
 def _torchvision(path: Path, part: str, threads: int) -> tuple[Signature, Run]:
@@ -161,7 +166,7 @@ def _torchvision(path: Path, part: str, threads: int) -> tuple[Signature, Run]:
             "export-recipe-unknown", f"{path / BUILD_FILE} is not what hgkd writes for {spec.name}; export the checkpoint again"
         )
     network = load_all(runpy.run_path(str(path / BUILD_FILE))["model"], load_file(path / WEIGHTS_FILE), "torchvision")
-    return _described(source, "pooled", ()), _with_threads(network, threads)
+    return _described(source, "pooled", ()), with_threads(network, threads)
 
 
 _WEIGHTS: dict[str, Callable[[Path, str, int], tuple[Signature, Run]]] = {

@@ -19,7 +19,7 @@ import torch
 
 from hgkd.errors import InvalidValueError
 from hgkd.sparse.hardware import name_of
-from hgkd.writing import replacing
+from hgkd.writing import replacing, user_cache
 
 MODES = ("rule", "measure", "torch", "fused")
 # a layer leaves its rule, and a network the sparse computation, only for a gain that is more than noise
@@ -119,10 +119,9 @@ def fastest_backend(ms: Mapping[str, float]) -> tuple[str, str]:
 
 def cache_file(device: torch.device) -> Path:
     """Where the choices for a processor are kept: ``HGKD_KERNELS_CACHE``, else ``hgkd/kernels`` of the user's cache folder."""
-    folder = os.environ.get("HGKD_KERNELS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hgkd/kernels"
     versions = [f"{name}-{_version(name)}" for name in ("hgkd", "torch", "triton")]
     name = "_".join(re.sub(r"[^\w.+-]+", "-", part) for part in (name_of(device), *versions))
-    return Path(folder).expanduser().absolute() / f"{name}.json"
+    return user_cache("HGKD_KERNELS_CACHE", "kernels") / f"{name}.json"
 
 
 def _version(package: str) -> str:

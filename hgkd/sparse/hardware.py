@@ -50,14 +50,15 @@ def name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"cpu {torch.backends.cpu.get_cpu_capability()} {_cpu_model()} {torch.get_num_threads()} threads"
+        return f"cpu {torch.backends.cpu.get_cpu_capability()} {cpu_model()} {torch.get_num_threads()} threads"
     return device.type
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of this machine's processor, as the system has it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             found = next((line.partition(":")[2] for line in lines if line.startswith(("model name", "CPU part"))), "")
     except OSError:
         found = ""
-    return " ".join((found or platform.processor() or "unknown").split())
+    return " ".join((found or platform.processor() or platform.machine() or "unknown").split())

@@ -82,6 +82,14 @@ class ExportedGraph:
         return self.path / found
 
 
+def check_folder(path: Path) -> None:
+    """Raise FileNotFoundError unless there is such a folder."""
+    if not path.is_dir():
+        raise MissingFileError(
+            "export-folder-missing", f"export folder {path} does not exist; expected one that hgkd export wrote"
+        )
+
+
 def read_graph(path: str | os.PathLike[str]) -> ExportedGraph:
     """A folder that was exported to a runtime, its files checked.
 
@@ -90,10 +98,7 @@ def read_graph(path: str | os.PathLike[str]) -> ExportedGraph:
         WeightsError: a file was changed, or the folder holds no graph.
     """
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise MissingFileError(
-            "export-folder-missing", f"export folder {path} does not exist; expected one that hgkd export wrote"
-        )
+    check_folder(path)
     check_files(path)
     card, named = _card(path), read_card(path)
     if not named:
@@ -156,10 +161,7 @@ def read_card(path: Path) -> dict[str, str]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """``config.json`` of an exported folder whose files are as they were written; raises as :func:`load_backbone` does."""
-    if not path.is_dir():
-        raise MissingFileError(
-            "export-folder-missing", f"export folder {path} does not exist; expected one that hgkd export wrote"
-        )
+    check_folder(path)
     file = path / CONFIG_FILE
     if not file.is_file():
         raise MissingFileError(

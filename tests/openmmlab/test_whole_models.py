@@ -181,7 +181,7 @@ def test_of_a_fixed_size_smaller_pictures_are_filled(exports) -> None:
     for report in reports:
         assert (report.signature.input.height, report.signature.input.width) == (128, 192)
         assert report.table[0]["mismatched"] == 0
-    run = writers.onnx_model_runner(reports[0].out / "model.onnx")
+    run = writers.model_runner("onnx", reports[0].out / "model.onnx")
     boxes, scores, labels = run(torch.zeros(1, 3, 128, 192, dtype=torch.uint8))
     assert boxes.shape == (*scores.shape, 4)
     assert scores.shape == labels.shape

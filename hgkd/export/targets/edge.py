@@ -114,7 +114,10 @@ def unreported() -> Iterator[None]:
 
 def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
     """A graph of OpenVINO's on the CPU, in fp32: images as it takes them -> its output, or a list of several."""
-    compiled = openvino_compiled(file, threads)
+    with unreported():
+        (openvino,) = need("openvino", "openvino")
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
 
     def run(images: Tensor) -> Any:
         # the request owns its results and writes into them again
@@ -122,14 +125,6 @@ def openvino_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
         return found[0] if len(found) == 1 else found
 
     return run
-
-
-def openvino_compiled(file: Path, threads: int = 1) -> Any:
-    """OpenVINO's compiled model of a graph, on the CPU, in fp32."""
-    with unreported():
-        (openvino,) = need("openvino", "openvino")
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    return openvino.Core().compile_model(str(file), "CPU", settings)
 
 
 def write_ncnn(

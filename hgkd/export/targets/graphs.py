@@ -193,16 +193,18 @@ def write_onnx(
 
 def pt2_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
     """A program of ``torch.export`` on the CPU: images as it takes them -> its output."""
-    return _with_threads(torch.export.load(str(file)).module(), threads)
+    return with_threads(torch.export.load(str(file)).module(), threads)
 
 
 def torchscript_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
     """A TorchScript file on the CPU: images as it takes them -> its output."""
     with quiet():
-        return _with_threads(torch.jit.load(str(file)).eval(), threads)
+        return with_threads(torch.jit.load(str(file)).eval(), threads)
 
 
-def _with_threads(module: nn.Module, threads: int) -> Callable[[Tensor], Tensor]:
+def with_threads(module: nn.Module, threads: int) -> Callable[[Tensor], Tensor]:
+    """A module of torch's as a runner: images as it takes them -> its output, on so many threads."""
+
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
         before = torch.get_num_threads()
@@ -290,7 +292,8 @@ def lower_precisions(job: Job, asked: Sequence[str], known: tuple[str, ...] = PR
 
 def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
     """A graph on the CPU: images as it takes them -> its output, or a list of several."""
-    session = onnx_session(file, threads)
+    (onnxruntime,) = need("onnx", "onnxruntime")
+    session = onnxruntime.InferenceSession(str(file), _options(threads), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Any:
@@ -298,12 +301,6 @@ def onnx_runner(file: Path, threads: int = 1) -> Callable[[Tensor], Any]:
         return found[0] if len(found) == 1 else found
 
     return run
-
-
-def onnx_session(file: Path, threads: int = 1) -> Any:
-    """onnxruntime's session of a graph, on the CPU."""
-    (onnxruntime,) = need("onnx", "onnxruntime")
-    return onnxruntime.InferenceSession(str(file), _options(threads), providers=["CPUExecutionProvider"])
 
 
 def _options(threads: int = 1) -> object:

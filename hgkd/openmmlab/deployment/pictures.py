@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hgkd.data.images import find_images
-from hgkd.errors import DataError, InvalidValueError
+from hgkd.errors import DataError, InvalidValueError, check_counts
 from hgkd.openmmlab.config import load_with_care
 
 _READS = ("LoadImageFromFile", "LoadReadableImage")
@@ -132,8 +132,7 @@ def find_pictures(folder: Path, limit: int) -> list[Path]:
         DataError: there are none.
         ValueError: ``limit`` is below 1.
     """
-    if limit < 1:
-        raise InvalidValueError("count-not-positive", f"max_images must be 1 or more, got {limit}")
+    check_counts(max_images=limit)
     names = find_images(str(folder)) if folder.is_dir() else []
     if not names:
         raise DataError(

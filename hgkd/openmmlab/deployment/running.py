@@ -13,16 +13,14 @@ from torch.nn import functional
 
 from hgkd.errors import InvalidValueError
 from hgkd.openmmlab.deployment.pictures import TestPipeline, fitted
-from hgkd.openmmlab.deployment.writers import onnx_model_runner, openvino_model_runner
+from hgkd.openmmlab.deployment.writers import RUNNERS, model_runner
 from hgkd.weights.export_folder import read_card, read_graph
-
-_RUNNERS = {"onnx": onnx_model_runner, "openvino": openvino_model_runner}
 
 
 def is_exported_model(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder with the graph of a whole model."""
     card = read_card(Path(path).expanduser())
-    return card.get("part") == "model" and card.get("target") in _RUNNERS
+    return card.get("part") == "model" and card.get("target") in RUNNERS
 
 
 class ExportedModel(nn.Module):
@@ -51,7 +49,7 @@ class ExportedModel(nn.Module):
         self.image = graph.signature.input
         self.detects = graph.signature.task == "detection"
         self.pipeline = TestPipeline.of(cfg, str(scope))
-        self.run = _RUNNERS[graph.target](graph.file(), threads=torch.get_num_threads())
+        self.run = model_runner(graph.target, graph.file(), torch.get_num_threads())
 
     def test_step(self, data: Mapping[str, Any]) -> list[Any]:
         """Pictures and samples of a test pipeline -> the samples, with predictions in pixels of the original pictures."""

@@ -26,8 +26,8 @@ from hgkd.errors import InvalidValueError
 from hgkd.export.job import ExportError, count_parameters, need, optional
 from hgkd.export.model import ModelJob, WrittenModel
 from hgkd.export.onnx_versions import least_runtime, set_ir
-from hgkd.export.targets.edge import openvino_compiled, unreported
-from hgkd.export.targets.graphs import onnx_session, quiet
+from hgkd.export.targets.edge import openvino_runner, unreported
+from hgkd.export.targets.graphs import onnx_runner, quiet
 from hgkd.mmcv_ops.finder import register_ops
 from hgkd.openmmlab.config import SCOPES
 from hgkd.openmmlab.deployment.graphs import AnySizePool, Detector, Segmentor
@@ -124,7 +124,7 @@ def write_onnx(job: ModelJob, *, fixed_size: Sequence[int] | None = None) -> Wri
     file = job.folder / "model.onnx"
     _write(whole, file)
     reader = f"onnxruntime {onnxruntime.__version__}"
-    agreement = whole.prove(onnx_model_runner(file), reader)
+    agreement = whole.prove(model_runner("onnx", file), reader)
     load_with = f"session = onnxruntime.InferenceSession('{job.out / file.name}')\n"
     load_with += f"session.run(None, {{'{INPUT}': picture}})  # {whole.named}"
     model = onnx.load(str(file))
@@ -146,23 +146,24 @@ def write_openvino(job: ModelJob, *, fixed_size: Sequence[int] | None = None) ->
         openvino.save_model(openvino.convert_model(str(onnx_file)), file, compress_to_fp16=False)
     onnx_file.unlink()
     reader = f"openvino {openvino.get_version()}"
-    agreement = whole.prove(openvino_model_runner(file), reader)
+    agreement = whole.prove(model_runner("openvino", file), reader)
     load_with = f"model = openvino.Core().compile_model('{job.out / file.name}', 'CPU')\n"
     load_with += f"model(picture)  # {whole.named}"
     return _written(job, whole, agreement, reader, load_with, len(whole.graph.state_dict()), file, [])
 
 
-def onnx_model_runner(file: Path, threads: int = 1) -> Run:
-    """A graph on the CPU: a picture -> all outputs."""
-    session = onnx_session(file, threads)
-    return lambda picture: tuple(torch.from_numpy(value) for value in session.run(None, {INPUT: picture.numpy()}))
+RUNNERS: dict[str, Callable[..., Callable[[Tensor], Any]]] = {"onnx": onnx_runner, "openvino": openvino_runner}
 
 
-def openvino_model_runner(file: Path, threads: int = 1) -> Run:
-    """The same of OpenVINO's, in fp32."""
-    compiled = openvino_compiled(file, threads)
-    # the request owns its results and writes into them again
-    return lambda picture: tuple(torch.from_numpy(value.copy()) for value in compiled(picture.numpy()).values())
+def model_runner(target: str, file: Path, threads: int = 1) -> Run:
+    """A graph of one of ``RUNNERS`` on the CPU, in fp32: a picture -> all outputs."""
+    run = RUNNERS[target](file, threads)
+
+    def all_of(picture: Tensor) -> tuple[Tensor, ...]:
+        found = run(picture)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    return all_of
 
 
 def fill_of(parts: DetectorParts | SegmentorParts, pipeline: TestPipeline) -> float:
