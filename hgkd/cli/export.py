@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="SIDE",
         help="pixels that a backbone is used at, SIDE or H W: of the proof, of int8's calibration, of graphs of one size "
-        "(default: timm's for the network, 224 of most, whatever the run trained at)",
+        "(default: the run's own; of a file that does not say it timm's for the network, 224 of most)",
     )
     parser.add_argument(
         "--value-range",
