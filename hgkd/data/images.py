@@ -343,7 +343,7 @@ class UnlabelledImages(_ImageFiles):
             of the file, and NumPy arrays (.npy) are images, too; see :func:`hgkd.data.channels.decode_channels`. None: RGB.
         image_column: of Parquet and Arrow files, where it does not follow from types and names.
         scaled_decoding: decode JPEGs that are much larger than their crops at a half, quarter or eighth of their sides. Faster,
-            and the pixels differ a little (docs/scaling.md); small images are read as ever.
+            and the pixels differ a little (docs/howto/scaling.md); small images are read as ever.
 
     Raises:
         FileNotFoundError: the folder or the list does not exist.
