@@ -40,6 +40,7 @@ class ShortOption:
 _TRAIN, _BANK, _QUERY = "train_dataloader.dataset", "val_dataloader.dataset.bank", "val_dataloader.dataset.query"
 _VAL = "val_dataloader.dataset"
 
+#: Name -> option, of all short options of pretraining and fine-tuning; the page of config keys lists them.
 SHORT_OPTIONS: dict[str, ShortOption] = {
     "data_root": ShortOption((f"{_TRAIN}.data_root",), "the training images: a folder, shards, Parquet, an address"),
     "list_file": ShortOption((f"{_TRAIN}.list_file",), "text file naming the training images, one a line"),
