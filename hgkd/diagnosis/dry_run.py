@@ -22,7 +22,7 @@ from hgkd.registry import RUNNERS
 from hgkd.training.hooks.class_report import ClassReportHook
 from hgkd.training.hooks.feature_cache import TeacherCacheHook
 from hgkd.training.hooks.progress import peak_memory_mb
-from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.in_force import duration_text, in_force, lines_of
 from hgkd.training.last_batch import check_last_batch
 from hgkd.training.loop import GuardedOptimWrapper, seed_step
 from hgkd.training.trackers import check_tracker
@@ -121,7 +121,7 @@ def _measure(runner: Runner, loop: BaseLoop) -> dict[str, Any]:
         f"{seconds:.2f} s to compute (measured with {images} images), {waiting:.2f} s to read by {workers} process(es)"
     )
     report["memory"] = f"{memory:.0f} MB at most" + (f" on the GPU, {images} images" if on_gpu else f", {images} images")
-    report["whole run"] = f"about {_duration(remaining)} for {loop.max_iters} steps, validations not counted"
+    report["whole run"] = f"about {duration_text(remaining)} for {loop.max_iters} steps, validations not counted"
     return report
 
 
@@ -182,9 +182,3 @@ def _shape(value: object) -> str:
 
 def _count(module: nn.Module, trained: bool = False) -> str:
     return f"{sum(p.numel() for p in module.parameters() if p.requires_grad or not trained) / 1e6:.2f} M parameters"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
