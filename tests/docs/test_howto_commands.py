@@ -45,7 +45,21 @@ RUNS = (
     "downstream/classification/resnet50_spark_300e_imagenet",
 )
 OF_LIBRARIES = {"backbone", "neck", "bbox_head", "decode_head", "inherit"}  # mmdet's and mmseg's own keys, which they check
-FILES = (".pt2", ".xml", ".param", ".bin", ".json", ".safetensors", ".onnx", ".pte", ".tflite", ".mlpackage", ".plan", ".py", ".pth")
+FILES = (
+    ".pt2",
+    ".xml",
+    ".param",
+    ".bin",
+    ".json",
+    ".safetensors",
+    ".onnx",
+    ".pte",
+    ".tflite",
+    ".mlpackage",
+    ".plan",
+    ".py",
+    ".pth",
+)
 MEASURED = ("results", "performance")
 
 
@@ -97,6 +111,14 @@ def test_commands_with_lists_and_in_fences_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```\nhgkd train mine/a.py a=[1,[2,3]]\n```\n\n    hgkd train b.py [c=D]\n    hgkd export x --to timm\n")
     assert commands(page) == [["export", "x", "--to", "timm"], ["train", "mine/a.py", "a=[1,[2,3]]"]]
+
+
+@every_page
+def test_a_shell_takes_the_commands_as_they_are_typed(page: Path) -> None:
+    """Round brackets outside of quotes are a syntax error of the shell; lists are written in square ones."""
+    text = re.sub(r"^```python.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for line in re.findall(r"^(?: {4}|\$ |hgkd ).*", text, flags=re.MULTILINE):
+        assert not re.search(r"(?:^|\s)[\w.]+=\(", line), f"quote the brackets of: {line.strip()}"
 
 
 @every_page
