@@ -68,7 +68,7 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
             "model.classifier.in_chans",
             *(f"{place}.in_chans" for place in (_TRAIN, _BANK, _QUERY)),
         ),
-        "channels of the images; of others than RGB all are read, see docs/howto/data.md",
+        "channels of the images; of others than RGB all are read, see docs/howto/many_channels.md",
         existing=("model.in_chans", f"{_VAL}.in_chans"),
         kind="whole",
     ),
