@@ -293,8 +293,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             asked = f"a {type(self.student).__name__}" if fixed else f"{type(self.mask).__name__}"
             raise InvalidValueError(
                 "cuda-graph-impossible",
-                f"cuda_graph=True needs a SparseUNet and a mask that shows a fixed number of cells, not {asked} with "
-                f"mask_ratio={getattr(self.mask, 'mask_ratio', None)}; use cuda_graph='auto', which trains without it",
+                f"cuda_graph=True needs a SparseUNet or a MaskedViT, and a mask that shows a fixed number of cells, "
+                f"not {asked} with mask_ratio={getattr(self.mask, 'mask_ratio', None)}; use cuda_graph='auto', which trains "
+                "without it",
             )
 
     def _seen(self) -> str:
@@ -422,12 +423,26 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             batch: images.
             seen: images times views.
         """
+        (h, w), views, count = self.mask_grid, seen // batch, self._cells_masked
+        whole = self._shows_whole_view
+        return None if count is None else batch * ((views - whole) * count + whole * h * w)
+
+    @property
+    def _cells_masked(self) -> int | None:
+        """How many cells every masked view shows at this moment, where the mask's generator fixes it."""
         mask = self.mask
-        if not isinstance(mask, CountedMask) or (mask.counts_differ and not mask.in_unmasked_end):
-            return None
-        (h, w), views = self.mask_grid, seen // batch
-        whole = self.whole_view and not mask.in_unmasked_end
-        return batch * ((views - whole) * mask.count((h, w)) + whole * h * w)
+        fixed = isinstance(mask, CountedMask) and (mask.in_unmasked_end or not mask.counts_differ)
+        return mask.count(self.mask_grid) if fixed else None  # type: ignore[union-attr]
+
+    @property
+    def _shows_whole_view(self) -> bool:
+        """Whether whole images are seen beside the masked views."""
+        return self.whole_view and not getattr(self.mask, "in_unmasked_end", False)
+
+    @property
+    def _cells_an_image(self) -> int | None:
+        """How many cells every view shows, where that is one known number."""
+        return None if self._shows_whole_view else self._cells_masked
 
     @property
     def shown_channels(self) -> Sequence[int] | None:
@@ -469,7 +484,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             drawn = self.mask.draw_views(self.masks_per_image, len(images), self.mask_grid, at, scores)
         else:
             drawn = torch.cat([self.draw_mask(images) for _ in range(self.masks_per_image)])
-        if self.whole_view and not getattr(self.mask, "in_unmasked_end", False):  # then that is what is drawn
+        if self._shows_whole_view:
             drawn = torch.cat([torch.ones_like(drawn[: len(images)]), drawn])
         return drawn
 
@@ -495,7 +510,8 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     ) -> TeacherOutput:
         teacher, views, images = self.teachers[name], len(visible) // len(images), self._seen_by(name, images)
         if needs.visible_only:
-            seen: TeacherOutput = teacher(images if views == 1 else images.repeat(views, 1, 1, 1), visible, needs)
+            counted = {} if (count := self._cells_an_image) is None else {"cells_an_image": count}
+            seen: TeacherOutput = teacher(images if views == 1 else images.repeat(views, 1, 1, 1), visible, needs, **counted)
             return seen
         return self._whole_pass(name, needs, images, index, flipped).repeat(views)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgkd.errors import InvalidTypeError, InvalidValueError
-from hgkd.sparse.hardware import is_capturing
+from hgkd.sparse.hardware import is_capturing, require
 
 T = TypeVar("T")
 
@@ -79,15 +79,14 @@ class CellLayout:
     def _expected(self, num_cells: int) -> Tensor:
         """The same where their number is known."""
         counts = self.visible.flatten(1).sum(1)
-        fits = (counts.sum() == num_cells) & counts.all()
-        if self.device.type != "cpu":
-            torch._assert_async(fits)
-        elif not bool(fits):
-            raise InvalidValueError(
+        require(
+            (counts.sum() == num_cells) & counts.all(),
+            lambda: InvalidValueError(
                 "visible-cells-miscounted",
                 f"the mask was said to show {num_cells} cells, at least one an image, and shows {counts.tolist()[:8]}: a mask "
                 "generator's count(grid) must be the number of cells that its draw() shows",
-            )
+            ),
+        )
         return torch.nonzero_static(self.visible.flatten(), size=num_cells).flatten()
 
     def __repr__(self) -> str:
@@ -103,6 +102,11 @@ class CellLayout:
     def image_of_cell(self) -> Tensor:
         """Image index of each visible cell, int64 (T,)."""
         return self._positions // (self.grid[0] * self.grid[1])
+
+    @cached_property
+    def cell_in_image(self) -> Tensor:
+        """Place of each visible cell in its image's grid, row by row, int64 (T,)."""
+        return self._positions % (self.grid[0] * self.grid[1])
 
     @cached_property
     def _cell_y(self) -> Tensor:
