@@ -341,9 +341,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             'loss': name of a loss -> fp32 scalar. 'predict': one ``FeatureSample`` an image, pooled over the whole image.
             'tensor': last-level features (B, C, h, w) of the whole image.
         """
-        images = to_unit_range(inputs)
         if mode == "loss":
-            return self._losses(images, data.get("index"))
+            return self._losses(inputs, data.get("index"))
+        images = to_unit_range(inputs)
         if mode == "predict":
             return feature_samples(self.student.pooled(images).float(), data)
         if mode == "tensor":
@@ -355,9 +355,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         features: Tensor = self.student.dense_features(images)[-1]
         return features
 
-    def _loss_terms(self, images: Tensor, index: Tensor | None) -> dict[str, tuple[float, LossTerm]]:
+    def _loss_terms(self, inputs: Tensor, index: Tensor | None) -> dict[str, tuple[float, LossTerm]]:
         """Name of a loss -> its weight and its term."""
-        return self._terms_of(*self._see(images, index))
+        return self._terms_of(*self._see(inputs, index))
 
     def _terms_of(
         self, student_out: StudentOutput, teacher_outs: Mapping[str, TeacherOutput]
@@ -371,18 +371,18 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
 
     def term_report(self, inputs: Tensor, index: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses of a batch, and what each would be, were the prediction everywhere the batch's mean target."""
-        found = self._loss_terms(to_unit_range(inputs), index)
+        found = self._loss_terms(inputs, index)
         losses = {name: weight * term.loss() for name, (weight, term) in found.items()}
         return losses, {name: weight * term.loss_of_mean() for name, (weight, term) in found.items()}
 
-    def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
+    def _see(self, inputs: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """Outputs of student and teacher for a batch; the teacher's by name of the objective."""
-        images, visible, teacher_outs = self._show(images, index)
+        images, visible, teacher_outs = self._show(inputs, index)
         return self._student_sees(images, visible, self._cells_shown(len(images), len(visible))), teacher_outs
 
-    def _losses(self, images: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+    def _losses(self, inputs: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         """Name -> loss, what follows mask and teachers by a CUDA graph where there is one."""
-        images, visible, teacher_outs = self._show(images, index)
+        images, visible, teacher_outs = self._show(inputs, index)
         num_cells = self._cells_shown(len(images), len(visible))
         tensors, rebuilt = taken_apart(teacher_outs)
 
@@ -395,15 +395,16 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             return compute(*inputs)
         return self._graphs.losses(self, compute, inputs, (num_cells,))
 
-    def _show(self, images: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, dict[str, TeacherOutput]]:
-        """The images, mirrored or not, the visible cells of every view, and the teachers' outputs."""
-        check_size(images, self.image_size)
-        check_images(images, self.student.in_chans)
-        # 1. mirror some of the images, and draw the visible cells of every view
-        flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    def _show(self, inputs: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, dict[str, TeacherOutput]]:
+        """The images in [0, 1], mirrored or not, the visible cells of every view, and the teachers' outputs."""
+        check_size(inputs, self.image_size)
+        check_images(inputs, self.student.in_chans)
+        # 1. mirror some of the images, as bytes where they come so, and draw the visible cells of every view
+        flipped = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         if self.flip > 0.0:
-            flipped = torch.rand(len(images), device=images.device) < self.flip
-            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+            flipped = torch.rand(len(inputs), device=inputs.device) < self.flip
+            inputs = torch.where(flipped[:, None, None, None], inputs.flip(3), inputs)
+        images = to_unit_range(inputs)
         visible = self.draw_views(images)
         # 2. the teacher, once for all objectives that can share a pass: its many large operations keep a GPU at work while
         # the host prepares the student's

@@ -294,12 +294,19 @@ class CellLayout:
 
     def gather_cells(self, dense: Tensor, s: int) -> Tensor:
         """Visible cells of a dense map (B, C, h*s, w*s) as (T, C, s, s), channels_last; differentiable."""
-        (h, w), channels = self.grid, dense.shape[1]
-        cells = dense.view(self.batch, channels, h, s, w, s).permute(0, 2, 4, 3, 5, 1)
-        cells = cells.reshape(self.batch * h * w, s * s * channels)
         if not self.all_visible:
-            cells = _SelectRows.apply(cells, self._positions)
-        return cells.view(self.num_cells, s, s, channels).permute(0, 3, 1, 2)
+            return _SelectCells.apply(dense, self, s)
+        return self._split(dense, s).reshape(self.num_cells, s, s, -1).permute(0, 3, 1, 2)
+
+    def _split(self, dense: Tensor, s: int) -> Tensor:
+        """View of a dense map by cells, (B, h, w, s, s, C)."""
+        h, w = self.grid
+        return dense.view(self.batch, -1, h, s, w, s).permute(0, 2, 4, 3, 5, 1)
+
+    def select_cells(self, dense: Tensor, s: int) -> Tensor:
+        """:meth:`gather_cells` of a map that hides something, in one pass over its visible cells alone."""
+        found = self._split(dense, s)[self.image_of_cell, self._cell_y, self._cell_x]
+        return found.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
     def scatter_cells(self, packed: Tensor, fill: float | Tensor = 0.0) -> Tensor:
         """Inverse of :meth:`gather_cells`: (T, C, s, s) to (B, C, h*s, w*s), channels_last, with ``fill`` at hidden positions.
@@ -425,6 +432,19 @@ class SumImages(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
         return RepeatImages.apply(grad, ctx.cells), None
+
+
+class _SelectCells(torch.autograd.Function):
+    """Visible cells of a dense map; the gradient puts each back to its place, which is no accumulation."""
+
+    @staticmethod
+    def forward(ctx, dense: Tensor, cells: CellLayout, s: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.cells = cells
+        return cells.select_cells(dense, s)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+        return ctx.cells.scatter_cells(grad), None, None
 
 
 class _SelectRows(torch.autograd.Function):
