@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 from refusals import refused
+from tiny_runs import tiny, write_images
 
+from hgkd.api.train import train
 from hgkd.cli.recipes import main as recipes
 from hgkd.recipes import SHIPPED, find_recipe, plan_names, recipe_names, register_recipes, summary_of
 
@@ -51,6 +53,14 @@ def test_a_config_elsewhere_starts_from_a_recipe(name, tmp_path):
     assert mine.batch_size == 3
     assert mine.model.type == original.model.type
     assert mine.train_dataloader.dataset.type == original.train_dataloader.dataset.type
+
+
+def test_a_config_that_starts_from_a_recipe_trains(tmp_path):
+    """mmengine marks all that it inherits with ``_scope_``, and hands the mark on to ``collate_fn``."""
+    (tmp_path / "mine.py").write_text('_base_ = "hgkd::spark/spark_resnet18_shapes.py"\n')
+    options = tiny(write_images(tmp_path / "images"), epochs=1, warmup_epochs=0)
+    runner = train(tmp_path / "mine.py", tmp_path / "run", options=options)
+    assert runner.iter == 2
 
 
 def test_the_command_lists_and_finds(capsys):
