@@ -358,7 +358,9 @@ def test_config_faults_that_others_find(images, tmp_path, change, message):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large try"),
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large try"
+        ),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
         MemoryError(),
     ],
@@ -368,5 +370,5 @@ def test_memory_that_does_not_suffice_is_told_with_the_ways_out(error):
     with refused(StoppedError, "memory-full", "batch_size", "activation_checkpointing") as caught, tell_system_errors("run"):
         raise error
     assert "If reserved" not in str(caught.value)
-    with pytest.raises(RuntimeError, match="^another$"), tell_system_errors("run"):
+    with pytest.raises(RuntimeError, match=r"^another$"), tell_system_errors("run"):
         raise RuntimeError("another")

@@ -38,7 +38,9 @@ def windows(monkeypatch):
 
 
 def load(folder, **options):
-    options = tiny(write_images(folder / "images"), val_train_root=None, val_test_root=None, epochs=1, warmup_epochs=0, **options)
+    options = tiny(
+        write_images(folder / "images"), val_train_root=None, val_test_root=None, epochs=1, warmup_epochs=0, **options
+    )
     return train_tool.load_config(SPARK, folder / "run", options=options)
 
 
