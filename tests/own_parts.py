@@ -1,6 +1,6 @@
 """Parts as a user writes them in a module of their own beside a config; tests copy this file out of the repository.
 
-The sections between ``# --- NAME`` lines are the snippets of docs/extending.md.
+The sections between ``# --- NAME`` lines are the snippets of docs/howto/extending.md.
 """
 
 # --- layer rule
@@ -197,11 +197,39 @@ from hgkd.masking import CountedMask, highest  # noqa: E402
 class CentreMask(CountedMask):
     """Shows the cells next to a random position."""
 
-    def __call__(self, batch, grid, *, device, generator=None, scores=None):
-        centre = torch.rand(batch, 2, 1, 1, generator=generator, device=device)
-        rows, columns = (torch.linspace(0, 1, side, device=device) for side in grid)
+    def draw(self, batch, grid, at, scores):
+        centre = at.uniform(batch, 2, 1, 1)
+        rows, columns = (torch.linspace(0, 1, side, device=at.device) for side in grid)
         near = (rows[None, :, None] - centre[:, 0]).abs() + (columns[None, None, :] - centre[:, 1]).abs()
         return highest(-near, self.count(grid))
+
+
+# --- data reader
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.utils.data import Dataset  # noqa: E402
+
+from hgkd.data import build_transform  # noqa: E402
+from hgkd.data.sampler import image_seed, seeded  # noqa: E402
+from hgkd.registry import DATASETS  # noqa: E402
+
+
+@DATASETS.register_module()
+class FrameStack(Dataset):
+    """Unlabelled images in one NumPy file: uint8 (N, H, W, 3), RGB."""
+
+    def __init__(self, data_root, image_size=224, transform=None):
+        self.frames = np.load(data_root, mmap_mode="r")  # opened, not read: each reading process maps it
+        self.transform = build_transform(image_size, transform)
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, index):
+        image = Image.fromarray(np.array(self.frames[index]))
+        epoch_seed = getattr(index, "epoch_seed", None)  # of hgkd's sampler: crops follow from seed, epoch and image
+        with seeded(None if epoch_seed is None else image_seed(epoch_seed, int(index))):
+            return {"inputs": self.transform(image), "index": int(index)}
 
 
 # --- export target

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from refusals import refused
 from safetensors.torch import load_file
 from tiny_runs import BLOCKS, HGKD, ROOT, SPARK, tiny, write_images
@@ -53,6 +55,14 @@ PARTS = {
     "student": (SPARK, "model = dict(student=dict(_delete_=True, type='OneLevel'))\n"),
     "student and teacher": (HGKD, "model = dict(student=dict(_delete_=True, type='OneLevel', width=8))\n"),
     "mask generator": (SPARK, "model = dict(mask=dict(_delete_=True, type='CentreMask', mask_ratio=0.5))\n"),
+    "mask generator, two masks": (
+        SPARK,
+        "model = dict(mask=dict(_delete_=True, type='CentreMask', mask_ratio=0.5), masks_per_image=2)\n",
+    ),
+    "data reader": (
+        SPARK,
+        "train_dataloader = dict(dataset=dict(_delete_=True, type='FrameStack', transform=dict(hflip=0.5)))\n",
+    ),
     "layer rule": (SPARK, "student = 'gated_resnet'\n"),
     "encoder": (HGKD, "student = 'Towers'\nmodel = dict(student=dict(encoder_kwargs=dict(width=4)))\n"),
 }
@@ -71,7 +81,16 @@ def run_options(part, images):
         options.pop("student")
     if "student" in part:
         options.pop("model.student.decoder_width")
+    if part == "data reader":
+        options["data_root"] = str(frames(images))
     return options
+
+
+def frames(images):
+    """The images as one array, beside their folder."""
+    file = images.parent / "frames.npy"
+    np.save(file, np.stack([np.asarray(Image.open(path)) for path in sorted(images.rglob("*.png"))]))
+    return file
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -216,7 +235,7 @@ def test_a_part_of_another_kind_is_refused_by_name(place, home, images, tmp_path
 
 
 def test_the_pages_snippets_are_those_that_are_tested():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/howto/extending.md").read_text(encoding="utf-8"), re.S)
     module = OWN.read_text(encoding="utf-8").replace("  # noqa: E402", "")
     assert len(blocks) >= 7
     for block in blocks:

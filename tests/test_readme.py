@@ -14,25 +14,21 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import timm
 import torch
 from downstream_runs import need
-from safetensors.torch import save_file
-from small_models import shrink, write_ade20k, write_coco_2017
+from small_models import write_ade20k, write_coco_2017
+from tiny_commands import readers_folder, run_command
 from tiny_runs import ROOT, load_tool, write_images
 
 from hgkd.api.train import load_config
-from hgkd.config.reading import read_config
 
 README = ROOT / "README.md"
-WIDTHS = (8, 16, 32, 64)
-TEACHER = dict(embed_dim=32, num_heads=2)
 
 
 def commands(page: Path) -> list[list[str]]:
     """Every ``hgkd ...`` of a page, in a block or within a sentence, as words: the command first."""
     text = re.sub(r" *\\\n\s*", " ", page.read_text())  # a command goes on after a backslash
-    blocks = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    blocks = [line.removeprefix("$").strip() for line in text.splitlines() if line.startswith(("    ", "$ "))]
     spans = [span.replace("\n", " ") for span in re.findall(r"`(hgkd [^`]*)`", text)]
     # not those that are named without their arguments, or described
     whole = re.compile(r"hgkd [a-z-]+ (?!--\w+ [a-z]+$)(?!\w+$(?<=[a-z]))[^\[]*")
@@ -62,41 +58,10 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder like the reader's: photographs, labelled images, data sets, the teacher's file, and the repository's parts."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **options: (text, True))  # slow, and of no account
-    for part in ("configs", "downstream"):
-        (tmp_path / part).symlink_to(ROOT / part)
-    write_images(tmp_path / "home/photos", each=2)
+    readers_folder(tmp_path, monkeypatch)
     for split in ("train", "val", "test"):
         write_images(tmp_path / "DIR" / split, classes=[f"class{number}" for number in range(7)], each=3)
-    teacher = timm.create_model("vit_small_patch14_dinov2", num_classes=0, **TEACHER)
-    save_file(teacher.state_dict(), tmp_path / "home/vit_small_patch14_dinov2.safetensors")
     return tmp_path
-
-
-def appended(words):
-    """What is appended to a command of hgkd train."""
-    if words[0] != "train":
-        return []
-    small = ["workers=0", "batch_size=2"]
-    resnet = f"channels={','.join(map(str, WIDTHS))}"
-    if not words[1].startswith("downstream/"):
-        encoder = str(dict(channels=list(WIDTHS))).replace(" ", "")
-        teacher = [f"model.teacher.{key}={value}" for key, value in {**TEACHER, "allow_random": True}.items()]
-        thin = [f"model.student.encoder_kwargs={encoder}", "model.student.decoder_width=32"]
-        return [*small, "image_size=64", "default_hooks.checkpoint.interval=50", *teacher, *thin]
-    if "/classification/" in words[1]:
-        return [*small, "image_size=64", "epochs=1", "warmup_epochs=0", f"model.classifier.{resnet}"]
-    length = "iterations=1" if "/segmentation/" in words[1] else "epochs=1"
-    return [*small, length, "model.backbone.stem_channels=64"]  # timm's ResNet has that stem at any width
-
-
-def run(words):
-    """A tool's command, in this process; networks of mmdet and mmseg are an eighth of their size."""
-    small = "/detection/" in words[1] or "/segmentation/" in words[1]
-    with mock.patch("hgkd.api.train.read_config", lambda file: shrink(read_config(file)) if small else read_config(file)):
-        return load_tool(words[0].replace("-", "_")).main([*words[1:], *appended(words)])
 
 
 @pytest.mark.slow
@@ -110,10 +75,10 @@ def test_commands_run(place, capsys):
     for words in found:
         if "--help" in words:
             with pytest.raises(SystemExit) as end:
-                run(words)
+                run_command(words)
             assert end.value.code == 0
         else:
-            assert run(words) == 0, f"{' '.join(words)}\n{capsys.readouterr().err[-3000:]}"
+            assert run_command(words) == 0, f"{' '.join(words)}\n{capsys.readouterr().err[-3000:]}"
         if words[0] == "export":
             (example,) = [text for text in indented_examples(README) if "import hgkd" not in text]
             exec(compile(example, "README.md", "exec"), {})  # of what has just been written
@@ -132,7 +97,11 @@ def test_the_jobs_in_python_have_these_arguments(monkeypatch):
 
 
 PAGES = sorted(
-    page for folder in ("docs", "configs", "downstream") for page in (ROOT / folder).rglob("*.md") if page.stem != "field_cases"
+    page
+    for folder in ("docs", "configs", "downstream")
+    for page in (ROOT / folder).rglob("*.md")
+    # tutorials are run as a whole: tests/docs
+    if page.stem != "field_cases" and page.parent.name != "tutorials"
 )
 COMMANDS = [(page, words) for page in (README, *PAGES) for words in commands(page) if "--help" not in words]
 

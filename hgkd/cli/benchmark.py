@@ -21,8 +21,9 @@ decoding, by the same images from shards of 256 px and from Parquet (where webda
 loader with reading processes, as a training has it. The files are read once before, so the disk does not count.
 
 ``report``: all of it on this machine in under 8 minutes: values and gradients against fp64, the kernels, the encoder step, the
-whole step, reading. ``DIR/report.md`` can be pasted into docs/performance.md, ``report.json`` holds the same numbers. Exit code
-1 where a comparison with fp64 does not hold. ``sparse`` and the engine's parts of ``report`` run without mmengine.
+whole step, reading. ``DIR/report.md`` can be pasted into docs/background/performance.md, ``report.json`` holds the same
+numbers. Exit code 1 where a comparison with fp64 does not hold. ``sparse`` and the engine's parts of ``report`` run without
+mmengine.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 A backbone is a checkpoint of hgkd train, a folder of hgkd export, a MAE file, or a timm name (random weights unless
 --checkpoint or --pretrained); a network of your own needs the --config that imports it. Labelled images are a folder with
 one sub-folder a class, or a list with a path and a class a line (.txt, .csv, .tsv); they are centre-cropped. 'compare' tests
-whether two results differ by more than the test images' chance; docs/evaluation.md describes everything.
+whether two results differ by more than the test images' chance; docs/howto/evaluation.md describes everything.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ hgkd export spark_resnet50.pth --encoder resnet50 --to mmdet --out exported/spar
 hgkd export work_dirs/run/epoch_100.pth --to timm --out exported/resnet18 --push user/name --private
 
 A weight file of another project (SparK, ConvNeXt, mmpretrain, torchvision, transformers, timm) is read with --encoder NAME.
-docs/export.md describes the targets.
+docs/howto/export.md describes the targets.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="SIDE",
         help="pixels that a backbone is used at, SIDE or H W: of the proof, of int8's calibration, of graphs of one size "
-        "(default: timm's for the network, 224 of most, whatever the run trained at)",
+        "(default: the run's own; of a file that does not say it timm's for the network, 224 of most)",
     )
     parser.add_argument(
         "--value-range",

@@ -23,7 +23,7 @@ from hgkd.export.folder import PAGE, check_free, new_folder
 from hgkd.export.job import ExportError, ExportReport, Job, Target, Written, use_at
 from hgkd.export.measure import check_latency, measured
 from hgkd.export.model import LIBRARIES, export_model, model_options
-from hgkd.export.preprocessing import input_for, run_value_range
+from hgkd.export.preprocessing import input_for, run_image_size, run_value_range
 from hgkd.export.targets import TARGETS
 from hgkd.networks.backbones import Source, read_source
 from hgkd.pixels import channels_of, to_unit_range
@@ -31,6 +31,7 @@ from hgkd.weights.loading import check_finite
 from hgkd.weights.run_file import EncoderSpec
 from hgkd.weights.signature import Output, Signature
 
+#: What of a student can be exported; a target says which of these it takes.
 PARTS = ("backbone", "student", "decoder", "classifier", "model")
 TOLERANCE = 1e-5
 
@@ -74,7 +75,8 @@ def export(
         preprocessing: one of ``hgkd.export.PREPROCESSINGS``: the graph takes the values of image files in this layout and
             order, uint8, and range, mean and std are inside; None: float32 (B, C, H, W) in [0, 1].
         image_size: side in pixels, or (H, W), that a backbone is used at: of the images of the proof, of int8's calibration and
-            of graphs of one size; it is noted for the library that loads the folder. None: timm's for the network.
+            of graphs of one size; it is noted for the library that loads the folder. None: the run's, or timm's for the network
+            where the file does not say one.
         latency: side in pixels of the image by which the files are timed, and their peak memory is measured.
         licences: of 'weights', 'teacher' and 'data', for the cards; what is not given is said to be unknown.
         options: of the target: the keyword-only arguments of its ``write``.
@@ -125,8 +127,9 @@ def export(
         source = read_classifier(checkpoint)
     else:
         source = read_source(checkpoint, encoder, prefix=prefix, allow=allow)
-        if image_size is not None:
-            use_at(source.network, as_size(image_size))
+        size = run_image_size(source.meta) if image_size is None else as_size(image_size)
+        if size is not None:
+            use_at(source.network, size)
     decoded = part in ("student", "decoder")
     if decoded and not source.student:
         raise WeightsError("decoder-not-in-file", f"{source.path} holds an encoder without decoder; use part='backbone'")

@@ -14,11 +14,13 @@ from typing import Any
 from torch import nn
 
 from hgkd.data.pixels import as_value_range
+from hgkd.data.transforms import as_size
 from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.export.job import input_of
 from hgkd.weights.run_file import literal_config
 from hgkd.weights.signature import ImageInput
 
+#: Layouts of the uint8 images that a graph can take, where it scales and normalises them itself: order of axes, of channels.
 PREPROCESSINGS = ("nhwc-rgb", "nhwc-bgr", "nchw-rgb", "nchw-bgr")
 _UINT16 = 65535.0
 
@@ -28,6 +30,13 @@ def run_value_range(meta: Mapping[str, Any]) -> tuple[float, float] | None:
     loader = literal_config(meta.get("cfg")).get("train_dataloader")
     dataset = loader.get("dataset") if isinstance(loader, Mapping) else None
     return as_value_range(dataset.get("value_range")) if isinstance(dataset, Mapping) else None
+
+
+def run_image_size(meta: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(H, W) of the images that a run trained its student on; None: not said, or not one of hgkd's own models."""
+    model = literal_config(meta.get("cfg")).get("model")
+    size = model.get("image_size") if isinstance(model, Mapping) else None
+    return None if size is None else as_size(size)
 
 
 def inside(network: nn.Module, asked: str, value_range: Sequence[float] | None) -> ImageInput:

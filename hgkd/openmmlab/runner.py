@@ -277,7 +277,7 @@ def dry_run_downstream(cfg: Config) -> str:
         check_last_batch(plain_model(runner), loop, batch)
         guard = GuardedOptimWrapper(runner.optim_wrapper, runner.model)
         outputs = guarded_step(runner.model, batch, guard)
-    losses = {name: float(value) for name, value in outputs.items() if "loss" in name}
+    losses = {name: float(value.detach()) for name, value in outputs.items() if "loss" in name}
     if guard.skipped or not all(map(math.isfinite, losses.values())):
         raise DivergedError(
             "step-not-finite",

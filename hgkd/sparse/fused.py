@@ -59,7 +59,7 @@ def _gather_multiply(  # type: ignore[no-untyped-def]
     o = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     total = tl.zeros((BLOCK_POINTS, BLOCK_WIDTH), dtype=tl.float32)
     for k in range(taps):
-        row = tl.load(index + n * taps + k, mask=n < points, other=rows)
+        row = tl.load(index + n * taps + k, mask=n < points, other=rows).to(tl.int64)  # int32: a row's place may be more
         for first in range(0, channels, BLOCK_CHANNELS):
             c = first + tl.arange(0, BLOCK_CHANNELS)
             seen = (row < rows)[:, None] & (c < channels)[None, :]
@@ -97,7 +97,7 @@ def _weight_gradient(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_WIDTH, BLOCK_CHANNELS), dtype=tl.float32)
     for first in range(slice_ * BLOCK_POINTS, points, slices * BLOCK_POINTS):
         n = (first + tl.arange(0, BLOCK_POINTS)).to(tl.int64)
-        row = tl.load(index + n * taps + k, mask=n < points, other=rows)
+        row = tl.load(index + n * taps + k, mask=n < points, other=rows).to(tl.int64)  # int32: a row's place may be more
         seen = (row < rows)[:, None] & (c < channels)[None, :]
         values = tl.load(source + row[:, None] * channels + c[None, :], mask=seen, other=0.0)
         inside = (n < points)[:, None] & (o < width)[None, :]
@@ -113,7 +113,7 @@ def gather_multiply(source: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
 
     Args:
         source: (M, C), fp16, bf16 or fp32 (computed as TF32 on a GPU).
-        index: int64 (N, K), 0 ... M.
+        index: int32 or int64 (N, K), 0 ... M.
         matrix: (K*C, O).
 
     Returns:

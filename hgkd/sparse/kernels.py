@@ -109,7 +109,7 @@ def gathers(weight: Tensor, groups: int) -> bool:
 
 
 def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry, layout: CellLayout) -> str:
-    """Name of the kernel for a layer, by rule (see ``docs/performance.md`` for the measurements behind it)."""
+    """Name of the kernel for a layer, by rule (see ``docs/background/performance.md`` for the measurements behind it)."""
     if geometry.border != "constant":
         return "halo"
     if groups > 1:
@@ -369,7 +369,7 @@ def _transposed_stencil(geometry: ConvGeometry, device: torch.device) -> Stencil
         first = min(geometry.pad[a] - (geometry.kernel[a] - 1) * geometry.dilation[a] for a in (0, 1))
         stride = geometry.stride[0]
         reach = cells_reached(s_out, first // stride, (s_in - 1 + max(geometry.pad)) // stride)
-        value = torch.where(fits_y & fits_x, value, NOTHING).flatten()
+        value = torch.where(fits_y & fits_x, value, NOTHING).flatten().int()
         return Stencil(reach, cell_number(y // s_out, x // s_out, reach), value)
 
 
@@ -490,6 +490,7 @@ class _HaloTiles(torch.autograd.Function):
 
 def _add_rows(rows: Tensor, index: Tensor, values: Tensor) -> None:
     """Add values to the rows of an index with repeats, in a fixed order on every device."""
+    index = index.long()  # torch widens it for itself in one of these, and in the other its CPU kernel is slow without
     if values.is_cuda:  # there ``index_add_`` is atomic, while this sorts
         rows.index_put_((index,), values, accumulate=True)
     else:

@@ -124,10 +124,15 @@ class CellLayout:
 
     @cached_property
     def _slot(self) -> Tensor:
-        """Packed index of each cell, int64 (B, h, w); ``num_cells`` at hidden ones."""
-        slot = torch.full((self.batch * self.grid[0] * self.grid[1],), self.num_cells, device=self.device)
-        slot[self._positions] = torch.arange(self.num_cells, device=self.device)
+        """Packed index of each cell, int32 (B, h, w); ``num_cells`` at hidden ones."""
+        kind: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
+        slot = torch.full((self.batch * self.grid[0] * self.grid[1],), self.num_cells, **kind)
+        slot[self._positions] = torch.arange(self.num_cells, **kind)
         return slot.view(self.batch, *self.grid)
+
+    def _index_dtype(self, size: int) -> torch.dtype:
+        """Of the indices of values, ``size`` a visible cell: half as much memory to read, unless there are too many for it."""
+        return torch.int32 if (self.num_cells + 2) * size <= NOTHING else torch.int64
 
     def side(self, stride: int) -> int:
         """Positions along a cell's side in a feature map of the given stride.
@@ -159,20 +164,26 @@ class CellLayout:
         return self.keep(("mask", self.side(stride), dtype), lambda: self.mask(stride).to(dtype))
 
     def row_map(self, s: int) -> Tensor:
-        """Packed row of every position, int64 (B, h*s, w*s), with ``T*s*s`` (one past the last row) at hidden positions."""
+        """Packed row of every position, (B, h*s, w*s), with ``T*s*s`` (one past the last row) at hidden positions.
+
+        Like all indices of rows int32, or int64 where there are too many rows.
+        """
 
         def make() -> Tensor:
-            inside = torch.arange(s * s, device=self.device).view(s, s).repeat(*self.grid)
-            slot = self._slot.repeat_interleave(s, 1).repeat_interleave(s, 2)
+            dtype = self._index_dtype(s * s)
+            inside = torch.arange(s * s, dtype=dtype, device=self.device).view(s, s).repeat(*self.grid)
+            slot = self._slot.to(dtype).repeat_interleave(s, 1).repeat_interleave(s, 2)
             return torch.where(slot < self.num_cells, slot * (s * s) + inside, self.num_cells * s * s)
 
         return self.keep(("rows", s), make)
 
     def positions(self, s: int) -> Tensor:
-        """Place of every packed row in the flattened map (B, h*s, w*s), int64 (T*s*s,): inverse of :meth:`row_map`."""
+        """Place of every packed row in the flattened map (B, h*s, w*s), (T*s*s,): inverse of :meth:`row_map`."""
 
         def make() -> Tensor:
-            image, y, x = self.coordinates(s).long().unbind(1)
+            # hidden places are counted as well here
+            dtype = torch.int32 if self.visible.numel() * s * s <= NOTHING else torch.int64
+            image, y, x = self.coordinates(s).to(dtype).unbind(1)
             return (image * (self.grid[0] * s) + y) * (self.grid[1] * s) + x
 
         return self.keep(("positions", s), make)
@@ -213,7 +224,8 @@ class CellLayout:
             border: 'reflect' gives positions outside the image the index of their mirror image inside it.
 
         Returns:
-            int64 (T * count * count, len(offsets_y) * len(offsets_x)), points in packed row order.
+            (T * count * count, len(offsets_y) * len(offsets_x)), points in packed row order; int32, or int64 where there are
+            too many rows.
         """
         key = ("neighbours", s, count, step, offsets_y, offsets_x, outside, border)
         if border == "reflect":
@@ -233,16 +245,20 @@ class CellLayout:
             outside: what is added to ``T * size`` outside the image; hidden cells have ``T * size``.
 
         Returns:
-            int64 (T * P / taps, taps).
+            (T * P / taps, taps), int32 or int64 as :meth:`neighbours`.
         """
 
         def find() -> Tensor:
-            stencil, none = make(), self.num_cells * size
-            index = self.cells_around(stencil.reach)[:, stencil.cell].mul_(size).add_(stencil.value)
-            found = index.clamp(max=none)
-            if outside:
-                found += outside * (index >= none + size)
-            return found.view(-1, taps)
+            stencil, none, dtype = make(), self.num_cells * size, self._index_dtype(size)
+            value = stencil.value
+            if dtype != value.dtype:
+                value = value.to(dtype).masked_fill(value == NOTHING, none)
+            index = self.cells_around(stencil.reach).index_select(1, stencil.cell).to(dtype).mul_(size).add_(value)
+            beyond = index >= none + size if outside else None
+            index.clamp_(max=none)
+            if beyond is not None:
+                index += outside * beyond
+            return index.view(-1, taps)
 
         return self.keep(key, find)
 
@@ -254,13 +270,13 @@ class CellLayout:
         x = _mirrored(x + (points + spaced(offsets_x, self.device)).flatten(), w * s).view(-1, 1, count, 1, len(offsets_x))
         cell = self._slot[self.image_of_cell.view(-1, 1, 1, 1, 1), y // s, x // s]
         index = (cell * (s * s) + (y % s) * s + x % s).clamp_(max=self.num_cells * s * s)
-        return index.view(-1, len(offsets_y) * len(offsets_x))
+        return index.view(-1, len(offsets_y) * len(offsets_x)).to(self._index_dtype(s * s))
 
     def cells_around(self, reach: int) -> Tensor:
         """Packed index of the (2*reach+1)**2 cells up to ``reach`` away from each visible one, row by row.
 
         Returns:
-            int64 (T, (2*reach+1)**2), ``num_cells`` at hidden cells, ``num_cells + 1`` outside the image.
+            int32 (T, (2*reach+1)**2), ``num_cells`` at hidden cells, ``num_cells + 1`` outside the image.
         """
 
         def make() -> Tensor:
@@ -333,7 +349,7 @@ class Stencil:
     Attributes:
         reach: how many cells away at most.
         cell: int64 (P,), which of the (2*reach+1)**2 cells around.
-        value: int64 (P,), which value of that cell; ``NOTHING``: reads as hidden.
+        value: int32 (P,), which value of that cell; ``NOTHING``: reads as hidden.
     """
 
     reach: int
@@ -341,7 +357,7 @@ class Stencil:
     value: Tensor
 
 
-NOTHING = 1 << 40  # more than any map has values
+NOTHING = 1 << 30  # more than any map that int32 indexes has values, and the sum of the two is an int32 still
 
 
 @made_once
@@ -355,7 +371,7 @@ def regular_stencil(
         x = (points + spaced(offsets_x, device)).view(1, count, 1, -1)
         last = (count - 1) * step
         reach = cells_reached(s, min(*offsets_y, *offsets_x), last + max(*offsets_y, *offsets_x))
-        return Stencil(reach, cell_number(y // s, x // s, reach), ((y % s) * s + x % s).flatten())
+        return Stencil(reach, cell_number(y // s, x // s, reach), ((y % s) * s + x % s).flatten().int())
 
 
 def cells_reached(s: int, first: int, last: int) -> int:

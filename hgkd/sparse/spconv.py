@@ -122,7 +122,7 @@ def _convolve(packed: Tensor, weight: Tensor, bias: Tensor | None, geometry: Con
 def _on_the_grid(values: Tensor, indices: Tensor, s: int, layout: CellLayout) -> Tensor:
     """Rows (T*s*s, C) in packed order out of spconv's, which come in any order and include positions of hidden cells."""
     image, y, x = indices.long().unbind(1)
-    rows = layout.row_map(s)[image, y, x]  # hidden positions: one past the last row
+    rows = layout.row_map(s)[image, y, x].long()  # hidden positions: one past the last row
     out = values.new_zeros(layout.num_cells * s * s + 1, values.shape[1])
     return out.index_copy(0, rows, values)[:-1]
 

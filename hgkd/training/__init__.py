@@ -1,5 +1,6 @@
 """Running a training: runner, loop, hooks, optimiser wrappers."""
 
+from hgkd.training.averaging import ExponentialMovingAverage
 from hgkd.training.checkpoint_hook import CheckpointWriteError, RunCheckpointHook
 from hgkd.training.hooks.alarms import CollapseAlarmHook, FiniteLossHook, LossAlarmHook
 from hgkd.training.hooks.class_report import ClassReportHook
@@ -19,6 +20,7 @@ __all__ = [
     "DecayGroupsConstructor",
     "DistillRunner",
     "ExactEpochLoop",
+    "ExponentialMovingAverage",
     "FiniteLossHook",
     "LayerDecayConstructor",
     "LossAlarmHook",

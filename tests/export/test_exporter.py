@@ -84,6 +84,16 @@ def test_a_backbone_leaves_at_the_size_that_is_asked_for(tmp_path: Path) -> None
         export(tmp_path / "a.pth", tmp_path / "d", "timm", image_size=0)
 
 
+def test_a_backbone_leaves_at_the_size_of_its_run(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    checkpoint = torch.load(tmp_path / "a.pth", weights_only=False)
+    checkpoint["meta"]["cfg"] = "model = dict(type='MaskedDistiller', image_size=[96, 64])\n"
+    torch.save(checkpoint, tmp_path / "a.pth")
+    for asked, size in ((None, [3, 96, 64]), (160, [3, 160, 160])):
+        export(tmp_path / "a.pth", tmp_path / "out", "timm", image_size=asked, force=True)
+        assert json.loads((tmp_path / "out/config.json").read_text())["pretrained_cfg"]["input_size"] == size
+
+
 def test_timm_adds_a_fresh_classifier(tmp_path: Path) -> None:
     source = write_student(tmp_path / "a.pth")
     export(tmp_path / "a.pth", tmp_path / "out")

@@ -40,7 +40,8 @@ def compare(function, layout: CellLayout, x: Tensor, parameters: list[Tensor], t
         results.append([out, *grads])
     for found, expected in zip(*results, strict=True):
         scale = expected.abs().max().clamp_min(1.0)
-        assert ((found - expected).abs().max() / scale).item() < tolerance
+        apart = torch.where(found == expected, 0.0, found - expected)  # a maximum of padding alone is minus infinity in both
+        assert (apart.abs().max() / scale).item() < tolerance
 
 
 GRIDS = {

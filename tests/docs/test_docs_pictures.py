@@ -1,0 +1,66 @@
+"""The command that makes the pictures of README and docs, on tiny runs; and the pictures that are shipped."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from downstream_runs import need
+from PIL import Image
+
+from hgkd.api.demo import Plan
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from tools import docs_pictures  # noqa: E402
+
+DRAWN = ("engine_cells", "engine_tiles", "engine_gather", "engine_exact", "curves")
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        assert picture.format == "WEBP"
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_the_pictures_of_the_engine_and_the_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert docs_pictures.main(["--out", str(tmp_path / "new"), "--only", *DRAWN]) == 0
+    for name in DRAWN:
+        path = tmp_path / f"new/{name}.webp"
+        assert path.stat().st_size <= docs_pictures.LIMIT
+        assert len(np.unique(pixels_of(path).reshape(-1, 3), axis=0)) > 8, name  # not an empty sheet
+    assert capsys.readouterr().out.count(" kB\n") == len(DRAWN)
+
+
+@pytest.mark.slow
+def test_the_pictures_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("mmdet", "onnxruntime")
+    plan = Plan(train=32, test=16, teacher_epochs=1, student_epochs=1, probe=2)
+    monkeypatch.setattr(docs_pictures, "QUICK", docs_pictures.Sizes(plan, boxes=8, epochs=1))
+    assert docs_pictures.main(["--quick", "--out", str(tmp_path), "--only", "features", "detections"]) == 0
+    tile, shown = 192 + 2, pixels_of(tmp_path / "features.webp")
+    assert shown.shape == (14 + 3 * tile, 4 * tile, 3)
+    image, seen = shown[14:, : tile - 2].astype(int), shown[14:, tile : 2 * tile - 2].astype(int)
+    hidden = (abs(seen - 128) <= 1).all(2)
+    assert 0.3 < hidden.mean() < 0.7  # half of the cells are hidden
+    assert (image[~hidden] == seen[~hidden]).all()
+    assert pixels_of(tmp_path / "detections.webp").shape == (2 * tile, 4 * tile, 3)
+
+
+def test_a_picture_that_is_too_large_is_not_written(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8))
+    with pytest.raises(RuntimeError, match="more than 120000"):
+        docs_pictures.save(noise, tmp_path / "noise.webp")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_of_a_photograph_s_size_loses_quality_before_it_is_refused(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(100, 140, (300, 300, 3), dtype=np.uint8)
+    assert 0 < docs_pictures.save(Image.fromarray(noise), tmp_path / "noise.webp") <= docs_pictures.LIMIT
+    assert abs(pixels_of(tmp_path / "noise.webp").astype(int).mean() - noise.mean()) < 5
+
+
+def test_what_is_shipped() -> None:
+    shipped = {path.name: path.stat().st_size for path in (ROOT / "docs/pictures").iterdir()}
+    assert {f"{name}.webp" for name in docs_pictures.PICTURES} <= shipped.keys()
+    assert {name for name, size in shipped.items() if size > docs_pictures.LIMIT} == set()

@@ -1,0 +1,68 @@
+"""The tutorial of a detector, all its commands in their order, with thin networks on a few small images."""
+
+import copy
+from unittest import mock
+
+import pytest
+from downstream_runs import need
+from small_models import write_bccd
+from tiny_commands import TEACHER, readers_folder
+from tiny_runs import ROOT, write_images
+from tutorial_pages import run_page
+
+from hgkd.cli.main import main
+from hgkd.config.reading import read_config
+
+PAGE = ROOT / "docs/tutorials/detector.md"
+THIN = 0.125  # of CSPNeXt's widths; RTMDet-tiny has 0.375
+TINY = {
+    "hgkd/": {
+        "image_size": 64,
+        "batch_size": 2,
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "workers": 0,
+        "model.student.encoder_kwargs.widen_factor": THIN,
+        "model.student.decoder_width": 32,
+        "model.teacher.allow_random": True,
+        **{f"model.teacher.{key}": value for key, value in TEACHER.items()},
+    },
+    "my_detector.py": {"batch_size": 2, "epochs": 1, "workers": 0},
+}
+
+
+def thin(cfg):
+    """RTMDet with thin layers and small pictures; other configs as they are."""
+    if cfg.model.type != "RTMDet":
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.widen_factor = THIN
+    cfg.model.neck.update(in_channels=[32, 64, 128], out_channels=16)
+    cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1)
+    cfg.model.test_cfg.max_per_img = 20
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        for step in loader.dataset.pipeline:
+            if "scale" in step:
+                step.scale = (128, 96)
+    return cfg
+
+
+def run(words):
+    options = {}
+    if words[0] == "train":
+        (options,) = [options for start, options in TINY.items() if words[1].startswith(start)]
+        words = [word for word in words if word.partition("=")[0] not in options]
+    with mock.patch("hgkd.api.train.read_config", lambda file: thin(read_config(file))):
+        return main([*words, *(f"{key}={value}" for key, value in options.items())])
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_happens(tmp_path, monkeypatch):
+    need("mmdet")
+    pytest.importorskip("onnxruntime")
+    readers_folder(tmp_path, monkeypatch)
+    write_images(tmp_path / "home/photos/more", classes=["c"], each=1)  # an odd number: the last batch is not filled
+    write_bccd(tmp_path / "home/boxes")
+    run_page(PAGE, run)
+    objects = (tmp_path / "predicted/predictions.jsonl").read_text().splitlines()
+    assert len(objects) == len(list((tmp_path / "predicted/pictures").iterdir())) > 0
