@@ -28,6 +28,7 @@ from hgkd.training.loop import GuardedOptimWrapper, seed_step
 from hgkd.training.trackers import check_tracker
 from hgkd.training.work_folder import trial_folder
 from hgkd.training.wrapping import plain_model
+from hgkd.weights.run_folder import tell_full_memory
 
 _CPU_IMAGES = 8  # of a step on a CPU, whose time grows with the number of images
 
@@ -51,7 +52,7 @@ def dry_run(cfg: Config) -> str:
     cfg.visualizer = dict(type="Visualizer", vis_backends=[])
     check_tracker(cfg.pop("tracker", None))
     cfg.resume, cfg.load_from = False, None
-    with trial_folder() as folder:
+    with tell_full_memory(), trial_folder() as folder:
         cfg.work_dir = folder
         runner = RUNNERS.build(cfg)
         loop = runner.build_train_loop(runner._train_loop)
@@ -120,7 +121,8 @@ def _measure(runner: Runner, loop: BaseLoop) -> dict[str, Any]:
     report["a step"] = (
         f"{seconds:.2f} s to compute (measured with {images} images), {waiting:.2f} s to read by {workers} process(es)"
     )
-    report["memory"] = f"{memory:.0f} MB at most" + (f" on the GPU, {images} images" if on_gpu else f", {images} images")
+    where = " on the GPU" if on_gpu else ""
+    report["memory"] = "not known on this system" if memory is None else f"{memory:.0f} MB at most{where}, {images} images"
     report["whole run"] = f"about {duration_text(remaining)} for {loop.max_iters} steps, validations not counted"
     return report
 
