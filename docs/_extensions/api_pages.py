@@ -128,7 +128,9 @@ def _blocks(page: str) -> Iterator[str]:
             yield f"{module}\n{'-' * len(module)}\n\n.. automodule:: {module}\n   :no-members:\n\n"
         if entry.is_data:
             text = "\n".join(f"   {line}".rstrip() for line in (entry.said or "").splitlines())
-            yield f".. py:data:: {entry.path}\n\n{text}\n\n"
+            names = entry.value if isinstance(entry.value, (tuple, dict)) else ()
+            held = ", ".join(f"``{name}``" for name in names)
+            yield f".. py:data:: {entry.path}\n\n{text}\n\n" + (f"   {held}\n\n" if held else "")
         elif inspect.isclass(entry.value):
             yield f".. autoclass:: {entry.path}\n   :members:\n   :show-inheritance:\n\n"
         else:

@@ -111,12 +111,19 @@ def _option_table(actions: list[argparse.Action]) -> str:
 
 
 def _names(action: argparse.Action) -> str:
-    value = (
-        action.metavar if isinstance(action.metavar, str) else (action.dest.upper() if action.option_strings else action.dest)
-    )
-    shown = {"*": f"[{value} ...]", "+": f"{value} ...", "?": f"[{value}]", 0: ""}.get(action.nargs, value)
+    shown = _values(action)
     names = [name.replace("_", "-") if name.startswith("--") else name for name in action.option_strings]
     return cell(", ".join(f"`{f'{name} {shown}'.strip()}`" for name in dict.fromkeys(names)) or f"`{shown}`")
+
+
+def _values(action: argparse.Action) -> str:
+    """What stands after an option, or for an argument without one."""
+    if isinstance(action.metavar, tuple):
+        return " ".join(action.metavar)
+    value = action.metavar or (action.dest.upper() if action.option_strings else action.dest)
+    if isinstance(action.nargs, int):
+        return " ".join([value] * action.nargs)
+    return {"*": f"[{value} ...]", "+": f"{value} ...", "?": f"[{value}]"}.get(str(action.nargs), value)
 
 
 def _default(action: argparse.Action) -> str:

@@ -26,12 +26,19 @@ _FETCHED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("missing-reference", _resolve)
+    app.connect("autodoc-process-signature", _without_factories)
     app.connect("build-finished", _check)
     missing = api_pages.undocumented()
     if missing:
         raise ExtensionError(f"public names without a docstring: {', '.join(missing)}")
     generated.assemble(Path(app.srcdir))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _without_factories(*event: Any) -> tuple[str | None, str | None] | None:
+    """A signature whose defaults are Python: what a dataclass makes anew for each object is shown as ``...``."""
+    signature, returned = event[-2:]
+    return (signature.replace("<factory>", "..."), returned) if signature and "<factory>" in signature else None
 
 
 def _resolve(app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, content: nodes.TextElement) -> nodes.Node | None:

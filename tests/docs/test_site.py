@@ -164,7 +164,8 @@ def test_every_option_of_every_command_is_on_its_page():
         (section,) = re.findall(rf"^##+ hgkd {re.escape(name)}\n(.*?)(?=^## |^### |\Z)", text, flags=re.M | re.S)
         for action in commands.options_of(parser):
             assert action.help or action.choices, f"hgkd {name}: {action.dest} has no help"
-            assert (action.option_strings or [action.dest])[0].replace("_", "-") in section.replace("_", "-")
+            name = (action.option_strings or [action.metavar or action.dest])[0]
+            assert f"`{name.replace('_', '-')}" in section.replace("_", "-").replace("`[", "`")
 
 
 def test_arguments_are_read_from_docstrings():
