@@ -1,6 +1,6 @@
 """Make every picture of the README and of docs/ from real runs of this project.
 
-    python tools/docs_pictures.py --out docs/pictures [--only features ...] [--demo FOLDER] [--detector FOLDER] [--quick]
+    python tools/docs_pictures.py --out docs/pictures [--only features ...] [--runs FOLDER] [--quick]
 
 Nothing is downloaded: the images are generated shapes. Two runs are made, unless their folders are given: `hgkd demo` (a
 teacher, a student and the control), and a RetinaNet on boxes of shapes that starts from the demo's student, as a graph for
@@ -80,7 +80,7 @@ class Runs:
     """The two runs that pictures are made from; each is made when it is first asked for.
 
     Attributes:
-        scratch: folder for runs that are made here.
+        scratch: folder for runs that are made here; those that it holds are not made again.
         sizes: of these runs.
         given_demo, given_detector: folders of runs that are there already.
     """
@@ -95,26 +95,30 @@ class Runs:
         """A folder of ``hgkd demo``."""
         if self.given_demo is not None:
             return self.given_demo
-        demo(self.scratch / "demo", seed=0, plan=self.sizes.demo)
-        return self.scratch / "demo"
+        out = self.scratch / "demo"
+        if not (out / "report.html").exists():  # what it writes last
+            demo(out, seed=0, plan=self.sizes.demo)
+        return out
 
     @cached_property
     def detector(self) -> Path:
         """An exported detector, as a graph."""
         if self.given_detector is not None:
             return self.given_detector
-        data, work_dir = self.scratch / "boxes", self.scratch / "detector"
+        data, work_dir, out = (self.scratch / name for name in ("boxes", "detector", "detector_onnx"))
+        if out.exists():
+            return out
         write_coco(data, train=self.sizes.boxes, test=16, image_size=96, seed=0, clutter=False)
         options = {
             "data_root": f"{data}/",
             "backbone": str(self.demo / "student"),
             "epochs": self.sizes.epochs,
             "seed": 0,
+            "optim_wrapper.optimizer.lr": 1e-3,  # at the recipe's 2e-4 so few steps find boxes, and no classes
             "val_evaluator.ann_file": f"{data}/annotations/val.json",
             "test_evaluator.ann_file": f"{data}/annotations/val.json",
         }
         hgkd.train(DETECTOR, work_dir, options=options)
-        out = self.scratch / "detector_onnx"
         hgkd.export(work_dir, out, to="onnx", part="model", images=data / "images/val", max_images=4)
         return out
 
@@ -149,16 +153,17 @@ def features(runs: Runs) -> Image.Image:
 
 
 def detections(runs: Runs) -> Image.Image:
-    """Boxes of the detector, found by onnxruntime in images that it has not seen."""
+    """The best box of each image that the detector has not seen, found by onnxruntime."""
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         images = [Image.fromarray(image) for image in scenes(8, 96)]
         for n, image in enumerate(images):
             image.save(Path(folder) / f"{n}.png")
-        hgkd.predict(runs.detector, folder, told=lines.append)
+        hgkd.predict(runs.detector, folder, told=lines.append, score_threshold=0.05)
     zoom, tiles = 2, []
     for image, line in zip(images, lines, strict=True):
-        found = [{**item, "box": [zoom * side for side in item["box"]]} for item in line["objects"]]
+        best = sorted(line["objects"], key=lambda item: -item["score"])[:1]  # an image holds one object
+        found = [{**item, "box": [zoom * side for side in item["box"]]} for item in best]
         tiles.append(np.asarray(draw_boxes(image.resize((96 * zoom, 96 * zoom), Image.Resampling.BICUBIC), found)))
     columns = {" " * n: as_batch([tiles[n], tiles[n + 4]]).float() / 255 for n in range(4)}
     return Image.fromarray(picture_grid(columns)[14:])  # without the strip of titles
@@ -372,12 +377,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=sorted(PICTURES), metavar="NAME", help=", ".join(PICTURES))
     parser.add_argument("--demo", type=Path, help="folder that hgkd demo has filled")
     parser.add_argument("--detector", type=Path, help="folder of hgkd export --part model --to onnx")
+    parser.add_argument("--runs", type=Path, help="folder that keeps the runs; those that it holds are not made again")
     parser.add_argument("--quick", action="store_true", help="short runs: that everything works, not how it looks")
     args = parser.parse_args(argv)
     register_ops()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        runs = Runs(Path(scratch), QUICK if args.quick else FULL, args.demo, args.detector)
+        runs = Runs(args.runs or Path(scratch), QUICK if args.quick else FULL, args.demo, args.detector)
         for name in args.only or PICTURES:
             path = args.out / f"{name}.webp"
             print(f"{path}: {save(PICTURES[name](runs), path) / 1000:.0f} kB", flush=True)
