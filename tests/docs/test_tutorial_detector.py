@@ -17,6 +17,7 @@ from tutorial_pages import run_page
 
 from hgkd.cli.main import main
 from hgkd.config.reading import read_config
+from hgkd.weights.run_folder import find_last_checkpoint
 
 PAGE = ROOT / "docs/tutorials/detector.md"
 THIN = 0.125  # of CSPNeXt's widths; RTMDet-tiny has 0.375
@@ -55,7 +56,7 @@ def decide(folder):
     """Give the checkpoint of a work folder heads that tell boxes apart: untrained ones find ties, of which NMS keeps any."""
     from mmengine.registry import MODELS
 
-    (file,) = folder.glob("epoch_*.pth")
+    file = find_last_checkpoint(folder)
     checkpoint = torch.load(file, weights_only=False)
     with scope("mmdet"):
         model = MODELS.build(Config.fromstring(checkpoint["meta"]["cfg"], ".py").model).eval()
@@ -67,7 +68,7 @@ def decide(folder):
 
     torch.manual_seed(0)
     for name, layer in model.named_modules():
-        if "rtm_cls" in name and isinstance(layer, nn.Conv2d):
+        if ("rtm_cls" in name or "rtm_reg" in name) and isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight)
             nn.init.zeros_(layer.bias)
             layer.register_forward_hook(spread)
@@ -82,10 +83,12 @@ def run(words):
     options = {}
     if words[0] == "train":
         (options,) = [options for start, options in TINY.items() if words[1].startswith(start)]
+        if "--resume" in words:  # trains on: one epoch more
+            options = options | {"epochs": options["epochs"] + 1}
         words = [word for word in words if word.partition("=")[0] not in options]
     with mock.patch("hgkd.api.train.read_config", lambda file: thin(read_config(file))):
         code = main([*words, *(f"{key}={value}" for key, value in options.items())])
-    if words[0] == "train" and words[1] == "my_detector.py" and "--dry-run" not in words:
+    if words[0] == "train" and "--resume" in words:
         decide(Path("work_dirs/detector"))
     return code
 
