@@ -32,7 +32,7 @@ TINY = {
         "model.teacher.allow_random": True,
         **{f"model.teacher.{key}": value for key, value in TEACHER.items()},
     },
-    "my_detector.py": {"batch_size": 2, "epochs": 1, "workers": 0},
+    "my_detector.py": {"batch_size": 2, "epochs": 2, "workers": 0, "param_scheduler.0.end": 1},
 }
 
 
