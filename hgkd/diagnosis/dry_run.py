@@ -18,7 +18,7 @@ from hgkd.data.sampler import SeededIndex, epoch_seed
 from hgkd.errors import DivergedError
 from hgkd.networks.guest import teachers_of
 from hgkd.networks.vit import watch_nonfinite
-from hgkd.registry import RUNNERS
+from hgkd.registry import build_runner
 from hgkd.training.hooks.class_report import ClassReportHook
 from hgkd.training.hooks.feature_cache import TeacherCacheHook
 from hgkd.training.hooks.progress import peak_memory_mb
@@ -54,7 +54,7 @@ def dry_run(cfg: Config) -> str:
     cfg.resume, cfg.load_from = False, None
     with tell_full_memory(), trial_folder() as folder:
         cfg.work_dir = folder
-        runner = RUNNERS.build(cfg)
+        runner = build_runner(cfg)
         loop = runner.build_train_loop(runner._train_loop)
         runner._train_loop = loop
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)

@@ -8,7 +8,7 @@ import pytest
 from downstream_runs import need
 from small_models import write_camvid
 from tiny_commands import TEACHER, WIDTHS, readers_folder
-from tiny_runs import ROOT, write_images
+from tiny_runs import ROOT
 from tutorial_pages import run_page
 
 from hgkd.cli.main import main
@@ -26,7 +26,7 @@ TINY = {
         "model.teacher.allow_random": True,
         **{f"model.teacher.{key}": value for key, value in TEACHER.items()},
     },
-    "my_segmentor.py": {"batch_size": 2, "iterations": 2, "workers": 0},
+    "my_segmentor.py": {"batch_size": 2, "iterations": 2, "workers": 0, "default_hooks.logger.interval": 1},
 }
 
 
@@ -63,7 +63,6 @@ def test_the_page_shows_what_happens(tmp_path, monkeypatch):
     need("mmseg")
     pytest.importorskip("onnxruntime")
     readers_folder(tmp_path, monkeypatch)
-    write_images(tmp_path / "home/photos/more", classes=["c"], each=1)  # an odd number: the last batch is not filled
     write_camvid(tmp_path / "home/scenes")
     run_page(PAGE, run)
     maps = {file.stem for file in (tmp_path / "predicted/label_maps").iterdir()}
