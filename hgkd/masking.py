@@ -22,6 +22,7 @@ from hgkd.cells import highest as highest
 from hgkd.cells import visible_count as visible_count
 from hgkd.errors import InvalidValueError
 from hgkd.registry import MODELS
+from hgkd.sparse.hardware import require
 
 
 class MaskGenerator(Protocol):
@@ -487,6 +488,28 @@ def expand(visible: Tensor, ratio: int | tuple[int, int]) -> Tensor:
     return visible.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
 
 
-def ids_keep_of(patches: Tensor) -> Tensor:
-    """bool (B, N) with equally many True in each row -> their indices, ascending, int64 (B, n)."""
-    return patches.nonzero()[:, 1].view(len(patches), -1)
+def ids_keep_of(patches: Tensor, count: int | None = None) -> Tensor:
+    """Indices of the True entries of each row, ascending.
+
+    Args:
+        patches: bool (B, N), equally many True in each row.
+        count: of them in a row, where known: the host then waits for nothing. Another number ends the process on a GPU.
+
+    Returns:
+        int64 (B, n).
+
+    Raises:
+        ValueError: another number, on the CPU.
+    """
+    if count is None:
+        return patches.nonzero()[:, 1].view(len(patches), -1)
+    counts = patches.sum(1)
+    require(
+        (counts == count).all(),
+        lambda: InvalidValueError(
+            "visible-cells-miscounted",
+            f"the mask was said to show {count} patches of every image, and shows {counts.tolist()[:8]}: a mask generator's "
+            "count(grid) must be the number of cells that its draw() shows",
+        ),
+    )
+    return torch.nonzero_static(patches, size=len(patches) * count)[:, 1].view(len(patches), count)

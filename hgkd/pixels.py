@@ -245,7 +245,7 @@ class PixelNormalisation(nn.Module):
             ValueError: images of other channels; without this one channel would be taken for all.
         """
         check_images(images, self.in_chans)
-        return (images - self.mean) / self.std
+        return (images - self.mean).div_(self.std)
 
     def denormalise(self, inputs: Tensor) -> Tensor:
         """The inverse of :meth:`normalise`."""

@@ -19,6 +19,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 
+_ABSENT = object()
 _FETCHED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"'](?:https?:)?//[^\"']+")
 
 
@@ -41,19 +42,19 @@ def _resolve(app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, co
     around = [scope for scope in (f"{module}.{cls}" if module and cls else None, module) if scope]
     for name in (*(f"{scope}.{target}" for scope in around), target, f"builtins.{target}"):
         found = _found(name)
-        if found is None:
+        if found is _ABSENT:
             continue
         entry = api_pages.known().get(_defined_at(found, name))
         if entry is not None:
             domain = env.domains.python_domain
             return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", entry.path, node, content)
         return content
-    home = _scope_of(str(module), target)
-    return content if home else None
+    # a type that a signature shows is no reference that somebody wrote, and may be of anywhere
+    return content if not node.rawsource or _is_known_below(str(module), target) else None
 
 
-def _found(name: str) -> object | None:
-    """The object at a dotted path, or None."""
+def _found(name: str) -> object:
+    """The object at a dotted path, or ``_ABSENT``."""
     parts = name.split(".")
     for cut in range(len(parts), 0, -1):
         try:
@@ -64,10 +65,10 @@ def _found(name: str) -> object | None:
             fields = getattr(value, "__dataclass_fields__", {})
             annotations = getattr(value, "__annotations__", {})
             if not hasattr(value, part):
-                return value if part in fields or part in annotations else None
+                return value if part in fields or part in annotations else _ABSENT
             value = getattr(value, part)
         return value
-    return None
+    return _ABSENT
 
 
 def _defined_at(value: object, name: str) -> str:
@@ -75,7 +76,7 @@ def _defined_at(value: object, name: str) -> str:
     return f"{module}.{qualified}" if module and qualified else name
 
 
-def _scope_of(module: str, target: str) -> bool:
+def _is_known_below(module: str, target: str) -> bool:
     """Whether a bare name means something in the modules below a package, as in the docstring of what it exports."""
     if "." in target or not module.startswith("hgkd"):
         return False

@@ -118,8 +118,7 @@ def read_levels(path: str) -> Config:
     """Read a config as ``Config.fromfile`` does, noting which file of the chain sets what; see :class:`Levels`."""
     with _LOCK, _noted() as root:
         cfg = Config.fromfile(path, import_custom_modules=False)
-    if cfg.get("default_scope") not in (None, OWN_SCOPE):
-        _drop_own_scope(cfg._cfg_dict)
+    _drop_own_scope(cfg._cfg_dict)
     import_custom_modules(cfg, root.folders())
     if root.files:
         object.__setattr__(cfg, _ATTRIBUTE, root.files[0].level())
@@ -127,10 +126,11 @@ def read_levels(path: str) -> Config:
 
 
 def _drop_own_scope(part: object) -> None:
-    """Take ``_scope_ = "hgkd"`` out of a config of another library, in place.
+    """Take ``_scope_ = "hgkd"`` out of a config, in place.
 
-    mmengine marks with it what ``_base_ = "hgkd::..."`` brings, as if hgkd's registries held all of it. In the shipped recipes
-    of detectors and segmentors nearly all is mmdet's or mmseg's, and what is hgkd's says so in its ``type``.
+    mmengine marks with it what ``_base_ = "hgkd::..."`` brings. In hgkd's own recipes that scope holds anyway, and where a part
+    is handed on as keyword arguments (loops, ``collate_fn``) the mark would go with them. In the recipes of detectors and
+    segmentors nearly all is mmdet's or mmseg's, and what is hgkd's says so in its ``type``.
     """
     if isinstance(part, dict):
         if part.get("_scope_") == OWN_SCOPE:

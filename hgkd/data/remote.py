@@ -152,7 +152,7 @@ class RemoteStore(Store):
 
     def search(self, extensions: tuple[str, ...]) -> Content:
         found = Content()
-        listed = self._tried("", lambda: self._fs.find(self._base, detail=True))
+        listed = self._tried("", self._listed)
         base = self._fs._strip_protocol(self._base).rstrip("/") + "/"
         for path, info in listed.items():
             name = path.removeprefix(base)
@@ -161,6 +161,12 @@ class RemoteStore(Store):
             sort_in(found, name, extensions)
         found.sort()
         return found
+
+    def _listed(self) -> dict[str, Any]:
+        listed: dict[str, Any] = self._fs.find(self._base, detail=True)
+        if not listed:
+            self._fs.ls(self._base)  # says why, where fsspec's walk passes over a server that does not answer
+        return listed
 
     def matching(self, pattern: str) -> list[str]:
         """Names that a pattern with ``*`` fits, sorted."""

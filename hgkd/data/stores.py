@@ -111,7 +111,8 @@ def read_part(path: str, offset: int, size: int) -> bytes:
         OSError: the file is not there any more, or is shorter than it was.
     """
     with open(path, "rb", buffering=0) as file:
-        content = os.pread(file.fileno(), size, offset)
+        file.seek(offset)  # Windows has no os.pread
+        content = file.read(size)
     if len(content) != size:
         raise OSError(f"{path} ends within this member")
     return content

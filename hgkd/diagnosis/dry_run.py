@@ -22,12 +22,13 @@ from hgkd.registry import RUNNERS
 from hgkd.training.hooks.class_report import ClassReportHook
 from hgkd.training.hooks.feature_cache import TeacherCacheHook
 from hgkd.training.hooks.progress import peak_memory_mb
-from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.in_force import duration_text, in_force, lines_of
 from hgkd.training.last_batch import check_last_batch
 from hgkd.training.loop import GuardedOptimWrapper, seed_step
 from hgkd.training.trackers import check_tracker
 from hgkd.training.work_folder import trial_folder
 from hgkd.training.wrapping import plain_model
+from hgkd.weights.run_folder import tell_full_memory
 
 _CPU_IMAGES = 8  # of a step on a CPU, whose time grows with the number of images
 
@@ -42,7 +43,7 @@ def dry_run(cfg: Config) -> str:
         A report of some lines.
 
     Raises:
-        Whatever a training would raise before and in its first steps.
+        Exception: whatever a training would raise before and in its first steps.
         DivergedError: a loss or gradient is not finite; the message says where it begins.
         ValueError: the last batch of an epoch is too small for the model.
     """
@@ -51,7 +52,7 @@ def dry_run(cfg: Config) -> str:
     cfg.visualizer = dict(type="Visualizer", vis_backends=[])
     check_tracker(cfg.pop("tracker", None))
     cfg.resume, cfg.load_from = False, None
-    with trial_folder() as folder:
+    with tell_full_memory(), trial_folder() as folder:
         cfg.work_dir = folder
         runner = RUNNERS.build(cfg)
         loop = runner.build_train_loop(runner._train_loop)
@@ -120,8 +121,9 @@ def _measure(runner: Runner, loop: BaseLoop) -> dict[str, Any]:
     report["a step"] = (
         f"{seconds:.2f} s to compute (measured with {images} images), {waiting:.2f} s to read by {workers} process(es)"
     )
-    report["memory"] = f"{memory:.0f} MB at most" + (f" on the GPU, {images} images" if on_gpu else f", {images} images")
-    report["whole run"] = f"about {_duration(remaining)} for {loop.max_iters} steps, validations not counted"
+    where = " on the GPU" if on_gpu else ""
+    report["memory"] = "not known on this system" if memory is None else f"{memory:.0f} MB at most{where}, {images} images"
+    report["whole run"] = f"about {duration_text(remaining)} for {loop.max_iters} steps, validations not counted"
     return report
 
 
@@ -182,9 +184,3 @@ def _shape(value: object) -> str:
 
 def _count(module: nn.Module, trained: bool = False) -> str:
     return f"{sum(p.numel() for p in module.parameters() if p.requires_grad or not trained) / 1e6:.2f} M parameters"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

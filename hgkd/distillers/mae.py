@@ -122,7 +122,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         ratio = self.cell // self.network.arch.patch_size
         cells = self.mask(len(images), self.mask_grid, device=images.device)
         visible = expand(cells, ratio).flatten(1)
-        ids_keep = ids_keep_of(visible)
+        ids_keep = ids_keep_of(visible, self.mask.count(self.mask_grid) * ratio**2)
         predicted = self.network.predict_pixels(self.network.encode(images, ids_keep), ids_keep)
         target = pixel_target(images, self.network.arch.patch_size, self.norm_pix)
         return mae_loss(predicted, target, visible)

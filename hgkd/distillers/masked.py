@@ -292,8 +292,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             asked = f"a {type(self.student).__name__}" if fixed else f"{type(self.mask).__name__}"
             raise InvalidValueError(
                 "cuda-graph-impossible",
-                f"cuda_graph=True needs a SparseUNet and a mask that shows a fixed number of cells, not {asked} with "
-                f"mask_ratio={getattr(self.mask, 'mask_ratio', None)}; use cuda_graph='auto', which trains without it",
+                f"cuda_graph=True needs a SparseUNet or a MaskedViT, and a mask that shows a fixed number of cells, "
+                f"not {asked} with mask_ratio={getattr(self.mask, 'mask_ratio', None)}; use cuda_graph='auto', which trains "
+                "without it",
             )
 
     def _seen(self) -> str:
@@ -339,9 +340,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             'loss': name of a loss -> fp32 scalar. 'predict': one ``FeatureSample`` an image, pooled over the whole image.
             'tensor': last-level features (B, C, h, w) of the whole image.
         """
-        images = to_unit_range(inputs)
         if mode == "loss":
-            return self._losses(images, data.get("index"))
+            return self._losses(inputs, data.get("index"))
+        images = to_unit_range(inputs)
         if mode == "predict":
             return feature_samples(self.student.pooled(images).float(), data)
         if mode == "tensor":
@@ -353,9 +354,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         features: Tensor = self.student.dense_features(images)[-1]
         return features
 
-    def _loss_terms(self, images: Tensor, index: Tensor | None) -> dict[str, tuple[float, LossTerm]]:
+    def _loss_terms(self, inputs: Tensor, index: Tensor | None) -> dict[str, tuple[float, LossTerm]]:
         """Name of a loss -> its weight and its term."""
-        return self._terms_of(*self._see(images, index))
+        return self._terms_of(*self._see(inputs, index))
 
     def _terms_of(
         self, student_out: StudentOutput, teacher_outs: Mapping[str, TeacherOutput]
@@ -369,18 +370,18 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
 
     def term_report(self, inputs: Tensor, index: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses of a batch, and what each would be, were the prediction everywhere the batch's mean target."""
-        found = self._loss_terms(to_unit_range(inputs), index)
+        found = self._loss_terms(inputs, index)
         losses = {name: weight * term.loss() for name, (weight, term) in found.items()}
         return losses, {name: weight * term.loss_of_mean() for name, (weight, term) in found.items()}
 
-    def _see(self, images: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
+    def _see(self, inputs: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """Outputs of student and teacher for a batch; the teacher's by name of the objective."""
-        images, visible, teacher_outs = self._show(images, index)
+        images, visible, teacher_outs = self._show(inputs, index)
         return self._student_sees(images, visible, self._cells_shown(len(images), len(visible))), teacher_outs
 
-    def _losses(self, images: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+    def _losses(self, inputs: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         """Name -> loss, what follows mask and teachers by a CUDA graph where there is one."""
-        images, visible, teacher_outs = self._show(images, index)
+        images, visible, teacher_outs = self._show(inputs, index)
         num_cells = self._cells_shown(len(images), len(visible))
         tensors, rebuilt = taken_apart(teacher_outs)
 
@@ -393,15 +394,16 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             return compute(*inputs)
         return self._graphs.losses(self, compute, inputs, (num_cells,))
 
-    def _show(self, images: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, dict[str, TeacherOutput]]:
-        """The images, mirrored or not, the visible cells of every view, and the teachers' outputs."""
-        check_size(images, self.image_size)
-        check_images(images, self.student.in_chans)
-        # 1. mirror some of the images, and draw the visible cells of every view
-        flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    def _show(self, inputs: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, dict[str, TeacherOutput]]:
+        """The images in [0, 1], mirrored or not, the visible cells of every view, and the teachers' outputs."""
+        check_size(inputs, self.image_size)
+        check_images(inputs, self.student.in_chans)
+        # 1. mirror some of the images, as bytes where they come so, and draw the visible cells of every view
+        flipped = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         if self.flip > 0.0:
-            flipped = torch.rand(len(images), device=images.device) < self.flip
-            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+            flipped = torch.rand(len(inputs), device=inputs.device) < self.flip
+            inputs = torch.where(flipped[:, None, None, None], inputs.flip(3), inputs)
+        images = to_unit_range(inputs)
         visible = self.draw_views(images)
         # 2. the teacher, once for all objectives that can share a pass: its many large operations keep a GPU at work while
         # the host prepares the student's
@@ -421,12 +423,26 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             batch: images.
             seen: images times views.
         """
+        (h, w), views, count = self.mask_grid, seen // batch, self._cells_masked
+        whole = self._shows_whole_view
+        return None if count is None else batch * ((views - whole) * count + whole * h * w)
+
+    @property
+    def _cells_masked(self) -> int | None:
+        """How many cells every masked view shows at this moment, where the mask's generator fixes it."""
         mask = self.mask
-        if not isinstance(mask, CountedMask) or (mask.counts_differ and not mask.in_unmasked_end):
-            return None
-        (h, w), views = self.mask_grid, seen // batch
-        whole = self.whole_view and not mask.in_unmasked_end
-        return batch * ((views - whole) * mask.count((h, w)) + whole * h * w)
+        fixed = isinstance(mask, CountedMask) and (mask.in_unmasked_end or not mask.counts_differ)
+        return mask.count(self.mask_grid) if fixed else None  # type: ignore[union-attr]
+
+    @property
+    def _shows_whole_view(self) -> bool:
+        """Whether whole images are seen beside the masked views."""
+        return self.whole_view and not getattr(self.mask, "in_unmasked_end", False)
+
+    @property
+    def _cells_an_image(self) -> int | None:
+        """How many cells every view shows, where that is one known number."""
+        return None if self._shows_whole_view else self._cells_masked
 
     @property
     def shown_channels(self) -> Sequence[int] | None:
@@ -468,7 +484,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             drawn = self.mask.draw_views(self.masks_per_image, len(images), self.mask_grid, at, scores)
         else:
             drawn = torch.cat([self.draw_mask(images) for _ in range(self.masks_per_image)])
-        if self.whole_view and not getattr(self.mask, "in_unmasked_end", False):  # then that is what is drawn
+        if self._shows_whole_view:
             drawn = torch.cat([torch.ones_like(drawn[: len(images)]), drawn])
         return drawn
 
@@ -494,7 +510,8 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     ) -> TeacherOutput:
         teacher, views, images = self.teachers[name], len(visible) // len(images), self._seen_by(name, images)
         if needs.visible_only:
-            seen: TeacherOutput = teacher(images if views == 1 else images.repeat(views, 1, 1, 1), visible, needs)
+            counted = {} if (count := self._cells_an_image) is None else {"cells_an_image": count}
+            seen: TeacherOutput = teacher(images if views == 1 else images.repeat(views, 1, 1, 1), visible, needs, **counted)
             return seen
         return self._whole_pass(name, needs, images, index, flipped).repeat(views)
 

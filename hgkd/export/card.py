@@ -63,7 +63,7 @@ def run_card(
         "network": source.describe(),
         "export": {**export, "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")},
         "files": {
-            str(file.relative_to(files)): {"sha256": file_digest(file), "bytes": file.stat().st_size}
+            file.relative_to(files).as_posix(): {"sha256": file_digest(file), "bytes": file.stat().st_size}
             for file in sorted(files.rglob("*"))
             if file.is_file()
         },

@@ -46,7 +46,7 @@ def check_free(out: Path, force: bool, target: str) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise ExistingFileError("output-is-a-file", f"{out} exists and is not a folder; choose another --out")
-    names = {str(file.relative_to(out)) for file in out.rglob("*") if not file.is_dir() or not any(file.iterdir())}
+    names = {file.relative_to(out).as_posix() for file in out.rglob("*") if not file.is_dir() or not any(file.iterdir())}
     if not names:
         return
     held = read_card(out).get("target", target)

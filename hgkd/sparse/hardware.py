@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 # Triton has no tensor-core products below: it compiles them to scalar code, half a minute a kernel (triton PR 5066)
 TENSOR_CORES_FROM = (8, 0)
@@ -43,6 +45,14 @@ def has_tensor_cores(device: torch.device) -> bool:
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being recorded: nothing runs then, so nothing may be measured, checked or kept."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def require(fits: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise an error unless a flag on a device is set. A GPU ends the process itself, so that the host waits for nothing."""
+    if fits.device.type != "cpu":
+        torch._assert_async(fits)
+    elif not bool(fits):
+        raise error()
 
 
 def name_of(device: torch.device) -> str:

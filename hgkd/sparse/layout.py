@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgkd.errors import InvalidTypeError, InvalidValueError
-from hgkd.sparse.hardware import is_capturing
+from hgkd.sparse.hardware import is_capturing, require
 
 T = TypeVar("T")
 
@@ -79,15 +79,14 @@ class CellLayout:
     def _expected(self, num_cells: int) -> Tensor:
         """The same where their number is known."""
         counts = self.visible.flatten(1).sum(1)
-        fits = (counts.sum() == num_cells) & counts.all()
-        if self.device.type != "cpu":
-            torch._assert_async(fits)
-        elif not bool(fits):
-            raise InvalidValueError(
+        require(
+            (counts.sum() == num_cells) & counts.all(),
+            lambda: InvalidValueError(
                 "visible-cells-miscounted",
                 f"the mask was said to show {num_cells} cells, at least one an image, and shows {counts.tolist()[:8]}: a mask "
                 "generator's count(grid) must be the number of cells that its draw() shows",
-            )
+            ),
+        )
         return torch.nonzero_static(self.visible.flatten(), size=num_cells).flatten()
 
     def __repr__(self) -> str:
@@ -103,6 +102,11 @@ class CellLayout:
     def image_of_cell(self) -> Tensor:
         """Image index of each visible cell, int64 (T,)."""
         return self._positions // (self.grid[0] * self.grid[1])
+
+    @cached_property
+    def cell_in_image(self) -> Tensor:
+        """Place of each visible cell in its image's grid, row by row, int64 (T,)."""
+        return self._positions % (self.grid[0] * self.grid[1])
 
     @cached_property
     def _cell_y(self) -> Tensor:
@@ -290,12 +294,19 @@ class CellLayout:
 
     def gather_cells(self, dense: Tensor, s: int) -> Tensor:
         """Visible cells of a dense map (B, C, h*s, w*s) as (T, C, s, s), channels_last; differentiable."""
-        (h, w), channels = self.grid, dense.shape[1]
-        cells = dense.view(self.batch, channels, h, s, w, s).permute(0, 2, 4, 3, 5, 1)
-        cells = cells.reshape(self.batch * h * w, s * s * channels)
         if not self.all_visible:
-            cells = _SelectRows.apply(cells, self._positions)
-        return cells.view(self.num_cells, s, s, channels).permute(0, 3, 1, 2)
+            return _SelectCells.apply(dense, self, s)
+        return self._split(dense, s).reshape(self.num_cells, s, s, -1).permute(0, 3, 1, 2)
+
+    def _split(self, dense: Tensor, s: int) -> Tensor:
+        """View of a dense map by cells, (B, h, w, s, s, C)."""
+        h, w = self.grid
+        return dense.view(self.batch, -1, h, s, w, s).permute(0, 2, 4, 3, 5, 1)
+
+    def select_cells(self, dense: Tensor, s: int) -> Tensor:
+        """:meth:`gather_cells` of a map that hides something, in one pass over its visible cells alone."""
+        found = self._split(dense, s)[self.image_of_cell, self._cell_y, self._cell_x]
+        return found.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
     def scatter_cells(self, packed: Tensor, fill: float | Tensor = 0.0) -> Tensor:
         """Inverse of :meth:`gather_cells`: (T, C, s, s) to (B, C, h*s, w*s), channels_last, with ``fill`` at hidden positions.
@@ -421,6 +432,19 @@ class SumImages(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
         return RepeatImages.apply(grad, ctx.cells), None
+
+
+class _SelectCells(torch.autograd.Function):
+    """Visible cells of a dense map; the gradient puts each back to its place, which is no accumulation."""
+
+    @staticmethod
+    def forward(ctx, dense: Tensor, cells: CellLayout, s: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.cells = cells
+        return cells.select_cells(dense, s)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+        return ctx.cells.scatter_cells(grad), None, None
 
 
 class _SelectRows(torch.autograd.Function):

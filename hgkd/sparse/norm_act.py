@@ -1,7 +1,8 @@
-"""Residual blocks whose normalisations take activation and addition along, in training on a GPU with Triton.
+"""Normalisations that take activation and addition along, in training on a GPU with Triton.
 
-timm's two ResNet blocks call normalisation, ReLU and addition one after the other, some ten passes over a feature map. Where
-:mod:`hgkd.sparse.fused_norm` serves, they are four; everywhere else, the CPU included, a block's own forward runs.
+timm's ResNet and RegNet blocks call normalisation, ReLU and addition one after the other, some ten passes over a feature map,
+and its layer of convolution, normalisation and ReLU, of which many families are built, some seven. Where
+:mod:`hgkd.sparse.fused_norm` serves, they are four; everywhere else, the CPU included, a layer's own forward runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, ConvNormAct
+from timm.models import regnet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -81,8 +84,12 @@ def _error(device: torch.device, dtype: torch.dtype) -> float:
 
 def _is_plain(norm: object, act: object) -> bool:
     """Whether a normalisation and an activation are those that the kernels compute."""
-    fits = type(norm) is nn.BatchNorm2d and type(act) is nn.ReLU
-    if not fits:
+    if type(norm) is BatchNormAct2d:
+        inside = (norm.drop,) if norm.act is act else (norm.drop, norm.act)
+        fits = _is_identity(*inside)
+    else:
+        fits = type(norm) is nn.BatchNorm2d  # of subclasses nothing is known: some are synchronised between processes
+    if not fits or type(act) is not nn.ReLU:
         return False
     norm = cast(nn.BatchNorm2d, norm)
     return norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
@@ -106,13 +113,38 @@ def _is_identity(*layers: object) -> bool:
     return all(isinstance(layer, nn.Identity) for layer in layers)
 
 
-def _kernels_for(block: Any, x: SparseTensor, *pairs: tuple[object, object]) -> ModuleType | None:
-    """The kernels where they serve all of a block: ordinary norms and ReLUs, nothing between them, two rows or more."""
-    simple = block.se is None and block.drop_path is None and _is_identity(block.drop_block, block.aa)
-    if not simple or not all(_is_plain(norm, act) for norm, act in pairs):
+def _kernels(x: SparseTensor, *pairs: tuple[object, object]) -> ModuleType | None:
+    """The kernels where they serve ordinary norms and ReLUs of two rows or more."""
+    if not all(_is_plain(norm, act) for norm, act in pairs):
         return None
     few = isinstance(x, PackedTensor) and x.plain.shape[0] < 2  # torch refuses one value a channel, in its own words
     return None if few else _fused(x)
+
+
+def _kernels_for(block: Any, x: SparseTensor, *pairs: tuple[object, object]) -> ModuleType | None:
+    """The kernels where they serve all of a ResNet block, with nothing between its norms and ReLUs."""
+    simple = block.se is None and block.drop_path is None and _is_identity(block.drop_block, block.aa)
+    return _kernels(x, *pairs) if simple else None
+
+
+@layer_rule(ConvNormAct)
+def conv_norm_act(layer: Any, x: SparseTensor) -> SparseTensor:
+    """timm's layer of convolution, normalisation and activation."""
+    kernels = _kernels(x, (layer.bn, getattr(layer.bn, "act", None))) if layer.aa is None else None
+    if kernels is None:
+        return cast(SparseTensor, ConvNormAct.forward(layer, x))
+    return norm_act(kernels, layer.bn, layer.conv(x))
+
+
+@layer_rule(regnet.Bottleneck)
+def regnet_bottleneck(block: Any, x: SparseTensor) -> SparseTensor:
+    """RegNet's block (arXiv 2003.13678), whose last normalisation has no activation of its own; the others are layers above."""
+    last = block.conv3
+    simple = block.downsample is not None and last.aa is None and _is_identity(block.drop_path)
+    kernels = _kernels(x, (last.bn, block.act3)) if simple else None
+    if kernels is None:
+        return cast(SparseTensor, regnet.Bottleneck.forward(block, x))
+    return norm_act(kernels, last.bn, last.conv(block.se(block.conv2(block.conv1(x)))), block.downsample(x))
 
 
 @layer_rule(BasicBlock)

@@ -23,6 +23,7 @@ from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_m
 from hgkd.pixels import check_in_chans, statistics_of
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
+from hgkd.sparse.hardware import require
 from hgkd.structures import StudentOutput
 from hgkd.students.base import Student
 from hgkd.weights.loading import load_strict
@@ -53,6 +54,7 @@ class MaskedViT(Student):
     """
 
     equal_counts = True
+    takes_count = True
 
     def __init__(
         self,
@@ -116,12 +118,13 @@ class MaskedViT(Student):
         self.network.decoder_pred.requires_grad_(True)
         return True
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> StudentOutput:
+    def forward(self, images: Tensor, visible: Tensor | None = None, num_cells: int | None = None) -> StudentOutput:
         """Encode the visible patches and decode the whole image.
 
         Args:
             images: (B, 3, H, W) in [0, 1], RGB, of the prepared size.
             visible: bool (B, H/cell, W/cell), True = visible, as many in every image; None: everything.
+            num_cells: True entries of ``visible`` where known, see :class:`hgkd.sparse.CellLayout`.
 
         Raises:
             ValueError: another image size or mask shape, or different numbers of visible cells.
@@ -137,8 +140,8 @@ class MaskedViT(Student):
                 f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
                 f"cells need {(len(images), *grid)}",
             )
-        layout = CellLayout(visible, self.cell)
-        ids_keep = ids_keep_of_cells(layout, network.arch.patch_size)
+        layout = CellLayout(visible, self.cell, num_cells=num_cells)
+        ids_keep = ids_keep_of_cells(layout, network.arch.patch_size, counted=num_cells is None)
         side = self.cell // network.arch.patch_size
         x = network.embed(self.normalise(images), ids_keep)
         features = []
@@ -199,21 +202,26 @@ class MaskedViT(Student):
         load_strict(self.network, weights, source=str(checkpoint), ignore_missing=() if found.decoder_depth else decoder)
 
 
-def ids_keep_of_cells(layout: CellLayout, patch_size: int) -> Tensor:
+def ids_keep_of_cells(layout: CellLayout, patch_size: int, counted: bool = True) -> Tensor:
     """Visible patches of each image, cell by cell and row by row in a cell, int64 (B, n).
 
+    Args:
+        counted: the number of cells was counted, so that the device was waited for; it may be so once more.
+
     Raises:
-        ValueError: the images have different numbers of visible cells.
+        ValueError: the images have different numbers of visible cells. Where nothing was counted, a GPU ends the process.
     """
     counts = layout.cells_per_image
-    if int(counts.min()) != int(counts.max()):
-        raise InvalidValueError(
+    equal = (counts == layout.num_cells // layout.batch).all()
+    require(
+        equal.cpu() if counted else equal,
+        lambda: InvalidValueError(
             "visible-counts-differ",
             f"a ViT student needs as many visible cells in every image, got {int(counts.min())} to {int(counts.max())}; "
             "use a mask generator with a fixed number",
-        )
+        ),
+    )
     (h, w), side = layout.grid, layout.cell // patch_size
     patches = torch.arange(h * w * side * side, device=layout.device).view(h, side, w, side)
     by_cell = patches.permute(0, 2, 1, 3).reshape(h * w, side * side)
-    cells = layout.visible.flatten(1).nonzero()[:, 1]
-    return by_cell[cells].view(layout.batch, -1)
+    return by_cell[layout.cell_in_image].view(layout.batch, -1)

@@ -230,13 +230,20 @@ class Teacher(PixelNormalisation):
         return self.grid
 
     @torch.no_grad()
-    def forward(self, images: Tensor, visible: Tensor | None = None, needs: TeacherNeeds | None = None) -> TeacherOutput:
+    def forward(
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        needs: TeacherNeeds | None = None,
+        cells_an_image: int | None = None,
+    ) -> TeacherOutput:
         """The teacher's outputs for images.
 
         Args:
             images: (B, 3, H, W) in [0, 1], RGB, any size.
             visible: bool (B, h, w), True = visible; used with ``needs.visible_only``.
             needs: what to compute; default: the last block of whole images.
+            cells_an_image: True entries of ``visible`` in every image, where known: the host then waits for nothing.
 
         Raises:
             RuntimeError: :meth:`prepare` was not called.
@@ -248,14 +255,18 @@ class Teacher(PixelNormalisation):
         needs = needs or TeacherNeeds(blocks=(self.info.depth - 1,))
         self.check(needs)
         with torch.autocast(images.device.type, enabled=False):  # the teacher's own precision, whatever the student's is
-            out = self._see(images, visible, needs)
+
+            def see() -> TeacherOutput:
+                return self._see(images, visible, needs, cells_an_image)
+
+            out = see()
             if not self._proved:  # the first images of a run, so that a wrong teacher ends it before its first step
                 given = (*out.tokens.values(), out.cls, out.decoded)
-                check_outputs(self.network, given, lambda: self._see(images, visible, needs), self.source, self.dtype)
+                check_outputs(self.network, given, see, self.source, self.dtype)
                 self._proved = True
             return out
 
-    def _see(self, images: Tensor, visible: Tensor | None, needs: TeacherNeeds) -> TeacherOutput:
+    def _see(self, images: Tensor, visible: Tensor | None, needs: TeacherNeeds, count: int | None) -> TeacherOutput:
         inputs = self._inputs(images)
         if not needs.visible_only:
             return self._forward(inputs, None, needs)
@@ -264,6 +275,8 @@ class Teacher(PixelNormalisation):
                 "visible-missing", "needs.visible_only without a mask: pass visible (B, h, w), True = visible"
             )
         patches = self.patch_mask(visible)
+        if count is not None:
+            return self._forward(inputs, ids_keep_of(patches, count * self.ratio**2), needs)
         counts = patches.sum(1)
         if int(counts.min()) == int(counts.max()):
             return self._forward(inputs, ids_keep_of(patches), needs)

@@ -74,10 +74,16 @@ def end_workers_at_exit() -> None:
     atexit.register(_end_workers)
 
 
+def _drop_child_handler() -> None:
+    """Take away the handler that torch has set for the end of a reading process; Windows knows no such signal."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _end_workers() -> None:
     children = [child for child in multiprocessing.active_children() if child.daemon]
-    if children and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident
+    if children:
+        _drop_child_handler()  # it takes their end for an accident
     for child in children:
         child.terminate()
     if children:
@@ -452,7 +458,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         if self.dataloader.num_workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises in the middle of whatever is done when a reading process dies, where it can be swallowed
             # half-way through an update; without it the death is noticed when the next batch is asked for
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _drop_child_handler()
         for idx, data_batch in enumerate(batches, start=done):
             self.run_iter(idx, data_batch)
             if self.interrupted and self.between_updates and idx + 1 < steps:

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.device import utils as device_utils
 from mmengine.dist import broadcast, is_distributed, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
@@ -83,6 +84,36 @@ def _raise_current(record: logging.LogRecord) -> None:
         raise error
 
 
+def take_slurm_names(environment: MutableMapping[str, str]) -> None:
+    """Give the variables of an ``srun`` the names that torch reads, as mmengine does for GPUs; those that are there stay.
+
+    Raises:
+        ValueError: the process was not started by ``srun``.
+    """
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    missing = [name for name in (*names.values(), "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise InvalidValueError(
+            "slurm-variables-missing",
+            f"--launcher slurm: {', '.join(missing)} not set. Start the command by srun, and export MASTER_ADDR (the first "
+            "machine's name) and MASTER_PORT in the job's script; docs/howto/several_gpus.md has one that works",
+        )
+    for name, slurm in names.items():
+        environment.setdefault(name, environment[slurm])
+
+
+def leave_apple_gpu() -> str | None:
+    """Keep trainings on the CPU where mmengine would take an Apple GPU (mps), on which nothing was tried yet.
+
+    Returns:
+        A remark for the log; None: there is no such GPU, or ``HGKD_DEVICE=mps`` asks for it.
+    """
+    if get_device() != "mps" or os.environ.get("HGKD_DEVICE") == "mps":
+        return None
+    device_utils.DEVICE = "cpu"  # what get_device reads
+    return "this machine's Apple GPU is not used, as hgkd was not tried on one: the CPU trains. HGKD_DEVICE=mps takes the GPU"
+
+
 def _end_gloo() -> None:
     """Close the group before the interpreter ends, as gloo's threads may abort a process that does not."""
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
@@ -124,8 +155,11 @@ class DistillRunner(Runner):
         return runner
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        self._device_remark = leave_apple_gpu()
         # mmengine's own initialisation sets a CUDA device unconditionally
         if self.distributed and not is_distributed() and not torch.cuda.is_available():
+            if self._launcher == "slurm":
+                take_slurm_names(os.environ)
             torch.distributed.init_process_group("gloo")
         super().setup_env(env_cfg)
         if self.distributed:
@@ -153,8 +187,9 @@ class DistillRunner(Runner):
         for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
                 handler.handleError = _raise_current  # type: ignore[method-assign]  # Python would go on after a traceback
-        if self._lock_remark:
-            logger.warning(self._lock_remark)
+        for remark in (self._lock_remark, self._device_remark):
+            if remark:
+                logger.warning(remark)
         return logger
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:

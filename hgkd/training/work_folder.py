@@ -28,6 +28,7 @@ except ImportError:  # Windows
 
 LOCK_NAME = "run.lock"
 _RESULTS = ("epoch_*.pth", "iter_*.pth", "best_*.pth", "student.pth")
+_KEEP_OUT = "keep other trainings out of it yourself"
 _held: dict[str, IO[str]] = {}  # a second handle of the same file would, when closed by this process, end the lock of the first
 
 
@@ -73,8 +74,10 @@ def lock_folder(work_dir: str | os.PathLike[str]) -> str | None:
         FolderInUseError: a training holds it; process, machine and start are named.
     """
     path = os.path.realpath(os.path.join(work_dir, LOCK_NAME))
-    if fcntl is None or path in _held:
+    if path in _held:
         return None
+    if fcntl is None:
+        return f"this system has no file locks that hgkd knows, so nothing guards {work_dir}: {_KEEP_OUT}"
     while True:
         handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115  it stays open as long as the lock
         try:
@@ -87,7 +90,7 @@ def lock_folder(work_dir: str | os.PathLike[str]) -> str | None:
                     "work-folder-locked",
                     f"{work_dir} is in use by a training: {holder}. Wait for its end, or give another folder with --work-dir",
                 ) from error
-            return f"{work_dir} lies on a file system without locks ({error.strerror}): keep other trainings out of it yourself"
+            return f"{work_dir} lies on a file system without locks ({error.strerror}): {_KEEP_OUT}"
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(handle.fileno())):
             break
         handle.close()  # its holder ended, and removed it, between the two calls

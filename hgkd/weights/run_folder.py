@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 
 from hgkd.digests import stream_digest
@@ -30,6 +31,7 @@ _SEAL = b"hgkd-sha256:"
 _SEAL_SIZE = len(_SEAL) + 64
 _END_OF_ZIP = b"PK\x05\x06"
 _END_SIZE = 22
+_NO_CPU_MEMORY = "DefaultCPUAllocator"  # how torch tells it of a CPU, by a plain RuntimeError
 
 
 def seal(path: str | os.PathLike[str]) -> None:
@@ -154,7 +156,8 @@ def tell_system_errors(work_dir: str | os.PathLike[str]) -> Iterator[None]:
         StoppedError: names file, reason and free space; or the reading process.
     """
     try:
-        yield
+        with tell_full_memory():
+            yield
     except (RuntimeError, ConnectionError, EOFError) as error:
         if not _worker_died(error):
             raise
@@ -174,6 +177,27 @@ def tell_system_errors(work_dir: str | os.PathLike[str]) -> Iterator[None]:
             f"the system refuses {error.filename or f'to write in {work_dir}'}: {error.strerror or error}; {free:.0f} MB are "
             f"free on the disk of {folder}. Checkpoints that are complete are untouched: free some space, or allow writing "
             "there (or give another --work-dir), and continue with --resume",
+        ) from error
+
+
+@contextmanager
+def tell_full_memory() -> Iterator[None]:
+    """Context in which memory that does not suffice, of a GPU or of the machine, becomes one sentence with the ways out.
+
+    Raises:
+        StoppedError: says how much was asked for, as far as torch does.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and _NO_CPU_MEMORY not in str(error):
+            raise
+        said = " ".join(str(error).split()).partition(" If reserved but unallocated")[0].rpartition("DefaultCPUAllocator: ")[2][:400]
+        raise StoppedError(
+            "memory-full",
+            f"memory does not suffice ({said or type(error).__name__}). Take a smaller batch_size "
+            "(optim_wrapper.accumulative_counts=2 keeps the images of an update), activation_checkpointing=[...], --amp, or a "
+            "smaller image_size; --dry-run says what a training needs. Complete checkpoints are untouched, --resume continues",
         ) from error
 
 

@@ -203,11 +203,13 @@ def test_refusals_come_before_training(web, folder, monkeypatch):
     fails(f"{web.url}/shards/none-*.tar", MissingFileError, "pattern-without-files", "none-*.tar")
     fails(f"{web.url}/shards/images-{{0..1.tar", InvalidValueError, "pattern-braces-unbalanced")
     fails("http://127.0.0.1:9/a.tar", StoppedError, "address-unreachable", "http://127.0.0.1:9/a.tar")
+    fails("http://127.0.0.1:9/", StoppedError, "address-unreachable", "http://127.0.0.1:9/")  # a folder is listed
     fails("nowhere://host/a.tar", InvalidValueError, "address-protocol-unknown", "nowhere")
     monkeypatch.setenv("HGKD_CACHE_GB", "many")
     fails(f"{web.url}/shards", InvalidValueError, "cache-limit-not-a-number", "many")
     monkeypatch.delenv("HGKD_CACHE_GB")
     web.denied = True
+    fails(f"{web.url}/shards", DataError, "address-not-allowed", "403")
     fails(f"{web.url}/shards/images-000000.tar?key=secret", DataError, "address-not-allowed", "403")
     web.denied = False
     path = folder / "shards/images-000001.tar"

@@ -43,7 +43,7 @@ class FakeTeacher(Teacher):
         return self.grid
 
     @torch.no_grad()
-    def forward(self, images, visible, needs):
+    def forward(self, images, visible, needs, cells_an_image=None):
         self.calls.append(needs)
         tokens = self.patches(images)
         return TeacherOutput({b: tokens * (b + 1) for b in needs.blocks}, self.grid)

@@ -169,3 +169,9 @@ def test_lines_that_agree(shown, printed):
 def test_lines_that_differ(shown, printed):
     with pytest.raises(PageDiffersError, match=r"^here: "):
         compare(shown, printed, "here")
+
+
+def test_words_that_are_results():
+    compare("worst class: star 3.0", "worst class: ring 12.5", "here", values=("ring", "star"))
+    with pytest.raises(PageDiffersError, match=r"^here: "):
+        compare("worst class: star 3.0", "worst class: starfish 3.0", "here", values=("ring", "star"))

@@ -1,6 +1,7 @@
 """The tutorial of a segmentor, all its commands in their order, with thin networks on a few small images."""
 
 import copy
+import os
 from unittest import mock
 
 import pytest
@@ -18,8 +19,7 @@ TINY = {
     "hgkd/": {
         "image_size": 64,
         "batch_size": 2,
-        "epochs": 1,
-        "warmup_epochs": 0,
+        "epochs": 2,
         "workers": 0,
         "model.student.encoder_kwargs": str({"channels": list(WIDTHS)}).replace(" ", ""),
         "model.student.decoder_width": 32,
@@ -49,6 +49,7 @@ def thin(cfg):
 
 
 def run(words):
+    words = [os.path.expanduser(word) for word in words]  # as a shell does it
     options = {}
     if words[0] == "train":
         (options,) = [options for start, options in TINY.items() if words[1].startswith(start)]

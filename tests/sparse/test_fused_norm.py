@@ -1,5 +1,6 @@
 """Batch normalisation with ReLU and addition by Triton kernels against torch, in Triton's interpreter: a process of its own."""
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -10,9 +11,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import regnet
 from torch import Tensor
 
 from hgkd.sparse import norm_act, sparsify
+from hgkd.training.sync_norm import sync_batch_norms
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs inside the interpreter's process")
 
@@ -25,7 +28,7 @@ def test_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, (folder.parent, folder)))}
     done = subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "15 passed" in done.stdout, done.stdout
+    assert "18 passed" in done.stdout, done.stdout
 
 
 def both(rows: int, channels: int, dtype: torch.dtype, add: bool, relu: bool, offset: float) -> list[list[Tensor]]:
@@ -90,13 +93,17 @@ def test_nothing_that_is_not_finite_is_hidden() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "regnet", "regnet with SE"])
 def test_networks_train_as_with_torchs_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features, gradients and running statistics of a masked network, every block of it by the kernels."""
     from hgkd.sparse import fused_norm
 
     results, calls = [], []
-    model = timm.create_model(name, num_classes=0, global_pool="", layers=(1, 1, 1, 1))
+    if name.startswith("regnet"):
+        se_ratio = 0.25 if name.endswith("SE") else 0.0
+        model = regnet.RegNet(regnet.RegNetCfg(4, 8, 36.0, 2.0, 8, se_ratio=se_ratio), num_classes=0, global_pool="")
+    else:
+        model = timm.create_model(name, num_classes=0, global_pool="", layers=(1, 1, 1, 1))
     for norm in [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)]:
         torch.nn.init.uniform_(norm.weight, 0.5, 1.0)  # timm begins with residual branches of zero
     visible = torch.tensor([[[True, False], [True, True]], [[False, True], [True, False]]])
@@ -109,7 +116,9 @@ def test_networks_train_as_with_torchs_kernels(name: str, monkeypatch: pytest.Mo
         results.append([out.detach(), *(p.grad for p in net.parameters()), *(b.float() for b in net.buffers())])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
-    assert len(calls) == 2 * 4
+    # once a block, and in a RegNet for the stem and for the two layers in a block
+    layers = 1 + 2 * 4 if name.startswith("regnet") else 0
+    assert len(calls) == 2 * (4 + layers)
 
 
 @interpreted
@@ -135,6 +144,21 @@ class TestAgreement:
         monkeypatch.setattr(fused_norm, "statistics", lambda rows: (right(rows)[0], right(rows)[1] * 1.1))
         with pytest.warns(UserWarning, match="differ by"):
             assert not norm_act.agrees(torch.device("cpu"), torch.float32)
+
+
+def test_norms_of_other_kinds_keep_their_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are synchronised between processes, or have another activation, are no matter of the kernels."""
+    monkeypatch.setattr(norm_act, "_fused", lambda x: pytest.fail("asked for the kernels"))
+    layer = timm.layers.ConvNormAct(3, 8, 3, norm_layer=torch.nn.BatchNorm2d, act_layer=torch.nn.ReLU)
+    synced, silu = copy.deepcopy(layer), copy.deepcopy(layer)
+    assert sync_batch_norms(synced) == 1
+    silu.bn.act = torch.nn.SiLU()
+    visible, images = torch.tensor([[[True, False], [True, True]]]), torch.randn(1, 3, 16, 16)
+    for changed in (synced, silu):
+        sparsify(changed, 8).train()(images, visible=visible)
+    with pytest.raises(pytest.fail.Exception):
+        sparsify(layer, 8).train()(images, visible=visible)
+    assert sync_batch_norms(sparsify(layer, 8)) == 1
 
 
 def test_a_cpu_runs_the_blocks_own_forward() -> None:

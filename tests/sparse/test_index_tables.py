@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from operation_counts import CountingOperations
 from torch import Tensor
 
 from hgkd.sparse import CellLayout, kernels
@@ -49,7 +50,7 @@ def test_as_many_numbers_as_int32_holds() -> None:
     layout = CellLayout(VISIBLE, 8)  # 6 cells, and the numbers of hidden ones and of those outside
     assert layout._index_dtype(NOTHING // 8) == torch.int32
     assert layout._index_dtype(NOTHING // 8 + 1) == torch.int64
-    assert 2 * NOTHING <= torch.iinfo(torch.int32).max + 1
+    assert torch.iinfo(torch.int32).max + 1 >= 2 * NOTHING
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,20 @@ def test_values_and_gradients_are_those_of_int64(wide, kernel, geometry, groups)
     wide()
     for found, expected in zip(narrow, computed(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_visible_cells_are_taken_out_of_the_map_as_it_is(memory) -> None:
+    """With their gradients, twice differentiable; the whole map is not laid out by cells before."""
+    layout = CellLayout(VISIBLE, 8)
+    dense = torch.randn(2, 5, 8, 12, dtype=torch.float64).contiguous(memory_format=memory).requires_grad_()
+    cells = dense.view(2, 5, 2, 4, 3, 4).permute(0, 2, 4, 1, 3, 5)[VISIBLE]
+    found = layout.gather_cells(dense, 4)
+    assert torch.equal(found, cells)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    probe = torch.randn_like(cells)
+    assert torch.equal(*(torch.autograd.grad((out * probe).sum(), dense)[0] for out in (found, cells)))
+    assert torch.autograd.gradgradcheck(lambda x: layout.gather_cells(x, 4).square(), dense)
+    with CountingOperations() as counted:
+        layout.gather_cells(dense.detach(), 4)
+    assert (counted.seen["index"], counted.seen["index_select"]) == (1, 0)

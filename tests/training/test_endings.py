@@ -350,3 +350,25 @@ def test_config_faults_that_others_find(images, tmp_path, change, message):
     with pytest.raises(ValueError, match=rf"the config cannot be built, says \w+: .*{message}"):
         train_tool.RUNNERS.build(cfg).train()
     assert not (tmp_path / "run/run.lock").exists()
+
+
+# memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large try"
+        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_does_not_suffice_is_told_with_the_ways_out(error):
+    with refused(StoppedError, "memory-full", "batch_size", "activation_checkpointing") as caught, tell_system_errors("run"):
+        raise error
+    assert "If reserved" not in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"^another$"), tell_system_errors("run"):
+        raise RuntimeError("another")

@@ -17,8 +17,10 @@ from mmengine.runner import Runner
 from hgkd.registry import HOOKS
 from hgkd.training.wrapping import plain_model
 
-if sys.platform != "win32":
+try:
     import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @HOOKS.register_module()
@@ -78,12 +80,15 @@ class MemoryHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        if not torch.cuda.is_available() and sys.platform != "win32":
-            runner.message_hub.update_scalar("train/peak_memory_mb", peak_memory_mb())
+        peak = None if torch.cuda.is_available() else peak_memory_mb()
+        if peak is not None:
+            runner.message_hub.update_scalar("train/peak_memory_mb", peak)
 
 
-def peak_memory_mb() -> float:
-    """Largest resident set of this process so far, in MB (2**20 bytes); not on Windows."""
+def peak_memory_mb() -> float | None:
+    """Largest resident set of this process so far, in MB (2**20 bytes); None on Windows, where nothing tells it."""
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak) / (2**20 if sys.platform == "darwin" else 2**10)
 
