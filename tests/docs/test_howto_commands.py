@@ -45,7 +45,7 @@ RUNS = (
     "downstream/classification/resnet50_spark_300e_imagenet",
 )
 OF_LIBRARIES = {"backbone", "neck", "bbox_head", "decode_head", "inherit"}  # mmdet's and mmseg's own keys, which they check
-FILES = re.compile(r"model\.(pt2|ts|xml|ncnn\.param|bin|json|safetensors(\.index\.json)?|onnx|pte|tflite|mlpackage|plan)")
+FILES = re.compile(r"model\.(pth|pt2|ts|xml|ncnn\.param|bin|json|safetensors(\.index\.json)?|onnx|pte|tflite|mlpackage|plan)")
 MEASURED = ("results", "performance")
 
 
