@@ -28,6 +28,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("missing-reference", _resolve)
     app.connect("autodoc-process-signature", _without_factories)
     app.connect("build-finished", _check)
+    if Path(app.srcdir) == Path(app.confdir):  # the folder of sources is emptied and filled anew
+        raise ExtensionError(f"{app.srcdir} holds the pages themselves, and would be overwritten; build the site with: make docs")
     missing = api_pages.undocumented()
     if missing:
         raise ExtensionError(f"public names without a docstring: {', '.join(missing)}")

@@ -389,10 +389,10 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             found = self._terms_of(self._student_sees(images, visible, num_cells), rebuilt(tensors))
             return {name: weight * term.loss() for name, (weight, term) in found.items()}
 
-        inputs = (images, visible, *tensors)
+        given = (images, visible, *tensors)
         if num_cells is None or not self.student.takes_count:
-            return compute(*inputs)
-        return self._graphs.losses(self, compute, inputs, (num_cells,))
+            return compute(*given)
+        return self._graphs.losses(self, compute, given, (num_cells,))
 
     def _show(self, inputs: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, dict[str, TeacherOutput]]:
         """The images in [0, 1], mirrored or not, the visible cells of every view, and the teachers' outputs."""
@@ -431,8 +431,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def _cells_masked(self) -> int | None:
         """How many cells every masked view shows at this moment, where the mask's generator fixes it."""
         mask = self.mask
-        fixed = isinstance(mask, CountedMask) and (mask.in_unmasked_end or not mask.counts_differ)
-        return mask.count(self.mask_grid) if fixed else None  # type: ignore[union-attr]
+        if not isinstance(mask, CountedMask) or (mask.counts_differ and not mask.in_unmasked_end):
+            return None
+        return mask.count(self.mask_grid)
 
     @property
     def _shows_whole_view(self) -> bool:
