@@ -55,7 +55,11 @@ SHARDS = ["webdataset>=1.0"]
 TIFF = ["tifffile>=2023.8.12"]
 PARQUET = ["pyarrow>=15"]
 REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
-TEST = [*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, *TIFF, *PARQUET, *REMOTE, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
+NOTEBOOK = ["nbclient>=0.10", "ipykernel>=6.29"]  # the tutorial's notebook is run by a test
+TEST = [
+    *(*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, *TIFF, *PARQUET, *REMOTE, *NOTEBOOK),
+    *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"),
+]
 # each of these releases installs on Python 3.11 to 3.13; Sphinx 9.1 wants 3.12, and 3.10 resolves 8.1 with myst-parser 4
 DOCS = ["sphinx>=8.1,<9.1", "myst-parser>=4,<6", "myst-nb>=1.2,<2", "furo>=2025.12.19", "sphinx-copybutton>=0.5.2"]
 EXTRAS = {

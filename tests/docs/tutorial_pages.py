@@ -93,6 +93,8 @@ def normal(line: str, values: Sequence[str] = ()) -> str:
     line = re.sub(r"\x1b\[[0-9;]*m", "", line)
     line = re.sub(r"(?<![\w.~])(?:~|\.)?(?:/[^\s/'\":,;)\]]+)+/(?=[^\s/])", "/", line)
     line = re.sub(r"[-+]?(?:\d+(?:[.,:]\d+)*|\binf\b|\bnan\b)(?:e[-+]?\d+)?", "#", line)
+    line = re.sub(r"# (?:ms|min|h)\b", "# s", line)
+    line = re.sub(r"# (?:kB|GB)\b", "# MB", line)
     line = re.sub(r"([─━═┄-])\1+", r"\1", line)
     for value in values:
         line = re.sub(rf"\b{re.escape(value)}\b", "@", line)
