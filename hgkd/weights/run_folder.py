@@ -192,7 +192,8 @@ def tell_full_memory() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and _NO_CPU_MEMORY not in str(error):
             raise
-        said = " ".join(str(error).split()).partition(" If reserved but unallocated")[0].rpartition("DefaultCPUAllocator: ")[2][:400]
+        said = " ".join(str(error).split()).partition(" If reserved but unallocated")[0]
+        said = said.rpartition(f"{_NO_CPU_MEMORY}: ")[2][:400]
         raise StoppedError(
             "memory-full",
             f"memory does not suffice ({said or type(error).__name__}). Take a smaller batch_size "
