@@ -37,6 +37,7 @@ class Kind:
         package: where their classes lie, below ``hgkd``.
         place: where they stand in a config.
         more: keys that every part of the kind has besides its own, name -> text.
+        given: arguments that are no keys, because whoever builds the part gives them; None: all.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Kind:
     package: str
     place: str
     more: tuple[tuple[str, str], ...] = ()
+    given: frozenset[str] | None = frozenset()
 
 
 _WEIGHT = ("weight", "multiplies all terms of this objective; 1.0 where it is left out")
@@ -61,7 +63,7 @@ KINDS = (
     ),
     Kind("Objectives of fine-tuning", "fine-tuning objective", "objectives", "`model.objectives.NAME`", (_WEIGHT,)),
     Kind("Data sets", "dataset", "data", "`train_dataloader.dataset`, `val_dataloader.dataset`"),
-    Kind("Samplers", "data sampler", "data", "`train_dataloader.sampler`"),
+    Kind("Samplers", "data sampler", "data", "`train_dataloader.sampler`", given=frozenset({"dataset"})),
     Kind(
         "Optimiser wrappers",
         "optim wrapper",
@@ -81,9 +83,10 @@ KINDS = (
         "`default_hooks.NAME`, or the list `custom_hooks`",
         (("priority", "order among the hooks, mmengine's names: `NORMAL`, `LOW`, ..."),),
     ),
+    Kind("Averages of the weights", "model", "training", "`ema_type` of mmengine's `EMAHook`", given=frozenset({"model"})),
     Kind("Metrics", "metric", "evaluation", "`val_evaluator`"),
-    Kind("Runners", "runner", "training", "`runner_type`"),
-    Kind("Runners of detectors and segmentors", "runner", "openmmlab", "`runner_type`"),
+    Kind("Runners", "runner", "training", "`runner_type`", given=None),
+    Kind("Runners of detectors and segmentors", "runner", "openmmlab", "`runner_type`", given=None),
     Kind("Networks of detectors and segmentors", "model", "openmmlab", "`model`, `model.backbone`"),
     Kind("Transforms of detectors and segmentors", "transform", "openmmlab", "`pipeline` of a data set"),
     Kind("Hooks of detectors and segmentors", "hook", "openmmlab", "`custom_hooks`"),
@@ -93,7 +96,6 @@ TRANSFORMS: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("kind='train'", train_transform),
     ("kind='eval'", eval_transform),
 )
-_GIVEN = {"runner": None, "data sampler": {"dataset"}}  # arguments that are no keys: the runner gives them; None: all
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,8 @@ def parts_of(kind: Kind) -> dict[str, type]:
     }
 
 
-def keys_of(part: Callable[..., Any], registry: str = "") -> list[Key]:
+def keys_of(part: Callable[..., Any], given: frozenset[str] | None = frozenset()) -> list[Key]:
     """The keys of a part in the order of its arguments; those of its base follow where it hands ``**kwargs`` on."""
-    given = _GIVEN.get(registry, set())
     if given is None:
         return []
     keys: dict[str, Key] = {}
@@ -169,11 +170,14 @@ def page() -> str:
     """The text of the page."""
     blocks = [_HEAD, _short_options(), _top_keys()]
     for kind in KINDS:
+        parts = parts_of(kind)
+        if not parts:
+            continue
         blocks.append(f"## {kind.title}\nPlace in a config: {kind.place}.\n\n")
         if kind.more:
             blocks.append(f"Keys of each besides its own:\n\n{_rows(('key', 'meaning'), kind.more)}")
-        for name, part in parts_of(kind).items():
-            blocks.append(f"### {name}\n{summary(part)}\n\n{_key_table(keys_of(part, kind.registry))}")
+        for name, part in parts.items():
+            blocks.append(f"### {name}\n{summary(part)}\n\n{_key_table(keys_of(part, kind.given))}")
     blocks.append("## Transforms of images\nPlace in a config: `transform` of a data set, a dict of these keys.\n\n")
     for title, function in TRANSFORMS:
         rows = [key for key in keys_of(function) if key.name not in ("image_size", "in_chans")]
