@@ -71,7 +71,7 @@ class Sizes:
     epochs: int
 
 
-FULL = Sizes(Plan(), boxes=400, epochs=6)
+FULL = Sizes(Plan(), boxes=400, epochs=3)
 QUICK = Sizes(Plan(train=640, test=160, teacher_epochs=4, student_epochs=2, probe=80), boxes=64, epochs=1)
 
 
