@@ -55,7 +55,11 @@ SHARDS = ["webdataset>=1.0"]
 TIFF = ["tifffile>=2023.8.12"]
 PARQUET = ["pyarrow>=15"]
 REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
-TEST = [*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, *TIFF, *PARQUET, *REMOTE, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]
+NOTEBOOK = ["nbclient>=0.10", "ipykernel>=6.29"]  # the tutorial's notebook is run by a test
+TEST = [
+    *(*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, *TIFF, *PARQUET, *REMOTE, *NOTEBOOK),
+    *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"),
+]
 EXTRAS = {
     "downstream": DOWNSTREAM,
     # any spconv build serves; this one has wheels up to Python 3.11

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 from refusals import refused
+from tiny_runs import tiny, write_images
 
+from hgkd.api.train import train
 from hgkd.cli.recipes import main as recipes
 from hgkd.config import read_config
 from hgkd.recipes import SHIPPED, find_recipe, plan_names, recipe_names, register_recipes, summary_of
@@ -65,6 +67,14 @@ def test_a_detector_of_ones_own_starts_from_a_recipe(name, tmp_path):
     by_name, by_path = read_config(tmp_path / "by_name.py"), read_config(tmp_path / "by_path.py")
     assert by_name.to_dict() == by_path.to_dict()
     assert "hgkd" not in str(by_name.train_dataloader)
+
+
+def test_a_config_that_starts_from_a_recipe_trains(tmp_path):
+    """mmengine marks all that it inherits with ``_scope_``, and hands the mark on to ``collate_fn``."""
+    (tmp_path / "mine.py").write_text('_base_ = "hgkd::spark/spark_resnet18_shapes.py"\n')
+    options = tiny(write_images(tmp_path / "images"), epochs=1, warmup_epochs=0)
+    runner = train(tmp_path / "mine.py", tmp_path / "run", options=options)
+    assert runner.iter == 2
 
 
 def test_the_command_lists_and_finds(capsys):

@@ -63,6 +63,20 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     return Config(content, filename=str(path))
 
 
+def without_scope(part: object, scope: str | None) -> Any:
+    """A copy of a part of a config without the keys ``_scope_`` that name the scope which holds there anyway.
+
+    mmengine marks with them what a file inherits from another package (``_base_ = "mmdet::..."``). Its registries drop the mark
+    when they build; whatever hands such a part on as keyword arguments (loops here, norms and convolutions in mmcv,
+    ``collate_fn`` in mmengine) would pass it on.
+    """
+    if isinstance(part, (list, tuple)):
+        return type(part)(without_scope(item, scope) for item in part)
+    if not isinstance(part, dict) or part.get("_scope_") not in (None, scope):  # another one holds for all inside
+        return part
+    return type(part)({key: without_scope(value, scope) for key, value in part.items() if key != "_scope_"})
+
+
 def _packaged(name: str) -> Path:
     """The file behind 'mmdet::FOLDER/NAME.py', a config of an installed package."""
     package, _, inner = name.partition("::")

@@ -405,20 +405,6 @@ def model_config(source: str | Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(cfg.model)
 
 
-def without_scope(part: object, scope: str | None) -> Any:
-    """A copy of a part of a config without the keys ``_scope_`` that name the scope which holds there anyway.
-
-    mmengine marks with them what a file inherits from another package (``_base_ = "mmdet::..."``). Its registries drop the mark
-    when they build; whatever hands such a part on as keyword arguments (loops here, norms and convolutions in mmcv,
-    ``collate_fn`` in mmengine) would pass it on.
-    """
-    if isinstance(part, (list, tuple)):
-        return type(part)(without_scope(item, scope) for item in part)
-    if not isinstance(part, dict) or part.get("_scope_") not in (None, scope):  # another one holds for all inside
-        return part
-    return type(part)({key: without_scope(value, scope) for key, value in part.items() if key != "_scope_"})
-
-
 def drop_downloads(model: MutableMapping[str, Any], path: str = "model") -> list[str]:
     """Remove pretrained weights that would be fetched from the internet from a model's config, in place.
 

@@ -9,7 +9,8 @@ from mmengine import registry as roots
 from mmengine.model import BaseModel
 from torch import Tensor
 
-from hgkd.openmmlab.config import drop_downloads, model_config, without_scope
+from hgkd.config.reading import without_scope
+from hgkd.openmmlab.config import drop_downloads, model_config
 from hgkd.weights.loading import load_strict
 
 

@@ -25,9 +25,10 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from hgkd.config.reading import without_scope
 from hgkd.errors import DivergedError, InvalidValueError, WeightsError
 from hgkd.mmcv_ops.finder import ops_notice, register_ops
-from hgkd.openmmlab.config import datasets_of, drop_downloads, model_config, skip_unreadable_images, whole_number, without_scope
+from hgkd.openmmlab.config import datasets_of, drop_downloads, model_config, skip_unreadable_images, whole_number
 from hgkd.openmmlab.data_checks.checks import check_data
 from hgkd.openmmlab.loops import DownstreamFiniteLossHook, StoppableEpochLoop, StoppableIterLoop, guarded_step
 from hgkd.openmmlab.weights import check_pixels, check_start, load_backbone_file, prepared_pixels, student_weights

@@ -34,6 +34,7 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from hgkd.config.reading import without_scope
 from hgkd.config.schedule import without_empty_warmup
 from hgkd.data.sampler import in_arrays
 from hgkd.errors import InvalidValueError, WeightsError, configured
@@ -114,6 +115,9 @@ class DistillRunner(Runner):
             ValueError: something in the config is wrong, the work folder is in use or holds the results of another training.
             StoppedError: the system refuses to write into the work folder.
         """
+        cfg = cfg.copy()
+        for key in list(cfg):  # of a config that starts from "hgkd::..."
+            cfg[key] = without_scope(cfg[key], cfg.get("default_scope"))
         try:
             with tell_system_errors(cfg.work_dir), configured():
                 check_tracker(cfg.get("tracker"))

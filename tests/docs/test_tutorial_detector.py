@@ -104,6 +104,7 @@ def test_the_page_shows_what_happens(tmp_path, monkeypatch):
     # odd numbers: the last batch is not filled
     write_images(tmp_path / "home/photos/more", classes=["c"], each=1)
     write_bccd(tmp_path / "home/boxes", train=3)
+    monkeypatch.setattr("tutorial_pages.WIDTH", "100")  # tables of this page are as wide
     run_page(PAGE, run)
     objects = (tmp_path / "predicted/predictions.jsonl").read_text().splitlines()
     assert len(objects) == len(list((tmp_path / "predicted/pictures").iterdir())) > 0

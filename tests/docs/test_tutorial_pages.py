@@ -143,6 +143,7 @@ def test_commands_that_fail(there):
         ("", ""),
         ("...\na\nb\n...\nc", "a\nx\na\nb\nc"),
         ("lr: 1.2e-03  eta: 0:00:12  loss: 0.5", "lr: 4.0e-04  eta: 1:10:02  loss: 12"),
+        ("about 4 min for 187 steps, 1.2 GB", "about 3 s for 2 steps, 20 MB"),
         ("│ a  │   12.0 │", "\x1b[1m│ a │ 1.0 │\x1b[0m"),
         ("report    /home/me/out/report.html", "report    /tmp/pytest-of-me/test0/out/report.html"),
     ],
@@ -169,3 +170,9 @@ def test_lines_that_agree(shown, printed):
 def test_lines_that_differ(shown, printed):
     with pytest.raises(PageDiffersError, match=r"^here: "):
         compare(shown, printed, "here")
+
+
+def test_words_that_are_results():
+    compare("worst class: star 3.0", "worst class: ring 12.5", "here", values=("ring", "star"))
+    with pytest.raises(PageDiffersError, match=r"^here: "):
+        compare("worst class: star 3.0", "worst class: starfish 3.0", "here", values=("ring", "star"))

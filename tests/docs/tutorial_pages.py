@@ -26,10 +26,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmengine.logging import MMLogger
 from tiny_commands import run_command
 
 INSTALLS = ("git ", "pip ", "python -m venv", "python3 -m venv", "source ", ". ", "make ", "sudo ", "apt")
-WIDTH = "100"  # columns of the terminal whose output the pages show
+WIDTH = "120"  # columns of the terminal whose output the pages show
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# ([\w./-]+\.\w+)\n")
 BRANCH = re.compile(r"^(?P<indent>(?:[│ ] {3})*)[├└]── (?P<name>\S+)", flags=re.MULTILINE)
@@ -84,28 +85,35 @@ def commands_of(block: Block) -> list[Command]:
     return [Command(text, "\n".join(shown), number) for number, text, shown in found]
 
 
-def normal(line: str) -> str:
-    """A line without what may differ from run to run: numbers, times, folders before a path's last part, widths of columns."""
+def normal(line: str, values: Sequence[str] = ()) -> str:
+    """A line without what may differ from run to run: numbers, times, folders before a path's last part, widths of columns.
+
+    ``values`` are words that are results as numbers are, e.g. names of classes; any of them is as good as another.
+    """
     line = re.sub(r"\x1b\[[0-9;]*m", "", line)
     line = re.sub(r"(?<![\w.~])(?:~|\.)?(?:/[^\s/'\":,;)\]]+)+/(?=[^\s/])", "/", line)
     line = re.sub(r"[-+]?(?:\d+(?:[.,:]\d+)*|\binf\b|\bnan\b)(?:e[-+]?\d+)?", "#", line)
+    line = re.sub(r"# (?:ms|min|h)\b", "# s", line)
+    line = re.sub(r"# (?:kB|GB)\b", "# MB", line)
     line = re.sub(r"([─━═┄-])\1+", r"\1", line)
-    return re.sub(r"\s+", " ", line).strip()
+    for value in values:
+        line = re.sub(rf"\b{re.escape(value)}\b", "@", line)
+    return re.sub(r"\s+", " ", line).replace("[ ", "[").strip()
 
 
-def normal_lines(text: str) -> list[str]:
+def normal_lines(text: str, values: Sequence[str] = ()) -> list[str]:
     """The lines of an output that count: not empty, and of equal ones that follow each other the first."""
-    lines = [line for line in map(normal, re.split(r"[\r\n]+", text)) if line]
+    lines = [line for line in (normal(line, values) for line in re.split(r"[\r\n]+", text)) if line]
     return [line for place, line in enumerate(lines) if place == 0 or line != lines[place - 1]]
 
 
-def compare(shown: str, printed: str, where: str) -> None:
+def compare(shown: str, printed: str, where: str, values: Sequence[str] = ()) -> None:
     """Refuses what a page shows where it was not printed so.
 
     Raises:
         PageDiffersError: with the first line that differs, and all that was printed.
     """
-    expected, got = normal_lines(shown), normal_lines(printed)
+    expected, got = normal_lines(shown, values), normal_lines(printed, values)
     parts: list[list[str]] = [[]]
     for line in expected:
         if line == "...":
@@ -178,13 +186,16 @@ def _entry(folder: Path, name: str) -> Path:
     return max(alike, key=lambda entry: (entry.name == name, entry.is_dir()), default=folder / name)
 
 
-def run_page(page: Path, run: Run = run_command, names: dict[str, Any] | None = None) -> dict[str, Any]:
+def run_page(
+    page: Path, run: Run = run_command, names: dict[str, Any] | None = None, values: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run all blocks of a page in the current folder, and compare.
 
     Args:
         page: the Markdown file.
         run: runs the words of an ``hgkd`` command, the command first; returns its exit code.
         names: the namespace of the python blocks.
+        values: words of the output that are results, see :func:`normal`.
 
     Returns:
         The namespace after the last block.
@@ -201,7 +212,7 @@ def run_page(page: Path, run: Run = run_command, names: dict[str, Any] | None = 
             for command in commands_of(block):
                 if not command.text.startswith(INSTALLS):
                     here = f"{page.name}, line {command.line}: {command.text}"
-                    compare(command.shown, _printed_by(command.text, run, here), here)
+                    compare(command.shown, _printed_by(command.text, run, here), here, values)
         elif block.kind == "python":
             file = FILE.match(block.text)
             if file:
@@ -214,7 +225,7 @@ def run_page(page: Path, run: Run = run_command, names: dict[str, Any] | None = 
             if BRANCH.search(block.text):
                 check_tree(block.text, where)
             elif before is not None:
-                compare(block.text, before, where)
+                compare(block.text, before, where, values)
     return names
 
 
@@ -234,6 +245,7 @@ def _printed_by(text: str, run: Run, where: str) -> str:
 def _captured(job: Callable[[], int], where: str) -> str:
     """What a job prints, to both streams."""
     out = io.StringIO()
+    MMLogger._instance_dict.clear()  # a process of its own would have none: they write to an earlier command's output
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = WIDTH
     try:
@@ -243,6 +255,7 @@ def _captured(job: Callable[[], int], where: str) -> str:
         told = "".join(traceback.format_exception(error))
         raise PageDiffersError(f"{where}: {error!r}\n{told}\n{out.getvalue()[-5000:]}") from error
     finally:
+        MMLogger._instance_dict.clear()
         if before is None:
             del os.environ["COLUMNS"]
         else:

@@ -26,11 +26,11 @@ from refusals import refused
 from tiny_runs import ROOT, SPARK, load_tool, tiny, torchrun, write_images
 
 from hgkd.cli import train as train_command
+from hgkd.config.reading import without_scope
 from hgkd.data.shapes import CLASSES
 from hgkd.diagnosis.dry_run import dry_run
 from hgkd.errors import DataError, StoppedError, WeightsError
 from hgkd.openmmlab import DownstreamRunner, draw_predictions
-from hgkd.openmmlab.config import without_scope
 from hgkd.openmmlab.drawing import picture_names
 
 need("mmdet", "mmseg")
