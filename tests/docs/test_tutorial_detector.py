@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -13,8 +14,9 @@ from small_models import write_bccd
 from tiny_commands import TEACHER, readers_folder
 from tiny_runs import ROOT, write_images
 from torch import nn
-from tutorial_pages import run_page
+from tutorial_pages import blocks_of, run_page
 
+from hgkd.api.train import load_config
 from hgkd.cli.main import main
 from hgkd.config.reading import read_config
 from hgkd.weights.run_folder import find_last_checkpoint
@@ -44,8 +46,8 @@ def thin(cfg):
     cfg.model.backbone.widen_factor = THIN
     cfg.model.neck.update(in_channels=[32, 64, 128], out_channels=16)
     cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1)
-    # untrained boxes overlap by equal shares, where it is a matter of rounding which of them NMS keeps
-    cfg.model.test_cfg.update(max_per_img=20, nms=dict(type="nms", iou_threshold=1.0))
+    # all places are kept: an untrained detector finds ties, of which NMS and a limit keep any
+    cfg.model.test_cfg.update(max_per_img=1000, nms=dict(type="nms", iou_threshold=1.0))
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         for step in loader.dataset.pipeline:
             if "scale" in step:
@@ -102,6 +104,19 @@ def test_the_page_shows_what_happens(tmp_path, monkeypatch):
     # odd numbers: the last batch is not filled
     write_images(tmp_path / "home/photos/more", classes=["c"], each=1)
     write_bccd(tmp_path / "home/boxes", train=3)
+    monkeypatch.setattr("tutorial_pages.WIDTH", "100")  # tables of this page are as wide
     run_page(PAGE, run)
     objects = (tmp_path / "predicted/predictions.jsonl").read_text().splitlines()
     assert len(objects) == len(list((tmp_path / "predicted/pictures").iterdir())) > 0
+
+
+def test_its_config_starts_from_retinanet_too(tmp_path):
+    need("mmdet")
+    (text,) = [block.text for block in blocks_of(PAGE.read_text()) if block.text.startswith("# my_detector.py")]
+    other = re.search(r'"hgkd::downstream/detection/retinanet[^"]*"', PAGE.read_text())[0]
+    (tmp_path / "my_detector.py").write_text(re.sub(r'"hgkd::[^"]*"', other, text))
+    cfg = load_config(tmp_path / "my_detector.py", options={"data_root": "boxes"})
+    assert cfg.model.type == "RetinaNet"
+    scales = [step.scale for step in cfg.train_dataloader.dataset.pipeline if "scale" in step]
+    assert scales == [step.scale for step in cfg.test_dataloader.dataset.pipeline if "scale" in step] == [(160, 120)]
+    assert cfg.val_dataloader.dataset.metainfo.classes == ("WBC", "RBC", "Platelets")

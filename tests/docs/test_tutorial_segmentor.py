@@ -64,6 +64,7 @@ def test_the_page_shows_what_happens(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     readers_folder(tmp_path, monkeypatch)
     write_camvid(tmp_path / "home/scenes")
+    monkeypatch.setattr("tutorial_pages.WIDTH", "100")  # tables of this page are as wide
     run_page(PAGE, run)
     maps = {file.stem for file in (tmp_path / "predicted/label_maps").iterdir()}
     assert maps == {file.stem for file in (tmp_path / "home/scenes/images/test").iterdir()}
