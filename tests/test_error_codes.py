@@ -47,6 +47,7 @@ UNCODED = {
     "hgkd.evaluation.records.read_json": ("KeyError", "what follows tells it with a code"),
     "hgkd.mmcv_ops.finder.missing": ("AttributeError", METHOD),
     "hgkd.objectives.base.require_prepared": ("RuntimeError", ORDER),
+    "hgkd.sparse.hardware.require": ("error", "the error that the caller makes, whose code it has"),
     "hgkd.teachers.base.forward": ("RuntimeError", ORDER),
     "hgkd.training.loop.told_signals": ("SystemExit", SIGNAL),
     "hgkd.training.loop.update_params": ("RuntimeError", ORDER),
