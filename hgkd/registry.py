@@ -6,10 +6,19 @@ kinds of objective; ``DATASETS``, ``DATA_SAMPLERS``, ``HOOKS``, ``METRICS`` and 
 ``MODEL_WRITERS`` what writes whole detectors and segmentors, by export target.
 """
 
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
 from mmengine import registry as _roots
-from mmengine.registry import Registry
+from mmengine.registry import DefaultScope, Registry
 
 from hgkd.errors import unknown_name_message
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from mmengine.runner import Runner
 
 _MODEL_LOCATIONS = ["hgkd.masking", "hgkd.students", "hgkd.teachers", "hgkd.distillers"]
 
@@ -29,6 +38,14 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     scope="hgkd",
     locations=["hgkd.training"],
 )
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner of a config, whatever was trained in this program before: mmengine looks a name up where the last one did."""
+    # not overwrite_default_scope, which at its end would also take back the scope that the runner sets for itself
+    DefaultScope.get_instance(f"before a runner {time.time()}", scope_name=RUNNERS.scope)
+    runner: Runner = RUNNERS.build(cfg)
+    return runner
 
 
 def unknown_objective_message(registry: Registry, name: str) -> str:

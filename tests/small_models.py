@@ -98,8 +98,8 @@ def write_coco_2017(root: Path) -> None:
     _write_coco(root, splits, CocoDataset.METAINFO["classes"])
 
 
-def write_bccd(root: Path) -> None:
-    splits = {f"annotations/{split}.json": ("images", n) for split, n in (("train", 2), ("val", 1), ("test", 1))}
+def write_bccd(root: Path, train: int = 2) -> None:
+    splits = {f"annotations/{split}.json": ("images", n) for split, n in (("train", train), ("val", 1), ("test", 1))}
     _write_coco(root, splits, ("WBC", "RBC", "Platelets"))
 
 

@@ -9,6 +9,7 @@ from tiny_runs import tiny, write_images
 
 from hgkd.api.train import train
 from hgkd.cli.recipes import main as recipes
+from hgkd.config import read_config
 from hgkd.recipes import SHIPPED, find_recipe, plan_names, recipe_names, register_recipes, summary_of
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,19 @@ def test_a_config_that_starts_from_a_recipe_trains(tmp_path):
     options = tiny(write_images(tmp_path / "images"), epochs=1, warmup_epochs=0)
     runner = train(tmp_path / "mine.py", tmp_path / "run", options=options)
     assert runner.iter == 2
+
+
+@pytest.mark.parametrize("name", ["detection/rtmdet_cspnext-tiny_24e_bccd", "segmentation/upernet_r18_1k_camvid"])
+def test_a_detector_of_ones_own_starts_from_a_recipe(name, tmp_path):
+    """By its name or by its path: the same config, all of it in mmdet's or mmseg's registries."""
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
+    folder = ROOT / "downstream"
+    (tmp_path / "by_name.py").write_text(f'_base_ = "hgkd::downstream/{name}.py"\nbatch_size = 3\n')
+    (tmp_path / "by_path.py").write_text(f"_base_ = '{folder / name}.py'\nbatch_size = 3\n")
+    by_name, by_path = read_config(tmp_path / "by_name.py"), read_config(tmp_path / "by_path.py")
+    assert by_name.to_dict() == by_path.to_dict()
+    assert "hgkd" not in str(by_name.train_dataloader)
 
 
 def test_the_command_lists_and_finds(capsys):

@@ -20,7 +20,7 @@ from hgkd.errors import InvalidValueError, StoppedError
 from hgkd.export import export
 from hgkd.export.job import ExportReport
 from hgkd.pictures.report import Curves, Picture, ResultTable, Section, Text, read_scalars, write_report
-from hgkd.registry import RUNNERS
+from hgkd.registry import build_runner
 from hgkd.weights.run_folder import find_last_checkpoint
 
 TEACHER = "mae/mae_tiny_shapes"
@@ -159,7 +159,7 @@ def _epochs(number: int | None) -> dict[str, Any]:
 
 def _train(config: str, work_dir: Path, options: dict[str, Any]) -> Runner:
     cfg = load_config(config, work_dir, options=options)
-    runner: Runner = RUNNERS.build(cfg)
+    runner: Runner = build_runner(cfg)
     runner.register_hook(_Progress())
     runner.train()
     if runner.train_loop.interrupted:  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ from hgkd.evaluation import ClassificationMetric
 from hgkd.evaluation.records import CLASSIFIER, append_csv, check_outputs, make_result, write_json
 from hgkd.openmmlab.config import drop_teacher, is_downstream
 from hgkd.openmmlab.deployment import ExportedModel, is_exported_model
-from hgkd.registry import RUNNERS
+from hgkd.registry import build_runner
 from hgkd.training.wrapping import plain_model
 from hgkd.weights.run_folder import checkpoint_file, read_run_checkpoint
 from hgkd.writing import written_beside
@@ -86,7 +86,7 @@ def run_test(
             raise InvalidValueError(
                 "exported-model-of-another-task", f"{checkpoint} is a detector or segmentor, {config} is no config of one"
             )
-        runner = RUNNERS.build(cfg)
+        runner = build_runner(cfg)
         if exported:
             runner.model = ExportedModel(checkpoint, cfg, runner.test_dataloader.dataset.metainfo["classes"])
         metrics = {name: float(value) for name, value in runner.test().items()}

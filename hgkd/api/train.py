@@ -18,7 +18,7 @@ from hgkd.config.reading import read_config
 from hgkd.config.short_options import apply_short_options, use_mixed_precision
 from hgkd.errors import MissingFileError
 from hgkd.openmmlab.config import is_downstream, merge_options
-from hgkd.registry import RUNNERS
+from hgkd.registry import build_runner
 from hgkd.weights.run_folder import checkpoint_file
 
 
@@ -84,7 +84,7 @@ def train(
         StoppedError: a checkpoint, or anything else, cannot be written; a process that reads images was killed.
     """
     cfg = load_config(config, work_dir, resume, amp, options, launcher)
-    runner: Runner = RUNNERS.build(cfg)
+    runner: Runner = build_runner(cfg)
     runner.train()
     return runner
 

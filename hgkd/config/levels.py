@@ -24,6 +24,7 @@ from hgkd.errors import InvalidValueError
 MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _LOCK = threading.RLock()
 _ATTRIBUTE = "_hgkd_level"
+OWN_SCOPE = "hgkd"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +118,28 @@ def read_levels(path: str) -> Config:
     """Read a config as ``Config.fromfile`` does, noting which file of the chain sets what; see :class:`Levels`."""
     with _LOCK, _noted() as root:
         cfg = Config.fromfile(path, import_custom_modules=False)
+    if cfg.get("default_scope") not in (None, OWN_SCOPE):
+        _drop_own_scope(cfg._cfg_dict)
     import_custom_modules(cfg, root.folders())
     if root.files:
         object.__setattr__(cfg, _ATTRIBUTE, root.files[0].level())
     return cfg
+
+
+def _drop_own_scope(part: object) -> None:
+    """Take ``_scope_ = "hgkd"`` out of a config of another library, in place.
+
+    mmengine marks with it what ``_base_ = "hgkd::..."`` brings, as if hgkd's registries held all of it. In the shipped recipes
+    of detectors and segmentors nearly all is mmdet's or mmseg's, and what is hgkd's says so in its ``type``.
+    """
+    if isinstance(part, dict):
+        if part.get("_scope_") == OWN_SCOPE:
+            del part["_scope_"]
+        for value in part.values():
+            _drop_own_scope(value)
+    elif isinstance(part, (list, tuple)):
+        for value in part:
+            _drop_own_scope(value)
 
 
 def import_custom_modules(cfg: Config, folders: Sequence[Path]) -> None:

@@ -18,11 +18,11 @@ from hgkd.data.sampler import SeededIndex, epoch_seed
 from hgkd.errors import DivergedError
 from hgkd.networks.guest import teachers_of
 from hgkd.networks.vit import watch_nonfinite
-from hgkd.registry import RUNNERS
+from hgkd.registry import build_runner
 from hgkd.training.hooks.class_report import ClassReportHook
 from hgkd.training.hooks.feature_cache import TeacherCacheHook
 from hgkd.training.hooks.progress import peak_memory_mb
-from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.in_force import duration_text, in_force, lines_of
 from hgkd.training.last_batch import check_last_batch
 from hgkd.training.loop import GuardedOptimWrapper, seed_step
 from hgkd.training.trackers import check_tracker
@@ -53,7 +53,7 @@ def dry_run(cfg: Config) -> str:
     cfg.resume, cfg.load_from = False, None
     with trial_folder() as folder:
         cfg.work_dir = folder
-        runner = RUNNERS.build(cfg)
+        runner = build_runner(cfg)
         loop = runner.build_train_loop(runner._train_loop)
         runner._train_loop = loop
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -121,7 +121,7 @@ def _measure(runner: Runner, loop: BaseLoop) -> dict[str, Any]:
         f"{seconds:.2f} s to compute (measured with {images} images), {waiting:.2f} s to read by {workers} process(es)"
     )
     report["memory"] = f"{memory:.0f} MB at most" + (f" on the GPU, {images} images" if on_gpu else f", {images} images")
-    report["whole run"] = f"about {_duration(remaining)} for {loop.max_iters} steps, validations not counted"
+    report["whole run"] = f"about {duration_text(remaining)} for {loop.max_iters} steps, validations not counted"
     return report
 
 
@@ -182,9 +182,3 @@ def _shape(value: object) -> str:
 
 def _count(module: nn.Module, trained: bool = False) -> str:
     return f"{sum(p.numel() for p in module.parameters() if p.requires_grad or not trained) / 1e6:.2f} M parameters"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

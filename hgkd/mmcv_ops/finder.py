@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -18,6 +19,11 @@ from typing import Any
 from hgkd.errors import MissingPackageError
 
 _NAME = "mmcv._ext"
+# what current torch says about lines of mmdet and mmseg, once a line and again in every epoch; a user can do nothing about it
+_DEPRECATED = (
+    (FutureWarning, r"`torch\.cuda\.amp\.\w+\(args\.\.\.\)` is deprecated", r"mm(det|seg)\."),
+    (UserWarning, r"torch\.meshgrid: in an upcoming release", r"torch\.functional"),
+)
 
 
 class _TorchvisionLoader(Loader):
@@ -70,7 +76,8 @@ def register_ops() -> str:
     """Make ``import mmdet`` and ``import mmseg`` work with or without compiled operators; call it before importing them.
 
     Calling it again changes nothing. It imports neither mmcv nor torch: that happens when mmcv asks for its operators, which is
-    also when one log line says that the replacement is in use. A process started afresh (spawn) has to call it again.
+    also when one log line says that the replacement is in use. A process started afresh (spawn) has to call it again. From then
+    on torch's warnings about deprecated lines of mmdet and mmseg are silent.
 
     Returns:
         'compiled' when mmcv has a ``_ext`` of its own (which then stays in use), otherwise 'torchvision'.
@@ -78,6 +85,8 @@ def register_ops() -> str:
     Raises:
         ModuleNotFoundError: mmcv is not installed.
     """
+    for category, message, module in _DEPRECATED:
+        warnings.filterwarnings("ignore", message, category, module)
     loaded = sys.modules.get(_NAME)
     if loaded is not None:
         ours = isinstance(getattr(loaded.__spec__, "loader", None), _TorchvisionLoader)

@@ -7,8 +7,10 @@ loops with what :mod:`hgkd.openmmlab.loops` adds.
 
 from __future__ import annotations
 
+import copy
 import io
 import math
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ from hgkd.openmmlab.weights import check_pixels, check_start, load_backbone_file
 from hgkd.registry import RUNNERS
 from hgkd.training.hooks.alarms import LossAlarmHook
 from hgkd.training.hooks.progress import UNREADABLE
-from hgkd.training.in_force import in_force, lines_of
+from hgkd.training.in_force import duration_text, in_force, lines_of
 from hgkd.training.last_batch import check_last_batch
 from hgkd.training.loop import GuardedOptimWrapper, end_workers_at_exit, ignore_first_signal
 from hgkd.training.resuming import ReadCheckpoint
@@ -244,8 +246,8 @@ def _check_steps(loop: BaseLoop, processes: int) -> None:
 
 
 def dry_run_downstream(cfg: Config) -> str:
-    """Build what a downstream config describes, as a training does, load its weights and do one step; the work folder stays as
-    it is.
+    """Build what a downstream config describes, as a training does, load its weights and do two steps with one batch; the
+    work folder stays as it is.
 
     Returns:
         A report of some lines.
@@ -274,11 +276,13 @@ def dry_run_downstream(cfg: Config) -> str:
             runner.call_hook(moment)
         runner.model.train()
         batch = next(iter(loop.dataloader))
+        same = copy.deepcopy(batch)  # a step may change its batch: some detectors scale boxes in place
         runner.call_hook("before_train_iter", batch_idx=0, data_batch=batch)
         check_last_batch(plain_model(runner), loop, batch)
         guard = GuardedOptimWrapper(runner.optim_wrapper, runner.model)
         outputs = guarded_step(runner.model, batch, guard)
-    losses = {name: float(value) for name, value in outputs.items() if "loss" in name}
+        seconds = math.nan if guard.skipped else _seconds_of_a_step(runner.model, same, guard)
+    losses = {name: float(value.detach()) for name, value in outputs.items() if "loss" in name}
     if guard.skipped or not all(map(math.isfinite, losses.values())):
         raise DivergedError(
             "step-not-finite",
@@ -293,5 +297,20 @@ def dry_run_downstream(cfg: Config) -> str:
         "trained": f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters",
         **facts,
         "losses": ", ".join(f"{name} {value:.4g}" for name, value in losses.items()),
+        "a step": f"{seconds:.2f} s to compute",
+        "whole run": f"about {duration_text(seconds * loop.max_iters)} for {loop.max_iters} steps, reading images and "
+        "validations not counted",
     }
     return lines_of(report)
+
+
+def _seconds_of_a_step(model: BaseModel, batch: object, guard: GuardedOptimWrapper) -> float:
+    """Of a step that is not the first, in which much is built."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    guarded_step(model, batch, guard)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -57,6 +57,13 @@ def lines_of(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
 
+def duration_text(seconds: float) -> str:
+    """A duration in the unit that fits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 # --- learning rate ------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 from refusals import refused
@@ -120,3 +121,13 @@ def test_attributes_of_python_are_not_invented(ops):
 
 def test_environment_report(ops):
     assert ops.get_compiler_version() == ops.get_compiling_cuda_version() == "none (hgkd.mmcv_ops)"
+
+
+def test_what_torch_says_about_mmdets_own_lines_is_silent():
+    said = "`torch.cuda.amp.autocast(args...)` is deprecated. Please use `torch.amp.autocast('cuda', args...)` instead."
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.resetwarnings()
+        register_ops()
+        for module in ("mmdet.models.layers.se_layer", "my_own_layers"):
+            warnings.warn_explicit(said, FutureWarning, "file.py", 1, module)
+    assert len(heard) == 1  # about one's own lines it is told

@@ -1,5 +1,7 @@
 """Options of detectors and segmentors: what wins, and what is refused."""
 
+import re
+
 import pytest
 from downstream_runs import DETECTOR, FASTER_HEAD, RECIPES, SEGMENTOR, need, shapes_coco, tiny_detector, train_tool
 from mmengine.config import Config
@@ -112,7 +114,9 @@ def test_configs_of_the_installed_packages(tmp_path, capsys):
 def test_a_dry_run_says_what_is_in_force(tmp_path):
     options = tiny_detector(shapes_coco(tmp_path / "data")) | FASTER_HEAD
     cfg = train_tool.load_config(DETECTOR, tmp_path / "run", options=options)
-    report = dict(line.split(maxsplit=1) for line in dry_run_downstream(cfg).splitlines())
+    report = dict(re.split(r"  +", line, maxsplit=1) for line in dry_run_downstream(cfg).splitlines())
+    assert report["whole run"].endswith(" s for 2 steps, reading images and validations not counted")
+    assert float(report["a step"].removesuffix(" s to compute")) > 0
     assert report["rate"].startswith(
         "lr 0.0002; LinearLR from 0.01 of it in steps 1 to 50; CosineAnnealingLR to 0 in epochs 1 to 1"
     )

@@ -23,11 +23,12 @@ from mmengine.registry import MODELS
 from mmengine.visualization import Visualizer
 from PIL import Image
 from refusals import refused
-from tiny_runs import ROOT, load_tool, torchrun
+from tiny_runs import ROOT, SPARK, load_tool, tiny, torchrun, write_images
 
 from hgkd.cli import train as train_command
 from hgkd.config.reading import without_scope
 from hgkd.data.shapes import CLASSES
+from hgkd.diagnosis.dry_run import dry_run
 from hgkd.errors import DataError, StoppedError, WeightsError
 from hgkd.openmmlab import DownstreamRunner, draw_predictions
 from hgkd.openmmlab.drawing import picture_names
@@ -302,3 +303,10 @@ def test_marks_of_the_scope_in_force_are_dropped():
     part = {"_scope_": "mmdet", "x": [dict(inner)], "y": {"_scope_": "mmseg", "z": dict(inner)}}
     assert without_scope(part, "mmdet") == {"x": [{"type": "a"}], "y": {"_scope_": "mmseg", "z": inner}}
     assert part["x"] == [inner]
+
+
+def test_a_student_after_a_detector_in_one_program(tmp_path):
+    options = tiny(write_images(tmp_path / "images", each=4), epochs=1, warmup_epochs=0)
+    with scope("mmdet"):  # which a detector's training leaves behind
+        dry_run(train_tool.load_config(SPARK, tmp_path / "run", options=options))
+        assert train_tool.train(SPARK, tmp_path / "run", options=options).epoch == 1

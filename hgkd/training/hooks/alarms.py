@@ -203,7 +203,7 @@ class LossAlarmHook(Hook):
         for name, value in (outputs or {}).items():
             if not name.endswith("loss"):
                 continue
-            value = float(value)
+            value = float(value.detach() if isinstance(value, Tensor) else value)
             recent = self._recent.setdefault(name, deque(maxlen=self.window))
             if name == "loss" and math.isfinite(value):
                 if len(recent) == self.window:

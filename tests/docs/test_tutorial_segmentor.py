@@ -1,0 +1,69 @@
+"""The tutorial of a segmentor, all its commands in their order, with thin networks on a few small images."""
+
+import copy
+import os
+from unittest import mock
+
+import pytest
+from downstream_runs import need
+from small_models import write_camvid
+from tiny_commands import TEACHER, WIDTHS, readers_folder
+from tiny_runs import ROOT
+from tutorial_pages import run_page
+
+from hgkd.cli.main import main
+from hgkd.config.reading import read_config
+
+PAGE = ROOT / "docs/tutorials/segmentor.md"
+TINY = {
+    "hgkd/": {
+        "image_size": 64,
+        "batch_size": 2,
+        "epochs": 2,
+        "workers": 0,
+        "model.student.encoder_kwargs": str({"channels": list(WIDTHS)}).replace(" ", ""),
+        "model.student.decoder_width": 32,
+        "model.teacher.allow_random": True,
+        **{f"model.teacher.{key}": value for key, value in TEACHER.items()},
+    },
+    "my_segmentor.py": {"batch_size": 2, "iterations": 2, "workers": 0, "default_hooks.logger.interval": 1},
+}
+
+
+def thin(cfg):
+    """UPerNet with thin layers and small pictures; other configs as they are."""
+    if cfg.model.type != "EncoderDecoder":
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.base_channels = WIDTHS[0]  # the stem keeps its width: timm's ResNet has it at any width
+    cfg.model.decode_head.update(in_channels=list(WIDTHS), channels=16)
+    cfg.model.auxiliary_head.update(in_channels=WIDTHS[2], channels=8)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        for step in loader.dataset.pipeline:
+            if "scale" in step:
+                step.scale = (128, 64)
+            if "crop_size" in step:
+                step.crop_size = (64, 64)
+    cfg.model.data_preprocessor.size = (64, 64)
+    return cfg
+
+
+def run(words):
+    words = [os.path.expanduser(word) for word in words]  # as a shell does it
+    options = {}
+    if words[0] == "train":
+        (options,) = [options for start, options in TINY.items() if words[1].startswith(start)]
+        words = [word for word in words if word.partition("=")[0] not in options]
+    with mock.patch("hgkd.api.train.read_config", lambda file: thin(read_config(file))):
+        return main([*words, *(f"{key}={value}" for key, value in options.items())])
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_happens(tmp_path, monkeypatch):
+    need("mmseg")
+    pytest.importorskip("onnxruntime")
+    readers_folder(tmp_path, monkeypatch)
+    write_camvid(tmp_path / "home/scenes")
+    run_page(PAGE, run)
+    maps = {file.stem for file in (tmp_path / "predicted/label_maps").iterdir()}
+    assert maps == {file.stem for file in (tmp_path / "home/scenes/images/test").iterdir()}
