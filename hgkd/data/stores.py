@@ -82,7 +82,10 @@ class LocalStore(Store):
 
     def name_of(self, entry: str) -> str | None:
         path = os.path.normpath(entry)
-        below = os.path.commonpath([os.path.normpath(self.path(path)), self.root]) == self.root
+        try:
+            below = os.path.commonpath([os.path.normpath(self.path(path)), self.root]) == self.root
+        except ValueError:  # another drive of Windows
+            return None
         return path if below else None
 
     def exists(self, name: str) -> bool:

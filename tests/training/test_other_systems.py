@@ -1,5 +1,6 @@
 """What Windows and macOS do not have, taken away here: no run of these tests is one on such a system."""
 
+import ntpath
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from mmengine.device import utils as device_utils
 from tiny_runs import SPARK, tiny, write_images
 
 from hgkd.api import train as train_tool
-from hgkd.data.stores import read_part
+from hgkd.data import stores
+from hgkd.data.stores import LocalStore, read_part
 from hgkd.diagnosis.dry_run import dry_run
 from hgkd.training import loop, runner, work_folder
 from hgkd.training.hooks import progress
@@ -64,6 +66,14 @@ def test_a_member_of_a_shard_is_read_without_pread(windows, tmp_path):
     assert read_part(str(tmp_path / "a"), 3, 4) == b"3456"
     with pytest.raises(OSError, match="ends within"):
         read_part(str(tmp_path / "a"), 8, 4)
+
+
+def test_a_list_that_leads_to_another_drive_leaves_the_folder(monkeypatch):
+    monkeypatch.setattr(stores, "os", SimpleNamespace(path=ntpath))
+    store = LocalStore("C:\\photos")
+    assert store.name_of("D:\\a.jpg") is None
+    assert store.name_of("..\\a.jpg") is None
+    assert store.name_of("birds/a.jpg") == "birds\\a.jpg"
 
 
 @pytest.mark.slow
