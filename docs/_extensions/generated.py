@@ -29,8 +29,13 @@ def assemble(target: Path, root: Path = ROOT) -> dict[str, bytes]:
 
     Returns:
         File below ``target`` -> content.
+
+    Raises:
+        ValueError: ``target`` is the folder of the pages themselves, which would be overwritten.
     """
     docs = root / "docs"
+    if target.resolve() == docs.resolve():
+        raise ValueError(f"{target} holds the pages themselves, which would be overwritten; build the site by: make docs")
     files = {name: text.encode() for name, text in texts(root).items()}
     for file in sorted(docs.rglob("*")):
         name = file.relative_to(docs)

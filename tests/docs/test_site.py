@@ -207,3 +207,8 @@ def test_the_folder_that_sphinx_reads(tmp_path):
     assert {file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file()} == set(files)
     assert {"a.md", "a_notebook.ipynb", "pictures/p.png", "reference/commands.md", "reference/recipes.md"} <= set(files)
     assert not {"a.ipynb", "conf.py", "gone.md", "_build/old.md", "_extensions/x.py"} & set(files)
+
+
+def test_the_pages_themselves_are_never_written_over() -> None:
+    with pytest.raises(ValueError, match="make docs"):
+        generated.assemble(ROOT / "docs")
