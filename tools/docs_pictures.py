@@ -72,7 +72,8 @@ class Sizes:
 
 
 FULL = Sizes(Plan(), boxes=400, epochs=3)
-QUICK = Sizes(Plan(train=640, test=160, teacher_epochs=4, student_epochs=2, probe=80), boxes=64, epochs=1)
+# a detector of fewer steps finds nothing, and such a one is not exported
+QUICK = Sizes(Plan(train=640, test=160, teacher_epochs=4, student_epochs=2, probe=80), boxes=400, epochs=3)
 
 
 @dataclass

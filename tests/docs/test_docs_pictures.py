@@ -5,15 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from downstream_runs import need
 from PIL import Image
 
 from hgkd.api.demo import Plan
+from hgkd.pictures.predictions import class_colour
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from tools import docs_pictures  # noqa: E402
 
+TILE = 192 + 2  # an image and the gap after it
 DRAWN = ("engine_cells", "engine_tiles", "engine_gather", "engine_exact", "curves")
 
 
@@ -33,18 +34,35 @@ def test_the_pictures_of_the_engine_and_the_curves(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_the_pictures_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need("mmdet", "onnxruntime")
-    plan = Plan(train=32, test=16, teacher_epochs=1, student_epochs=1, probe=2)
-    monkeypatch.setattr(docs_pictures, "QUICK", docs_pictures.Sizes(plan, boxes=8, epochs=1))
-    assert docs_pictures.main(["--quick", "--out", str(tmp_path), "--only", "features", "detections"]) == 0
-    tile, shown = 192 + 2, pixels_of(tmp_path / "features.webp")
-    assert shown.shape == (14 + 3 * tile, 4 * tile, 3)
-    image, seen = shown[14:, : tile - 2].astype(int), shown[14:, tile : 2 * tile - 2].astype(int)
+def test_the_picture_of_a_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(train=32, test=16, teacher_epochs=1, student_epochs=1, probe=4)
+    monkeypatch.setattr(docs_pictures, "QUICK", docs_pictures.Sizes(plan, boxes=0, epochs=0))
+    assert docs_pictures.main(["--quick", "--out", str(tmp_path), "--only", "features"]) == 0
+    shown = pixels_of(tmp_path / "features.webp")
+    assert shown.shape == (14 + 3 * TILE, 4 * TILE, 3)
+    image, seen = (shown[14:, left : left + TILE - 2].astype(int) for left in (0, TILE))
     hidden = (abs(seen - 128) <= 1).all(2)
     assert 0.3 < hidden.mean() < 0.7  # half of the cells are hidden
     assert (image[~hidden] == seen[~hidden]).all()
-    assert pixels_of(tmp_path / "detections.webp").shape == (2 * tile, 4 * tile, 3)
+
+
+def test_the_picture_of_a_detector_has_the_best_box_of_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def predict(folder: Path, source: str, *, told, score_threshold: float) -> None:
+        assert folder == tmp_path / "detector"
+        for _ in sorted(Path(source).iterdir()):
+            weak = {"box": [0, 0, 90, 90], "label": "disc", "class": 2, "score": 0.2}
+            told({"objects": [weak, {"box": [10, 20, 60, 70], "label": "ring", "class": 4, "score": 0.9}]})
+
+    monkeypatch.setattr(docs_pictures.hgkd, "predict", predict, raising=False)
+    folders = ["--detector", str(tmp_path / "detector"), "--out", str(tmp_path)]
+    assert docs_pictures.main([*folders, "--only", "detections"]) == 0
+    shown = pixels_of(tmp_path / "detections.webp").astype(int)
+    assert shown.shape == (2 * TILE, 4 * TILE, 3)
+    for row in range(2):
+        for column in range(4):
+            tile = shown[row * TILE :, column * TILE :]
+            assert (abs(tile[100, 2 * 10] - class_colour(4)) <= 2).all()  # the left side of the best box, twice as large
+            assert not (abs(tile[170, 0] - class_colour(2)) <= 2).all()  # that of the other
 
 
 def test_a_picture_that_is_too_large_is_not_written(tmp_path: Path) -> None:
