@@ -14,11 +14,12 @@ TEST_FLAGS ?= -n auto
 GPU_FLAGS ?=
 INSTALL = $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test test-fast test-gpu test-onedl lint format clean help
+.PHONY: demo test test-fast test-gpu test-onedl lint format docs clean help
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo 'make lint   ruff and mypy;  make format   ruff format'
+	@echo 'make docs   the documentation as a site, docs/_build/html/index.html'
 	@echo 'make test-gpu   what needs a CUDA device'
 	@echo 'make test-onedl   tests/openmmlab and tests/mmcv_ops with the OneDL forks, in an environment of its own'
 
@@ -64,5 +65,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# -W and -n: a link that leads nowhere is an error, and so is a public name without a docstring; no network is used
+docs: $(VENV)/.installed-docs
+	mkdir -p docs/_build/source
+	$(BIN)/python -m sphinx -c docs -b html -d docs/_build/doctrees -W --keep-going -n -q docs/_build/source docs/_build/html
+	@echo '== open docs/_build/html/index.html'
+
 clean:
-	rm -rf $(VENV) $(ONEDL_VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ONEDL_VENV) $(OUT) docs/_build .pytest_cache .mypy_cache .ruff_cache

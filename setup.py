@@ -60,6 +60,8 @@ TEST = [
     *(*EXPORT, *EDGE, *DOWNSTREAM, *SHARDS, *TIFF, *PARQUET, *REMOTE, *NOTEBOOK),
     *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"),
 ]
+# each of these releases installs on Python 3.11 to 3.13; Sphinx 9.1 wants 3.12, and 3.10 resolves 8.1 with myst-parser 4
+DOCS = ["sphinx>=8.1,<9.1", "myst-parser>=4,<6", "myst-nb>=1.2,<2", "furo>=2025.12.19", "sphinx-copybutton>=0.5.2"]
 EXTRAS = {
     "downstream": DOWNSTREAM,
     # any spconv build serves; this one has wheels up to Python 3.11
@@ -76,6 +78,7 @@ EXTRAS = {
     "parquet": PARQUET,  # Parquet and Arrow files of images, Hugging Face's among them
     "remote": REMOTE,  # http(s)://; s3:// and gs:// need s3fs and gcsfs as well
     "test": TEST,
+    "docs": [*DOWNSTREAM, *DOCS],  # the config keys of detectors and segmentors are read from their code
     "dev": [*TEST, "ruff>=0.8", "mypy>=1.11"],
 }
 

@@ -14,7 +14,7 @@ class Refusal(Exception):
     """Base of the errors that users see: a stable code, and words that may be improved.
 
     Every class below is this and the builtin exception that Python's habits ask for, so ``except ValueError`` catches an
-    :class:`InvalidValueError`. ``hgkd doctor errors`` and docs/errors.md list all codes.
+    :class:`InvalidValueError`. ``hgkd doctor errors`` and docs/reference/errors.md list all codes.
 
     >>> raise InvalidValueError("mask-ratio-too-high", "mask_ratio 0.95 leaves no visible cell; use at most 0.75")
     Traceback (most recent call last):

@@ -1,6 +1,6 @@
 """Parts as a user writes them in a module of their own beside a config; tests copy this file out of the repository.
 
-The sections between ``# --- NAME`` lines are the snippets of docs/extending.md.
+The sections between ``# --- NAME`` lines are the snippets of docs/howto/extending.md.
 """
 
 # --- layer rule

@@ -1,4 +1,4 @@
-"""Codes of errors: every error that a user can meet has one, one cause keeps one code, and docs/errors.md lists them."""
+"""Codes of errors: every error that a user can meet has one, one cause keeps one code, docs/reference/errors.md lists them."""
 
 import ast
 import pickle
@@ -108,7 +108,9 @@ def test_a_code_stands_for_one_cause():
 
 
 def test_the_page_of_codes_is_up_to_date(tmp_path, capsys):
-    assert (ROOT / "docs/errors.md").read_text(encoding="utf-8") == page(), "run hgkd doctor errors --out docs/errors.md"
+    assert (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8") == page(), (
+        "run hgkd doctor errors --out docs/reference/errors.md"
+    )
     assert doctor(["errors", "--out", str(tmp_path / "errors.md")]) == 0
     assert (tmp_path / "errors.md").read_text(encoding="utf-8") == page()
     assert "codes written to" in capsys.readouterr().out

@@ -1,10 +1,12 @@
-"""docs/field_cases.md: every case has its columns, and the test files that it names exist."""
+"""docs/background/field_cases.md: every case has its columns, and the test files that it names exist."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROWS = [line for line in (ROOT / "docs/field_cases.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+ROWS = [
+    line for line in (ROOT / "docs/background/field_cases.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+]
 
 
 def test_every_row_has_five_columns() -> None:

@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md: who imports whom, what importing costs, and what it leaves alone."""
+"""The layers of docs/background/architecture.md: who imports whom, what importing costs, and what it leaves alone."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/architecture.md"
+PAGE = ROOT / "docs/background/architecture.md"
 LIGHT = ("hgkd", "hgkd.mmcv_ops", "hgkd.sparse", "hgkd.weights", "hgkd.students", "hgkd.export")
 HEAVY = ("matplotlib", "sklearn", "mmdet", "mmseg", "mmcv", "tensorboard", "torch.utils.tensorboard", "onnx", "pycocotools")
 FACADE = "hgkd"  # its functions may import everything, when they are called
@@ -91,7 +91,7 @@ def test_a_layer_may_import_only_what_stands_above_it() -> None:
 def test_imports_are_those_that_the_table_allows(module: str) -> None:
     own = layer(module)
     beyond = {layer(name) for name in imports(module)} - {own} - allowed(own)
-    assert not beyond, f"docs/architecture.md does not let {own} import {sorted(beyond)}"
+    assert not beyond, f"docs/background/architecture.md does not let {own} import {sorted(beyond)}"
 
 
 def test_the_table_allows_nothing_that_nobody_needs() -> None:

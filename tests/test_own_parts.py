@@ -216,7 +216,7 @@ def test_a_part_of_another_kind_is_refused_by_name(place, home, images, tmp_path
 
 
 def test_the_pages_snippets_are_those_that_are_tested():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/howto/extending.md").read_text(encoding="utf-8"), re.S)
     module = OWN.read_text(encoding="utf-8").replace("  # noqa: E402", "")
     assert len(blocks) >= 7
     for block in blocks:

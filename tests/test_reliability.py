@@ -1,10 +1,10 @@
-"""docs/reliability.md: every fault of the table names a test that exists."""
+"""docs/background/reliability.md: every fault of the table names a test that exists."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/background/reliability.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if re.match(r"\| \d+ \|", line)]
 
 

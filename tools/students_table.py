@@ -1,4 +1,4 @@
-"""Fill the tables of docs/students.md: every family of timm, and members of other libraries, how exact and how fast.
+"""Fill the tables of docs/reference/students.md: every family of timm, and members of other libraries, how exact and how fast.
 
     python tools/students_table.py [--only resnet18 ...] [--repeats 3]
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.only is not None:
         families_table(chosen, args.repeats)
         return 0
-    page = ROOT / "docs/students.md"
+    page = ROOT / "docs/reference/students.md"
     table = f"Measured on {machine()}.\n\n{families_table(chosen, args.repeats)}\nRefused:\n\n{refused_table()}"
     page.write_text(filled(page.read_text(), BEGIN, END, table, str(page)))
     return 0

@@ -1,4 +1,4 @@
-"""Fill the table of docs/teachers.md: timm's networks as teachers, how near to timm's own forward, what each can be asked for.
+"""Fill the table of docs/reference/teachers.md: timm's networks as teachers, how near to timm's own, what each can do.
 
     python tools/teachers_table.py [--only vit_small_patch16_dinov3 ...]
 
@@ -25,7 +25,7 @@ from hgkd.teachers.vit import build_network
 from hgkd.writing import filled
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/teachers.md"
+PAGE = ROOT / "docs/reference/teachers.md"
 _NEAR_0 = ("pos_embed", "cls_token", "reg_token", "freqs", "gamma", "gamma_1", "gamma_2", "position_bias_table")
 BEGIN, END = "<!-- tools/teachers_table.py -->\n", "<!-- end -->\n"
 

@@ -1,4 +1,4 @@
-"""The main comparison of docs/results.md: random, pixels, dense distillation, H-GKD, teacher, on CIFAR-10 at 128 pixels.
+"""The main comparison of docs/background/results.md: random, pixels, dense distillation, H-GKD, teacher; CIFAR-10 at 128 px.
 
     hgkd compare configs/comparisons/cifar128.py --work-dir OUT --jobs 2 \\
         --set pretrain=DIR bank=DIR test=DIR teacher=FILE features=DIR

@@ -1,7 +1,7 @@
 """Recommended for one GPU: H-GKD, ResNet-50 from a DINOv2 ViT-B/14, on your images.
 
-Objective: this project's definition (docs/methods.md), smooth L1 with beta 2 from G2SD, mask ratio 0.6 from SparK. Block,
-schedule and learning rate are guesses, never run.
+Objective: this project's definition (docs/background/methods.md), smooth L1 with beta 2 from G2SD, mask ratio 0.6 from SparK.
+Block, schedule and learning rate are guesses, never run.
 
 teacher_checkpoint: vit_base_patch14_dinov2 in timm's, the official or Hugging Face naming.
 """

@@ -2,7 +2,8 @@
 
 Sources of the numbers. H-GKD's abstract (arXiv 2309.09571) gives none. Smooth L1 with beta 2 on normalised tokens: G2SD's form
 (arXiv 2302.14771). Mask ratio 0.6, gradient clipping at 5: SparK (arXiv 2301.03580). Block index 9 of 12, all places, batch 32
-and the second objective, PooledFeature: this project's ablation (docs/results.md). AdamW 1e-3, decay 0.05: its prototype.
+and the second objective, PooledFeature: this project's ablation (docs/background/results.md). AdamW 1e-3, decay 0.05: its
+prototype.
 
 teacher_checkpoint: a weight file of vit_small_patch14_dinov2 in timm's naming.
 """

@@ -1,6 +1,6 @@
 """1,000 steps of AdamW for a few hundred small images.
 
-Rate: 2e-4 leaves the head predicting three classes after 360 steps, whatever the backbone (docs/results.md).
+Rate: 2e-4 leaves the head predicting three classes after 360 steps, whatever the backbone (docs/background/results.md).
 """
 
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=250)

@@ -185,6 +185,14 @@ def _train_step(network: nn.Module, loss: Callable[[], Tensor], device: str, dty
 
 
 def encoder_step(network: nn.Module, images: Tensor, visible: Callable[[], Tensor] | None, device: str, dtype: str) -> Step:
+    """A training step of an encoder: forward, the mean square of its last level as the loss, backward.
+
+    Args:
+        images: (B, 3, H, W).
+        visible: gives a step's mask, bool (B, h, w); the network is sparse then. None: a dense network sees whole images.
+        device: 'cpu' or 'cuda'.
+        dtype: 'fp32' or 'bf16', the precision of the forward.
+    """
     features = cast(Callable[[Tensor], Any], network.forward_features)
 
     def loss() -> Tensor:

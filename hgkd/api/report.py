@@ -1,4 +1,4 @@
-"""One report of a machine: is the engine right there, and how fast; Markdown and JSON to be pasted into docs/performance.md.
+"""One report of a machine: is the engine right there, and how fast; Markdown and JSON for docs/background/performance.md.
 
 Parts, each within its share of a budget of seconds: correctness (values and gradients against fp64), kernels of ResNet-50's
 convolutions, the encoder step, the whole distillation step, and reading. The engine's parts need torch and timm alone.

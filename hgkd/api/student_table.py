@@ -58,7 +58,7 @@ class StudentRow:
 
     @property
     def key(self) -> tuple[str, str, str, int, int]:
-        """What is measured once: machine, student, runtime, threads, size."""
+        """Machine, student, runtime, threads and size, which name a measurement."""
         return self.machine, self.student, self.runtime, self.threads, self.size
 
 

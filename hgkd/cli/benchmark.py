@@ -21,8 +21,9 @@ decoding, by the same images from shards of 256 px and from Parquet (where webda
 loader with reading processes, as a training has it. The files are read once before, so the disk does not count.
 
 ``report``: all of it on this machine in under 8 minutes: values and gradients against fp64, the kernels, the encoder step, the
-whole step, reading. ``DIR/report.md`` can be pasted into docs/performance.md, ``report.json`` holds the same numbers. Exit code
-1 where a comparison with fp64 does not hold. ``sparse`` and the engine's parts of ``report`` run without mmengine.
+whole step, reading. ``DIR/report.md`` can be pasted into docs/background/performance.md, ``report.json`` holds the same
+numbers. Exit code 1 where a comparison with fp64 does not hold. ``sparse`` and the engine's parts of ``report`` run without
+mmengine.
 """
 
 from __future__ import annotations
@@ -64,11 +65,17 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         )
     parser = command_parser(__doc__)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--batch-size", type=int, default=8)
-    shared.add_argument("--backends", nargs="+", default=["gather", "masked", "dense"], choices=[*BACKENDS, "dense"])
-    shared.add_argument("--device", type=device_name, default="cpu")
-    shared.add_argument("--dtype", default="fp32", choices=list(DTYPES))
-    shared.add_argument("--repeats", type=int, default=7)
+    shared.add_argument("--batch-size", type=int, default=8, help="images a step")
+    shared.add_argument(
+        "--backends",
+        nargs="+",
+        default=["gather", "masked", "dense"],
+        choices=[*BACKENDS, "dense"],
+        help="what is timed: backends of the sparse engine, and the dense network",
+    )
+    shared.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda, cuda:1, ...")
+    shared.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="precision of the forward")
+    shared.add_argument("--repeats", type=int, default=7, help="timed steps, whose median counts")
     shared.add_argument(
         "--clock", default="wall", choices=list(CLOCKS), help="cpu: processor time, on a busy machine, with OMP_NUM_THREADS=1"
     )
@@ -76,7 +83,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     sparse = commands.add_parser("sparse", parents=[shared], help="encoder step of the backends and of the dense network")
     sparse.add_argument("--student", default="resnet50", help="timm name")
-    sparse.add_argument("--image-size", type=int, default=224)
+    sparse.add_argument("--image-size", type=int, default=224, help="side of the images in pixels")
     sparse.add_argument("--mask-ratio", type=float, default=0.755, help="share of hidden cells (0.755: 12 of 49 visible)")
     sparse.add_argument("--cell", type=int, default=32, help="side of a mask cell, pixels")
     distill = commands.add_parser("distill", parents=[shared], help="whole step of a config, teacher included")
@@ -93,14 +100,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     data = commands.add_parser("data", help="images a second: decoding alone, the data set, a loader")
     data.add_argument("--data-root", required=True, help="folder of images or of tar shards")
-    data.add_argument("--image-size", type=int, default=224)
+    data.add_argument("--image-size", type=int, default=224, help="side of the crops in pixels")
     data.add_argument("--images", type=int, default=256, help="maximum number of images")
     data.add_argument("--workers", type=int, default=2, help="reading processes of the loader")
-    data.add_argument("--batch-size", type=int, default=32)
-    data.add_argument("--repeats", type=int, default=5)
+    data.add_argument("--batch-size", type=int, default=32, help="images a batch")
+    data.add_argument("--repeats", type=int, default=5, help="timed passes")
     data.add_argument("--json", type=Path, help="write the result here")
     report = commands.add_parser("report", help="correctness, kernels, steps and reading on this machine, as Markdown and JSON")
-    report.add_argument("--device", type=device_name, default="cpu")
+    report.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     report.add_argument("--out", type=Path, required=True, help="folder for report.md and report.json")
     report.add_argument("--budget", type=float, default=420.0, help="seconds for all of it (default 420)")
     return parser.parse_args(argv)

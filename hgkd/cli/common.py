@@ -56,8 +56,8 @@ def _set_local_rank(text: str) -> int:
 def command(main: Main) -> Callable[[Sequence[str] | None], int]:
     """Make the body of a command its entry point: arguments of this process by default, a user's mistake in one sentence.
 
-    The sentence ends with the error's code (docs/errors.md). Exit code 2 for a user's mistake; ``--debug``, anywhere, shows its
-    traceback instead. Other exceptions are faults of hgkd and always show theirs.
+    The sentence ends with the error's code (docs/reference/errors.md). Exit code 2 for a user's mistake; ``--debug``, anywhere,
+    shows its traceback instead. Other exceptions are faults of hgkd and always show theirs.
     """
 
     @functools.wraps(main)

@@ -40,7 +40,7 @@ from hgkd.errors import InvalidValueError
 def main(argv: Sequence[str]) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("plan", help="name of a shipped plan ('hgkd recipes --plans'), or a file")
-    parser.add_argument("--work-dir", required=True)
+    parser.add_argument("--work-dir", required=True, help="folder of all runs and of the table")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these rows of the plan")
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time; each gets its share of the cores, at most OMP_NUM_THREADS"

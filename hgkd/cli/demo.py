@@ -23,7 +23,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("--out", default="demo_out", help="folder for the results, new or empty")
     parser.add_argument("--quick", action="store_true", help="a short run: that everything works, not how well")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args(argv)
 
 

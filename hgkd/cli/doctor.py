@@ -260,7 +260,7 @@ def pixel_lines(
 
     Raises:
         FileNotFoundError, DataError: see there; or a channel is the same everywhere, so nothing can be divided by its
-        std.
+            std.
     """
     dataset = UnlabelledImages(
         folder, list_file, transform={"kind": "eval"}, limit=limit, value_range=value_range, in_chans=in_chans

@@ -9,7 +9,7 @@
 A backbone is a checkpoint of hgkd train, a folder of hgkd export, a MAE file, or a timm name (random weights unless
 --checkpoint or --pretrained); a network of your own needs the --config that imports it. Labelled images are a folder with
 one sub-folder a class, or a list with a path and a class a line (.txt, .csv, .tsv); they are centre-cropped. 'compare' tests
-whether two results differ by more than the test images' chance; docs/evaluation.md describes everything.
+whether two results differ by more than the test images' chance; docs/howto/evaluation.md describes everything.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="black and white in images of more than 8 bits"
     )
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="images a forward")
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0, help="random weights, held-out images, draws, bootstrap")

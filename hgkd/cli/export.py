@@ -7,7 +7,7 @@ hgkd export spark_resnet50.pth --encoder resnet50 --to mmdet --out exported/spar
 hgkd export work_dirs/run/epoch_100.pth --to timm --out exported/resnet18 --push user/name --private
 
 A weight file of another project (SparK, ConvNeXt, mmpretrain, torchvision, transformers, timm) is read with --encoder NAME.
-docs/export.md describes the targets.
+docs/howto/export.md describes the targets.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     hgkd train CONFIG --cfg-options data_root=shards
 
 Without --size the files' bytes are copied as they are, so the images are the same. With it images are stored upright as JPEG,
-the shorter side shrunk to that many pixels (smaller ones are copied), and decode faster (docs/scaling.md). The webdataset
+the shorter side shrunk to that many pixels (smaller ones are copied), and decode faster (docs/howto/scaling.md). The webdataset
 library writes shards in its layout, and reads them. They appear complete, one after the other; a folder whose packing did not
 come to its end is refused as data. A source is whatever a data_root may be: folders, shards, tables, addresses.
 pip install 'hgkd[shards]'.

@@ -2,9 +2,9 @@
 
     hgkd train configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py --cfg-options data_root=photos epochs=5
 
-configs/README.md lists the short options, docs/downstream.md those of detectors and segmentors; any other key of a config can
-be set by its dotted path. ``--dry-run`` says what a training needs before it is started. SIGTERM and SIGINT save and end a run
-with exit code 0; ``--resume`` continues it.
+configs/README.md lists the short options, docs/howto/downstream.md those of detectors and segmentors; any other key of a config
+can be set by its dotted path. ``--dry-run`` says what a training needs before it is started. SIGTERM and SIGINT save and end a
+run with exit code 0; ``--resume`` continues it.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = command(neighbours, "which images are alike")
     sub.add_argument("--bank", required=True, metavar="FOLDER", help="images among which neighbours are sought")
     sub.add_argument("--k", type=int, default=5, help="neighbours of each image")
-    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--batch-size", type=int, default=64, help="images a forward")
     sub.add_argument("--workers", type=int, default=2, help="processes that read images")
     sub = command(reconstruction, "reconstructions of hidden positions by a masked model", backbone=False)
     sub.add_argument("--checkpoint", required=True, help="of a run with PixelReconstruction or MAEPretraining, or a MAE file")

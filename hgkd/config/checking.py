@@ -27,21 +27,50 @@ from hgkd.registry import (
     unknown_objective_message,
 )
 
-_RUNNER_KEYS = {name for name in inspect.signature(Runner.__init__).parameters if name not in ("self", "cfg")}
-# read by mmengine, but through cfg and not through the runner's arguments
-_CFG_KEYS = {
-    "activation_checkpointing",
-    "custom_imports",
-    "efficient_conv_bn_eval",
-    "find_unused_parameters",
-    "fsdp",
-    "kernels",
-    "model_wrapper_cfg",
-    "runner_type",
-    "sync_bn",
-    "tracker",
+#: Keys at the top of a config besides the short options, key -> what it is. mmengine's runner reads them, as its arguments or
+#: through its cfg.
+TOP_KEYS: dict[str, str] = {
+    "model": "what is trained: a distiller, or mmdet's or mmseg's detector or segmentor",
+    "work_dir": "the work folder: checkpoints, logs, pictures; ``--work-dir`` sets it",
+    "train_dataloader": "torch's ``DataLoader`` of the training images: data set, sampler, ``batch_size``, ``num_workers``",
+    "val_dataloader": "the same for the validation; None: no validation",
+    "test_dataloader": "the same for ``hgkd test``",
+    "train_cfg": "the training loop: ``max_epochs`` or ``max_iters``, and how often to validate (``val_interval``)",
+    "val_cfg": "the validation loop; ``{}`` for mmengine's",
+    "test_cfg": "the loop of ``hgkd test``; ``{}`` for mmengine's",
+    "auto_scale_lr": "``base_batch_size``: the batch size over all processes that the learning rate is meant for; ``enable``",
+    "optim_wrapper": "the optimiser, with gradient clipping and precision",
+    "param_scheduler": "list of mmengine's schedulers of the learning rate, the weight decay or the momentum",
+    "val_evaluator": "the metric of the validation, or a list",
+    "test_evaluator": "the same for ``hgkd test``",
+    "default_hooks": "mmengine's usual hooks by name, e.g. ``checkpoint`` and ``logger``",
+    "custom_hooks": "list of further hooks",
+    "data_preprocessor": "what moves a batch to the device, where the model does not bring it",
+    "load_from": "checkpoint whose weights a new run starts from",
+    "resume": "go on in the work folder's last checkpoint; ``--resume`` sets it",
+    "launcher": "how processes were started: none, pytorch or slurm; ``--launcher`` sets it",
+    "env_cfg": "mmengine's settings of cuDNN, multiprocessing and ``torch.distributed``",
+    "log_processor": "mmengine's smoothing of the logged numbers",
+    "log_level": "least level of the messages that are shown, e.g. INFO",
+    "visualizer": "where numbers and pictures are recorded: mmengine's ``vis_backends``",
+    "default_scope": "whose registries names are looked up in: hgkd, mmdet or mmseg",
+    "randomness": "``seed``, and ``deterministic`` for torch's deterministic algorithms",
+    "experiment_name": "name of the run in logs",
+    "activation_checkpointing": "list of modules, e.g. student.encoder.layer1, whose activations are computed again in the "
+    "backward pass: less memory, more time",
+    "custom_imports": "modules with parts of your own, e.g. ``dict(imports=['my_parts'])``",
+    "efficient_conv_bn_eval": "mmengine's: modules whose frozen norms are computed with their convolution",
+    "find_unused_parameters": "several processes: True where a step leaves parameters without gradient",
+    "fsdp": "True: divide the parameters among the processes (not of detectors and segmentors)",
+    "kernels": "how the sparse engine chooses its kernels: 'measure' on this machine (default), by a 'rule', or always 'torch' "
+    "or 'fused'; ``HGKD_KERNELS`` wins",
+    "model_wrapper_cfg": "mmengine's wrapper of the model for several processes, in place of torch's usual one",
+    "runner_type": "class of the runner; the recipes set it",
+    "sync_bn": "several processes: True normalises over the batches of all",
+    "tracker": "wandb or mlflow: where the run is recorded, too",
 }
-_TOP_KEYS = _RUNNER_KEYS | _CFG_KEYS | set(SHORT_OPTIONS)
+_RUNNER_KEYS = {name for name in inspect.signature(Runner.__init__).parameters if name not in ("self", "cfg")}
+_TOP_KEYS = _RUNNER_KEYS | set(TOP_KEYS) | set(SHORT_OPTIONS)
 
 _TOP_REGISTRIES: dict[str, Registry] = {
     "model": MODELS,
@@ -70,7 +99,7 @@ _KEY_REGISTRIES: dict[str, Registry | None] = {
     "encoder_kwargs": None,  # of another library's network, e.g. its norm_cfg; checked when that is built
 }
 # sections without a `type` whose keys mmengine reads by name, ignoring others
-_PLAIN_SECTIONS: dict[str, frozenset[str]] = {
+PLAIN_SECTIONS: dict[str, frozenset[str]] = {
     "env_cfg": frozenset({"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"}),
     "optim_wrapper.paramwise_cfg": frozenset(
         {
@@ -108,7 +137,7 @@ def check_config(cfg: Config | Mapping[str, Any]) -> None:
     runner = plain.get("runner_type")
     if isinstance(runner, str):
         _find(RUNNERS, runner, "runner_type")
-    for path, known in _PLAIN_SECTIONS.items():
+    for path, known in PLAIN_SECTIONS.items():
         _check_plain(plain, path, known)
     for key, value in plain.items():
         _check(value, key, _TOP_REGISTRIES.get(key))

@@ -40,6 +40,7 @@ class ShortOption:
 _TRAIN, _BANK, _QUERY = "train_dataloader.dataset", "val_dataloader.dataset.bank", "val_dataloader.dataset.query"
 _VAL = "val_dataloader.dataset"
 
+#: Name -> option, of all short options of pretraining and fine-tuning; the page of config keys lists them.
 SHORT_OPTIONS: dict[str, ShortOption] = {
     "data_root": ShortOption((f"{_TRAIN}.data_root",), "the training images: a folder, shards, Parquet, an address"),
     "list_file": ShortOption((f"{_TRAIN}.list_file",), "text file naming the training images, one a line"),
@@ -67,7 +68,7 @@ SHORT_OPTIONS: dict[str, ShortOption] = {
             "model.classifier.in_chans",
             *(f"{place}.in_chans" for place in (_TRAIN, _BANK, _QUERY)),
         ),
-        "channels of the images; of others than RGB all are read, see docs/data.md",
+        "channels of the images; of others than RGB all are read, see docs/howto/data.md",
         existing=("model.in_chans", f"{_VAL}.in_chans"),
         kind="whole",
     ),

@@ -339,11 +339,11 @@ class UnlabelledImages(_ImageFiles):
             :func:`hgkd.data.pixels.decode`.
         use_alpha: False leaves out a band that is tagged as transparency.
         in_chans: number of channels that every file has. The items' ``inputs`` are then float (C, H, W) in [0, 1], with all
-        bits
-            of the file, and NumPy arrays (.npy) are images, too; see :func:`hgkd.data.channels.decode_channels`. None: RGB.
+            bits of the file, and NumPy arrays (.npy) are images, too; see :func:`hgkd.data.channels.decode_channels`. None:
+            RGB.
         image_column: of Parquet and Arrow files, where it does not follow from types and names.
         scaled_decoding: decode JPEGs that are much larger than their crops at a half, quarter or eighth of their sides. Faster,
-            and the pixels differ a little (docs/scaling.md); small images are read as ever.
+            and the pixels differ a little (docs/howto/scaling.md); small images are read as ever.
 
     Raises:
         FileNotFoundError: the folder or the list does not exist.

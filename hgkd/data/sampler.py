@@ -154,6 +154,7 @@ class EpochSampler(Sampler[int]):
         return math.ceil(len(self.dataset) / self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, counted from 0, whose order and crops the next pass gives."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

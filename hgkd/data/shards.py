@@ -8,7 +8,7 @@ shuffled in a buffer cannot be resumed at a step, and divides shards, not images
 shards (``hgkd make-shards``), and they are read here through an index of (shard, offset, size) that Python's ``tarfile``
 makes from the headers at the start. :class:`hgkd.data.EpochSampler` then draws from all images, resumes at a step without
 reading those before it, and gives every process its own, as with files. The price is a seek an image, and the headers at the
-start (docs/scaling.md).
+start (docs/howto/scaling.md).
 
 Nothing is ever unpacked, so a member's name reaches no file; links and devices are no images.
 """

@@ -42,7 +42,7 @@ def dry_run(cfg: Config) -> str:
         A report of some lines.
 
     Raises:
-        Whatever a training would raise before and in its first steps.
+        Exception: whatever a training would raise before and in its first steps.
         DivergedError: a loss or gradient is not finite; the message says where it begins.
         ValueError: the last batch of an epoch is too small for the model.
     """

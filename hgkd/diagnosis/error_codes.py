@@ -17,7 +17,7 @@ CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
 _HEAD = """# Errors by their code
 A user's mistake ends with one line, `error: what is wrong and what to do [code]`, and exit code 2. The words may be improved
 from one version to the next, the code stays. In Python: `hgkd.errors.code_of(error)`. `hgkd doctor errors WORD` searches this
-list, in which `{...}` stands for a value. Written by `hgkd doctor errors --out docs/errors.md`.
+list, in which `{...}` stands for a value. Written by `hgkd doctor errors --out docs/reference/errors.md`.
 
 | code | error | raised in | message |
 |---|---|---|---|
@@ -117,7 +117,7 @@ def _class_of(call: ast.Call) -> str:
 
 
 def page(package: Path = PACKAGE) -> str:
-    """The text of docs/errors.md."""
+    """The text of docs/reference/errors.md."""
     rows = (
         f"| `{error.code}` | {error.kind} | `{error.module.removeprefix('hgkd.')}` | {_escaped(error.message)} |"
         for error in coded_errors(package)
@@ -126,7 +126,7 @@ def page(package: Path = PACKAGE) -> str:
 
 
 def write_page(path: str | os.PathLike[str]) -> int:
-    """Write docs/errors.md; the number of its codes.
+    """Write docs/reference/errors.md; the number of its codes.
 
     Raises:
         hgkd.writing.WriteError: the file cannot be written.

@@ -92,8 +92,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     Attributes:
         teachers: all teachers by name; a single one is called 'teacher', and is also the attribute ``teacher``.
         teacher_seconds: wall time that the teachers (or the reading of their stored features) have taken so far; on a GPU
-        that of
-            launching them.
+            that of launching them.
 
     Raises:
         ValueError: anything that does not fit together, before the first step.

@@ -2,7 +2,7 @@
 
 As in Kornblith et al., "Do Better ImageNet Models Transfer Better?" (arXiv 1805.08974), with the regularisation chosen on a
 held-out part of the training images, never on the test images. Small problems are fitted by one thread: with more, the thread
-pools of torch, BLAS and scikit-learn wait for one another (measured: 28 s instead of 0.7 s, docs/evaluation.md).
+pools of torch, BLAS and scikit-learn wait for one another (measured: 28 s instead of 0.7 s, docs/howto/evaluation.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``--part classifier``: a fine-tuned CNN with its head, from a checkpoint of fine-tuning (docs/finetuning.md).
+"""``--part classifier``: a fine-tuned CNN with its head, from a checkpoint of fine-tuning (docs/howto/finetuning.md).
 
 A second head on the same pooled feature (G2SD's, for hard labels) counts in the mean of both heads' logits; the mean of two
 linear layers is one, so it is folded into the first, exactly, and the result is a plain classifier of timm's.

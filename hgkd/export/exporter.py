@@ -31,6 +31,7 @@ from hgkd.weights.loading import check_finite
 from hgkd.weights.run_file import EncoderSpec
 from hgkd.weights.signature import Output, Signature
 
+#: What of a student can be exported; a target says which of these it takes.
 PARTS = ("backbone", "student", "decoder", "classifier", "model")
 TOLERANCE = 1e-5
 

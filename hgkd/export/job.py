@@ -80,7 +80,7 @@ class Job:
 
     @property
     def input(self) -> ImageInput:
-        """What graphs take: what the user chose, or else float32 (B, C, H, W) in [0, 1]."""
+        """What graphs take, as the user chose, or else float32 (B, C, H, W) in [0, 1]."""
         return self.given or input_of(self.network)
 
     @property

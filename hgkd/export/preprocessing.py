@@ -19,6 +19,7 @@ from hgkd.export.job import input_of
 from hgkd.weights.run_file import literal_config
 from hgkd.weights.signature import ImageInput
 
+#: Layouts of the uint8 images that a graph can take, where it scales and normalises them itself: order of axes, of channels.
 PREPROCESSINGS = ("nhwc-rgb", "nhwc-bgr", "nchw-rgb", "nchw-bgr")
 _UINT16 = 65535.0
 

@@ -68,7 +68,7 @@ class ClassifierOutput:
 
     @property
     def prediction(self) -> Tensor:
-        """The logits (B, K) that count when the network is used: the heads' mean."""
+        """The logits (B, K) that count when the network is used, which are the heads' mean."""
         return self.logits if self.distilled is self.logits else (self.logits + self.distilled) / 2
 
 

@@ -1,6 +1,6 @@
 """Networks of other libraries that are shown to serve as students, and some that are refused: one list for tests and docs.
 
-What :mod:`hgkd.sparse.families` is for timm. ``tools/students_table.py`` puts both into ``docs/students.md``.
+What :mod:`hgkd.sparse.families` is for timm. ``tools/students_table.py`` puts both into ``docs/reference/students.md``.
 """
 
 from __future__ import annotations

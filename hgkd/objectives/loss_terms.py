@@ -91,7 +91,7 @@ class MaskedObjective(Objective):
 
     @property
     def needs(self) -> TeacherNeeds | None:
-        """Outputs that the teacher must compute; None: the objective learns from no teacher."""
+        """Outputs that the teacher must compute, or None where the objective learns from no teacher."""
         return None
 
     @property

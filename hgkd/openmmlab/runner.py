@@ -253,7 +253,7 @@ def dry_run_downstream(cfg: Config) -> str:
         A report of some lines.
 
     Raises:
-        Whatever a training would raise before and in its first step.
+        Exception: whatever a training would raise before and in its first step.
     """
     target = Path(cfg.work_dir).absolute()
     cfg = cfg.copy()

@@ -86,8 +86,7 @@ def picture_grid(columns: Mapping[str, Tensor]) -> np.ndarray:
 
     Args:
         columns: title -> (B, 3, h, w) in [0, 1], of other numbers of channels see :func:`as_rgb`; smaller maps are enlarged
-        to the
-            largest without smoothing.
+            to the largest without smoothing.
 
     Returns:
         uint8 array (height, width, 3), RGB.

@@ -35,6 +35,7 @@ class ResultTable:
     rows: Sequence[Sequence[object]]
 
     def html(self) -> str:
+        """The table as HTML."""
         head = "".join(f"<th>{html.escape(str(c))}</th>" for c in self.columns)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in self.rows)
         return f"<table><tr>{head}</tr>{body}</table>"
@@ -49,6 +50,7 @@ class Curves:
     y_label: str
 
     def html(self) -> str:
+        """The curves as HTML, an embedded picture."""
         figure = Figure(figsize=(7.5, 3.4), layout="constrained")
         axes = figure.subplots()
         for name, (x, y) in self.lines.items():
@@ -75,6 +77,7 @@ class Picture:
     caption: str = ""
 
     def html(self) -> str:
+        """The picture as HTML, embedded."""
         return _embedded(Path(self.path).read_bytes(), self.caption)
 
 
@@ -86,6 +89,7 @@ class Text:
     code: bool = False
 
     def html(self) -> str:
+        """The text as HTML."""
         tag = "pre" if self.code else "p"
         return f"<{tag}>{html.escape(self.text)}</{tag}>"
 
@@ -98,6 +102,7 @@ class Section:
     parts: Sequence[ResultTable | Curves | Picture | Text] = field(default_factory=tuple)
 
     def html(self) -> str:
+        """The section as HTML, its heading and its parts."""
         return f"<h2>{html.escape(self.title)}</h2>" + "".join(part.html() for part in self.parts)
 
 

@@ -27,6 +27,7 @@ from hgkd.sparse.packed import PackedTensor
 from hgkd.sparse.spconv import SpconvTensor
 from hgkd.sparse.tensor import SparseTensor
 
+#: Name -> class of the tensors that compute with it: 'gather' (visible cells only), 'masked' (the reference, dense), 'spconv'.
 BACKENDS: dict[str, type[SparseTensor]] = {"gather": PackedTensor, "masked": MaskedTensor, "spconv": SpconvTensor}
 
 LayerRule = Callable[[Any, SparseTensor], Any]

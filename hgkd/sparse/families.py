@@ -1,6 +1,6 @@
 """The families of timm whose members are students, and those that are refused: one list for tests and documentation.
 
-timm is huggingface/pytorch-image-models (Apache-2.0). ``tools/students_table.py`` makes ``docs/students.md`` from it.
+timm is huggingface/pytorch-image-models (Apache-2.0). ``tools/students_table.py`` makes ``docs/reference/students.md`` from it.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def gathers(weight: Tensor, groups: int) -> bool:
 
 
 def choose_kernel(weight: Tensor, groups: int, geometry: ConvGeometry, layout: CellLayout) -> str:
-    """Name of the kernel for a layer, by rule (see ``docs/performance.md`` for the measurements behind it)."""
+    """Name of the kernel for a layer, by rule (see ``docs/background/performance.md`` for the measurements behind it)."""
     if geometry.border != "constant":
         return "halo"
     if groups > 1:

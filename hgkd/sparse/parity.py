@@ -1,6 +1,6 @@
 """Proof that a network is exact on masked images: a sparse backend against dense compute with the hidden positions zeroed.
 
-For the tests, the table in ``docs/students.md``, and whoever has added a rule for a layer of their own.
+For the tests, the table in ``docs/reference/students.md``, and whoever has added a rule for a layer of their own.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class SparseTensor(Tensor):
             raise NoSparseRuleError(
                 "operation-without-sparse-rule",
                 f"{name} has no sparse rule{calling_layer()}: its result could depend on hidden positions. "
-                "Register a rule for the layer with hgkd.sparse.layer_rule (see docs/students.md, 'Your own layers')",
+                "Register a rule for the layer with hgkd.sparse.layer_rule (see docs/reference/students.md, 'Your own layers')",
             )
         if func not in _READ_PADDING and any(operand.pending for operand in operands):
             name = getattr(func, "__name__", repr(func))

@@ -400,7 +400,7 @@ def advice(name: str) -> str:
     """Which names can be teachers, the nearest to a given one first."""
     near = nearest_names(name, EXAMPLES, 1)
     others = [example for example in EXAMPLES if example not in near][:4]
-    return f"teachers that serve are e.g. {', '.join([*near, *others])} (docs/teachers.md)"
+    return f"teachers that serve are e.g. {', '.join([*near, *others])} (docs/reference/teachers.md)"
 
 
 def family_for(network: nn.Module) -> type[Family]:

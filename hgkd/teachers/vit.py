@@ -142,7 +142,7 @@ def _size_of_positions(network: Any, own: Mapping[str, Tensor], weights: Mapping
 
 @MODELS.register_module()
 class TimmTeacher(Teacher):
-    """A frozen network of timm: a ViT of any kind, a hierarchical transformer or a CNN; see docs/teachers.md.
+    """A frozen network of timm: a ViT of any kind, a hierarchical transformer or a CNN; see docs/reference/teachers.md.
 
     Args:
         name: timm's name, e.g. 'vit_small_patch16_dinov3'.

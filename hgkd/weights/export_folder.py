@@ -25,7 +25,7 @@ _EARLIER_TARGETS = {"program": "pt2"}
 
 
 def read_spec(path: str | os.PathLike[str]) -> EncoderSpec:
-    """The description of the encoder in an exported folder; raises as :func:`load_backbone` does."""
+    """The description of the encoder in an exported folder; raises as :func:`hgkd.networks.load_backbone` does."""
     path = Path(path).expanduser()
     _refuse_other_target(path)
     return EncoderSpec.parse(read_config(path).get("hgkd"), str(path / CONFIG_FILE))
@@ -160,7 +160,10 @@ def read_card(path: Path) -> dict[str, str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of an exported folder whose files are as they were written; raises as :func:`load_backbone` does."""
+    """``config.json`` of an exported folder whose files are as they were written.
+
+    It raises as :func:`hgkd.networks.load_backbone` does.
+    """
     check_folder(path)
     file = path / CONFIG_FILE
     if not file.is_file():

@@ -66,8 +66,8 @@ def import_weights(
 
     Args:
         network: timm's, without classifier.
-        path: .pth, .pt, .bin or .safetensors file, or a folder of ``hgkd export`` that :func:`load_backbone` reads; or what
-            :func:`hgkd.weights.identify.identify` said of it.
+        path: .pth, .pt, .bin or .safetensors file, or a folder of ``hgkd export`` that :func:`hgkd.networks.load_backbone`
+            reads; or what :func:`hgkd.weights.identify.identify` said of it.
         prefix: what stands before the encoder's names; None finds it.
         allow: beginnings of names that may be missing (timm's names) or left over (the file's, without the prefix).
         entry: see :func:`hgkd.weights.files.tensors_of`.

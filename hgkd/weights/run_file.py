@@ -78,6 +78,7 @@ class EncoderSpec:
         return cls(str(encoder["name"]), str(encoder.get("stem") or "default"), dict(encoder.get("kwargs") or {}), pixels)
 
     def to_dict(self) -> dict[str, Any]:
+        """As it stands in a checkpoint: ``name``, ``stem``, ``kwargs``, and ``pixels`` where they are not timm's own."""
         pixels = {} if self.pixels is None else {"pixels": [list(values) for values in self.pixels]}
         return {"name": self.name, "stem": self.stem, "kwargs": dict(self.kwargs), **pixels}
 
@@ -179,6 +180,7 @@ class ClassifierSpec:
         return cls(**{**found, **sequences})
 
     def to_dict(self) -> dict[str, Any]:
+        """As it stands in a checkpoint: every attribute by its name."""
         return asdict(self)
 
 

@@ -94,8 +94,8 @@ def test_a_recipe_starts(recipe, data, tmp_path):
     assert start(ROOT / recipe, data, tmp_path)
 
 
-# One of each kind of model that docs/downstream.md names, and others; values: what shrinks defaults that their config leaves
-# out, and lets a detector that has learnt nothing find something.
+# One of each kind of model that docs/howto/downstream.md names, and others; values: what shrinks defaults that their config
+# leaves out, and lets a detector that has learnt nothing find something.
 STOCK = {
     "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": {},
     "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py": {},

@@ -1,4 +1,4 @@
-"""docs/students.md: its code runs, its table has every family, and the script that fills it."""
+"""docs/reference/students.md: its code runs, its table has every family, and the script that fills it."""
 
 import re
 import sys
@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from tools import students_table  # noqa: E402
 
-PAGE = (ROOT / "docs/students.md").read_text()
+PAGE = (ROOT / "docs/reference/students.md").read_text()
 
 
 def test_the_example_runs() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(compile(code, "docs/students.md", "exec"), {})
+    exec(compile(code, "docs/reference/students.md", "exec"), {})
 
 
 def test_the_table_has_every_family() -> None:

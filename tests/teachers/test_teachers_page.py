@@ -1,4 +1,4 @@
-"""docs/teachers.md: its table has every name and what each can be asked for today, and the script that fills it."""
+"""docs/reference/teachers.md: its table has every name and what each can be asked for today, and the script that fills it."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from tools import teachers_table  # noqa: E402
 
-PAGE = (ROOT / "docs/teachers.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/reference/teachers.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| ([^|]+?) \| `([^`]+)`(?:, `level=(-?\d+)`)? \| \d+ x \d+ \| (\S+) \| (.+) \|$", re.MULTILINE)
 
 

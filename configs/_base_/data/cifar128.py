@@ -9,6 +9,6 @@ data_root = "data/cifar10/train"
 val_train_root = "data/cifar10/train"
 val_test_root = "data/cifar10/test"
 image_size = 128
-batch_size = 32  # twice the steps of 64 for the same images: better by 1 to 2 points (docs/results.md)
+batch_size = 32  # twice the steps of 64 for the same images: better by 1 to 2 points (docs/background/results.md)
 
 train_dataloader = dict(dataset=dict(transform=dict(_delete_=True, kind="eval")))

@@ -17,6 +17,7 @@ from hgkd.export.targets import (
 )
 
 _FAMILIES = (timm, torchvision, openmmlab, transformers, graphs, edge, executorch, litert, coreml, sparse, own)
+#: Name -> target, of all libraries and runtimes that a student can be exported for; :func:`register_target` adds one.
 TARGETS: dict[str, Target] = {target.name: target for family in _FAMILIES for target in family.TARGETS}
 
 
