@@ -1,12 +1,14 @@
 """Make every picture of the README and of docs/ from real runs of this project.
 
     python tools/docs_pictures.py --out docs/pictures [--only features ...] [--runs FOLDER] [--quick]
+    python tools/docs_pictures.py --out docs/pictures --tutorial FOLDER
 
 Nothing is downloaded: the images are generated shapes. Two runs are made, unless their folders are given: `hgkd demo` (a
 teacher, a student and the control), and a RetinaNet on boxes of shapes that starts from the demo's student, as a graph for
 onnxruntime. --demo takes a folder that `hgkd demo --out FOLDER` has filled, --detector one of `hgkd export --part model --to
 onnx`. The engine's pictures are drawn from the engine's own layouts, indices and outputs; the curves from a table of the page
-of results.
+of results. The tutorials' pictures are what their commands leave: --tutorial takes the folder in which a tutorial was typed,
+and makes small copies of those that it finds there.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from hgkd.differences import largest_difference
 from hgkd.openmmlab import register_ops
 from hgkd.pictures.columns import hide_cells, picture_grid
 from hgkd.pictures.distillation import distillation_columns
-from hgkd.pictures.predictions import draw_boxes
+from hgkd.pictures.predictions import class_colour, draw_boxes
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor, sparsify
 from hgkd.weights.identify import identify
@@ -355,6 +357,59 @@ def _drawn(figure: Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
+@dataclass(frozen=True)
+class Left:
+    """Pictures that a tutorial's commands leave in the reader's folder, as one picture of its page.
+
+    Attributes:
+        files: where they lie, as a pattern.
+        take: how many of them, side by side; -1: the last one.
+        height: of the picture of a page, in pixels.
+    """
+
+    files: str
+    take: int = 1
+    height: int = 556
+
+    def picture(self, folder: Path) -> Image.Image | None:
+        """None where the folder has no such files."""
+        found = sorted(folder.glob(self.files))
+        found = found[-1:] if self.take < 0 else found[: self.take]
+        shown = [_at_height(_in_colours(Image.open(file)), self.height) for file in found]
+        if not shown:
+            return None
+        gap = 4
+        sheet = Image.new("RGB", (sum(part.width + gap for part in shown) - gap, self.height), "white")
+        left = 0
+        for part in shown:
+            sheet.paste(part, (left, 0))
+            left += part.width + gap
+        return sheet
+
+
+def _at_height(picture: Image.Image, height: int) -> Image.Image:
+    enlarged = picture.height < height  # features are squares of pixels, which stay sharp
+    size = round(picture.width * height / picture.height), height
+    return picture.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+
+
+def _in_colours(picture: Image.Image) -> Image.Image:
+    """A label map in the colours of its classes; any other picture as it is."""
+    if picture.mode != "L":
+        return picture.convert("RGB")
+    labels = np.asarray(picture)
+    return Image.fromarray(np.array([class_colour(index) for index in range(256)], dtype=np.uint8)[labels])
+
+
+TUTORIALS = {
+    "tutorial_student": Left("demo_out/runs/hgkd/pictures/epoch_*.png", take=-1),
+    "tutorial_neighbours": Left("pictures/neighbours.png"),
+    "tutorial_compared": Left("compared/picture.png", height=374),
+    "tutorial_relations": Left("compared/relations_seed0/pictures/epoch_*.png", take=-1),
+    "tutorial_detector_student": Left("work_dirs/student/pictures/epoch_4.png", height=534),
+    "tutorial_detector_boxes": Left("predicted/pictures/BloodImage_*.jpg", take=3, height=360),
+    "tutorial_segmentor_label_map": Left("predicted/label_maps/*.png", height=360),
+}
 PICTURES: dict[str, Callable[[Runs], Image.Image]] = {
     made.__name__: made for made in (engine_cells, engine_tiles, engine_gather, engine_exact, curves, features, detections)
 }
@@ -378,11 +433,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=sorted(PICTURES), metavar="NAME", help=", ".join(PICTURES))
     parser.add_argument("--demo", type=Path, help="folder that hgkd demo has filled")
     parser.add_argument("--detector", type=Path, help="folder of hgkd export --part model --to onnx")
+    parser.add_argument("--tutorial", type=Path, help="folder in which a tutorial was typed: its pictures alone are made")
     parser.add_argument("--runs", type=Path, help="folder that keeps the runs; those that it holds are not made again")
     parser.add_argument("--quick", action="store_true", help="short runs: that everything works, not how it looks")
     args = parser.parse_args(argv)
     register_ops()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.tutorial:
+        made = {name: picture for name, left in TUTORIALS.items() if (picture := left.picture(args.tutorial))}
+        for name, picture in made.items():
+            path = args.out / f"{name}.webp"
+            print(f"{path}: {save(picture, path) / 1000:.0f} kB", flush=True)
+        if not made:
+            parser.error(f"{args.tutorial} has no picture of a tutorial, e.g. {TUTORIALS['tutorial_student'].files}")
+        return 0
     with tempfile.TemporaryDirectory() as scratch:
         runs = Runs(args.runs or Path(scratch), QUICK if args.quick else FULL, args.demo, args.detector)
         for name in args.only or PICTURES:

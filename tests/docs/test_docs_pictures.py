@@ -82,3 +82,26 @@ def test_what_is_shipped() -> None:
     shipped = {path.name: path.stat().st_size for path in (ROOT / "docs/pictures").iterdir()}
     assert {f"{name}.webp" for name in docs_pictures.PICTURES} <= shipped.keys()
     assert {name for name, size in shipped.items() if size > docs_pictures.LIMIT} == set()
+
+
+def test_a_tutorials_pictures_are_what_its_commands_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in ("demo_out/runs/hgkd/pictures", "predicted/label_maps", "predicted/pictures"):
+        (tmp_path / place).mkdir(parents=True)
+    for epoch, colour in ((1, "red"), (2, "blue")):
+        Image.new("RGB", (10, 20), colour).save(tmp_path / f"demo_out/runs/hgkd/pictures/epoch_{epoch}.png")
+    Image.fromarray(np.repeat(np.array([[0], [3]], dtype=np.uint8), 4, axis=1)).save(tmp_path / "predicted/label_maps/a.png")
+    for number in range(5):
+        Image.new("RGB", (40, 30), "green").save(tmp_path / f"predicted/pictures/BloodImage_{number}.jpg")
+    assert docs_pictures.main(["--tutorial", str(tmp_path), "--out", str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().out.count(" kB\n") == 3
+    student = pixels_of(tmp_path / "new/tutorial_student.webp")
+    assert student.shape == (556, 278, 3)
+    assert (student == (0, 0, 255)).all()  # the last epoch
+    label_map = pixels_of(tmp_path / "new/tutorial_segmentor_label_map.webp")
+    assert (label_map[0, 0] == class_colour(0)).all()
+    assert (label_map[-1, -1] == class_colour(3)).all()
+    assert pixels_of(tmp_path / "new/tutorial_detector_boxes.webp").shape == (360, 3 * 480 + 2 * 4, 3)
+
+    with pytest.raises(SystemExit):
+        docs_pictures.main(["--tutorial", str(tmp_path / "new"), "--out", str(tmp_path / "none")])
+    assert "has no picture of a tutorial" in capsys.readouterr().err
