@@ -407,7 +407,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         visible = self.draw_views(images)
         # 2. the teacher, once for all objectives that can share a pass: its many large operations keep a GPU at work while
         # the host prepares the student's
-        return images, visible, self.teach(images, visible, index, flipped)
+        return images, visible, self.teach(images, visible, index, flipped, self._cells_an_image)
 
     def _student_sees(self, images: Tensor, visible: Tensor, num_cells: int | None) -> StudentOutput:
         views = len(visible) // len(images)
@@ -490,7 +490,12 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         return drawn
 
     def teach(
-        self, images: Tensor, visible: Tensor, index: Tensor | None = None, flipped: Tensor | None = None
+        self,
+        images: Tensor,
+        visible: Tensor,
+        index: Tensor | None = None,
+        flipped: Tensor | None = None,
+        cells_an_image: int | None = None,
     ) -> dict[str, TeacherOutput]:
         """The teachers' outputs for the objectives that ask for one: objective name -> output.
 
@@ -498,23 +503,28 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             images: (B, C, H, W) in [0, 1].
             visible: bool (B, h, w), or (views * B, h, w), view after view.
             index, flipped: which picture each image is, (B,); with these, stored features are used where there are any.
+            cells_an_image: True entries of ``visible`` in every view, where known: teachers that see them alone do not count.
         """
+
+        def taught(name: str, needs: TeacherNeeds) -> TeacherOutput:
+            shown = self._seen_by(name, images)
+            if needs.visible_only:
+                return self._visible_pass(name, needs, shown, visible, cells_an_image)
+            return self._whole_pass(name, needs, shown, index, flipped).repeat(len(visible) // len(images))
+
         with self._teacher_at_work():
-            outs = {
-                name: [self._teacher_pass(name, needs, images, visible, index, flipped) for needs in passes]
-                for name, passes in self._passes.items()
-            }
+            outs = {name: [taught(name, needs) for needs in passes] for name, passes in self._passes.items()}
         return {name: outs[teacher][i] for name, (teacher, i) in self._pass_of.items()}
 
-    def _teacher_pass(
-        self, name: str, needs: TeacherNeeds, images: Tensor, visible: Tensor, index: Tensor | None, flipped: Tensor | None
+    def _visible_pass(
+        self, name: str, needs: TeacherNeeds, images: Tensor, visible: Tensor, cells_an_image: int | None
     ) -> TeacherOutput:
-        teacher, views, images = self.teachers[name], len(visible) // len(images), self._seen_by(name, images)
-        if needs.visible_only:
-            counted = {} if (count := self._cells_an_image) is None else {"cells_an_image": count}
-            seen: TeacherOutput = teacher(images if views == 1 else images.repeat(views, 1, 1, 1), visible, needs, **counted)
-            return seen
-        return self._whole_pass(name, needs, images, index, flipped).repeat(views)
+        """Tokens of the visible cells of every view, of the channels that the teacher sees."""
+        views = len(visible) // len(images)
+        seen = images if views == 1 else images.repeat(views, 1, 1, 1)
+        counted = {} if cells_an_image is None else {"cells_an_image": cells_an_image}
+        out: TeacherOutput = self.teachers[name](seen, visible, needs, **counted)
+        return out
 
     def _whole_pass(
         self, name: str, needs: TeacherNeeds, images: Tensor, index: Tensor | None, flipped: Tensor | None
