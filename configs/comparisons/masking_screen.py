@@ -19,7 +19,7 @@ follow from it, so that what else runs on the machine changes nothing: rounded, 
 
 _IMAGES = 3000
 _BUDGET = 700.0  # processor seconds
-# ms an image of batch 32, (with the teacher in every step, stored): docs/background/results.md says where
+# ms an image of batch 32, (with the teacher in every step, stored): docs/background/results.md, "Costs for comparisons"
 _COST = {
     "dense": (99.0, 59.7),
     "dense 96 px": (48.4, 30.1),
