@@ -20,6 +20,7 @@ from hgkd.evaluation import load_extractor
 from hgkd.export import load_backbone, read_student
 from hgkd.networks import load_classifier
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.registry import build_runner
 from hgkd.weights.files import read_checkpoint
 
 FOLDER = ROOT / "downstream/classification"
@@ -96,7 +97,7 @@ def test_a_run_leaves_scores_reports_and_a_checkpoint_that_describes_itself(fine
 
 def test_the_backbone_is_where_training_starts(images, backbone):
     cfg = train_tool.load_config(BASELINE, "work", options=small(images, backbone=str(backbone)))
-    runner = train_tool.RUNNERS.build(cfg)
+    runner = build_runner(cfg)
     expected = load_backbone(backbone / "epoch_1.pth").state_dict()
     own = runner.model.classifier.network.state_dict()
     assert same({key: own[key] for key in expected}, dict(expected))

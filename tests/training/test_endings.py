@@ -19,6 +19,7 @@ from tiny_runs import SPARK, load_tool, tiny, tiny_hgkd, write_images
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
 from hgkd.errors import DivergedError, StoppedError, configured
+from hgkd.registry import build_runner
 from hgkd.training.checkpoint_hook import CheckpointWriteError, RunCheckpointHook
 from hgkd.training.hooks.alarms import SteadyTimerHook
 from hgkd.training.loop import told_signals
@@ -43,7 +44,7 @@ def images(tmp_path_factory):
 
 def build(images, work_dir, *hooks, resume=False, recipe=SPARK, make=tiny, **options):
     options = make(images, **{"batch_size": 4, "default_hooks.checkpoint.every_minutes": None, **options})
-    runner = train_tool.RUNNERS.build(train_tool.load_config(recipe, work_dir, resume=resume, options=options))
+    runner = build_runner(train_tool.load_config(recipe, work_dir, resume=resume, options=options))
     for hook in hooks:
         runner.register_hook(hook)
     return runner
@@ -87,7 +88,7 @@ def test_one_update_makes_it_a_training(images, tmp_path):
 def test_a_teacher_that_is_not_finite_is_named_instead_of_the_students_settings(images, tmp_path):
     cfg = train_tool.load_config(HGKD_RECIPE, tmp_path / "run", options=tiny_hgkd(images, batch_size=4, **ALONE))
     cfg.custom_hooks = [dict(type="FiniteLossHook", patience=1)]
-    run = train_tool.RUNNERS.build(cfg)
+    run = build_runner(cfg)
     before = {}
 
     def break_teacher(runner, **options):  # not at once: the first images are looked at by the teacher itself
@@ -348,7 +349,7 @@ def test_config_faults_that_others_find(images, tmp_path, change, message):
     cfg = train_tool.load_config(SPARK, tmp_path / "run", options=tiny(images, **ALONE))
     cfg.update(change)
     with pytest.raises(ValueError, match=rf"the config cannot be built, says \w+: .*{message}"):
-        train_tool.RUNNERS.build(cfg).train()
+        build_runner(cfg).train()
     assert not (tmp_path / "run/run.lock").exists()
 
 
