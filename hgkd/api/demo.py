@@ -48,6 +48,7 @@ class Plan:
 
 FULL = Plan()
 QUICK = Plan(train=640, test=160, teacher_epochs=4, student_epochs=2, probe=80)
+_QUICK_TOLD = "this was a quick run: it is too short for its numbers to mean anything"
 IMAGE_SIZE = 64  # pixels; that of the configs
 
 
@@ -133,9 +134,11 @@ def demo(out: str | Path, quick: bool = False, seed: int = 0, plan: Plan | None 
 
     stage("writing the report")
     seconds = {"teacher (MAE)": mae.seconds, "H-GKD": distilled.seconds, "pixels (SparK)": control.seconds}
-    report = _report(out, plan, seed, results, seconds, exported)
+    report = _report(out, plan, seed, results, seconds, exported, _QUICK_TOLD if quick else "")
     total = time.perf_counter() - stage.start
     _print_table(results, seconds)
+    if quick:
+        print(_QUICK_TOLD)
     print(
         f"pictures  {runs / 'hgkd' / 'pictures'}\nstudent   {exported.out}\nreport    {report}\n{total:.0f} s in all",
         flush=True,
@@ -147,6 +150,9 @@ class _Progress(Hook):
     """Tells each epoch on the console."""
 
     priority = "VERY_LOW"
+
+    def before_train(self, runner: Runner) -> None:
+        runner.train_loop.resumable = False  # type: ignore[union-attr]  # a demo that was stopped begins anew
 
     def after_train_epoch(self, runner: Runner) -> None:
         loss = runner.message_hub.get_scalar("train/loss").mean(len(runner.train_dataloader))
@@ -204,7 +210,7 @@ def _print_table(results: dict[str, Any], seconds: dict[str, float]) -> None:
 
 
 def _report(
-    out: Path, plan: Plan, seed: int, results: dict[str, Any], seconds: dict[str, float], exported: ExportReport
+    out: Path, plan: Plan, seed: int, results: dict[str, Any], seconds: dict[str, float], exported: ExportReport, caveat: str
 ) -> Path:
     runs = out / "runs"
     curves = [
@@ -226,7 +232,9 @@ def _report(
         "images; the result of another seed may lie outside."
     )
     sections = [
-        Section("Frozen features", [ResultTable(_COLUMNS, _rows(results, seconds)), Text(setting)]),
+        Section(
+            "Frozen features", [ResultTable(_COLUMNS, _rows(results, seconds)), *map(Text, filter(None, [caveat, setting]))]
+        ),
         Section("Pictures", pictures),
         Section("Learning curves", curves),
         Section(

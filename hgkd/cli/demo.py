@@ -1,4 +1,4 @@
-"""The main job on generated images, from nothing to a report: what `make demo` runs.
+"""The main job on generated images, from nothing to a report.
 
     hgkd demo --out demo_out [--quick] [--seed 0]
 

@@ -368,6 +368,8 @@ def extract_entry(file: str, entry: str, out: str) -> int:
 
 def table_of(file: str, found: Finding) -> Table:
     table = Table(title=escape(file), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     grid = "no absolute positions" if found.grid is None else f"{found.grid[0]} x {found.grid[1]}"
     decoder = "no" if found.decoder is None else f"{found.decoder[0]} blocks x {found.decoder[1]}"
     rows = {

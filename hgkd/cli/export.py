@@ -32,6 +32,8 @@ _OPTIONS = ("cell", "output", "classifier", "opset", "ir_version", "precision", 
 
 def table_of(report: ExportReport) -> Table:
     table = Table(title=f"exported to {report.out}", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a checksum is longer than what a narrow terminal leaves
     compared = "random images" + (f" and {report.images} real ones" if report.images else "")
     outputs = "" if report.part == "model" else f"; outputs on {compared} differ by {report.max_difference:.1e}"
     rows = {

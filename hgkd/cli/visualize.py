@@ -98,7 +98,7 @@ def predictions(args: argparse.Namespace) -> Path:
     except ImportError as error:
         raise InvalidValueError(
             "downstream-packages-missing",
-            f"predictions of detectors and segmentors need the extra 'downstream' ({error}): pip install -e '.[downstream]'",
+            f"predictions of detectors and segmentors need the extra 'downstream' ({error}): pip install 'hgkd[downstream]'",
         ) from error
     files = find_files(args.images, args.limit)
     draw_predictions(args.config, args.checkpoint, files, args.out, options=args.cfg_options, device=args.device)

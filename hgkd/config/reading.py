@@ -71,7 +71,7 @@ def _packaged(name: str) -> Path:
         raise MissingFileError(
             "config-package-missing",
             f"config {name}: no package {package!r} with configs is installed; installed are {', '.join(known) or 'none'} "
-            "(pip install -e '.[downstream]' brings mmdet and mmseg)",
+            "(pip install 'hgkd[downstream]' brings mmdet and mmseg)",
         )
     folder = Path(get_installed_path(MODULE2PACKAGE[package])) / ".mim/configs"
     if (folder / inner).is_file():

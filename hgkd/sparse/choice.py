@@ -111,7 +111,8 @@ def fastest_backend(ms: Mapping[str, float]) -> tuple[str, str]:
     gains = masked < (1 - BACKEND_GAIN) * gather
     keeps = masked < gather and gather > limit
     backend = "masked" if gains or keeps else "gather"
-    why = "the fastest" if ms[backend] <= min(gather, masked) else f"within {BACKEND_GAIN:.0%} of the fastest"
+    other = "gather" if backend == "masked" else "masked"
+    why = f"faster than {other}" if ms[backend] < ms[other] else f"kept, within {BACKEND_GAIN:.0%} of {other}"
     if ms[backend] > limit:
         why += f", though {ms[backend] / ms['dense']:.2f} of the dense network's step: nothing exact is faster here"
     return backend, why
@@ -154,6 +155,8 @@ def keep(device: torch.device, key: str, choice: Choice) -> bool:
 
 def describe(key: str, choice: Choice) -> str:
     """A choice in one line."""
-    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in choice.step_ms.items())
+    # dense is no candidate: it computes what is hidden, too
+    named = {"dense": "the whole image, dense:"}
+    times = ", ".join(f"{named.get(name, name)} {ms:.1f} ms" for name, ms in choice.step_ms.items())
     layers = "; ".join(f"{layer}: {kernel}" for layer, kernel in choice.layers.items()) or "all by rule"
     return f"{key}: {choice.backend}, {choice.why} ({times or 'not measured'}); layers: {layers}"

@@ -360,6 +360,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
     Attributes:
         interrupted: a signal asks this run to end after the step that is being done.
         guard: what became of the last update.
+        resumable: a signal's message advises ``--resume``; a program that trains as one step of many sets it to False.
     """
 
     _iter: int
@@ -368,6 +369,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         super().__init__(runner, dataloader, **options)
         self.interrupted = False
         self.guard: GuardedOptimWrapper | None = None
+        self.resumable = True
         self._signals = StopSignals()
         self._first = True  # the next step is the first of this start
 
@@ -426,8 +428,10 @@ class ExactEpochLoop(EpochBasedTrainLoop):
                 last = runner.message_hub.runtime_info.get("last_ckpt")
                 if self.guard.untrained:
                     saved = "no update was made, so nothing was saved"
+                elif last:
+                    saved = f"saved {last}" + (", continue with --resume" if self.resumable else "")
                 else:
-                    saved = f"saved {last}, continue with --resume" if last else "no checkpoint hook, so nothing was saved"
+                    saved = "no checkpoint hook, so nothing was saved"
                 runner.logger.warning(
                     f"stopped by a signal ({self._signals.received or 'to another process'}) after epoch {self._epoch}, step "
                     f"{self._iter}; {saved}"

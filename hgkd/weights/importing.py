@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def import_weights(
     filled = counters if not any(key in state for key in counters) else []
     state.update({key: own[key] * 0 for key in filled})
     try:
-        load = match if dry else load_strict
+        load = match if dry else partial(load_strict, tell=False)
         loaded = load(network, state, source=source, ignore_missing=allow, ignore_unexpected=allow)
     except NoPlainNumbersError:
         raise

@@ -121,6 +121,7 @@ def load_strict(
     ignore_missing: Sequence[str] = (),
     ignore_unexpected: Sequence[str] = (),
     finite: bool = True,
+    tell: bool = True,
 ) -> LoadReport:
     """Load weights into a network, all or nothing, and log the report.
 
@@ -129,6 +130,7 @@ def load_strict(
         source: name of the file, for the report.
         ignore_missing, ignore_unexpected: beginnings of names that may be absent, or left over.
         finite: refuse NaN and inf in what is loaded.
+        tell: log the report; False: the caller logs it with more.
 
     Raises:
         WeightsError: anything missing, left over, of another shape or not finite; the network is unchanged then.
@@ -143,7 +145,8 @@ def load_strict(
             "it had diverged, or the file is damaged; take an earlier checkpoint, or get the file again",
         )
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
-    print_log(str(report), "current")
+    if tell:
+        print_log(str(report), "current")
     return report
 
 

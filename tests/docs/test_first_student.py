@@ -13,7 +13,8 @@ from hgkd.data.shapes import CLASSES
 PAGE = ROOT / "docs/tutorials/first_student.md"
 TOY = demo.Plan(train=168, test=32, teacher_epochs=2, student_epochs=1, probe=8)  # a warm-up of a step; 8 fill no batch
 MORE = {
-    "train": ["default_hooks.logger.interval=1", "model.student.decoder_width=32"],
+    # the toy's teacher is one of two epochs, which may look untrained
+    "train": ["default_hooks.logger.interval=1", "model.student.decoder_width=32", "model.teacher.allow_random=True"],
     "evaluate": ["--limit-per-class", "8"],
 }
 

@@ -25,7 +25,7 @@ QUOTED = {
     "loss_is_flat": [
         "parameters got no gradient and are not trained",
         "it teaches nothing",
-        "does nothing since step",
+        "has done nothing so far, from step",
         "times the loss of predicting the mean target everywhere",
         "features are collapsing",
         "looks trained",

@@ -17,7 +17,7 @@ TOY = demo_api.Plan(train=64, test=32, teacher_epochs=2, student_epochs=2, probe
 @pytest.mark.slow
 def test_chain_at_toy_size(tmp_path, capsys):
     out = tmp_path / "a <b> & c"
-    summary = demo_api.demo(out, seed=3, plan=TOY)
+    summary = demo_api.demo(out, quick=True, seed=3, plan=TOY)
 
     assert list(summary["results"]) == ["random ResNet-18", "pixels (SparK)", "H-GKD", "teacher (MAE)"]
     for found in summary["results"].values():
@@ -39,6 +39,9 @@ def test_chain_at_toy_size(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(f"[{n}/7]" in printed for n in range(1, 8))
     assert str(summary["report"]) in printed
+    told = "too short for its numbers to mean anything"
+    assert told in printed[printed.index("frozen features") :]
+    assert told in page
 
 
 def test_folder_that_is_not_empty_is_left_alone(tmp_path, capsys):
@@ -58,7 +61,10 @@ def test_a_signal_ends_the_demo_and_not_only_the_training_at_hand(number, tmp_pa
 
     monkeypatch.setattr(demo_api._Progress, "after_train_iter", interrupt)
     assert demo_tool.main(["--quick", "--out", str(tmp_path / "out")]) == 2
-    assert "a signal ended the demo in the training 'teacher', so there is no table" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "a signal ended the demo in the training 'teacher', so there is no table" in printed.err
+    assert "stopped by a signal" in printed.out + printed.err
+    assert "--resume" not in printed.out + printed.err
     assert not (tmp_path / "out/teacher.safetensors").exists()
     assert [path.name for path in (tmp_path / "out/runs").iterdir()] == ["teacher"]
 

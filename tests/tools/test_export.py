@@ -1,5 +1,6 @@
 """tools/export.py: what it prints, what it refuses."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ def test_export_then_refuse_then_force(tmp_path: Path, capsys: pytest.CaptureFix
     printed = "".join(capsys.readouterr().out.split())
     assert "timm.create_model('local-dir:" in printed
     assert f"{sum(p.numel() for p in source.parameters()):,}parameters" in printed
+    digest = hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()
+    assert f"sourcesha256{digest}" in printed.replace("│", ""), "longer than the terminal is wide, and not cut"
+    assert "…" not in printed
     again = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in source.state_dict().items())
 
@@ -49,7 +53,8 @@ def test_a_file_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     torch.save({"module": spark}, tmp_path / "spark.pth")
     command = [f"{tmp_path}/spark.pth", "--encoder", "test_resnet", "--to", "spconv", "--out", f"{tmp_path}/out"]
     assert export.main([*command, "--licence", "weights=MIT", "data=unknown"]) == 0
-    assert "key style timm" in capsys.readouterr().out
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "spark.pth: " in line]
+    assert "key style timm" in line
     page = (tmp_path / "out/run_card.md").read_text()
     assert "weights: MIT" in page
     assert "key style timm under 'sparse_encoder.sp_cnn.'; not part of the encoder: 2 of fc" in page

@@ -89,7 +89,9 @@ def test_every_term_of_a_mix_is_measured_and_the_weak_one_called_out(tmp_path):
     assert sum(scalars[f"train/{name}_share"] for name in names) == pytest.approx(1.0)
     shares = [text for text in run.logger.warnings if "share" in text]
     assert len(shares) == 1
-    assert shares[0].startswith("mgd_generation_loss does nothing since step 0: its share of the gradient is 0.00%")
+    assert shares[0].startswith(
+        "mgd_generation_loss has done nothing so far, from step 0 to 100: its share of the gradient is 0.00%"
+    )
 
 
 def test_measuring_leaves_the_training_as_it_is(tmp_path):
@@ -122,15 +124,15 @@ class Fixed(nn.Module):
         return {"a_loss": loss}, {"a_loss": torch.tensor(2.0)}
 
 
+def run_of(model):
+    log = Log()
+    wrapper = SimpleNamespace(optim_context=lambda _: nullcontext())
+    return SimpleNamespace(model=model, iter=0, logger=log, message_hub=log, optim_wrapper=wrapper), log
+
+
 def test_a_term_no_better_than_the_mean_is_called_out_once_and_only_then():
     model = Fixed(2.5)
-    run = SimpleNamespace(
-        model=model,
-        iter=0,
-        logger=(log := Log()),
-        message_hub=log,
-        optim_wrapper=SimpleNamespace(optim_context=lambda _: nullcontext()),
-    )
+    run, log = run_of(model)
     hook = TermShareHook(interval=10, patience=20, min_share=0.0)
     data = {"inputs": None}
     hook.before_train_iter(run, 0, data)
@@ -141,8 +143,24 @@ def test_a_term_no_better_than_the_mean_is_called_out_once_and_only_then():
         assert len(log.warnings) == (run.iter > 40)
         hook.before_train_iter(run, 0, data)
     assert len(log.warnings) == 1
-    assert "a_loss does nothing since step 20: it is 1.25 times the loss of predicting the mean target" in log.warnings[0]
+    assert (
+        "a_loss has done nothing so far, from step 20 to 40: it is 1.25 times the loss of predicting the mean"
+        in log.warnings[0]
+    )
     assert log.scalars == {"train/a_share": 0.0, "train/a_vs_mean": 1.25}
+
+
+def test_a_term_that_still_falls_is_called_out_only_when_it_stops():
+    model = Fixed(4.0)
+    run, log = run_of(model)
+    hook = TermShareHook(interval=10, patience=20, min_share=0.0)
+    for run.iter, model.ratio in ((0, 4.0), (10, 3.8), (20, 3.5), (30, 3.4), (40, 3.2), (50, 3.1)):
+        hook.before_train_iter(run, 0, {"inputs": None})
+    assert not log.warnings
+    for run.iter, model.ratio in ((60, 3.1), (70, 3.1), (80, 3.1)):
+        hook.before_train_iter(run, 0, {"inputs": None})
+    (warning,) = log.warnings
+    assert "from step 40 to 60: it is 1.55 times" in warning
 
 
 def test_refusals():

@@ -14,6 +14,9 @@ from hgkd.errors import InvalidValueError
 from hgkd.registry import HOOKS
 from hgkd.training.wrapping import plain_model
 
+# a term whose ``vs_mean`` loses this part of itself within the patience is still learnt
+_FALLS = 0.05
+
 
 def gradient_shares(losses: dict[str, Tensor], parameters: list[nn.Parameter]) -> dict[str, float]:
     """Norm of each loss's gradient divided by the sum of all their norms; 0 where no loss has a gradient.
@@ -59,7 +62,8 @@ class TermShareHook(Hook):
     Args:
         interval: steps between two measurements.
         min_share: warn when a term stays below this share...
-        patience: ...for this number of steps; or when it stays no better than the mean for as many.
+        patience: ...for this number of steps; or when it stays no better than the mean for as many, and ``vs_mean`` has not
+            fallen by 5 % of itself meanwhile: a term that still falls gets as many steps again.
     """
 
     priority = "ABOVE_NORMAL"  # before the logger
@@ -74,7 +78,7 @@ class TermShareHook(Hook):
         self.interval = interval
         self.min_share = min_share
         self.patience = patience
-        self._since: dict[tuple[str, str], int] = {}
+        self._since: dict[tuple[str, str], tuple[int, float]] = {}  # step at which it began, and the value then
         self._warned: set[tuple[str, str]] = set()
 
     def before_train(self, runner: Runner) -> None:
@@ -97,7 +101,7 @@ class TermShareHook(Hook):
         for term, share in shares.items():
             name = term.removesuffix("_loss")
             runner.message_hub.update_scalar(f"train/{name}_share", share)
-            self._watch(runner, "share", term, share < self.min_share, f"its share of the gradient is {share:.2%}")
+            self._watch(runner, "share", term, share < self.min_share, share, f"its share of the gradient is {share:.2%}")
             if term in vs_mean:
                 ratio = float(losses[term].detach()) / max(float(vs_mean[term]), 1e-12)
                 runner.message_hub.update_scalar(f"train/{name}_vs_mean", ratio)
@@ -106,17 +110,23 @@ class TermShareHook(Hook):
                     "mean",
                     term,
                     ratio >= 1.0,
+                    ratio,
                     f"it is {ratio:.2f} times the loss of predicting the mean target everywhere, so nothing is learnt from it",
                 )
 
-    def _watch(self, runner: Runner, what: str, term: str, bad: bool, message: str) -> None:
+    def _watch(self, runner: Runner, what: str, term: str, bad: bool, value: float, message: str) -> None:
         key = (what, term)
         if not bad:
             self._since.pop(key, None)
             return
-        since = self._since.setdefault(key, runner.iter)
-        if runner.iter - since >= self.patience and key not in self._warned:
-            self._warned.add(key)
-            runner.logger.warning(
-                f"{term} does nothing since step {since}: {message}. Raise its weight, check its target, or remove it"
-            )
+        since, begun = self._since.setdefault(key, (runner.iter, value))
+        if runner.iter - since < self.patience or key in self._warned:
+            return
+        if what == "mean" and value < (1 - _FALLS) * begun:
+            self._since[key] = (runner.iter, value)
+            return
+        self._warned.add(key)
+        runner.logger.warning(
+            f"{term} has done nothing so far, from step {since} to {runner.iter}: {message}. If it stays so, raise its weight, "
+            "check its target, or remove it"
+        )
