@@ -20,6 +20,7 @@ from hgkd.evaluation import load_extractor
 from hgkd.export import load_backbone, read_student
 from hgkd.networks import load_classifier
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
+from hgkd.registry import build_runner
 from hgkd.weights.files import read_checkpoint
 
 FOLDER = ROOT / "downstream/classification"
@@ -96,7 +97,7 @@ def test_a_run_leaves_scores_reports_and_a_checkpoint_that_describes_itself(fine
 
 def test_the_backbone_is_where_training_starts(images, backbone):
     cfg = train_tool.load_config(BASELINE, "work", options=small(images, backbone=str(backbone)))
-    runner = train_tool.RUNNERS.build(cfg)
+    runner = build_runner(cfg)
     expected = load_backbone(backbone / "epoch_1.pth").state_dict()
     own = runner.model.classifier.network.state_dict()
     assert same({key: own[key] for key in expected}, dict(expected))
@@ -204,7 +205,7 @@ def test_a_resumed_run_must_have_the_same_classes(finetuned, images, backbone, t
 @pytest.mark.parametrize("student", ["test_efficientnet", "test_vit", "test_convnext"])
 def test_the_recipe_for_folders_takes_other_networks(student, images, tmp_path):
     options = small(images, student=student, image_size=160 if student == "test_vit" else 64)
-    runner = train_tool.RUNNERS.build(train_tool.load_config(AUGMENTED, tmp_path, options=options))
+    runner = build_runner(train_tool.load_config(AUGMENTED, tmp_path, options=options))
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     rates = [group["lr"] for group in wrapper.param_groups]
     assert rates[0] == max(rates) > min(rates)
@@ -225,7 +226,7 @@ class KillAt(Hook):
 def test_a_killed_run_goes_on_to_the_same_weights(finetuned, images, backbone, tmp_path):
     options = small(images, backbone=str(backbone))
     options |= {"default_hooks.checkpoint.every_steps": 1, "default_hooks.checkpoint.every_minutes": None}
-    runner = train_tool.RUNNERS.build(train_tool.load_config(AUGMENTED, tmp_path, options=options))
+    runner = build_runner(train_tool.load_config(AUGMENTED, tmp_path, options=options))
     runner.register_hook(KillAt())
     with pytest.raises(Killed):
         runner.train()

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from hgkd.api import train as train_tool
 from hgkd.api.train import leave_group
 from hgkd.distillers import MaskedDistiller
+from hgkd.registry import build_runner
 from hgkd.training.loop import GuardedOptimWrapper
 from hgkd.training.wrapping import plain_model
 
@@ -43,7 +44,7 @@ class GivenMask:
 def build(images, folder, launcher="pytorch", **options):
     torch.manual_seed(0)
     options = tiny(images, val_train_root=None, val_test_root=None, **{"batch_size": 4, "sync_bn": True, **options})
-    return train_tool.RUNNERS.build(train_tool.load_config(SPARK, folder, launcher=launcher, options=options))
+    return build_runner(train_tool.load_config(SPARK, folder, launcher=launcher, options=options))
 
 
 def one_step(runner, pictures, visible, stop=False):

@@ -12,6 +12,7 @@ from tiny_runs import SPARK, tiny, write_images
 from hgkd.api import train as train_tool
 from hgkd.data import UnlabelledImages
 from hgkd.errors import DataError
+from hgkd.registry import build_runner
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
@@ -80,7 +81,7 @@ def test_a_training_outlives_all_of_it_and_lists_what_it_could_not_read(folder, 
     options = tiny(folder, workers=1, val_train_root=None, val_test_root=None)
     options |= {"train_dataloader.dataset.max_bad_share": 0.2, "train_dataloader.drop_last": False}
     cfg = train_tool.load_config(SPARK, tmp_path / "run", options=options)
-    runner = train_tool.RUNNERS.build(cfg)
+    runner = build_runner(cfg)
     victim = folder / "a/3.png"
     runner.register_hook(DeleteOne(victim))
     runner.train()

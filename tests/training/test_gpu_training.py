@@ -15,6 +15,7 @@ from tiny_runs import HGKD as RECIPE
 from tiny_runs import ROOT, same, tiny_hgkd, write_images
 
 from hgkd.api import train as train_tool
+from hgkd.registry import build_runner
 from hgkd.weights.files import read_checkpoint
 
 pytestmark = ON_THE_DEVICE
@@ -45,7 +46,7 @@ def options(images):
 
 def build(images, work_dir, amp=False, resume=False, **more):
     cfg = train_tool.load_config(RECIPE, work_dir, resume=resume, amp=amp, options={**options(images), **more})
-    return train_tool.RUNNERS.build(cfg)
+    return build_runner(cfg)
 
 
 def losses(runner):

@@ -13,6 +13,7 @@ from torch import nn
 
 from hgkd.api import train as train_tool
 from hgkd.masking import RandomMask
+from hgkd.registry import build_runner
 from hgkd.training.in_force import cells_text, images_text, kept_at_once, normalisation, rate_text, store_bytes, tensor_bytes
 from hgkd.weights.files import read_checkpoint
 
@@ -126,7 +127,7 @@ def test_a_resumed_run_says_the_rate_that_it_has(images, tmp_path):
     options = tiny(images, val_train_root=None, val_test_root=None)
     train_tool.train(SPARK, tmp_path / "run", options=options)
     resumed = train_tool.load_config(SPARK, tmp_path / "run", resume=tmp_path / "run/epoch_1.pth", options=options)
-    runner = train_tool.RUNNERS.build(resumed)
+    runner = build_runner(resumed)
     runner.train()
     logs = sorted((tmp_path / "run").glob("*/*.log"))
     rate = re.search(r"^rate +(.*)$", logs[-1].read_text(), re.MULTILINE)

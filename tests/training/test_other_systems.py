@@ -15,6 +15,7 @@ from hgkd.api import train as train_tool
 from hgkd.data import stores
 from hgkd.data.stores import LocalStore, read_part
 from hgkd.diagnosis.dry_run import dry_run
+from hgkd.registry import build_runner
 from hgkd.training import loop, runner, work_folder
 from hgkd.training.hooks import progress
 
@@ -49,7 +50,7 @@ def load(folder, **options):
 def test_a_training_without_what_windows_lacks(windows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = load(tmp_path, workers=1, **{"env_cfg.mp_cfg.mp_start_method": "spawn"})
-    train_tool.RUNNERS.build(cfg).train()
+    build_runner(cfg).train()
     assert (tmp_path / "run/epoch_1.pth").is_file()
     (log,) = (tmp_path / "run").glob("*/*.log")
     assert "no file locks that hgkd knows" in log.read_text()

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hgkd.api import train as train_tool
+from hgkd.registry import build_runner
 from hgkd.training.loop import GuardedOptimWrapper, seed_step
 from hgkd.training.recompute import recompute_activations
 
@@ -15,7 +16,7 @@ from hgkd.training.recompute import recompute_activations
 def build(images, work_dir):
     torch.manual_seed(0)
     options = tiny(images, val_train_root=None, val_test_root=None)
-    return train_tool.RUNNERS.build(train_tool.load_config(SPARK, work_dir, options=options))
+    return build_runner(train_tool.load_config(SPARK, work_dir, options=options))
 
 
 def gradients(model, wrapper, pictures):

@@ -19,6 +19,7 @@ from tiny_runs import ROOT, SPARK, same, tiny, write_images
 from hgkd.api import train as train_tool
 from hgkd.data import images as reading
 from hgkd.errors import StoppedError, WeightsError
+from hgkd.registry import build_runner
 from hgkd.training import CheckpointWriteError
 from hgkd.weights import find_last_checkpoint
 from hgkd.weights.files import read_checkpoint
@@ -67,7 +68,7 @@ class KillAt(Hook):
 def build(images, work_dir, hook=None, resume=False, **options):
     cfg = train_tool.load_config(SPARK, work_dir, resume=resume, options=tiny(images, **{**OPTIONS, **options}))
     cfg.custom_hooks = [dict(EMA), *cfg.custom_hooks]
-    runner = train_tool.RUNNERS.build(cfg)
+    runner = build_runner(cfg)
     if hook is not None:
         runner.register_hook(hook)
     return runner

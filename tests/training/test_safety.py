@@ -16,6 +16,7 @@ from tiny_runs import SPARK, load_tool, tiny, write_images
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
 from hgkd.config import read_config
+from hgkd.registry import build_runner
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def test_a_config_of_plain_data_is_the_config_in_python(images, tmp_path, suffix
     path.write_text(json.dumps(plain) if suffix == "json" else yaml.safe_dump(plain))
     data = train_tool.load_config(path, "run", options=tiny(images))
     assert json.dumps(data.to_dict(), sort_keys=True) == json.dumps(python.to_dict(), sort_keys=True)
-    train_tool.RUNNERS.build(data)
+    build_runner(data)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hgkd.api import evaluate as evaluate_api
 from hgkd.api import train as train_tool
 from hgkd.data.sampler import SeededBatch
 from hgkd.errors import MissingFileError
+from hgkd.registry import build_runner
 from hgkd.training.runner import DistillRunner
 from hgkd.weights.files import read_checkpoint
 
@@ -41,7 +42,7 @@ class KillAt(Hook):
 
 def train(data_root, work_dir, hook=None, resume=False, **options):
     cfg = train_tool.load_config(SPARK, work_dir, resume=resume, options={**tiny(data_root, **OPTIONS), **options})
-    runner = train_tool.RUNNERS.build(cfg)
+    runner = build_runner(cfg)
     if hook is not None:
         runner.register_hook(hook)
     runner.train()

@@ -15,6 +15,7 @@ from tiny_runs import SPARK, tiny, write_images
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
 from hgkd.diagnosis.dry_run import dry_run
+from hgkd.registry import build_runner
 from hgkd.training.work_folder import LOCK_NAME, FolderInUseError, check_unused, lock_folder, release_folder, results_in
 
 pytest.importorskip("fcntl")
@@ -149,7 +150,7 @@ def test_trainings(tmp_path, monkeypatch, capsys):
     assert "is in use by a training: process 4711 on other" in capsys.readouterr().err
     # 2. it was killed: the lock is taken over, held to the end, and left to nobody
     cfg = train_tool.load_config(SPARK, run, options=options)
-    runner = train_tool.RUNNERS.build(cfg)
+    runner = build_runner(cfg)
     runner.register_hook(Look())
     runner.train()
     assert Look.held
