@@ -12,17 +12,22 @@ import pytest
 import timm
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import build_optim_wrapper
 from refusals import refused
 from tiny_runs import HGKD as HGKD_RECIPE
 from tiny_runs import SPARK, load_tool, tiny, tiny_hgkd, write_images
+from torch import nn
 
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
 from hgkd.errors import DivergedError, StoppedError, configured
+from hgkd.export.folder import new_folder
+from hgkd.registry import build_runner
 from hgkd.training.checkpoint_hook import CheckpointWriteError, RunCheckpointHook
 from hgkd.training.hooks.alarms import SteadyTimerHook
 from hgkd.training.loop import told_signals
 from hgkd.training.runner import _later_than_any, _stamp
+from hgkd.training.work_folder import release_folder
 from hgkd.training.wrapping import plain_model
 from hgkd.weights import find_last_checkpoint
 from hgkd.weights.run_folder import tell_system_errors
@@ -43,7 +48,7 @@ def images(tmp_path_factory):
 
 def build(images, work_dir, *hooks, resume=False, recipe=SPARK, make=tiny, **options):
     options = make(images, **{"batch_size": 4, "default_hooks.checkpoint.every_minutes": None, **options})
-    runner = train_tool.RUNNERS.build(train_tool.load_config(recipe, work_dir, resume=resume, options=options))
+    runner = build_runner(train_tool.load_config(recipe, work_dir, resume=resume, options=options))
     for hook in hooks:
         runner.register_hook(hook)
     return runner
@@ -87,7 +92,7 @@ def test_one_update_makes_it_a_training(images, tmp_path):
 def test_a_teacher_that_is_not_finite_is_named_instead_of_the_students_settings(images, tmp_path):
     cfg = train_tool.load_config(HGKD_RECIPE, tmp_path / "run", options=tiny_hgkd(images, batch_size=4, **ALONE))
     cfg.custom_hooks = [dict(type="FiniteLossHook", patience=1)]
-    run = train_tool.RUNNERS.build(cfg)
+    run = build_runner(cfg)
     before = {}
 
     def break_teacher(runner, **options):  # not at once: the first images are looked at by the teacher itself
@@ -260,6 +265,23 @@ def test_names_of_logs_are_in_the_order_of_their_runs(tmp_path):
     assert _stamp(now + 5) < _stamp(_later_than_any(str(tmp_path), now)) < _stamp(now + 6)
 
 
+def test_lines_about_which_nobody_can_do_anything_are_not_in_the_log(images, tmp_path):
+    run = build(images, tmp_path / "log")
+    shared = nn.Linear(2, 2)  # as the levels of RTMDet share their layers
+    model = nn.ModuleList([shared, nn.Sequential(shared), nn.BatchNorm1d(2)])
+    rates = dict(norm_decay_mult=0.0, bypass_duplicate=True)
+    build_optim_wrapper(model, dict(optimizer=dict(type="SGD", lr=0.1, weight_decay=0.1), paramwise_cfg=rates))
+    model[0].requires_grad_(False)
+    build_optim_wrapper(
+        model, dict(optimizer=dict(type="SGD", lr=0.1, weight_decay=0.1), paramwise_cfg=dict(norm_decay_mult=0.0))
+    )
+    text = log_of(tmp_path / "log")
+    assert "paramwise_options" not in text
+    assert "bypass_duplicate" not in text
+    assert "0.weight is skipped since its requires_grad=False" in text
+    release_folder(run.work_dir)
+
+
 # signals, phase by phase; in the steps: test_resume.py
 
 
@@ -286,6 +308,23 @@ def test_a_signal_while_it_is_measured(monkeypatch, capsys, command, number):
         module.main(given)
     assert caught.value.code == 128 + number
     assert capsys.readouterr().err == f"stopped by {number.name}: no result is written\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_is_exported_leaves_no_hidden_folder(tmp_path, monkeypatch, capsys, number):
+    module, out = load_tool("export"), tmp_path / "exported/detector"
+
+    def export(checkpoint, out, **options):
+        with new_folder(Path(out)) as work:
+            (work / "model.onnx").write_bytes(b"half")
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(module, "export", export)
+    with pytest.raises(SystemExit) as caught:
+        module.main(["x.pth", "--out", str(out)])
+    assert caught.value.code == 128 + number
+    assert capsys.readouterr().err == f"stopped by {number.name}: no folder is written\n"
+    assert not list(out.parent.iterdir())
 
 
 def test_processes_that_read_images_leave_signals_to_the_program(capfd):
@@ -348,7 +387,7 @@ def test_config_faults_that_others_find(images, tmp_path, change, message):
     cfg = train_tool.load_config(SPARK, tmp_path / "run", options=tiny(images, **ALONE))
     cfg.update(change)
     with pytest.raises(ValueError, match=rf"the config cannot be built, says \w+: .*{message}"):
-        train_tool.RUNNERS.build(cfg).train()
+        build_runner(cfg).train()
     assert not (tmp_path / "run/run.lock").exists()
 
 
