@@ -297,7 +297,7 @@ _EVALUATE = "hgkd evaluate ... --backbone {file}"
 _OTHERS = "hgkd evaluate ... --backbone NAME --checkpoint {file} (NAME: timm's name of the network)"
 _TEACHER = "hgkd doctor teacher {file} (what it can teach)"
 _MAE_TEACHER = "model.teacher.type=MAETeacher model.teacher.checkpoint={file} of a distillation"
-_DISTIL = "model.teacher.name=NAME model.teacher.checkpoint={file} of a distillation"
+_DISTIL = "teacher_checkpoint={file} of a distillation (hgkd train); model.teacher.name=NAME unless it is the recipe's own"
 _CNN = (
     _OTHERS,
     "hgkd export {file} --encoder NAME --to TARGET --out FOLDER",
@@ -338,7 +338,8 @@ def described(file: WeightFile) -> list[str]:
     uses = _uses_of_export(file) if file.kind is Kind.EXPORT else USES[file.kind]
     if file.kind is Kind.STUDENT and file.spec is not None and library_of(file.spec.name) is not None:
         uses = tuple(use for use in uses if use != _START)  # timm's networks alone are fine-tuned
-    lines = [f"{file}: {file.kind}"]
+    teaches = "; serves as a teacher" if _DISTIL in uses or _MAE_TEACHER in uses else ""
+    lines = [f"{file}: {file.kind}{teaches}"]
     if file.naming:
         lines.append(f"names of {file.naming}" + (f", behind {file.prefix!r}" if file.prefix else ""))
     if file.detail:

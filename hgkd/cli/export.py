@@ -26,6 +26,7 @@ from hgkd.errors import InvalidValueError
 from hgkd.export import PARTS, TARGETS, ExportReport, export
 from hgkd.export.hub import check_push, push_export
 from hgkd.export.targets.graphs import OUTPUTS, PRECISIONS
+from hgkd.training.loop import told_signals
 
 _OPTIONS = ("cell", "output", "classifier", "opset", "ir_version", "precision", "fixed_size")
 
@@ -152,7 +153,8 @@ def main(argv: Sequence[str]) -> int:
         check_push(repo, args["to"])
     elif private:
         raise InvalidValueError("private-without-push", "--private is about --push USER/NAME; give both, or leave it out")
-    report = export(**args, licences=dict(_pair(text) for text in licences), **options)
+    with told_signals("no folder is written"):  # an exception, so that the hidden folder that is being filled goes
+        report = export(**args, licences=dict(_pair(text) for text in licences), **options)
     console = Console()
     console.print(table_of(report))
     if report.table:

@@ -84,6 +84,16 @@ def _raise_current(record: logging.LogRecord) -> None:
         raise error
 
 
+# lines of mmengine about which a user can do nothing: its own hooks use parts that it advises against; every parameter with its
+# rate and decay, hundreds of lines, which the config says in one; layers that a detector's levels share, counted once
+_OF_NO_USE = ("will be deprecated in future", "paramwise_options -- ", "is skipped since bypass_duplicate=")
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(part in message for part in _OF_NO_USE)
+
+
 def take_slurm_names(environment: MutableMapping[str, str]) -> None:
     """Give the variables of an ``srun`` the names that torch reads, as mmengine does for GPUs; those that are there stay.
 
@@ -182,8 +192,7 @@ class DistillRunner(Runner):
 
     def build_logger(self, *args: object, **kwargs: object) -> MMLogger:
         logger: MMLogger = super().build_logger(*args, **kwargs)
-        # mmengine's advice to itself: its own hooks use these parts, a user can do nothing about it
-        logger.addFilter(lambda record: "will be deprecated in future" not in record.getMessage())
+        logger.addFilter(_is_of_use)
         for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
                 handler.handleError = _raise_current  # type: ignore[method-assign]  # Python would go on after a traceback

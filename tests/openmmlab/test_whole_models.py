@@ -175,6 +175,21 @@ def test_a_graph_says_what_the_library_says_at_any_size(exports, name: str, targ
     assert card["signature"]["classes"]
 
 
+def test_the_stages_of_a_long_export_are_told(tmp_path: Path, exports, pictures: Path, monkeypatch) -> None:
+    file, report = exports("retinanet")
+    monkeypatch.setattr(writers.torch.export, "export", lambda *given, **options: 1 / 0)
+    told: list[str] = []
+    monkeypatch.setattr(writers, "print_log", lambda text, logger: told.append(text))
+    with refused(ExportError, "model-not-followed"):
+        export(file, tmp_path / "failed", "onnx", part="model", images=pictures)
+    assert told[0] == f"1 of 3: building the model of {file} and reading 2 pictures"
+    assert [text[:6] for text in told] == ["1 of 3", "2 of 3"]
+    monkeypatch.setattr(writers, "_write", lambda whole, file: shutil.copy(report.out / "model.onnx", file))
+    export(file, tmp_path / "written", "onnx", part="model", images=pictures)
+    assert told[-1].startswith("3 of 3: comparing onnxruntime ")
+    assert told[-1].endswith("with mmdet's own inference on 5 pictures")
+
+
 @pytest.mark.slow
 def test_of_a_fixed_size_smaller_pictures_are_filled(exports) -> None:
     reports = [exports("retinanet", target, fixed_size=(128, 192))[1] for target in ("onnx", "openvino")]

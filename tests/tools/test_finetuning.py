@@ -205,7 +205,7 @@ def test_a_resumed_run_must_have_the_same_classes(finetuned, images, backbone, t
 @pytest.mark.parametrize("student", ["test_efficientnet", "test_vit", "test_convnext"])
 def test_the_recipe_for_folders_takes_other_networks(student, images, tmp_path):
     options = small(images, student=student, image_size=160 if student == "test_vit" else 64)
-    runner = train_tool.RUNNERS.build(train_tool.load_config(AUGMENTED, tmp_path, options=options))
+    runner = build_runner(train_tool.load_config(AUGMENTED, tmp_path, options=options))
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     rates = [group["lr"] for group in wrapper.param_groups]
     assert rates[0] == max(rates) > min(rates)
@@ -226,7 +226,7 @@ class KillAt(Hook):
 def test_a_killed_run_goes_on_to_the_same_weights(finetuned, images, backbone, tmp_path):
     options = small(images, backbone=str(backbone))
     options |= {"default_hooks.checkpoint.every_steps": 1, "default_hooks.checkpoint.every_minutes": None}
-    runner = train_tool.RUNNERS.build(train_tool.load_config(AUGMENTED, tmp_path, options=options))
+    runner = build_runner(train_tool.load_config(AUGMENTED, tmp_path, options=options))
     runner.register_hook(KillAt())
     with pytest.raises(Killed):
         runner.train()

@@ -9,6 +9,7 @@ from hgkd.api import train as train_tool
 from hgkd.cli import replay as replay_tool
 from hgkd.diagnosis.replay import replay
 from hgkd.errors import DivergedError
+from hgkd.registry import build_runner
 from hgkd.weights import find_last_checkpoint
 from hgkd.weights.files import read_checkpoint
 
@@ -21,7 +22,7 @@ def diverged(tmp_path_factory):
     cfg = train_tool.load_config(SPARK, work_dir, options=options)
     next(hook for hook in cfg.custom_hooks if hook["type"] == "FiniteLossHook")["patience"] = 2
     with pytest.raises(DivergedError, match=r"3 updates in a row .*hgkd replay .*nonfinite_step_2_rank_0\.json"):
-        train_tool.RUNNERS.build(cfg).train()
+        build_runner(cfg).train()
     return work_dir
 
 

@@ -14,6 +14,7 @@ from tiny_runs import HGKD, ROOT, SPARK, load_tool, same, tiny, tiny_hgkd, write
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
 from hgkd.errors import WeightsError
+from hgkd.registry import build_runner
 from hgkd.weights.files import read_checkpoint
 
 
@@ -63,7 +64,7 @@ def test_checkpoint_of_another_student_is_refused_before_anything_changes(spark_
     cfg = train_tool.load_config(
         SPARK, tmp_path, resume=spark_run[1] / "epoch_2.pth", options=tiny(images, student="resnet10t")
     )
-    runner = train_tool.RUNNERS.build(cfg)
+    runner = build_runner(cfg)
     before = {k: v.clone() for k, v in runner.model.state_dict().items()}
     with refused(WeightsError, "checkpoint-of-another-model", "test_resnet", "resnet10t"):
         runner.train()

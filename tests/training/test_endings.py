@@ -12,18 +12,22 @@ import pytest
 import timm
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import build_optim_wrapper
 from refusals import refused
 from tiny_runs import HGKD as HGKD_RECIPE
 from tiny_runs import SPARK, load_tool, tiny, tiny_hgkd, write_images
+from torch import nn
 
 from hgkd.api import train as train_tool
 from hgkd.cli import train as train_command
 from hgkd.errors import DivergedError, StoppedError, configured
+from hgkd.export.folder import new_folder
 from hgkd.registry import build_runner
 from hgkd.training.checkpoint_hook import CheckpointWriteError, RunCheckpointHook
 from hgkd.training.hooks.alarms import SteadyTimerHook
 from hgkd.training.loop import told_signals
 from hgkd.training.runner import _later_than_any, _stamp
+from hgkd.training.work_folder import release_folder
 from hgkd.training.wrapping import plain_model
 from hgkd.weights import find_last_checkpoint
 from hgkd.weights.run_folder import tell_system_errors
@@ -261,6 +265,23 @@ def test_names_of_logs_are_in_the_order_of_their_runs(tmp_path):
     assert _stamp(now + 5) < _stamp(_later_than_any(str(tmp_path), now)) < _stamp(now + 6)
 
 
+def test_lines_about_which_nobody_can_do_anything_are_not_in_the_log(images, tmp_path):
+    run = build(images, tmp_path / "log")
+    shared = nn.Linear(2, 2)  # as the levels of RTMDet share their layers
+    model = nn.ModuleList([shared, nn.Sequential(shared), nn.BatchNorm1d(2)])
+    rates = dict(norm_decay_mult=0.0, bypass_duplicate=True)
+    build_optim_wrapper(model, dict(optimizer=dict(type="SGD", lr=0.1, weight_decay=0.1), paramwise_cfg=rates))
+    model[0].requires_grad_(False)
+    build_optim_wrapper(
+        model, dict(optimizer=dict(type="SGD", lr=0.1, weight_decay=0.1), paramwise_cfg=dict(norm_decay_mult=0.0))
+    )
+    text = log_of(tmp_path / "log")
+    assert "paramwise_options" not in text
+    assert "bypass_duplicate" not in text
+    assert "0.weight is skipped since its requires_grad=False" in text
+    release_folder(run.work_dir)
+
+
 # signals, phase by phase; in the steps: test_resume.py
 
 
@@ -287,6 +308,23 @@ def test_a_signal_while_it_is_measured(monkeypatch, capsys, command, number):
         module.main(given)
     assert caught.value.code == 128 + number
     assert capsys.readouterr().err == f"stopped by {number.name}: no result is written\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_is_exported_leaves_no_hidden_folder(tmp_path, monkeypatch, capsys, number):
+    module, out = load_tool("export"), tmp_path / "exported/detector"
+
+    def export(checkpoint, out, **options):
+        with new_folder(Path(out)) as work:
+            (work / "model.onnx").write_bytes(b"half")
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(module, "export", export)
+    with pytest.raises(SystemExit) as caught:
+        module.main(["x.pth", "--out", str(out)])
+    assert caught.value.code == 128 + number
+    assert capsys.readouterr().err == f"stopped by {number.name}: no folder is written\n"
+    assert not list(out.parent.iterdir())
 
 
 def test_processes_that_read_images_leave_signals_to_the_program(capfd):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
+from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 from torch.export import Dim
@@ -100,6 +101,7 @@ class Whole:
 
     def prove(self, run: Run, reader: str) -> Agreement:
         """Compare a graph with the library's own inference on all pictures; errors as of :mod:`.proof`."""
+        _stage(3, f"comparing {reader} with {self.pipeline.scope}'s own inference on {len(self.pictures)} pictures")
         with quiet(), DefaultScope.overwrite_default_scope(self.pipeline.scope):
             own = [own_prediction(self.model, self.pipeline, picture) for picture in self.pictures]
         found = [run(picture) for picture in self.pictures]
@@ -191,6 +193,7 @@ def _whole(job: ModelJob, fixed_size: Sequence[int] | None) -> Whole:
         )
     fixed = _checked_size(fixed_size)
     files = find_pictures(job.images, job.max_images)
+    _stage(1, f"building the model of {job.source.path} and reading {len(files)} pictures")
     library = optional(scope)  # registers mmcv's operators, too
     if library[0] is None:
         need(f"onnx with --part model of {scope}", scope)
@@ -243,6 +246,7 @@ def _write(whole: Whole, file: Path) -> None:
         ExportError: torch cannot follow the model, or has no operator of ONNX's for a part of it.
     """
     (onnx,) = need("onnx", "onnx")
+    _stage(2, "following the network to write it as a graph, the longest part")
     try:
         with quiet(), torch.no_grad(), _any_size_pools(whole.graph):
             model = _detector(whole) if whole.detects else _half(whole.graph, [INPUT], _picture(whole), _names(whole))
@@ -258,6 +262,11 @@ def _write(whole: Whole, file: Path) -> None:
             f"torch {torch.__version__} cannot write {type(whole.model).__name__} as ONNX ({type(error).__name__}: "
             f"{text[0] if text else 'no message'}); a fixed_size may help, and its weights leave with --to mmdet or mmseg",
         ) from error
+
+
+def _stage(number: int, what: str) -> None:
+    """A line of the log for a stage, as some last minutes on a slow machine."""
+    print_log(f"{number} of 3: {what}", "current")
 
 
 def _names(whole: Whole) -> list[str]:
