@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -93,8 +92,10 @@ def import_weights(
     filled = counters if not any(key in state for key in counters) else []
     state.update({key: own[key] * 0 for key in filled})
     try:
-        load = match if dry else partial(load_strict, tell=False)
-        loaded = load(network, state, source=source, ignore_missing=allow, ignore_unexpected=allow)
+        if dry:
+            loaded = match(network, state, source=source, ignore_missing=allow, ignore_unexpected=allow)
+        else:
+            loaded = load_strict(network, state, source=source, ignore_missing=allow, ignore_unexpected=allow, tell=False)
     except NoPlainNumbersError:
         raise
     except WeightsError as error:
