@@ -19,6 +19,8 @@ from tutorial_pages import blocks_of, run_page
 from hgkd.api.train import load_config
 from hgkd.cli.main import main
 from hgkd.config.reading import read_config
+from hgkd.openmmlab import dry_run_downstream
+from hgkd.openmmlab.weights import Pixels, prepared_pixels
 from hgkd.weights.run_folder import find_last_checkpoint
 
 PAGE = ROOT / "docs/tutorials/detector.md"
@@ -120,3 +122,17 @@ def test_its_config_starts_from_retinanet_too(tmp_path):
     scales = [step.scale for step in cfg.train_dataloader.dataset.pipeline if "scale" in step]
     assert scales == [step.scale for step in cfg.test_dataloader.dataset.pipeline if "scale" in step] == [(160, 120)]
     assert cfg.val_dataloader.dataset.metainfo.classes == ("WBC", "RBC", "Platelets")
+
+
+def test_a_config_of_openmmlabs_own_takes_the_export(tmp_path, monkeypatch):
+    need("mmdet")
+    monkeypatch.chdir(tmp_path)
+    (text,) = [block.text for block in blocks_of(PAGE.read_text()) if block.text.startswith("# my_rtmdet.py")]
+    (tmp_path / "my_rtmdet.py").write_text(text)
+    write_bccd(tmp_path / "boxes", train=2)
+    options = {"data_root": "boxes", "batch_size": 2, "workers": 0, "epochs": 2}
+    cfg = thin(load_config(tmp_path / "my_rtmdet.py", tmp_path / "run", options=options))
+    assert cfg.model.type == "RTMDet"
+    given = prepared_pixels(cfg.model.data_preprocessor, cfg.train_dataloader.dataset.pipeline)
+    assert given.agrees(Pixels((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), "RGB"))
+    assert "\nlosses " in dry_run_downstream(cfg)

@@ -348,7 +348,7 @@ def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = GOLDEN / "vit_student.pth"
     assert doctor.main(["file", str(path)]) == 0
     told = capsys.readouterr().out
-    assert "ViT student of an hgkd run" in told
+    assert "ViT student of an hgkd run; serves as a teacher" in told
     assert f"hgkd evaluate ... --backbone {path}" in told
     Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(tmp_path / "a.png")
     arguments = ["--backbone", str(path), "--images", str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
