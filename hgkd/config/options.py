@@ -63,7 +63,11 @@ def option_value(key: str, text: str) -> object:
 def option_text(key: str, value: object) -> str:
     """Text to type for a value: the inverse of :func:`option_value`, except that tuples become lists."""
     if isinstance(value, str):
-        return value if option_value(key, value) == value else repr(value)
+        try:
+            as_it_is = option_value(key, value) == value
+        except AssertionError:  # mmengine's, of brackets that do not close
+            as_it_is = False
+        return value if as_it_is else repr(value)
     return _inside(value) if isinstance(value, (list, tuple)) else str(value)
 
 
