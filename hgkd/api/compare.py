@@ -27,6 +27,7 @@ from hgkd.recipes import find_recipe
 from hgkd.training.work_folder import results_in
 from hgkd.weights.run_folder import logged_lines
 
+STOPPED = "stopped by a signal ("  # how the log of a training says so; such a training ends with 0
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block", "after", "evaluate", "scores"}
 PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
 
@@ -259,6 +260,7 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
     # fewer where the caller says so: threads that wait for a core that others hold spin, and slow everything many times
     environment = {**os.environ, "OMP_NUM_THREADS": str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))}
     start = time.perf_counter()
+    before = log.stat().st_size if log.exists() else 0
     with log.open("a", encoding="utf-8") as handle:
         process = subprocess.Popen(
             [sys.executable, "-m", "hgkd", *command], stdout=handle, stderr=subprocess.STDOUT, env=environment
@@ -270,7 +272,18 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
         raise StoppedError(
             "run-failed", f"{command[0]} ended with {process.returncode}; see {log}" + (f": {told[-1]}" if told else "")
         )
+    _refuse_stopped(command[0], log, before)
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+
+
+def _refuse_stopped(command: str, log: Path, before: int) -> None:
+    """A training that a signal has stopped ends with 0, and half of one is no row of a table.
+
+    Args:
+        before: bytes of the log that are of earlier starts.
+    """
+    if STOPPED in log.read_bytes()[before:].decode("utf-8", errors="replace"):
+        raise StoppedError("run-stopped", f"{command} was stopped by a signal; see {log}. The same command goes on with it")
 
 
 def _log(job: Job) -> dict[str, Any]:

@@ -372,3 +372,15 @@ def test_every_run_of_a_shipped_plan_has_a_config_that_takes_its_options(plan, t
             cfg = train_tool.load_config(ROOT / job.config, options=job.options)
             assert "epochs" not in job.options or cfg.train_cfg.max_epochs == job.options["epochs"]
             assert not [value for value in job.options.values() if re.search(r"\{\w+\}", str(value))]
+
+
+def test_a_training_that_a_signal_stopped_is_no_row(tmp_path):
+    log = tmp_path / "train.log"
+    said = f"WARNING - {api.STOPPED}SIGTERM) after epoch 2, step 258; saved epoch_2_step_72.pth, continue with --resume\n"
+    log.write_text(said)
+    with refused(StoppedError, "run-stopped", str(log), "goes on"):
+        api._refuse_stopped("train", log, 0)
+    log.write_text(said + "a later start that came to its end\n")
+    api._refuse_stopped("train", log, len(said))
+    for loops in ("training/loop.py", "openmmlab/loops.py"):  # which write that line
+        assert f'f"{api.STOPPED}' in (ROOT / "hgkd" / loops).read_text(encoding="utf-8")
