@@ -1,9 +1,12 @@
 """Commands of pages, as a reader types them, made so small that they run in seconds; the folder in which they are typed."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import timm
+from mmengine.config import Config
 from safetensors.torch import save_file
 from small_models import shrink
 from tiny_runs import ROOT, write_images
@@ -26,6 +29,20 @@ def readers_folder(folder: Path, monkeypatch) -> Path:
     teacher = timm.create_model("vit_small_patch14_dinov2", num_classes=0, **TEACHER)
     save_file(teacher.state_dict(), folder / "home/vit_small_patch14_dinov2.safetensors")
     return folder
+
+
+def tiny_student(**more: object) -> dict[str, object]:
+    """Options of hgkd train that make a student's training from the reader's teacher tiny."""
+    teacher = {f"model.teacher.{key}": value for key, value in {**TEACHER, "allow_random": True}.items()}
+    small = {"image_size": 64, "batch_size": 2, "epochs": 2, "workers": 0, "model.student.decoder_width": 32}
+    return {**small, **teacher, **more}
+
+
+def run_replaced(words: list[str], options: dict[str, object], thin: Callable[[Config], Config]) -> int:
+    """An hgkd command, in this process, with options in place of those of the same names, and its config made thin."""
+    words = [os.path.expanduser(word) for word in words if word.partition("=")[0] not in options]  # as a shell does it
+    with mock.patch("hgkd.api.train.read_config", lambda file: thin(read_config(file))):
+        return main([*words, *(f"{key}={value}" for key, value in options.items())])
 
 
 def appended(words: list[str]) -> list[str]:

@@ -1,24 +1,20 @@
 """The tutorial of a detector, all its commands in their order, with thin networks on a few small images."""
 
 import copy
-import os
 import re
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from downstream_runs import need, scope
 from mmengine.config import Config
 from small_models import write_bccd
-from tiny_commands import TEACHER, readers_folder
+from tiny_commands import readers_folder, run_replaced, tiny_student
 from tiny_runs import ROOT, write_images
 from torch import nn
 from tutorial_pages import blocks_of, run_page
 
 from hgkd.api.train import load_config
-from hgkd.cli.main import main
-from hgkd.config.reading import read_config
 from hgkd.openmmlab import dry_run_downstream
 from hgkd.openmmlab.weights import Pixels, prepared_pixels
 from hgkd.weights.run_folder import find_last_checkpoint
@@ -26,16 +22,7 @@ from hgkd.weights.run_folder import find_last_checkpoint
 PAGE = ROOT / "docs/tutorials/detector.md"
 THIN = 0.125  # of CSPNeXt's widths; RTMDet-tiny has 0.375
 TINY = {
-    "hgkd/": {
-        "image_size": 64,
-        "batch_size": 2,
-        "epochs": 2,
-        "workers": 0,
-        "model.student.encoder_kwargs.widen_factor": THIN,
-        "model.student.decoder_width": 32,
-        "model.teacher.allow_random": True,
-        **{f"model.teacher.{key}": value for key, value in TEACHER.items()},
-    },
+    "hgkd/": tiny_student(**{"model.student.encoder_kwargs.widen_factor": THIN}),
     "my_detector.py": {"batch_size": 2, "epochs": 2, "workers": 0, "param_scheduler.0.end": 1},
 }
 
@@ -84,15 +71,12 @@ def decide(folder):
 
 
 def run(words):
-    words = [os.path.expanduser(word) for word in words]  # as a shell does it
     options = {}
     if words[0] == "train":
         (options,) = [options for start, options in TINY.items() if words[1].startswith(start)]
         if "--resume" in words:  # trains on: one epoch more
             options = options | {"epochs": options["epochs"] + 1}
-        words = [word for word in words if word.partition("=")[0] not in options]
-    with mock.patch("hgkd.api.train.read_config", lambda file: thin(read_config(file))):
-        code = main([*words, *(f"{key}={value}" for key, value in options.items())])
+    code = run_replaced(words, options, thin)
     if words[0] == "train" and "--resume" in words:
         decide(Path("work_dirs/detector"))
     return code

@@ -1,31 +1,17 @@
 """The tutorial of a segmentor, all its commands in their order, with thin networks on a few small images."""
 
 import copy
-import os
-from unittest import mock
 
 import pytest
 from downstream_runs import need
 from small_models import write_camvid
-from tiny_commands import TEACHER, WIDTHS, readers_folder
+from tiny_commands import WIDTHS, readers_folder, run_replaced, tiny_student
 from tiny_runs import ROOT
 from tutorial_pages import run_page
 
-from hgkd.cli.main import main
-from hgkd.config.reading import read_config
-
 PAGE = ROOT / "docs/tutorials/segmentor.md"
 TINY = {
-    "hgkd/": {
-        "image_size": 64,
-        "batch_size": 2,
-        "epochs": 2,
-        "workers": 0,
-        "model.student.encoder_kwargs": str({"channels": list(WIDTHS)}).replace(" ", ""),
-        "model.student.decoder_width": 32,
-        "model.teacher.allow_random": True,
-        **{f"model.teacher.{key}": value for key, value in TEACHER.items()},
-    },
+    "hgkd/": tiny_student(**{"model.student.encoder_kwargs": str({"channels": list(WIDTHS)}).replace(" ", "")}),
     "my_segmentor.py": {"batch_size": 2, "iterations": 2, "workers": 0, "default_hooks.logger.interval": 1},
 }
 
@@ -49,13 +35,10 @@ def thin(cfg):
 
 
 def run(words):
-    words = [os.path.expanduser(word) for word in words]  # as a shell does it
     options = {}
     if words[0] == "train":
         (options,) = [options for start, options in TINY.items() if words[1].startswith(start)]
-        words = [word for word in words if word.partition("=")[0] not in options]
-    with mock.patch("hgkd.api.train.read_config", lambda file: thin(read_config(file))):
-        return main([*words, *(f"{key}={value}" for key, value in options.items())])
+    return run_replaced(words, options, thin)
 
 
 @pytest.mark.slow
