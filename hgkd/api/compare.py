@@ -24,10 +24,10 @@ from hgkd.errors import InvalidValueError, MissingFileError, StoppedError
 from hgkd.evaluation.comparison import trained, value_of, write_csv
 from hgkd.pictures.comparison import write_picture
 from hgkd.recipes import find_recipe
+from hgkd.training.loop import STOPPED
 from hgkd.training.work_folder import results_in
 from hgkd.weights.run_folder import logged_lines
 
-STOPPED = "stopped by a signal ("  # how the log of a training says so; such a training ends with 0
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block", "after", "evaluate", "scores"}
 PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
 
@@ -277,7 +277,7 @@ def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, fl
 
 
 def _refuse_stopped(command: str, log: Path, before: int) -> None:
-    """A training that a signal has stopped ends with 0, and half of one is no row of a table.
+    """Half of a training is no row of a table, and one that a signal has stopped ends with 0.
 
     Args:
         before: bytes of the log that are of earlier starts.

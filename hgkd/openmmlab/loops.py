@@ -117,9 +117,7 @@ class _Stoppable(BaseLoop):
         """
         runner = self.runner
         self.stop_training = True
-        where = (
-            f"stopped by a signal ({self._signals.received or 'to another process'}) after epoch {self._epoch}, step {steps}"
-        )
+        where = f"{self._signals.said} after epoch {self._epoch}, step {steps}"
         hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
         if hook is None:
             runner.logger.warning(f"{where}; no checkpoint hook, so nothing was saved")

@@ -95,6 +95,10 @@ def _end_workers() -> None:
             child.kill()
 
 
+# in the log of a training that one ended, with exit code 0: whoever starts trainings looks for it
+STOPPED = "stopped by a signal"
+
+
 class StopSignals:
     """Context that notes SIGTERM and SIGINT instead of dying of them; a second one terminates the process (default handling).
 
@@ -107,6 +111,11 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def said(self) -> str:
+        """The beginning of the line with which a log says that a training was stopped."""
+        return f"{STOPPED} ({self.received or 'to another process'})"
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -432,10 +441,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
                     saved = f"saved {last}" + (", continue with --resume" if self.resumable else "")
                 else:
                     saved = "no checkpoint hook, so nothing was saved"
-                runner.logger.warning(
-                    f"stopped by a signal ({self._signals.received or 'to another process'}) after epoch {self._epoch}, step "
-                    f"{self._iter}; {saved}"
-                )
+                runner.logger.warning(f"{self._signals.said} after epoch {self._epoch}, step {self._iter}; {saved}")
             runner.call_hook("after_train")
         if not self.interrupted:
             self.guard.require_trained()

@@ -15,6 +15,7 @@ from hgkd.cli import compare as tool
 from hgkd.cli import train as train_command
 from hgkd.data.shapes import write_imagefolder
 from hgkd.errors import StoppedError, code_of
+from hgkd.training.loop import StopSignals
 
 ROOT = Path(__file__).parents[2]
 SPARK = "configs/spark/spark_resnet18_shapes.py"
@@ -376,11 +377,12 @@ def test_every_run_of_a_shipped_plan_has_a_config_that_takes_its_options(plan, t
 
 def test_a_training_that_a_signal_stopped_is_no_row(tmp_path):
     log = tmp_path / "train.log"
-    said = f"WARNING - {api.STOPPED}SIGTERM) after epoch 2, step 258; saved epoch_2_step_72.pth, continue with --resume\n"
+    said = f"WARNING - {api.STOPPED} (SIGTERM) after epoch 2, step 258; saved epoch_2_step_72.pth, continue with --resume\n"
     log.write_text(said)
     with refused(StoppedError, "run-stopped", str(log), "goes on"):
         api._refuse_stopped("train", log, 0)
     log.write_text(said + "a later start that came to its end\n")
     api._refuse_stopped("train", log, len(said))
+    assert StopSignals().said.startswith(api.STOPPED)
     for loops in ("training/loop.py", "openmmlab/loops.py"):  # which write that line
-        assert f'f"{api.STOPPED}' in (ROOT / "hgkd" / loops).read_text(encoding="utf-8")
+        assert 'f"{self._signals.said} after' in (ROOT / "hgkd" / loops).read_text(encoding="utf-8")
