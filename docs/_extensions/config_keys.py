@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from docstrings import argument_text, cell, markdown, summary
@@ -108,6 +109,7 @@ class Key:
     meaning: str | None
 
 
+@cache
 def registered() -> dict[str, dict[str, type]]:
     """Name of a registry -> name -> class of hgkd that it holds, after every module that registers one is imported."""
     for package in sorted({kind.package for kind in KINDS}):
