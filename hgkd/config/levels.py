@@ -24,7 +24,7 @@ from hgkd.errors import InvalidValueError
 MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _LOCK = threading.RLock()
 _ATTRIBUTE = "_hgkd_level"
-OWN_SCOPE = "hgkd"
+_OWN_SCOPE = "hgkd"
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ def _drop_own_scope(part: object) -> None:
     segmentors nearly all is mmdet's or mmseg's, and what is hgkd's says so in its ``type``.
     """
     if isinstance(part, dict):
-        if part.get("_scope_") == OWN_SCOPE:
+        if part.get("_scope_") == _OWN_SCOPE:
             del part["_scope_"]
         for value in part.values():
             _drop_own_scope(value)

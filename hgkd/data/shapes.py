@@ -106,9 +106,8 @@ _SHAPES: dict[str, tuple[Distance, float]] = {
     "triangle": _regular_polygon(3),
 }
 
-#: Names of the shapes, the classes of the generated data sets, in the order of their numbers.
+#: Names of the shapes, sorted, so that labels agree with those of a class-folder data set.
 CLASSES: tuple[str, ...] = tuple(_SHAPES)
-"""Class names, sorted, so that labels agree with those of a class-folder data set."""
 
 
 @dataclass(frozen=True)
