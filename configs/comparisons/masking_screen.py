@@ -29,6 +29,10 @@ _COST = {
     "0 to 0.75": (73.7, 38.1),
     "0.75, two masks": (70.2, 38.0),
     "0.75, and whole": (115.6, 91.1),
+    # at 96 px, measured on another day as multiples of the dense row of that size
+    "0.6, 96 px": (0.0, 0.593 * 30.1),
+    "0.75, 96 px": (0.0, 0.352 * 30.1),
+    "0 to 0.75, 96 px": (0.0, 0.826 * 30.1),
 }
 _stored = dict(teacher_features="{features}")
 _fresh = {  # random crops, so that nothing can be stored
@@ -77,6 +81,9 @@ evaluate = dict(
 _unmasked_end = 0.3  # share of the steps
 _mixed = (1 - _unmasked_end) * _COST["0.6"][1] + _unmasked_end * _COST["dense"][1]
 _COST["0.6, then whole"] = (0.0, _mixed)
+_mixed = (1 - _unmasked_end) * _COST["0.6, 96 px"][1] + _unmasked_end * _COST["dense 96 px"][1]
+_COST["0.6, then whole, 96 px"] = (0.0, _mixed)
+_visible = {"model.objectives.hgkd.supervise": "visible", "model.objectives.pooled.supervise": "visible"}
 rows = [
     row("dense", "dense", 0.0),
     row("dense, lr 1e-3", "dense", 0.0, lr=1e-3),
@@ -97,6 +104,19 @@ rows = [
     row("H-GKD 0.75", "0.75", 0.75),
     row("H-GKD 0 to 0.75", "0 to 0.75", [0.0, 0.75]),
     row("H-GKD 0.6, then whole", "0.6, then whole", 0.6, unmasked_share=_unmasked_end),
+    # at the resolution of the best dense row; 'visible': the student learns what it sees, and infers nothing
+    row("H-GKD 0.6, 96 px", "0.6, 96 px", 0.6, image_size=96),
+    row("H-GKD 0.6, 96 px, visible", "0.6, 96 px", 0.6, image_size=96, **_visible),
+    row("H-GKD 0.75, 96 px, visible", "0.75, 96 px", 0.75, image_size=96, **_visible),
+    row("H-GKD 0 to 0.75, 96 px, visible", "0 to 0.75, 96 px", [0.0, 0.75], image_size=96, **_visible),
+    row(
+        "H-GKD 0.6, then whole, 96 px, visible",
+        "0.6, then whole, 96 px",
+        0.6,
+        image_size=96,
+        unmasked_share=_unmasked_end,
+        **_visible,
+    ),
     # the teacher in every step, and new crops of the images
     row("dense, crops", "dense", 0.0, stored=False),
     row("dense, crops, 64 px", "dense 64 px", 0.0, stored=False, image_size=64),

@@ -9,6 +9,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from hgkd.objectives import PooledFeature, Setup
 from hgkd.objectives.masked.pooled import standardised_mean
+from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.structures import TeacherInfo, TeacherOutput
 from hgkd.students import SparseUNet
 
@@ -58,6 +59,26 @@ def test_visible_places_of_the_last_level_are_averaged_and_all_places_of_the_tea
     torch.testing.assert_close(loss, expected)
 
 
+def test_with_visible_the_teachers_visible_tokens_are_averaged():
+    objective = prepared(supervise="visible", block=2)
+    tokens = torch.randn(2, 6, 4, 4)
+    first, second = tokens
+    shown = torch.stack(  # cells (0, 0) and (1, 1) of the first image, (0, 1) of the second; a cell has 2 x 2 tokens
+        [(first[:, :2, :2].sum((1, 2)) + first[:, 2:, 2:].sum((1, 2))) / 8, second[:, :2, 2:].sum((1, 2)) / 4]
+    )
+    student_out = SimpleNamespace(features=[PackedTensor.pack(torch.randn(2, 5, 2, 2), CellLayout(CELLS, 1))])
+    layout = CellLayout(CELLS, 32)
+    loss = objective(student_out, TeacherOutput({2: tokens}, (4, 4)), layout)["pooled"]
+    prediction = objective.head(student_out.features[0].mean(dim=(2, 3)))
+    torch.testing.assert_close(loss, smooth_l1_loss(prediction, standardised_mean(shown[:, :, None, None]), beta=2.0))
+
+
+def test_visible_and_all_are_the_same_where_nothing_is_hidden():
+    tokens = torch.randn(2, 6, 4, 4)
+    everywhere = torch.ones(2, 4, 4, dtype=torch.bool)
+    torch.testing.assert_close(standardised_mean(tokens, everywhere), standardised_mean(tokens))
+
+
 def test_it_trains_the_encoder_and_not_the_teacher():
     student = SparseUNet("test_resnet", decoder_width=16, min_decoder_width=8)
     student.prepare(64)
@@ -73,6 +94,10 @@ def test_it_trains_the_encoder_and_not_the_teacher():
 def test_refusals():
     with refused(ValueError, "beta-not-positive", "0"):
         PooledFeature(beta=0)
+    with refused(ValueError, "pooled-supervise-unknown", "'all', 'visible'", "'masked'"):
+        PooledFeature(supervise="masked")
+    with refused(ValueError, "grid-no-multiple-of-mask", "3 x 3", "2 x 2"):
+        PooledFeature(supervise="visible").prepare(Setup(SimpleNamespace(feature_channels=(5,)), INFO, (3, 3), (2, 2)))
     with refused(ValueError, "objective-without-teacher"):
         PooledFeature().prepare(Setup(SimpleNamespace(feature_channels=(5,)), None, None, (2, 2)))
     with refused(ValueError, "teacher-block-out-of-range", "block", "4"):

@@ -5,7 +5,7 @@ read the mean of the encoder's last level. Here that mean, over the visible posi
 teacher's tokens are on average over *all* positions, hidden ones included:
 
     L = mean over channels of smooth_l1_beta( linear(mean over visible positions of the last level) - standardise(m) )
-    m = LN0( mean over all positions of the teacher's tokens )
+    m = LN0( mean over P of the teacher's tokens ),   P = all positions, or the visible ones (``supervise``)
 
 ``standardise`` subtracts each channel's mean over the batch and divides by its std: what all images share is worth
 nothing in a feature, and without it the few channels of large variance that ViT tokens have would make up the loss.
@@ -23,6 +23,7 @@ from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import block_tokens, require_teacher, resolve_block
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
 from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
+from hgkd.objectives.positions import visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
@@ -30,15 +31,27 @@ if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
 
 
-def standardised_mean(tokens: Tensor) -> Tensor:
+SUPERVISE = ("all", "visible")
+
+
+def standardised_mean(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
     """The target: raw teacher tokens (B, D, gh, gw), B > 1 -> fp32 (B, D) with mean 0 and variance 1 over the batch.
+
+    Args:
+        positions: bool (B, gh, gw), the tokens that are averaged, at least one an image; None: all.
 
     Raises:
         ValueError: a batch of one image, whose target would be 0.
     """
     if len(tokens) < 2:
         raise InvalidValueError("batch-of-one", "PooledFeature compares the images of a batch; use a batch size above 1")
-    mean = layer_norm0(tokens.float().mean(dim=(2, 3), keepdim=True)).flatten(1)
+    raw = tokens.float()
+    if positions is None:
+        mean = raw.mean(dim=(2, 3), keepdim=True)
+    else:
+        chosen = positions[:, None]
+        mean = raw.masked_fill(~chosen, 0.0).sum((2, 3), keepdim=True) / chosen.sum((2, 3), keepdim=True)
+    mean = layer_norm0(mean).flatten(1)
     centred = mean - mean.mean(0)
     return centred / (centred.square().mean(0) + 1e-6).sqrt()
 
@@ -50,14 +63,22 @@ class PooledFeature(MaskedObjective):
     Args:
         block: encoder block of the teacher; negative counts from the end.
         beta: where smooth L1 turns from square to linear, > 0.
+        supervise: whose tokens are averaged: 'all' positions, so that the student infers what it does not see, or the
+            'visible' ones, so that it recognises what it sees. The same where nothing is hidden.
 
     Term: ``pooled``.
     """
 
-    def __init__(self, block: int = -1, beta: float = 2.0) -> None:
+    def __init__(self, block: int = -1, beta: float = 2.0, supervise: str = "all") -> None:
         super().__init__()
         if beta <= 0:
             raise InvalidValueError("beta-not-positive", f"beta must be above 0, got {beta}")
+        if supervise not in SUPERVISE:
+            raise InvalidValueError(
+                "pooled-supervise-unknown",
+                f"PooledFeature's supervise must be one of {', '.join(map(repr, SUPERVISE))}, got {supervise!r}",
+            )
+        self.supervise = supervise
         self.beta = beta
         self.head: nn.Linear | None = None
         self._block = block
@@ -71,9 +92,11 @@ class PooledFeature(MaskedObjective):
         """Resolve the block and build the head.
 
         Raises:
-            ValueError: no teacher, or a block out of range.
+            ValueError: no teacher, a block out of range, or with 'visible' a grid that does not fit the mask's.
         """
-        teacher_info, _ = require_teacher(self, setup.teacher_info, setup.teacher_grid)
+        teacher_info, teacher_grid = require_teacher(self, setup.teacher_info, setup.teacher_grid)
+        if self.supervise == "visible":
+            visible_on(torch.ones(1, *setup.mask_grid, dtype=torch.bool), teacher_grid)  # refuses here, before training
         self._block = resolve_block(self._block, teacher_info.depth, "block")
         self.head = nn.Linear(setup.student.feature_channels[-1], teacher_info.width)
 
@@ -86,7 +109,9 @@ class PooledFeature(MaskedObjective):
         assert self.head is not None
         pooled: Tensor = student_out.features[-1].mean(dim=(2, 3))
         prediction = self.head(pooled)[:, :, None, None]
-        target = standardised_mean(block_tokens(teacher_out, self._block))[:, :, None, None]
+        tokens = block_tokens(teacher_out, self._block)
+        shown = visible_on(layout.visible, (tokens.shape[2], tokens.shape[3])) if self.supervise == "visible" else None
+        target = standardised_mean(tokens, shown)[:, :, None, None]
         positions = torch.ones(len(target), 1, 1, dtype=torch.bool, device=target.device)
         smooth_l1 = partial(smooth_l1_by_position, beta=self.beta)
         return {"pooled": LossTerm(prediction, target, positions, len(target), smooth_l1)}
