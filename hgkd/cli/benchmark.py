@@ -35,7 +35,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from hgkd.api.benchmark import (
@@ -46,7 +45,7 @@ from hgkd.api.benchmark import (
     benchmark_sparse,
 )
 from hgkd.api.report import benchmark_report, page
-from hgkd.cli.common import add_config_options, command, command_parser, device_name
+from hgkd.cli.common import add_config_options, command, command_parser, device_name, print_table
 from hgkd.errors import InvalidValueError, MissingPackageError
 from hgkd.sparse import BACKENDS
 
@@ -121,7 +120,7 @@ def _has_mmengine() -> bool:
     return True
 
 
-def print_data_table(result: dict[str, Any]) -> None:
+def data_table(result: dict[str, Any]) -> Table:
     """The result of :func:`benchmark_data` as a table."""
     settings = result["settings"]
     table = Table(
@@ -132,25 +131,29 @@ def print_data_table(result: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for row in result["results"]:
         table.add_row(row["what"], f"{row['images_per_s']:.0f}", f"{row['of_decoding']:.2f}")
-    Console().print(table)
+    return table
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """The result as a table."""
+def steps_table(result: dict[str, Any], compared: Sequence[str]) -> Table:
+    """The result as a table.
+
+    Args:
+        compared: rows that all others are compared with, a column each.
+    """
     settings = result["settings"]
     keep, total = settings["visible_cells"]
     table = Table(
         title=f"{settings['student']} {settings['image_size']} px, {keep}/{total} visible (FLOP limit {result['limit']:.2f}x), "
         f"batch {settings['batch_size']}, {settings['dtype']}, {settings['device']}"
     )
-    others = [r["backend"] for r in result["results"]]
+    others = [row["backend"] for row in result["results"] if row["backend"] in compared]
     for column in ["backend", "step ms", "images/s", "peak MB", "index %", *[f"over {b}" for b in others]]:
         table.add_column(column, justify="right")
     for row in result["results"]:
         ratios = [f"{row['speedup_over'][b]:.2f}x" if b in row["speedup_over"] else "" for b in others]
         numbers = [f"{row['step_ms']:.0f}", f"{row['images_per_s']:.1f}", f"{row['peak_mb']:.0f}"]
         table.add_row(row["backend"], *numbers, f"{100 * row['index_share']:.1f}", *ratios)
-    Console().print(table)
+    return table
 
 
 def variants_of(given: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
@@ -192,7 +195,7 @@ def main(argv: Sequence[str]) -> int:
         "data": benchmark_data,
     }
     result = measures[name](**args)
-    (print_data_table if name == "data" else print_table)(result)
+    print_table(data_table(result) if name == "data" else steps_table(result, args["backends"]))
     if out is not None:
         out.write_text(json.dumps(result, indent=1))
         print(f"written to {out}")

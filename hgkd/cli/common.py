@@ -10,6 +10,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from hgkd.errors import USER_ERRORS, code_of
 
@@ -22,6 +24,17 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
     # for the help: `command` reads it and takes it away
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from")
     return parser
+
+
+def print_table(table: Table) -> None:
+    """Print a table such that nothing of it is cut off: as wide as it is, but on a narrow terminal, where long words go on
+    below."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table).maximum)
+    for column in table.columns:
+        column.overflow = "fold"
+    console.print(table)
 
 
 def device_name(text: str) -> str:

@@ -59,7 +59,7 @@ def run_students(args: argparse.Namespace) -> int:
     console = Console()
     for title, rows in ((f"within {args.budget_ms:g} ms", choice.fits), (f"over {args.budget_ms:g} ms", choice.slow)):
         if rows:
-            console.print(students_table(f"{title}: {args.runtime}, {args.threads} thread(s), {args.size} px", rows))
+            print_table(students_table(f"{title}: {args.runtime}, {args.threads} thread(s), {args.size} px", rows))
     for line in _told(choice):
         print(line)
     return int(not choice.fits)

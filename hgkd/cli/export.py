@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hgkd.cli.common import command, command_parser
+from hgkd.cli.common import command, command_parser, print_table
 from hgkd.config.reading import read_config
 from hgkd.errors import InvalidValueError
 from hgkd.export import PARTS, TARGETS, ExportReport, export
@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     console.print(table_of(report))
     if report.table:
-        console.print(graphs_table(report.table, report.part))
+        print_table(graphs_table(report.table, report.part))
     if repo is not None:
         console.print(f"sent to {push_export(report.out, repo, private)}{' (private)' if private else ''}", soft_wrap=True)
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 
 from hgkd.data.images import find_images, read_crops
@@ -151,11 +152,15 @@ def export(
         job = Job(source, work, out, part, None if real is None else taken.prepare(real), classes, taken)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            stages = 2 + (latency is not None)
+            print_log(f"1 of {stages}: writing the {part} for {to}", "current")  # some last a minute
             written = target.write(job, **options)
+            print_log(f"2 of {stages}: reading it back with {written.proven_with} and comparing outputs", "current")
             difference = _prove_equal(job, written)
             if target.runner is not None:
                 difference = max(difference, _prove_any_size(job, written))
             if latency is not None:
+                print_log(f"3 of 3: timing an image of {latency} x {latency} px", "current")
                 table = measured(target, work, written.table, written.input or taken, latency)
                 written = replace(written, table=table)
         return _describe(job, target, written, difference, options, licences or {})

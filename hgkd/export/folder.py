@@ -30,7 +30,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
             yield work
-            os.chmod(work, 0o777 & ~_umask())  # mkdtemp gives the owner alone access
+            _share(work)
             _move(work, out)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -72,10 +72,12 @@ def check_free(out: Path, force: bool, target: str) -> None:
         )
 
 
-def _umask() -> int:
+def _share(work: Path) -> None:
+    """Give the folder and its files the access that new ones have: mkdtemp and safetensors give it to the owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (work, *work.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _move(work: Path, out: Path) -> None:

@@ -97,7 +97,8 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
         if teacher_checkpoint is None and not allow_random_teacher:
             raise InvalidValueError(
                 "teacher-without-weights",
-                "the teacher has no weights; set --cfg-options teacher_checkpoint=FILE (a checkpoint of its config)",
+                "the teacher has no weights; set --cfg-options teacher_checkpoint=FILE (a checkpoint of its config; to try "
+                "commands, model.allow_random_teacher=True takes random ones)",
             )
         if not taps and not hard_label and not logits:
             raise InvalidValueError(

@@ -183,7 +183,7 @@ def images_text(loader: DataLoader[Any], processes: int, dataset: Mapping[str, A
     text = f"{total} used" + (f" ({', '.join(given)})" if given else "")
     batch = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None)
     if batch and getattr(loader, "drop_last", False) and total % (batch * processes):
-        text += f"; every epoch passes over {total % (batch * processes)}, which do not fill a batch"
+        text += f"; each epoch leaves out {total % (batch * processes)} that fill no batch, others each time"
     return text
 
 

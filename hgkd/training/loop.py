@@ -520,11 +520,16 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         lr = group.get("initial_lr", group["lr"])
         rule = runner.auto_scale_lr or {}
         now = f", {group['lr']:.4g} now" if self._iter else ""
-        scaled = f"scaled by {batch * processes}/{rule['base_batch_size']}" if rule.get("enable") else "taken as it is"
+        base = rule.get("base_batch_size", 1)
+        scaled = (
+            f"{lr * base / (batch * processes):.4g} x {batch * processes}/{base} by the batch"
+            if rule.get("enable")
+            else "as it is, whatever the batch"
+        )
         if rule.get("enable") and accumulated > 1:
             scaled += ", which does not count accumulation"
         return (
             f"{len(self.dataloader.dataset)} images; {batch} a step and process x {processes} processes x {accumulated} "
-            f"accumulated = {batch * processes * accumulated} an update; lr {lr:.4g}{now}, {scaled}; {len(self.dataloader)} "
+            f"accumulated = {batch * processes * accumulated} an update; lr {lr:.4g}{now} ({scaled}); {len(self.dataloader)} "
             f"steps an epoch, {self._max_epochs} epochs; {self._iter} of {self._max_iters} steps are done"
         )

@@ -277,6 +277,7 @@ class DistillRunner(Runner):
             try:
                 model: nn.Module = super().train()
                 self._after_training()
+                self._say_end()
             except BaseException:
                 self._close_tracker()
                 raise
@@ -287,6 +288,16 @@ class DistillRunner(Runner):
         for backend in self.visualizer._vis_backends.values() if is_main_process() else ():
             if isinstance(backend, Tracker):
                 backend.close(failed=True)
+
+    def _say_end(self) -> None:
+        """Where to find what a training has made, at the end of its log; a signal that stopped it has a line of its own."""
+        if getattr(self.train_loop, "interrupted", False) or not is_main_process():
+            return
+        work_dir = Path(self.work_dir).absolute()
+        last = self.message_hub.runtime_info.get("last_ckpt")
+        made = [f"the weights are in {Path(last).absolute()}" if last else "no checkpoint hook, so no weights were saved"]
+        made += [f"pictures in {folder}" for folder in (work_dir / "pictures",) if folder.is_dir()]
+        self.logger.info(f"trained to the end; {', '.join(made)}")
 
     def _after_training(self) -> None:
         """What is left to do while the work folder is still held; nothing here."""

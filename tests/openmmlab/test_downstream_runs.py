@@ -137,8 +137,10 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     root = shapes_coco(tmp_path / "data")
     options = as_arguments({**tiny_detector(root), **FASTER_HEAD})
     assert train_command.main([str(DETECTOR), "--dry-run", *options]) == 0
-    found = capsys.readouterr().out
+    captured = capsys.readouterr()
+    found = captured.out
     assert "2 steps of 2 images out of 4" in found
+    assert "will be saved" not in captured.out + captured.err, "into a folder that has gone"
     assert "loss_rpn_cls" in found
     assert not (tmp_path / "work_dirs").exists()
 

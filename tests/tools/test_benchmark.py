@@ -102,7 +102,10 @@ def test_variants_of_a_recipe_are_rows_of_the_table(tmp_path, monkeypatch, capsy
     assert [row["backend"] for row in rows] == ["gather", "two", "pair"]
     assert rows[1]["speedup_over"].keys() == {"gather", "pair"}
     assert all(row["images_per_s"] > 0 for row in rows)
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert "…" not in printed, "nothing is cut off, however many rows there are"
+    assert printed.count("over gather") == 1
+    assert "over two" not in printed
     for given, code in ((["two"], "takes a name and KEY=VALUE"), (["gather", "seed=1"], "has the name of a backend")):
         assert benchmark.main([*command[:8], "--cfg-options", *options, "--variant", *given]) == 2
         assert code in capsys.readouterr().err

@@ -15,12 +15,18 @@ def test_export_then_refuse_then_force(tmp_path: Path, capsys: pytest.CaptureFix
     source = write_student(tmp_path / "a.pth")
     command = [f"{tmp_path}/a.pth", "--to", "timm", "--out", f"{tmp_path}/out"]
     assert export.main(command) == 0
-    printed = "".join(capsys.readouterr().out.split())
+    told = capsys.readouterr().out
+    printed = "".join(told.split())
     assert "timm.create_model('local-dir:" in printed
     assert f"{sum(p.numel() for p in source.parameters()):,}parameters" in printed
     digest = hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()
     assert f"sourcesha256{digest}" in printed.replace("│", ""), "longer than the terminal is wide, and not cut"
     assert "…" not in printed
+    assert "1 of 2: writing the backbone for timm" in told
+    assert "2 of 2: reading it back with timm" in told
+    (tmp_path / "plain").touch()
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}, "whoever may read other files may read these"
     again = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in source.state_dict().items())
 

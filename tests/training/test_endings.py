@@ -89,6 +89,26 @@ def test_one_update_makes_it_a_training(images, tmp_path):
     assert (tmp_path / "run/epoch_1.pth").is_file()
 
 
+def test_the_last_line_says_where_things_are(images, tmp_path):
+    options = dict(epochs=1, warmup_epochs=0, **ALONE)
+    build(images, tmp_path / "run", **options).train()
+    last = log_of("run").splitlines()[-1]
+    assert f"trained to the end; the weights are in {tmp_path / 'run/epoch_1.pth'}" in last
+    assert last.endswith(f", pictures in {tmp_path / 'run/pictures'}") == (tmp_path / "run/pictures").is_dir()
+
+    stop = At(
+        "after_train_iter",
+        lambda runner, **options: os.kill(os.getpid(), signal.SIGTERM),
+        when=lambda runner: runner.iter == 0,  # a second one would end the tests
+    )
+    build(images, tmp_path / "stopped", stop, **options).train()
+    assert "stopped by a signal (SIGTERM)" in log_of("stopped")
+    assert "trained to the end" not in log_of("stopped")
+
+    build(images, tmp_path / "unsaved", **{**options, "default_hooks.checkpoint": None}).train()
+    assert "trained to the end; no checkpoint hook, so no weights were saved" in log_of("unsaved")
+
+
 def test_a_teacher_that_is_not_finite_is_named_instead_of_the_students_settings(images, tmp_path):
     cfg = train_tool.load_config(HGKD_RECIPE, tmp_path / "run", options=tiny_hgkd(images, batch_size=4, **ALONE))
     cfg.custom_hooks = [dict(type="FiniteLossHook", patience=1)]

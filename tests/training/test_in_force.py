@@ -69,7 +69,7 @@ def test_cells():
 def test_images():
     loader = SimpleNamespace(dataset=range(50), batch_size=8, drop_last=True, batch_sampler=None)
     assert images_text(loader, 2, {"limit": 50, "label_fraction": 1.0}) == (
-        "50 used (limit=50); every epoch passes over 2, which do not fill a batch"
+        "50 used (limit=50); each epoch leaves out 2 that fill no batch, others each time"
     )
     loader.drop_last = False
     assert images_text(loader, 2, {}) == "50 used"
