@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from hgkd.api.choose_student import DEFAULT_NAMES, Choice, choose_students
 from hgkd.api.student_table import StudentRow
+from hgkd.cli.common import print_table
 from hgkd.export import TARGETS
 
 
@@ -56,7 +56,6 @@ def run_students(args: argparse.Namespace) -> int:
     """0: something fits; 1: nothing does."""
     options = {name: value for name, value in vars(args).items() if name not in ("command", "debug")}
     choice = choose_students(told=lambda line: print(line, flush=True), **options)
-    console = Console()
     for title, rows in ((f"within {args.budget_ms:g} ms", choice.fits), (f"over {args.budget_ms:g} ms", choice.slow)):
         if rows:
             print_table(students_table(f"{title}: {args.runtime}, {args.threads} thread(s), {args.size} px", rows))

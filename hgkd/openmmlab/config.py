@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmengine import registry as roots
 from mmengine.config import Config, ConfigDict
@@ -18,13 +18,19 @@ from mmengine.config import Config, ConfigDict
 from hgkd.config.levels import level_of, same
 from hgkd.data.pixels import as_value_range
 from hgkd.errors import InvalidValueError, MissingFileError, unknown_name_message
+from hgkd.openmmlab.heads import class_heads, pixel_heads
+from hgkd.openmmlab.measures import evaluators_of, type_name
 from hgkd.training.hooks.progress import UNREADABLE
 
 SCOPES = ("mmdet", "mmseg")
 PACKAGED = "/.mim/configs/"  # where an installed package keeps its configs
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+# names by which config files build their parts themselves, or that hgkd reads as they are
+_VARIABLES = ("backbone", "classes", "ignored_label")
 SHORT_OPTIONS = {
     "data_root": "folder of the data set",
+    "classes": "[names] of the data set's classes, in the order of its labels; the heads are made to fit",
+    "ignored_label": "value of a label map that means 'not labelled' (segmentors)",
     "backbone": "weights of the backbone: a folder of hgkd export, or a file",
     "teacher_checkpoint": "weights of the teacher (distillation of detectors and segmentors)",
     "epochs": "epochs of the config, which repeat the images three times each in 3x recipes; the schedule is stretched to them",
@@ -113,7 +119,7 @@ def file_options(cfg: Config) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in SHORT_OPTIONS:
         level = None if root is None else root.setter((key,))
-        if root is None or level is None or not level.bases or PACKAGED in level.name or key == "backbone":
+        if root is None or level is None or not level.bases or PACKAGED in level.name or key in _VARIABLES:
             continue
         by = [root.setter(place.split(".")) for place in PLACES.get(key, ())]
         built = key == "data_root" and any(name in level.own for name in LOADERS)
@@ -226,6 +232,53 @@ def _moved(part: object, old: Collection[str], new: str) -> object:
     return new + part.removeprefix(max(above, key=len)) if above else part
 
 
+def _set_classes(cfg: Config, value: Any) -> None:
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise InvalidValueError(
+            "classes-not-names",
+            f"classes={value!r}: expected names, e.g. classes=[cell,platelet]; quote those that look like numbers: "
+            "classes=\"['1','2']\"",
+        )
+    heads = list(class_heads(cfg.model, "model"))
+    if not heads:
+        raise InvalidValueError(
+            "option-without-place",
+            f"classes={list(names)}: no head of this config has num_classes (it matches texts, or divides classes into things "
+            "and stuff); write them into a config file",
+        )
+    for _, head in heads:
+        cast(dict[str, Any], head)["num_classes"] = len(names)
+    for dataset in datasets_of(cfg):
+        # the colours of other classes would be too few, or wrong; each library has its own word for random ones
+        palette: list[Any] | None = None if cfg.default_scope == "mmdet" else []
+        dataset["metainfo"] = {**(dataset.get("metainfo") or {}), "classes": names, "palette": palette}
+
+
+def _set_ignored_label(cfg: Config, value: Any) -> None:
+    label = whole_number("ignored_label", value, least=0)
+    model = cfg.model.get("student", cfg.model)
+    heads = list(pixel_heads(model))
+    if not heads:
+        raise InvalidValueError(
+            "option-without-place",
+            f"ignored_label={label}: this config has no head that classifies places; take the option out",
+        )
+    for _, head in heads:
+        cast(dict[str, Any], head)["ignore_index"] = label
+    for part in (model, cfg):
+        if part.get("data_preprocessor"):
+            part.data_preprocessor.seg_pad_val = label
+    for loader in LOADERS:
+        for metric in evaluators_of(cfg, loader):
+            if type_name(metric) == "IoUMetric":
+                cast(dict[str, Any], metric)["ignore_index"] = label
+    for dataset in datasets_of(cfg):
+        for step in dataset.get("pipeline") or []:
+            if type_name(step) == "RandomCrop":
+                step["ignore_index"] = label
+
+
 def _set_backbone(cfg: Config, value: str) -> None:
     cfg.backbone = str(value)
 
@@ -315,6 +368,8 @@ PLACES: dict[str, tuple[str, ...]] = {
 
 _SETTERS: dict[str, Callable[[Config, Any], None]] = {
     "data_root": _set_data_root,
+    "classes": _set_classes,
+    "ignored_label": _set_ignored_label,
     "backbone": _set_backbone,
     "teacher_checkpoint": _set_teacher,
     "epochs": _set_epochs,

@@ -182,7 +182,7 @@ class TimmTeacher(Teacher):
             raise InvalidValueError(
                 "teacher-without-weights",
                 f"teacher {name!r} has no weights: set checkpoint (teacher_checkpoint in our configs) to a local file, or "
-                "pretrained=True to let timm download them (to try commands, model.teacher.allow_random=True takes random ones)",
+                "pretrained=True to let timm download them (to try a command: model.teacher.allow_random=True)",
             )
         if checkpoint is not None and pretrained:
             raise InvalidValueError(

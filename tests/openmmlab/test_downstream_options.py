@@ -3,14 +3,28 @@
 import re
 
 import pytest
-from downstream_runs import DETECTOR, FASTER_HEAD, RECIPES, SEGMENTOR, need, shapes_coco, tiny_detector, train_tool
+from downstream_runs import (
+    DETECTOR,
+    FASTER_HEAD,
+    RECIPES,
+    SEGMENTOR,
+    need,
+    shapes_ade20k,
+    shapes_coco,
+    tiny_detector,
+    tiny_segmentor,
+    train_tool,
+)
 from mmengine.config import Config
+from refusals import refused
 from tiny_runs import ROOT
 
 from hgkd.cli import train as train_command
 from hgkd.config import read_config
+from hgkd.data.shapes import CLASSES
 from hgkd.openmmlab import dry_run_downstream
-from hgkd.openmmlab.config import file_options
+from hgkd.openmmlab.config import datasets_of, file_options
+from hgkd.openmmlab.heads import class_heads
 
 need("mmdet", "mmseg")
 
@@ -91,6 +105,59 @@ def test_a_dumped_config_is_the_same_run(tmp_path):
     again = train_tool.load_config(tmp_path / "dumped.py", "run")
     assert again.to_dict() == Config.fromfile(tmp_path / "dumped.py").to_dict() | {"work_dir": "run"}
     assert again.param_scheduler == cfg.param_scheduler
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(f"detection/{name}" for name in ("mgd_mask-rcnn_cascade-x101-dcn_r50_2x_coco", "rtmdet-ins_cspnext-tiny_300e_coco")),
+        *(f"segmentation/{name}" for name in ("g2sd_upernet_r50_r18_1k_camvid", "pspnet_r18_80k_cityscapes")),
+        "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py",
+    ],
+)
+def test_own_classes_fit_a_recipe(recipe):
+    path = recipe if "::" in recipe else ROOT / f"downstream/{recipe}.py"
+    cfg = train_tool.load_config(path, options={"classes": ["cell", "traffic light"]})
+    counts = {head["num_classes"] for _, head in class_heads(cfg.model, "model")}
+    assert counts == {2}
+    for dataset in datasets_of(cfg):
+        assert tuple(dataset["metainfo"]["classes"]) == ("cell", "traffic light")
+        assert not dataset["metainfo"]["palette"], "colours of other classes"
+
+
+def test_own_classes_start_a_training(tmp_path):
+    by_hand = tiny_detector(shapes_coco(tmp_path / "boxes")) | FASTER_HEAD
+    options = {key: value for key, value in by_hand.items() if not key.endswith(("metainfo.classes", "num_classes"))}
+    cfg = train_tool.load_config(DETECTOR, tmp_path / "run", options={**options, "classes": list(CLASSES)})
+    assert cfg.model == train_tool.load_config(DETECTOR, tmp_path / "run", options=by_hand).model
+    assert "2 steps of 2 images out of 4" in dry_run_downstream(cfg)
+
+    by_hand = tiny_segmentor(shapes_ade20k(tmp_path / "maps"))
+    told = ("metainfo", "num_classes", "ignore_index", "seg_pad_val")
+    options = {key: value for key, value in by_hand.items() if not key.endswith(told)}
+    options |= {"classes": list(CLASSES), "ignored_label": 255}
+    cfg = train_tool.load_config(SEGMENTOR, tmp_path / "run", options=options)
+    same = train_tool.load_config(SEGMENTOR, tmp_path / "run", options=by_hand)
+    assert (cfg.model, cfg.val_evaluator, cfg.test_evaluator) == (same.model, same.val_evaluator, same.test_evaluator)
+    assert "2 steps of 2 images out of 4" in dry_run_downstream(cfg)
+    steps = [step for dataset in datasets_of(cfg) for step in dataset["pipeline"] if step["type"] == "RandomCrop"]
+    assert {step["ignore_index"] for step in steps} == {255}
+
+
+def test_one_class_and_what_is_no_name():
+    assert load(DETECTOR, classes="cell").train_dataloader.dataset.metainfo.classes == ("cell",)
+    for wrong in (3, [], ["a", ""], [1, 2]):
+        with refused(ValueError, "classes-not-names", repr(wrong)):
+            load(DETECTOR, classes=wrong)
+    with refused(ValueError, "option-without-place", "ignored_label=3"):
+        load(DETECTOR, ignored_label=3)
+    with refused(ValueError, "option-without-place", "a"):
+        load("mmdet::grounding_dino/grounding_dino_swin-t_pretrain_obj365_goldg_cap4m.py", classes=["a"])
+
+
+def test_a_variable_of_a_config_file_that_is_called_classes_is_no_option(tmp_path):
+    cfg = load(child(tmp_path, "classes = ('a',)\nignored_label = 3"))
+    assert cfg.model.roi_head.bbox_head.num_classes == 3
 
 
 def test_configs_of_the_installed_packages(tmp_path, capsys):

@@ -163,7 +163,8 @@ def test_dry_run_says_what_a_training_needs_and_writes_nothing(images, tmp_path,
     assert train_command.main([str(HGKD), "--dry-run", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options]) == 0
     printed = capsys.readouterr().out
     for line in (
-        r"plan +16 images; 8 a step and process x 1 processes x 1 accumulated = 8 an update; lr 0\.00025 \(0\.002 x 8/64 by the batch\);",
+        r"plan +16 images; 8 a step and process x 1 processes x 1 accumulated = 8 an update; "
+        r"lr 0\.00025 \(0\.002 x 8/64 by the batch\);",
         r"batch +inputs \(8, 3, 64, 64\) uint8, index \(8,\) int64",
         r"student +test_resnet: \d+\.\d\d M parameters in the encoder, mask grid 2 x 2, features .* at stride 32",
         r"teacher +\d+\.\d\d M parameters, TeacherInfo\(kind='timm', width=32, depth=2",

@@ -7,7 +7,7 @@ said here, with the file, before the model is built; so is an evaluator that mea
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hgkd.errors import DataError, MissingFileError, abbreviate
 from hgkd.openmmlab.config import dataset_class, datasets_of
 from hgkd.openmmlab.data_checks.annotation_files import AnnotationUse, BoxCounts, check_annotation_file, listing
 from hgkd.openmmlab.data_checks.label_maps import IGNORED, check_label_maps
+from hgkd.openmmlab.heads import class_heads, pixel_heads
 from hgkd.openmmlab.measures import (
     check_all_measured,
     check_best,
@@ -31,9 +32,6 @@ from hgkd.openmmlab.measures import (
 )
 from hgkd.openmmlab.xml_files import check_xml_files
 
-_HEADS = {"bbox_head", "mask_head", "decode_head", "auxiliary_head"}  # whose classes are the data set's
-# but for those that match texts, and STDC's boundaries
-_OTHER_HEADS = {"ATSSVLFusionHead", "GroundingDINOHead", "SideAdapterCLIPHead", "STDCHead"}
 # data sets whose classes are not their heads': panoptic ones divide them into things and stuff, trackers detect some of them
 _OTHER_CLASSES = {"CocoPanopticDataset", "MOTChallengeDataset"}
 
@@ -54,7 +52,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
     model = cfg.model.get("student", cfg.model)
     check = _check_detection if cfg.default_scope == "mmdet" else _check_segmentation
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        heads = dict(_class_counts(model, "model"))
+        heads = {path: head["num_classes"] for path, head in class_heads(model, "model")}
         for name in loaders:
             if not cfg.get(name):
                 continue
@@ -149,9 +147,9 @@ def _differ(one: Path, other: Path) -> bool:
 def _check_segmentation(cfg: Config, model: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     remarks: list[str] = []
     labelled: list[bool] = []
-    pixel_heads = dict(_pixel_heads(model))
-    check_pixel_heads(pixel_heads)
-    ignored = {f"{path}.ignore_index": int(head.get("ignore_index", IGNORED)) for path, head in pixel_heads.items()}
+    by_path = dict(pixel_heads(model))
+    check_pixel_heads(by_path)
+    ignored = {f"{path}.ignore_index": int(head.get("ignore_index", IGNORED)) for path, head in by_path.items()}
     evaluators = list(evaluators_of(cfg, name))
     if evaluators and all(part.get("format_only") for part in evaluators):
         return []  # a test set whose labels are not public
@@ -181,16 +179,6 @@ def _check_segmentation(cfg: Config, model: Mapping[str, Any], datasets: Sequenc
     return remarks
 
 
-def _pixel_heads(model: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The heads of a segmentor that classify places, by their paths."""
-    for name in ("decode_head", "auxiliary_head"):
-        heads = model.get(name) or {}
-        several = isinstance(heads, (list, tuple))
-        for index, head in enumerate(heads if several else [heads]):
-            if head and not _is_other_head(head):
-                yield (f"model.{name}.{index}" if several else f"model.{name}"), head
-
-
 def _check_padding(preprocessor: Mapping[str, Any], heads: Mapping[str, int], count: int) -> None:
     """Check what fills the labels of images that are smaller than the batch."""
     if preprocessor.get("size") is None and preprocessor.get("size_divisor") is None:
@@ -207,10 +195,6 @@ def _check_padding(preprocessor: Mapping[str, Any], heads: Mapping[str, int], co
 
 def _is_a(cls: type, *names: str) -> bool:
     return any(base.__name__ in names for base in cls.__mro__)
-
-
-def _is_other_head(head: Mapping[str, Any]) -> bool:
-    return type_name(head) in _OTHER_HEADS or "boundary_threshold" in head
 
 
 def class_names(dataset: Mapping[str, Any], cls: type, name: str) -> tuple[str, ...]:
@@ -274,20 +258,6 @@ def _check_palette(dataset: Mapping[str, Any], count: int, name: str) -> None:
             f"{name}.metainfo.palette={palette!r}, needed is a list of colours, one a class, like [(255, 0, 0)] for one class; "
             "set it to [] for random colours",
         )
-
-
-def _class_counts(part: object, path: str) -> Iterator[tuple[str, int]]:
-    if isinstance(part, Mapping):
-        if _is_other_head(part):
-            return
-        for key, value in part.items():
-            if key == "num_classes" and isinstance(value, int) and _HEADS & set(path.split(".")):
-                yield path, value
-            else:
-                yield from _class_counts(value, f"{path}.{key}")
-    elif isinstance(part, (list, tuple)):
-        for index, item in enumerate(part):
-            yield from _class_counts(item, f"{path}.{index}")
 
 
 def _check_heads(heads: Mapping[str, int], classes: Sequence[str], name: str) -> None:
