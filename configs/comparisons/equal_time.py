@@ -18,12 +18,13 @@ _COST = {  # ms an image, the teacher's features stored: docs/background/results
 }
 _hgkd = "configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py"
 _taught = dict(teacher_checkpoint="{teacher}", teacher_features="{features}")
+_visible = {"model.objectives.hgkd.supervise": "visible", "model.objectives.pooled.supervise": "visible"}
 _kinds = {
     "pixels": dict(config="configs/spark/spark_resnet18_10e_cifar128.py"),
     "dense": dict(config=_hgkd, options=dict(mask_ratio=0.0, **_taught)),
     "dense, 96 px": dict(config=_hgkd, options=dict(mask_ratio=0.0, image_size=96, **_taught)),
     "H-GKD 0.6": dict(config=_hgkd, options=_taught),
-    "H-GKD 0.6, 96 px": dict(config=_hgkd, options=dict(image_size=96, **_taught)),
+    "H-GKD 0.6, 96 px": dict(config=_hgkd, options=dict(image_size=96, **_visible, **_taught)),
 }
 
 
