@@ -310,7 +310,7 @@ def layout_mask(image: Tensor) -> Tensor:
 
 def curves(runs: Runs) -> Image.Image:
     """k-NN over the epochs of the first comparison, as the page of results gives it."""
-    rows = results_table()
+    rows = results_table("after epoch")
     figure = Figure(figsize=(8.0, 2.8), layout="constrained")
     axis = figure.subplots()
     for name, values in rows.items():
@@ -321,14 +321,28 @@ def curves(runs: Runs) -> Image.Image:
     return _drawn(figure)
 
 
-def results_table() -> dict[str, list[float]]:
-    """The first table 'after epoch' of the page of results: row -> values."""
+def screen(runs: Runs) -> Image.Image:
+    """k-NN over the processor time of the screen of maskings, as the page of results gives it."""
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for name, values in results_table("700 s, after each epoch").items():
+        seconds = [700.0 * (i + 1) / len(values) for i in range(len(values))]
+        axis.plot(seconds, values, ls="--" if name.startswith("dense") else "-", marker="o", ms=3, label=name)
+    axis.set(xlabel="processor seconds of the training", ylabel="k-NN top-1 % (400 images)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _drawn(figure)
+
+
+def results_table(head: str) -> dict[str, list[float]]:
+    """The first table of the page of results whose head begins so: row -> all numbers in it."""
     (page,) = [path for path in (ROOT / "docs/background/results.md", ROOT / "docs/results.md") if path.exists()]
-    found = re.search(r"^\| after epoch \|[^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    table = rf"^\| {re.escape(head)} \|[^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)+)"
+    found = re.search(table, page.read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:
-        raise RuntimeError(f"{page} has no table 'after epoch'")
+        raise RuntimeError(f"{page} has no table {head!r}")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
-    return {name: [float(value) for value in values if value] for name, *values in cells}
+    return {name: [float(value) for cell in values for value in cell.split(",") if value] for name, *values in cells}
 
 
 def _colour(name: str, alpha: float = 1.0) -> np.ndarray:
@@ -411,7 +425,8 @@ TUTORIALS = {
     "tutorial_segmentor_label_map": Left("predicted/label_maps/*.png", height=360),
 }
 PICTURES: dict[str, Callable[[Runs], Image.Image]] = {
-    made.__name__: made for made in (engine_cells, engine_tiles, engine_gather, engine_exact, curves, features, detections)
+    made.__name__: made
+    for made in (engine_cells, engine_tiles, engine_gather, engine_exact, curves, screen, features, detections)
 }
 
 
