@@ -272,10 +272,12 @@ def dry_run_downstream(cfg: Config) -> str:
         facts = in_force(runner, loop, target)
         level = runner.logger.level
         runner.logger.setLevel("WARNING")  # the checkpoint hook would say that it saves into the trial's folder
-        # some models ask in their step what hooks have noted, e.g. YOLOX for the number of the step
-        for moment in ("before_train", "before_train_epoch"):
-            runner.call_hook(moment)
-        runner.logger.setLevel(level)
+        try:
+            # some models ask in their step what hooks have noted, e.g. YOLOX for the number of the step
+            for moment in ("before_train", "before_train_epoch"):
+                runner.call_hook(moment)
+        finally:
+            runner.logger.setLevel(level)
         runner.model.train()
         batch = next(iter(loop.dataloader))
         same = copy.deepcopy(batch)  # a step may change its batch: some detectors scale boxes in place
