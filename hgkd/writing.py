@@ -74,9 +74,16 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(handle)
         with replacing(path, Path(name)) as beside:
             yield beside
-            mask = os.umask(0)
-            os.umask(mask)
-            beside.chmod(0o666 & ~mask)  # mkstemp gives the owner alone access
+            share(beside)
+
+
+def share(path: Path) -> None:
+    """Give a file, or a folder and all in it, the access that new ones have: tempfile and safetensors give it to the owner
+    alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for part in (path, *path.rglob("*")):
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~mask)
 
 
 @contextmanager

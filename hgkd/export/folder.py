@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hgkd.errors import ExistingFileError, InvalidValueError
 from hgkd.weights.export_folder import CARD_FILE, CARD_PAGE, read_card
-from hgkd.writing import writing
+from hgkd.writing import share, writing
 
 PAGE = "README.md"
 _CARDS = {CARD_FILE, CARD_PAGE, PAGE}
@@ -30,7 +30,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
             yield work
-            _share(work)
+            share(work)
             _move(work, out)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -70,14 +70,6 @@ def check_free(out: Path, force: bool, target: str) -> None:
             f"{out} holds other things than an export ({', '.join(sorted(names - listed)[:3])}), "
             "so --force does not replace it; choose another --out",
         )
-
-
-def _share(work: Path) -> None:
-    """Give the folder and its files the access that new ones have: mkdtemp and safetensors give it to the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (work, *work.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _move(work: Path, out: Path) -> None:

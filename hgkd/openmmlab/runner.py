@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
-from mmengine.dist import is_main_process
 from mmengine.model import BaseModel
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
@@ -169,12 +168,9 @@ class DownstreamRunner(DistillRunner):
         check_pixels(backbone, file, given, where, refuse=not goes_on)
 
     def _after_training(self) -> None:
-        """A distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config.
-
-        Not when a signal has stopped the training: then it goes on with --resume.
-        """
+        """A distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config."""
         student = getattr(plain_model(self), "student", None)
-        if student is not None and not getattr(self.train_loop, "interrupted", False) and is_main_process():
+        if student is not None:
             meta = {"dataset_meta": getattr(self.train_dataloader.dataset, "metainfo", None)}
             content = io.BytesIO()  # torch.save itself tells of a full disk without saying so
             torch.save({"meta": meta, "state_dict": student.state_dict()}, content)

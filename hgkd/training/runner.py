@@ -276,8 +276,9 @@ class DistillRunner(Runner):
             self.cfg.activation_checkpointing = None  # mmengine would do it once more, its own way
             try:
                 model: nn.Module = super().train()
-                self._after_training()
-                self._say_end()
+                if is_main_process() and not getattr(self.train_loop, "interrupted", False):
+                    self._after_training()
+                    self._say_end()
             except BaseException:
                 self._close_tracker()
                 raise
@@ -291,16 +292,16 @@ class DistillRunner(Runner):
 
     def _say_end(self) -> None:
         """Where to find what a training has made, at the end of its log; a signal that stopped it has a line of its own."""
-        if getattr(self.train_loop, "interrupted", False) or not is_main_process():
-            return
-        work_dir = Path(self.work_dir).absolute()
         last = self.message_hub.runtime_info.get("last_ckpt")
-        made = [f"the weights are in {Path(last).absolute()}" if last else "no checkpoint hook, so no weights were saved"]
-        made += [f"pictures in {folder}" for folder in (work_dir / "pictures",) if folder.is_dir()]
-        self.logger.info(f"trained to the end; {', '.join(made)}")
+        made = f"the weights are in {Path(last).absolute()}" if last else "no checkpoint hook, so no weights were saved"
+        pictures = Path(self.work_dir).absolute() / "pictures"
+        self.logger.info(f"trained to the end; {made}{f', pictures in {pictures}' if pictures.is_dir() else ''}")
 
     def _after_training(self) -> None:
-        """What is left to do while the work folder is still held; nothing here."""
+        """What is left to do after the last step, while the work folder is still held, on the first process; nothing here.
+
+        Not when a signal has stopped the training: then it goes on with --resume.
+        """
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         if fn_name == "before_save_checkpoint" and self._whole is not None:
