@@ -8,26 +8,9 @@ vit_small_patch14_dinov2; features: folder that keeps the teacher's features. 'd
 about the time of H-GKD's four; 'dense, equal images' sees as many images.
 """
 
-options = dict(
-    data_root="{pretrain}",
-    val_train_root="{bank}",
-    val_test_root="{test}",
-    limit=3000,
-    epochs=4,
-    warmup_epochs=0.25,
-    workers=0,
-)
-options["val_dataloader.dataset.bank.limit_per_class"] = 40
-options["val_dataloader.dataset.query.limit_per_class"] = 40
-evaluate = dict(
-    methods=["knn", "linear"],
-    train="{bank}",
-    test="{test}",
-    image_size=128,
-    limit_per_class=200,
-    test_limit_per_class=200,
-    workers=0,
-)
+_base_ = "../_base_/comparisons/cifar128.py"
+
+options = dict(epochs=4, warmup_epochs=0.25)
 _teacher = dict(teacher_checkpoint="{teacher}", teacher_features="{features}")
 _dense = "configs/hgkd/hgkd-dense_vit-s14_resnet18_10e_cifar128.py"
 rows = [

@@ -11,26 +11,9 @@ the rows with a decoder. The budget: --cfg-options limit=20000 for all images, l
 Each row sees 3,000 images four times; 'dense' twice, for an image costs it twice as much. cifar128_finetune goes on from here.
 """
 
-options = dict(
-    data_root="{pretrain}",
-    val_train_root="{bank}",
-    val_test_root="{test}",
-    limit=3000,
-    epochs=4,
-    warmup_epochs=0.25,
-    workers=0,
-)
-options["val_dataloader.dataset.bank.limit_per_class"] = 40
-options["val_dataloader.dataset.query.limit_per_class"] = 40
-evaluate = dict(
-    methods=["knn", "linear"],
-    train="{bank}",
-    test="{test}",
-    image_size=128,
-    limit_per_class=200,
-    test_limit_per_class=200,
-    workers=0,
-)
+_base_ = "../_base_/comparisons/cifar128.py"
+
+options = dict(epochs=4, warmup_epochs=0.25)
 _cached = dict(teacher_checkpoint="{teacher}", teacher_features="{features}")
 _dino = dict(teacher_checkpoint="{teacher}")
 _mae = dict(teacher_checkpoint="{mae}")

@@ -8,7 +8,9 @@ what counts as a win; test: the test images, which chose nothing. Three seeds a 
 plan's table of costs, the teacher's tokens on disk for all. Budgets by --only, e.g. --only "dense, 96 px, 500 s".
 """
 
-_IMAGES = 3000
+_base_ = "../_base_/comparisons/cifar128.py"
+
+_IMAGES = _base_.options.limit
 _COST = {  # ms an image, the teacher's features stored: docs/background/results.md, "Costs for comparisons"
     "pixels": 23.6,
     "dense": 59.7,
@@ -35,18 +37,6 @@ def row(kind, seconds):
     return dict(_kinds[kind], name=f"{kind}, {seconds} s", options=options, seeds=[0, 1, 2])
 
 
-options = dict(data_root="{pretrain}", val_train_root="{bank}", val_test_root="{test}", limit=_IMAGES, workers=0)
-options["val_dataloader.dataset.bank.limit_per_class"] = 40
-options["val_dataloader.dataset.query.limit_per_class"] = 40
-evaluate = dict(
-    methods=["knn", "linear"],
-    train="{bank}",
-    test="{test}",
-    image_size=128,
-    limit_per_class=200,
-    test_limit_per_class=200,
-    workers=0,
-)
 rows = [
     dict(name="random", backbone="resnet18", seeds=[0, 1, 2]),
     *(row(kind, seconds) for seconds in (500, 1500, 4500) for kind in _kinds),

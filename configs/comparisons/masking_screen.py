@@ -17,7 +17,9 @@ in one process (forward and backward; 'stored': without the teacher's passes, wh
 follow from it, so that what else runs on the machine changes nothing: rounded, of the dense rows upwards.
 """
 
-_IMAGES = 3000
+_base_ = "../_base_/comparisons/cifar128.py"
+
+_IMAGES = _base_.options.limit
 _BUDGET = 700.0  # processor seconds
 # ms an image of batch 32, (with the teacher in every step, stored): docs/background/results.md, "Costs for comparisons"
 _COST = {
@@ -59,31 +61,15 @@ def row(name, kind, mask_ratio, stored=True, share=1.0, **options):
     return dict(name=name, config="configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py", options=options)
 
 
-options = dict(
-    data_root="{pretrain}",
-    val_train_root="{bank}",
-    val_test_root="{held_out}",
-    teacher_checkpoint="{teacher}",
-    limit=_IMAGES,
-    workers=0,
-)
-options["val_dataloader.dataset.bank.limit_per_class"] = 40
-options["val_dataloader.dataset.query.limit_per_class"] = 40
-evaluate = dict(
-    methods=["knn", "linear"],
-    train="{bank}",
-    test="{held_out}",
-    image_size=128,
-    limit_per_class=200,
-    test_limit_per_class=200,
-    workers=0,
-)
+options = dict(val_test_root="{held_out}", teacher_checkpoint="{teacher}")
+evaluate = dict(test="{held_out}")
 _unmasked_end = 0.3  # share of the steps
 _mixed = (1 - _unmasked_end) * _COST["0.6"][1] + _unmasked_end * _COST["dense"][1]
 _COST["0.6, then whole"] = (0.0, _mixed)
 _mixed = (1 - _unmasked_end) * _COST["0.6, 96 px"][1] + _unmasked_end * _COST["dense 96 px"][1]
 _COST["0.6, then whole, 96 px"] = (0.0, _mixed)
 _visible = {"model.objectives.hgkd.supervise": "visible", "model.objectives.pooled.supervise": "visible"}
+_rectangle = {"model.mask.type": "RectangleMask"}
 rows = [
     row("dense", "dense", 0.0),
     row("dense, lr 1e-3", "dense", 0.0, lr=1e-3),
@@ -117,6 +103,8 @@ rows = [
         unmasked_share=_unmasked_end,
         **_visible,
     ),
+    # what is seen hangs together
+    row("H-GKD 0.6 in one rectangle, 96 px, visible", "0.6, 96 px", 0.6, image_size=96, **_rectangle, **_visible),
     # the teacher in every step, and new crops of the images
     row("dense, crops", "dense", 0.0, stored=False),
     row("dense, crops, 64 px", "dense 64 px", 0.0, stored=False, image_size=64),
