@@ -367,12 +367,14 @@ class RectangleMask(CountedMask):
     """One visible rectangle of cells an image, everything around it hidden: no torn regions, and four borders at most.
 
     A rectangle has the area that a whole number of rows and columns can give nearest to the asked number of cells; of the
-    shapes with that area each image draws one, and its position, evenly. So every image shows the same number of cells, which
-    may differ from the other generators' (:meth:`count` says it): of 4 x 4 cells at ratio 0.6 all show 6, of 7 x 7 all show 20.
+    shapes with that area each batch draws one, and each image its position, evenly. So every image shows the same number of
+    cells, which may differ from the other generators' (:meth:`count` says it): of 4 x 4 cells at ratio 0.6 all show 6, of
+    7 x 7 all show 20. Rectangles of one shape need no sparse arithmetic (:mod:`hgkd.sparse.rectangle`): on a CPU they are the
+    cheapest masks.
 
     Args:
         mask_ratio, rounding, final_mask_ratio, unmasked_share: see :class:`CountedMask`. With a pair of ratios each image has
-            the area nearest to its own.
+            the area nearest to its own, and a shape.
         min_aspect: rows / columns of a rectangle lies between this and its inverse; slivers hold little of an object.
     """
 
@@ -418,15 +420,19 @@ class RectangleMask(CountedMask):
         rows, columns = self.shapes(grid, super().count(grid))[0]
         return rows * columns
 
+    def draw_views(self, views: int, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None = None) -> Tensor:
+        """See :meth:`CountedMask.draw_views`; all views have one shape."""
+        return self.draw(views * batch, grid, at, scores)
+
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
-        asked = CountedMask.count
-        counts = self.counts(batch, grid, at).tolist() if self.counts_differ else [asked(self, grid)] * batch
-        shapes_of = {count: self.shapes(grid, count) for count in set(counts)}
+        counts = self.counts(batch, grid, at).tolist() if self.counts_differ else [CountedMask.count(self, grid)]
+        possible = {count: self.shapes(grid, count) for count in set(counts)}
         visible = np.zeros((batch, *grid), dtype=bool)
         with UniformNumbers(at.generator) as numbers:
-            for image, count in zip(visible, counts, strict=True):
-                shape, top, left = numbers.take(3)
-                rows, columns = shapes_of[count][int(shape * len(shapes_of[count]))]
+            shapes = [possible[count][int(numbers.take(1)[0] * len(possible[count]))] for count in counts]
+            shapes = shapes if self.counts_differ else shapes * batch
+            for image, (rows, columns) in zip(visible, shapes, strict=True):
+                top, left = numbers.take(2)
                 row, column = int(top * (grid[0] - rows + 1)), int(left * (grid[1] - columns + 1))
                 image[row : row + rows, column : column + columns] = True
         return torch.from_numpy(visible).to(at.device)

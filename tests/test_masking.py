@@ -405,8 +405,13 @@ def test_visible_cells_fill_one_rectangle(h: int, w: int, ratio: float, seed: in
      ((3, 9), 0.0, {(3, 9)})],
 )  # fmt: skip
 def test_all_shapes_of_the_area_are_drawn(grid: tuple[int, int], ratio: float, shapes: set[tuple[int, int]]) -> None:
-    drawn = RectangleMask(ratio)(200, grid, device="cpu", generator=torch.Generator().manual_seed(0))
-    assert {bounds(image) for image in drawn} == shapes
+    generator, mask = torch.Generator().manual_seed(0), RectangleMask(ratio)
+    drawn = [mask(3, grid, device="cpu", generator=generator) for _ in range(60)]
+    assert {bounds(image) for batch in drawn for image in batch} == shapes
+    assert all(len({bounds(image) for image in batch}) == 1 for batch in drawn), "a batch has one shape"
+    views = mask.draw_views(3, 2, grid, Randomness("cpu", generator))
+    assert len(views) == 6
+    assert len({bounds(image) for image in views}) == 1
 
 
 def test_a_rectangle_that_no_grid_has_is_refused() -> None:

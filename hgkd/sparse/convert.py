@@ -24,6 +24,7 @@ from hgkd.sparse.layout import CellLayout
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.measured import choice_for
 from hgkd.sparse.packed import PackedTensor
+from hgkd.sparse.rectangle import RectangleTensor
 from hgkd.sparse.spconv import SpconvTensor
 from hgkd.sparse.tensor import SparseTensor
 
@@ -114,7 +115,9 @@ class SparseModule:
             _give_rules(self)  # type: ignore[arg-type]  # e.g. convert_sync_batchnorm has put in new layers
         # with nothing hidden there is nothing to save, and dense kernels are the fastest
         kind = MaskedTensor if cells.all_visible else BACKENDS[self.sparse_backend]
-        if kind is PackedTensor and kernels_mode() == "measure":
+        if kind is PackedTensor and cells.rectangle is not None:
+            kind = RectangleTensor
+        elif kind is PackedTensor and kernels_mode() == "measure":
             choice = choice_for(self, images, cells)  # type: ignore[arg-type]
             cells.chosen, kind = choice.layers, BACKENDS[choice.backend]
         return kind.pack(images, cells)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hgkd.errors import InvalidTypeError, InvalidValueError
@@ -125,6 +127,20 @@ class CellLayout:
     def all_visible(self) -> bool:
         """Whether no cell is hidden; known from shapes alone."""
         return self.num_cells == self.batch * self.grid[0] * self.grid[1]
+
+    @cached_property
+    def rectangle(self) -> tuple[int, int] | None:
+        """(rows, columns) in cells where each image shows one rectangle, all of this size; else None.
+
+        None on other devices than the CPU, whose host would have to wait for the answer.
+        """
+        if self.device.type != "cpu":
+            return None
+        visible = self.visible.numpy()
+        rows, columns = np.asarray(visible.any(2)), np.asarray(visible.any(1))
+        height, width = int(rows[0].sum()), int(columns[0].sum())
+        filled = (visible.sum((1, 2)) == height * width).all()
+        return (height, width) if filled and _one_stretch(rows, height) and _one_stretch(columns, width) else None
 
     @cached_property
     def _slot(self) -> Tensor:
@@ -328,6 +344,12 @@ class CellLayout:
         elif fill != 0.0:
             dense = dense.masked_fill(~self.mask(self.cell // s), fill)
         return dense
+
+
+def _one_stretch(lines: NDArray[np.bool_], length: int) -> bool:
+    """Whether the True entries of every row of an array (B, n) are ``length`` ones side by side."""
+    begins = lines[:, 1:] & ~lines[:, :-1]
+    return bool(((lines.sum(1) == length) & (lines[:, 0] + begins.sum(1) == 1)).all())
 
 
 def _sent_to_host(values: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ from torchvision.ops import StochasticDepth
 from hgkd.differences import largest_difference
 from hgkd.sparse.convert import BACKENDS, sparsify
 from hgkd.sparse.layout import CellLayout
+from hgkd.sparse.masked import MaskedTensor
+from hgkd.sparse.packed import PackedTensor
+from hgkd.sparse.rectangle import RectangleTensor
 from hgkd.sparse.tensor import SparseTensor
 
 # a bias before a norm has gradient 0; what rounding leaves of it is judged by the size of the largest gradient
@@ -78,6 +81,8 @@ def measure_parity(
 ) -> Parity:
     """Run a copy of a network on three small images with 1, 3 and 6 of 2 x 3 cells visible, forward and backward.
 
+    The backend 'gather' on the CPU also on two cells side by side in each, which it takes as rectangles.
+
     The copy is in training mode, without dropout and drop path, and its constant parameters (fresh norms, layer scales)
     are drawn at random: their ones and zeros would hide errors. What is compared is ``forward_features`` where the
     network has it, so a pooling head is left out.
@@ -107,21 +112,32 @@ def measure_parity(
     some = torch.zeros(3, 2, 3, dtype=torch.bool)
     some[0, 1, 1] = some[1, 0, 0] = some[1, 0, 1] = some[1, 1, 2] = True
     some[2] = True
-    hidden, everything = (CellLayout(mask.to(device), cell, renormalize) for mask in (some, torch.ones_like(some)))
-    found = _run(sparsify(network, cell, backend, renormalize), images, backend, hidden)
-    expected = _run(sparsify(network, cell, "masked", renormalize), images, "masked", hidden)
-    open_found = _run(sparsify(network, cell, backend, renormalize), images, backend, everything)
+    kind = BACKENDS[backend]
+    compared = [_compare(network, images, backend, kind, CellLayout(some.to(device), cell, renormalize))]
+    if kind is PackedTensor and images.device.type == "cpu":  # where it takes visible rectangles as crops
+        pairs = torch.zeros(3, 2, 3, dtype=torch.bool)
+        pairs[0, 1, 1:] = pairs[1, 0, :2] = pairs[2, 0, 1:] = True
+        compared.append(_compare(network, images, backend, RectangleTensor, CellLayout(pairs, cell, renormalize)))
+    outputs, gradients, statistics = map(max, zip(*compared, strict=True))
+    everything = CellLayout(torch.ones_like(some, device=device), cell, renormalize)
+    open_found = _run(sparsify(network, cell, backend, renormalize), images, kind, everything)
     open_expected = _run(copy.deepcopy(network), images, None, everything)
-    outputs, gradients, statistics = (_difference(a, b) for a, b in zip(found, expected, strict=True))
     dense = max(_difference(a, b) for a, b in zip(open_found, open_expected, strict=True))
     return Parity(outputs, gradients, statistics, dense)
 
 
-def _run(network: nn.Module, images: Tensor, backend: str | None, cells: CellLayout) -> list[dict[str, Tensor]]:
-    """Outputs, gradients and buffers of one forward and backward; ``backend`` None: the dense network."""
+def _compare(network: nn.Module, images: Tensor, backend: str, kind: type[SparseTensor], cells: CellLayout) -> list[float]:
+    """Largest differences of outputs, gradients and buffers from the reference's."""
+    found = _run(sparsify(network, cells.cell, backend, cells.renormalize), images, kind, cells)
+    expected = _run(sparsify(network, cells.cell, "masked", cells.renormalize), images, MaskedTensor, cells)
+    return [_difference(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+def _run(network: nn.Module, images: Tensor, kind: type[SparseTensor] | None, cells: CellLayout) -> list[dict[str, Tensor]]:
+    """Outputs, gradients and buffers of one forward and backward; ``kind`` None: of the dense network."""
     leaf = images.clone().requires_grad_()
     forward = getattr(network, "forward_features", network)
-    made = forward(leaf if backend is None else BACKENDS[backend].pack(leaf, cells))
+    made = forward(leaf if kind is None else kind.pack(leaf, cells))
     outputs = {str(i): t.to_dense() if isinstance(t, SparseTensor) else t for i, t in enumerate(_tensors(made))}
     total = images.new_zeros(())
     for i, output in enumerate(outputs.values()):

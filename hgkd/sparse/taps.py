@@ -37,7 +37,7 @@ def tap_factor(layout: CellLayout, geometry: ConvGeometry, dtype: torch.dtype) -
     def make() -> Tensor:
         visible = layout.mask(layout.cell // geometry.s_in).float()
         with torch.no_grad(), torch.autocast(visible.device.type, enabled=False):
-            inside, seen = _taps(torch.ones_like(visible[:1]), geometry), _taps(visible, geometry).clamp_min(1.0)
+            inside, seen = taps_on(torch.ones_like(visible[:1]), geometry), taps_on(visible, geometry).clamp_min(1.0)
             return inside.to(wide) / seen.to(wide)  # the counts are exact, the quotient is not
 
     wide = torch.promote_types(dtype, torch.float32)
@@ -67,7 +67,7 @@ def renormalised(factor: Tensor | None, bias: Tensor | None, convolve: Callable[
     return out if bias is None else out + bias.to(out.dtype).view(1, -1, 1, 1)
 
 
-def _taps(positions: Tensor, geometry: ConvGeometry) -> Tensor:
+def taps_on(positions: Tensor, geometry: ConvGeometry) -> Tensor:
     """Number of taps of each window that fall on ones: (B, 1, H, W) -> (B, 1, H', W')."""
     sides: list[int] = []
     for axis in (1, 0):  # torch.nn.functional.pad begins with the last axis

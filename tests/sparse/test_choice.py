@@ -265,7 +265,7 @@ def test_the_first_process_decides_for_all(rank, monkeypatch) -> None:
     told = one_of_two_processes(monkeypatch, rank)
     network = net()
     assert type(pack(network)) is MaskedTensor
-    assert type(pack(network, torch.tensor([[[True, False], [False, False]]]))) is MaskedTensor, "other shapes, no second talk"
+    assert type(pack(network, torch.tensor([[[True, False], [True, True]]]))) is MaskedTensor, "other shapes, no second talk"
     assert len(told) == 1
     assert (told[0] is None) == bool(rank)
     assert bool(clock.runs) == (not rank)

@@ -19,36 +19,51 @@ from hgkd.errors import NoSparseRuleError
 from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, kernels, layer_rule, sparsify
 from hgkd.sparse.kernels import ConvGeometry, choose_kernel, convolve
 from hgkd.sparse.packed import _geometry
+from hgkd.sparse.rectangle import RectangleTensor
+
+RECTANGLES = -1.0  # in the place of a share
 
 
 def random_layout(seed: int, batch: int, h: int, w: int, cell: int, share: float) -> CellLayout:
+    """Cells drawn with a probability, at least one an image; RECTANGLES: one rectangle an image, all of a random size."""
     generator = torch.Generator().manual_seed(seed)
+    if share == RECTANGLES:
+        visible = torch.zeros(batch, h, w, dtype=torch.bool)
+        rows, columns = (int(torch.randint(1, side + 1, (), generator=generator)) for side in (h, w))
+        for image in visible:
+            top, left = (int(torch.randint(side, (), generator=generator)) for side in (h - rows + 1, w - columns + 1))
+            image[top : top + rows, left : left + columns] = True
+        return CellLayout(visible, cell)
     visible = torch.rand(batch, h, w, generator=generator) < share
     visible[:, -1, 0] = True
     return CellLayout(visible, cell)
 
 
-def compare(function, layout: CellLayout, x: Tensor, parameters: list[Tensor], tolerance: float) -> None:
-    """Value and gradients of ``function(sparse, *parameters)`` in both backends."""
+def compare(
+    function, layout: CellLayout, x: Tensor, parameters: list[Tensor], tolerance: float, kinds=(PackedTensor, RectangleTensor)
+) -> None:
+    """Value and gradients of ``function(sparse, *parameters)`` in all backends that can hold the layout."""
+    kinds = [kind for kind in kinds if kind is not RectangleTensor or layout.rectangle is not None]
     results = []
-    for kind in (PackedTensor, MaskedTensor):
+    for kind in (*kinds, MaskedTensor):
         leaf = x.clone().requires_grad_()
         weights = [p.clone().requires_grad_() for p in parameters]
         out = function(kind.pack(leaf, layout), *weights).to_dense()
         probe = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
         grads = torch.autograd.grad((out * probe).sum(), [leaf, *weights])
         results.append([out, *grads])
-    for found, expected in zip(*results, strict=True):
-        scale = expected.abs().max().clamp_min(1.0)
-        apart = torch.where(found == expected, 0.0, found - expected)  # a maximum of padding alone is minus infinity in both
-        assert (apart.abs().max() / scale).item() < tolerance
+    for kind, result in zip(kinds, results[:-1], strict=True):
+        for found, expected in zip(result, results[-1], strict=True):
+            scale = expected.abs().max().clamp_min(1.0)
+            apart = torch.where(found == expected, 0.0, found - expected)  # a maximum of padding alone: minus infinity in both
+            assert (apart.abs().max() / scale).item() < tolerance, kind
 
 
 GRIDS = {
     "batch": st.integers(1, 3),
     "h": st.integers(1, 4),
     "w": st.integers(1, 4),
-    "share": st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+    "share": st.sampled_from([0.0, 0.3, 0.7, 1.0, RECTANGLES]),
     "seed": st.integers(0, 10_000),
 }
 
@@ -185,7 +200,7 @@ def test_every_kernel_on_every_shape(kernel_name, slice_elements, batch, h, w, s
         return x.like(convolve(x.plain, weight, None, 1, geometry, x.cells, kernel_name))
 
     with mock.patch.object(kernels, "_SLICE_ELEMENTS", slice_elements):
-        compare(conv, layout, x, [weight], 1e-9)
+        compare(conv, layout, x, [weight], 1e-9, kinds=(PackedTensor,))
 
 
 def test_cells_around_by_hand() -> None:
@@ -224,7 +239,7 @@ def test_input_gradients_of_uneven_windows(batch, h, w, share, seed, kernel, dil
         geometry = ConvGeometry(s_in, kernel, (stride, stride), (sides[2], sides[0]), (dilation, dilation))
         return x.like(convolve(x.plain, weight, None, 1, geometry, x.cells, "im2col"))
 
-    compare(conv, layout, x, [weight], 1e-9)
+    compare(conv, layout, x, [weight], 1e-9, kinds=(PackedTensor,))
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(2, (2, 3, 2, 3)), (1, (3, 3, 3, 3)), (1, (0, 6, 6, 0)), (2, (3, 3, 3, 3))])
@@ -258,7 +273,7 @@ def test_pooling(batch, h, w, share, seed, kernel, stride, factor, average, ceil
     compare(pool, layout, x, [], 1e-9)
 
 
-@pytest.mark.parametrize("kind", [PackedTensor, MaskedTensor])
+@pytest.mark.parametrize("kind", [PackedTensor, RectangleTensor, MaskedTensor])
 def test_max_pool_counts_hidden_places_as_zero_and_the_border_as_nothing(kind) -> None:
     """Hand-computed: all values -1; a window that touches a hidden position gives 0, one at the image's border -1."""
     visible = torch.tensor([[[True, False]]])
@@ -292,7 +307,7 @@ def test_image_mean_by_hand() -> None:
     """One of two cells visible: only its four values count."""
     x = torch.arange(8.0).view(1, 1, 2, 4)
     layout = CellLayout(torch.tensor([[[False, True]]]), 2)
-    for kind in (PackedTensor, MaskedTensor):
+    for kind in (PackedTensor, RectangleTensor, MaskedTensor):
         assert kind.pack(x, layout).mean((2, 3)).tolist() == [[(2 + 3 + 6 + 7) / 4]]
 
 
