@@ -204,13 +204,27 @@ def encoder_step(network: nn.Module, images: Tensor, visible: Callable[[], Tenso
 
 
 def _encoder_steps(
-    model: nn.Module, images: Tensor, keep: int, cell: int, backends: Sequence[str], device: str = "cpu", dtype: str = "fp32"
+    model: nn.Module,
+    images: Tensor,
+    keep: int,
+    cell: int,
+    backends: Sequence[str],
+    device: str = "cpu",
+    dtype: str = "fp32",
+    mask: str = "random",
 ) -> dict[str, Step]:
     """Backend, 'dense' among them -> the step of an encoder that sees ``keep`` cells of each image, others in each step."""
     batch, grid = len(images), (images.shape[-2] // cell, images.shape[-1] // cell)
+    sides = _rectangle(grid, keep) if mask == "rectangle" else None
 
     def draw() -> Tensor:
-        return highest(torch.rand(batch, *grid, device=device), keep)
+        if sides is None:
+            return highest(torch.rand(batch, *grid, device=device), keep)
+        visible = torch.zeros(batch, *grid, dtype=torch.bool, device=device)
+        for image in visible:
+            top, left = (int(torch.randint(whole - side + 1, ())) for whole, side in zip(grid, sides, strict=True))
+            image[top : top + sides[0], left : left + sides[1]] = True
+        return visible
 
     return {
         backend: encoder_step(model, images, None, device, dtype)
@@ -218,6 +232,16 @@ def _encoder_steps(
         else encoder_step(sparsify(model, cell, backend), images, draw, device, dtype)
         for backend in backends
     }
+
+
+def _rectangle(grid: tuple[int, int], area: int) -> tuple[int, int]:
+    """(rows, columns) of the most square rectangle of an area on a grid."""
+    fits = [(rows, area // rows) for rows in range(1, grid[0] + 1) if area % rows == 0 and area // rows <= grid[1]]
+    if not fits:
+        raise InvalidValueError(
+            "no-such-rectangle", f"no rectangle on a {grid[0]} x {grid[1]} grid shows {area} cells; use another --mask-ratio"
+        )
+    return min(fits, key=lambda sides: abs(sides[0] - sides[1]))
 
 
 def sparse_speedup(
@@ -277,8 +301,16 @@ def benchmark_sparse(
     dtype: str = "fp32",
     repeats: int = 7,
     clock: str = "wall",
+    mask: str = "random",
 ) -> dict[str, Any]:
-    """Measure an encoder; returns ``{"limit", "settings", "results": [{"backend", "step_ms", ...}]}``."""
+    """Measure an encoder; returns ``{"limit", "settings", "results": [{"backend", "step_ms", ...}]}``.
+
+    Args:
+        mask: 'random' cells, or one 'rectangle' an image of as many cells.
+
+    Raises:
+        ValueError: an unknown student, or no rectangle of so many cells.
+    """
     if not timm.is_model(student):
         raise InvalidValueError("student-unknown", unknown_name_message("student", student, timm.list_models()))
     grid = grid_of((image_size, image_size), cell)
@@ -287,8 +319,9 @@ def benchmark_sparse(
     model.to(device, memory_format=torch.channels_last).train()
     images = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     keep = visible_count(*grid, mask_ratio)
-    steps = _encoder_steps(model, images, keep, cell, backends, device, dtype)
-    settings = {"student": student, "image_size": image_size, "cell": cell, "visible_cells": [keep, grid[0] * grid[1]]}
+    steps = _encoder_steps(model, images, keep, cell, backends, device, dtype, mask)
+    settings: dict[str, Any] = {"student": student, "image_size": image_size, "cell": cell, "mask": mask}
+    settings["visible_cells"] = [keep, grid[0] * grid[1]]
     results = measure(steps, batch_size, device, repeats, clock)
     return {
         "limit": grid[0] * grid[1] / keep,
