@@ -35,6 +35,7 @@ _COST = {
     "0.6, 96 px": (0.0, 0.593 * 30.1),
     "0.75, 96 px": (0.0, 0.352 * 30.1),
     "0 to 0.75, 96 px": (0.0, 0.826 * 30.1),
+    "0.6 in one rectangle, 96 px": (0.0, 0.53 * 30.1),
 }
 _stored = dict(teacher_features="{features}")
 _fresh = {  # random crops, so that nothing can be stored
@@ -104,7 +105,14 @@ rows = [
         **_visible,
     ),
     # what is seen hangs together
-    row("H-GKD 0.6 in one rectangle, 96 px, visible", "0.6, 96 px", 0.6, image_size=96, **_rectangle, **_visible),
+    row(
+        "H-GKD 0.6 in one rectangle, 96 px, visible",
+        "0.6 in one rectangle, 96 px",
+        0.6,
+        image_size=96,
+        **_rectangle,
+        **_visible,
+    ),
     # the teacher in every step, and new crops of the images
     row("dense, crops", "dense", 0.0, stored=False),
     row("dense, crops, 64 px", "dense 64 px", 0.0, stored=False, image_size=64),
