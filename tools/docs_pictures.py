@@ -323,11 +323,22 @@ def curves(runs: Runs) -> Image.Image:
 
 def screen(runs: Runs) -> Image.Image:
     """k-NN over the processor time of the screen of maskings, as the page of results gives it."""
+    return _over_time("700 s, after each epoch", 700.0)
+
+
+def long_runs(runs: Runs) -> Image.Image:
+    """The same of the longest runs."""
+    return _over_time("4,500 s, after each epoch", 4500.0)
+
+
+def _over_time(head: str, budget: float) -> Image.Image:
+    """Curves of a table of the page of results, whose rows spend a budget of processor seconds in equal epochs."""
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     axis = figure.subplots()
-    for name, values in results_table("700 s, after each epoch").items():
-        seconds = [700.0 * (i + 1) / len(values) for i in range(len(values))]
-        axis.plot(seconds, values, ls="--" if name.startswith("dense") else "-", marker="o", ms=3, label=name)
+    for name, values in results_table(head).items():
+        seconds = [budget * (i + 1) / len(values) for i in range(len(values))]
+        size = 3 if len(values) < 30 else 2
+        axis.plot(seconds, values, ls="--" if name.startswith("dense") else "-", marker="o", ms=size, lw=1, label=name)
     axis.set(xlabel="processor seconds of the training", ylabel="k-NN top-1 % (400 images)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -426,7 +437,7 @@ TUTORIALS = {
 }
 PICTURES: dict[str, Callable[[Runs], Image.Image]] = {
     made.__name__: made
-    for made in (engine_cells, engine_tiles, engine_gather, engine_exact, curves, screen, features, detections)
+    for made in (engine_cells, engine_tiles, engine_gather, engine_exact, curves, screen, long_runs, features, detections)
 }
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from tools import docs_pictures  # noqa: E402
 
 TILE = 192 + 2  # an image and the gap after it
-DRAWN = ("engine_cells", "engine_tiles", "engine_gather", "engine_exact", "curves", "screen")
+DRAWN = ("engine_cells", "engine_tiles", "engine_gather", "engine_exact", "curves", "screen", "long_runs")
 
 
 def pixels_of(path: Path) -> np.ndarray:
