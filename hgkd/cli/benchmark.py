@@ -85,7 +85,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     sparse.add_argument("--image-size", type=int, default=224, help="side of the images in pixels")
     sparse.add_argument("--mask-ratio", type=float, default=0.755, help="share of hidden cells (0.755: 12 of 49 visible)")
     sparse.add_argument(
-        "--mask", default="random", choices=["random", "rectangle"], help="which cells are visible: any, or one rectangle of them"
+        "--mask",
+        default="random",
+        choices=["random", "rectangle"],
+        help="which cells are visible: any, or one rectangle",
     )
     sparse.add_argument("--cell", type=int, default=32, help="side of a mask cell, pixels")
     distill = commands.add_parser("distill", parents=[shared], help="whole step of a config, teacher included")
@@ -147,7 +150,8 @@ def steps_table(result: dict[str, Any], compared: Sequence[str]) -> Table:
     keep, total = settings["visible_cells"]
     shape = " in one rectangle" if settings.get("mask") == "rectangle" else ""
     table = Table(
-        title=f"{settings['student']} {settings['image_size']} px, {keep}/{total} visible{shape} (FLOP limit {result['limit']:.2f}x), "
+        title=f"{settings['student']} {settings['image_size']} px, {keep}/{total} visible{shape} "
+        f"(FLOP limit {result['limit']:.2f}x), "
         f"batch {settings['batch_size']}, {settings['dtype']}, {settings['device']}"
     )
     others = [row["backend"] for row in result["results"] if row["backend"] in compared]

@@ -45,6 +45,18 @@ def test_sparse_writes_the_promised_json(tmp_path, capsys) -> None:
     assert "FLOP limit 4.00x" in capsys.readouterr().out
 
 
+def test_sparse_measures_rectangles(tmp_path, capsys, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(benchmark_api, "encoder_step", lambda network, images, visible, *_: lambda: seen.append(visible()))
+    command = ["sparse", "--student", "test_resnet", "--image-size", "96", "--batch-size", "2", "--mask", "rectangle"]
+    rest = ["--backends", "gather", "--repeats", "1", "--json", str(tmp_path / "out.json")]
+    assert benchmark.main([*command, "--mask-ratio", "0.55", *rest]) == 0
+    assert {CellLayout(visible, 32).rectangle for visible in seen} == {(2, 2)}
+    assert "4/9 visible in one rectangle (FLOP limit 2.25x)" in " ".join(capsys.readouterr().out.split())
+    assert benchmark.main([*command, "--mask-ratio", "0.45", *rest]) == 2
+    assert "no rectangle on a 3 x 3 grid shows 5 cells" in capsys.readouterr().err
+
+
 def test_peak_memory_counts_live_tensors_only() -> None:
     def step() -> None:
         for _ in range(3):
