@@ -5,12 +5,14 @@
 
 Folders as in masking_screen.py, where the settings were chosen on held-out images and where the question is written down with
 what counts as a win; test: the test images, which chose nothing. Three seeds a row; processor seconds at one thread from that
-plan's table of costs, the teacher's tokens on disk for all. Budgets by --only, e.g. --only "dense, 96 px, 500 s".
+plan's table of costs, the teacher's tokens on disk for all. Each student is judged at the size that it was trained at: one of
+96 px loses up to 4 points at 128 px. Budgets by --only, e.g. --only "dense, 96 px, 500 s".
 """
 
 _base_ = "../_base_/comparisons/cifar128.py"
 
 _IMAGES = _base_.options.limit
+_judged = _base_.evaluate
 _COST = {  # ms an image, the teacher's features stored: docs/background/results.md, "Costs for comparisons"
     "pixels": 23.6,
     "dense": 59.7,
@@ -38,7 +40,8 @@ def row(kind, seconds):
     """A row that is trained for a budget: whole epochs, the nearest number of them."""
     epochs = round(seconds * 1e3 / _COST[kind] / _IMAGES)
     options = {**_kinds[kind].get("options", {}), "epochs": epochs, "warmup_epochs": 0.25}
-    return dict(_kinds[kind], name=f"{kind}, {seconds} s", options=options, seeds=[0, 1, 2])
+    judged = {**_judged, "image_size": options.get("image_size", 128)}
+    return dict(_kinds[kind], name=f"{kind}, {seconds} s", options=options, seeds=[0, 1, 2], evaluate=judged)
 
 
 rows = [

@@ -20,6 +20,7 @@ follow from it, so that what else runs on the machine changes nothing: rounded, 
 _base_ = "../_base_/comparisons/cifar128.py"
 
 _IMAGES = _base_.options.limit
+_judged = _base_.evaluate
 _BUDGET = 700.0  # processor seconds
 # ms an image of batch 32, (with the teacher in every step, stored): docs/background/results.md, "Costs for comparisons"
 _COST = {
@@ -59,7 +60,8 @@ def row(name, kind, mask_ratio, stored=True, share=1.0, **options):
     epochs = epochs_of(_BUDGET * share, kind, stored)
     schedule = dict(epochs=epochs, warmup_epochs=0.25, mask_ratio=mask_ratio)
     options = {**(_stored if stored else _fresh), **schedule, **options}
-    return dict(name=name, config="configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py", options=options)
+    judged = {**_judged, "test": "{held_out}", "image_size": options.get("image_size", 128)}  # as it was trained
+    return dict(name=name, config="configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py", options=options, evaluate=judged)
 
 
 options = dict(val_test_root="{held_out}", teacher_checkpoint="{teacher}")
