@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hgkd.errors import InvalidValueError, NoSparseRuleError
+from hgkd.errors import NoSparseRuleError
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments, window_geometry
 from hgkd.sparse.kernels import ConvGeometry
 from hgkd.sparse.layout import CellLayout
@@ -74,10 +74,7 @@ class MaskedTensor(SparseTensor):
 
     def per_image(self, value: Tensor) -> Tensor:
         """(B, ...) operands broadcast without reshaping."""
-        if value.shape[0] != self.cells.batch:
-            raise InvalidValueError(
-                "operand-shape", f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
-            )
+        self.check_per_image(value)
         return value
 
     def image_sum(self, values: Tensor) -> Tensor:

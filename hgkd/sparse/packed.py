@@ -47,10 +47,7 @@ class PackedTensor(SparseTensor):
 
     def per_image(self, value: Tensor) -> Tensor:
         """Repeat (B, ...) for each visible cell of its image: (T, ...)."""
-        if value.shape[0] != self.cells.batch:
-            raise InvalidValueError(
-                "operand-shape", f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
-            )
+        self.check_per_image(value)
         return RepeatImages.apply(value, self.cells)
 
     def image_sum(self, values: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgkd.errors import InvalidValueError
 from hgkd.sparse.convolution import avg_pool_arguments, conv_arguments, max_pool_arguments
 from hgkd.sparse.kernels import ConvGeometry
 from hgkd.sparse.layout import CellLayout
@@ -50,10 +49,7 @@ class RectangleTensor(PackedTensor):
 
     def per_image(self, value: Tensor) -> Tensor:
         """(B, ...) operands broadcast without reshaping."""
-        if value.shape[0] != self.cells.batch:
-            raise InvalidValueError(
-                "operand-shape", f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
-            )
+        self.check_per_image(value)
         return value
 
     def image_sum(self, values: Tensor) -> Tensor:

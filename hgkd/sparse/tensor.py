@@ -136,6 +136,13 @@ class SparseTensor(Tensor):
                 "to_dense after torch.nn.functional.pad: the padding belongs to the convolution or pooling to come",
             )
 
+    def check_per_image(self, value: Tensor) -> None:
+        """Refuse an operand that has not one entry an image."""
+        if value.shape[0] != self.cells.batch:
+            raise InvalidValueError(
+                "operand-shape", f"an operand of shape {tuple(value.shape)} does not fit a batch of {self.cells.batch} images"
+            )
+
     @property
     def spatial_dims(self) -> tuple[int, int]:
         """The two dimensions of positions."""
