@@ -6,7 +6,7 @@
 Folders as in masking_screen.py, where the settings were chosen on held-out images and where the question is written down with
 what counts as a win; test: the test images, which chose nothing. Three seeds a row; processor seconds at one thread from that
 plan's table of costs, the teacher's tokens on disk for all. Each student is judged at the size that it was trained at: one of
-96 px loses up to 4 points at 128 px. Budgets by --only, e.g. --only "dense, 96 px, 500 s".
+96 px loses up to 3.4 points of k-NN at 128 px. Budgets by --only, e.g. --only "dense, 96 px, 500 s".
 """
 
 _base_ = "../_base_/comparisons/cifar128.py"
@@ -40,7 +40,7 @@ def row(kind, seconds):
     """A row that is trained for a budget: whole epochs, the nearest number of them."""
     epochs = round(seconds * 1e3 / _COST[kind] / _IMAGES)
     options = {**_kinds[kind].get("options", {}), "epochs": epochs, "warmup_epochs": 0.25}
-    judged = {**_judged, "image_size": options.get("image_size", 128)}
+    judged = {**_judged, "image_size": options.get("image_size", _judged["image_size"])}
     return dict(_kinds[kind], name=f"{kind}, {seconds} s", options=options, seeds=[0, 1, 2], evaluate=judged)
 
 

@@ -60,7 +60,8 @@ def row(name, kind, mask_ratio, stored=True, share=1.0, **options):
     epochs = epochs_of(_BUDGET * share, kind, stored)
     schedule = dict(epochs=epochs, warmup_epochs=0.25, mask_ratio=mask_ratio)
     options = {**(_stored if stored else _fresh), **schedule, **options}
-    judged = {**_judged, "test": "{held_out}", "image_size": options.get("image_size", 128)}  # as it was trained
+    size = options.get("image_size", _judged["image_size"])  # as it was trained
+    judged = {**_judged, "test": "{held_out}", "image_size": size}
     return dict(name=name, config="configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py", options=options, evaluate=judged)
 
 
@@ -72,7 +73,6 @@ _COST["0.6, then whole"] = (0.0, _mixed)
 _mixed = (1 - _unmasked_end) * _COST["0.6, 96 px"][1] + _unmasked_end * _COST["dense 96 px"][1]
 _COST["0.6, then whole, 96 px"] = (0.0, _mixed)
 _visible = {"model.objectives.hgkd.supervise": "visible", "model.objectives.pooled.supervise": "visible"}
-_rectangle = {"model.mask.type": "RectangleMask"}
 rows = [
     row("dense", "dense", 0.0),
     row("dense, lr 1e-3", "dense", 0.0, lr=1e-3),
@@ -112,7 +112,7 @@ rows = [
         "0.6 in one rectangle, 96 px",
         0.6,
         image_size=96,
-        **_rectangle,
+        **{"model.mask.type": "RectangleMask"},
         **_visible,
     ),
     # the teacher in every step, and new crops of the images

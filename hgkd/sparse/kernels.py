@@ -69,6 +69,11 @@ class ConvGeometry:
     def is_pointwise(self) -> bool:
         return self.kernel == (1, 1) and self.pad == (0, 0)
 
+    @property
+    def stays_in_cells(self) -> bool:
+        """Whether windows lie side by side, so that none reads beyond its own cell."""
+        return self.kernel == self.stride and self.pad == (0, 0) and self.dilation == (1, 1)
+
     def offsets(self, axis: int) -> tuple[int, ...]:
         """Input offset of each tap along an axis (0 vertical, 1 horizontal)."""
         return tuple(k * self.dilation[axis] - self.pad[axis] for k in range(self.kernel[axis]))

@@ -118,7 +118,7 @@ def _max_pool2d(func: Function, owner: PackedTensor, args: Arguments, kwargs: Op
     x = given["input"]
     geometry = _geometry("max_pool2d", x, given["kernel_size"], given)
     tiles = x.plain
-    if geometry.pad != (0, 0) or geometry.kernel != geometry.stride or geometry.dilation != (1, 1):
+    if not geometry.stays_in_cells:
         # a hidden position counts as 0, as in the masked-dense network; a place outside the image as minus infinity
         outside = x.pending.value if x.pending else float("-inf")
         tiles = kernels.halo_tiles(tiles, geometry, x.cells, outside)
@@ -130,7 +130,7 @@ def _avg_pool2d(func: Function, owner: PackedTensor, args: Arguments, kwargs: Op
     given = avg_pool_arguments(args, kwargs)
     x, divisor = given["input"], given["divisor_override"]
     geometry = _geometry("avg_pool2d", x, given["kernel_size"], given)
-    if geometry.pad == (0, 0) and geometry.kernel == geometry.stride:
+    if geometry.stays_in_cells:
         return x.like(F.avg_pool2d(x.plain, geometry.kernel, geometry.stride, divisor_override=divisor))
     tiles = kernels.halo_tiles(x.plain, geometry, x.cells)
     pooled = F.avg_pool2d(tiles, geometry.kernel, geometry.stride, divisor_override=divisor)

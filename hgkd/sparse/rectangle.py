@@ -8,7 +8,7 @@ hidden positions count as 0: nothing is gathered, and a visible cell costs what 
 from __future__ import annotations
 
 from collections import ChainMap
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,12 +82,11 @@ def _conv2d(func: Function, owner: RectangleTensor, args: Arguments, kwargs: Opt
     if geometry.border != "constant":
         return _by_whole_images(func, x, args, kwargs)
     values = _padded(x)
-    if geometry.kernel == (1, 1) and geometry.pad == (0, 0):
+    if geometry.is_pointwise:
         # torch on the CPU ends the process in strided 1x1 convolutions of few channels in channels_last; these are the same
         step = geometry.stride[0]
         values, given["stride"] = values[:, :, ::step, ::step], 1
-    factor = _cropped(tap_factor(x.cells, geometry, x.dtype), x.cells, geometry)
-    return x.like(renormalised(factor, bias, lambda bias: F.conv2d(values, bias=bias, **given)))
+    return x.like(renormalised(_tap_factor(x, geometry), bias, lambda bias: F.conv2d(values, bias=bias, **given)))
 
 
 @function_rule("max_pool2d", on=(RectangleTensor,))
@@ -99,6 +98,8 @@ def _max_pool2d(func: Function, owner: RectangleTensor, args: Arguments, kwargs:
         return _by_whole_images(func, x, args, kwargs)  # more than a hidden position's 0 must not be put in its place
     given.pop("return_indices", None)
     out = F.max_pool2d(_padded(x), **given)
+    if geometry.stays_in_cells:
+        return x.like(out)
     floor = x.cells.keep(("floor", geometry), lambda: _touches_hidden(x.cells, geometry))
     return x.like(out.masked_fill(floor & (out < 0.0), 0.0))
 
@@ -114,8 +115,7 @@ def _avg_pool2d(func: Function, owner: RectangleTensor, args: Arguments, kwargs:
     pooled = F.avg_pool2d(_padded(x), *options)
     if share is not None:
         pooled = pooled / crop(share.expand(x.cells.batch, -1, -1, -1), x.cells, geometry.s_out)
-    factor = _cropped(tap_factor(x.cells, geometry, x.dtype), x.cells, geometry)
-    return x.like(renormalised(factor, None, lambda _: pooled))
+    return x.like(renormalised(_tap_factor(x, geometry), None, lambda _: pooled))
 
 
 def _padded(x: RectangleTensor) -> Tensor:
@@ -123,8 +123,9 @@ def _padded(x: RectangleTensor) -> Tensor:
     return x.plain if x.pending is None else F.pad(x.plain, x.pending.sides, x.pending.mode, x.pending.value)
 
 
-def _cropped(factor: Tensor | None, cells: CellLayout, geometry: ConvGeometry) -> Tensor | None:
+def _tap_factor(x: RectangleTensor, geometry: ConvGeometry) -> Tensor | None:
     """:func:`tap_factor` of the visible rectangles."""
+    cells, factor = x.cells, tap_factor(x.cells, geometry, x.dtype)
     if factor is None:
         return None
     return cells.keep(("rectangle_tap_factor", geometry, factor.dtype), lambda: crop(factor, cells, geometry.s_out))
@@ -138,8 +139,8 @@ def _touches_hidden(cells: CellLayout, geometry: ConvGeometry) -> Tensor:
 
 def _by_whole_images(func: Function, x: RectangleTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     """What crops alone do not tell, such as a reflection at the image's border, by the reference; rare."""
-    whole = MaskedTensor.pack(x.cells.scatter_cells(x._tiles()), x.cells)
+    whole = MaskedTensor.wrap(x.cells.scatter_cells(x._tiles()), x.cells)
     whole.pending = x.pending
     rest = tuple(whole if argument is x else argument for argument in args)
-    out = MaskedTensor.rules[func](func, whole, rest, {k: whole if v is x else v for k, v in kwargs.items()})
-    return x.like(crop(cast(MaskedTensor, out).plain, x.cells, x.cells.side(cast(MaskedTensor, out).stride)))
+    out: MaskedTensor = MaskedTensor.rules[func](func, whole, rest, {k: whole if v is x else v for k, v in kwargs.items()})
+    return x.like(crop(out.plain, x.cells, x.cells.side(out.stride)))

@@ -30,8 +30,7 @@ def tap_factor(layout: CellLayout, geometry: ConvGeometry, dtype: torch.dtype) -
     None where it is 1 everywhere: the layout does not renormalise, nothing is hidden, or no window leaves its cell.
     Outputs without any visible tap, which lie at hidden positions, have the factor of one tap.
     """
-    inside_cell = geometry.kernel == geometry.stride and geometry.pad == (0, 0) and geometry.dilation == (1, 1)
-    if not layout.renormalize or layout.all_visible or geometry.is_pointwise or inside_cell:
+    if not layout.renormalize or layout.all_visible or geometry.is_pointwise or geometry.stays_in_cells:
         return None
 
     def make() -> Tensor:
