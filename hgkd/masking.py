@@ -232,6 +232,10 @@ class CountedMask:
         counts = (keep + (0.5 if self.rounding == "round" else 0.0) + 1e-6).floor().long()
         return counts.clamp(visible_count(*grid, high, self.rounding), visible_count(*grid, low, self.rounding))
 
+    def rectangle(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """(rows, columns) of the rectangle that every image of the last draw shows, where each shows one, all of one size."""
+        return None
+
     def describe(self, grid: tuple[int, int]) -> str:
         """The cells that an image shows over the training, as a text for logs: '20 of 49 visible (mask_ratio 0.6)'."""
         first, last = self._extremes()
@@ -369,8 +373,8 @@ class RectangleMask(CountedMask):
     A rectangle has the area that a whole number of rows and columns can give nearest to the asked number of cells; of the
     shapes with that area each batch draws one, and each image its position, evenly. So every image shows the same number of
     cells, which may differ from the other generators' (:meth:`count` says it): of 4 x 4 cells at ratio 0.6 all show 6, of
-    7 x 7 all show 20. Rectangles of one shape need no sparse arithmetic (:mod:`hgkd.sparse.rectangle`): on a CPU they are the
-    cheapest masks.
+    7 x 7 all show 20. Rectangles of one shape need no sparse arithmetic (:mod:`hgkd.sparse.rectangle`): they are the cheapest
+    masks.
 
     Args:
         mask_ratio, rounding, final_mask_ratio, unmasked_share: see :class:`CountedMask`. With a pair of ratios each image has
@@ -393,6 +397,11 @@ class RectangleMask(CountedMask):
                 f"min_aspect must be in (0, 1], got {min_aspect}; 0.3 allows rectangles of 1 x 3 cells, 1 squares only",
             )
         self.min_aspect = min_aspect
+        self._drawn: tuple[int, int] | None = None
+
+    def rectangle(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """See :meth:`CountedMask.rectangle`; None where each image has a ratio of its own, and before the first draw."""
+        return grid if self.in_unmasked_end else self._drawn
 
     def check(self, grid: tuple[int, int]) -> None:
         """Raise ValueError when no cell would stay visible, or no rectangle has about the area that is asked for."""
@@ -430,6 +439,7 @@ class RectangleMask(CountedMask):
         visible = np.zeros((batch, *grid), dtype=bool)
         with UniformNumbers(at.generator) as numbers:
             shapes = [possible[count][int(numbers.take(1)[0] * len(possible[count]))] for count in counts]
+            self._drawn = None if self.counts_differ else shapes[0]
             shapes = shapes if self.counts_differ else shapes * batch
             for image, (rows, columns) in zip(visible, shapes, strict=True):
                 top, left = numbers.take(2)

@@ -377,22 +377,24 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def _see(self, inputs: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """Outputs of student and teacher for a batch; the teacher's by name of the objective."""
         images, visible, teacher_outs = self._show(inputs, index)
-        return self._student_sees(images, visible, self._cells_shown(len(images), len(visible))), teacher_outs
+        return self._student_sees(
+            images, visible, self._cells_shown(len(images), len(visible)), self._rectangle_shown
+        ), teacher_outs
 
     def _losses(self, inputs: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         """Name -> loss, what follows mask and teachers by a CUDA graph where there is one."""
         images, visible, teacher_outs = self._show(inputs, index)
-        num_cells = self._cells_shown(len(images), len(visible))
+        num_cells, rectangle = self._cells_shown(len(images), len(visible)), self._rectangle_shown
         tensors, rebuilt = taken_apart(teacher_outs)
 
         def compute(images: Tensor, visible: Tensor, *tensors: Tensor) -> dict[str, Tensor]:
-            found = self._terms_of(self._student_sees(images, visible, num_cells), rebuilt(tensors))
+            found = self._terms_of(self._student_sees(images, visible, num_cells, rectangle), rebuilt(tensors))
             return {name: weight * term.loss() for name, (weight, term) in found.items()}
 
         given = (images, visible, *tensors)
         if num_cells is None or not self.student.takes_count:
             return compute(*given)
-        return self._graphs.losses(self, compute, given, (num_cells,))
+        return self._graphs.losses(self, compute, given, (num_cells, rectangle))
 
     def _show(self, inputs: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, dict[str, TeacherOutput]]:
         """The images in [0, 1], mirrored or not, the visible cells of every view, and the teachers' outputs."""
@@ -409,11 +411,13 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         # the host prepares the student's
         return images, visible, self.teach(images, visible, index, flipped, self._cells_an_image)
 
-    def _student_sees(self, images: Tensor, visible: Tensor, num_cells: int | None) -> StudentOutput:
+    def _student_sees(
+        self, images: Tensor, visible: Tensor, num_cells: int | None, rectangle: tuple[int, int] | None
+    ) -> StudentOutput:
         views = len(visible) // len(images)
         seen = images if views == 1 else images.repeat(views, 1, 1, 1)
-        counted = {"num_cells": num_cells} if self.student.takes_count else {}
-        out: StudentOutput = self.student(seen, visible, **counted)
+        known = {"num_cells": num_cells, "rectangle": rectangle} if self.student.takes_count else {}
+        out: StudentOutput = self.student(seen, visible, **known)
         return out
 
     def _cells_shown(self, batch: int, seen: int) -> int | None:
@@ -434,6 +438,12 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         if not isinstance(mask, CountedMask) or (mask.counts_differ and not mask.in_unmasked_end):
             return None
         return mask.count(self.mask_grid)
+
+    @property
+    def _rectangle_shown(self) -> tuple[int, int] | None:
+        """(rows, columns) of the rectangle that every view of the last draw shows, where the mask's generator says so."""
+        mask = self.mask
+        return mask.rectangle(self.mask_grid) if isinstance(mask, CountedMask) and not self._shows_whole_view else None
 
     @property
     def _shows_whole_view(self) -> bool:

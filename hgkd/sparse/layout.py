@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hgkd.errors import InvalidTypeError, InvalidValueError
@@ -33,6 +31,8 @@ class CellLayout:
         renormalize: scale what convolutions and average pooling give next to hidden cells; see :mod:`hgkd.sparse.taps`.
         num_cells: True entries of ``visible``, where known: the host then waits for nothing, and a CUDA graph may hold the
             layout. A mask with another number ends the process on a GPU (a device-side assertion).
+        rectangle: (rows, columns) in cells of the one rectangle that each image shows, where that is known: a GPU then takes
+            the visible part as crops (:mod:`hgkd.sparse.rectangle`). A mask with others ends the process on a GPU.
 
     Attributes:
         batch: B.
@@ -43,12 +43,20 @@ class CellLayout:
 
     Raises:
         TypeError: ``visible`` is not a bool tensor.
-        ValueError: wrong shape, ``cell`` < 1, or an image without any visible cell.
+        ValueError: wrong shape, ``cell`` < 1, an image without any visible cell, or (on a CPU) a mask that is not as it was
+            said to be.
     """
 
     chosen: Mapping[str, str] = {}
 
-    def __init__(self, visible: Tensor, cell: int, renormalize: bool = False, num_cells: int | None = None) -> None:
+    def __init__(
+        self,
+        visible: Tensor,
+        cell: int,
+        renormalize: bool = False,
+        num_cells: int | None = None,
+        rectangle: tuple[int, int] | None = None,
+    ) -> None:
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
             raise InvalidTypeError("visible-dtype", f"visible must be a bool tensor with True = visible, got {kind}")
@@ -62,7 +70,10 @@ class CellLayout:
         self.batch, h, w = visible.shape
         self.grid = (h, w)
         self.image_size = (h * cell, w * cell)
-        self._positions = self._counted() if num_cells is None else self._expected(num_cells)
+        if rectangle is not None:
+            self._positions = self._expected_rectangles(rectangle)
+        else:
+            self._positions = self._counted() if num_cells is None else self._expected(num_cells)
         self.num_cells = len(self._positions)
         self._cache: dict[tuple[object, ...], Any] = {}
 
@@ -90,6 +101,19 @@ class CellLayout:
             ),
         )
         return torch.nonzero_static(self.visible.flatten(), size=num_cells).flatten()
+
+    def _expected_rectangles(self, sides: tuple[int, int]) -> Tensor:
+        """The same where each image shows one rectangle of this size."""
+        require(
+            _show_rectangles(self.visible, sides),
+            lambda: InvalidValueError(
+                "visible-rectangles-differ",
+                f"the mask was said to show one rectangle of {sides[0]} x {sides[1]} cells in each image, and shows others: a "
+                "mask generator's rectangle(grid) must be what its last draw() shows",
+            ),
+        )
+        self.rectangle = sides
+        return torch.nonzero_static(self.visible.flatten(), size=self.batch * sides[0] * sides[1]).flatten()
 
     def __repr__(self) -> str:
         total = self.batch * self.grid[0] * self.grid[1]
@@ -132,15 +156,13 @@ class CellLayout:
     def rectangle(self) -> tuple[int, int] | None:
         """(rows, columns) in cells where each image shows one rectangle, all of this size; else None.
 
-        None on other devices than the CPU, whose host would have to wait for the answer.
+        On other devices than the CPU, whose host would have to wait for the answer, None unless it was given.
         """
         if self.device.type != "cpu":
             return None
-        visible = self.visible.numpy()
-        rows, columns = np.asarray(visible.any(2)), np.asarray(visible.any(1))
-        height, width = int(rows[0].sum()), int(columns[0].sum())
-        filled = (visible.sum((1, 2)) == height * width).all()
-        return (height, width) if filled and _one_stretch(rows, height) and _one_stretch(columns, width) else None
+        first = self.visible[0]
+        sides = (int(first.any(1).sum()), int(first.any(0).sum()))
+        return sides if bool(_show_rectangles(self.visible, sides)) else None
 
     @cached_property
     def _slot(self) -> Tensor:
@@ -346,10 +368,17 @@ class CellLayout:
         return dense
 
 
-def _one_stretch(lines: NDArray[np.bool_], length: int) -> bool:
-    """Whether the True entries of every row of an array (B, n) are ``length`` ones side by side."""
+def _show_rectangles(visible: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Whether every mask of (B, h, w) shows one rectangle of (rows, columns) cells: a flag on the masks' device."""
+    height, width = sides
+    of_rows = _one_stretch(visible.any(2), height) & _one_stretch(visible.any(1), width)
+    return (of_rows & (visible.sum((1, 2)) == height * width)).all()
+
+
+def _one_stretch(lines: Tensor, length: int) -> Tensor:
+    """Whether the True entries of each row of (B, n) are ``length`` ones side by side: bool (B,)."""
     begins = lines[:, 1:] & ~lines[:, :-1]
-    return bool(((lines.sum(1) == length) & (lines[:, 0] + begins.sum(1) == 1)).all())
+    return (lines.sum(1) == length) & (lines[:, 0].long() + begins.sum(1) == 1)
 
 
 def _sent_to_host(values: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hgkd.sparse.choice import kernels_mode
 from hgkd.sparse.convert import layer_rule
 from hgkd.sparse.hardware import is_capturing
-from hgkd.sparse.kernels import packed_of, rows_of
+from hgkd.sparse.kernels import rows_of
 from hgkd.sparse.packed import PackedTensor
 from hgkd.sparse.tensor import SparseTensor
 
@@ -97,7 +97,8 @@ def _is_plain(norm: object, act: object) -> bool:
 
 def norm_act(kernels: Any, norm: nn.BatchNorm2d, x: PackedTensor, residual: SparseTensor | None = None) -> PackedTensor:
     """``relu(norm(x) + residual)`` by the kernels; updates the running statistics as ``norm`` would."""
-    s, count = x.side, x.plain.numel() // x.plain.shape[1]
+    batch, channels, height, width = x.plain.shape
+    count = batch * height * width
     added = None if residual is None else rows_of(residual.plain)
     out, mean, variance = kernels.NormAct.apply(rows_of(x.plain), norm.weight, norm.bias, added, True, norm.eps)
     with torch.no_grad():
@@ -106,7 +107,7 @@ def norm_act(kernels: Any, norm: nn.BatchNorm2d, x: PackedTensor, residual: Spar
         for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
             cast(Tensor, running).lerp_(new.to(cast(Tensor, running).dtype), momentum)
         cast(Tensor, norm.num_batches_tracked).add_(1)
-    return cast(PackedTensor, x.like(packed_of(out, s)))
+    return cast(PackedTensor, x.like(out.view(batch, height, width, channels).permute(0, 3, 1, 2)))
 
 
 def _is_identity(*layers: object) -> bool:

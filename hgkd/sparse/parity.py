@@ -81,7 +81,7 @@ def measure_parity(
 ) -> Parity:
     """Run a copy of a network on three small images with 1, 3 and 6 of 2 x 3 cells visible, forward and backward.
 
-    The backend 'gather' on the CPU also on two cells side by side in each, which it takes as rectangles.
+    The backend 'gather' also on two cells side by side in each, which it takes as rectangles.
 
     The copy is in training mode, without dropout and drop path, and its constant parameters (fresh norms, layer scales)
     are drawn at random: their ones and zeros would hide errors. What is compared is ``forward_features`` where the
@@ -114,10 +114,11 @@ def measure_parity(
     some[2] = True
     kind = BACKENDS[backend]
     compared = [_compare(network, images, backend, kind, CellLayout(some.to(device), cell, renormalize))]
-    if kind is PackedTensor and images.device.type == "cpu":  # where it takes visible rectangles as crops
+    if kind is PackedTensor:
         pairs = torch.zeros(3, 2, 3, dtype=torch.bool)
         pairs[0, 1, 1:] = pairs[1, 0, :2] = pairs[2, 0, 1:] = True
-        compared.append(_compare(network, images, backend, RectangleTensor, CellLayout(pairs, cell, renormalize)))
+        cells = CellLayout(pairs.to(device), cell, renormalize, rectangle=(1, 2))
+        compared.append(_compare(network, images, backend, RectangleTensor, cells))
     outputs, gradients, statistics = map(max, zip(*compared, strict=True))
     everything = CellLayout(torch.ones_like(some, device=device), cell, renormalize)
     open_found = _run(sparsify(network, cell, backend, renormalize), images, kind, everything)

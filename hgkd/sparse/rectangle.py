@@ -2,7 +2,8 @@
 
 An ordinary convolution of the crops, with its ordinary zeros around them, is then what the masked network computes, since
 hidden positions count as 0: nothing is gathered, and a visible cell costs what it costs in the dense network. The backend
-``gather`` takes this way by itself on the CPU; :class:`hgkd.masking.RectangleMask` draws such masks.
+``gather`` takes this way by itself on a CPU, and on a GPU where it is told that the masks are such
+(:attr:`CellLayout.rectangle`); :class:`hgkd.masking.RectangleMask` draws them, and says so.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Student(PixelNormalisation):
         encoder_spec: {'name', 'stem', 'kwargs'} of a timm network that lies in the attribute ``encoder``: with it checkpoints
             can be exported and evaluated; None: they cannot.
         equal_counts: all images of a batch must show the same number of cells.
-        takes_count: :meth:`forward` has a third argument, ``num_cells``: how many cells ``visible`` shows, or None.
+        takes_count: :meth:`forward` has two more arguments, ``num_cells`` and ``rectangle``: how many cells ``visible`` shows,
+            and of which rectangle, where known (:class:`hgkd.sparse.CellLayout`), else None.
     """
 
     cell: int

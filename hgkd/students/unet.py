@@ -202,13 +202,19 @@ class SparseUNet(Student):
         for part in (self.densify, self.decoder):  # as the maps are that an encoder's levels make
             part.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, visible: Tensor | None = None, num_cells: int | None = None) -> StudentOutput:
+    def forward(
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        num_cells: int | None = None,
+        rectangle: tuple[int, int] | None = None,
+    ) -> StudentOutput:
         """Encode the visible cells and decode the whole image.
 
         Args:
             images: (B, C, H, W) in [0, 1], of three channels RGB; H and W multiples of ``cell``.
             visible: bool (B, H/cell, W/cell), True = visible; None: everything.
-            num_cells: True entries of ``visible`` where known, see :class:`hgkd.sparse.CellLayout`.
+            num_cells, rectangle: what is known of ``visible``, see :class:`hgkd.sparse.CellLayout`.
         """
         grid = self.prepare(tuple(images.shape[-2:]))
         if visible is None:
@@ -219,7 +225,7 @@ class SparseUNet(Student):
                 f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
                 f"cells need {(images.shape[0], *grid)}",
             )
-        layout = CellLayout(visible, self.cell, self.renormalize, num_cells)
+        layout = CellLayout(visible, self.cell, self.renormalize, num_cells, rectangle)
         alone = layout.num_cells * (self.cell // self.feature_strides[-1]) ** 2 == 1
         if self.training and alone and any(type(level.norm) is nn.BatchNorm2d for level in self.densify.values()):
             raise InvalidValueError(

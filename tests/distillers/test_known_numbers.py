@@ -93,6 +93,40 @@ def test_a_whole_view_has_another_number_and_is_counted(teacher) -> None:
     assert all(torch.isfinite(value) for value in found.values())
 
 
+@pytest.mark.parametrize(
+    ("options", "mask", "expected"),
+    [
+        ({}, {}, (2, 2)),
+        ({"masks_per_image": 2}, {}, (2, 2)),
+        ({"whole_view": True}, {}, None),  # two sizes in one batch
+        ({}, {"mask_ratio": [0.4, 0.8]}, None),  # a size for each image
+        ({}, {"unmasked_share": 0.5}, (3, 3)),  # nothing is hidden in the end
+    ],
+)
+def test_a_student_is_told_of_rectangles(options, mask, expected, teacher, monkeypatch) -> None:
+    """A GPU's host cannot look for them without waiting; here the layout checks that it was told the truth."""
+    net = MaskedDistiller(
+        student=dict(type="SparseUNet", encoder="test_resnet", decoder_width=32, cell=32),
+        objectives=dict(pixels=dict(type="PixelReconstruction", supervise="all")),
+        mask={"type": "RectangleMask", "mask_ratio": 0.6, **mask},
+        image_size=96,
+        cuda_graph=False,
+        **options,
+    )
+    net.mask.progress = 0.9
+    told: list[Any] = []
+    forward = net.student.forward
+
+    def listen(images: Tensor, visible: Tensor, **known: Any) -> Any:
+        told.append(known["rectangle"])
+        return forward(images, visible, **known)
+
+    monkeypatch.setattr(net.student, "forward", listen)
+    losses = net._losses(torch.rand(3, 3, 96, 96), None)
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert told == [expected]
+
+
 def test_numbers_that_are_not_the_masks_are_refused() -> None:
     visible = torch.tensor([[True, True, False], [False, True, True]])
     assert ids_keep_of(visible, 2).tolist() == ids_keep_of(visible).tolist() == [[0, 1], [1, 2]]

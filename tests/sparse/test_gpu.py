@@ -23,6 +23,11 @@ pytestmark = ON_THE_DEVICE
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3, torch.float64: 1e-12}
 # numbers of visible cells 1, 3 and 6; no tile divides what follows from them
 VISIBLE = torch.tensor([[[0, 0, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]], [[1, 1, 1], [1, 1, 1]]]).bool()
+PAIRS = torch.tensor([[[0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 0]], [[0, 1, 1], [0, 0, 0]]]).bool()
+LAYOUTS: dict[str, Callable[[], CellLayout]] = {
+    "cells": lambda: CellLayout(VISIBLE.to(DEVICE), 32),
+    "rectangles": lambda: CellLayout(PAIRS.to(DEVICE), 32, rectangle=(1, 2)),
+}
 # name: (in, out, kernel, stride, dilation, groups, side of a cell)
 LAYERS = {
     "1x1": (64, 48, 1, 1, 1, 1, 4),
@@ -133,14 +138,15 @@ def prepared(name: str, backend: str = "gather") -> tuple[nn.Module, Tensor]:
     return network, torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
 
+@pytest.mark.parametrize("shown", LAYOUTS)
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_families_under_autocast(name) -> None:
+def test_families_under_autocast(name, shown) -> None:
     """bf16 against fp64 masked-dense: no further than the ordinary dense network is from itself in fp64, with room."""
     network, images = prepared(name)
     reference, _ = prepared(name, "masked")
-    found = step(network, images, CellLayout(VISIBLE.to(DEVICE), 32), torch.bfloat16)
-    masked = step(reference, images, CellLayout(VISIBLE.to(DEVICE), 32), torch.bfloat16)
-    expected = step(reference.double(), images.double(), CellLayout(VISIBLE.to(DEVICE), 32))
+    found = step(network, images, LAYOUTS[shown](), torch.bfloat16)
+    masked = step(reference, images, LAYOUTS[shown](), torch.bfloat16)
+    expected = step(reference.double(), images.double(), LAYOUTS[shown]())
     largest = max(value.norm() for key, value in expected.items() if key != "output")
     for key, value in expected.items():
         if key != "output" and value.norm() < 1e-2 * largest:
@@ -172,17 +178,17 @@ def test_what_repeats_rows_and_reflects_has_equal_bits() -> None:
 
 
 @gpu_only
-@pytest.mark.parametrize("backend", ["gather", "masked"])
-def test_a_step_waits_for_nothing(backend) -> None:
+@pytest.mark.parametrize(("backend", "shown"), [("gather", "cells"), ("gather", "rectangles"), ("masked", "cells")])
+def test_a_step_waits_for_nothing(backend, shown) -> None:
     network, images = prepared("seresnet18", backend)
-    step(network, images, CellLayout(VISIBLE.to(DEVICE), 32), torch.bfloat16)  # kernels are checked and compiled
+    step(network, images, LAYOUTS[shown](), torch.bfloat16)  # kernels are checked and compiled
 
     def forward_and_backward(cells: CellLayout) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = network.forward_features(network.pack(images, cells)).plain.float().square().mean()
         loss.backward()
 
-    cells = CellLayout(VISIBLE.to(DEVICE), 32)
+    cells = LAYOUTS[shown]()
     torch.cuda.set_sync_debug_mode("error")
     try:
         forward_and_backward(cells)
@@ -230,7 +236,7 @@ def test_a_second_device_computes_while_the_first_is_current() -> None:
 
 def test_measured_kernels_compute_the_same(monkeypatch, tmp_path) -> None:
     network, images = prepared("resnet18")
-    cells: Callable[[], CellLayout] = lambda: CellLayout(VISIBLE.to(DEVICE), 32)  # noqa: E731
+    cells = LAYOUTS["cells"]
     expected = step(network.double(), images.double(), cells())
     monkeypatch.setenv("HGKD_KERNELS", "measure")
     monkeypatch.setenv("HGKD_KERNELS_CACHE", str(tmp_path))

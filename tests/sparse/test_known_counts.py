@@ -7,6 +7,7 @@ from refusals import refused
 from torch import Tensor
 
 from hgkd.sparse import CellLayout, sparsify
+from hgkd.sparse.rectangle import RectangleTensor
 
 VISIBLE = torch.tensor([[[True, False], [True, True]], [[False, True], [False, False]]])
 
@@ -25,8 +26,19 @@ def test_another_number_is_refused() -> None:
             CellLayout(VISIBLE, 8, num_cells=wrong)
 
 
-def test_a_step_waits_for_nothing() -> None:
-    """But for the check of the number, which is made on the CPU alone."""
+def test_rectangles_that_are_known_equal_those_that_are_found() -> None:
+    visible = torch.tensor([[[True, True, False]] * 2 + [[False] * 3], [[False] * 3] + [[False, True, True]] * 2])
+    known, found = CellLayout(visible, 8, rectangle=(2, 2)), CellLayout(visible, 8)
+    assert known.rectangle == found.rectangle == (2, 2)
+    assert torch.equal(known._positions, found._positions)
+    for wrong in ((1, 4), (2, 1), (3, 3)):
+        with refused(ValueError, "visible-rectangles-differ", f"{wrong[0]} x {wrong[1]}"):
+            CellLayout(visible, 8, rectangle=wrong)
+
+
+def test_a_step_waits_for_nothing(monkeypatch) -> None:
+    """But for the check of the number, which is made on the CPU alone, as the search for rectangles is."""
+    monkeypatch.setattr(CellLayout, "rectangle", None)
     net = sparsify(timm.create_model("resnet18", num_classes=0, global_pool=""), 32).train()
     images = torch.randn(2, 3, 64, 64)
 
@@ -43,6 +55,17 @@ def test_a_step_waits_for_nothing() -> None:
     assert (calls.seen["nonzero"], calls.waits) == (0, 1)
     assert torch.equal(out, expected)
     assert torch.equal(gradient, expected_gradient)
+
+
+def test_a_step_of_rectangles_waits_for_nothing() -> None:
+    """On another device than the CPU they are crops where they are said to be, and found by no look at the mask."""
+    net = sparsify(timm.create_model("resnet18", num_classes=0, global_pool=""), 32).train()
+    visible = torch.tensor([[[True, False], [True, False]], [[False, True], [False, True]]])
+    with CountingOperations() as calls:
+        out = net(torch.randn(2, 3, 64, 64), visible=CellLayout(visible, 32, rectangle=(2, 1)))
+        out.plain.square().mean().backward()
+    assert type(out) is RectangleTensor
+    assert (calls.seen["nonzero"], calls.waits) == (0, 1)  # the check alone
 
 
 def test_geometry_is_checked_once(monkeypatch) -> None:

@@ -63,11 +63,14 @@ def test_gather_takes_rectangles_as_crops_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("grid", [(3, 3), (7, 7), (4, 6)])
 def test_every_batch_of_a_rectangle_mask_is_one(grid: tuple[int, int]) -> None:
+    mask = RectangleMask(0.6)
+    assert mask.rectangle(grid) is None
     for _ in range(5):
-        drawn = RectangleMask(0.6)(4, grid, device="cpu")
+        drawn = mask(4, grid, device="cpu")
         shape = CellLayout(drawn, 4).rectangle
         assert shape is not None
         assert shape[0] * shape[1] == int(drawn[0].sum())
+        assert mask.rectangle(grid) == shape
     assert CellLayout(RandomMask(0.6)(16, (7, 7), device="cpu"), 4).rectangle is None
 
 
