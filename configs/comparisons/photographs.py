@@ -24,6 +24,8 @@ _COST = {  # ms an image
     "0 to 0.75": 402,
     "0.75, two masks": 332,
     "0.75, 160 px": 121,
+    "0.6 in one rectangle": 297,
+    "0.6 in one rectangle, 160 px": 183,
 }
 _hgkd = "configs/hgkd/hgkd_vit-s14_resnet50_100e_image-folder.py"
 
@@ -49,6 +51,7 @@ evaluate = dict(
 )
 # the best masked rows of masking_screen learn what is visible alone
 _visible = {"model.objectives.hgkd.supervise": "visible", "model.objectives.pooled.supervise": "visible"}
+_rectangle = {"model.mask.type": "RectangleMask", **_visible}  # the best of all in equal_time.py
 _taught = dict(teacher_checkpoint="{teacher}")
 rows = [
     dict(name="random", backbone="resnet50"),
@@ -62,4 +65,6 @@ rows = [
     row("H-GKD 0 to 0.75, visible", "0 to 0.75", mask_ratio=[0.0, 0.75], **_visible, **_taught),
     row("H-GKD two of 0.75, visible", "0.75, two masks", mask_ratio=0.75, masks_per_image=2, **_visible, **_taught),
     row("H-GKD 0.75, 160 px, visible", "0.75, 160 px", mask_ratio=0.75, image_size=160, **_visible, **_taught),
+    row("H-GKD 0.6 in one rectangle", "0.6 in one rectangle", **_rectangle, **_taught),
+    row("H-GKD 0.6 in one rectangle, 160 px", "0.6 in one rectangle, 160 px", image_size=160, **_rectangle, **_taught),
 ]
