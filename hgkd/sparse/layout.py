@@ -160,9 +160,9 @@ class CellLayout:
         """
         if self.device.type != "cpu":
             return None
-        first = self.visible[0]
+        first = self.visible[0].numpy()
         sides = (int(first.any(1).sum()), int(first.any(0).sum()))
-        return sides if bool(_show_rectangles(self.visible, sides)) else None
+        return sides if _show_rectangles(self.visible, sides).numpy() else None
 
     @cached_property
     def _slot(self) -> Tensor:
@@ -371,14 +371,14 @@ class CellLayout:
 def _show_rectangles(visible: Tensor, sides: tuple[int, int]) -> Tensor:
     """Whether every mask of (B, h, w) shows one rectangle of (rows, columns) cells: a flag on the masks' device."""
     height, width = sides
-    of_rows = _one_stretch(visible.any(2), height) & _one_stretch(visible.any(1), width)
-    return (of_rows & (visible.sum((1, 2)) == height * width)).all()
+    one_block = _one_stretch(visible.any(2), height) & _one_stretch(visible.any(1), width)
+    return (one_block & (visible.sum((1, 2)) == height * width)).all()
 
 
 def _one_stretch(lines: Tensor, length: int) -> Tensor:
     """Whether the True entries of each row of (B, n) are ``length`` ones side by side: bool (B,)."""
     begins = lines[:, 1:] & ~lines[:, :-1]
-    return (lines.sum(1) == length) & (lines[:, 0].long() + begins.sum(1) == 1)
+    return (lines.sum(1) == length) & (lines[:, 0] + begins.sum(1) == 1)
 
 
 def _sent_to_host(values: Tensor) -> Tensor:
