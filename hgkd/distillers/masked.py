@@ -377,24 +377,22 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
     def _see(self, inputs: Tensor, index: Tensor | None) -> tuple[StudentOutput, dict[str, TeacherOutput]]:
         """Outputs of student and teacher for a batch; the teacher's by name of the objective."""
         images, visible, teacher_outs = self._show(inputs, index)
-        return self._student_sees(
-            images, visible, self._cells_shown(len(images), len(visible)), self._rectangle_shown
-        ), teacher_outs
+        return self._student_sees(images, visible, self._known(len(images), len(visible))), teacher_outs
 
     def _losses(self, inputs: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         """Name -> loss, what follows mask and teachers by a CUDA graph where there is one."""
         images, visible, teacher_outs = self._show(inputs, index)
-        num_cells, rectangle = self._cells_shown(len(images), len(visible)), self._rectangle_shown
+        known = self._known(len(images), len(visible))
         tensors, rebuilt = taken_apart(teacher_outs)
 
         def compute(images: Tensor, visible: Tensor, *tensors: Tensor) -> dict[str, Tensor]:
-            found = self._terms_of(self._student_sees(images, visible, num_cells, rectangle), rebuilt(tensors))
+            found = self._terms_of(self._student_sees(images, visible, known), rebuilt(tensors))
             return {name: weight * term.loss() for name, (weight, term) in found.items()}
 
         given = (images, visible, *tensors)
-        if num_cells is None or not self.student.takes_count:
+        if known.get("num_cells") is None:
             return compute(*given)
-        return self._graphs.losses(self, compute, given, (num_cells, rectangle))
+        return self._graphs.losses(self, compute, given, tuple(known.values()))
 
     def _show(self, inputs: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, dict[str, TeacherOutput]]:
         """The images in [0, 1], mirrored or not, the visible cells of every view, and the teachers' outputs."""
@@ -411,14 +409,20 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         # the host prepares the student's
         return images, visible, self.teach(images, visible, index, flipped, self._cells_an_image)
 
-    def _student_sees(
-        self, images: Tensor, visible: Tensor, num_cells: int | None, rectangle: tuple[int, int] | None
-    ) -> StudentOutput:
+    def _student_sees(self, images: Tensor, visible: Tensor, known: Mapping[str, Any]) -> StudentOutput:
         views = len(visible) // len(images)
         seen = images if views == 1 else images.repeat(views, 1, 1, 1)
-        known = {"num_cells": num_cells, "rectangle": rectangle} if self.student.takes_count else {}
         out: StudentOutput = self.student(seen, visible, **known)
         return out
+
+    def _known(self, batch: int, seen: int) -> dict[str, Any]:
+        """What is known of the masks before a look at them: the arguments of that kind that the student takes."""
+        known: dict[str, Any] = {}
+        if self.student.takes_count:
+            known["num_cells"] = self._cells_shown(batch, seen)
+        if self.student.takes_rectangle:
+            known["rectangle"] = self._rectangle_shown
+        return known
 
     def _cells_shown(self, batch: int, seen: int) -> int | None:
         """How many cells all views of a batch show together, where the mask's generator fixes it; None: to be counted.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hgkd.errors import InvalidValueError
@@ -25,8 +26,9 @@ class Student(PixelNormalisation):
         encoder_spec: {'name', 'stem', 'kwargs'} of a timm network that lies in the attribute ``encoder``: with it checkpoints
             can be exported and evaluated; None: they cannot.
         equal_counts: all images of a batch must show the same number of cells.
-        takes_count: :meth:`forward` has two more arguments, ``num_cells`` and ``rectangle``: how many cells ``visible`` shows,
-            and of which rectangle, where known (:class:`hgkd.sparse.CellLayout`), else None.
+        takes_count: :meth:`forward` has an argument ``num_cells``: how many cells ``visible`` shows, or None.
+        takes_rectangle: :meth:`forward` has an argument ``rectangle``: the (rows, columns) that every image shows, or None
+            (:class:`hgkd.sparse.CellLayout`).
     """
 
     cell: int
@@ -38,6 +40,7 @@ class Student(PixelNormalisation):
     encoder_spec: dict[str, Any] | None = None
     equal_counts = False
     takes_count = False
+    takes_rectangle = False
 
     def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
         """The mask grid (h, w) of images of this size, (H, W) or one side of a square.
@@ -51,6 +54,23 @@ class Student(PixelNormalisation):
                 "image-size-not-a-pair", f"image_size must be one side or (height, width), got {image_size!r}"
             )
         return grid_of((sides[0], sides[1]), self.cell)
+
+    def visible_of(self, images: Tensor, visible: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """The visible cells of images on a grid, bool (B, h, w): as given, or everything where None is given.
+
+        Raises:
+            ValueError: a mask of another shape.
+        """
+        shape = (len(images), *grid)
+        if visible is None:
+            return torch.ones(shape, dtype=torch.bool, device=images.device)
+        if tuple(visible.shape) != shape:
+            raise InvalidValueError(
+                "visible-shape",
+                f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
+                f"cells need {shape}",
+            )
+        return visible
 
     def give_pixels(self) -> bool:
         """Predict pixels from now on (``StudentOutput.pixels``); False: this student has no head for it."""

@@ -125,6 +125,7 @@ class SparseUNet(Student):
     """
 
     takes_count = True
+    takes_rectangle = True
 
     def __init__(
         self,
@@ -217,15 +218,7 @@ class SparseUNet(Student):
             num_cells, rectangle: what is known of ``visible``, see :class:`hgkd.sparse.CellLayout`.
         """
         grid = self.prepare(tuple(images.shape[-2:]))
-        if visible is None:
-            visible = torch.ones(images.shape[0], *grid, dtype=torch.bool, device=images.device)
-        if tuple(visible.shape) != (images.shape[0], *grid):
-            raise InvalidValueError(
-                "visible-shape",
-                f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
-                f"cells need {(images.shape[0], *grid)}",
-            )
-        layout = CellLayout(visible, self.cell, self.renormalize, num_cells, rectangle)
+        layout = CellLayout(self.visible_of(images, visible, grid), self.cell, self.renormalize, num_cells, rectangle)
         alone = layout.num_cells * (self.cell // self.feature_strides[-1]) ** 2 == 1
         if self.training and alone and any(type(level.norm) is nn.BatchNorm2d for level in self.densify.values()):
             raise InvalidValueError(

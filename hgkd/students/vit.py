@@ -118,19 +118,13 @@ class MaskedViT(Student):
         self.network.decoder_pred.requires_grad_(True)
         return True
 
-    def forward(
-        self,
-        images: Tensor,
-        visible: Tensor | None = None,
-        num_cells: int | None = None,
-        rectangle: tuple[int, int] | None = None,
-    ) -> StudentOutput:
+    def forward(self, images: Tensor, visible: Tensor | None = None, num_cells: int | None = None) -> StudentOutput:
         """Encode the visible patches and decode the whole image.
 
         Args:
             images: (B, 3, H, W) in [0, 1], RGB, of the prepared size.
             visible: bool (B, H/cell, W/cell), True = visible, as many in every image; None: everything.
-            num_cells, rectangle: what is known of ``visible``, see :class:`hgkd.sparse.CellLayout`.
+            num_cells: True entries of ``visible`` where known, see :class:`hgkd.sparse.CellLayout`.
 
         Raises:
             ValueError: another image size or mask shape, or different numbers of visible cells.
@@ -138,15 +132,7 @@ class MaskedViT(Student):
         self._check_size(images)
         network = self.network
         grid = (images.shape[2] // self.cell, images.shape[3] // self.cell)
-        if visible is None:
-            visible = torch.ones(len(images), *grid, dtype=torch.bool, device=images.device)
-        if tuple(visible.shape) != (len(images), *grid):
-            raise InvalidValueError(
-                "visible-shape",
-                f"visible has shape {tuple(visible.shape)}, but images of {tuple(images.shape)} with {self.cell}-pixel "
-                f"cells need {(len(images), *grid)}",
-            )
-        layout = CellLayout(visible, self.cell, num_cells=num_cells, rectangle=rectangle)
+        layout = CellLayout(self.visible_of(images, visible, grid), self.cell, num_cells=num_cells)
         ids_keep = ids_keep_of_cells(layout, network.arch.patch_size, counted=num_cells is None)
         side = self.cell // network.arch.patch_size
         x = network.embed(self.normalise(images), ids_keep)

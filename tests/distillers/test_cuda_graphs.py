@@ -224,7 +224,7 @@ def test_what_is_recorded_waits_for_nothing(objectives: dict[str, Any]) -> None:
     net = model(False, objectives=objectives, teacher=dict(type=FakeTeacher.__name__) if needs_teacher else None)
     images, visible, outs = net._show(batch().float() / 255, None)
     with CountingOperations() as counted:
-        terms = net._terms_of(net._student_sees(images, visible, net._cells_shown(4, 4), None), outs)
+        terms = net._terms_of(net._student_sees(images, visible, net._known(4, 4)), outs)
         sum(weight * term.loss() for weight, term in terms.values()).backward()
     assert counted.waits == 1
 

@@ -127,6 +127,12 @@ def test_a_student_is_told_of_rectangles(options, mask, expected, teacher, monke
     assert told == [expected]
 
 
+def test_a_student_that_takes_numbers_alone_is_told_of_no_rectangle(teacher) -> None:
+    net = model(teacher, OBJECTIVES["dmae"])
+    assert net._known(3, 3) == {"num_cells": 3 * 8}
+    assert all(torch.isfinite(value) for value in losses(net).values())
+
+
 def test_numbers_that_are_not_the_masks_are_refused() -> None:
     visible = torch.tensor([[True, True, False], [False, True, True]])
     assert ids_keep_of(visible, 2).tolist() == ids_keep_of(visible).tolist() == [[0, 1], [1, 2]]
