@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from hgkd.evaluation.comparison import trained, write_csv
-from hgkd.pictures.comparison import _curve, write_picture
+from hgkd.pictures.comparison import _curve, _panels, write_picture
 
 
 def run(row: str, seed: int, top1: float, **facts: Any) -> dict[str, Any]:
@@ -55,6 +55,32 @@ def test_picture_has_a_panel_for_what_is_known(tmp_path: Path) -> None:
             sizes[name] = picture.size
             assert len(picture.convert("RGB").getcolors(2**20)) > 10
     assert sizes == {"all": (1650, 374), "bars": (550, 374), "images": (1100, 374)}
+
+
+def test_curves_of_one_quantity_share_panels_and_another_has_its_own(tmp_path: Path) -> None:
+    tuned = {"row": "tuned", "seed": 0, "scores": {"top-1 %": {"value": 60.0}}, "train_cpu_seconds": 10.0}
+    tuned["curves"] = {"top-1 %": [[1, 40.0], [2, 60.0]], "top-5 %": [[1, 90.0], [2, 95.0]]}
+    rows = {"a, b": TRAINED, "random": [run("random", 0, 20.0)], "tuned": [tuned]}
+    assert _panels(rows) == {
+        "knn": {
+            "training images": {"a, b": [(100.0, 12.0, 8**0.5), (200.0, 30.0, 8**0.5)]},
+            # of the run that was not interrupted
+            "training, CPU s": {"a, b": [(4.0, 10.0, 0.0), (8.0, 28.0, 0.0)]},
+        },
+        "top-1 %": {"training, CPU s": {"tuned": [(5.0, 40.0, 0.0), (10.0, 60.0, 0.0)]}},
+    }
+    write_picture([member for members in rows.values() for member in members], tmp_path / "two.png")
+    with Image.open(tmp_path / "two.png") as picture:
+        assert picture.size == (1650, 704)
+
+
+@pytest.mark.parametrize("rows", [2, 10, 11, 23])
+def test_no_two_rows_share_a_colour_until_there_are_twenty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    drawn = {}
+    monkeypatch.setattr("hgkd.pictures.comparison._draw_curves", lambda axis, found, colours: drawn.update(colours) or {})
+    many = [run(f"row {i}", 0, 20.0, curve=[[1, 10.0]], images=100) for i in range(rows)]
+    write_picture(many, tmp_path / "many.png")
+    assert (len(drawn), len(set(drawn.values()))) == (rows, min(rows, 20))
 
 
 def test_what_a_checkpoint_says_of_its_run(tmp_path: Path) -> None:
