@@ -184,12 +184,15 @@ def _train_step(network: nn.Module, loss: Callable[[], Tensor], device: str, dty
     return step
 
 
-def encoder_step(network: nn.Module, images: Tensor, visible: Callable[[], Tensor] | None, device: str, dtype: str) -> Step:
+def encoder_step(
+    network: nn.Module, images: Tensor, visible: Callable[[], Tensor | CellLayout] | None, device: str, dtype: str
+) -> Step:
     """A training step of an encoder: forward, the mean square of its last level as the loss, backward.
 
     Args:
         images: (B, 3, H, W).
-        visible: gives a step's mask, bool (B, h, w); the network is sparse then. None: a dense network sees whole images.
+        visible: gives a step's mask, bool (B, h, w), or its layout; the network is sparse then. None: a dense network sees
+            whole images.
         device: 'cpu' or 'cuda'.
         dtype: 'fp32' or 'bf16', the precision of the forward.
     """
@@ -217,14 +220,14 @@ def _encoder_steps(
     batch, grid = len(images), (images.shape[-2] // cell, images.shape[-1] // cell)
     sides = _rectangle(grid, keep) if mask == "rectangle" else None
 
-    def draw() -> Tensor:
+    def draw() -> Tensor | CellLayout:
         if sides is None:
             return highest(torch.rand(batch, *grid, device=device), keep)
         visible = torch.zeros(batch, *grid, dtype=torch.bool, device=device)
         for image in visible:
             top, left = (int(torch.randint(whole - side + 1, ())) for whole, side in zip(grid, sides, strict=True))
             image[top : top + sides[0], left : left + sides[1]] = True
-        return visible
+        return CellLayout(visible, cell, rectangle=sides)  # as in a training: a GPU does not look at the mask itself
 
     return {
         backend: encoder_step(model, images, None, device, dtype)
@@ -386,7 +389,8 @@ def benchmark_distill(
         changed = load_config(config, options={**(options or {}), **further})
         student = {**changed.model.student, "backend": next((b for b in backends if b != "dense"), "gather")}
         variant = MODELS.build({"_scope_": "hgkd", **changed.model, "student": student}).to(device).train()
-        pixels = torch.randint(0, 256, (batch_size, 3, *variant.image_size), dtype=torch.uint8, device=device)
+        shape = (batch_size, variant.student.in_chans, *variant.image_size)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         steps[name] = _train_step(variant, _distill_loss(variant, pixels), device, dtype)
     h, w = model.mask_grid
     keep = int(model.mask(1, (h, w), device=torch.device(device)).sum())
