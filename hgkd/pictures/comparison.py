@@ -62,10 +62,9 @@ def _draw_bars(axis: Axes, rows: Mapping[str, Sequence[Run]]) -> None:
     """A group of bars a row: the scores that it has, one colour a kind of score."""
     kinds = _names([run for members in rows.values() for run in members])
     labelled: set[str] = set()
-    ticks, top = [], 0.0
+    ticks, top, width = [], 0.0, 0.4
     for members in rows.values():
         names = _names(members)
-        width = 0.8 / max(1, len(names)) if len(kinds) == len(names) else 0.4
         for i, name in enumerate(names):
             scores = [run["scores"][name] for run in members if name in run["scores"]]
             values = [value_of(score) for score in scores]
