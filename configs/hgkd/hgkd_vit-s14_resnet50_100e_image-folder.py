@@ -3,8 +3,8 @@
 Every epoch shows other random crops and mirrored images, so the teacher runs in each step and its features are not stored.
 Objectives, block and places: hgkd_vit-s14_resnet18_10e_cifar128, chosen there by an ablation (docs/background/results.md).
 Crops of 67 to 100 % of the area and mask ratio 0.6: SparK (arXiv 2301.03580). Batch, schedule and learning rate are this
-project's guess, never run to the end. Where time is short, the best of six settings (docs/background/results.md, "Photographs, the
-teacher in every step") is image_size=128 model.mask.type=RectangleMask model.objectives.hgkd.supervise=visible
+project's guess, never run to the end. Where time is short, the best of six settings (docs/background/results.md, "Photographs,
+the teacher in every step") is image_size=128 model.mask.type=RectangleMask model.objectives.hgkd.supervise=visible
 model.objectives.pooled.supervise=visible. On a GPU add --amp.
 
 teacher_checkpoint: vit_small_patch14_dinov2 in timm's, the official or Hugging Face naming.
