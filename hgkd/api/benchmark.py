@@ -371,26 +371,27 @@ def benchmark_distill(
             "recipe-not-measured",
             f"benchmark distill measures recipes of a MaskedDistiller, {config} builds a {cfg.model.get('type')!r}",
         )
+
+    def built(recipe: Mapping[str, Any], **student: str) -> tuple[Any, Tensor]:
+        """The model of a recipe, and a batch of its images."""
+        torch.manual_seed(0)
+        model = MODELS.build({"_scope_": "hgkd", **recipe, "student": {**recipe["student"], **student}}).to(device).train()
+        shape = (batch_size, model.student.in_chans, *model.image_size)
+        return model, torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+
     steps = {}
     for backend in backends:
-        torch.manual_seed(0)
-        student = {**cfg.model.student, **({} if backend == "dense" else {"backend": backend})}
-        model = MODELS.build({"_scope_": "hgkd", **cfg.model, "student": student}).to(device).train()
-        shape = (batch_size, model.student.in_chans, *model.image_size)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         if backend == "dense":
+            model, pixels = built(cfg.model)
             images = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
             encoder = model.student.encoder.to(memory_format=torch.channels_last)
             steps[backend] = encoder_step(encoder, images, None, device, dtype)
         else:
+            model, pixels = built(cfg.model, backend=backend)
             steps[backend] = _train_step(model, _distill_loss(model, pixels), device, dtype)
+    sparse = next((backend for backend in backends if backend != "dense"), "gather")
     for name, further in (variants or {}).items():
-        torch.manual_seed(0)
-        changed = load_config(config, options={**(options or {}), **further})
-        student = {**changed.model.student, "backend": next((b for b in backends if b != "dense"), "gather")}
-        variant = MODELS.build({"_scope_": "hgkd", **changed.model, "student": student}).to(device).train()
-        shape = (batch_size, variant.student.in_chans, *variant.image_size)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        variant, pixels = built(load_config(config, options={**(options or {}), **further}).model, backend=sparse)
         steps[name] = _train_step(variant, _distill_loss(variant, pixels), device, dtype)
     h, w = model.mask_grid
     keep = int(model.mask(1, (h, w), device=torch.device(device)).sum())
