@@ -61,11 +61,12 @@ def _names(members: Sequence[Run]) -> list[str]:
 def _draw_bars(axis: Axes, rows: Mapping[str, Sequence[Run]]) -> None:
     """A group of bars a row: the scores that it has, one colour a kind of score."""
     kinds = _names([run for members in rows.values() for run in members])
-    labelled: set[str] = set()
-    ticks, top, width = [], 0.0, 0.4
+    colours = {name: f"C{i % 10}" for i, name in enumerate(kinds)}
+    handles: dict[str, Any] = {}
+    ticks, place, width = [], 0.0, 0.4
     for members in rows.values():
-        names = _names(members)
-        for i, name in enumerate(names):
+        start = place
+        for name in _names(members):
             scores = [run["scores"][name] for run in members if name in run["scores"]]
             values = [value_of(score) for score in scores]
             mean, single = statistics.mean(values), len(values) == 1
@@ -75,26 +76,26 @@ def _draw_bars(axis: Axes, rows: Mapping[str, Sequence[Run]]) -> None:
             elif "ci95" in scores[0]:
                 low, high = scores[0]["ci95"]
                 error = (max(mean - low, 0.0), max(high - mean, 0.0))
-            axis.barh(
-                top + (i + 0.5) * width,
+            drawn = axis.barh(
+                place + width / 2,
                 mean,
                 width,
                 xerr=[[error[0]], [error[1]]],
-                color=f"C{kinds.index(name) % 10}",
+                color=colours[name],
                 alpha=0.8,
                 hatch="//" if single else None,
                 capsize=3,
-                label=None if name in labelled else name,
             )
-            labelled.add(name)
-        ticks.append(top + len(names) * width / 2)
-        top += len(names) * width + 0.2
+            handles.setdefault(name, drawn)
+            place += width
+        ticks.append((start + place) / 2)
+        place += 0.2
     axis.set_yticks(ticks, [f"{row} ({len(members)})" for row, members in rows.items()])
     axis.invert_yaxis()
     axis.set_xlabel("final score (seeds in brackets; hatched: one)")
     axis.grid(axis="x", alpha=0.3)
     # above the bars, which reach into any corner
-    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4)
+    axis.legend(handles.values(), handles, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4)
 
 
 def _draw_curves(axis: Axes, curves: Mapping[str, Points], colours: Mapping[str, Any]) -> dict[str, Artist]:
