@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from tiny_runs import tiny, write_images
 
 from hgkd.recipes import plan_names, recipe_names
+from hgkd.writing import locked
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "spark/spark_resnet18_shapes"
@@ -24,7 +23,7 @@ def installed(tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(wheels), str(ROOT)]
     # another process of the same test run may build the same checkout, in the same folder build/
-    with FileLock(Path(tempfile.gettempdir()) / f"hgkd_wheel_{str(ROOT).replace('/', '_')}.lock"):
+    with locked(tmp_path_factory.getbasetemp().parent / "wheel.lock"):
         subprocess.run(build, check=True, capture_output=True)
     (wheel,) = wheels.glob("hgkd-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(folder), str(wheel)], check=True)
