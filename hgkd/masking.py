@@ -232,6 +232,11 @@ class CountedMask:
         counts = (keep + (0.5 if self.rounding == "round" else 0.0) + 1e-6).floor().long()
         return counts.clamp(visible_count(*grid, high, self.rounding), visible_count(*grid, low, self.rounding))
 
+    @property
+    def shows_rectangles(self) -> bool:
+        """Whether every draw shows one rectangle in each image, all of one size."""
+        return False
+
     def rectangle(self, grid: tuple[int, int]) -> tuple[int, int] | None:
         """(rows, columns) of the rectangle that every image of the last draw shows, where each shows one, all of one size."""
         return None
@@ -398,6 +403,11 @@ class RectangleMask(CountedMask):
             )
         self.min_aspect = min_aspect
         self._drawn: tuple[int, int] | None = None
+
+    @property
+    def shows_rectangles(self) -> bool:
+        """See :attr:`CountedMask.shows_rectangles`; not where each image has a ratio of its own."""
+        return not self.counts_differ
 
     def rectangle(self, grid: tuple[int, int]) -> tuple[int, int] | None:
         """See :meth:`CountedMask.rectangle`; None where each image has a ratio of its own, and before the first draw."""

@@ -35,6 +35,8 @@ from hgkd.teachers.base import Teacher
 from hgkd.teachers.cache import FeatureCache, store_bytes, weights_digest
 from hgkd.weights.run_file import FORMAT
 
+DECODED = ("all", "visible")
+
 
 def merge_needs(needs: Sequence[TeacherNeeds]) -> tuple[list[TeacherNeeds], list[int]]:
     """The fewest teacher passes that serve all needs.
@@ -85,6 +87,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             sees each, and the teacher sees the image once where the objectives ask for whole images. A step then costs one
             teacher pass and ``masks_per_image`` student passes.
         whole_view: the student sees each training image whole as well.
+        decode: what the student's decoder computes: 'all' places, or the 'visible' rectangle alone, as if it were the image, so
+            that the decoder too costs the visible part only. For :class:`hgkd.masking.RectangleMask` and objectives that learn
+            what is visible (``supervise='visible'``).
         cuda_graph: record what follows mask and teachers as a CUDA graph; True, False or 'auto': on a GPU, where every image
             shows a fixed number of cells and one process trains, once a graph's losses and gradients agree with the eager ones.
         data_preprocessor: see mmengine's ``BaseModel``; the default only moves data to the device, without waiting for it.
@@ -114,6 +119,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         teachers: Mapping[str, Mapping[str, Any]] | None = None,
         teacher_channels: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         mask_teacher: str | None = None,
+        decode: str = "all",
         cuda_graph: bool | str = "auto",
     ) -> None:
         # copies from the loader's pinned memory go on while the host prepares the step
@@ -127,10 +133,13 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             raise InvalidValueError(
                 "masks-per-image", f"masks_per_image is the number of masks of an image, 1 or more, got {masks_per_image!r}"
             )
+        if decode not in DECODED:
+            raise InvalidValueError("decode-unknown", f"decode must be one of {', '.join(map(repr, DECODED))}, got {decode!r}")
         self._graphs = StepGraphs(cuda_graph)
         self.flip = flip
         self.masks_per_image = masks_per_image
         self.whole_view = whole_view
+        self.decode = decode
         self.feature_caches: dict[str, FeatureCache] = {}
         self.teacher_seconds = 0.0
         self.image_size = as_size(image_size)
@@ -193,6 +202,8 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         for teacher_name, needs in asked.items():
             self._passes[teacher_name], owner = merge_needs(list(needs.values()))
             self._pass_of |= {name: (teacher_name, i) for name, i in zip(needs, owner, strict=True)}
+        if self.decode == "visible":
+            self._check_decode(grids)
         print_log(f"student: {self._seen()}", "current")
 
     def _place_of(self, teacher: str | None) -> str:
@@ -284,6 +295,44 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
                 f"{asked} shows different numbers of cells in the images of a batch, but a {type(self.student).__name__} "
                 "takes as many of each; use one mask_ratio without a whole view, or a SparseUNet",
             )
+
+    def _check_decode(self, teacher_grids: Mapping[str | None, tuple[int, int]]) -> None:
+        """Raise ValueError when the visible rectangle is all that is decoded, and something needs more.
+
+        Args:
+            teacher_grids: of each teacher, by name.
+        """
+
+        def refuse(why: str, remedy: str) -> InvalidValueError:
+            return InvalidValueError("decode-visible-impossible", f"decode='visible': {why}; {remedy}, or decode='all'")
+
+        if not self.student.decodes_rectangles:
+            raise refuse(f"a {type(self.student).__name__} decodes whole images", "use a SparseUNet")
+        if self.whole_view or not isinstance(self.mask, CountedMask) or not self.mask.shows_rectangles:
+            shown = "whole_view=True" if self.whole_view else f"a {type(self.mask).__name__}"
+            raise refuse(
+                f"{shown} does not show one rectangle in each image, all of one size",
+                "use RectangleMask with one mask_ratio and without a whole view",
+            )
+        for name, objective in self.objectives.items():
+            assert isinstance(objective, MaskedObjective)
+            strides = objective.decoder_strides(self.student)
+            supervise = getattr(objective, "supervise", None)
+            if strides and supervise != "visible":
+                raise refuse(
+                    f"objective {name!r} ({type(objective).__name__}) reads the decoder at hidden places, too "
+                    f"(supervise={supervise!r})",
+                    f"set model.objectives.{name}.supervise='visible'",
+                )
+            grid = teacher_grids.get(self._pass_of[name][0]) if name in self._pass_of else None
+            per_cell = 1 if grid is None else grid[0] // self.mask_grid[0]
+            coarse = [stride for stride in strides if self.student.cell // stride % per_cell]
+            if coarse:
+                raise refuse(
+                    f"objective {name!r} would interpolate the decoder's stride {coarse[0]} to the teacher's {per_cell} tokens "
+                    "a cell side, across the border to what is hidden",
+                    f"use an out_stride with a multiple of {per_cell} positions in {self.student.cell} px",
+                )
 
     def _check_graph(self) -> None:
         """Raise ValueError when a CUDA graph is asked for, and its shapes would change from step to step."""
@@ -422,7 +471,15 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             known["num_cells"] = self._cells_shown(batch, seen)
         if self.student.takes_rectangle:
             known["rectangle"] = self._rectangle_shown
+        if self.decode != "all":
+            known["decode"] = self.decode
         return known
+
+    def student_output(self, images: Tensor, visible: Tensor) -> StudentOutput:
+        """The student's output for images (B, C, H, W) in [0, 1] and the mask that was drawn last, as in a training step."""
+        if self.decode == "all":
+            return self._student_sees(images, visible, {})
+        return self._student_sees(images, visible, {"rectangle": self._rectangle_shown, "decode": self.decode})
 
     def _cells_shown(self, batch: int, seen: int) -> int | None:
         """How many cells all views of a batch show together, where the mask's generator fixes it; None: to be counted.

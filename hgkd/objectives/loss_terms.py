@@ -99,6 +99,10 @@ class MaskedObjective(Objective):
         """Names of the terms that compare features position by position and can be shown as pictures; none by default."""
         return ()
 
+    def decoder_strides(self, student: DecodingStudent) -> tuple[int, ...]:
+        """Scales of the student's decoder that the objective reads, by default its output; none where it reads no decoder."""
+        return (student.out_stride,)
+
     def prepare(self, setup: Setup) -> None:
         """Build what depends on student and teacher; called once, before the optimiser is made.
 

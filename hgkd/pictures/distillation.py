@@ -44,7 +44,7 @@ def distillation_columns(model: BaseModel, inputs: Tensor, seed: int = 0) -> dic
         images = images if images.is_floating_point() else images.float() / 255
         generator = torch.Generator().manual_seed(seed)
         visible = model.draw_mask(images, generator)
-        student_out = model.student(images, visible)
+        student_out = model.student_output(images, visible)
         teacher_outs = model.teach(images, visible)
         shown: Sequence[int] | None = getattr(model, "shown_channels", None)
         pictures = as_rgb(images, shown) if shown is not None or images.shape[1] != 3 else images

@@ -38,10 +38,7 @@ class RectangleTensor(PackedTensor):
 
     def _tiles(self) -> Tensor:
         """The same values by cells, (T, C, s, s), as :class:`PackedTensor` has them."""
-        rows, columns = sides(self.cells)
-        s, values = self.side, self.plain.permute(0, 2, 3, 1)
-        split = values.reshape(self.cells.batch, rows, s, columns, s, -1).permute(0, 1, 3, 2, 4, 5)
-        return split.reshape(self.cells.num_cells, s, s, -1).permute(0, 3, 1, 2)
+        return _tiles_of(self.plain, self.cells)
 
     @property
     def side(self) -> int:
@@ -73,6 +70,27 @@ def crop(dense: Tensor, cells: CellLayout, s: int) -> Tensor:
     rows, columns = sides(cells)
     tiles = cells.gather_cells(dense, s).permute(0, 2, 3, 1).reshape(cells.batch, rows, columns, s, s, -1)
     return tiles.permute(0, 1, 3, 2, 4, 5).reshape(cells.batch, rows * s, columns * s, -1).permute(0, 3, 1, 2)
+
+
+def uncrop(crops: Tensor, cells: CellLayout) -> Tensor:
+    """Inverse of :func:`crop`, zeros at hidden positions: (B, C, rows*s, columns*s) -> (B, C, h*s, w*s); differentiable."""
+    return cells.scatter_cells(_tiles_of(crops, cells))
+
+
+def visible_crop(level: SparseTensor) -> Tensor:
+    """The visible rectangles of a sparse feature map of any backend, (B, C, rows*s, columns*s)."""
+    level.check_complete()
+    if isinstance(level, RectangleTensor):
+        return level.plain
+    return crop(level.to_dense(), level.cells, level.cells.side(level.stride))
+
+
+def _tiles_of(crops: Tensor, cells: CellLayout) -> Tensor:
+    """Crops by cells, (T, C, s, s)."""
+    rows, columns = sides(cells)
+    s, values = crops.shape[2] // rows, crops.permute(0, 2, 3, 1)
+    split = values.reshape(cells.batch, rows, s, columns, s, -1).permute(0, 1, 3, 2, 4, 5)
+    return split.reshape(cells.num_cells, s, s, -1).permute(0, 3, 1, 2)
 
 
 @function_rule("conv2d", on=(RectangleTensor,))

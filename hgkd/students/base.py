@@ -29,6 +29,8 @@ class Student(PixelNormalisation):
         takes_count: :meth:`forward` has an argument ``num_cells``: how many cells ``visible`` shows, or None.
         takes_rectangle: :meth:`forward` has an argument ``rectangle``: the (rows, columns) that every image shows, or None
             (:class:`hgkd.sparse.CellLayout`).
+        decodes_rectangles: :meth:`forward` has an argument ``decode``: with 'visible' the decoder computes the visible
+            rectangles alone.
     """
 
     cell: int
@@ -41,6 +43,7 @@ class Student(PixelNormalisation):
     equal_counts = False
     takes_count = False
     takes_rectangle = False
+    decodes_rectangles = False
 
     def prepare(self, image_size: int | Sequence[int]) -> tuple[int, int]:
         """The mask grid (h, w) of images of this size, (H, W) or one side of a square.

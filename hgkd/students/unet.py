@@ -27,6 +27,7 @@ from hgkd.networks.encoder import build_encoder, encoder_features, encoder_level
 from hgkd.pixels import check_in_chans, check_normalize, note_pixels, pixel_statistics, require_statistics
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, SparseTensor, sparsify
+from hgkd.sparse.rectangle import uncrop, visible_crop
 from hgkd.structures import StudentOutput
 from hgkd.students.base import Student
 
@@ -49,11 +50,11 @@ class Densify(nn.Module):
         self.projection = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
-    def forward(self, level: SparseTensor) -> Tensor:
-        """(B, C, h, w) sparse -> (B, C', h, w) dense."""
+    def forward(self, level: SparseTensor, cropped: bool = False) -> Tensor:
+        """(B, C, h, w) sparse -> (B, C', h, w) dense, or the visible rectangles alone."""
         normed = cast(SparseTensor, self.norm(level))
-        dense = normed.to_dense(fill=self.mask_token)
-        if level.cells.all_visible:  # the token is unused: a zero gradient, as DDP waits for one
+        dense = visible_crop(normed) if cropped else normed.to_dense(fill=self.mask_token)
+        if cropped or level.cells.all_visible:  # the token is unused: a zero gradient, as DDP waits for one
             dense = dense + 0.0 * self.mask_token.view(1, -1, 1, 1)
         projected: Tensor = self.projection(dense)
         return projected
@@ -126,6 +127,7 @@ class SparseUNet(Student):
 
     takes_count = True
     takes_rectangle = True
+    decodes_rectangles = True
 
     def __init__(
         self,
@@ -209,13 +211,19 @@ class SparseUNet(Student):
         visible: Tensor | None = None,
         num_cells: int | None = None,
         rectangle: tuple[int, int] | None = None,
+        decode: str = "all",
     ) -> StudentOutput:
-        """Encode the visible cells and decode the whole image.
+        """Encode the visible cells and decode the whole image, or its visible rectangle.
 
         Args:
             images: (B, C, H, W) in [0, 1], of three channels RGB; H and W multiples of ``cell``.
             visible: bool (B, H/cell, W/cell), True = visible; None: everything.
             num_cells, rectangle: what is known of ``visible``, see :class:`hgkd.sparse.CellLayout`.
+            decode: 'all' places, or the 'visible' ones alone, where every image shows one rectangle: the decoder then sees no
+                mask tokens, costs as much as its crop does, and gives zeros at hidden places.
+
+        Raises:
+            ValueError: another size or mask than the student takes, or with 'visible' a mask without rectangles.
         """
         grid = self.prepare(tuple(images.shape[-2:]))
         layout = CellLayout(self.visible_of(images, visible, grid), self.cell, self.renormalize, num_cells, rectangle)
@@ -228,21 +236,33 @@ class SparseUNet(Student):
             )
         packed = cast(Any, self.encoder).pack(self.normalise(images), layout)
         features = cast("list[SparseTensor]", encoder_features(self.encoder, packed, self._levels))
-        pyramid = self.decode(features)
+        pyramid = self.decode(features, decode)
         decoded = pyramid[self.out_stride]
         return StudentOutput(decoded=decoded, features=features, layout=layout, images=images, pyramid=pyramid)
 
-    def decode(self, features: Sequence[SparseTensor]) -> dict[int, Tensor]:
-        """The encoder's sparse levels, finest first -> stride -> decoder map (B, C, H/stride, W/stride), coarsest first."""
+    def decode(self, features: Sequence[SparseTensor], places: str = "all") -> dict[int, Tensor]:
+        """The encoder's sparse levels, finest first -> stride -> decoder map (B, C, H/stride, W/stride), coarsest first.
+
+        Args:
+            places: 'all' or 'visible', see :meth:`forward`.
+        """
+        cells = features[-1].cells
+        cropped = places == "visible" and not cells.all_visible
+        if cropped and cells.rectangle is None:
+            raise InvalidValueError(
+                "decode-without-rectangles",
+                "decode='visible' needs masks that show one rectangle in each image, all of one size; on a GPU their size must "
+                "be given (rectangle). Use RectangleMask, or decode='all'",
+            )
         by_stride = dict(zip(map(str, self.feature_strides), features, strict=True))
-        dense = {stride: densify(by_stride[stride]) for stride, densify in self.densify.items()}
+        dense = {stride: densify(by_stride[stride], cropped) for stride, densify in self.densify.items()}
         stages = iter(self.decoder.items())
         stride, stage = next(stages)
         pyramid = {int(stride): stage(dense[stride])}
         decoded = pyramid[int(stride)]
         for stride, stage in stages:
             decoded = pyramid[int(stride)] = stage(decoded, dense.get(stride))
-        return pyramid
+        return {stride: uncrop(decoded, cells) for stride, decoded in pyramid.items()} if cropped else pyramid
 
     def dense_features(self, images: Tensor) -> list[Tensor]:
         """The levels of whole images by the ordinary dense network, finest first; images (B, 3, H, W) in [0, 1]."""

@@ -49,13 +49,14 @@ class FakeTeacher(Teacher):
         return TeacherOutput({b: tokens * (b + 1) for b in needs.blocks}, self.grid)
 
 
-def make(objectives=None, teacher=True, mask_ratio=0.5, image_size=64, mask=None, **student):
+def make(objectives=None, teacher=True, mask_ratio=0.5, image_size=64, mask=None, model=None, **student):
     return MaskedDistiller(
         student=dict(type="SparseUNet", encoder="test_resnet", decoder_width=32, **student),
         objectives=objectives or dict(hgkd=dict(type="HGKD", supervise="all")),
         mask=mask or dict(type="RandomMask", mask_ratio=mask_ratio),
         image_size=image_size,
         teacher=dict(type="FakeTeacher") if teacher else None,
+        **(model or {}),
     )
 
 
@@ -201,6 +202,85 @@ def test_what_does_not_fit_is_refused_at_construction(options, refusal):
         return
     with refused(ValueError, *refusal):
         make(**options)
+
+
+VISIBLE = dict(hgkd=dict(type="HGKD", supervise="visible"), pooled=dict(type="PooledFeature"))
+RECTANGLES = dict(type="RectangleMask", mask_ratio=0.5)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_what_is_visible_is_decoded_alone_and_learnt(views):
+    """The loss is that of a student that is given the crops, and the teacher's tokens there."""
+    model = make(VISIBLE, mask=RECTANGLES, image_size=96, model=dict(decode="visible", masks_per_image=views))
+    images = to_unit_range(batch(size=(96, 96)))
+    visible = model.draw_views(images)
+    teacher_outs = model.teach(images, visible)
+    out = model._student_sees(images, visible, model._known(len(images), len(visible)))
+    rows, columns = model.mask.rectangle((3, 3))
+    whole = model.objectives["hgkd"].loss_terms(out, teacher_outs["hgkd"], out.layout)["distill"]
+    crops = []
+    for image, shown in zip(images.repeat(views, 1, 1, 1), visible, strict=True):
+        top, left = 32 * shown.nonzero()[0]
+        crops.append(image[:, top : top + 32 * rows, left : left + 32 * columns])
+    predicted = model.objectives["hgkd"].projectors["distill"](model.student(torch.stack(crops)).decoded)
+    chosen = whole.positions[:, None].expand_as(whole.target)
+    expected = whole.target[chosen].view(len(crops), -1)
+    found = predicted.flatten(1)
+    torch.testing.assert_close(whole.prediction[chosen].view(len(crops), -1), found, rtol=1e-4, atol=1e-4)
+    loss = nn.functional.smooth_l1_loss(found, expected, beta=2.0)
+    torch.testing.assert_close(whole.loss(), loss, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unmasked_end_decodes_everything():
+    model = make(VISIBLE, mask=dict(RECTANGLES, unmasked_share=0.5), image_size=96, model=dict(decode="visible"))
+    model.mask.progress = 1.0
+    out, _ = model._see(batch(size=(96, 96)), None)
+    assert out.layout.all_visible
+    assert (out.decoded != 0.0).any(1).all()
+
+
+def test_pictures_show_what_a_step_decodes():
+    model = make(VISIBLE, mask=RECTANGLES, image_size=96, model=dict(decode="visible")).eval()
+    images = to_unit_range(batch(size=(96, 96)))
+    visible = model.draw_mask(images)
+    decoded = model.student_output(images, visible).decoded
+    shown = visible.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].expand_as(decoded)
+    assert not decoded[~shown].any()
+    assert decoded[shown].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        (dict(model=dict(decode="some")), ("decode-unknown", "some", "visible")),
+        (dict(objectives=VISIBLE), ("decode-visible-impossible", "RandomMask", "RectangleMask")),
+        (
+            dict(objectives=VISIBLE, mask=dict(RECTANGLES, mask_ratio=[0.0, 0.5])),
+            ("decode-visible-impossible", "one mask_ratio"),
+        ),
+        (
+            dict(objectives=VISIBLE, mask=RECTANGLES, model=dict(decode="visible", whole_view=True)),
+            ("decode-visible-impossible", "whole_view=True"),
+        ),
+        (dict(mask=RECTANGLES), ("decode-visible-impossible", "model.objectives.hgkd.supervise='visible'", "'all'")),
+        (dict(objectives=VISIBLE, mask=RECTANGLES, out_stride=32), ("decode-visible-impossible", "stride 32", "2 tokens")),
+    ],
+)
+def test_a_decoder_of_the_visible_part_is_refused_where_more_is_needed(options, refusal):
+    with refused(ValueError, *refusal):
+        make(**{"model": dict(decode="visible"), "image_size": 96, **options})
+
+
+def test_a_vit_decodes_whole_images():
+    sizes = dict(embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    student = dict(type="MaskedViT", arch=sizes, patch_size=16, cell=32)
+    with refused(ValueError, "decode-visible-impossible", "MaskedViT", "SparseUNet"):
+        MaskedDistiller(student, VISIBLE, RECTANGLES, 64, dict(type="FakeTeacher"), decode="visible")
+
+
+def test_objectives_of_the_encoder_alone_learn_beside_it():
+    objectives = dict(VISIBLE, dmae=dict(type="DMAE"), mgd=dict(type="MGD", feature=None))
+    make(objectives, mask=RECTANGLES, image_size=96, model=dict(decode="visible"))(batch(size=(96, 96)), mode="loss")
 
 
 def test_images_of_another_size_or_type_are_refused():

@@ -180,6 +180,80 @@ def test_densify_by_hand() -> None:
         torch.testing.assert_close(densify.train()(level).flatten(), expected, atol=1e-4, rtol=1e-4)
 
 
+def rectangles(grid: tuple[int, int], *corners: tuple[int, int]) -> Tensor:
+    """Masks of 2 x 2 visible cells at these (top, left) cells."""
+    visible = torch.zeros(len(corners), *grid, dtype=torch.bool)
+    for image, (top, left) in zip(visible, corners, strict=True):
+        image[top : top + 2, left : left + 2] = True
+    return visible
+
+
+def crops_of(maps: Tensor, side: int, *corners: tuple[int, int]) -> Tensor:
+    """The places of :func:`rectangles` in maps (B, C, H, W) with ``side`` positions along a cell's side."""
+    places = ((top * side, left * side) for top, left in corners)
+    crops = [map[:, y : y + 2 * side, x : x + 2 * side] for map, (y, x) in zip(maps, places, strict=True)]
+    return torch.stack(crops)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options"),
+    [
+        ("test_resnet", {}),
+        ("test_resnet", {"out_stride": 4}),
+        ("test_resnet", {"skips": "last"}),
+        ("test_convnext", {"out_stride": 8}),
+        ("test_resnet", {"backend": "masked"}),
+    ],
+)
+def test_a_decoder_of_the_visible_rectangle_is_the_student_of_the_crop(encoder: str, options: dict[str, Any]) -> None:
+    """Values, gradients and running statistics are those of the same student that is given the crops as its whole images."""
+    student, of_crops = make(encoder, **options).double(), make(encoder, **options).double()
+    of_crops.load_state_dict(student.state_dict())
+    corners = ((1, 0), (0, 1))
+    visible, x = rectangles((3, 3), *corners), images(student, h=3, w=3).double()
+    out, expected = student(x, visible, decode="visible"), of_crops(crops_of(x, student.cell, *corners))
+    assert list(out.pyramid) == list(expected.pyramid)
+    torch.testing.assert_close(out.decoded, out.pyramid[student.out_stride])
+    seen = {}
+    for stride, whole in out.pyramid.items():
+        s = student.cell // stride
+        assert whole.shape == (2, student.pyramid_channels[stride], 3 * s, 3 * s)
+        seen[stride] = crops_of(whole, s, *corners)
+        torch.testing.assert_close(seen[stride], expected.pyramid[stride])
+        assert not whole[~pixels(visible, s).expand_as(whole)].any()
+    for maps in (seen, expected.pyramid):
+        torch.stack([(map * torch.linspace(-1, 1, map.numel()).view_as(map)).sum() for map in maps.values()]).sum().backward()
+    gradients = dict(of_crops.named_parameters())
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name].grad, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(student.state_dict(), of_crops.state_dict())
+
+
+def test_where_nothing_is_hidden_the_visible_places_are_all() -> None:
+    student = make()
+    x = images(student)
+    torch.testing.assert_close(student(x, decode="visible").decoded, student(x).decoded)
+
+
+def test_a_decoder_of_the_visible_rectangle_costs_what_the_crop_does() -> None:
+    student = make("resnet18", decoder_width=256).eval()
+    corners = ((0, 0), (1, 1))
+    x, visible = images(student, h=4, w=4), rectangles((4, 4), *corners)
+    counted = []
+    for arguments in ((x, visible, None, None, "visible"), (x[:, :, :64, :64],)):
+        with FlopCounterMode(display=False) as flops, torch.no_grad():
+            student(*arguments)
+        counted.append(flops.get_total_flops())
+    assert counted[1] <= counted[0] < 1.001 * counted[1]  # a little for the mask itself: which pooling windows touch it
+
+
+def test_a_decoder_of_the_visible_places_needs_rectangles() -> None:
+    student = make()
+    with refused(ValueError, "decode-without-rectangles", "RectangleMask"):
+        student(images(student), VISIBLE, decode="visible")
+
+
 def test_larger_cells() -> None:
     student = make(cell=64)
     assert student.prepare((128, 192)) == (2, 3)

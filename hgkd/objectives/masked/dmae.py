@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import (
+    DecodingStudent,
     block_tokens,
     build_projector,
     encoder_map,
@@ -90,6 +91,10 @@ class DMAE(MaskedObjective):
     def needs(self) -> TeacherNeeds:
         """Outputs that the teacher must compute. Before :meth:`prepare`, negative indices stand as they were given."""
         return TeacherNeeds(blocks=tuple(block for _, block in self._taps), visible_only=True)
+
+    def decoder_strides(self, student: DecodingStudent) -> tuple[int, ...]:
+        """None: it reads the encoder's levels."""
+        return ()
 
     def _build(self, setup: Setup) -> None:
         """Resolve the taps and build a projector each.

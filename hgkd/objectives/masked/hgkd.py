@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import (
+    DecodingStudent,
     block_tokens,
     build_projector,
     decoder_channels,
@@ -187,6 +188,10 @@ class HGKD(MaskedObjective):
             decoder_block=self._decoder_block if "masked" in self.terms else None,
             visible_only=self.target == "inferred",
         )
+
+    def decoder_strides(self, student: DecodingStudent) -> tuple[int, ...]:
+        """Those of the blocks."""
+        return tuple(student.out_stride if stride is None else stride for stride in self._strides)
 
     def _build(self, setup: Setup) -> None:
         """Resolve the block indices and build the projectors.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import (
+    DecodingStudent,
     block_tokens,
     encoder_map,
     fit_grid,
@@ -86,6 +87,10 @@ class MGD(MaskedObjective):
     def needs(self) -> TeacherNeeds:
         """Outputs that the teacher must compute."""
         return TeacherNeeds(blocks=(self._block,))
+
+    def decoder_strides(self, student: DecodingStudent) -> tuple[int, ...]:
+        """The decoder's output, or none with an encoder level."""
+        return super().decoder_strides(student) if self._feature == "decoded" else ()
 
     def _build(self, setup: Setup) -> None:
         """Resolve block and level and build the generator.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
-from hgkd.objectives.alignment import block_tokens, require_teacher, resolve_block
+from hgkd.objectives.alignment import DecodingStudent, block_tokens, require_teacher, resolve_block
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
 from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.positions import visible_on
@@ -87,6 +87,10 @@ class PooledFeature(MaskedObjective):
     def needs(self) -> TeacherNeeds:
         """One block of the whole image. Before :meth:`prepare`, a negative index stands as it was given."""
         return TeacherNeeds(blocks=(self._block,))
+
+    def decoder_strides(self, student: DecodingStudent) -> tuple[int, ...]:
+        """None: it reads the encoder's last level."""
+        return ()
 
     def _build(self, setup: Setup) -> None:
         """Resolve the block and build the head.
