@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 SUPERVISE = ("masked", "visible", "all")
 
 
-def check_supervise(supervise: str) -> str:
-    """Return ``supervise``, or raise ValueError when it is none of :data:`SUPERVISE`."""
-    if supervise not in SUPERVISE:
+def check_supervise(supervise: str, allowed: tuple[str, ...] = SUPERVISE) -> str:
+    """Return ``supervise``, or raise ValueError when it is none of those that an objective knows."""
+    if supervise not in allowed:
         raise InvalidValueError(
-            "supervise-unknown", f"supervise must be one of {', '.join(map(repr, SUPERVISE))}, got {supervise!r}"
+            "supervise-unknown", f"supervise must be one of {', '.join(map(repr, allowed))}, got {supervise!r}"
         )
     return supervise
 

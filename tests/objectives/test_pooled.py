@@ -94,7 +94,7 @@ def test_it_trains_the_encoder_and_not_the_teacher():
 def test_refusals():
     with refused(ValueError, "beta-not-positive", "0"):
         PooledFeature(beta=0)
-    with refused(ValueError, "pooled-supervise-unknown", "'all', 'visible'", "'masked'"):
+    with refused(ValueError, "supervise-unknown", "'all', 'visible'", "'masked'"):
         PooledFeature(supervise="masked")
     with refused(ValueError, "grid-no-multiple-of-mask", "3 x 3", "2 x 2"):
         PooledFeature(supervise="visible").prepare(Setup(SimpleNamespace(feature_channels=(5,)), INFO, (3, 3), (2, 2)))

@@ -23,15 +23,12 @@ from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import DecodingStudent, block_tokens, require_teacher, resolve_block
 from hgkd.objectives.distances import layer_norm0, smooth_l1_by_position
 from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
-from hgkd.objectives.positions import visible_on
+from hgkd.objectives.positions import check_supervise, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
 from hgkd.structures import StudentOutput, TeacherNeeds, TeacherOutput
 
 if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
-
-
-SUPERVISE = ("all", "visible")
 
 
 def standardised_mean(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -73,12 +70,7 @@ class PooledFeature(MaskedObjective):
         super().__init__()
         if beta <= 0:
             raise InvalidValueError("beta-not-positive", f"beta must be above 0, got {beta}")
-        if supervise not in SUPERVISE:
-            raise InvalidValueError(
-                "pooled-supervise-unknown",
-                f"PooledFeature's supervise must be one of {', '.join(map(repr, SUPERVISE))}, got {supervise!r}",
-            )
-        self.supervise = supervise
+        self.supervise = check_supervise(supervise, ("all", "visible"))
         self.beta = beta
         self.head: nn.Linear | None = None
         self._block = block
