@@ -202,8 +202,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         for teacher_name, needs in asked.items():
             self._passes[teacher_name], owner = merge_needs(list(needs.values()))
             self._pass_of |= {name: (teacher_name, i) for name, i in zip(needs, owner, strict=True)}
-        if self.decode == "visible":
-            self._check_decode(grids)
+        self._check_decode(grids)
         print_log(f"student: {self._seen()}", "current")
 
     def _place_of(self, teacher: str | None) -> str:
@@ -302,37 +301,38 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         Args:
             teacher_grids: of each teacher, by name.
         """
+        obstacle = self._obstacle_to_decoding_the_visible(teacher_grids) if self.decode == "visible" else None
+        if obstacle is not None:
+            raise InvalidValueError("decode-visible-impossible", f"decode='visible': {obstacle}, or decode='all'")
 
-        def refuse(why: str, remedy: str) -> InvalidValueError:
-            return InvalidValueError("decode-visible-impossible", f"decode='visible': {why}; {remedy}, or decode='all'")
-
+    def _obstacle_to_decoding_the_visible(self, teacher_grids: Mapping[str | None, tuple[int, int]]) -> str | None:
+        """Why hidden places must be decoded, and what would help; None: they need not."""
         if not self.student.decodes_rectangles:
-            raise refuse(f"a {type(self.student).__name__} decodes whole images", "use a SparseUNet")
+            return f"a {type(self.student).__name__} decodes whole images; use a SparseUNet"
         if self.whole_view or not isinstance(self.mask, CountedMask) or not self.mask.shows_rectangles:
             shown = "whole_view=True" if self.whole_view else f"a {type(self.mask).__name__}"
-            raise refuse(
-                f"{shown} does not show one rectangle in each image, all of one size",
-                "use RectangleMask with one mask_ratio and without a whole view",
+            return (
+                f"{shown} does not show one rectangle in each image, all of one size; use RectangleMask with one mask_ratio "
+                "and without a whole view"
             )
-        for name, objective in self.objectives.items():
-            assert isinstance(objective, MaskedObjective)
-            strides = objective.decoder_strides(self.student)
-            supervise = getattr(objective, "supervise", None)
+        parts: dict[str, Any] = dict(self.objectives.items())
+        for name, objective in parts.items():
+            strides, supervise = objective.decoder_strides(self.student), getattr(objective, "supervise", None)
             if strides and supervise != "visible":
-                raise refuse(
+                return (
                     f"objective {name!r} ({type(objective).__name__}) reads the decoder at hidden places, too "
-                    f"(supervise={supervise!r})",
-                    f"set model.objectives.{name}.supervise='visible'",
+                    f"(supervise={supervise!r}); set model.objectives.{name}.supervise='visible'"
                 )
-            grid = teacher_grids.get(self._pass_of[name][0]) if name in self._pass_of else None
-            per_cell = 1 if grid is None else grid[0] // self.mask_grid[0]
+            grid = teacher_grids[self._pass_of[name][0]] if name in self._pass_of else self.mask_grid
+            per_cell = grid[0] // self.mask_grid[0]
             coarse = [stride for stride in strides if self.student.cell // stride % per_cell]
             if coarse:
-                raise refuse(
+                return (
                     f"objective {name!r} would interpolate the decoder's stride {coarse[0]} to the teacher's {per_cell} tokens "
-                    "a cell side, across the border to what is hidden",
-                    f"use an out_stride with a multiple of {per_cell} positions in {self.student.cell} px",
+                    "a cell side, across the border to what is hidden; use an out_stride with a multiple of "
+                    f"{per_cell} positions in {self.student.cell} px"
                 )
+        return None
 
     def _check_graph(self) -> None:
         """Raise ValueError when a CUDA graph is asked for, and its shapes would change from step to step."""
