@@ -37,6 +37,8 @@ _COST = {
     "0.75, 96 px": (0.0, 0.352 * 30.1),
     "0 to 0.75, 96 px": (0.0, 0.826 * 30.1),
     "0.6 in one rectangle, 96 px": (0.0, 0.53 * 30.1),
+    "0.6 in one rectangle, decoded alone, 96 px": (0.0, 0.512 * 30.1),
+    "0.75 in one rectangle, decoded alone, 96 px": (0.0, 0.287 * 30.1),
 }
 _stored = dict(teacher_features="{features}")
 _fresh = {  # random crops, so that nothing can be stored
@@ -114,6 +116,17 @@ rows = [
         image_size=96,
         **{"model.mask.type": "RectangleMask"},
         **_visible,
+    ),
+    *(
+        row(
+            f"H-GKD {ratio} in one rectangle, decoded alone, 96 px",
+            f"{ratio} in one rectangle, decoded alone, 96 px",
+            ratio,
+            image_size=96,
+            **{"model.mask.type": "RectangleMask", "model.decode": "visible"},
+            **_visible,
+        )
+        for ratio in (0.6, 0.75)
     ),
     # the teacher in every step, and new crops of the images
     row("dense, crops", "dense", 0.0, stored=False),
