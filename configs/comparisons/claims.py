@@ -72,6 +72,17 @@ _large_vit = {**_plain_vit, "model.classifier.embed_dim": 256, "model.classifier
 _all_labels = {"epochs": 10, "warmup_epochs": 0.5, "train_cfg.val_interval": 1, "default_hooks.checkpoint.interval": 5}
 _all_labels["train_dataloader.dataset.limit_per_class"] = None
 _judge = dict(teacher_checkpoint="{here}/judge_seed0")
+_specific = {  # the network of the other ViT rows, with G2SD's second head
+    **_judge,
+    **_plain_vit,
+    "model.classifier.name": "vit_tiny_patch16_224",
+    "model.classifier.global_pool": "avg",
+    "model.classifier.drop_path": 0.1,
+    "model.classifier.two_heads": True,
+}
+_soft = {
+    "model.objectives.hard.type": "LogitKD"
+}  # what a judge that is right on each labelled image has to say beyond its label
 rows = [
     pretrained("teacher", "configs/mae/mae_small_shapes.py", seeds=[0]),
     # ViT to ViT
@@ -91,14 +102,17 @@ rows = [
     tuned("MAE, tuned", "vit-ti16_10e_cifar128.py", ["MAE"], backbone="{here}/MAE_seed{seed}", **_plain_vit),
     tuned("DMAE, tuned", "vit-ti16_10e_cifar128.py", ["DMAE 0.75"], backbone="{here}/DMAE_0_75_seed{seed}", **_plain_vit),
     tuned("generic", "vit-ti16_10e_cifar128.py", ["G2SD"], backbone="{here}/G2SD_seed{seed}", **_plain_vit),
-    tuned("specific", "vit-ti16_g2sd_10e_cifar128.py", ["judge"], **_judge, **_plain_vit),
-    tuned(
-        "generic + specific",
-        "vit-ti16_g2sd_10e_cifar128.py",
-        ["G2SD", "judge"],
-        backbone="{here}/G2SD_seed{seed}",
-        **_judge,
-        **_plain_vit,
+    *(
+        tuned(
+            stages + kind,
+            "vit-ti16_g2sd_10e_cifar128.py",
+            ["G2SD", "judge"] if start else ["judge"],
+            **start,
+            **_specific,
+            **options,
+        )
+        for kind, options in (("", {}), (", soft", _soft))
+        for stages, start in (("specific", {}), ("generic + specific", dict(backbone="{here}/G2SD_seed{seed}")))
     ),
     tuned("labels", "resnet18_10e_cifar128.py"),
     tuned(
