@@ -34,11 +34,7 @@ class RectangleTensor(PackedTensor):
 
     def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:  # type: ignore[override]
         self.check_complete()
-        return self.cells.scatter_cells(self._tiles(), fill)
-
-    def _tiles(self) -> Tensor:
-        """The same values by cells, (T, C, s, s), as :class:`PackedTensor` has them."""
-        return _tiles_of(self.plain, self.cells)
+        return uncrop(self.plain, self.cells, fill)
 
     @property
     def side(self) -> int:
@@ -72,9 +68,12 @@ def crop(dense: Tensor, cells: CellLayout, s: int) -> Tensor:
     return tiles.permute(0, 1, 3, 2, 4, 5).reshape(cells.batch, rows * s, columns * s, -1).permute(0, 3, 1, 2)
 
 
-def uncrop(crops: Tensor, cells: CellLayout) -> Tensor:
-    """Inverse of :func:`crop`, zeros at hidden positions: (B, C, rows*s, columns*s) -> (B, C, h*s, w*s); differentiable."""
-    return cells.scatter_cells(_tiles_of(crops, cells))
+def uncrop(crops: Tensor, cells: CellLayout, fill: float | Tensor = 0.0) -> Tensor:
+    """Inverse of :func:`crop`: (B, C, rows*s, columns*s) -> (B, C, h*s, w*s), ``fill`` at hidden positions; differentiable."""
+    rows, columns = sides(cells)
+    s, values = crops.shape[2] // rows, crops.permute(0, 2, 3, 1)
+    split = values.reshape(cells.batch, rows, s, columns, s, -1).permute(0, 1, 3, 2, 4, 5)
+    return cells.scatter_cells(split.reshape(cells.num_cells, s, s, -1).permute(0, 3, 1, 2), fill)
 
 
 def visible_crop(level: SparseTensor) -> Tensor:
@@ -83,14 +82,6 @@ def visible_crop(level: SparseTensor) -> Tensor:
     if isinstance(level, RectangleTensor):
         return level.plain
     return crop(level.to_dense(), level.cells, level.cells.side(level.stride))
-
-
-def _tiles_of(crops: Tensor, cells: CellLayout) -> Tensor:
-    """Crops by cells, (T, C, s, s)."""
-    rows, columns = sides(cells)
-    s, values = crops.shape[2] // rows, crops.permute(0, 2, 3, 1)
-    split = values.reshape(cells.batch, rows, s, columns, s, -1).permute(0, 1, 3, 2, 4, 5)
-    return split.reshape(cells.num_cells, s, s, -1).permute(0, 3, 1, 2)
 
 
 @function_rule("conv2d", on=(RectangleTensor,))
@@ -158,7 +149,7 @@ def _touches_hidden(cells: CellLayout, geometry: ConvGeometry) -> Tensor:
 
 def _by_whole_images(func: Function, x: RectangleTensor, args: Arguments, kwargs: Options) -> SparseTensor:
     """What crops alone do not tell, such as a reflection at the image's border, by the reference; rare."""
-    whole = MaskedTensor.wrap(x.cells.scatter_cells(x._tiles()), x.cells)
+    whole = MaskedTensor.wrap(uncrop(x.plain, x.cells), x.cells)
     whole.pending = x.pending
     rest = tuple(whole if argument is x else argument for argument in args)
     out: MaskedTensor = MaskedTensor.rules[func](func, whole, rest, {k: whole if v is x else v for k, v in kwargs.items()})

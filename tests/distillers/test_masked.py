@@ -8,6 +8,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper
 from refusals import refused
 from torch import nn
+from visible_rectangles import crops_of
 
 from hgkd.distillers import MaskedDistiller
 from hgkd.distillers.masked import merge_needs
@@ -216,13 +217,9 @@ def test_what_is_visible_is_decoded_alone_and_learnt(views):
     visible = model.draw_views(images)
     teacher_outs = model.teach(images, visible)
     out = model._student_sees(images, visible, model._known(len(images), len(visible)))
-    rows, columns = model.mask.rectangle((3, 3))
     whole = model.objectives["hgkd"].loss_terms(out, teacher_outs["hgkd"], out.layout)["distill"]
-    crops = []
-    for image, shown in zip(images.repeat(views, 1, 1, 1), visible, strict=True):
-        top, left = 32 * shown.nonzero()[0]
-        crops.append(image[:, top : top + 32 * rows, left : left + 32 * columns])
-    predicted = model.objectives["hgkd"].projectors["distill"](model.student(torch.stack(crops)).decoded)
+    crops = crops_of(images.repeat(views, 1, 1, 1), visible)
+    predicted = model.objectives["hgkd"].projectors["distill"](model.student(crops).decoded)
     chosen = whole.positions[:, None].expand_as(whole.target)
     expected = whole.target[chosen].view(len(crops), -1)
     found = predicted.flatten(1)

@@ -5,17 +5,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from visible_rectangles import rectangles
 
 from hgkd.masking import RandomMask, RectangleMask
 from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, sparsify
 from hgkd.sparse.rectangle import RectangleTensor
-
-
-def rectangles(rows: int, columns: int, grid: tuple[int, int], *corners: tuple[int, int]) -> Tensor:
-    visible = torch.zeros(len(corners), *grid, dtype=torch.bool)
-    for image, (top, left) in zip(visible, corners, strict=True):
-        image[top : top + rows, left : left + columns] = True
-    return visible
 
 
 def test_a_network_sees_the_crop_as_the_ordinary_one_does() -> None:

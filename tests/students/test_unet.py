@@ -8,6 +8,7 @@ import torch
 from refusals import refused
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from visible_rectangles import crops_of, rectangles
 
 from hgkd.errors import NoSparseRuleError
 from hgkd.networks.encoder import encoder_features
@@ -180,21 +181,6 @@ def test_densify_by_hand() -> None:
         torch.testing.assert_close(densify.train()(level).flatten(), expected, atol=1e-4, rtol=1e-4)
 
 
-def rectangles(grid: tuple[int, int], *corners: tuple[int, int]) -> Tensor:
-    """Masks of 2 x 2 visible cells at these (top, left) cells."""
-    visible = torch.zeros(len(corners), *grid, dtype=torch.bool)
-    for image, (top, left) in zip(visible, corners, strict=True):
-        image[top : top + 2, left : left + 2] = True
-    return visible
-
-
-def crops_of(maps: Tensor, side: int, *corners: tuple[int, int]) -> Tensor:
-    """The places of :func:`rectangles` in maps (B, C, H, W) with ``side`` positions along a cell's side."""
-    places = ((top * side, left * side) for top, left in corners)
-    crops = [map[:, y : y + 2 * side, x : x + 2 * side] for map, (y, x) in zip(maps, places, strict=True)]
-    return torch.stack(crops)
-
-
 @pytest.mark.parametrize(
     ("encoder", "options"),
     [
@@ -209,16 +195,15 @@ def test_a_decoder_of_the_visible_rectangle_is_the_student_of_the_crop(encoder: 
     """Values, gradients and running statistics are those of the same student that is given the crops as its whole images."""
     student, of_crops = make(encoder, **options).double(), make(encoder, **options).double()
     of_crops.load_state_dict(student.state_dict())
-    corners = ((1, 0), (0, 1))
-    visible, x = rectangles((3, 3), *corners), images(student, h=3, w=3).double()
-    out, expected = student(x, visible, decode="visible"), of_crops(crops_of(x, student.cell, *corners))
+    visible, x = rectangles(2, 2, (3, 3), (1, 0), (0, 1)), images(student, h=3, w=3).double()
+    out, expected = student(x, visible, decode="visible"), of_crops(crops_of(x, visible))
     assert list(out.pyramid) == list(expected.pyramid)
     torch.testing.assert_close(out.decoded, out.pyramid[student.out_stride])
     seen = {}
     for stride, whole in out.pyramid.items():
         s = student.cell // stride
         assert whole.shape == (2, student.pyramid_channels[stride], 3 * s, 3 * s)
-        seen[stride] = crops_of(whole, s, *corners)
+        seen[stride] = crops_of(whole, visible)
         torch.testing.assert_close(seen[stride], expected.pyramid[stride])
         assert not whole[~pixels(visible, s).expand_as(whole)].any()
     for maps in (seen, expected.pyramid):
@@ -238,8 +223,7 @@ def test_where_nothing_is_hidden_the_visible_places_are_all() -> None:
 
 def test_a_decoder_of_the_visible_rectangle_costs_what_the_crop_does() -> None:
     student = make("resnet18", decoder_width=256).eval()
-    corners = ((0, 0), (1, 1))
-    x, visible = images(student, h=4, w=4), rectangles((4, 4), *corners)
+    x, visible = images(student, h=4, w=4), rectangles(2, 2, (4, 4), (0, 0), (1, 1))
     counted = []
     for arguments in ((x, visible, None, None, "visible"), (x[:, :, :64, :64],)):
         with FlopCounterMode(display=False) as flops, torch.no_grad():
