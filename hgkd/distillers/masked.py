@@ -477,9 +477,9 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
 
     def student_output(self, images: Tensor, visible: Tensor) -> StudentOutput:
         """The student's output for images (B, C, H, W) in [0, 1] and the mask that was drawn last, as in a training step."""
-        if self.decode == "all":
-            return self._student_sees(images, visible, {})
-        return self._student_sees(images, visible, {"rectangle": self._rectangle_shown, "decode": self.decode})
+        # of whole views, which a picture does not show, 'visible' allows none: then the counts of a step hold here
+        known = self._known(len(images), len(visible)) if self.decode == "visible" else {}
+        return self._student_sees(images, visible, known)
 
     def _cells_shown(self, batch: int, seen: int) -> int | None:
         """How many cells all views of a batch show together, where the mask's generator fixes it; None: to be counted.
