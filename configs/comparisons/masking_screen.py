@@ -75,6 +75,7 @@ _COST["0.6, then whole"] = (0.0, _mixed)
 _mixed = (1 - _unmasked_end) * _COST["0.6, 96 px"][1] + _unmasked_end * _COST["dense 96 px"][1]
 _COST["0.6, then whole, 96 px"] = (0.0, _mixed)
 _visible = {"model.objectives.hgkd.supervise": "visible", "model.objectives.pooled.supervise": "visible"}
+_rectangle = {"model.mask.type": "RectangleMask", **_visible}
 rows = [
     row("dense", "dense", 0.0),
     row("dense, lr 1e-3", "dense", 0.0, lr=1e-3),
@@ -114,19 +115,12 @@ rows = [
         "0.6 in one rectangle, 96 px",
         0.6,
         image_size=96,
-        **{"model.mask.type": "RectangleMask"},
-        **_visible,
+        **_rectangle,
     ),
     *(
-        row(
-            f"H-GKD {ratio} in one rectangle, decoded alone, 96 px",
-            f"{ratio} in one rectangle, decoded alone, 96 px",
-            ratio,
-            image_size=96,
-            **{"model.mask.type": "RectangleMask", "model.decode": "visible"},
-            **_visible,
-        )
+        row(f"H-GKD {kind}", kind, ratio, image_size=96, **_rectangle, **{"model.decode": "visible"})
         for ratio in (0.6, 0.75)
+        for kind in [f"{ratio} in one rectangle, decoded alone, 96 px"]
     ),
     # the teacher in every step, and new crops of the images
     row("dense, crops", "dense", 0.0, stored=False),
