@@ -146,22 +146,30 @@ def _fill(value: object, values: Mapping[str, str]) -> Any:
     return value
 
 
-def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = ()) -> list[Job]:
+def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Job]:
     """The runs of a plan, seed by seed, so that an interrupted comparison holds whole rows of its first seeds.
 
+    ``seeds``: only the runs of these; a row that has none of them, such as a teacher of one seed, keeps its own.
+
     Raises:
-        ValueError: ``only`` names a row that the plan lacks, or two rows would share a folder.
+        ValueError: ``only`` names a row or ``seeds`` a seed that the plan lacks, or two rows would share a folder.
     """
     names = [row["name"] for row in plan["rows"]]
     missing = [name for name in only if name not in names]
     if missing:
         raise InvalidValueError("plan-row-unknown", f"the plan has no row {missing[0]!r}; it has {', '.join(names)}")
     seeds_of = {row["name"]: list(row.get("seeds", [0])) for row in plan["rows"]}
+    for seed in seeds:
+        if seed not in (known := sorted({seed for own in seeds_of.values() for seed in own})):
+            raise InvalidValueError(
+                "plan-seed-unknown", f"no row of the plan has seed {seed}; its seeds are {', '.join(map(str, known))}"
+            )
     found = []
     for row in plan["rows"]:
         if only and row["name"] not in only:
             continue
-        for order, seed in enumerate(seeds_of[row["name"]]):
+        own = seeds_of[row["name"]]
+        for order, seed in enumerate([seed for seed in own if seed in seeds] or own):
             filled = partial(_fill, values={"seed": str(seed), "here": str(work_dir)})
             evaluation = {**filled(row["evaluate"]), "seed": seed} if "evaluate" in row else {}
             options: dict[str, Any] = {}
@@ -420,6 +428,7 @@ def compare(
     jobs: int = 1,
     values: Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """Everything that the module's header says; returns the results of the runs.
 
@@ -431,7 +440,7 @@ def compare(
     work_dir = Path(work_dir)
     content = read_plan(plan, values or {})
     content["options"] = {**content.get("options", {}), **(options or {})}
-    todo = jobs_of(content, work_dir, only)
+    todo = jobs_of(content, work_dir, only, seeds)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     results: list[dict[str, Any]] = []
     work_dir.mkdir(parents=True, exist_ok=True)

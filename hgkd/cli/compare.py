@@ -1,6 +1,7 @@
 """Train and evaluate what a plan lists, and write one table of it.
 
-    hgkd compare PLAN --work-dir DIR [--only NAME ...] [--jobs 2] [--set KEY=VALUE ...] [--cfg-options KEY=VALUE ...]
+    hgkd compare PLAN --work-dir DIR [--only NAME ...] [--seeds 0 ...] [--jobs 2] [--set KEY=VALUE ...] \\
+        [--cfg-options KEY=VALUE ...]
 
 A plan is a Python, YAML or JSON file with
 
@@ -43,6 +44,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--work-dir", required=True, help="folder of all runs and of the table")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these rows of the plan")
     parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="SEED",
+        help="runs of these seeds; a row that has none of them, such as a teacher of one seed, keeps its own",
+    )
+    parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time; each gets its share of the cores, at most OMP_NUM_THREADS"
     )
     parser.add_argument(
@@ -60,5 +69,5 @@ def main(argv: Sequence[str]) -> int:
     pairs = [value.split("=", 1) for value in args.values]
     if any(len(pair) < 2 for pair in pairs):
         raise InvalidValueError("set-not-a-pair", f"--set takes NAME=VALUE, got {args.values}")
-    print(table_of(compare(args.plan, args.work_dir, args.only, args.jobs, dict(pairs), args.options)))
+    print(table_of(compare(args.plan, args.work_dir, args.only, args.jobs, dict(pairs), args.options, args.seeds)))
     return 0

@@ -30,12 +30,10 @@ from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.pixels import check_images, pixels_text, to_unit_range
 from hgkd.registry import MASKED_OBJECTIVES, MODELS, unknown_objective_message
 from hgkd.structures import FeatureSample, StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
-from hgkd.students.base import Student
+from hgkd.students.base import Student, check_decode
 from hgkd.teachers.base import Teacher
 from hgkd.teachers.cache import FeatureCache, store_bytes, weights_digest
 from hgkd.weights.run_file import FORMAT
-
-DECODED = ("all", "visible")
 
 
 def merge_needs(needs: Sequence[TeacherNeeds]) -> tuple[list[TeacherNeeds], list[int]]:
@@ -133,13 +131,11 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
             raise InvalidValueError(
                 "masks-per-image", f"masks_per_image is the number of masks of an image, 1 or more, got {masks_per_image!r}"
             )
-        if decode not in DECODED:
-            raise InvalidValueError("decode-unknown", f"decode must be one of {', '.join(map(repr, DECODED))}, got {decode!r}")
         self._graphs = StepGraphs(cuda_graph)
         self.flip = flip
         self.masks_per_image = masks_per_image
         self.whole_view = whole_view
-        self.decode = decode
+        self.decode = check_decode(decode)
         self.feature_caches: dict[str, FeatureCache] = {}
         self.teacher_seconds = 0.0
         self.image_size = as_size(image_size)

@@ -13,6 +13,15 @@ from hgkd.masking import grid_of
 from hgkd.pixels import PixelNormalisation
 from hgkd.structures import StudentOutput
 
+DECODED = ("all", "visible")
+
+
+def check_decode(decode: str) -> str:
+    """Return ``decode``, or raise ValueError when there are no such places to decode."""
+    if decode not in DECODED:
+        raise InvalidValueError("decode-unknown", f"decode must be one of {', '.join(map(repr, DECODED))}, got {decode!r}")
+    return decode
+
 
 class Student(PixelNormalisation):
     """Base of students; subclasses set the attributes and give :meth:`forward` and :meth:`dense_features`.

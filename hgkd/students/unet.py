@@ -29,7 +29,7 @@ from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, SparseTensor, sparsify
 from hgkd.sparse.rectangle import uncrop, visible_crop
 from hgkd.structures import StudentOutput
-from hgkd.students.base import Student
+from hgkd.students.base import Student, check_decode
 
 SKIPS = ("all", "last")
 
@@ -223,7 +223,8 @@ class SparseUNet(Student):
                 mask tokens, costs as much as its crop does, and gives zeros at hidden places.
 
         Raises:
-            ValueError: another size or mask than the student takes, or with 'visible' a mask without rectangles.
+            ValueError: another size or mask than the student takes, an unknown ``decode``, or 'visible' with a mask without
+                rectangles.
         """
         grid = self.prepare(tuple(images.shape[-2:]))
         layout = CellLayout(self.visible_of(images, visible, grid), self.cell, self.renormalize, num_cells, rectangle)
@@ -247,7 +248,7 @@ class SparseUNet(Student):
             places: 'all' or 'visible', see :meth:`forward`.
         """
         cells = features[-1].cells
-        cropped = places == "visible" and not cells.all_visible
+        cropped = check_decode(places) == "visible" and not cells.all_visible
         if cropped and cells.rectangle is None:
             raise InvalidValueError(
                 "decode-without-rectangles",

@@ -232,10 +232,12 @@ def test_a_decoder_of_the_visible_rectangle_costs_what_the_crop_does() -> None:
     assert counted[1] <= counted[0] < 1.001 * counted[1]  # a little for the mask itself: which pooling windows touch it
 
 
-def test_a_decoder_of_the_visible_places_needs_rectangles() -> None:
+def test_a_decoder_of_the_visible_places_needs_rectangles_and_no_other_place_is_known() -> None:
     student = make()
     with refused(ValueError, "decode-without-rectangles", "RectangleMask"):
         student(images(student), VISIBLE, decode="visible")
+    with refused(ValueError, "decode-unknown", "hidden", "visible"):
+        student(images(student), VISIBLE, decode="hidden")
 
 
 def test_larger_cells() -> None:

@@ -114,6 +114,27 @@ def test_runs_go_seed_by_seed_and_a_row_overrides_the_shared_options(tmp_path):
         api.jobs_of(plan, tmp_path, ["c"])
 
 
+def test_some_seeds_of_a_plan_with_what_they_start_from(tmp_path):
+    rows = [
+        {"name": "teacher", "config": SPARK},
+        {"name": "student", "config": SPARK, "seeds": [0, 1, 2], "after": "teacher"},
+        {"name": "tuned", "config": SPARK, "seeds": [0, 1, 2], "after": "student"},
+    ]
+    plan = api.read_plan(plan_file(tmp_path, rows), {"data": "/x"})
+    jobs = api.jobs_of(plan, tmp_path, seeds=[2, 1])
+    assert [(job.row, job.seed) for job in jobs] == [
+        ("teacher", 0),  # has neither, and is what the others start from
+        ("student", 1),
+        ("tuned", 1),
+        ("student", 2),
+        ("tuned", 2),
+    ]
+    whole = {job.folder: job for job in api.jobs_of(plan, tmp_path)}
+    assert all(whole[job.folder] == job for job in jobs)  # so that another seed may be added later
+    with refused(ValueError, "plan-seed-unknown", 3, "0, 1, 2"):
+        api.jobs_of(plan, tmp_path, seeds=[1, 3])
+
+
 def test_a_row_waits_for_those_that_it_starts_from(tmp_path):
     rows = [
         {"name": "teacher", "config": SPARK},
