@@ -39,6 +39,8 @@ _COST = {
     "0.6 in one rectangle, 96 px": (0.0, 0.53 * 30.1),
     "0.6 in one rectangle, decoded alone, 96 px": (0.0, 0.512 * 30.1),
     "0.75 in one rectangle, decoded alone, 96 px": (0.0, 0.287 * 30.1),
+    "0.6 in one rectangle, decoded alone": (0.0, 0.651 * 30.1),
+    "0.75 in one rectangle, decoded alone": (0.0, 0.501 * 30.1),
 }
 _stored = dict(teacher_features="{features}")
 _fresh = {  # random crops, so that nothing can be stored
@@ -118,9 +120,10 @@ rows = [
         **_rectangle,
     ),
     *(
-        row(f"H-GKD {kind}", kind, ratio, image_size=96, **_rectangle, **{"model.decode": "visible"})
+        row(f"H-GKD {kind}", kind, ratio, image_size=size, **_rectangle, **{"model.decode": "visible"})
+        for size, added in ((96, ", 96 px"), (128, ""))
         for ratio in (0.6, 0.75)
-        for kind in [f"{ratio} in one rectangle, decoded alone, 96 px"]
+        for kind in [f"{ratio} in one rectangle, decoded alone{added}"]
     ),
     # the teacher in every step, and new crops of the images
     row("dense, crops", "dense", 0.0, stored=False),
