@@ -25,6 +25,7 @@ from hgkd.errors import InvalidValueError
 from hgkd.networks.vit import is_finite, watch_nonfinite
 from hgkd.registry import DATASETS, MODELS
 from hgkd.training.loop import seed_step
+from hgkd.weights.files import trained_weights
 from hgkd.weights.loading import load_strict
 from hgkd.weights.run_folder import read_run_checkpoint
 
@@ -87,7 +88,11 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
         check_plain_data(content["config"], str(dump))
     elif cfg.get("custom_imports"):
         import_modules_from_strings(**cfg.custom_imports)
-    state = read_run_checkpoint(weights)["state_dict"]
+    checkpoint = read_run_checkpoint(weights)
+    averaged_of = trained_weights(checkpoint)
+    state = (
+        checkpoint["state_dict"] if averaged_of is None else averaged_of
+    )  # a step is one of the weights, not of their average
     dataset = DATASETS.build({"_scope_": "hgkd", **cfg.train_dataloader.dataset})
     model = MODELS.build({"_scope_": "hgkd", **cfg.model}).to(device)
     found = []

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors
@@ -332,6 +332,8 @@ def tensors_of(content: object, *, source: str, entry: str | None = None) -> dic
     if others and place and entry is None:
         how = _HOW_TO_CHOOSE.format(source=source, entry=others[0])
         average = "; model.teacher.ema=True takes the average" if any(map(_AVERAGE.search, others)) else ""
+        if place == "state_dict" and trained_weights(content) is not None:
+            average = f": {place!r} is their moving average"
         notes.append(f"it also holds {', '.join(map(repr, others))}, not taken by default{average}; {how}")
     plain = {_WRAPPER_NAMES.sub("", key): value for key, value in weights.items()}
     if len(plain) == len(weights) and plain.keys() != weights.keys():
@@ -352,6 +354,8 @@ def average_entry(content: object, source: str) -> str:
     Raises:
         WeightsError: it has none; the message names the sets of weights that it has.
     """
+    if trained_weights(content) is not None:
+        return "state_dict"
     places = _sets_of_tensors(content) if isinstance(content, Mapping) else {}
     found = next((place for place in places if _AVERAGE.search(place)), None)
     if found is None:
@@ -362,6 +366,18 @@ def average_entry(content: object, source: str) -> str:
             f"of weights in it: {known}. Leave ema=True out, or name one with entry=...",
         )
     return found
+
+
+def trained_weights(content: object) -> dict[str, Tensor] | None:
+    """Of a checkpoint that was written with mmengine's ``EMAHook``: the weights that the optimiser steps, by name; else None.
+
+    The hook exchanges the two sets where it writes: 'state_dict' holds the average, 'ema_state_dict' the weights, with
+    'module.' before their names and the count of the average's steps beside them (mmengine 0.10.7, ``ema_hook.py``).
+    """
+    other = content.get("ema_state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(other, Mapping) or "steps" not in other or "state_dict" not in cast(Mapping[str, object], content):
+        return None
+    return {key.removeprefix("module."): value for key, value in other.items() if key.startswith("module.")}
 
 
 def _usual_place(content: Mapping[Any, Any]) -> str:

@@ -299,6 +299,7 @@ def test_run_of_a_detector(tmp_path):
     options = tiny_detector(root, teacher_checkpoint=str(tmp_path / "teacher.pth"))
     cfg = train_tool.load_config(DETECTION / "mgd_retinanet_r50_r18_12e_bccd.py", options=options)
     cfg.model.student, cfg.model.teacher = retinanet(), retinanet()  # update() would merge
+    cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="EMAHook", momentum=0.1)]  # checkpoints hold the average
     with scope("mmdet"):
         torch.save({"state_dict": build(retinanet()).state_dict()}, tmp_path / "teacher.pth")
     runner = train_tool.train(cfg, tmp_path / "run")
@@ -307,6 +308,7 @@ def test_run_of_a_detector(tmp_path):
     alone = torch.load(tmp_path / "run/student.pth", weights_only=True)["state_dict"]
     assert alone.keys() == runner.model.student.state_dict().keys()
     assert all(torch.equal(value, saved[f"student.{name}"]) for name, value in alone.items())
+    assert not all(torch.equal(alone[name], value) for name, value in runner.model.student.state_dict().items())
 
     # the student is measured alone: by the distillation's config without its teacher, or by its own config
     options.pop("teacher_checkpoint")
@@ -323,5 +325,6 @@ def test_run_of_a_segmentor(tmp_path):
     cfg = train_tool.load_config(SEGMENTATION / "g2sd_upernet_r50_r18_1k_camvid.py", options=options)
     cfg.model.student, cfg.model.teacher = upernet(len(CLASSES)), upernet(len(CLASSES))  # update() would merge
     cfg.model.allow_random_teacher = True
-    train_tool.train(cfg, tmp_path / "run")
-    assert (tmp_path / "run/student.pth").is_file()
+    runner = train_tool.train(cfg, tmp_path / "run")
+    alone = torch.load(tmp_path / "run/student.pth", weights_only=True)["state_dict"]
+    assert all(torch.equal(alone[name], value) for name, value in runner.model.student.state_dict().items())

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.model import ExponentialMovingAverage
 from refusals import refused
 from safetensors.torch import save_file
 from torch import nn
@@ -26,6 +28,7 @@ from hgkd.weights.files import (
     read_metadata,
     read_weights,
     safe_globals_for_mmengine,
+    trained_weights,
 )
 from hgkd.weights.loading import load_strict
 
@@ -221,6 +224,31 @@ def test_of_two_sets_of_weights_the_usual_one_is_taken_and_the_other_named(tmp_p
         read_weights(file, "ema")
     with pytest.raises(WeightsError, match=r"f holds no moving average .* in it: 'model'\. Leave ema=True out"):
         average_entry({"model": {"a": torch.ones(1)}, "schema": 1}, "f")
+
+
+def test_mmengine_keeps_the_average_where_others_keep_the_weights(tmp_path: Path, monkeypatch: Any) -> None:
+    """Written by its own hook."""
+    model = nn.Linear(1, 1, bias=False)
+    hook = EMAHook(momentum=0.5)
+    hook.src_model, hook.ema_model = model, ExponentialMovingAverage(model, momentum=0.5)
+    nn.init.constant_(hook.ema_model.module.weight, 0.0)
+    nn.init.constant_(model.weight, 1.0)
+    checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
+    hook.before_save_checkpoint(None, checkpoint)
+    file = save(tmp_path / "epoch_1.pth", checkpoint)
+    logged: list[str] = []
+    monkeypatch.setattr("hgkd.weights.files.print_log", lambda text, *_: logged.append(text))
+    content = read_checkpoint(file)
+    assert average_entry(content, "f") == "state_dict"
+    assert read_weights(file)["weight"] == read_weights(file, "state_dict")["weight"] == 0
+    said = "".join(logged)
+    assert "it also holds 'ema_state_dict', not taken by default: 'state_dict' is their moving average" in said
+    assert "ema=True" not in said
+    trained = trained_weights(content)
+    assert trained is not None
+    assert trained.keys() == {"weight"}
+    assert trained["weight"] == read_weights(file, "ema_state_dict")["weight"] == 1
+    assert trained_weights({"state_dict": {}, "ema_state_dict": {"weight": torch.ones(1)}}) is None  # another program's
 
 
 def test_the_only_set_of_weights_is_taken_wherever_it_is(tmp_path: Path) -> None:
