@@ -304,7 +304,13 @@ def _norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options)
     rest = {"dim": args[2] if len(args) > 2 else kwargs.get("dim")}
     rest["keepdim"] = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
     squares = owner.plain.to(wide(owner.dtype)).square()  # of fp16 they would overflow above 255
-    return _reduce(func, owner, (owner,), rest, 2, lambda: as_dense_would(owner, owner.image_sum(squares).sqrt()))
+    return _reduce(func, owner, (owner,), rest, 2, lambda: as_dense_would(owner, _root(owner.image_sum(squares))))
+
+
+def _root(total: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0, as that of torch's norm is; that of ``sqrt`` is infinite there."""
+    positive = total != 0  # NaN is kept
+    return torch.where(positive, total, 1.0).sqrt() * positive
 
 
 @function_rule("adaptive_avg_pool2d", on=BOTH)

@@ -303,6 +303,29 @@ def test_norms_and_image_statistics(batch, h, w, share, seed, factor, training):
     compare(lambda x: x / (1 + x.norm(p=2, dim=(2, 3), keepdim=True)), layout, x, [], 1e-7)
 
 
+@settings(max_examples=25, deadline=None)
+@given(**GRIDS, factor=st.integers(1, 3))
+def test_norm_of_a_channel_that_is_zero(batch, h, w, share, seed, factor):
+    """A channel that an activation has silenced in an image: its gradient is torch's, which is 0, and not NaN."""
+    layout = random_layout(seed, batch, h, w, factor, share)
+    x = torch.randn(batch, 4, h * factor, w * factor, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x[:, 1], x[0, 2] = 0.0, 0.0
+    mask = layout.mask(1)
+
+    def scaled(norm: Tensor, x: Tensor) -> Tensor:
+        return x / (1 + norm + norm.mean(1, keepdim=True))
+
+    def by_rule(x):
+        return scaled(x.norm(p=2, dim=(2, 3), keepdim=True), x)
+
+    compare(by_rule, layout, x, [], 1e-9)
+    leaf, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    by_rule(PackedTensor.pack(leaf, layout)).to_dense().sum().backward()
+    (scaled((expected * mask).norm(p=2, dim=(2, 3), keepdim=True), expected) * mask).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-9, atol=1e-9)
+    assert leaf.grad.isfinite().all()
+
+
 def test_image_mean_by_hand() -> None:
     """One of two cells visible: only its four values count."""
     x = torch.arange(8.0).view(1, 1, 2, 4)
