@@ -277,10 +277,10 @@ class ImageClassifier(PixelNormalisation):
             spec = cast(ClassifierSpec, file.spec)
             self._refuse_other(path, spec.name, spec.stem, stem)
             state = network_state(file.content, str(path))
-            self._load(self.fit_positions(state, str(path), spec.image_size) if self.is_vit else state, str(path))
+            self._load(self.fit_positions(state, str(path), self._grid(spec.image_size)) if self.is_vit else state, str(path))
             return spec.mean, spec.std
         if self.is_vit:
-            weights, pixels, heads = _vit_weights(file)
+            weights, pixels, heads, grid = _vit_weights(file)
             own_heads = cast(Any, self.network).blocks[0].attn.num_heads
             if heads is not None and heads != own_heads:  # which no shape tells
                 raise WeightsError(
@@ -288,7 +288,7 @@ class ImageClassifier(PixelNormalisation):
                     f"{path} has {heads} attention heads, the network to be trained {own_heads}; set student to it",
                 )
             weights = in_dialect(self.network, weights, str(path))
-            self._load(self.fit_positions(weights, str(path)), str(path))
+            self._load(self.fit_positions(weights, str(path), grid), str(path))
             return pixels
         described = path.is_dir() or "hgkd" in file.meta
         own = str(self.network.pretrained_cfg["architecture"])
@@ -327,13 +327,18 @@ class ImageClassifier(PixelNormalisation):
                 f"backbone of another architecture? {error}",
             ) from error
 
+    def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Patches (rows, columns) of an image, of this ViT's patch size."""
+        rows, columns = self.network.patch_embed.dynamic_feat_size(image_size)
+        return rows, columns
+
     def fit_positions(
-        self, weights: Mapping[str, Tensor], source: str, image_size: tuple[int, int] | None = None
+        self, weights: Mapping[str, Tensor], source: str, in_grid: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
         """A file's position embedding on this network's grid, with a place for the distillation token.
 
         Args:
-            image_size: (H, W) that the file's positions are for; None: some square, as in the files of others.
+            in_grid: patches (rows, columns) that the file's positions are for; None: some square, as in the files of others.
         """
         network = self.network
         found = weights.get("pos_embed")
@@ -342,7 +347,7 @@ class ImageClassifier(PixelNormalisation):
         prefix = 0 if network.no_embed_class else network.num_prefix_tokens
         grid = tuple(network.patch_embed.grid_size)
         side = int(found.shape[1] ** 0.5)  # patches among positions that may include one or two other tokens
-        in_grid = (side, side) if image_size is None else tuple(network.patch_embed.dynamic_feat_size(image_size))
+        in_grid = in_grid or (side, side)
         in_file = found.shape[1] - in_grid[0] * in_grid[1]
         positions = positions_for(grid, found.float(), in_grid, in_file, f"{source}: pos_embed")
         if prefix > in_file:  # MAE's class token has no position either: zeros
@@ -380,7 +385,7 @@ def load_classifier(path: str | os.PathLike[str], image_size: int | Sequence[int
     state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
     if model.is_vit:
         inside = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
-        state["network.pos_embed"] = model.fit_positions(inside, str(path), spec.image_size)["pos_embed"]
+        state["network.pos_embed"] = model.fit_positions(inside, str(path), model._grid(spec.image_size))["pos_embed"]
     load_strict(model, state, source=str(path))
     model.spec = replace(spec, image_size=model.spec.image_size)
     return model.eval()
@@ -399,8 +404,8 @@ def _existing(backbone: str | os.PathLike[str]) -> WeightFile:
     return identify(backbone)
 
 
-def _vit_weights(file: WeightFile) -> tuple[dict[str, Tensor], _Pixels | None, int | None]:
-    """Weights of a ViT's file in timm's names, and what it notes: pixel statistics, attention heads."""
+def _vit_weights(file: WeightFile) -> tuple[dict[str, Tensor], _Pixels | None, int | None, tuple[int, int] | None]:
+    """Weights of a ViT's file in timm's names, and what it notes: pixel statistics, attention heads, grid of its positions."""
     path = file.path
     if file.kind is Kind.EXPORT:
         raise WeightsError(
@@ -411,5 +416,5 @@ def _vit_weights(file: WeightFile) -> tuple[dict[str, Tensor], _Pixels | None, i
         raise WeightsError("network-differs", f"{path} holds a {name!r}, but a ViT is to be trained; set student to it")
     if file.kind in (Kind.VIT_STUDENT, Kind.MAE_RUN, Kind.MAE):
         arch, weights, pixels = read_mae(file)
-        return weights, (pixels.get("mean", IMAGENET_MEAN), pixels.get("std", IMAGENET_STD)), arch.num_heads
-    return to_timm_names(file.tensors(), str(path))[1], None, None
+        return weights, (pixels.get("mean", IMAGENET_MEAN), pixels.get("std", IMAGENET_STD)), arch.num_heads, arch.grid
+    return to_timm_names(file.tensors(), str(path))[1], None, None, None

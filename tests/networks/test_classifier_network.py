@@ -12,6 +12,7 @@ from hgkd.networks import ImageClassifier, load_classifier
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.networks.positions import sincos_positions
 from hgkd.networks.vit import is_vit
+from hgkd.students import MaskedViT
 from hgkd.weights.run_file import ClassifierSpec
 
 TINY = dict(depth=2, embed_dim=32, num_heads=2)
@@ -161,6 +162,29 @@ def test_a_mae_and_its_classifier_see_the_same(tmp_path):
         torch.testing.assert_close(model.network.forward_features(inputs), mae.encode(inputs), rtol=1e-4, atol=1e-5)
 
 
+# 54 patches: 7 x 7 and five more; 24: 4 x 4 and eight more; 48: one short of a square
+@pytest.mark.parametrize("size", [(96, 144), (144, 256), (64, 96), (128, 192), (96, 128), (64, 64)])
+@pytest.mark.parametrize("of", ["mae", "student"])
+def test_a_vit_trained_on_oblong_images_starts_a_classifier_of_them(of, size, tmp_path):
+    arch = dict(ARCH, image_size=size)
+    if of == "mae":
+        mae = MaskedAutoencoder(make_arch(arch)).eval()
+        file = save_mae(mae, tmp_path / "mae.safetensors")
+    else:
+        student = MaskedViT(arch).eval()
+        student.prepare(size)
+        mae, file = student.network, tmp_path / "student.pth"
+        state = {f"student.{key}": value for key, value in student.state_dict().items()}
+        torch.save({"meta": {"hgkd": {**student.description(), "format": 1}}, "state_dict": state}, file)
+    model = ImageClassifier("vit_tiny_patch16_224", 3, size, backbone=file, **TINY).eval()
+    assert torch.equal(model.network.pos_embed, mae.pos_embed)
+    inputs = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(model.network.forward_features(inputs), mae.encode(inputs), rtol=1e-4, atol=1e-5)
+    larger = ImageClassifier("vit_tiny_patch16_224", 3, (size[0], 2 * size[1]), backbone=file, **TINY)
+    torch.testing.assert_close(larger.network.pos_embed, sincos_positions(32, (size[0] // 16, size[1] // 8)))
+
+
 @pytest.mark.parametrize(("name", "kwargs"), [("test_resnet", {"two_heads": True}), ("deit_tiny_distilled_patch16_224", TINY)])
 def test_a_fine_tuned_file_gives_the_same_answers_and_a_backbone(name, kwargs, tmp_path):
     model = ImageClassifier(name, 3, 64, **kwargs).eval()
@@ -241,6 +265,9 @@ def test_files_of_another_kind_are_refused(tmp_path):
         ImageClassifier(
             "vit_tiny_patch16_224", 3, 64, backbone=tmp_path / "mae.safetensors", **{**TINY, "depth": 3, "num_heads": 4}
         )
+    save_mae(MaskedAutoencoder(make_arch(dict(ARCH, patch_size=8))), tmp_path / "small_patches.safetensors")
+    with refused(WeightsError, "weights-do-not-fit", "vit_tiny_patch16_224"):
+        ImageClassifier("vit_tiny_patch16_224", 3, 64, backbone=tmp_path / "small_patches.safetensors", **TINY)
     with refused(WeightsError, "network-not-found-in-file", "ResNet"):
         ImageClassifier("test_resnet", 3, 64, backbone=tmp_path / "mae.safetensors")
     with refused(WeightsError, "checkpoint-not-of-finetuning", "fine-tuning"):
