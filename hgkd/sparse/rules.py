@@ -33,7 +33,9 @@ def _refuse(code: str, func: Function, why: str) -> NoSparseRuleError:
 
 
 def check_same_cells(func: Function, owner: SparseTensor, other: SparseTensor) -> None:
-    """Refuse to mix two masks, or two orders of dimensions, in one operation."""
+    """Refuse to mix two masks, two orders of dimensions, or two resolutions in one operation."""
+    if other is owner:
+        return
     if other.cells is not owner.cells:
         raise InvalidValueError(
             "masks-differ",
@@ -43,6 +45,16 @@ def check_same_cells(func: Function, owner: SparseTensor, other: SparseTensor) -
     if other.channel_dim != owner.channel_dim:
         raise _refuse(
             "channel-orders-differ", func, "one operand is in channels-first and the other in channels-last order; permute one"
+        )
+    # where an image is one cell, tiles are whole images, and torch broadcasts as it does dense ones
+    if owner.cells.grid != (1, 1) and other.stride != owner.stride:
+        raise _refuse(
+            "resolutions-differ",
+            func,
+            f"its operands have a position every {owner.stride} and every {other.stride} pixels, and would be matched cell by "
+            "cell. A pooling over x.shape sees a cell, not the image: for the mean of each image write x.mean((2, 3), "
+            "keepdim=True) or adaptive_avg_pool2d(x, 1), which are over its visible positions (docs/reference/students.md, "
+            "'Your own layers')",
         )
 
 

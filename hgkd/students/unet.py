@@ -22,16 +22,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hgkd.errors import InvalidValueError
+from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
 from hgkd.pixels import check_in_chans, check_normalize, note_pixels, pixel_statistics, require_statistics
 from hgkd.registry import MODELS
-from hgkd.sparse import CellLayout, SparseTensor, sparsify
+from hgkd.sparse import CellLayout, MaskedTensor, SparseTensor, sparsify
 from hgkd.sparse.rectangle import uncrop, visible_crop
 from hgkd.structures import StudentOutput
 from hgkd.students.base import Student, check_decode
 
 SKIPS = ("all", "last")
+_SAME = 1e-3  # of the largest value: fp32 rounds by 1e-5 through a deep network
 
 
 class Densify(nn.Module):
@@ -271,12 +272,38 @@ class SparseUNet(Student):
 
     @torch.no_grad()
     def _check_sparse(self) -> None:
-        """One tiny masked image through the encoder, so that a layer without a sparse rule is named here."""
+        """One tiny masked image through the encoder, so that a layer without a sparse rule is named here.
+
+        Then the same image through the reference: what a layer reads off ``x.shape`` is a cell's in one, an image's in the
+        other, and no rule can see that.
+        """
         visible = torch.tensor([[[True, False], [False, True]]])
         side = 2 * self.cell
+        image = torch.arange(self.in_chans * side * side).sin().view(1, self.in_chans, side, side)  # draws no random number
         with evaluating(self.encoder):
-            packed = cast(Any, self.encoder).pack(torch.zeros(1, self.in_chans, side, side), visible)
-            encoder_features(self.encoder, packed, self._levels)
+            packed = cast(Any, self.encoder).pack(image, visible)
+            found = cast("list[SparseTensor]", encoder_features(self.encoder, packed, self._levels))
+            if isinstance(packed, MaskedTensor):
+                return
+            try:
+                reference = MaskedTensor.pack(image, packed.cells)
+                expected = cast("list[SparseTensor]", encoder_features(self.encoder, reference, self._levels))
+            except (NoSparseRuleError, ValueError, RuntimeError) as error:
+                raise _depends_on_backend(f"the reference (backend 'masked') refuses it: {error}") from error
+            for level, features, wanted in zip(self._levels, found, expected, strict=True):
+                right, apart = wanted.to_dense(), features.to_dense() - wanted.to_dense()
+                if apart.abs().max() > _SAME * right.abs().max():
+                    raise _depends_on_backend(
+                        f"its features of stride {level.stride} are not the reference's (backend 'masked')"
+                    )
+
+
+def _depends_on_backend(found: str) -> NoSparseRuleError:
+    return NoSparseRuleError(
+        "layer-depends-on-shape",
+        f"the encoder on a masked image: {found}. A layer that reads sizes off x.shape sees a cell, not the image: write its "
+        "mean as x.mean((2, 3), keepdim=True), or give it a rule (docs/reference/students.md, 'Your own layers')",
+    )
 
 
 def plain_values(value: Any) -> Any:

@@ -436,6 +436,9 @@ def packed(channels: int = 4) -> PackedTensor:
         (lambda x: x[:1], ("index-of-positions",)),
         (lambda x: x.permute(1, 0, 2, 3), ("permute-of-positions",)),
         (lambda x: x + torch.randn(2, 4, 8, 8), ("dense-operand",)),
+        (lambda x: x * F.avg_pool2d(x, x.size()[2:]).sigmoid(), ("resolutions-differ", "1", "4")),
+        (lambda x: x.add_(F.max_pool2d(x, x.shape[2:]).expand_as(x)), ("resolutions-differ", "adaptive_avg_pool2d(x, 1)")),
+        (lambda x: torch.cat([x, F.avg_pool2d(x, 2)], 1), ("resolutions-differ", "1", "2")),
         (lambda x: F.layer_norm(x, (4, 4, 4)), ("norm-over-positions",)),
         (lambda x: F.linear(x, torch.randn(4, 4)), ("linear-over-positions",)),
         (lambda x: torch.cat([x, x], 0), ("concatenation-of-positions",)),
@@ -509,6 +512,18 @@ def test_users_add_rules() -> None:
     x = torch.randn(2, 3, 8, 8)
     out = net(x, visible=torch.ones(2, 2, 2, dtype=torch.bool)).to_dense()
     assert torch.allclose(out, Gate()(x), atol=1e-6)
+
+
+def test_one_cell_an_image_pools_as_the_image_does() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    found = [
+        (tensor * F.avg_pool2d(tensor, tensor.shape[2:])).to_dense()
+        for tensor in (
+            kind.pack(x, CellLayout(torch.ones(2, 1, 1, dtype=torch.bool), 8)) for kind in (PackedTensor, MaskedTensor)
+        )
+    ]
+    for value in found:
+        torch.testing.assert_close(value, x * F.avg_pool2d(x, 8))
 
 
 def test_unknown_backend() -> None:

@@ -14,7 +14,7 @@ from hgkd.errors import NoSparseRuleError
 from hgkd.networks.encoder import encoder_features
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, SparseTensor, sparsify
-from hgkd.students import SparseUNet, build_encoder, encoder_levels
+from hgkd.students import SparseUNet, build_encoder, encoder_levels, unet
 from hgkd.students.unet import DecoderStage, Densify
 
 SMALL: dict[str, Any] = {"decoder_width": 16, "min_decoder_width": 4}
@@ -333,6 +333,46 @@ def test_refusals(options: dict[str, Any], refusal: tuple[Any, ...]) -> None:
 def test_a_network_that_cannot_be_masked_is_refused_when_built() -> None:
     with refused(NoSparseRuleError, "operation-without-sparse-rule", "SplitTransposeBlock"):
         make("edgenext_xx_small")
+
+
+class PooledByShape(nn.Module):
+    """Squeeze-and-excite as many repositories write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * nn.functional.avg_pool2d(x, x.size()[2:]).sigmoid()
+
+
+class CountedByShape(nn.Module):
+    """SimAM (PMLR 139, 2021), whose number of positions is read off the shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = (x - x.mean((2, 3), keepdim=True)).square()
+        variance = apart.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        return x * (apart / (4 * (variance + 1e-4)) + 0.5).sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("layer", "stage", "refusal"),
+    [
+        (PooledByShape, "layer2", ("resolutions-differ", "layer2.1: PooledByShape", "8", "32")),
+        (PooledByShape, "layer4", ("layer-depends-on-shape", "masked")),  # its cells are one position
+        (CountedByShape, "layer2", ("layer-depends-on-shape", "8", "masked")),
+        (CountedByShape, "layer4", ("layer-depends-on-shape", "32", "masked")),
+    ],
+)
+def test_a_layer_that_takes_a_cell_for_the_image_is_refused_when_built(layer, stage, refusal, monkeypatch) -> None:
+    network = build_encoder("test_resnet")
+    setattr(network, stage, nn.Sequential(getattr(network, stage), layer()))
+    monkeypatch.setattr(unet, "build_encoder", lambda *args, **kwargs: network)
+    with refused(NoSparseRuleError, *refusal):
+        make()
+
+
+def test_building_draws_no_number_for_its_checks(monkeypatch) -> None:
+    before = make().state_dict()
+    monkeypatch.setattr(SparseUNet, "_check_sparse", lambda self: None)
+    after = make().state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 @pytest.mark.parametrize("size", [100, (96, 100)])
