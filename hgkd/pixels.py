@@ -103,6 +103,28 @@ def note_pixels(
     cast(Any, network).pretrained_cfg = config
 
 
+def check_same_pixels(given: PixelStatistics, noted: PixelStatistics, source: object, where: str) -> None:
+    """Refuse other statistics than those that a network was trained with: by a unit of 255 of the mean, or 3 % of the std.
+
+    Args:
+        noted: what the network's file says.
+        source: the file.
+        where: the options that ``given`` comes from, for the message.
+
+    Raises:
+        ValueError: they differ.
+    """
+    means, stds = (list(zip(*parts, strict=True)) for parts in zip(given, noted, strict=True))
+    if all(abs(a - b) <= 1 / 255 for a, b in means) and all(abs(a - b) <= 0.03 * b for a, b in stds):
+        return
+    raise InvalidValueError(
+        "pixels-differ",
+        f"{source} was trained with mean {_text(noted[0])} and std {_text(noted[1])} of the pixels, {where} says mean "
+        f"{_text(given[0])} and std {_text(given[1])}: the weights would see other images, and nothing would fail. Leave "
+        f"{where} out, and the file's are taken",
+    )
+
+
 def require_statistics(channels: int, normalize: object, where: str) -> None:
     """Refuse images of other channels than RGB without their statistics, which no network and no habit tells.
 

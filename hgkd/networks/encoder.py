@@ -7,10 +7,10 @@ ResNet paper's CIFAR experiments (arXiv 1512.03385, section 4.2).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -43,7 +43,7 @@ def build_encoder(
     name: str,
     *,
     stem: str = "default",
-    checkpoint: str | Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
     **timm_kwargs: Any,
 ) -> nn.Module:
@@ -106,7 +106,9 @@ def build_encoder(
     return model
 
 
-def _build_foreign(name: str, stem: str, checkpoint: str | Path | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _build_foreign(
+    name: str, stem: str, checkpoint: str | os.PathLike[str] | None, pretrained: bool, kwargs: dict[str, Any]
+) -> nn.Module:
     """The same of a network that is not timm's."""
     if stem != "default":
         raise InvalidValueError("stem-of-timm", f"stem={stem!r} is for timm's ResNets, not for {name!r}; use stem='default'")

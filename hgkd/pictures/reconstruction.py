@@ -18,7 +18,7 @@ from hgkd.pictures.columns import Columns, hide_cells
 from hgkd.pictures.distillation import distillation_columns
 from hgkd.pictures.features import _finite
 from hgkd.registry import MODELS
-from hgkd.weights.identify import WeightFile, identify
+from hgkd.weights.identify import Kind, WeightFile, identify
 from hgkd.weights.loading import load_strict
 from hgkd.weights.run_file import literal_config
 
@@ -56,8 +56,18 @@ def load_reconstructor(checkpoint: str | os.PathLike[str]) -> Reconstructor:
     file = identify(checkpoint)
     model = literal_config(file.meta.get("cfg")).get("model") or {}
     if model.get("type") == "MaskedDistiller":
-        return _DistilledPixels(file.path, model, file.content["state_dict"])
+        return _DistilledPixels(file.path, model, file.content["state_dict"], _student_pixels(file))
     return _MAEPixels(file, model)
+
+
+def _student_pixels(file: WeightFile) -> dict[str, Any]:
+    """The student's option for its pixel statistics, which may come from the file that it started from."""
+    if file.kind is Kind.VIT_STUDENT:
+        from hgkd.networks.mae import read_mae
+
+        return {key: value for key, value in read_mae(file)[2].items() if key in ("mean", "std")}
+    pixels = getattr(file.spec, "pixels", None)
+    return {"normalize": pixels} if pixels else {}
 
 
 @dataclass
@@ -67,6 +77,7 @@ class _DistilledPixels:
     path: Path
     model: Mapping[str, Any]
     state: Mapping[str, Tensor]
+    pixels: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         objectives = self.model.get("objectives") or {}
@@ -93,7 +104,7 @@ class _DistilledPixels:
         started_from = ("encoder_checkpoint", "checkpoint", "pretrained")  # the weights are in the checkpoint
         config = {
             "type": "MaskedDistiller",
-            "student": {key: value for key, value in self.model["student"].items() if key not in started_from},
+            "student": {k: v for k, v in self.model["student"].items() if k not in started_from} | dict(self.pixels),
             "objectives": {self.name: {k: v for k, v in self.model["objectives"][self.name].items() if k != "teacher"}},
             "mask": {"type": "RandomMask", "mask_ratio": mask_ratio},
             "image_size": tuple(inputs.shape[-2:]),

@@ -23,13 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError, NoSparseRuleError
+from hgkd.networks.backbones import trained_pixels
 from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
-from hgkd.pixels import check_in_chans, check_normalize, note_pixels, pixel_statistics, require_statistics
+from hgkd.pixels import (
+    check_in_chans,
+    check_normalize,
+    check_same_pixels,
+    note_pixels,
+    pixel_statistics,
+    require_statistics,
+)
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, MaskedTensor, SparseTensor, sparsify
 from hgkd.sparse.rectangle import uncrop, visible_crop
 from hgkd.structures import StudentOutput
 from hgkd.students.base import Student, check_decode
+from hgkd.weights.identify import identify
 
 SKIPS = ("all", "last")
 _SAME = 1e-3  # of the largest value: fp32 rounds by 1e-5 through a deep network
@@ -99,7 +108,8 @@ class SparseUNet(Student):
         encoder: the network's name; see :func:`hgkd.students.build_encoder`.
         stem: 'default', or 'cifar' for ResNets on small images; see :func:`hgkd.students.build_encoder`.
         encoder_kwargs: further arguments of ``timm.create_model``, or of the other library's class.
-        encoder_checkpoint: local weights to start the encoder from.
+        encoder_checkpoint: local weights to start the encoder from: a file, or a folder of an export. One of hgkd's says what
+            pixels it was trained with.
         pretrained: start from timm's own pretrained weights.
         cell: side of a mask cell in pixels, a multiple of the encoder's total stride; None is the total stride itself.
         decoder_width: channels at the coarsest scale, halved at every further one.
@@ -108,13 +118,13 @@ class SparseUNet(Student):
         skips: 'all' levels feed the decoder, or the 'last' only.
         backend, renormalize: of :func:`hgkd.sparse.sparsify`.
         in_chans: channels of the images; with ``pretrained`` timm spreads its weights of three over them.
-        normalize: (mean, std) of the pixels in [0, 1], a number each for every channel; None: what timm notes for the name,
-            which is for three channels only.
+        normalize: (mean, std) of the pixels in [0, 1], a number each for every channel; None: what the file of
+            ``encoder_checkpoint`` was trained with, else what timm notes for the name, which is for three channels only.
 
     Attributes:
         encoder: the sparsified network; its ``state_dict`` is timm's own.
-        encoder_spec: {'name', 'stem', 'kwargs'}, what :func:`build_encoder` needs to build it again; with ``normalize`` also
-            'pixels'.
+        encoder_spec: {'name', 'stem', 'kwargs'}, what :func:`build_encoder` needs to build it again; with ``normalize``, or
+            where a file says others than timm, also 'pixels'.
         cell, out_stride: as above.
         decoded_channels: channels of the decoder's output.
         pyramid_channels: stride -> channels, of every scale of the decoder.
@@ -122,7 +132,8 @@ class SparseUNet(Student):
         frozen: names of encoder parameters that no level of the decoder depends on; they do not train.
 
     Raises:
-        ValueError: unknown names, no CNN, ``cell`` or ``out_stride`` that do not fit; the message says what would.
+        ValueError: unknown names, no CNN, ``cell`` or ``out_stride`` that do not fit; the message says what would. Or
+            ``normalize`` is not what the file was trained with.
         NoSparseRuleError: the network holds a layer that the sparse engine cannot mask.
     """
 
@@ -163,10 +174,18 @@ class SparseUNet(Student):
                 "channels-given-twice",
                 f"in_chans={channels} and encoder_kwargs.in_chans={kwargs['in_chans']} of the student differ; set one of them",
             )
-        require_statistics(channels, normalize, "model.student.normalize")
+        where = "model.student.normalize"
+        file = None if encoder_checkpoint is None else identify(encoder_checkpoint)
+        of_file = None if file is None else trained_pixels(file)
+        require_statistics(channels, normalize or of_file, where)
         kwargs |= {"in_chans": channels} if channels != 3 or "in_chans" in kwargs else {}
-        pixels = None if normalize is None else check_normalize(normalize, "model.student.normalize", channels)
-        network = build_encoder(encoder, stem=stem, checkpoint=encoder_checkpoint, pretrained=pretrained, **kwargs)
+        pixels = None if normalize is None else check_normalize(normalize, where, channels)
+        network = build_encoder(encoder, stem=stem, checkpoint=file, pretrained=pretrained, **kwargs)
+        if of_file is not None:
+            if pixels is not None:
+                check_same_pixels(pixels, of_file, encoder_checkpoint, where)
+            elif channels != 3 or of_file != pixel_statistics(network):  # what timm says of the name needs no note
+                pixels = of_file
         self._levels = encoder_levels(network)
         total = self._levels[-1].stride
         if pixels is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from hgkd.errors import InvalidValueError
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
-from hgkd.pixels import check_in_chans, statistics_of
+from hgkd.pixels import check_in_chans, check_pixels, check_same_pixels, statistics_of
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.sparse.hardware import require
@@ -38,7 +38,7 @@ class MaskedViT(Student):
         patch_size: side of a patch in pixels; None: that of the arch.
         cell: side of a mask cell in pixels, a multiple of ``patch_size``; None is one patch, as in MAE.
         checkpoint: MAE file to start from, of the same sizes; when it has no decoder, that starts at random.
-        mean, std: of the pixels in [0, 1], a number a channel; None: ImageNet's, RGB.
+        mean, std: of the pixels in [0, 1], a number a channel; None: what ``checkpoint`` notes, else ImageNet's, RGB.
         in_chans: channels of the images; None: that of the arch, 3 where it does not say.
 
     Attributes:
@@ -49,7 +49,7 @@ class MaskedViT(Student):
         feature_channels, feature_strides: of the encoder's blocks.
 
     Raises:
-        ValueError: sizes that do not fit, or no decoder.
+        ValueError: sizes or numbers of heads that do not fit, no decoder, or other pixels than the file notes.
         FileNotFoundError, WeightsError: ``checkpoint`` is absent, damaged, no MAE, or of other sizes.
     """
 
@@ -74,14 +74,17 @@ class MaskedViT(Student):
                 "decoder-missing", "a masked ViT needs a decoder, but decoder_depth is 0; set it to at least 1"
             )
         channels = check_in_chans(sizes.in_chans, "model.student.in_chans")
-        mean, std = statistics_of("model.student", channels, mean, std)
         patch = sizes.patch_size
         self.cell = patch if cell is None else cell
         if self.cell < patch or self.cell % patch:
             raise InvalidValueError("cell-no-multiple-of-patch", f"cell {cell} is no multiple of patch_size {patch}")
         self.network = MaskedAutoencoder(sizes)
-        if checkpoint is not None:
-            self._start_from(checkpoint)
+        noted = {} if checkpoint is None else self._start_from(checkpoint)
+        mean, std = (noted.get(name) if own is None else own for name, own in (("mean", mean), ("std", std)))
+        mean, std = statistics_of("model.student", channels, mean, std)
+        if {"mean", "std"} <= noted.keys():
+            of_file = check_pixels(noted["mean"], noted["std"], f"the pixels of {checkpoint}", channels)
+            check_same_pixels((mean, std), of_file, checkpoint, "model.student.mean and std")
         # run only when an objective asks for pixels; see predict_pixels
         self._gives_pixels = False
         self.network.decoder_norm.requires_grad_(False)
@@ -178,10 +181,12 @@ class MaskedViT(Student):
                 f"{size[0]} x {size[1]}; call prepare(image_size) first",
             )
 
-    def _start_from(self, checkpoint: str | Path) -> None:
+    def _start_from(self, checkpoint: str | Path) -> Mapping[str, Any]:
+        """Load a MAE file; returns the pixel statistics that it notes, may be empty."""
         own = self.network.arch
-        found, weights, _ = read_mae(checkpoint, own.num_heads, own.decoder_num_heads)
-        for size in ("embed_dim", "depth", "patch_size", "in_chans"):
+        found, weights, noted = read_mae(checkpoint, own.num_heads, own.decoder_num_heads)
+        heads = ("num_heads", "decoder_num_heads") if found.decoder_depth else ("num_heads",)  # which no shape tells
+        for size in ("embed_dim", "depth", "patch_size", "in_chans", *heads):
             there, here = getattr(found, size), getattr(own, size)
             if there != here:
                 raise InvalidValueError(
@@ -192,6 +197,7 @@ class MaskedViT(Student):
         self.network.arch = replace(own, image_size=found.image_size)
         set_positions(self.network, positions_of(self.network), own.grid, found.grid)
         load_strict(self.network, weights, source=str(checkpoint), ignore_missing=() if found.decoder_depth else decoder)
+        return noted
 
 
 def ids_keep_of_cells(layout: CellLayout, patch_size: int, counted: bool = True) -> Tensor:

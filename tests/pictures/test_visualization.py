@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from refusals import refused
 from torch import Tensor
 
 from hgkd.data.images import read_crops
+from hgkd.distillers import MaskedDistiller
 from hgkd.errors import DataError
 from hgkd.evaluation import FeatureSet, load_extractor
 from hgkd.evaluation.extract import FeatureExtractor
@@ -199,6 +201,32 @@ def test_reconstruction_of_a_mae_that_always_predicts_zero(tmp_path: Path, norm_
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     again, _ = reconstruction_columns(model, inputs, 0.5, seed=0)
     assert (again["seen"] != images).flatten(2).any(1).view(2, 32, 32)[:, ::8, ::8].sum() == 16
+
+
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_reconstruction_with_the_pixels_of_the_file_that_a_student_started_from(tmp_path: Path, kind: str) -> None:
+    """Its config says none, the checkpoint does; the file that it started from is gone."""
+    mean, std = [0.25, 0.5, 0.125], [0.5, 0.25, 0.375]
+    student: dict[str, Any] = dict(type="SparseUNet", encoder="test_resnet", decoder_width=16, min_decoder_width=8)
+    said, start = dict(normalize=[mean, std]), dict(encoder_checkpoint="gone.pth")
+    if kind == "vit":
+        arch = dict(
+            embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, patch_size=8
+        )
+        student, said, start = dict(type="MaskedViT", arch=arch), dict(mean=mean, std=std), dict(checkpoint="gone.pth")
+    rest = dict(
+        type="MaskedDistiller",
+        objectives=dict(pixels=dict(type="PixelReconstruction")),
+        mask=dict(type="RandomMask", mask_ratio=0.5),
+        image_size=64,
+    )
+    model = MaskedDistiller(student={**student, **said}, **{k: v for k, v in rest.items() if k != "type"})
+    images, found = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), []
+    for options in (said, start):
+        meta = {"cfg": f"model = { ({**rest, 'student': {**student, **options}})!r}\n", "hgkd": model.meta()}
+        torch.save({"meta": meta, "state_dict": model.state_dict()}, tmp_path / "epoch_1.pth")
+        found.append(reconstruction_columns(load_reconstructor(tmp_path / "epoch_1.pth"), images)[0]["reconstruction"])
+    assert torch.equal(*found)
 
 
 def test_what_predicts_no_pixels_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from refusals import refused
 from torch import Tensor
 
 from hgkd.distillers import MAEPretraining, MaskedDistiller
-from hgkd.networks.mae import mae_loss, pixel_target, unpatchify
+from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_target, save_mae, unpatchify
 from hgkd.networks.positions import sincos_positions
 from hgkd.objectives import PixelReconstruction, Setup
 from hgkd.registry import MODELS
@@ -180,6 +180,40 @@ def test_it_starts_from_a_mae_file(tmp_path) -> None:
     half = MaskedViT(ARCH, checkpoint=tmp_path / "encoder.pth").network.state_dict()
     assert all(torch.equal(half[k], weights[k]) for k in weights)
     assert not torch.equal(half["decoder_embed.weight"], theirs["decoder_embed.weight"])
+
+
+PIXELS = dict(mean=[0.25, 0.5, 0.125], std=[0.5, 0.25, 0.375])
+
+
+def test_it_takes_the_pixels_of_the_file_and_hands_them_on(tmp_path) -> None:
+    file = MAEPretraining(ARCH, 32, patch_size=8, **PIXELS).save_teacher(tmp_path / "mae.safetensors")
+    student = MaskedViT(ARCH, checkpoint=file)
+    student.prepare(32)
+    images = torch.rand(2, 3, 32, 32)
+    assert student.pixel_values() == student.description()["pixels"] == PIXELS
+    teacher = MAETeacher(file)
+    teacher.prepare((4, 4), 8)
+    expected = teacher.network.encode(teacher.normalise(images))[:, 1:]
+    torch.testing.assert_close(student.dense_features(images)[0].flatten(2).transpose(1, 2), expected)
+    # the next one starts from this one's checkpoint
+    model = distiller(checkpoint=str(file))
+    torch.save({"state_dict": model.state_dict(), "meta": {"hgkd": model.meta()}}, tmp_path / "epoch_1.pth")
+    assert MaskedViT(ARCH, checkpoint=tmp_path / "epoch_1.pth").pixel_values() == PIXELS
+    assert MaskedViT(ARCH, checkpoint=file, **PIXELS).pixel_values() == PIXELS
+    with refused(ValueError, "pixels-differ", "mae.safetensors", "0.485", "model.student.mean and std"):
+        MaskedViT(ARCH, checkpoint=file, mean=(0.485, 0.456, 0.406))
+
+
+def test_heads_are_those_of_the_file(tmp_path) -> None:
+    """No shape tells them: the weights would fit, and give other features."""
+    file = MAEPretraining({**ARCH, "num_heads": 1}, 32, patch_size=8).save_teacher(tmp_path / "heads.safetensors")
+    with refused(ValueError, "student-arch-differs", "num_heads", "1", "2"):
+        MaskedViT(ARCH, checkpoint=file)
+    file = MAEPretraining({**ARCH, "decoder_num_heads": 3}, 32, patch_size=8).save_teacher(tmp_path / "decoder.safetensors")
+    with refused(ValueError, "student-arch-differs", "decoder_num_heads", "3", "2"):
+        MaskedViT(ARCH, checkpoint=file)
+    encoder = MaskedAutoencoder(make_arch({**ARCH, "decoder_depth": 0, "decoder_num_heads": 3, "image_size": (32, 32)}))
+    MaskedViT(ARCH, checkpoint=save_mae(encoder, tmp_path / "encoder.safetensors"))  # has no decoder
 
 
 def test_it_is_registered() -> None:

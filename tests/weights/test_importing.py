@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
 from hgkd.export import EncoderSpec, export, import_weights, load_backbone
+from hgkd.networks import ImageClassifier
 from hgkd.networks.backbones import build_backbone
 from hgkd.students import SparseUNet, build_encoder
 
@@ -232,6 +233,45 @@ def test_a_student_starts_from_the_folder_of_an_export(tmp_path: Path, to: str) 
     export(tmp_path / "a.pth", tmp_path / "script", "torchscript")
     with refused(WeightsError, "export-of-another-target", "script", "torchscript"):
         build_encoder("test_resnet", checkpoint=tmp_path / "script")
+
+
+PIXELS = [[0.25, 0.5, 0.125], [0.5, 0.25, 0.375]]
+
+
+@pytest.mark.parametrize("of", ["student", "timm", "sparse", "classifier"])
+def test_a_student_takes_the_pixels_that_its_start_was_trained_with(tmp_path: Path, of: str) -> None:
+    small = dict(encoder="test_resnet", decoder_width=16, min_decoder_width=8)
+    start = tmp_path / ("out" if of in ("timm", "sparse") else "a.pth")
+    if of == "classifier":
+        classifier = ImageClassifier("test_resnet", 3, 64, normalize=PIXELS)
+        state = {f"classifier.{key}": value for key, value in classifier.state_dict().items()}
+        torch.save({"meta": {"hgkd": {"classifier": classifier.spec.to_dict(), "format": 1}}, "state_dict": state}, start)
+    else:
+        first = SparseUNet(normalize=PIXELS, **small)
+        state = {f"student.{key}": value for key, value in first.state_dict().items()}
+        torch.save({"meta": {"hgkd": {**first.description(), "format": 1}}, "state_dict": state}, tmp_path / "a.pth")
+        if start.name == "out":
+            export(tmp_path / "a.pth", start, of)
+    student = SparseUNet(encoder_checkpoint=start, **small)
+    expected = load_backbone(start) if of != "classifier" else None
+    assert [student.pixel_values()[name] for name in ("mean", "std")] == PIXELS
+    assert student.encoder_spec["pixels"] == PIXELS
+    if expected is not None:
+        assert [list(expected.pretrained_cfg[name]) for name in ("mean", "std")] == PIXELS
+    assert SparseUNet(encoder_checkpoint=start, normalize=PIXELS, **small).encoder_spec["pixels"] == PIXELS
+    with refused(ValueError, "pixels-differ", start, "0.125", "0.4", "model.student.normalize"):
+        SparseUNet(encoder_checkpoint=start, normalize=[[0.4] * 3, [0.2] * 3], **small)
+
+
+def test_what_timm_notes_of_a_name_is_not_noted_again(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth")
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "other.pth")
+    for file in ("a.pth", "other.pth"):
+        student = SparseUNet("test_resnet", encoder_checkpoint=tmp_path / file, decoder_width=16, min_decoder_width=8)
+        assert "pixels" not in student.encoder_spec
+    with refused(ValueError, "pixels-differ", "a.pth", "0.4"):
+        SparseUNet("test_resnet", encoder_checkpoint=tmp_path / "a.pth", normalize=[[0.4] * 3, [0.2] * 3])
+    SparseUNet("test_resnet", encoder_checkpoint=tmp_path / "other.pth", normalize=[[0.4] * 3, [0.2] * 3])  # says none
 
 
 WEIGHT = "layer1.0.conv1.weight"
