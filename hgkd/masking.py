@@ -363,7 +363,7 @@ class BlockMask(CountedMask):
             low = min(self.min_cells, hidden)
             cells = low + area * (hidden - low)
             aspect = self.min_aspect ** (2.0 * shape - 1.0)
-            height = min(grid[0], max(1, math.floor(math.sqrt(cells * aspect))))
+            height = min(grid[0], max(1, math.floor(math.sqrt(cells * aspect))), math.floor(cells))
             width = min(grid[1], max(1, math.floor(cells / height)))
             row, column = math.floor(top * (grid[0] - height + 1)), math.floor(left * (grid[1] - width + 1))
             block = visible[row : row + height, column : column + width]

@@ -193,6 +193,19 @@ def test_one_block_is_a_rectangle_of_the_asked_shape() -> None:
         assert rows.max() - rows.min() == columns.max() - columns.min() == 3
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    h=SIDES, w=SIDES, ratio=RATIOS, rounding=ROUNDINGS, seed=st.integers(0, 999),
+    min_aspect=st.floats(1e-6, 1.0), min_cells=st.integers(1, 20),
+)  # fmt: skip
+def test_blocks_of_any_shape_hide_what_was_asked(h, w, ratio, rounding, seed, min_aspect, min_cells) -> None:
+    """A tall block of few cells has no more rows than cells."""
+    if available(h, w, ratio, rounding):
+        mask = BlockMask(ratio, rounding, min_cells=min_cells, min_aspect=min_aspect)
+        shown = mask(8, (h, w), device="cpu", generator=torch.Generator().manual_seed(seed)).flatten(1).sum(1)
+        assert shown.tolist() == [visible_count(h, w, ratio, rounding)] * 8
+
+
 def test_every_cell_is_hidden_sooner_or_later() -> None:
     shown = BlockMask(0.5)(400, (6, 6), device="cpu", generator=torch.Generator().manual_seed(0)).float().mean(0)
     assert 0.2 < shown.min() <= shown.max() < 0.9
