@@ -161,6 +161,8 @@ def _kernel_for(packed: Tensor, weight: Tensor, groups: int, geometry: ConvGeome
     rule = choose_kernel(weight, groups, geometry, layout)
     for watch in _watchers:
         watch(rule, packed, weight, groups, geometry, layout)
+    if geometry.border != "constant":
+        return rule  # no other kernel reflects, and the key is also that of a layer that pads with zeros
     return layout.chosen.get(layer_key(weight, groups, geometry), rule) if layout.chosen else rule
 
 

@@ -308,3 +308,14 @@ def test_every_candidate_computes_the_same(kernel) -> None:
     found, expected = (layer(kind.pack(x, cells)).to_dense() for kind in (PackedTensor, MaskedTensor))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert convert.BACKENDS["gather"] is PackedTensor
+
+
+@pytest.mark.parametrize("kernel", ["im2col", "columns", "map"])
+def test_what_was_measured_is_not_for_a_layer_that_reflects(kernel) -> None:
+    """Its key is that of a layer of the same shape that pads with zeros."""
+    cells = CellLayout(VISIBLE, 4)
+    cells.chosen = dict.fromkeys(["64 -> 8, 3x3/1 pad 1,1, 4 a side"], kernel)
+    layer = nn.Conv2d(64, 8, 3, padding=1, padding_mode="reflect").double()
+    x = torch.randn(2, 64, 8, 8, dtype=torch.float64)
+    found, expected = (layer(kind.pack(x, cells)).to_dense() for kind in (PackedTensor, MaskedTensor))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
