@@ -261,11 +261,13 @@ class PixelNormalisation(nn.Module):
         return self.mean.shape[1]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1] -> what the network expects, (B, C, H, W).
+        """Pixels in [0, 1], or uint8 -> what the network expects, (B, C, H, W).
 
         Raises:
             ValueError: images of other channels; without this one channel would be taken for all.
+            TypeError: images of another type than :func:`to_unit_range` takes.
         """
+        images = to_unit_range(images)
         check_images(images, self.in_chans)
         return (images - self.mean).div_(self.std)
 

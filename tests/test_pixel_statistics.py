@@ -123,6 +123,29 @@ def test_every_network_normalises_by_the_same_formula_and_keeps_its_buffers_out_
         assert not {"mean", "std"} & module.state_dict().keys()
 
 
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "cnn student": lambda: SparseUNet("test_resnet", decoder_width=16, min_decoder_width=8),
+    "vit student": lambda: MaskedViT({**ARCH, "image_size": (64, 64)}),
+    "classifier": lambda: ImageClassifier("test_resnet", 3, 64),
+    "timm teacher": lambda: TimmTeacher("vit_tiny_patch16_224", **VIT),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_images_of_a_file_are_what_they_are_in_unit_range(kind: str) -> None:
+    network = NETWORKS[kind]().eval()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(network.normalise(images), network.normalise(images / 255))
+    if kind.endswith("student"):
+        network.prepare(64)
+        out, expected = network(images), network(images / 255)
+        assert torch.equal(out.decoded, expected.decoded)
+        assert torch.equal(out.images, expected.images)  # which pixel objectives rebuild
+        assert torch.equal(network.pooled(images), network.pooled(images / 255))
+    with refused(TypeError, "images-dtype", "torch.int64", "uint8"):
+        network.normalise(images.long())
+
+
 def test_new_statistics_replace_those_before_on_their_device() -> None:
     pixels = PixelNormalisation()
     pixels.set_pixels((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

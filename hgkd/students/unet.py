@@ -32,6 +32,7 @@ from hgkd.pixels import (
     note_pixels,
     pixel_statistics,
     require_statistics,
+    to_unit_range,
 )
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, MaskedTensor, SparseTensor, sparsify
@@ -236,7 +237,7 @@ class SparseUNet(Student):
         """Encode the visible cells and decode the whole image, or its visible rectangle.
 
         Args:
-            images: (B, C, H, W) in [0, 1], of three channels RGB; H and W multiples of ``cell``.
+            images: (B, C, H, W) in [0, 1] or uint8, of three channels RGB; H and W multiples of ``cell``.
             visible: bool (B, H/cell, W/cell), True = visible; None: everything.
             num_cells, rectangle: what is known of ``visible``, see :class:`hgkd.sparse.CellLayout`.
             decode: 'all' places, or the 'visible' ones alone, where every image shows one rectangle: the decoder then sees no
@@ -246,6 +247,7 @@ class SparseUNet(Student):
             ValueError: another size or mask than the student takes, an unknown ``decode``, or 'visible' with a mask without
                 rectangles.
         """
+        images = to_unit_range(images)
         grid = self.prepare(tuple(images.shape[-2:]))
         layout = CellLayout(self.visible_of(images, visible, grid), self.cell, self.renormalize, num_cells, rectangle)
         alone = layout.num_cells * (self.cell // self.feature_strides[-1]) ** 2 == 1

@@ -20,7 +20,7 @@ from torch import Tensor
 from hgkd.errors import InvalidValueError
 from hgkd.masking import grid_of
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, positions_of, read_mae, set_positions, unpatchify
-from hgkd.pixels import check_in_chans, check_pixels, check_same_pixels, statistics_of
+from hgkd.pixels import check_in_chans, check_pixels, check_same_pixels, statistics_of, to_unit_range
 from hgkd.registry import MODELS
 from hgkd.sparse import CellLayout, PackedTensor
 from hgkd.sparse.hardware import require
@@ -125,13 +125,14 @@ class MaskedViT(Student):
         """Encode the visible patches and decode the whole image.
 
         Args:
-            images: (B, 3, H, W) in [0, 1], RGB, of the prepared size.
+            images: (B, 3, H, W) in [0, 1] or uint8, RGB, of the prepared size.
             visible: bool (B, H/cell, W/cell), True = visible, as many in every image; None: everything.
             num_cells: True entries of ``visible`` where known, see :class:`hgkd.sparse.CellLayout`.
 
         Raises:
             ValueError: another image size or mask shape, or different numbers of visible cells.
         """
+        images = to_unit_range(images)
         self._check_size(images)
         network = self.network
         grid = (images.shape[2] // self.cell, images.shape[3] // self.cell)
