@@ -140,18 +140,20 @@ class _MaskedBatchNorm(torch.autograd.Function):
         mean = seen.sum(_POSITIONS, dtype=dtype) / count
         centred = torch.addcmul(seen.to(dtype), mean.view(1, -1, 1, 1), mask.to(dtype), value=-1)
         variance = torch.linalg.vector_norm(centred, dim=_POSITIONS).square() / count
-        # torch's own kernels, told these statistics: one pass each
-        out = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
-        ctx.save_for_backward(x, mask, weight, mean, variance)
-        ctx.count, ctx.eps, ctx.has_bias = count, eps, bias is not None
+        # torch's own kernels, told these statistics: one pass each; they take scale and shift in the statistics' type
+        scale, shift = (None if given is None else given.to(dtype) for given in (weight, bias))
+        out = torch.native_batch_norm(x, scale, shift, mean, variance, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, mask, scale, mean, variance)
+        ctx.count, ctx.eps = count, eps
+        ctx.dtypes = [None if given is None else given.dtype for given in (weight, bias)]
         ctx.mark_non_differentiable(mean, variance)
         return out, mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
-        x, mask, weight, mean, variance = ctx.saved_tensors
-        factor = torch.ones_like(mean) if weight is None else weight
+        x, mask, scale, mean, variance = ctx.saved_tensors
+        factor = torch.ones_like(mean) if scale is None else scale
         passed, slope, total = torch.ops.aten.native_batch_norm_backward(
             grad * mask, x, factor, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
@@ -160,7 +162,9 @@ class _MaskedBatchNorm(torch.autograd.Function):
         # what the statistics take back: (total + (x - mean) * deviation * slope) * scale / count
         along = scale * deviation * slope / ctx.count
         back = torch.native_batch_norm(x, along, scale * total / ctx.count, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
-        grad_weight, grad_bias = None if weight is None else slope, total if ctx.has_bias else None
+        grad_weight, grad_bias = (
+            None if dtype is None else value.to(dtype) for dtype, value in zip(ctx.dtypes, (slope, total), strict=True)
+        )
         return passed.addcmul_(back, mask, value=-1), None, grad_weight, grad_bias, None, None
 
 

@@ -197,6 +197,27 @@ def test_autocast_bf16_follows_the_reference() -> None:
     assert difference(found.to_dense().float(), expected.to_dense()) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_network_of_half_precision_trains_in_both_backends(dtype: torch.dtype, affine: bool) -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 8, 3, padding=1, bias=False)  # of a bias before the norm the gradient is 0, and all noise
+    model = nn.Sequential(first, nn.BatchNorm2d(8, affine=affine), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    model, results = model.to(dtype).train(), []
+    x = torch.randn(3, 3, 12, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    visible = torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(1)) < 0.5
+    visible[:, 0, 0] = True
+    for backend in ("gather", "masked"):
+        net = sparsify(model, 4, backend)
+        out = net(x, visible=visible).to_dense()
+        out.float().square().mean().backward()
+        gradients = [parameter.grad for parameter in net.parameters()]
+        assert all(gradient.dtype == dtype for gradient in gradients)
+        results.append([out, *gradients, *net.buffers()])
+    for found, expected in zip(*results, strict=True):
+        assert difference(found.detach().double(), expected.detach().double()) < 0.05
+
+
 @pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm])
 def test_layers_put_in_after_sparsify_get_their_rules(convert, monkeypatch) -> None:
     """``convert_sync_batchnorm`` makes new layers; torch's own forward must see rows of visible positions only."""
