@@ -145,7 +145,7 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather", renormalize:
         tensor it computes what ``module`` does.
 
     Raises:
-        ValueError: unknown backend, or ``cell`` < 1.
+        ValueError: unknown backend, ``cell`` < 1, or a network that is sparse already.
         ImportError: the backend's library is not installed.
         NoSparseRuleError: a layer is known to mix positions without a rule, or cannot be copied; it is named.
     """
@@ -154,6 +154,12 @@ def sparsify(module: nn.Module, cell: int, backend: str = "gather", renormalize:
     BACKENDS[backend].require()
     if cell < 1:
         raise InvalidValueError("cell-not-positive", f"cell must be a positive number of pixels, got {cell}")
+    if isinstance(module, SparseModule):
+        raise InvalidValueError(
+            "sparsified-twice",
+            f"the network is sparse already, with cells of {module.sparse_cell} pixels and backend {module.sparse_backend!r}; "
+            f"convert the ordinary network with cell={cell}, and copy the weights by load_state_dict",
+        )
     module = _copy(module)
     _give_rules(module)
     if backend == "gather":
@@ -235,12 +241,44 @@ def _twin_type(layer_type: type[nn.Module], rule: LayerRule) -> type[nn.Module]:
             return rule(self, x)
         return layer_type.forward(self, x, *args, **kwargs)
 
-    return type("Sparse" + layer_type.__name__, (layer_type,), {"forward": forward, "__doc__": layer_type.__doc__})
+    made = type("Sparse" + layer_type.__name__, (layer_type,), {"forward": forward, "__doc__": layer_type.__doc__})
+    return _picklable(made, layer_type, root=False)
 
 
 @cache
 def _root_type(module_type: type[nn.Module]) -> type[nn.Module]:
-    return type("Sparse" + module_type.__name__, (SparseModule, module_type), {"__doc__": module_type.__doc__})
+    made = type("Sparse" + module_type.__name__, (SparseModule, module_type), {"__doc__": module_type.__doc__})
+    return _picklable(made, module_type.__dict__.get(_MADE_OF, module_type), root=True)
+
+
+_MADE_OF = "sparse_made_of"  # attribute of the classes above: the network's own class
+
+
+def _picklable(made: type[nn.Module], of: type[nn.Module], root: bool) -> type[nn.Module]:
+    """Let a class that is made here be pickled as what it is made of: it has no name by which it could be found."""
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        given = super(made, self).__reduce_ex__(protocol)
+        # all but networks with a way of their own, and subclasses that others make, are told by their class alone
+        return (_new, (of, root), *given[2:]) if given[1] == (made,) else given
+
+    setattr(made, _MADE_OF, of)
+    made.__reduce_ex__ = reduce_ex  # type: ignore[method-assign]
+    return made
+
+
+def _new(of: type[nn.Module], root: bool) -> nn.Module:
+    """An empty layer, or network, for what was pickled of it."""
+    rule = _rule_of(of)
+    if rule is None and not root:
+        raise NoSparseRuleError(
+            "sparse-rule-not-registered",
+            f"a pickled network holds a {of.__name__} with a sparse rule, and it has none here; import the module that "
+            "registers it (hgkd.sparse.layer_rule) before the network is read",
+        )
+    made = of if rule is None else _twin_type(of, rule)
+    made = _root_type(made) if root else made
+    return made.__new__(made)
 
 
 # --- rules for layers whose forward is not a matter of single functions ----------------------------------------------

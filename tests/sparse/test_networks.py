@@ -1,12 +1,20 @@
 """Whole networks: every backend against masked-dense compute, and the promises that a user relies on."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import timm
+import timm.layers
 import torch
+from refusals import refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hgkd.errors import NoSparseRuleError
 from hgkd.sparse import BACKENDS, CellLayout, sparsify
+from hgkd.sparse.convert import LAYER_RULES
 
 SIZE, GRID = (64, 96), (2, 3)
 
@@ -167,6 +175,38 @@ def test_lent_network_is_left_alone() -> None:
     assert [type(m) for m in model.modules()] == kinds
     assert all(p.grad is None for p in model.parameters())
     assert list(net.state_dict()) == keys
+
+
+@pytest.mark.parametrize("through", ["pickle", "torch.save", "deepcopy"])
+@pytest.mark.parametrize("name", ["test_resnet", "ecaresnet26t"])  # the second has layers with rules
+def test_a_sparse_network_comes_back_from_a_pickle(name: str, through: str) -> None:
+    net = sparsify(build(name), 32).eval()
+    if through == "torch.save":
+        torch.save(net, file := io.BytesIO())
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    else:
+        again = copy.deepcopy(net) if through == "deepcopy" else pickle.loads(pickle.dumps(net))
+    assert [type(m) for m in again.modules()] == [type(m) for m in net.modules()]
+    assert (again.sparse_cell, again.sparse_backend) == (32, "gather")
+    found, expected = (n(images(), visible=uneven_mask()).to_dense() for n in (again, net))
+    assert torch.equal(found, expected)
+    assert torch.equal(again(images()), net(images()))
+
+
+def test_a_pickled_layer_needs_its_rule() -> None:
+    class_of_others = timm.layers.EcaModule
+    pickled, rule = pickle.dumps(sparsify(build("ecaresnet26t"), 32)), LAYER_RULES.pop(class_of_others)
+    try:
+        with refused(NoSparseRuleError, "sparse-rule-not-registered", "EcaModule", "hgkd.sparse.layer_rule"):
+            pickle.loads(pickled)
+    finally:
+        LAYER_RULES[class_of_others] = rule
+
+
+def test_a_sparse_network_is_not_converted_again() -> None:
+    with refused(ValueError, "sparsified-twice", "8", "'gather'", "cell=16"):
+        sparsify(sparsify(nn.Conv2d(3, 4, 1), 8), 16)
 
 
 def test_drop_path_drops_whole_images() -> None:

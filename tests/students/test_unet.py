@@ -1,5 +1,6 @@
 """The sparse UNet: what it sees, that its backends agree, what trains, geometry and refusals."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -301,6 +302,14 @@ def test_default_decoder_costs_clearly_less_than_the_sparse_encoder() -> None:
         student.decode(features)
     encoder_flops = dense.get_total_flops() * 20 / 49  # SparK's 20 of 49 cells
     assert decoder.get_total_flops() < 0.35 * encoder_flops
+
+
+def test_a_student_comes_back_from_a_pickle() -> None:
+    student = make("test_convnext").eval()
+    again = pickle.loads(pickle.dumps(student))
+    x = images(student)
+    assert torch.equal(again(x, VISIBLE).decoded, student(x, VISIBLE).decoded)
+    assert again.description() == student.description()
 
 
 def test_is_registered() -> None:
