@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -203,12 +202,17 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
             )
         self.classifier.spec = replace(spec, classes=tuple(classes))
 
-    def load_meta(self, meta: Mapping[str, Any]) -> None:
-        """Normalise as the checkpoint that has been loaded did: its weights expect these pixels, whatever the config says."""
+    def load_meta(self, meta: Mapping[str, Any]) -> str | None:
+        """Normalise as the checkpoint that has been loaded did: its weights expect these pixels, whatever the config says.
+
+        Returns:
+            What has changed, for the log; None: nothing.
+        """
         spec, own = ClassifierSpec.parse({"hgkd": meta}), self.classifier.spec
-        if spec is not None and (spec.mean, spec.std) != (own.mean, own.std):
-            self.classifier.set_pixels(spec.mean, spec.std)
-            print_log(f"pixels are normalised as in the checkpoint: mean {spec.mean}, std {spec.std}", "current")
+        if spec is None or (spec.mean, spec.std) == (own.mean, own.std):
+            return None
+        self.classifier.set_pixels(spec.mean, spec.std)
+        return f"pixels are normalised as in the checkpoint: mean {spec.mean}, std {spec.std}"
 
     def meta(self) -> dict[str, Any]:
         """Description of the network for checkpoints, under ``meta['hgkd']``."""

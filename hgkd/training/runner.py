@@ -490,7 +490,12 @@ class DistillRunner(Runner):
                 checkpoint["optimizer"] = divided_state(checkpoint["optimizer"], self.optim_wrapper)
         load_strict(model, state, source=str(filename), ignore_unexpected=unused, finite=not self._sharded)
         if hasattr(model, "load_meta"):
-            model.load_meta(hgkd_of(checkpoint))
+            meta = hgkd_of(checkpoint)
+            # also of an average, which EMAHook has copied before, and exchanges with the model with all of its buffers
+            for copied in (hook.ema_model.module for hook in self.hooks if hasattr(hook, "ema_model")):
+                copied.load_meta(meta)
+            if changed := model.load_meta(meta):
+                self.logger.info(changed)
         self._has_loaded = True
         return checkpoint
 

@@ -18,7 +18,7 @@ from hgkd.cli import train as train_command
 from hgkd.errors import WeightsError
 from hgkd.evaluation import load_extractor
 from hgkd.export import load_backbone, read_student
-from hgkd.networks import load_classifier
+from hgkd.networks import ImageClassifier, load_classifier
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
 from hgkd.registry import build_runner
 from hgkd.weights.files import read_checkpoint
@@ -173,6 +173,27 @@ def test_pixels_of_the_backbone_count_in_the_test_too(images, tmp_path):
     assert maps.shape == (2, 4, 4)
     assert maps.min() >= 0
     assert maps.sum((1, 2)).max() <= 1.0 + 1e-5  # shares of one distribution, the class token has the rest
+
+
+def test_an_average_of_the_weights_is_tested_with_the_pixels_it_was_trained_with(images, tmp_path, monkeypatch):
+    """EMAHook has copied the model, with what timm notes of the pixels, before the checkpoint is read."""
+    pixels = [[0.2] * 3, [0.7] * 3]
+    options = tiny(images, epochs=1, warmup_epochs=0, val_train_root=None, val_test_root=None)
+    train_tool.train(SPARK, tmp_path / "spark", options={**options, "model.student.normalize": pixels})
+    options = small(images, epochs=1, warmup_epochs=0)
+    train_tool.train(AUGMENTED, tmp_path / "run", options={**options, "backbone": str(tmp_path / "spark")})
+    seen = []
+    normalise = ImageClassifier.normalise
+
+    def noting(self, inputs):
+        seen.append((self.mean.flatten().tolist(), self.std.flatten().tolist()))
+        return normalise(self, inputs)
+
+    monkeypatch.setattr(ImageClassifier, "normalise", noting)
+    test_api.run_test(AUGMENTED, tmp_path / "run/epoch_1.pth", options=options)
+    again = train_tool.train(AUGMENTED, tmp_path / "run", resume=True, options={**options, "epochs": 2})
+    assert again.iter == 8
+    assert all(values == (pytest.approx(pixels[0]), pytest.approx(pixels[1])) for values in seen), seen[0]
 
 
 @pytest.mark.parametrize(
