@@ -32,7 +32,7 @@ from hgkd.registry import MASKED_OBJECTIVES, MODELS, unknown_objective_message
 from hgkd.structures import FeatureSample, StudentOutput, TeacherInfo, TeacherNeeds, TeacherOutput
 from hgkd.students.base import Student, check_decode
 from hgkd.teachers.base import Teacher
-from hgkd.teachers.cache import FeatureCache, store_bytes, weights_digest
+from hgkd.teachers.cache import FeatureCache, store_bytes
 from hgkd.weights.run_file import FORMAT
 
 
@@ -622,7 +622,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         for name, blocks in self._stored_blocks().items():
             teacher, chosen = self.teachers[name], self._channels[name]
             assert teacher.grid is not None
-            identity = {"teacher": weights_digest(teacher), "input_size": list(teacher.input_size), **data_identity}
+            identity = {"teacher": teacher.identity(), "input_size": list(teacher.input_size), **data_identity}
             identity |= {} if chosen is None else {"channels_seen": list(chosen)}
             self.feature_caches[name] = FeatureCache(folder, identity, pictures, blocks, teacher.info.width, teacher.grid)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from hgkd.masking import expand, ids_keep_of
 from hgkd.networks.vit import check_attention_is_read, patch_attention
 from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
 from hgkd.structures import Capabilities, TeacherInfo, TeacherNeeds, TeacherOutput
+from hgkd.teachers.cache import function_digest, weights_digest
 from hgkd.teachers.health import can_be_judged, check_outputs, weight_health
 
 if TYPE_CHECKING:
@@ -204,6 +206,16 @@ class Teacher(PixelNormalisation):
             "and G2SD need a MAE teacher with its decoder; use HGKD with target='full', or MAETeacher with a full pretraining "
             "checkpoint"
         )
+
+    def identity(self) -> dict[str, Any]:
+        """What its tokens depend on beside images and input size, as plain values: a store of them is found by it."""
+        return {
+            "type": type(self).__qualname__,
+            "weights": weights_digest(self),
+            "function": function_digest(self.network),
+            **asdict(self.info),
+            **self.pixel_values(),
+        }
 
     def prepare(self, mask_grid: tuple[int, int], cell: int) -> tuple[int, int]:
         """Fix the input size so that the token grid is a whole multiple of the mask grid.

@@ -2,8 +2,8 @@
 
 On small machines the teacher takes most of a step. When every epoch shows the same pictures (a fixed crop, flipped or not),
 its tokens can be computed once, in fp16, in memory-mapped files that runs with the same teacher, data and size share. A store
-is found by the hash of everything that its content depends on, so a stale one is never opened: another teacher, image list,
-size or block simply has another name.
+is found by the hash of everything that its content depends on, so a stale one is never opened: another teacher (weights, what
+its network does with them, pixel statistics), image list, size or block simply has another name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,32 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+_INCIDENTAL = ("training", "fused_attn")  # settings of a module that change no token by more than rounding
+
+
+def function_digest(module: nn.Module) -> str:
+    """SHA-256 of what a network does with its weights, the same in every process: its modules and their plain settings.
+
+    Two networks may have the same weights and heads, epsilons or activations of their own.
+    """
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        found = {key: _plain(value) for key, value in vars(part).items() if not key.startswith("_") and key not in _INCIDENTAL}
+        settings = sorted((key, value) for key, value in found.items() if value is not None)
+        digest.update(f"{name}\0{type(part).__qualname__}\0{settings}\0".encode())
+    return digest.hexdigest()
+
+
+def _plain(value: object) -> str | None:
+    """A setting as text that holds no address of this process; None: it is no plain one."""
+    if isinstance(value, (FunctionType, BuiltinFunctionType)):
+        return value.__qualname__
+    if isinstance(value, (tuple, list)):
+        parts = [_plain(part) for part in value]
+        return None if None in parts else str(parts)
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else None
 
 
 def store_bytes(pictures: int, blocks: int, width: int, grid: tuple[int, int]) -> int:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hgkd.distillers import MAEPretraining, MaskedDistiller
 from hgkd.errors import code_of
@@ -124,6 +124,26 @@ def test_stored_features_are_those_of_each_teacher(mae, tmp_path):
     kept = model.teach(images(), visible, index, flipped)
     for name in ("dino", "mae"):
         torch.testing.assert_close(kept[name].tokens[1], plain[name].tokens[1], rtol=2e-3, atol=2e-3)
+
+
+CLIP = {**VIT, "name": "vit_base_patch32_clip_224"}
+
+
+@pytest.mark.parametrize("change", [dict(normalize=([0.2] * 3, [0.7] * 3)), dict(name="vit_base_patch32_clip_quickgelu_224")])
+def test_a_corrected_teacher_does_not_get_the_features_of_the_wrong_one(change, tmp_path):
+    """Same weights: other pixels, and another activation."""
+    for teacher in (CLIP, CLIP, {**CLIP, **change}):
+        make(dict(hgkd={**DINO, "teacher": None}), teacher=teacher).store_features(tmp_path, 4, {"files": "x"})
+    assert len(list(tmp_path.glob("tokens-*.json"))) == 2
+
+
+def test_another_number_of_heads_is_another_store(mae, tmp_path):
+    save_file(load_file(mae["checkpoint"]), tmp_path / "mae.safetensors")  # without what it says of its heads
+    for heads in (2, 4):
+        teacher = {**mae, "checkpoint": str(tmp_path / "mae.safetensors"), "num_heads": heads, "decoder_num_heads": 2}
+        model = make(dict(hgkd={**DINO, "teacher": None}), teacher=teacher)
+        model.store_features(tmp_path, 4, {"files": "x"})
+    assert len(list(tmp_path.glob("tokens-*.json"))) == 2
 
 
 def test_all_teachers_follow_the_model_and_a_copy_shares_them(mae):

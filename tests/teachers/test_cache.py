@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hgkd.errors import StoppedError
 from hgkd.structures import TeacherOutput
-from hgkd.teachers.cache import FeatureCache, FeatureStore, store_bytes, weights_digest
+from hgkd.teachers.cache import FeatureCache, FeatureStore, function_digest, store_bytes, weights_digest
 
 
 def features(rows: Tensor) -> Tensor:
@@ -77,6 +77,32 @@ def test_digests_do_not_see_how_weights_lie_in_memory() -> None:
     before = weights_digest(layers)
     assert weights_digest(layers.to(memory_format=torch.channels_last)) == before
     assert not layers[0].weight.is_contiguous()
+
+
+CLIP = """
+import timm
+from hgkd.teachers.cache import function_digest
+
+sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+print(function_digest(timm.create_model("vit_base_patch32_clip_224", **sizes)))
+print(function_digest(timm.create_model("vit_base_patch32_clip_quickgelu_224", **sizes)))
+"""
+
+
+def test_what_a_network_does_with_its_weights_has_a_digest_that_is_the_same_in_every_process() -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    said = [subprocess.run([sys.executable, "-c", CLIP], check=True, capture_output=True, text=True, env=env) for _ in "ab"]
+    assert said[0].stdout == said[1].stdout
+    assert len(set(said[0].stdout.split())) == 2
+
+
+def test_digests_see_heads_epsilons_and_activations_without_a_module() -> None:
+    def layer(**changes):
+        return nn.TransformerEncoderLayer(8, **{"nhead": 2, "dim_feedforward": 8, "activation": nn.functional.relu, **changes})
+
+    changes = ({}, {"nhead": 4}, {"layer_norm_eps": 1e-6}, {"activation": nn.functional.gelu}, {"norm_first": True})
+    assert len({function_digest(layer(**change)) for change in changes}) == len(changes)
+    assert function_digest(layer()) == function_digest(layer().eval())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
