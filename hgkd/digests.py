@@ -28,6 +28,15 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         return stream_digest(file)
 
 
+def ends_digest(file: BinaryIO, end: int = 2**16) -> str:
+    """SHA-256 of the first and last ``end`` bytes of an open file, in hexadecimal; of all of a file that has no more."""
+    digest = hashlib.sha256(file.read(end))
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(min(end, size), size - end))
+    digest.update(file.read(end))
+    return digest.hexdigest()
+
+
 def files_digest(files: Iterable[tuple[str, int]]) -> str:
     """SHA-256 of a list of (name, size in bytes), in order: whether it is the same files, without reading them."""
     digest = hashlib.sha256()

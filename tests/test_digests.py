@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 
-from hgkd.digests import file_digest, files_digest, stream_digest
+from hgkd.digests import ends_digest, file_digest, files_digest, stream_digest
 
 CONTENT = bytes(range(256)) * 20_000  # more than one block
 
@@ -20,6 +20,12 @@ def test_a_part_of_a_stream_and_one_that_ends_early():
     assert stream_digest(stream, 1000) == hashlib.sha256(CONTENT[:1000]).hexdigest()
     assert stream.tell() == 1000
     assert stream_digest(io.BytesIO(b"abc"), 10) == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_the_ends_of_a_file():
+    for content in (b"", b"abc", b"abcdef", b"abcdefg", b"abcdefgh", CONTENT):
+        expected = content if len(content) <= 8 else content[:4] + content[-4:]
+        assert ends_digest(io.BytesIO(content), 4) == hashlib.sha256(expected).hexdigest()
 
 
 def test_a_list_of_files_is_told_by_names_sizes_and_order():

@@ -1,10 +1,13 @@
 """What a store of features depends on."""
 
 import os
+import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -36,6 +39,25 @@ def test_a_store_depends_on_how_files_become_pixels(tmp_path):
     assert plain["reading"]["rules"] == 2
     assert plain != identity(tmp_path, value_range=(0, 4095))
     assert plain != identity(tmp_path, use_alpha=False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_store_depends_on_the_pictures_and_not_on_where_they_lie(tmp_path, packed):
+    """BMPs of one size have equally many bytes, whatever they show."""
+    for folder, level in (("a", 0), ("b", 255)):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            Image.new("RGB", (8, 8), (number, level if number == 1 else 0, 0)).save(tmp_path / folder / f"{number}.bmp")
+    shutil.copytree(tmp_path / "a", tmp_path / "copied", copy_function=shutil.copy)  # with dates of its own
+    if packed:
+        for folder in ("a", "b", "copied"):
+            with tarfile.open(tmp_path / folder / "0.tar", "w") as shard:
+                for path in sorted((tmp_path / folder).glob("*.bmp")):
+                    shard.add(path, path.name)
+                    path.unlink()
+    found = [identity(tmp_path / folder) for folder in ("a", "b", "copied")]
+    assert found[0]["files"] == found[1]["files"]
+    assert found[0] == found[2] != found[1]
 
 
 def test_names_need_not_be_utf8(tmp_path):

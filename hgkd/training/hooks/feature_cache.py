@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from hgkd.data import UnlabelledImages
-from hgkd.digests import files_digest
-from hgkd.errors import InvalidValueError
+from hgkd.digests import ends_digest, files_digest
+from hgkd.errors import InvalidValueError, StoppedError
 from hgkd.registry import HOOKS
 from hgkd.teachers.cache import gigabytes
 from hgkd.training.wrapping import plain_model
 
 _RANDOM = ("Random", "Jitter")
+_LOOKED_AT = 64  # images whose bytes are read
+_LOOKED_AT_IN_GROUPS = 16  # where each costs a whole row group of a Parquet file
 
 
 @HOOKS.register_module()
@@ -26,6 +29,10 @@ class TeacherCacheHook(Hook):
     The pictures must be the same in every epoch: set ``transform=dict(kind='eval')`` for the training data, and
     ``model.flip`` for mirroring, which the cache knows of. The files take 4 * tokens * width bytes an image and block, 0.3 MB
     for a ViT-S/14 at 224 px. Their size is logged, compared with the free disk space, and taken from the disk at once.
+
+    The same data are the same names and sizes, and the same first and last 64 KiB of up to 64 images, spread over all (of
+    Parquet files 16), from wherever they lie: dates and the place of a folder do not count. Another change that leaves all of
+    this as it was is not seen; delete the folder after it.
 
     Args:
         folder: where the files lie; runs with the same teacher, data and size share them. None: nothing is stored.
@@ -83,6 +90,22 @@ def _open(runner: Runner, folder: Path, transform: str) -> None:
     names = [str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in paths]
     sizes = [dataset.size(i) for i in range(len(dataset))]
     identity: dict[str, object] = {"files": files_digest(zip(names, sizes, strict=True)), "transform": transform}
+    identity["content"] = _content(dataset)
     identity |= {"reading": dataset.reading} if hasattr(dataset, "reading") else {}
     model = plain_model(runner)
     model.store_features(folder, len(dataset), identity)
+
+
+def _content(dataset: UnlabelledImages) -> str:
+    """A digest of the bytes of some images: names and sizes are those of other pictures, too, where nothing is compressed."""
+    count = min(_LOOKED_AT if dataset.blocks is None else _LOOKED_AT_IN_GROUPS, len(dataset))
+    digest = hashlib.sha256()
+    for place in range(count):
+        try:
+            with dataset.open(place * len(dataset) // count) as file:
+                digest.update(ends_digest(file).encode())
+        except StoppedError:  # a network that is down says nothing about an image
+            raise
+        except Exception:  # damaged, as in training, where another image takes its place
+            digest.update(b"unreadable")
+    return digest.hexdigest()
