@@ -205,6 +205,12 @@ def eval_transform(image_size: int | Sequence[int], resize_ratio: float = 1.0) -
     return v2.Compose([CentreCropToSize(as_size(image_size), resize_ratio), PILToTensor()])
 
 
+def varying_steps(transform: ImageTransform) -> list[str]:
+    """Names of the steps that are not known to do the same with an image in every epoch; an evaluation's transform has none."""
+    steps = transform.transforms if isinstance(transform, v2.Compose) else [transform]
+    return [type(step).__name__ for step in steps if type(step) not in (CentreCropToSize, PILToTensor)]
+
+
 @contextmanager
 def foreign_randomness() -> Iterator[None]:
     """Context in which Python's and NumPy's generators start from a draw of torch's, and after which they are as they were."""

@@ -79,9 +79,14 @@ def test_a_teacher_that_overflows_ends_a_run_before_its_first_step(
         assert not any(filled.read_bytes()[128:]), "nothing of it is stored"
 
 
-def test_random_crops_are_refused_by_a_dry_run_too(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    transform = {"train_dataloader.dataset.transform.kind": "train"}
+@pytest.mark.parametrize(("kind", "step"), [("train", "RandomResizedCrop"), ("augment", "_TimmAugmentation")])
+def test_random_crops_are_refused_by_a_dry_run_too(
+    kind: str, step: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transform = {"train_dataloader.dataset.transform.kind": kind}
     given = arguments(images, tmp_path, teacher_features=tmp_path / "features", **transform)
     for more in ([], ["--dry-run"]):
         assert train_command.main([*given, *more]) == 2
-        assert "needs pictures that are the same in every epoch" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "needs pictures that are the same in every epoch" in error
+        assert step in error

@@ -11,13 +11,13 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from hgkd.data import UnlabelledImages
+from hgkd.data.transforms import varying_steps
 from hgkd.digests import ends_digest, files_digest
 from hgkd.errors import InvalidValueError, StoppedError
 from hgkd.registry import HOOKS
 from hgkd.teachers.cache import gigabytes
 from hgkd.training.wrapping import plain_model
 
-_RANDOM = ("Random", "Jitter")
 _LOOKED_AT = 64  # images whose bytes are read
 _LOOKED_AT_IN_GROUPS = 16  # where each costs a whole row group of a Parquet file
 
@@ -71,16 +71,16 @@ class TeacherCacheHook(Hook):
 
 
 def _fixed_transform(runner: Runner) -> str:
-    """The training images' transform as text; raises ValueError when its crops differ from epoch to epoch."""
-    transform = repr(runner.train_loop.dataloader.dataset.transform)
-    if any(word in transform for word in _RANDOM):
+    """The training images' transform as text; raises ValueError when its crops may differ from epoch to epoch."""
+    transform = runner.train_loop.dataloader.dataset.transform
+    if varying := varying_steps(transform):
         raise InvalidValueError(
             "pictures-differ-between-epochs",
-            "TeacherCacheHook needs pictures that are the same in every epoch, but the training transform is random "
-            f"({transform.split()[0]} ...); set train_dataloader.dataset.transform=dict(kind='eval') and model.flip=0.5, "
+            "TeacherCacheHook needs pictures that are the same in every epoch, but the training transform may change them "
+            f"({', '.join(varying)}); set train_dataloader.dataset.transform=dict(kind='eval') and model.flip=0.5, "
             "or store nothing (teacher_features=None)",
         )
-    return transform
+    return repr(transform)
 
 
 def _open(runner: Runner, folder: Path, transform: str) -> None:
