@@ -183,10 +183,10 @@ class CountedMask:
         """Whether images of one batch may show different numbers of cells."""
         return isinstance(self.mask_ratio, tuple) and self.mask_ratio[0] != self.mask_ratio[1]
 
-    @property
-    def shows_whole_images(self) -> bool:
-        """Whether there are steps in which no image of the batch hides anything."""
-        return self.unmasked_share > 0.0 or max(self._extremes()) == 0.0
+    def shows_whole_images(self, grid: tuple[int, int]) -> bool:
+        """Whether there are steps in which no image of the batch hides anything, or of a pair of ratios may be by chance."""
+        ratios = self._extremes()[:1] if isinstance(self.mask_ratio, tuple) else self._extremes()
+        return self.unmasked_share > 0.0 or any(self.count_at(grid, ratio) == grid[0] * grid[1] for ratio in ratios)
 
     @property
     def in_unmasked_end(self) -> bool:
@@ -220,7 +220,11 @@ class CountedMask:
                 f"{type(self).__name__} shows the same number of cells in every image, but "
                 f"mask_ratio={list(self._extremes())} draws one for each; give one number",
             )
-        return visible_count(*grid, self.current_ratio, self.rounding)
+        return self.count_at(grid, self.current_ratio)
+
+    def count_at(self, grid: tuple[int, int], ratio: float) -> int:
+        """Number of visible cells of an image of which this share is to be hidden."""
+        return visible_count(*grid, ratio, self.rounding)
 
     def counts(self, batch: int, grid: tuple[int, int], at: Randomness) -> Tensor:
         """Number of visible cells of each image at this moment of the training: int64 (batch,)."""
@@ -245,7 +249,7 @@ class CountedMask:
         """The cells that an image shows over the training, as a text for logs: '20 of 49 visible (mask_ratio 0.6)'."""
         first, last = self._extremes()
         cells = grid[0] * grid[1]
-        seen = [visible_count(*grid, ratio, self.rounding) for ratio in (first, last)]
+        seen = [self.count_at(grid, ratio) for ratio in (first, last)]
         if isinstance(self.mask_ratio, tuple):
             text = f"{seen[1]} to {seen[0]} of {cells} visible, drawn for each image (mask_ratio {first:g} to {last:g})"
         else:
@@ -434,9 +438,9 @@ class RectangleMask(CountedMask):
         area = min((rows * columns for rows, columns in allowed), key=lambda found: (abs(found - count), -found))
         return [(rows, columns) for rows, columns in allowed if rows * columns == area]
 
-    def count(self, grid: tuple[int, int]) -> int:
-        """Number of visible cells of every image at this moment of the training: the area of the rectangles."""
-        rows, columns = self.shapes(grid, super().count(grid))[0]
+    def count_at(self, grid: tuple[int, int], ratio: float) -> int:
+        """See :meth:`CountedMask.count_at`: the area of the rectangles."""
+        rows, columns = self.shapes(grid, super().count_at(grid, ratio))[0]
         return rows * columns
 
     def draw_views(self, views: int, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None = None) -> Tensor:
@@ -444,7 +448,7 @@ class RectangleMask(CountedMask):
         return self.draw(views * batch, grid, at, scores)
 
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
-        counts = self.counts(batch, grid, at).tolist() if self.counts_differ else [CountedMask.count(self, grid)]
+        counts = self.counts(batch, grid, at).tolist() if self.counts_differ else [self.count(grid)]
         possible = {count: self.shapes(grid, count) for count in set(counts)}
         visible = np.zeros((batch, *grid), dtype=bool)
         with UniformNumbers(at.generator) as numbers:

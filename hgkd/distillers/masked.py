@@ -263,19 +263,17 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         return guide
 
     def _check_hidden(self) -> None:
-        """Raise ValueError when an objective learns from hidden cells alone, and there are steps in which nothing is hidden."""
-        if not isinstance(self.mask, CountedMask) or not self.mask.shows_whole_images:
+        """Raise ValueError when an objective learns from hidden cells alone, and nothing may be hidden in some steps."""
+        if not isinstance(self.mask, CountedMask) or not self.mask.shows_whole_images(self.mask_grid):
             return
         for name, objective in self.objectives.items():
             if getattr(objective, "supervise", None) == "masked":
-                asked = f"mask_ratio {self.mask.current_ratio:g}"
-                if self.mask.unmasked_share:
-                    asked = f"unmasked_share {self.mask.unmasked_share:g}"
                 raise InvalidValueError(
                     "nothing-supervised",
-                    f"{asked} has training steps in which nothing is hidden, but objective {name!r} "
-                    f"({type(objective).__name__}) learns from hidden cells alone (supervise='masked'); "
-                    f"set model.objectives.{name}.supervise='all', or hide something in every step",
+                    f"the mask shows {self.mask.describe(self.mask_grid)}, so there are training steps in which nothing "
+                    f"is hidden, or may be by chance; but objective {name!r} ({type(objective).__name__}) learns from hidden "
+                    f"cells alone (supervise='masked'): set model.objectives.{name}.supervise='all', or hide something in "
+                    "every step",
                 )
 
     def _check_counts(self) -> None:

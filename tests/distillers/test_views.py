@@ -127,7 +127,15 @@ def test_a_number_of_masks_that_is_none_is_refused(given):
 
 
 @pytest.mark.parametrize(
-    "mask", [dict(type="RandomMask", mask_ratio=0.0), dict(type="RandomMask", mask_ratio=0.6, unmasked_share=0.2)]
+    "mask",
+    [
+        dict(type="RandomMask", mask_ratio=0.0),
+        dict(type="RandomMask", mask_ratio=0.6, unmasked_share=0.2),
+        dict(type="RandomMask", mask_ratio=0.6, final_mask_ratio=0.0),
+        dict(type="RandomMask", mask_ratio=0.1, final_mask_ratio=0.6),  # 3.6 of 4 cells are 4
+        dict(type="RandomMask", mask_ratio=[0.0, 0.6]),
+        dict(type="RectangleMask", mask_ratio=0.25, min_aspect=1.0),  # of 3 and of 5 cells the nearest square has 4
+    ],
 )
 def test_objectives_of_hidden_cells_refuse_steps_that_hide_nothing(mask):
     with pytest.raises(ValueError, match=r"objective 'pixels' .* set model\.objectives\.pixels\.supervise='all'") as refused:
@@ -136,7 +144,22 @@ def test_objectives_of_hidden_cells_refuse_steps_that_hide_nothing(mask):
     with_views(dict(pixels=dict(type="PixelReconstruction", supervise="all")), teacher=False, mask=mask)  # the remedy
 
 
-@pytest.mark.parametrize("options", [dict(whole_view=True), dict(mask=dict(type="RandomMask", mask_ratio=[0.0, 0.75]))])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        dict(type="RandomMask", mask_ratio=0.6, final_mask_ratio=0.2),
+        dict(type="RandomMask", mask_ratio=0.1, rounding="floor"),  # 3.6 of 4 cells are 3
+        dict(type="RandomMask", mask_ratio=[0.2, 0.6]),
+        dict(type="RectangleMask", mask_ratio=0.5),
+    ],
+)
+def test_objectives_of_hidden_cells_take_masks_that_always_hide_some(mask):
+    model = with_views(PIXELS, teacher=False, mask=mask)
+    for model.mask.progress in (0.0, 1.0):
+        assert not model.draw_views(torch.zeros(8, 3, 64, 64)).all()
+
+
+@pytest.mark.parametrize("options", [dict(whole_view=True), dict(mask=dict(type="RandomMask", mask_ratio=[0.25, 0.75]))])
 def test_a_vit_student_refuses_different_numbers_of_cells(options):
     arch = {"embed_dim": 16, "depth": 1, "num_heads": 2}
     arch |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
