@@ -75,14 +75,18 @@ class RunCheckpointHook(CheckpointHook):
             if runner.iter == 0:
                 write_text(Path(self.out_dir) / LIST_NAME, "")  # a new run in a used folder: what lies there is not its own
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
+        # each process has its own clock, and where parameters are sharded all of them must gather together
+        minutes = (time.monotonic() - self._saved_at) / 60
+        runner.train_loop.save_wanted = self.every_minutes is not None and minutes >= self.every_minutes
+
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict[str, Any] | None = None
     ) -> None:
         loop = runner.train_loop
         done = runner.iter + 1
-        minutes = (time.monotonic() - self._saved_at) / 60
         self._due |= self.every_steps is not None and done % self.every_steps == 0
-        self._due |= self.every_minutes is not None and minutes >= self.every_minutes
+        self._due |= loop.guard.save
         wanted = self._due or loop.interrupted
         if not wanted or not loop.between_updates or batch_idx + 1 == len(loop.dataloader):
             return  # the last step of an epoch is followed by the checkpoint of the epoch

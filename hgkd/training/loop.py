@@ -196,6 +196,7 @@ class GuardedOptimWrapper:
         updated: the last step changed the parameters.
         skipped: the last step was left out. Both are False while gradients are being accumulated.
         stop: a process wants to end the run.
+        save: a process wants a checkpoint.
         made: number of updates that were made.
         left_out: number of those that were not.
     """
@@ -205,6 +206,7 @@ class GuardedOptimWrapper:
         self.updated = True
         self.skipped = False
         self.stop = False
+        self.save = False
         self.made = self.left_out = 0
         self._begun = begun
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -260,24 +262,26 @@ class GuardedOptimWrapper:
         self._bad = bad if self._bad is None else self._bad | bad
         self._unsettled = True
 
-    def settle(self, outputs: Mapping[str, Tensor], stop: bool = False) -> dict[str, float]:
+    def settle(self, outputs: Mapping[str, Tensor], stop: bool = False, save: bool = False) -> dict[str, float]:
         """The second half: update, or undo, and say what the step's values are.
 
         Args:
             outputs: what ``train_step`` returned: name -> scalar on the device of the loss.
             stop: this process wants to end the run; all processes learn of it in :attr:`stop`.
+            save: it wants a checkpoint; all learn of it in :attr:`save`.
         """
         if self._bad is None or not self._unsettled:
             raise RuntimeError("GuardedOptimWrapper.settle comes after a train_step that has called update_params")
         wrapper = self.wrapper
-        flags = torch.stack([self._bad.float(), torch.full_like(self._bad, stop, dtype=torch.float32)])
+        wishes = [torch.full_like(self._bad, wish, dtype=torch.float32) for wish in (stop, save)]
+        flags = torch.stack([self._bad.float(), *wishes])
         if get_world_size() > 1:
             all_reduce(flags, "max")
         norm, self._norm = self._norm, None
         values = [torch.as_tensor(value, device=flags.device).detach().reshape(1) for value in outputs.values()]
         asked = torch.cat([flags, *values, *([] if norm is None else [norm.reshape(1)])])
-        bad, wanted, *numbers = asked.tolist()  # the one place where the host waits
-        self.stop = bool(wanted)
+        bad, to_stop, to_save, *numbers = asked.tolist()  # the one place where the host waits
+        self.stop, self.save = bool(to_stop), bool(to_save)
         self.updated = self.skipped = self._unsettled = False
         if wrapper.should_update():
             self.updated, self.skipped = not bad, bool(bad)
@@ -369,6 +373,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
     Attributes:
         interrupted: a signal asks this run to end after the step that is being done.
         guard: what became of the last update.
+        save_wanted: this process wants a checkpoint after the step that is being done; ``guard.save`` says it of all.
         resumable: a signal's message advises ``--resume``; a program that trains as one step of many sets it to False.
     """
 
@@ -378,6 +383,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
         super().__init__(runner, dataloader, **options)
         self.interrupted = False
         self.guard: GuardedOptimWrapper | None = None
+        self.save_wanted = False
         self.resumable = True
         self._signals = StopSignals()
         self._first = True  # the next step is the first of this start
@@ -494,7 +500,7 @@ class ExactEpochLoop(EpochBasedTrainLoop):
             outputs = runner.model.train_step(data_batch, optim_wrapper=guard)
         if first and get_world_size() == 1:
             runner.say_idle_parameters(idle_parameters(runner.model))
-        losses = guard.settle(outputs, stop=self._signals.received is not None)
+        losses = guard.settle(outputs, stop=self._signals.received is not None, save=self.save_wanted)
         self.interrupted = guard.stop
         runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=losses)
         self._iter += 1

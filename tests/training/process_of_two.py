@@ -19,6 +19,7 @@ from hgkd.api import train as train_tool
 from hgkd.api.train import leave_group
 from hgkd.distillers import MaskedDistiller
 from hgkd.registry import build_runner
+from hgkd.training.checkpoint_hook import RunCheckpointHook
 from hgkd.training.loop import GuardedOptimWrapper
 from hgkd.training.wrapping import plain_model
 
@@ -145,6 +146,20 @@ def idle(images, folder):
         assert "1 parameters got no gradient and are not trained, because no loss depends on them: spare" in log
 
 
+class Late(Hook):
+    def before_train(self, runner):
+        if get_rank() == 1:
+            next(hook for hook in runner.hooks if isinstance(hook, RunCheckpointHook))._saved_at -= 1e6
+
+
+def minutes(images, folder):
+    """An epoch of sharded parameters, of which only the second process's clock says that a checkpoint is due."""
+    runner = build(images, folder, epochs=1, warmup_epochs=0, fsdp=True)
+    runner.register_hook(Late(), priority="LOWEST")
+    runner.train()
+    assert (Path(folder) / "epoch_0_step_1.pth").is_file()
+
+
 ARCH = {"embed_dim": 16, "depth": 3, "num_heads": 2}
 ARCH |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 STUDENTS = (dict(type="MaskedViT", arch=ARCH, cell=32), dict(type="SparseUNet", encoder="test_resnet", decoder_width=32))
@@ -180,7 +195,7 @@ def shard(images, folder):
 
 
 if __name__ == "__main__":
-    {"step": step, "fail": fail, "die": partial(fail, hook=Die), "shard": shard, "idle": idle}[sys.argv[1]](
+    {"step": step, "fail": fail, "die": partial(fail, hook=Die), "shard": shard, "idle": idle, "minutes": minutes}[sys.argv[1]](
         sys.argv[2], sys.argv[3]
     )
     leave_group()

@@ -69,6 +69,13 @@ def test_parameters_shared_out_over_processes_make_the_same_steps(images, tmp_pa
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard has its public name since then")
+def test_processes_with_clocks_of_their_own_save_together(images, tmp_path):
+    done = two_processes("minutes", images, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_layers_that_cannot_be_synchronised_are_refused():
     with refused(ValueError, "sync-bn-without-norm"):
         sync_batch_norms(nn.Linear(2, 2))

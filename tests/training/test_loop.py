@@ -150,7 +150,7 @@ def test_a_step_reads_nothing_but_what_settle_reads_at_once():
         "double": float(loss.detach().double() / 3),
         "half": float(loss.detach().bfloat16()),
     }
-    assert (guard.updated, guard.stop) == (True, True)
+    assert (guard.updated, guard.stop, guard.save) == (True, True, False)
 
 
 def test_a_step_must_be_settled_before_the_next():
