@@ -76,12 +76,14 @@ class TeacherOutput:
         cls: class token after the deepest block asked for (B, D), or None when the network has none.
         decoded: hidden state after ``decoder_block`` (B, D', gh, gw), no final norm; None when not asked for.
         grid: (gh, gw), an integer multiple of the mask grid.
+        views: how many times each image stands in it, see :meth:`repeat`.
     """
 
     tokens: dict[int, Tensor]
     grid: tuple[int, int]
     cls: Tensor | None = None
     decoded: Tensor | None = None
+    views: int = 1
 
     def repeat(self, views: int) -> TeacherOutput:
         """The output for several views of the same whole images, view after view: (views * B, ...) each."""
@@ -92,7 +94,7 @@ class TeacherOutput:
             return None if value is None else torch.cat([value] * views)  # keeps the memory format
 
         tokens = {block: torch.cat([value] * views) for block, value in self.tokens.items()}
-        return TeacherOutput(tokens, self.grid, repeated(self.cls), repeated(self.decoded))
+        return TeacherOutput(tokens, self.grid, repeated(self.cls), repeated(self.decoded), self.views * views)
 
 
 @dataclass

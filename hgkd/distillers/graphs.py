@@ -258,7 +258,8 @@ def taken_apart(
 
     def moved(out: TeacherOutput, change: Callable[[Any], Any]) -> TeacherOutput:
         cls, decoded = (None if value is None else change(value) for value in (out.cls, out.decoded))
-        return TeacherOutput({block: change(value) for block, value in out.tokens.items()}, out.grid, cls, decoded)
+        tokens = {block: change(value) for block, value in out.tokens.items()}
+        return TeacherOutput(tokens, out.grid, cls, decoded, out.views)
 
     plan = {name: moved(out, place) for name, out in outs.items()}  # places in place of tensors
 

@@ -83,6 +83,17 @@ def test_the_teacher_sees_whole_images_once():
         seen.clear()
 
 
+@pytest.mark.parametrize("objective", [dict(type="HGKD", supervise="all", centre=True), dict(type="PooledFeature")])
+@pytest.mark.parametrize("views", [dict(masks_per_image=2), dict(whole_view=True)])
+def test_views_of_one_image_are_no_batch_to_compare_it_with(objective, views):
+    """What differs from the batch's mean is exactly nothing, towards which the student would be trained."""
+    model = with_views(dict(compared=objective), **views)
+    with pytest.raises(ValueError, match="compares the images of a batch") as refused:
+        model(batch()[:1], mode="loss")
+    assert code_of(refused.value) == "batch-of-one"
+    assert all(torch.isfinite(value) for value in model(batch()[:2], mode="loss").values())
+
+
 def test_other_generators_draw_their_views_one_by_one():
     class Corner:
         guided, progress, current_ratio = False, 0.0, 0.75

@@ -302,6 +302,8 @@ def test_centred_target_by_hand() -> None:
     assert torch.allclose(found, expected, atol=1e-5)
     with refused(ValueError, "batch-of-one", "1"):
         centred_target(tokens[:1])
+    with refused(ValueError, "batch-of-one", "1"):
+        centred_target(tokens, views=2)
 
 
 def test_centre_changes_the_target_only() -> None:

@@ -104,5 +104,7 @@ def test_refusals():
         prepared(block=4)
     with refused(ValueError, "batch-of-one", "1"):
         standardised_mean(torch.randn(1, 6, 2, 2))
+    with refused(ValueError, "batch-of-one", "1"):
+        standardised_mean(torch.randn(3, 6, 2, 2), views=3)
     with pytest.raises(RuntimeError, match=r"prepare\(\) must be called before"):
         PooledFeature()(SimpleNamespace(), TeacherOutput({}, (1, 1)), None)

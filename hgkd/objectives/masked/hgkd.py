@@ -64,7 +64,7 @@ def weighted(distance: Distance, weights: Tensor) -> Distance:
     return lambda prediction, target: distance(prediction, target) * weights
 
 
-def centred_target(normalised: Tensor) -> Tensor:
+def centred_target(normalised: Tensor, views: int = 1) -> Tensor:
     """Tokens without their mean over the batch, which all images share, and of std 1 in each channel.
 
     Tokens of small or briefly trained ViTs differ from position to position far more than from image to image, and a student
@@ -72,12 +72,13 @@ def centred_target(normalised: Tensor) -> Tensor:
     its std over batch and positions.
 
     Args:
-        normalised: (B, D, gh, gw) after :func:`layer_norm0`, B > 1.
+        normalised: (B, D, gh, gw) after :func:`layer_norm0`, of more than one image.
+        views: how many times each image stands in it.
 
     Raises:
         ValueError: a batch of one image, whose target would be 0.
     """
-    if len(normalised) < 2:
+    if len(normalised) < 2 * views:
         raise InvalidValueError(
             "batch-of-one", "centre=True compares the images of a batch; use a batch size above 1 or centre=False"
         )
@@ -242,7 +243,7 @@ class HGKD(MaskedObjective):
         if term == "masked":
             return layer_norm0(decoder_state(teacher_out))
         normalised = layer_norm0(block_tokens(teacher_out, self._blocks[self._level(term)]))
-        return centred_target(normalised) if self.centre else normalised
+        return centred_target(normalised, teacher_out.views) if self.centre else normalised
 
     def loss_terms(
         self, student_out: StudentOutput, teacher_out: TeacherOutput | None, layout: CellLayout

@@ -31,16 +31,17 @@ if TYPE_CHECKING:
     from hgkd.sparse import CellLayout
 
 
-def standardised_mean(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-    """The target: raw teacher tokens (B, D, gh, gw), B > 1 -> fp32 (B, D) with mean 0 and variance 1 over the batch.
+def standardised_mean(tokens: Tensor, positions: Tensor | None = None, views: int = 1) -> Tensor:
+    """The target: raw teacher tokens (B, D, gh, gw) of several images -> fp32 (B, D) with mean 0 and variance 1 over the batch.
 
     Args:
         positions: bool (B, gh, gw), the tokens that are averaged, at least one an image; None: all.
+        views: how many times each image stands among the tokens.
 
     Raises:
         ValueError: a batch of one image, whose target would be 0.
     """
-    if len(tokens) < 2:
+    if len(tokens) < 2 * views:
         raise InvalidValueError("batch-of-one", "PooledFeature compares the images of a batch; use a batch size above 1")
     raw = tokens.float()
     if positions is None:
@@ -107,7 +108,7 @@ class PooledFeature(MaskedObjective):
         prediction = self.head(pooled)[:, :, None, None]
         tokens = block_tokens(teacher_out, self._block)
         shown = visible_on(layout.visible, (tokens.shape[2], tokens.shape[3])) if self.supervise == "visible" else None
-        target = standardised_mean(tokens, shown)[:, :, None, None]
+        target = standardised_mean(tokens, shown, teacher_out.views)[:, :, None, None]
         positions = torch.ones(len(target), 1, 1, dtype=torch.bool, device=target.device)
         smooth_l1 = partial(smooth_l1_by_position, beta=self.beta)
         return {"pooled": LossTerm(prediction, target, positions, len(target), smooth_l1)}
