@@ -15,6 +15,7 @@ import torch
 from hgkd.errors import WeightsError
 from hgkd.networks.backbones import Source
 from hgkd.networks.classifier import load_classifier
+from hgkd.pixels import pixel_statistics
 from hgkd.weights.identify import identify
 from hgkd.weights.run_file import EncoderSpec, run_metrics
 
@@ -40,9 +41,10 @@ def read_classifier(path: str | os.PathLike[str]) -> Source:
         with torch.no_grad():
             head.weight.add_(second.weight).div_(2)
             head.bias.add_(second.bias).div_(2)
+    pixels = (spec.mean, spec.std)
+    known = pixel_statistics(network) if model.in_chans == 3 else None  # timm notes some for three channels alone
     trained_with = {"input_size": (model.in_chans, *spec.image_size), "mean": spec.mean, "std": spec.std}
     network.pretrained_cfg = {**network.pretrained_cfg, **trained_with}
-    pixels = None if model.in_chans == 3 else (spec.mean, spec.std)  # of three channels timm's own are noted
-    encoder = EncoderSpec(spec.name, spec.stem, dict(spec.kwargs), pixels)
+    encoder = EncoderSpec(spec.name, spec.stem, dict(spec.kwargs), None if pixels == known else pixels)
     meta, metrics = dict(file.meta), run_metrics(file.content)
     return Source(path, encoder, network.eval(), meta=meta, metrics=metrics, classes=spec.classes)

@@ -11,6 +11,7 @@ from refusals import refused
 from student_checkpoints import randomised
 
 from hgkd.errors import DataError, WeightsError
+from hgkd.evaluation import load_extractor
 from hgkd.export import export, load_backbone
 from hgkd.export.classifier import read_classifier
 from hgkd.export.exporter import _read_images
@@ -20,7 +21,7 @@ CLASSES = ("cat", "dog", "yak")
 
 
 def write(path: Path, name: str = "test_resnet", **options: object) -> ImageClassifier:
-    model = ImageClassifier(name, 3, 64, normalize=((0.4, 0.5, 0.6), (0.2, 0.2, 0.3)), **options)
+    model = ImageClassifier(name, 3, 64, **{"normalize": ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3)), **options})
     randomised(model)
     spec = {"classifier": replace(model.spec, classes=CLASSES).to_dict(), "format": 1}
     state = {f"classifier.{key}": value for key, value in model.state_dict().items()}
@@ -53,6 +54,20 @@ def test_timm_gives_the_logits(tmp_path: Path, name: str, kwargs: dict, two_head
     export(tmp_path / "a.pth", tmp_path / "backbone")  # the same checkpoint without its head
     features = [load_backbone(tmp_path / folder).forward_features(images) for folder in ("backbone", "out")]
     assert torch.equal(*features)
+
+
+def test_its_pixel_statistics_are_those_of_what_is_read_back_and_exported_again(tmp_path: Path) -> None:
+    pixels = write(tmp_path / "a.pth").pixel_values()
+    export(tmp_path / "a.pth", tmp_path / "out", part="classifier")
+    export(tmp_path / "out", tmp_path / "again")
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        assert load_extractor(folder).pixel_values() == pixels
+        assert ImageClassifier("test_resnet", 3, 64, backbone=folder).pixel_values() == pixels
+        found = timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg
+        torch.testing.assert_close({key: found[key] for key in pixels}, pixels)
+    default = ImageClassifier("test_resnet", 3)
+    write(tmp_path / "b.pth", normalize=(default.spec.mean, default.spec.std))
+    assert read_classifier(tmp_path / "b.pth").spec.pixels is None  # what timm notes for the name is not noted twice
 
 
 @torch.no_grad()
