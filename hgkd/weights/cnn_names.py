@@ -24,6 +24,8 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from hgkd.weights.files import shortest_places
+
 Replacement = str | Callable[[re.Match[str]], str]
 
 
@@ -155,15 +157,16 @@ _SAMPLES = (
 )
 
 
-def find_cnn(weights: Mapping[str, Tensor]) -> tuple[KeyStyle, str, str] | None:
-    """The style of a CNN's weight names, what stands before them, and which network it is; None: no CNN that is known."""
+def find_cnn(weights: Mapping[str, Tensor]) -> tuple[KeyStyle, list[str], str] | None:
+    """The style of a CNN's weight names, what stands before them, and which network it is; None: no CNN that is known.
+
+    Several places: as :func:`hgkd.weights.vit_names.find_naming` gives them.
+    """
     for sample, network, what in _SAMPLES:
         for style in (style for style in STYLES if issubclass(network, style.serves)):
-            name = style.rename(sample)
-            places = [key.removesuffix(name) for key in weights if key.endswith(name)]
-            places = [place for place in places if not place or place.endswith(".")]
+            places = shortest_places(weights, style.rename(sample))
             if places:
-                return style, min(places, key=len), what if style is TIMM else what.partition(" (")[0]
+                return style, places, what if style is TIMM else what.partition(" (")[0]
     return None
 
 

@@ -12,7 +12,7 @@ import os
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -346,6 +346,22 @@ def tensors_of(content: object, *, source: str, entry: str | None = None) -> dic
     if notes:
         print_log(f"{source}: {'; '.join(notes)}", "current")
     return weights
+
+
+def shortest_places(weights: Mapping[str, Tensor], name: str) -> list[str]:
+    """What stands before a network's entry ``name`` in a file, the shortest; several where it does not say which is meant."""
+    places = [key.removesuffix(name) for key in weights if key.endswith(name)]
+    places = [place for place in places if not place or place.endswith(".")]
+    return teachers_alone([place for place in places if len(place) == min(map(len, places))])
+
+
+def teachers_alone(places: Sequence[str]) -> list[str]:
+    """Of a network's places of equal length in a file the teacher's, if there is exactly one; else all.
+
+    Self-distillation (DINO's, DINOv2's) trains a student and publishes its teacher, as :func:`tensors_of` knows of entries.
+    """
+    teachers = [place for place in places if "teacher" in place.split(".")]
+    return teachers if len(teachers) == 1 and len(set(map(len, places))) == 1 else list(places)
 
 
 def average_entry(content: object, source: str) -> str:

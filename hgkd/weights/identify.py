@@ -257,7 +257,8 @@ def _by_names(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tup
         return Kind.SPARSE, "", "", ""
     vit, cnn, other = find_naming(weights), find_cnn(weights), looks_like(weights)
     if vit is not None:
-        naming, place = vit
+        naming, places = vit
+        place = places[0]
         if any(key.endswith("decoder_embed.weight") for key in weights):
             return Kind.MAE, naming.kind, "with its decoder", place
         if other is not None:
@@ -267,14 +268,20 @@ def _by_names(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tup
             return Kind.VIT, naming.kind, moco, place
         if _computed_positions(weights, place):
             return Kind.MAE_ENCODER, naming.kind, "positions are computed, as MAE's are", place
-        return Kind.VIT, naming.kind, family_of(weights), place
+        return Kind.VIT, naming.kind, _with_places(family_of(weights), places), place
     if cnn is not None:
-        style, prefix, network = cnn
+        style, places, network = cnn
         spark = any(key.startswith(_SPARK) for key in weights)
-        return Kind.SPARK if spark else Kind.CNN, style.name, network, prefix
+        return Kind.SPARK if spark else Kind.CNN, style.name, _with_places(network, places), places[0]
     if other is not None:
         return Kind.NETWORK, "", f"it looks like {other}", ""
     return Kind.UNKNOWN, "", f"its first names are {', '.join(list(weights)[:3])}", ""
+
+
+def _with_places(detail: str, places: list[str]) -> str:
+    """What is known of a network, and where it stands in a file that does not say which one is meant."""
+    several = f"{len(places)} of them, under {', '.join(map(repr, places))}" if len(places) > 1 else ""
+    return ": ".join(filter(None, (detail, several)))
 
 
 def _computed_positions(weights: Mapping[str, Tensor], place: str) -> bool:

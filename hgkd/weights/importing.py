@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hgkd.errors import WeightsError
 from hgkd.weights.cnn_names import KeyStyle, fitted, styles_for
 from hgkd.weights.export_folder import read_spec
+from hgkd.weights.files import teachers_alone
 from hgkd.weights.identify import identify
 from hgkd.weights.loading import LoadReport, NoPlainNumbersError, load_strict, match
 from hgkd.weights.sizes import other_sizes
@@ -124,7 +125,8 @@ def find_style(
     """The key style and prefix under which most of a network's weights are found in a file.
 
     Raises:
-        WeightsError: fewer than half are found, or two prefixes serve equally well (a network and its moving average, say).
+        WeightsError: fewer than half are found, or two prefixes serve equally well (a network and its moving average, say;
+            of a student and its teacher, equally long, the teacher's is taken).
     """
     found: list[tuple[int, KeyStyle, str]] = []
     for style in styles_for(network):
@@ -142,10 +144,10 @@ def find_style(
             f"{source} holds no {type(network).__name__} in a known key style ({known}){best}; its weights are called "
             f"{', '.join(list(weights)[:3])}. Is it of this architecture?",
         )
-    equal = [item[2] for item in found if item[0] == found[0][0] and item[1] is found[0][1]]
+    equal = teachers_alone([item[2] for item in found if item[0] == found[0][0] and item[1] is found[0][1]])
     if len(equal) > 1:
         raise WeightsError(
             "network-found-several-times",
             f"{source} holds the network {len(equal)} times, under {', '.join(map(repr, equal))}; name one with prefix=...",
         )
-    return found[0][1], found[0][2]
+    return found[0][1], equal[0]

@@ -3,7 +3,8 @@
 Known: timm and what shares its names (official MAE, DINO, DINOv2, BEiT and BEiTv2), the official DINOv3 and EUPE, OpenAI's CLIP
 (and open_clip, the Perception Encoder), Apple's AIMv2, and Hugging Face's ViT, DINO, MAE, DINOv2, DINOv3, BEiT, CLIP, SigLIP,
 SigLIP2 and AIMv2. A naming is recognised by one entry that it alone has, its anchor; what stands
-before the anchor's name is the network's place in a larger model, whose other parts are left aside and counted in the log.
+before the anchor's name is the network's place in a larger model, whose other parts are left aside and counted in the log. Of
+several places the shortest counts; of equally short ones the one called ``teacher``, else the file is refused.
 
 Facts from the projects' public code: DINOv2 with registers stores a position for the class token, which timm adds to the token;
 BEiT's and DINOv3's keys have no bias (DINOv3's files have a masked position for it); CLIP keeps class token and positions
@@ -22,6 +23,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from hgkd.errors import WeightsError
+from hgkd.weights.files import shortest_places
 
 # heads, training remainders and what is computed anyway: no feature comes from there
 _UNUSED = (
@@ -266,7 +268,10 @@ def to_timm_names(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict
     inside = {key: value for key, value in inside.items() if not _fits(_unused(naming), key)}
     if naming.kind != "timm" or len(inside) < len(weights):
         aside = f"; {len(weights) - len(inside)} entries are left aside" if len(inside) < len(weights) else ""
-        print_log(f"{source}: {naming.kind} naming" + (f", network at {place!r}" if place else "") + aside, "current")
+        at = f", network at {place!r}" if place else ""
+        equal = [key for key in weights if key.endswith(naming.anchor) and len(key) == len(place + naming.anchor)]
+        at += f", the teacher's of {len(equal)} equal ones" if len(equal) > 1 else ""
+        print_log(f"{source}: {naming.kind} naming{at}{aside}", "current")
     renamed = {_rename(naming, key): value for key, value in inside.items()}
     family = looks_like(weights)
     if family is not None:
@@ -335,22 +340,32 @@ def _unused(naming: Naming) -> tuple[str, ...]:
     return _UNUSED[1:2] if naming.kind == "timm" else (*_UNUSED, *naming.unused)
 
 
-def find_naming(weights: Mapping[str, Tensor]) -> tuple[Naming, str] | None:
-    """The naming of a ViT's weights and what stands before their names; None: no ViT in a known naming."""
+def find_naming(weights: Mapping[str, Tensor]) -> tuple[Naming, list[str]] | None:
+    """The naming of a ViT's weights and what stands before their names; None: no ViT in a known naming.
+
+    Several places: the file holds as many networks, and does not say which is meant.
+    """
     for naming in NAMINGS:
-        places = [key.removesuffix(naming.anchor) for key in weights if key.endswith(naming.anchor)]
-        places = [place for place in places if not place or place.endswith(".")]
-        if "visual." in places:  # CLIP: the text tower has the anchor's name too
-            return naming, "visual."
+        if f"visual.{naming.anchor}" in weights:  # CLIP: the text tower has the anchor's name too
+            return naming, ["visual."]
+        places = shortest_places(weights, naming.anchor)
         if places:
-            return naming, min(places, key=len)
+            return naming, places
     return None
 
 
 def _recognise(weights: Mapping[str, Tensor], source: str) -> tuple[Naming, str]:
     found = find_naming(weights)
     if found is not None:
-        return found
+        naming, places = found
+        if len(places) > 1:
+            raise WeightsError(
+                "network-found-several-times",
+                f"{source} holds the network {len(places)} times, under {', '.join(map(repr, places))}; write the entries of "
+                f"one to a file of their own: torch.save({{k: v for k, v in weights.items() if k.startswith({places[0]!r})}}, "
+                "FILE)",
+            )
+        return naming, places[0]
     family = looks_like(weights)
     looks = "" if family is None else f"; it looks like {family}"
     known = ", ".join(naming.kind for naming in NAMINGS)

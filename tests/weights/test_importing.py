@@ -19,6 +19,7 @@ from hgkd.export import EncoderSpec, export, import_weights, load_backbone
 from hgkd.networks import ImageClassifier
 from hgkd.networks.backbones import build_backbone
 from hgkd.students import SparseUNet, build_encoder
+from hgkd.weights.identify import identify
 
 DEPTHS, DIMS = (1, 2, 1, 1), (8, 16, 24, 32)
 TINY = {"depths": DEPTHS, "dims": DIMS}
@@ -373,6 +374,14 @@ def test_refusals(tmp_path: Path) -> None:
     torch.save(twice, tmp_path / "twice.pth")
     import_weights(network, tmp_path / "twice.pth", prefix="average.")
     assert torch.equal(network.layer4[0].conv1.weight, state["layer4.0.conv1.weight"])
+
+
+def test_of_a_student_and_its_teacher_the_teacher_is_taken(tmp_path: Path) -> None:
+    network, teacher = (timm.create_model("test_resnet", num_classes=0, global_pool="") for _ in range(2))
+    parts = {"student": network.state_dict(), "teacher": teacher.state_dict()}
+    torch.save({f"{who}.{key}": value for who, state in parts.items() for key, value in state.items()}, tmp_path / "x.pth")
+    assert identify(tmp_path / "x.pth").prefix == import_weights(network, tmp_path / "x.pth").prefix == "teacher."
+    assert torch.equal(network.layer4[0].conv1.weight, teacher.layer4[0].conv1.weight)
 
 
 def test_a_file_of_others_needs_a_name(tmp_path: Path) -> None:

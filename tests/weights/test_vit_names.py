@@ -17,6 +17,7 @@ from hgkd.errors import WeightsError
 from hgkd.networks.mae import MaskedAutoencoder, make_arch
 from hgkd.structures import TeacherNeeds
 from hgkd.teachers import MAETeacher, TimmTeacher
+from hgkd.weights.identify import identify
 from hgkd.weights.vit_names import to_timm_names
 
 SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 16, "num_heads": 2, "img_size": 64}
@@ -208,6 +209,35 @@ def test_outputs_are_timms(
         expected = reference.forward_intermediates(inputs, indices=[0, 1], norm=False, intermediates_only=True)
     for block in (0, 1):
         torch.testing.assert_close(out.tokens[block], expected[block], rtol=1e-5, atol=1e-5)
+
+
+def two_networks(first: str, second: str) -> tuple[Weights, Weights]:
+    """A file with two networks, and the second one."""
+    own, other = network("vit_tiny_patch16_224").state_dict(), network("vit_tiny_patch16_224").state_dict()
+    other = {key: value + 1.0 for key, value in other.items()}
+    return {f"{first}{k}": v for k, v in own.items()} | {f"{second}{k}": v for k, v in other.items()}, other
+
+
+def test_of_a_student_and_its_teacher_the_teacher_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr("hgkd.weights.vit_names.print_log", lambda text, *_: logged.append(text))
+    weights, expected = two_networks("student.backbone.", "teacher.backbone.")  # as DINOv2's training writes them
+    weights["student.dino_head.mlp.0.weight"] = torch.ones(2)
+    torch.save({"model": weights}, tmp_path / "training.pth")
+    teacher = TimmTeacher("vit_tiny_patch16_224", checkpoint=tmp_path / "training.pth", allow_random=True, **SIZES)
+    assert all(torch.equal(value, expected[key]) for key, value in teacher.network.state_dict().items())
+    assert "network at 'teacher.backbone.', the teacher's of 2 equal ones" in "".join(logged)
+    assert identify(tmp_path / "training.pth").prefix == "teacher.backbone."
+
+
+def test_of_two_networks_none_is_guessed(tmp_path: Path) -> None:
+    weights, _ = two_networks("left_hand.", "righthand.")
+    with refused(WeightsError, "network-found-several-times", "2", "left_hand.", "righthand."):
+        to_timm_names(weights, "file.pth")
+    torch.save(weights, tmp_path / "two.pth")
+    assert "2 of them, under 'left_hand.', 'righthand.'" in identify(tmp_path / "two.pth").detail
+    weights, expected = two_networks("momentum_encoder.", "base_encoder.")  # MoCo v3's: the shorter place
+    assert all(torch.equal(value, expected[key]) for key, value in to_timm_names(weights, "file.pth")[1].items())
 
 
 def test_hugging_face_mae_with_its_decoder(tmp_path: Path) -> None:
