@@ -29,6 +29,7 @@ def write_student(
     kwargs: dict[str, Any] | None = None,
     encoder: nn.Module | None = None,
     drop: str | None = None,
+    pixels: tuple[list[float], list[float]] | None = None,
     **hgkd: Any,
 ) -> nn.Module:
     """Write a checkpoint and return its encoder.
@@ -36,6 +37,7 @@ def write_student(
     Args:
         encoder: default: timm's own model of that name.
         drop: leave out the encoder's weights whose names start so.
+        pixels: mean and std, as a student with ``normalize`` notes them.
         hgkd: entries of ``meta['hgkd']`` that replace the right ones.
     """
     if encoder is None:
@@ -47,7 +49,8 @@ def write_student(
     hub = MessageHub(f"fake_{path.stem}")
     hub.update_scalar("train/loss", 1.5)
     hub.update_scalar("val/knn/top1", 42.5)
-    spec = {"encoder": {"name": name, "stem": stem, "kwargs": kwargs or {}}, "format": 1}
+    noted = {} if pixels is None else {"pixels": pixels}
+    spec = {"encoder": {"name": name, "stem": stem, "kwargs": kwargs or {}, **noted}, "format": 1}
     torch.save(
         {
             "meta": {"hgkd": {**spec, **hgkd}, "cfg": "image_size = 96\n", "epoch": 3, "iter": 30},

@@ -1,20 +1,23 @@
 """Every weight target gives the same network to its own library, or names the layer that this library lacks."""
 
 import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 import torchvision
 from mmengine.config import Config
+from PIL import Image
 from refusals import refused
 from student_checkpoints import write_student
 from torch import Tensor, nn
 
-from hgkd.export import UnsupportedLayerError, export, load_backbone, load_sparse, load_student
+from hgkd.export import ExportError, UnsupportedLayerError, export, load_backbone, load_sparse, load_student, targets
 from hgkd.export.targets.openmmlab import CONFIG_PAGE
 from hgkd.sparse import sparsify
 from hgkd.students import SparseUNet, build_encoder
@@ -145,6 +148,36 @@ def test_transformers(tmp_path: Path, name: str) -> None:
         processor.model_type
         == {"resnet": "resnet", "convnext": "convnext", "convnextv2": "convnextv2"}[name.split("_")[0].rstrip("0158")]
     )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_transformers_prepares_images_as_the_student_saw_them(tmp_path: Path, name: str) -> None:
+    pixels = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    write_student(tmp_path / "a.pth", name, kwargs=MEMBERS[name], pixels=pixels)
+    export(tmp_path / "a.pth", tmp_path / "out", "transformers", image_size=(64, 96))
+    config = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert (config["image_processor_type"], config["size"]) == ("ViTImageProcessor", {"height": 64, "width": 96})
+    assert (config["image_mean"], config["image_std"]) == pixels
+    transformers = pytest.importorskip("transformers")
+    picture = torch.randint(0, 256, (64, 96, 3), dtype=torch.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    found = processor(Image.fromarray(picture.numpy()), return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in pixels)
+    torch.testing.assert_close(found, (picture.permute(2, 0, 1)[None] / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+    larger = Image.new("RGB", (640, 480))
+    assert processor(larger, return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 96)
+
+
+def test_other_pixels_of_transformers_end_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def processor(picture: Image.Image, return_tensors: str) -> dict[str, Tensor]:
+        return {"pixel_values": torch.zeros(1, 3, picture.height, picture.width)}
+
+    fake = SimpleNamespace(AutoImageProcessor=SimpleNamespace(from_pretrained=lambda *_, **__: processor))
+    monkeypatch.setattr(targets.transformers, "optional", lambda name: (fake, "transformers 0"))
+    monkeypatch.setattr(targets.transformers, "_load", lambda library, job: job.network)
+    write_student(tmp_path / "a.pth", "resnet18", kwargs=MEMBERS["resnet18"])
+    with refused(ExportError, "library-prepares-other-pixels", "(1, 3, 64, 96)"):
+        export(tmp_path / "a.pth", tmp_path / "out", "transformers", image_size=(64, 96))
 
 
 @pytest.mark.parametrize("to", ["transformers", "mmpretrain"])

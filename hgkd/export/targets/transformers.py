@@ -1,8 +1,9 @@
 """transformers: a folder for ``AutoModel.from_pretrained``, with its ResNet, ConvNext or ConvNextV2.
 
 Written without transformers (``config.json`` and ``model.safetensors`` are plain files); read back with it where it is
-installed, else by hgkd's own reading, and the report says so. Facts from transformers 5.23, ``models/resnet``, ``convnext``,
-``convnextv2``; ``preprocessor_config.json`` only states the pixel statistics.
+installed, else by hgkd's own reading, and the report says so. Facts from transformers 5.24, ``models/resnet``, ``convnext``,
+``convnextv2``. ``preprocessor_config.json`` is for ``AutoImageProcessor``: images are brought to (H, W), without a crop, and
+normalised.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hgkd.differences import largest_difference
 from hgkd.export.card import write_json
 from hgkd.export.job import ExportError, Job, Target, Written, count_parameters, optional
 from hgkd.export.plans import ConvNeXtPlan, ResNetPlan, UnsupportedLayerError, plan_of
 from hgkd.networks.backbones import build_backbone
-from hgkd.pixels import pixel_statistics
+from hgkd.pixels import pixel_statistics, to_unit_range
 from hgkd.weights.cnn_names import TRANSFORMERS_CONVNEXT, TRANSFORMERS_RESNET, KeyStyle, renamed
 from hgkd.weights.export_folder import CONFIG_FILE, WEIGHTS_FILE
 from hgkd.weights.importing import import_weights
@@ -35,7 +38,8 @@ def write(job: Job) -> Written:
     mean, std = pixel_statistics(job.network)
     height, width = job.image_size
     size = {"height": height, "width": width}
-    facts = {"image_mean": list(mean), "image_std": list(std), "size": size}
+    # the processor that the model's type stands for (ConvNext's, of ResNets, too) wants its size as a shortest edge
+    facts = {"image_processor_type": "ViTImageProcessor", "image_mean": list(mean), "image_std": list(std), "size": size}
     write_json({"do_resize": True, "do_rescale": True, "do_normalize": True, **facts}, job.folder / "preprocessor_config.json")
 
     transformers, version = optional("transformers")
@@ -45,6 +49,7 @@ def write(job: Job) -> Written:
         import_weights(network, job.folder / WEIGHTS_FILE)
     else:
         network = _load(transformers, job)
+        _check_processor(transformers, job)
 
     def again(images: Tensor) -> Tensor:
         inputs = job.normalise(images)
@@ -121,6 +126,24 @@ def _load(transformers: ModuleType, job: Job) -> nn.Module:
     if wrong:
         raise ExportError("library-refuses-weights", f"transformers does not take the weights: {wrong}")
     return cast(nn.Module, model).eval()
+
+
+def _check_processor(transformers: ModuleType, job: Job) -> None:
+    """Let the library prepare a picture of the network's size, which needs no resizing.
+
+    Raises:
+        ExportError: its pixels are not those that hgkd gives the network.
+    """
+    processor = transformers.AutoImageProcessor.from_pretrained(str(job.folder), local_files_only=True)
+    pixels = torch.randint(0, 256, (1, 3, *job.image_size), dtype=torch.uint8)
+    found = processor(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()), return_tensors="pt")["pixel_values"]
+    difference = largest_difference(found, job.normalise(to_unit_range(pixels)))
+    if not difference <= 1e-5:
+        raise ExportError(
+            "library-prepares-other-pixels",
+            f"transformers' {type(processor).__name__} gives {tuple(found.shape)} of a picture of {tuple(pixels.shape)}, whose "
+            f"values differ by {difference:.2e} from those that the student was trained with",
+        )
 
 
 TARGETS = (
