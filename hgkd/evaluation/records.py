@@ -51,6 +51,7 @@ CSV_COLUMNS = (
 _NUMBERS = re.compile(r"\[\s+([-+.\deE]+(?:,\s+[-+.\deE]+)*)\s+\]")
 _SETUP = (
     "image_size",
+    "reading",
     "train",
     "limit_per_class",
     "temperature",
@@ -292,6 +293,7 @@ def _csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         **{key: settings[key] for key in ("image_size", "train", "test", "seed")},
         "checkpoint": used.get("weights"),
         "block": used.get("block"),
+        "reading": json.dumps(settings["reading"]) if "reading" in settings else None,  # not in results of before 0.2.0
     }
     return [
         {

@@ -6,11 +6,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from full_disk import full_disk
+from PIL import Image
 from refusals import refused
 
-from hgkd.evaluation.records import CSV_COLUMNS, append_csv, check_outputs, compare_results, list_digest, read_json, write_json
+from hgkd.data import LabelledImages
+from hgkd.evaluation.records import (
+    CSV_COLUMNS,
+    append_csv,
+    check_outputs,
+    compare_results,
+    list_digest,
+    make_result,
+    read_json,
+    write_json,
+)
 from hgkd.writing import WriteError
 
 
@@ -70,6 +82,29 @@ def test_csv_grows_and_quotes(tmp_path: Path) -> None:
     ]
     assert {line["checkpoint"] for line in lines} == {"a, b.pth"}
     assert list(lines[0]) == list(CSV_COLUMNS)
+
+
+def test_how_images_were_read_is_in_the_csv_and_compared(tmp_path: Path) -> None:
+    images = [labelled(tmp_path / "images", value_range) for value_range in ((0, 100), None)]
+    settings = result([1, 0])["settings"]
+    correct = {"k=20": np.array([[True, False]])}
+    runs = [{"knn": make_result("knn", "a.pth", correct, read, (0, 1), 9, settings)} for read in images]
+    for run in (*runs, {"linear": result([0, 0], "linear")}):  # as of an earlier version
+        append_csv(run, tmp_path / "r.csv")
+    with (tmp_path / "r.csv").open(newline="") as handle:
+        found = [line["reading"] for line in csv.DictReader(handle)]
+    assert [json.loads(text)["value_range"] for text in found[:2]] == [[0.0, 100.0], None]
+    assert found[2] == ""
+    _, notes = compare_results(*runs)
+    assert [note.partition(" is ")[0] for note in notes] == ["knn: reading"]
+    assert "(0.0, 100.0)" in notes[0]
+
+
+def labelled(root: Path, value_range: tuple[float, float] | None) -> LabelledImages:
+    for name in ("ant", "bee"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / name / "0.png")
+    return LabelledImages(str(root), 8, value_range=value_range)
 
 
 def test_a_table_of_an_earlier_version_grows(tmp_path: Path) -> None:
