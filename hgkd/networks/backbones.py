@@ -94,8 +94,11 @@ def read_source(
             return _read(file, read_spec(file), None, ())
         student = read_student(file)
         return Source(file.path, student.spec, student.build(), student.student, student.meta, student.metrics)
-    spec = EncoderSpec(encoder) if isinstance(encoder, str) else encoder
-    return _read(identify(path), spec, prefix, allow)
+    file = identify(path)
+    if isinstance(encoder, EncoderSpec):
+        return _read(file, encoder, prefix, allow)
+    pixels = file.spec.pixels if isinstance(file.spec, EncoderSpec) else None  # a name alone does not say them
+    return _read(file, EncoderSpec(encoder, pixels=pixels), prefix, allow)
 
 
 def _read(file: WeightFile, spec: EncoderSpec, prefix: str | None, allow: Sequence[str]) -> Source:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hgkd.errors import InvalidValueError, WeightsError
 from hgkd.networks.backbones import build_backbone, load_backbone
+from hgkd.pixels import pixel_statistics
 from hgkd.sparse import load_sparse as load_sparse_file
 from hgkd.students.unet import SparseUNet
 from hgkd.weights.export_folder import WEIGHTS_FILE, read_config, read_spec
@@ -42,7 +43,8 @@ def load_student(
 
     Args:
         backend: of ``sparsify``.
-        encoder: for a decoder: the network to put it on, the dense encoder or what :func:`hgkd.export.load_backbone` reads.
+        encoder: for a decoder: the network to put it on, the dense encoder (images are normalised as the decoder's student
+            did) or what :func:`hgkd.export.load_backbone` reads (as that says).
 
     Raises:
         FileNotFoundError: no such folder, or a file of it is missing.
@@ -59,11 +61,13 @@ def load_student(
             else f"{path} holds a whole student; leave encoder out",
         )
     file = Path(path).expanduser() / WEIGHTS_FILE
-    weights = read_checkpoint(file)
+    weights, arguments = read_checkpoint(file), section[part]
     if encoder is not None:
         network = encoder if isinstance(encoder, nn.Module) else load_backbone(encoder)
         weights.update({f"{ENCODER}{key}": value for key, value in network.state_dict().items()})
-    student = build_student(section[part], backend)
+        if network is not encoder:  # a fine-tuned backbone may have pixel statistics of its own
+            arguments = {**arguments, "normalize": pixel_statistics(network)}
+    student = build_student(arguments, backend)
     load_strict(student, weights, source=str(file))
     return student.eval()
 

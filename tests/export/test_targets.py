@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torchvision
 from mmengine.config import Config
@@ -17,8 +18,19 @@ from refusals import refused
 from student_checkpoints import write_student
 from torch import Tensor, nn
 
-from hgkd.export import ExportError, UnsupportedLayerError, export, load_backbone, load_sparse, load_student, targets
+from hgkd.export import (
+    EncoderSpec,
+    ExportError,
+    UnsupportedLayerError,
+    export,
+    load_backbone,
+    load_sparse,
+    load_student,
+    targets,
+)
+from hgkd.export.opened import open_export
 from hgkd.export.targets.openmmlab import CONFIG_PAGE
+from hgkd.pixels import pixel_statistics
 from hgkd.sparse import sparsify
 from hgkd.students import SparseUNet, build_encoder
 
@@ -31,6 +43,7 @@ MEMBERS = {
     "convnextv2_atto": NARROW,
     "mobilenetv3_small_050": {},
 }
+PIXELS = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 IMAGES = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
@@ -152,17 +165,16 @@ def test_transformers(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_transformers_prepares_images_as_the_student_saw_them(tmp_path: Path, name: str) -> None:
-    pixels = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
-    write_student(tmp_path / "a.pth", name, kwargs=MEMBERS[name], pixels=pixels)
+    write_student(tmp_path / "a.pth", name, kwargs=MEMBERS[name], pixels=PIXELS)
     export(tmp_path / "a.pth", tmp_path / "out", "transformers", image_size=(64, 96))
     config = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
     assert (config["image_processor_type"], config["size"]) == ("ViTImageProcessor", {"height": 64, "width": 96})
-    assert (config["image_mean"], config["image_std"]) == pixels
+    assert (config["image_mean"], config["image_std"]) == PIXELS
     transformers = pytest.importorskip("transformers")
     picture = torch.randint(0, 256, (64, 96, 3), dtype=torch.uint8)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     found = processor(Image.fromarray(picture.numpy()), return_tensors="pt")["pixel_values"]
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in pixels)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in PIXELS)
     torch.testing.assert_close(found, (picture.permute(2, 0, 1)[None] / 255 - mean) / std, rtol=1e-5, atol=1e-5)
     larger = Image.new("RGB", (640, 480))
     assert processor(larger, return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 96)
@@ -261,6 +273,67 @@ def test_whole_student(tmp_path: Path, renormalize: bool) -> None:
         load_student(tmp_path / "decoder")
     with refused(ValueError, "weights-do-not-fit", "SparseUNet"):
         load_student(tmp_path / "decoder", encoder=build_encoder("test_convnext"))
+
+
+def write_whole_student(path: Path, encoder: str, **arguments: object) -> SparseUNet:
+    """The checkpoint of a student that normalises by ``PIXELS``."""
+    arguments |= {"encoder": encoder, "decoder_width": 16, "min_decoder_width": 8, "normalize": PIXELS}
+    student = SparseUNet(**arguments)
+    name, stem, kwargs, pixels = (student.encoder_spec[key] for key in ("name", "stem", "kwargs", "pixels"))
+    write_student(path, name, stem, kwargs, encoder=student.encoder, pixels=pixels)
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["state_dict"] = {f"student.{key}": value for key, value in student.state_dict().items()}
+    checkpoint["meta"]["cfg"] = f"model = dict(student=dict(type='SparseUNet', {_keywords(arguments)}))\n"
+    torch.save(checkpoint, path)
+    return student
+
+
+ROUND_TRIPS = [
+    ("test_resnet", {}, "timm"),
+    ("test_resnet", {}, "sparse"),
+    ("resnet10t", {"stem": "cifar", "out_stride": 8}, "timm"),  # a folder that timm refuses
+    ("torchvision.resnet18", {}, "torch"),
+    ("torchvision.resnet18", {}, "sparse"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "to"), ROUND_TRIPS)
+def test_pixel_statistics_go_there_and_back_and_on(tmp_path: Path, name: str, arguments: dict, to: str) -> None:
+    write_whole_student(tmp_path / "a.pth", name, **arguments)
+    export(tmp_path / "a.pth", tmp_path / "first", to)
+    export(tmp_path / "first", tmp_path / "second", to)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        found = [load_backbone(folder)]
+        found += [load_sparse(folder)] if to == "sparse" else []
+        assert [pixel_statistics(network) for network in found] == [tuple(map(tuple, PIXELS))] * len(found)
+        taken = open_export(folder).signature.input
+        assert (list(taken.mean), list(taken.std)) == PIXELS
+        assert json.loads((folder / "run_card.json").read_text())["network"]["pixels"] == list(PIXELS)
+
+
+def test_a_whole_student_and_a_decoder_keep_their_pixel_statistics(tmp_path: Path) -> None:
+    student = write_whole_student(tmp_path / "a.pth", "test_resnet")
+    for part in ("student", "decoder", "backbone"):
+        export(tmp_path / "a.pth", tmp_path / part, "sparse", part=part)
+    own = student.pixel_values()
+    assert load_student(tmp_path / "student").pixel_values() == own
+    assert pixel_statistics(load_backbone(tmp_path / "student")) == tuple(map(tuple, PIXELS))
+    for encoder in (tmp_path / "backbone", timm.create_model("test_resnet", num_classes=0, global_pool="")):
+        assert load_student(tmp_path / "decoder", encoder=encoder).pixel_values() == own
+    # on a backbone that was trained with others, those count
+    write_student(tmp_path / "other.pth", "test_resnet")
+    other = load_student(tmp_path / "decoder", encoder=tmp_path / "other.pth")
+    expected = pixel_statistics(load_backbone(tmp_path / "other.pth"))
+    torch.testing.assert_close(list(other.pixel_values().values()), list(map(list, expected)))
+
+
+def test_a_name_does_not_replace_the_pixel_statistics_of_an_own_file(tmp_path: Path) -> None:
+    write_student(tmp_path / "a.pth", pixels=PIXELS)
+    export(tmp_path / "a.pth", tmp_path / "out")
+    for file in (tmp_path / "a.pth", tmp_path / "out"):
+        assert pixel_statistics(load_backbone(file, "test_resnet")) == tuple(map(tuple, PIXELS))
+    pixels = ((0.5,) * 3, (0.2,) * 3)
+    assert pixel_statistics(load_backbone(tmp_path / "out", EncoderSpec("test_resnet", pixels=pixels))) == pixels
 
 
 def _keywords(arguments: dict) -> str:
