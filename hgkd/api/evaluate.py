@@ -17,7 +17,7 @@ from hgkd.api.train import train as launch
 from hgkd.data import LabelledImages
 from hgkd.data.images import shared_images
 from hgkd.data.sources import is_source
-from hgkd.errors import DataError, InvalidValueError
+from hgkd.errors import DataError, InvalidValueError, unknown_name_message
 from hgkd.evaluation import FeatureExtractor, FeatureSet, extract, few_shot, linear_probe, load_extractor
 from hgkd.evaluation.fewshot import DEFAULT_SHOTS, check_shots
 from hgkd.evaluation.knn import knn_predictions
@@ -74,7 +74,15 @@ def evaluate(
         method -> result, as ``--json`` writes it, see ``hgkd.evaluation.records``. k-NN, linear probe and fine-tuning add
         ``predicted``, the class index of every test image (of the first k); the linear probe ``sweep`` (C -> percent on
         held-out training images), ``chosen_c`` and ``converged``.
+
+    Raises:
+        ValueError: a method that does not exist, or ``methods`` is one text; something in the other arguments is wrong.
     """
+    if isinstance(methods, str):  # its letters would be the methods
+        raise InvalidValueError("methods-not-a-list", f"methods={methods!r} is one text, expected a list; write [{methods!r}]")
+    for method in methods:
+        if method not in METHODS:
+            raise InvalidValueError("method-unknown", unknown_name_message("method", method, METHODS))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor = load_extractor(backbone, checkpoint, block, pretrained=pretrained, seed=seed)

@@ -160,6 +160,20 @@ def test_mistakes_end_with_a_line(squares: Path, options: list[str], message: st
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("methods", "refusal"),
+    [
+        (["knn", "k-NN"], ("method-unknown", "'k-NN'", "'knn'")),
+        ("knn", ("methods-not-a-list", "'knn'", "['knn']")),
+    ],
+)
+def test_a_misspelt_method_is_refused_before_anything_is_read(
+    squares: Path, methods: list[str], refusal: tuple[str, ...]
+) -> None:
+    with refused(ValueError, *refusal):
+        evaluate_api.evaluate(methods, "gone.pth", f"{squares}/train", f"{squares}/test")
+
+
 def test_class_folders_must_agree(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (squares / "test/red").rename(squares / "test/scarlet")
     assert run(squares, "knn", "--backbone", "test_resnet", "--k", "3") == 2
