@@ -27,7 +27,7 @@ from hgkd.data.folders import (
 )
 from hgkd.data.lists import is_shard_name, read_labels, read_list
 from hgkd.data.shards import index_shards
-from hgkd.data.sources import FileImages, ImageSource, locate, store_of
+from hgkd.data.sources import FileImages, ImageSource, locate, root_text, store_of
 from hgkd.data.stores import LocalStore, Store
 from hgkd.data.tables import TableImages, arrow_tables, check_splits
 from hgkd.errors import DataError, InvalidValueError
@@ -107,7 +107,7 @@ def find_labelled(
 
 def _holds_images(data_root: Path, extensions: tuple[str, ...]) -> bool:
     """Whether a folder of this machine has an image, as far as it shows without links: found without looking at all files."""
-    for _, folders, names in os.walk(os.path.expanduser(os.fspath(data_root).removeprefix("file://"))):
+    for _, folders, names in os.walk(os.path.expanduser(root_text(data_root))):
         folders[:] = [name for name in folders if not is_system(name)]
         if any(name.lower().endswith(extensions) and not is_system(name) for name in names):
             return True

@@ -118,15 +118,31 @@ class FileImages(ImageSource):
         return FileImages(self.store, (self._names[place] for place in places))
 
 
+def root_text(data_root: str | os.PathLike[str]) -> str:
+    """A ``data_root`` as a path of this machine, '~' as it is, or an address.
+
+    Raises:
+        ValueError: it is empty, which the system would take for the current folder.
+    """
+    text = os.fspath(data_root).removeprefix("file://")
+    if not text:
+        raise InvalidValueError(
+            "data-root-empty",
+            f"data_root {data_root!r} is empty (an unset variable?); set it to the folder of the images, '.' if it is this one",
+        )
+    return text
+
+
 def locate(data_root: str | os.PathLike[str], extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Store, Content]:
     """The store that a ``data_root`` names, and what is in it.
 
     Raises:
+        ValueError: the text is empty.
         FileNotFoundError: there is nothing.
         DataError: a folder that cannot be listed.
         StoppedError, ModuleNotFoundError, ValueError: an address that cannot be read, see :mod:`hgkd.data.remote`.
     """
-    text = os.fspath(data_root).removeprefix("file://")
+    text = root_text(data_root)
     if is_address(text):
         return _located(text, extensions)
     text = os.path.abspath(os.path.expanduser(text))
@@ -150,10 +166,11 @@ def store_of(data_root: str | os.PathLike[str]) -> Store:
     """The store of the entries of a list.
 
     Raises:
+        ValueError: the text is empty.
         FileNotFoundError: no such folder.
         ModuleNotFoundError, ValueError: see :class:`hgkd.data.remote.RemoteStore`.
     """
-    text = os.fspath(data_root).removeprefix("file://")
+    text = root_text(data_root)
     if is_address(text):
         return RemoteStore(text)
     text = os.path.abspath(os.path.expanduser(text))

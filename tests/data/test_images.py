@@ -234,6 +234,9 @@ def test_the_whole_machine_may_be_the_root(tmp_path):
     [
         ({"data_root": "ROOT/none"}, FileNotFoundError, ("data-root-missing", "data_root", "none")),
         ({"data_root": "ROOT/list.txt"}, FileNotFoundError, ("data-root-missing",)),
+        ({"data_root": ""}, ValueError, ("data-root-empty", "data_root", "''", "'.'")),
+        ({"data_root": "file://"}, ValueError, ("data-root-empty",)),
+        ({"data_root": "", "list_file": "ROOT/list.txt"}, ValueError, ("data-root-empty",)),
         ({"data_root": "ROOT/empty"}, DataError, ("no-images", "empty")),
         ({"list_file": "ROOT/none.txt"}, FileNotFoundError, ("list-file-missing", "list_file", "none.txt")),
         ({"list_file": "ROOT/list.txt"}, DataError, ("list-file-empty",)),
@@ -253,6 +256,14 @@ def test_refusals(options, error, refusal, tmp_path):
     options = {k: v.replace("ROOT", str(tmp_path)) if isinstance(v, str) else v for k, v in options.items()}
     with refused(error, *refusal):
         UnlabelledImages(**{"data_root": tmp_path / "full", **options})
+
+
+def test_an_empty_data_root_is_not_the_current_folder(tmp_path, monkeypatch):
+    save(tmp_path / "ant" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    with refused(ValueError, "data-root-empty"):
+        LabelledImages("")
+    assert len(LabelledImages(".")) == 1
 
 
 # Damaged files
