@@ -16,10 +16,12 @@ from hgkd.data.folders import (
     ARRAY_EXTENSION,
     EXTENSION_LIST,
     IMAGE_EXTENSIONS,
+    RUN_FILES,
     SHARD_EXTENSION,
     SPLITS,
     Content,
     folder_identity,
+    is_run_folder,
     is_system,
     kind_name,
     printable,
@@ -107,7 +109,11 @@ def find_labelled(
 
 def _holds_images(data_root: Path, extensions: tuple[str, ...]) -> bool:
     """Whether a folder of this machine has an image, as far as it shows without links: found without looking at all files."""
-    for _, folders, names in os.walk(os.path.expanduser(root_text(data_root))):
+    root = os.path.expanduser(root_text(data_root))
+    for here, folders, names in os.walk(root):
+        if here != root and not RUN_FILES.isdisjoint(names):
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not is_system(name)]
         if any(name.lower().endswith(extensions) and not is_system(name) for name in names):
             return True
@@ -170,7 +176,7 @@ def _of_shards(store: Store, found: Content, extensions: tuple[str, ...]) -> Ima
             f"(e.g. {printable(found.shards[0])}); which are meant? Set data_root to a folder of one kind, move the others "
             "away, or name the images in a list_file",
         )
-    left_out = Content(left_out=found.left_out.copy(), system=found.system)
+    left_out = Content(left_out=found.left_out.copy(), system=found.system, runs=found.runs)
     source = index_shards(store, found.shards, extensions, left_out)
     if not len(source):
         raise DataError(
@@ -197,14 +203,13 @@ def _class_folders(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
     where = printable(root)
     with os.scandir(root) as entries:
         inside = [entry for entry in entries if not is_system(entry.name)]
-        names = sorted(entry.name for entry in inside if entry.is_dir())
-    if not names:
-        raise DataError(
-            "no-class-folders", f"no class folders in {where}; expected {where}/<class>/<image>, one folder a class"
-        )
+        folders = sorted(entry.name for entry in inside if entry.is_dir())
+    names = [name for name in folders if not is_run_folder(os.path.join(root, name))]
     _refuse_splits(where, names)
     identities = {name: folder_identity(os.path.join(root, name)) for name in names}
-    beside = Content(left_out=Counter(kind_name(entry.name) for entry in inside if not entry.is_dir()))
+    beside = Content(
+        left_out=Counter(kind_name(entry.name) for entry in inside if not entry.is_dir()), runs=len(folders) - len(names)
+    )
     classes: dict[str, list[str]] = {}
     taken: dict[object, str] = {folder_identity(root): "data_root itself"}
     for name in names:
@@ -218,6 +223,9 @@ def _class_folders(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
         taken[identities[name]] = name
         # a link from one class into another would give images two classes
         found = search(folder, {folder_identity(root), *identities.values()} - {identities[name]}, extensions)
+        beside.runs += found.runs
+        if found.runs and not found.images:  # such as work_dirs
+            continue
         if not found.images:
             told = f"; there are {found.told()}" if found.told() else ""
             raise DataError(
@@ -228,10 +236,15 @@ def _class_folders(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
         classes[name] = [os.path.join(name, path) for path in found.images]
         beside.left_out += found.left_out + Counter({SHARD_EXTENSION: len(found.shards)})
         beside.system += found.system
+    if not classes:
+        raise DataError(
+            "no-class-folders", f"no class folders in {where}; expected {where}/<class>/<image>, one folder a class"
+        )
+    _refuse_splits(where, list(classes))  # without folders that hold work folders alone
     _tell(root, sum(map(len, classes.values())), beside)
     if len(classes) == 1:
         print_log(
-            f"{where} holds one class folder only ({printable(names[0])}), so there is nothing to tell apart; is data_root the "
+            f"{where} holds one class folder only ({printable(*classes)}), so there is nothing to tell apart; is data_root the "
             "folder of the class folders?",
             logger="current",
             level=logging.WARNING,
@@ -259,7 +272,7 @@ def _class_prefixes(store: Store, found: Content) -> dict[str, list[str]]:
 
 
 def _refuse_splits(where: str, names: Sequence[str]) -> None:
-    if SPLITS.issuperset(map(str.lower, names)):
+    if names and SPLITS.issuperset(map(str.lower, names)):
         raise DataError(
             "splits-as-classes",
             f"the folders in {where} are called {', '.join(names)}, which are no classes; set data_root to one of them, "

@@ -1,7 +1,7 @@
 """Content of a folder of images, by name alone: pictures, tar shards, and files that are neither.
 
-Nothing is dropped without being counted: what belongs to a system (macOS, Windows, a NAS, Jupyter) is passed over, and what
-is no picture is told by its kind.
+Nothing is dropped without being counted: what belongs to a system (macOS, Windows, a NAS, Jupyter) and the work folders of
+trainings, whose pictures are no images of the data, are passed over, and what is no picture is told by its kind.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ _SYSTEM_NAMES = frozenset(
         *("$recycle.bin", "system volume information", "recycler", "lost+found", "thumbs.db", "desktop.ini"),
     }
 )
+RUN_FILES = frozenset({"run.lock", "checkpoints.txt", "last_checkpoint"})
+"""Files of which a training's work folder holds one as long as it runs, and from its first checkpoint on."""
 DOTTED = "images with a further dot in their names, as in key.seg.png (to read them, rename them)"
 """A kind of what shards leave out: to the webdataset library all after the first dot is the kind."""
 
@@ -61,6 +63,11 @@ Identity = tuple[int, int]
 def is_system(name: str) -> bool:
     """Whether a file or folder of this name is a system's and not the user's: hidden ('.x', macOS's '._x.jpg'), or known."""
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEM_NAMES
+
+
+def is_run_folder(folder: str) -> bool:
+    """Whether a folder is the work folder of a training."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in RUN_FILES)
 
 
 def is_image_name(name: str) -> bool:
@@ -84,6 +91,7 @@ class Content:
         unfinished: shards whose writing did not end.
         left_out: kind (extension in lower case) -> number of files that are none of these.
         system: number of files and folders that belong to a system, the folders not searched.
+        runs: number of work folders of trainings, which are not searched.
     """
 
     images: list[str] = field(default_factory=list)
@@ -92,6 +100,7 @@ class Content:
     unfinished: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     system: int = 0
+    runs: int = 0
 
     def sort(self) -> None:
         """Bring the names into their order."""
@@ -109,12 +118,15 @@ class Content:
         rest = self.left_out.total() - sum(count for _, count in self.left_out.most_common(_KINDS_TOLD))
         parts += [f"{rest} of other kinds"] if rest else []
         parts += [f"{self.system} of a system (hidden, __MACOSX, #recycle and the like)"] if self.system else []
+        parts += [f"{self.runs} work folders of trainings"] if self.runs else []
         heif = self.left_out[".heic"] + self.left_out[".heif"]
         return ", ".join(parts) + ("; to read .heic: pip install pillow-heif" if heif else "")
 
 
 def search(folder: str, passed_over: Iterable[Identity | None] = (), extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> Content:
     """Everything below ``folder``; links are followed, each folder is entered once, so that cycles end.
+
+    Work folders of trainings below it are not entered: their pictures would be images of the next one, and of its resume.
 
     Args:
         passed_over: :func:`folder_identity` of folders that are not entered, nor through links to them.
@@ -131,6 +143,10 @@ def search(folder: str, passed_over: Iterable[Identity | None] = (), extensions:
             subfolders.clear()
             continue
         seen.add(identity)
+        if here != folder and not RUN_FILES.isdisjoint(names):
+            found.runs += 1
+            subfolders.clear()
+            continue
         found.system += sum(map(is_system, [*subfolders, *names]))
         # sorted: which of two links to one folder is entered must not depend on the disk
         subfolders[:] = sorted(name for name in subfolders if not is_system(name))

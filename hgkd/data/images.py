@@ -101,7 +101,8 @@ def find_images(folder: str, arrays: bool = False) -> list[str]:
         arrays: NumPy arrays (.npy) are images, too.
 
     Whether a name belongs to an image is told by its extension, upper or lower case. Hidden names and those of a system
-    (``._x.jpg``, ``.ipynb_checkpoints``, ``__MACOSX``, ``@eaDir``, ``#recycle``) are passed over.
+    (``._x.jpg``, ``.ipynb_checkpoints``, ``__MACOSX``, ``@eaDir``, ``#recycle``) are passed over, and so are work folders
+    of trainings below ``folder``.
 
     Raises:
         DataError: a folder that cannot be listed.
@@ -327,7 +328,8 @@ class UnlabelledImages(_ImageFiles):
         data_root: folder of the images (``IMAGE_EXTENSIONS``), any depth and any file names; or of .tar files
             (:mod:`hgkd.data.shards`), or of Parquet and Arrow files (:mod:`hgkd.data.tables`). Or an address of such a folder
             (``s3://``, ``https://``), one .tar or .parquet file, or a pattern of them (:mod:`hgkd.data.sources`). What is a
-            system's (hidden, ``__MACOSX``) is passed over; what is left out is told by kind.
+            system's (hidden, ``__MACOSX``), and work folders of trainings below it, are passed over; what is left out is told
+            by kind.
         list_file: text file (UTF-8, or UTF-16 with its mark) used instead of searching: one path of an image a line, or one of
             a .tar file, relative to ``data_root`` or absolute, but below ``data_root``: a list from elsewhere reaches no other
             file.
@@ -389,8 +391,9 @@ class LabelledImages(_ImageFiles):
     file, label and index are those of the image which took its place (a repeated index is a replaced image).
 
     Args:
-        data_root: folder of the class folders; hidden ones and those of a system (``__MACOSX``) are passed over. Or an address
-            of such a folder, or Parquet and Arrow files as of :class:`UnlabelledImages`; ``label_column`` tells the class.
+        data_root: folder of the class folders; hidden ones, those of a system (``__MACOSX``) and work folders of trainings are
+            passed over. Or an address of such a folder, or Parquet and Arrow files as of :class:`UnlabelledImages`;
+            ``label_column`` tells the class.
         list_file: text file (UTF-8, or UTF-16 with its mark) used instead of class folders: one image a line, its path and
             its class, separated by spaces in a .txt (the class is the last word), by a comma in a .csv, by a tab in a .tsv.
             A first line ``path,label`` is passed over. Paths are relative to ``data_root`` or absolute, but below it.

@@ -12,9 +12,11 @@ from PIL import Image
 from refusals import refused
 
 from hgkd.data import LabelledImages, UnlabelledImages
-from hgkd.data.folders import is_system, printable, search
+from hgkd.data.folders import RUN_FILES, is_system, printable, search
 from hgkd.data.images import find_images
 from hgkd.errors import DataError
+from hgkd.training.work_folder import LOCK_NAME
+from hgkd.weights.run_folder import LIST_NAME
 
 
 def save(path: Path, value: int = 9, **options: object) -> Path:
@@ -66,6 +68,44 @@ def test_class_folders_pass_over_the_same(tmp_path):
     dataset = LabelledImages(tmp_path, 8)
     assert dataset.classes == ["ant", "bee"]
     assert len(dataset) == 2
+
+
+def test_work_folders_of_trainings_are_passed_over_and_counted(tmp_path, log):
+    """`cd photos; hgkd train ... data_root=.` writes its pictures below data_root, where the resume would find them."""
+    save(tmp_path / "a.png")
+    for run, note in (("work_dirs/x", "run.lock"), ("work_dirs/deep/y", "checkpoints.txt"), ("z", "last_checkpoint")):
+        save(tmp_path / run / "pictures/step_1.png")
+        (tmp_path / run / note).write_text("epoch_1.pth")
+    assert find_images(str(tmp_path)) == ["a.png"]
+    assert len(UnlabelledImages(tmp_path, image_size=8)) == 1
+    (line,) = log.told("left out")
+    assert line.getMessage().endswith("left out: 3 work folders of trainings")
+    assert line.levelno == logging.INFO
+    assert find_images(str(tmp_path / "z")) == ["pictures/step_1.png"]  # which is named itself
+    (tmp_path / "a.png").unlink()
+    with refused(DataError, "no-images", "3 work folders"):
+        UnlabelledImages(tmp_path)
+
+
+def test_work_folders_of_trainings_are_no_classes(tmp_path, log):
+    for run, note in (("work_dirs/x", "run.lock"), ("work_dirs/deep/y", "checkpoints.txt"), ("z", "last_checkpoint")):
+        save(tmp_path / run / "pictures/step_1.png")
+        (tmp_path / run / note).write_text("epoch_1.pth")
+    with refused(DataError, "no-class-folders"):
+        LabelledImages(tmp_path, 8)
+    for name in ("train/ant/1.png", "test/ant/1.png"):
+        save(tmp_path / name)
+    with refused(DataError, "splits-as-classes", "test, train"):
+        LabelledImages(tmp_path, 8)
+    save(tmp_path / "bee/1.png")
+    dataset = LabelledImages(tmp_path, 8)
+    assert dataset.classes == ["bee", "test", "train"]
+    assert len(dataset) == 3
+    assert "3 work folders of trainings" in log.told("left out")[-1].getMessage()
+
+
+def test_the_files_of_a_work_folder_are_called_as_its_writers_call_them():
+    assert {LOCK_NAME, LIST_NAME} < RUN_FILES
 
 
 def test_further_kinds_are_read(tmp_path):
