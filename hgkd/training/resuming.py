@@ -3,7 +3,8 @@
 mmengine 0.10.7 takes the settings of optimiser and schedule from the checkpoint, whatever the config says now: more epochs are
 trained at the last rate of the old schedule, and a lower ``lr`` changes nothing. Here the config is in force. What has been
 learnt (weights, moments, average, loss scale, position) is the checkpoint's; where settings differ, the schedule is computed
-anew up to the position of the checkpoint, and the difference is said. Without a difference nothing is touched.
+anew up to the position of the checkpoint, and the difference is said. Without a difference nothing is touched. What else
+differs between the two configs, in model, images and update, is said from the text of the old one, which checkpoints hold.
 """
 
 from __future__ import annotations
@@ -20,9 +21,19 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from hgkd.errors import InvalidValueError
+from hgkd.weights.run_file import literal_config
 
 # of a scheduler's state: where it is, not what it does; base values are the groups' own
 _POSITION = frozenset({"last_step", "_global_step", "_last_value", "verbose", "base_values"})
+# parts of a config that are compared as written -> without what changes no result, and the optimiser, which is told as built
+_COMPARED: dict[str, frozenset[str]] = {
+    "model": frozenset(),
+    "train_dataloader": frozenset(
+        {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "multiprocessing_context"}
+    ),
+    "optim_wrapper": frozenset({"optimizer"}),
+}
+_ABSENT = "(absent)"
 _SCALER_POSITION = frozenset({"scale", "_growth_tracker"})
 
 
@@ -43,6 +54,48 @@ def images_that_differ(meta: Mapping[str, Any], runner: Runner) -> str:
         return ""
     names = dict.fromkeys([*before, *now])
     return ", ".join(f"{n} {before.get(n, 1)} -> {now.get(n, 1)}" for n in names if before.get(n, 1) != now.get(n, 1))
+
+
+def config_changes(source: str, meta: Mapping[str, Any], config: str) -> str | None:
+    """Which settings of model, images and update are others than those that a checkpoint was written with.
+
+    Neither text is run: as far as they are plain values, they are compared.
+
+    Args:
+        source: name of the checkpoint, for messages.
+        meta: the checkpoint's.
+        config: of this run, as mmengine writes it (``Config.pretty_text``).
+
+    Returns:
+        Each key with both values, or what cannot be compared; None: nothing differs.
+    """
+    before, now = literal_config(meta.get("cfg")), literal_config(config)
+    lost = [part for part in _COMPARED if not (isinstance(before.get(part), dict) and isinstance(now.get(part), dict))]
+    changes: dict[str, tuple[Any, Any]] = {}
+    for part in [part for part in _COMPARED if part not in lost]:
+        old, new = (
+            _flat({key: value for key, value in config[part].items() if key not in _COMPARED[part]}, part)
+            for config in (before, now)
+        )
+        for key in dict.fromkeys([*new, *old]):
+            values = old.get(key, _ABSENT), new.get(key, _ABSENT)
+            if not _same(*values):
+                changes[key] = values
+    said = [f"the config of this start differs from that of {source} and is in force: {_words(changes)}"] if changes else []
+    said += [f"whether {', '.join(lost)} differs from that of {source} cannot be read from its config"] if lost else []
+    return "; ".join(said) or None
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    """Dotted key -> value; lists count as one value, unless there are dicts in them."""
+    items: Any = None
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    if not items:
+        return {key: value}
+    return {name: leaf for inner, item in items for name, leaf in _flat(item, f"{key}.{inner}").items()}
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from hgkd.training.hooks.alarms import DUMP
 from hgkd.training.loop import ExactEpochLoop, end_workers_at_exit, ignore_first_signal
 from hgkd.training.optim import check_optim_config
 from hgkd.training.recompute import recompute_activations
-from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, images_of
+from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, config_changes, images_of
 from hgkd.training.sharding import check_hooks, divided, divided_state, shard_model, whole
 from hgkd.training.sync_norm import sync_batch_norms
 from hgkd.training.trackers import TRACKERS, Tracker, check_tracker
@@ -434,6 +434,7 @@ class DistillRunner(Runner):
             )
         if resume_optimizer:
             remarks.append(settings.put_in_force(filename, read))
+        remarks.append(config_changes(filename, read.meta, self.cfg.pretty_text))
         if wanted not in (None, self.seed):
             remarks.append(
                 f"seed={wanted} is not in force: the run goes on with its checkpoint's, {self.seed}, which order and crops of "

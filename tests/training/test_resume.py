@@ -277,6 +277,19 @@ def test_another_batch_size_in_the_middle_of_an_epoch_is_refused(images, killed_
         resumed(images, tmp_path, batch_size=8)
 
 
+def test_a_resume_names_the_settings_that_differ_and_nothing_else(images, killed_run, tmp_path):
+    def warnings(**options):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.copytree(killed_run, tmp_path)
+        resumed(images, tmp_path, **options)
+        text = max(tmp_path.glob("*/*.log")).read_text()
+        return re.findall("differs from .*", text)
+
+    assert warnings(workers=1) == []
+    (line,) = warnings(mask_ratio=0.75)
+    assert line.endswith("is in force: model.mask.mask_ratio 0.5 -> 0.75")
+
+
 def test_a_sampler_that_cannot_skip_is_refused_in_the_middle_of_an_epoch(images, killed_run, tmp_path):
     shutil.copytree(killed_run, tmp_path, dirs_exist_ok=True)
     with refused(ValueError, "resume-mid-epoch-sampler", "DefaultSampler", "EpochSampler"):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.optim import (
     CosineAnnealingLR,
@@ -17,7 +18,7 @@ from refusals import refused
 from torch import nn
 
 from hgkd.training.loop import ExactEpochLoop
-from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, images_that_differ
+from hgkd.training.resuming import ConfiguredSettings, ReadCheckpoint, config_changes, images_that_differ
 
 STEPS = 4  # of an epoch
 
@@ -196,3 +197,33 @@ def test_checkpoints_of_before_are_judged_by_their_steps():
 def test_a_rate_that_is_not_finite_is_no_equal():
     remark = resumed(checkpoint(training(schedule="none", done=1)), training(schedule="none", lr=math.inf), 1)
     assert "lr 0.1 -> inf" in remark
+
+
+def config(**model):
+    loader = dict(batch_size=8, num_workers=4, dataset=dict(data_root="a", steps=[dict(type="Resize", scale=(64, 64))]))
+    wrapper = dict(type="OptimWrapper", optimizer=dict(lr=0.1))
+    return Config(dict(model=dict(mask=dict(mask_ratio=0.6), **model), train_dataloader=loader, optim_wrapper=wrapper))
+
+
+def test_settings_of_model_images_and_update_that_differ_are_named():
+    old, new = config(decoder_width=32), config(decode="visible")
+    assert config_changes("epoch.pth", {"cfg": old.pretty_text}, config(decoder_width=32).pretty_text) is None
+    new.model.mask.mask_ratio = 0.75
+    new.train_dataloader.num_workers = 0  # changes nothing
+    new.train_dataloader.dataset.data_root = "b"
+    new.train_dataloader.dataset.steps[0].scale = (32, 32)
+    new.optim_wrapper = dict(type="OptimWrapper", optimizer=dict(lr=0.2), accumulative_counts=2)  # lr: told as it is built
+    remark = config_changes("epoch.pth", {"cfg": old.pretty_text}, new.pretty_text)
+    assert remark.partition("in force: ")[2] == (
+        "model.decode (absent) -> visible, model.mask.mask_ratio 0.6 -> 0.75, model.decoder_width 32 -> (absent), "
+        "train_dataloader.dataset.data_root a -> b, train_dataloader.dataset.steps.0.scale (64, 64) -> (32, 32), "
+        "optim_wrapper.accumulative_counts (absent) -> 2"
+    )
+
+
+@pytest.mark.parametrize("text", [None, "model = dict(", "model = __import__('os').system('touch ran')"])
+def test_a_config_that_cannot_be_read_is_said_and_never_run(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    remark = config_changes("epoch.pth", {"cfg": text}, config().pretty_text)
+    assert "model, train_dataloader, optim_wrapper" in remark
+    assert not (tmp_path / "ran").exists()
