@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -19,8 +20,9 @@ from typing import Any
 
 from mmengine.config import Config
 
+from hgkd.api.evaluate import check_methods, evaluate
 from hgkd.config.options import option_text
-from hgkd.errors import InvalidValueError, MissingFileError, StoppedError
+from hgkd.errors import InvalidValueError, MissingFileError, StoppedError, unknown_name_message
 from hgkd.evaluation.comparison import trained, value_of, write_csv
 from hgkd.pictures.comparison import write_picture
 from hgkd.recipes import find_recipe
@@ -30,6 +32,8 @@ from hgkd.weights.run_folder import logged_lines
 
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block", "after", "evaluate", "scores"}
 PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
+_EVALUATE_NEEDS = ("methods", "train", "test")
+_EVALUATE_KEYS = {*inspect.signature(evaluate).parameters, "k", "config", "csv"}  # these three are the command's alone
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ def read_plan(file: str | Path, values: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such file, or no such config of a row.
         ValueError: an unknown key, rows without or with equal names, a row that is neither trained nor a backbone, not exactly
-            one of ``evaluate`` and ``scores`` for a row, a row ``after`` one that does not stand above it, or a ``{name}``
-            without a value.
+            one of ``evaluate`` and ``scores`` for a row, an ``evaluate`` that ``hgkd evaluate`` would refuse, a row ``after``
+            one that does not stand above it, or a ``{name}`` without a value.
     """
     file = find_recipe(file)
     content = Config.fromfile(str(file)).to_dict()
@@ -112,6 +116,8 @@ def _check_row(file: Path, row: dict[str, Any], plan: Mapping[str, Any], above: 
             "its own or the plan's",
         )
     row.update({key: own[key] for key in ("evaluate", "scores") if key in own})
+    if "evaluate" in row:
+        _check_evaluate(f"{file}: row {row['name']!r}", row["evaluate"])
     if "scores" in row and "config" not in row:
         raise InvalidValueError(
             "plan-row-without-config",
@@ -129,6 +135,23 @@ def _check_row(file: Path, row: dict[str, Any], plan: Mapping[str, Any], above: 
             row["config"] = str(find_recipe(row["config"]))
         except FileNotFoundError as error:
             raise MissingFileError("plan-row-file-missing", f"{file}: row {row['name']!r}: {error}") from error
+
+
+def _check_evaluate(where: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse, before hours of training, what ``hgkd evaluate`` would refuse after them."""
+    for key in arguments:
+        if key.replace("-", "_") not in _EVALUATE_KEYS:
+            told = unknown_name_message("argument of evaluate", key, sorted(_EVALUATE_KEYS))
+            raise InvalidValueError("plan-evaluate-key-unknown", f"{where}: {told}")
+    for key in _EVALUATE_NEEDS:
+        if not arguments.get(key):
+            raise InvalidValueError(
+                "plan-evaluate-incomplete", f"{where}: evaluate has no {key}; it needs {', '.join(_EVALUATE_NEEDS)}"
+            )
+    try:
+        check_methods(arguments["methods"])
+    except ValueError as error:
+        raise InvalidValueError("plan-evaluate-methods", f"{where}: {error}") from error
 
 
 def _fill(value: object, values: Mapping[str, str]) -> Any:
@@ -258,8 +281,19 @@ def run(job: Job, threads: int) -> dict[str, Any]:
 def _evaluate_command(arguments: Mapping[str, Any], out: Path) -> list[str]:
     command = ["evaluate", *arguments["methods"], "--json", str(out)]
     for key, value in arguments.items():
-        if key != "methods":
-            command += [f"--{key.replace('_', '-')}", str(value)]
+        option = "--k" if key == "ks" else f"--{key.replace('_', '-')}"
+        if key == "methods" or value is None or value == {}:
+            continue
+        if key == "standardise":
+            command += [] if value else ["--no-standardise"]
+        elif isinstance(value, bool):
+            command += [option] if value else []
+        elif isinstance(value, Mapping):
+            command += [option, *(f"{name}={option_text(name, inner)}" for name, inner in value.items())]
+        elif isinstance(value, (list, tuple)):
+            command += [option, *map(str, value)]
+        else:
+            command += [option, str(value)]
     return command
 
 

@@ -78,11 +78,7 @@ def evaluate(
     Raises:
         ValueError: a method that does not exist, or ``methods`` is one text; something in the other arguments is wrong.
     """
-    if isinstance(methods, str):  # its letters would be the methods
-        raise InvalidValueError("methods-not-a-list", f"methods={methods!r} is one text, expected a list; write [{methods!r}]")
-    for method in methods:
-        if method not in METHODS:
-            raise InvalidValueError("method-unknown", unknown_name_message("method", method, METHODS))
+    check_methods(methods)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor = load_extractor(backbone, checkpoint, block, pretrained=pretrained, seed=seed)
@@ -153,6 +149,19 @@ def evaluate(
             **extra,
         )
     return results
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse names that are not in ``METHODS``.
+
+    Raises:
+        ValueError: names the first of them, or one text was given instead of a list.
+    """
+    if isinstance(methods, str):  # its letters would be the methods
+        raise InvalidValueError("methods-not-a-list", f"methods={methods!r} is one text, expected a list; write [{methods!r}]")
+    for method in methods:
+        if method not in METHODS:
+            raise InvalidValueError("method-unknown", unknown_name_message("method", method, METHODS))
 
 
 class FineTuned(FeatureExtractor):

@@ -13,6 +13,7 @@ from refusals import refused
 from hgkd.api import compare as api
 from hgkd.api import train as train_tool
 from hgkd.cli import compare as tool
+from hgkd.cli import evaluate as evaluate_command
 from hgkd.cli import train as train_command
 from hgkd.data.shapes import write_imagefolder
 from hgkd.errors import StoppedError, code_of
@@ -72,6 +73,41 @@ def test_slips_are_told_before_the_first_run(tmp_path, monkeypatch, capsys):
         api.read_plan(file, {"data": "/x"})
     assert tool.main([str(file), "--work-dir", "out", "--jobs", "0", "--set", "data=/x"]) == 2
     assert "jobs is the number of runs at a time, 1 or more, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        ({"image_sise": 64}, ("plan-evaluate-key-unknown", "'a'", "'image_sise'", "'image_size'")),
+        ({"json": "x"}, ("plan-evaluate-key-unknown", "'json'")),
+        ({"methods": None}, ("plan-evaluate-incomplete", "'a'", "methods")),
+        ({"test": None}, ("plan-evaluate-incomplete", "test")),
+        ({"methods": ["k-NN"]}, ("plan-evaluate-methods", "'a'", "'k-NN'", "'knn'")),
+        ({"methods": "knn"}, ("plan-evaluate-methods", "['knn']")),
+    ],
+)
+def test_what_hgkd_evaluate_would_refuse_is_told_before_the_first_run(tmp_path, arguments, refusal):
+    evaluate = {"methods": ["knn"], "train": "x", "test": "y", **arguments}
+    row = {"name": "a", "config": SPARK, "evaluate": {key: value for key, value in evaluate.items() if value}}
+    with refused(ValueError, *refusal):
+        api.read_plan(plan_file(tmp_path, [row]), {"data": "/x"})
+
+
+def test_arguments_of_evaluate_arrive_as_they_were_meant(tmp_path):
+    numbers = {"ks": [5, 10], "shots": (1, 5), "c_grid": [0.1, 1.0], "value_range": [0, 4095], "image_size": 64}
+    options = {"epochs": 2, "student": "007", "a.b": [1, None], "data_root": "/my pictures"}
+    switches = {"standardise": False, "pretrained": True, "block": None}
+    arguments = {"methods": ["knn", "fewshot"], "backbone": "resnet18", "train": "my data", "test": "b", **numbers, **switches}
+    command = api._evaluate_command({**arguments, "finetune_options": options}, tmp_path / "out.json")
+    read = vars(evaluate_command.parse_args(command[1:]))
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
+    expected = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    assert {key: found[key] for key in expected} == expected
+    assert read["finetune_options"] == options
+    assert read["json"] == str(tmp_path / "out.json")
+    plain = {"methods": ["knn"], "backbone": "a", "train": "b", "test": "c", "k": 3, "finetune_options": {}}
+    read = evaluate_command.parse_args(api._evaluate_command({**plain, "standardise": True, "pretrained": False}, tmp_path)[1:])
+    assert (read.ks, read.standardise, read.pretrained, read.finetune_options) == ([3], True, False, None)
 
 
 def test_options_arrive_as_they_were_meant(tmp_path):
