@@ -471,7 +471,7 @@ def compare(
     """
     if jobs < 1:
         raise InvalidValueError("count-not-positive", f"jobs is the number of runs at a time, 1 or more, got {jobs}")
-    work_dir = Path(work_dir)
+    work_dir = Path(work_dir).expanduser()
     content = read_plan(plan, values or {})
     content["options"] = {**content.get("options", {}), **(options or {})}
     todo = jobs_of(content, work_dir, only, seeds)

@@ -32,10 +32,11 @@ def load_config(
 ) -> Config:
     """The checked config of a run; see :func:`train` for the arguments. A ``Config`` that is given is copied."""
     cfg = copy.deepcopy(config) if isinstance(config, Config) else read_config(config)
+    options = _as_texts(options or {})
     downstream = is_downstream(cfg)
     if downstream:  # mmdet and mmseg: their own keys, their own short options
         cfg.runner_type = "hgkd.DownstreamRunner"
-        merge_options(cfg, options or {})
+        merge_options(cfg, options)
     else:
         for remark in apply_short_options(cfg, options):
             print(f"note: {remark}", file=sys.stderr)
@@ -43,9 +44,10 @@ def load_config(
         use_mixed_precision(cfg)
     cfg.launcher = launcher
     if work_dir is not None:
-        cfg.work_dir = str(work_dir)
+        cfg.work_dir = work_dir
     elif cfg.get("work_dir") is None:
-        cfg.work_dir = str(Path("work_dirs") / Path(cfg.filename or "run.py").stem)
+        cfg.work_dir = Path("work_dirs") / Path(cfg.filename or "run.py").stem
+    cfg.work_dir = os.path.expanduser(os.fspath(cfg.work_dir))
     if resume is not False:
         cfg.resume = True
         if resume is not True:
@@ -56,6 +58,18 @@ def load_config(
     if not downstream:
         check_config(cfg)
     return cfg
+
+
+def _as_texts(value: Any) -> Any:
+    """Options with texts for pathlib's paths, at any depth: mmengine writes configs as Python, in which these are no values."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _as_texts(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        texts = [_as_texts(item) for item in value]
+        return tuple(texts) if isinstance(value, tuple) else texts
+    return value
 
 
 def train(
@@ -70,11 +84,11 @@ def train(
 
     Args:
         config: file, name of a shipped recipe (see :func:`hgkd.recipes.find_recipe`), or a loaded config.
-        work_dir: folder for logs, checkpoints and pictures; None: ``work_dirs/<name of the config>``.
+        work_dir: folder for logs, checkpoints and pictures; None: ``work_dirs/<name of the config>``; '~' is the user's.
         resume: True continues from the last checkpoint in ``work_dir`` (from the beginning when there is none), a path from
             that checkpoint.
         amp: mixed precision.
-        options: overrides, short options or dotted paths -> values.
+        options: overrides, short options or dotted paths -> values; paths may be pathlib's.
         launcher: 'none', 'pytorch' (torchrun) or 'slurm'.
 
     Raises:

@@ -129,7 +129,7 @@ def write_json(results: Results, file: str | os.PathLike[str]) -> None:
     """
     content = next(iter(results.values())) if len(results) == 1 else results
     text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(content, indent=2))
-    with written_beside(file) as beside:
+    with written_beside(Path(file).expanduser()) as beside:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
@@ -140,7 +140,7 @@ def read_json(file: str | os.PathLike[str]) -> Results:
         FileNotFoundError: no such file.
         ValueError: not such a file.
     """
-    path = Path(file)
+    path = Path(file).expanduser()
     if not path.is_file():
         raise MissingFileError(
             "result-file-missing", f"result {path} does not exist; hgkd evaluate writes one with --json {path}"
@@ -208,7 +208,7 @@ def check_outputs(json_file: str | os.PathLike[str] | None, csv_file: str | os.P
     Raises:
         ValueError: a folder or not writable; the CSV's columns are others, or its last line is not complete.
     """
-    for path in (Path(file) for file in (json_file, csv_file) if file is not None):
+    for path in (Path(file).expanduser() for file in (json_file, csv_file) if file is not None):
         for folder in path.parents:
             if folder.exists() and not folder.is_dir():
                 raise InvalidValueError(
@@ -224,9 +224,10 @@ def check_outputs(json_file: str | os.PathLike[str] | None, csv_file: str | os.P
             raise InvalidValueError(
                 "output-not-writable", f"results cannot be written to {path}: no permission; name another place"
             )
-    if csv_file is not None and Path(csv_file).exists():
-        with Path(csv_file).open(newline="", encoding="utf-8", errors="surrogateescape") as handle:
-            _check_open_csv(handle, Path(csv_file))
+    table = None if csv_file is None else Path(csv_file).expanduser()
+    if table is not None and table.exists():
+        with table.open(newline="", encoding="utf-8", errors="surrogateescape") as handle:
+            _check_open_csv(handle, table)
 
 
 def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
@@ -238,7 +239,7 @@ def append_csv(results: Results, file: str | os.PathLike[str]) -> None:
         ValueError: see :func:`check_outputs`; nothing is written then.
         WriteError: the disk does not take them; the file keeps its earlier lines, none of them cut off.
     """
-    path = Path(file)
+    path = Path(file).expanduser()
     with writing(path), _opened(path) as handle, locked(path):
         handle.seek(0)
         is_new = _check_open_csv(handle, path)

@@ -48,6 +48,17 @@ def result(correct: list[float], method: str = "knn", setting: str = "k=20", **c
     }
 
 
+def test_a_tilde_is_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    check_outputs("~/r.json", "~/r.csv")
+    write_json({"knn": result([1, 0])}, "~/r.json")
+    append_csv({"knn": result([1, 0])}, "~/r.csv")
+    check_outputs("~/r.json", "~/r.csv")
+    assert read_json("~/r.json")["knn"]["top1"] == 50
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+
+
 def test_json_there_and_back_with_one_line_a_list(tmp_path: Path) -> None:
     one = {"knn": result([1, 0, 1])}
     both = {**one, "linear": result([0.25, 1.0, 1e-05], "linear", "C by sweep")}

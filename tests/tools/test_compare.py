@@ -359,8 +359,9 @@ def test_a_run_that_fails_names_its_log(tmp_path, monkeypatch, capsys):
     assert "evaluate ended with 2; see out/no_seed0/evaluate.log: error: unknown" in capsys.readouterr().err
     assert "resnet_eighteen" in Path("out/no_seed0/evaluate.log").read_text()
     # the other runs are finished and in the table all the same
+    monkeypatch.setenv("HOME", str(tmp_path))
     file = plan_file(tmp_path, [{"name": "no", "backbone": "resnet_eighteen"}, {"name": "yes", "backbone": "test_resnet"}])
-    assert tool.main([str(file), "--work-dir", "out", "--set", "data=shapes"]) == 2
+    assert tool.main([str(file), "--work-dir", "~/out", "--set", "data=shapes"]) == 2
     assert "1 of 2 runs failed: evaluate ended with 2" in capsys.readouterr().err
     assert [run["row"] for run in json.loads(Path("out/results.json").read_text())] == ["yes"]
     assert tool.main([str(file), "--work-dir", "out", "--set", "data"]) == 2

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from mmengine.config import Config
 from refusals import refused
 from tiny_runs import HGKD, ROOT, SPARK, load_tool, same, tiny, tiny_hgkd, write_images
 
@@ -52,6 +53,18 @@ def test_run_leaves_checkpoints_logs_and_pictures(spark_run):
     validations = [line for line in lines if "knn/top1" in line]
     assert {"health/feature_std", "health/effective_rank"} <= set(validations[0])
     assert len(validations) == 2
+
+
+def test_paths_from_python_are_pathlibs_or_begin_with_a_tilde(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    options = tiny(images) | {"data_root": images, "train_dataloader.dataset": {"list_file": images / "list.txt"}}
+    options["visualizer.vis_backends"] = [{"type": "LocalVisBackend", "save_dir": images}]
+    cfg = train_tool.load_config(SPARK, "~/mine", options=options)
+    assert cfg.work_dir == str(tmp_path / "home/mine")
+    assert cfg.train_dataloader.dataset.data_root == str(images)
+    assert cfg.train_dataloader.dataset.list_file == str(images / "list.txt")
+    assert cfg.visualizer.vis_backends[0].save_dir == str(images)
+    assert Config.fromstring(cfg.pretty_text, ".py").data_root == str(images)
 
 
 def test_checkpoint_says_what_it_holds(spark_run):
