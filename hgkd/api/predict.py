@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hgkd.data import LabelledImages
+from hgkd.data.folders import printable
 from hgkd.data.frames import Frame, frames
 from hgkd.errors import DataError, ExistingFileError, InvalidValueError, check_counts
 from hgkd.evaluation.knn import knn_scores, nearest_neighbours
@@ -150,8 +151,9 @@ def predict(
         except KeyboardInterrupt:  # how a camera ends
             if not ran:
                 raise
-        if features and place_out is not None:
-            _save_features(features, place_out)
+        finally:  # what was found before a frame that fails is not lost
+            if features and place_out is not None:
+                _save_features(features, place_out)
     if not ran:
         cause = next(iter(failed.items()), ("", ""))
         raise DataError("no-image-readable", f"no image of {source} can be read, e.g. {cause[0]} ({cause[1]})")
@@ -263,10 +265,12 @@ def _gallery_reader(
         try:
             pixels = known.image(index)
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-            raise DataError("image-unreadable", f"image {name} of {gallery} cannot be read ({error}); leave it out") from error
+            raise DataError(
+                "image-unreadable", f"image {printable(name)} of {gallery} cannot be read ({error}); leave it out"
+            ) from error
         rows.append(_vector(exported(place(pixels, exported.signature).images)))
         labels.append(int(known.labels[index]))
-        names.append(name)
+        names.append(printable(name))
     bank, truth = torch.stack(rows), torch.tensor(labels)
     count = min(neighbours, len(bank))
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from hgkd.cli.common import command, command_parser, device_name
 from hgkd.config.options import OptionsAction
 from hgkd.config.reading import read_config
+from hgkd.data.folders import printable
 from hgkd.data.images import read_crops
 from hgkd.errors import InvalidValueError
 from hgkd.evaluation import FeatureExtractor, extract, load_extractor
@@ -56,7 +57,7 @@ def cam(args: argparse.Namespace) -> Path:
     columns, names = class_columns(classifier, _images(files, size, args, in_chans), args.class_name)
     caption = f"{args.checkpoint}: Grad-CAM of {', '.join(dict.fromkeys(names))}; {_which(files)}"
     for file, name in zip(files, names, strict=True):
-        print(f"{file}: {name}")
+        print(printable(f"{file}: {name}"))
     return save_picture(columns, args.out, args.name, caption)
 
 
@@ -74,7 +75,7 @@ def neighbours(args: argparse.Namespace) -> Path:
         asked, files, known, bank, args.image_size, args.k, value_range=args.value_range, in_chans=in_chans
     )
     for file, row in zip(files, found, strict=True):
-        print(f"{file}: " + ", ".join(f"{path} ({cosine:.2f})" for path, cosine in row))
+        print(printable(f"{file}: " + ", ".join(f"{path} ({cosine:.2f})" for path, cosine in row)))
     caption = f"{_who(args)}: nearest of {len(bank)} images in {args.bank}, nearest first; {_which(files)}"
     return save_picture(columns, args.out, args.name, caption)
 

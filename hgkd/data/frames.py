@@ -38,7 +38,7 @@ class Frame:
 
     Attributes:
         name: for files that are made of it, unique within the source.
-        source: where it is from: the file, or the stream and its number, from 0.
+        source: where it is from, printable: the file, or the stream and its number, from 0.
         pixels: PIL's 8-bit RGB; or float (C, H, W) in [0, 1] of other channels; None: an image file that cannot be read.
         failed: why it cannot be read.
     """
@@ -77,14 +77,15 @@ def frames(
 
 
 def picture_names(files: Sequence[Path]) -> list[str]:
-    """A name for each file, all different: its stem; where that occurs again its folders, too, and at last a number."""
+    """A printable name for each file, all different: its stem; where that occurs again its folders, too, and at last a
+    number."""
     stems = Counter(file.stem for file in files)
     common = os.path.commonpath([file.absolute().parent for file in files])
     names: list[str] = []
     taken: set[str] = set()
     for file in files:
         folders = file.absolute().parent.relative_to(common).parts if stems[file.stem] > 1 else ()
-        name = chosen = "_".join([*folders, file.stem])
+        name = chosen = printable("_".join([*folders, file.stem]))
         number = 1
         while chosen in taken:
             number += 1
@@ -136,8 +137,8 @@ def _of_files(files: Sequence[Path], value_range: Sequence[float] | None, in_cha
                 with open_image(file) as opened:
                     pixels = decode_channels(opened, in_chans, limits)
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-            failed = f"{type(error).__name__}: {error}"
-        yield Frame(name, str(file), pixels, failed)
+            failed = printable(f"{type(error).__name__}: {error}")
+        yield Frame(name, printable(str(file)), pixels, failed)
 
 
 def _video(source: str | int) -> Iterator[Frame]:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 from torch.utils.data import Dataset
 
-from hgkd.data.folders import IMAGE_EXTENSIONS
+from hgkd.data.folders import IMAGE_EXTENSIONS, printable
 from hgkd.data.images import find_images, read_crops
 from hgkd.errors import DataError, MissingFileError
 from hgkd.pictures.columns import Columns, picture_grid
@@ -57,7 +57,7 @@ def save_picture(columns: Columns, folder: str | os.PathLike[str], name: str, ca
     """
     folder = Path(folder)
     notes = PngImagePlugin.PngInfo()
-    notes.add_itxt(_CAPTION, caption)
+    notes.add_itxt(_CAPTION, printable(caption))  # it names files
     path = folder / f"{name}.png"
     picture = Image.fromarray(picture_grid(columns))
     with written_whole(path) as stream:
@@ -72,7 +72,7 @@ def write_page(folder: str | os.PathLike[str], title: str = "hgkd pictures") -> 
     for file in sorted(Path(folder).glob("*.png"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
         with Image.open(file) as picture:
             caption = str(picture.info.get(_CAPTION, ""))
-        sections.append(Section(file.stem, [Picture(file, caption)]))
+        sections.append(Section(printable(file.stem), [Picture(file, caption)]))
     return write_report(Path(folder) / PAGE, title, sections)
 
 

@@ -1,6 +1,7 @@
 """Frames of files, lists, videos and standard input, one after the other."""
 
 import io
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +47,19 @@ def test_files_have_names_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"b/y.png\n\n{tmp_path / 'a/x.png'}\n")
     assert [frame.source for frame in frames(tmp_path / "list.txt")] == [str(tmp_path / "b/y.png"), str(tmp_path / "a/x.png")]
     assert [frame.name for frame in frames(tmp_path / "a/x.png")] == ["x"]
+
+
+def test_names_that_are_not_utf8_are_printable_and_stay_different(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"f\xe9")
+    folder.mkdir()
+    for name in (b"latin\xe9.png", rb"latin\xe9.png"):
+        Image.new("RGB", (8, 6)).save(folder / os.fsdecode(name))
+    (folder / os.fsdecode(b"broken\xe9.png")).write_bytes(b"no image")
+    found = list(frames(folder))
+    for text in (text for frame in found for text in (frame.name, frame.source, frame.failed)):
+        text.encode()
+    assert sorted(frame.name for frame in found) == [r"broken\xe9", r"latin\xe9", r"latin\xe9_2"]
+    assert {frame.source for frame in found} == {rf"{tmp_path}/f\xe9/{name}\xe9.png" for name in ("broken", "latin")}
 
 
 def test_images_of_other_channels(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_neighbours_are_the_nearest_files_and_never_the_query(tmp_path: Path) ->
 def test_picture_and_page_grow(tmp_path: Path) -> None:
     columns = {"image": halves(), "map": torch.rand(2, 3, 4, 4)}
     for name in ("first", "second"):
-        path = save_picture(columns, tmp_path / "out", name, f"{name} & <caption> über")
+        path = save_picture(columns, tmp_path / "out", name, f"{name} & <caption> über \udce9")  # of a file name
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert picture.size == (2 * 34, 14 + 2 * 34)
@@ -126,7 +126,7 @@ def test_picture_and_page_grow(tmp_path: Path) -> None:
         assert picture.getpixel((30, 20)) == (0, 0, 255)
     page = (tmp_path / "out/pictures.html").read_text()
     assert re.findall("<h2>(.*?)</h2>", page) == ["first", "second"]
-    assert "<figcaption>second &amp; &lt;caption&gt; über</figcaption>" in page
+    assert "<figcaption>second &amp; &lt;caption&gt; über \\xe9</figcaption>" in page
     assert page.count("data:image/png;base64,") == 2
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,30 @@ def test_maps_of_features(tmp_path: Path) -> None:
         "a": (3, 2, 2),
         "b": (3, 2, 2),
     }
+
+
+def test_names_that_are_not_utf8_and_a_frame_that_fails_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_student(tmp_path / "a.pth", "test_resnet")
+    export(tmp_path / "a.pth", tmp_path / "export")
+    (tmp_path / "g").mkdir()
+    Image.new("RGB", (70, 70)).save(spots(tmp_path / "g/ant") / os.fsdecode(b"latin\xe9.jpg"))
+    predict(tmp_path / "export", tmp_path / "g/ant", tmp_path / "near", gallery=tmp_path / "g")
+    assert r"ant/latin\xe9.jpg" in [near["image"] for line in lines(tmp_path / "near") for near in line["neighbours"]]
+    assert lines(tmp_path / "near")[-1]["picture"] == rf"{api.PICTURES}/latin\xe9.jpg"
+
+    placed, real = [], api.place
+
+    def place_two(pixels: Any, signature: Signature) -> Any:
+        placed.append(pixels)
+        if len(placed) == 3:
+            raise MemoryError
+        return real(pixels, signature)
+
+    monkeypatch.setattr(api, "place", place_two)
+    with pytest.raises(MemoryError):
+        predict(tmp_path / "export", tmp_path / "g/ant", tmp_path / "out")
+    assert np.load(tmp_path / "out" / api.FEATURES).shape == (2, 96)
+    assert [line["row"] for line in lines(tmp_path / "out")] == [0, 1]
 
 
 def test_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
