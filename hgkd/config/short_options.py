@@ -134,8 +134,8 @@ def apply_short_options(cfg: Config, typed: Mapping[str, Any] | None = None) -> 
 
     Raises:
         ValueError: an option that has no place in this config, that is no number where one is expected, or that one level
-            sets to something else than its place; only one of the validation folders, or a warm-up that is not shorter than
-            the training.
+            sets to something else than its place; only one of the validation folders, or a warm-up that is negative or not
+            shorter than the training.
     """
     levels = Levels(cfg, typed)
     given = {name: _settle(cfg, levels, name, option) for name, option in SHORT_OPTIONS.items() if name in cfg}
@@ -311,6 +311,10 @@ def _settle_warmup(cfg: Config, epochs: Level | None, warmup: Level | None) -> l
         return []
     warm, main = schedule[first], schedule[second]
     length, total = warm.get("end"), main.get("end", float("inf"))
+    if length is not None and length < 0:  # the main schedule would start in its middle
+        raise InvalidValueError(
+            "warmup-negative", f"warmup_epochs={length} is negative; set warmup_epochs=0 (no warm-up), or a number above it"
+        )
     if length is not None and length > 0 and main.get("begin", 0) >= total:
         if epochs is None or not epochs.after(warmup):
             raise InvalidValueError(

@@ -369,6 +369,12 @@ class DistillRunner(Runner):
             raise InvalidValueError(
                 "epochs-not-positive", f"epochs (train_cfg.max_epochs) is {built.max_epochs}; it must be 1 or more"
             )
+        if built.val_interval < 1:
+            raise InvalidValueError(
+                "val-interval-not-positive",
+                f"train_cfg.val_interval is {built.val_interval}, expected a number of epochs, 1 or more; validation is "
+                "switched off by val_train_root=None val_test_root=None (val_root=None where classifiers are trained)",
+            )
         if built.max_iters < 1:
             loader = built.dataloader
             raise InvalidValueError(

@@ -106,6 +106,8 @@ def test_warmup():
     assert [entry.type for entry in cfg.param_scheduler] == ["CosineAnnealingLR"]
     with refused(ValueError, "warmup-too-long", "warmup_epochs=4", "epochs=4"):
         apply_short_options(recipe(warmup_epochs=4))
+    with refused(ValueError, "warmup-negative", "warmup_epochs=-1", "warmup_epochs=0"):
+        apply_short_options(recipe(warmup_epochs=-1))
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,12 @@ def test_loops_that_do_not_train_by_epochs_are_refused(images, tmp_path):
         runner.train()
 
 
+def test_a_validation_every_zero_epochs_is_refused(images, tmp_path):
+    runner = build(images, tmp_path, **{"train_cfg.val_interval": 0})
+    with refused(ValueError, "val-interval-not-positive", "0", "val_train_root=None val_test_root=None"):
+        runner.train()
+
+
 def test_full_disk_is_told_and_leaves_the_checkpoints_before(images, unbroken, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
