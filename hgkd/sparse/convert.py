@@ -263,7 +263,7 @@ def _picklable(made: type[nn.Module], of: type[nn.Module], root: bool) -> type[n
         return (_new, (of, root), *given[2:]) if given[1] == (made,) else given
 
     setattr(made, _MADE_OF, of)
-    made.__reduce_ex__ = reduce_ex  # type: ignore[method-assign]
+    made.__reduce_ex__ = reduce_ex  # type: ignore[assignment, method-assign]
     return made
 
 
@@ -276,8 +276,8 @@ def _new(of: type[nn.Module], root: bool) -> nn.Module:
             f"a pickled network holds a {of.__name__} with a sparse rule, and it has none here; import the module that "
             "registers it (hgkd.sparse.layer_rule) before the network is read",
         )
-    made = of if rule is None else _twin_type(of, rule)
-    made = _root_type(made) if root else made
+    made = of if rule is None else _twin_type(of, rule)  # type: ignore[arg-type]
+    made = _root_type(made) if root else made  # type: ignore[arg-type]
     return made.__new__(made)
 
 

@@ -306,25 +306,23 @@ class SparseUNet(Student):
             found = cast("list[SparseTensor]", encoder_features(self.encoder, packed, self._levels))
             if isinstance(packed, MaskedTensor):
                 return
+            wrong, cause = "", None
             try:
                 reference = MaskedTensor.pack(image, packed.cells)
                 expected = cast("list[SparseTensor]", encoder_features(self.encoder, reference, self._levels))
-            except (NoSparseRuleError, ValueError, RuntimeError) as error:
-                raise _depends_on_backend(f"the reference (backend 'masked') refuses it: {error}") from error
-            for level, features, wanted in zip(self._levels, found, expected, strict=True):
-                right, apart = wanted.to_dense(), features.to_dense() - wanted.to_dense()
-                if apart.abs().max() > _SAME * right.abs().max():
-                    raise _depends_on_backend(
-                        f"its features of stride {level.stride} are not the reference's (backend 'masked')"
-                    )
-
-
-def _depends_on_backend(found: str) -> NoSparseRuleError:
-    return NoSparseRuleError(
-        "layer-depends-on-shape",
-        f"the encoder on a masked image: {found}. A layer that reads sizes off x.shape sees a cell, not the image: write its "
-        "mean as x.mean((2, 3), keepdim=True), or give it a rule (docs/reference/students.md, 'Your own layers')",
-    )
+            except (ValueError, RuntimeError) as error:
+                wrong, cause = f"the reference (backend 'masked') refuses it: {error}", error
+            else:
+                for level, features, wanted in zip(self._levels, found, expected, strict=True):
+                    right, apart = wanted.to_dense(), features.to_dense() - wanted.to_dense()
+                    if not wrong and apart.abs().max() > _SAME * right.abs().max():
+                        wrong = f"its features of stride {level.stride} are not the reference's (backend 'masked')"
+        if wrong:
+            raise NoSparseRuleError(
+                "layer-depends-on-shape",
+                f"the encoder, masked: {wrong}. A layer that reads sizes off x.shape sees a cell, not the image. Take "
+                "its mean as x.mean((2, 3), keepdim=True), or give it a rule (docs/reference/students.md, 'Your own layers')",
+            ) from cause
 
 
 def plain_values(value: Any) -> Any:
