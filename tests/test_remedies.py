@@ -263,7 +263,7 @@ def fast_backend(place: Place, options: dict[str, Any]) -> None:
 
 def planned(place: Place, options: dict[str, Any]) -> None:
     (place.folder / "plan.py").write_text(
-        "evaluate = dict(train='{data}', test='{data}')\nrows = [dict(name='mine', backbone='resnet18')]\n"
+        "evaluate = dict(methods=['knn'], train='{data}', test='{data}')\nrows = [dict(name='mine', backbone='resnet18')]\n"
     )
     read_plan(place.folder / "plan.py", {key[len("--set ") : -1]: str(place.images) for key in options})
 
