@@ -103,8 +103,18 @@ def note_pixels(
     cast(Any, network).pretrained_cfg = config
 
 
+def near(given: PixelStatistics, other: PixelStatistics, unit: float = 1 / 255) -> bool:
+    """Whether a network takes the one for the other, of as many channels: by a unit of 0..255 of the mean, 3 % of the std.
+
+    Args:
+        unit: of the statistics; 1.0 where they are of pixels in 0..255.
+    """
+    means, stds = (list(zip(*parts, strict=True)) for parts in zip(given, other, strict=True))
+    return all(abs(a - b) <= unit for a, b in means) and all(abs(a - b) <= 0.03 * b for a, b in stds)
+
+
 def check_same_pixels(given: PixelStatistics, noted: PixelStatistics, source: object, where: str) -> None:
-    """Refuse other statistics than those that a network was trained with: by a unit of 255 of the mean, or 3 % of the std.
+    """Refuse other statistics than those that a network was trained with, see :func:`near`.
 
     Args:
         noted: what the network's file says.
@@ -114,8 +124,7 @@ def check_same_pixels(given: PixelStatistics, noted: PixelStatistics, source: ob
     Raises:
         ValueError: they differ.
     """
-    means, stds = (list(zip(*parts, strict=True)) for parts in zip(given, noted, strict=True))
-    if all(abs(a - b) <= 1 / 255 for a, b in means) and all(abs(a - b) <= 0.03 * b for a, b in stds):
+    if near(given, noted):
         return
     raise InvalidValueError(
         "pixels-differ",
@@ -236,6 +245,12 @@ def pixels_noted(noted: Mapping[str, Any]) -> dict[str, Any]:
     return {"std" if key == "deviation" else key: value for key, value in noted.items()}
 
 
+def pixels_noted_by(noted: object) -> PixelStatistics | None:
+    """Mean and std out of what a file notes of its pixels; None: it does not say."""
+    known = pixels_noted(noted) if isinstance(noted, Mapping) else {}
+    return (tuple(known["mean"]), tuple(known["std"])) if {"mean", "std"} <= known.keys() else None
+
+
 class PixelNormalisation(nn.Module):
     """Base of modules that normalise the pixels they are given; a subclass calls :meth:`set_pixels` when it is built.
 
@@ -254,6 +269,18 @@ class PixelNormalisation(nn.Module):
             before = self._buffers.get(name)
             device = None if before is None else before.device
             self.register_buffer(name, torch.tensor(list(values), device=device).view(1, -1, 1, 1), self.pixels_in_state)
+
+    def restore_pixels(self, mean: Sequence[float], std: Sequence[float]) -> str | None:
+        """Normalise as the checkpoint that has been loaded did: its weights expect these pixels, whatever the config says.
+
+        Returns:
+            What has changed, for the log; None: nothing.
+        """
+        own = (self.mean.flatten().tolist(), self.std.flatten().tolist())
+        if own == tuple(torch.tensor(list(values)).tolist() for values in (mean, std)):
+            return None
+        self.set_pixels(mean, std)
+        return f"{pixels_text(mean, std)}, as in the checkpoint; the config's are not in force: {pixels_text(*own)}"
 
     @property
     def in_chans(self) -> int:

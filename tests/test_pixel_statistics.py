@@ -14,7 +14,7 @@ from refusals import refused
 from safetensors.torch import save_file
 from teaching import ARCH
 
-from hgkd.distillers import MAEPretraining
+from hgkd.distillers import ClassifierTraining, MAEPretraining, MaskedDistiller
 from hgkd.evaluation.extract import load_extractor
 from hgkd.networks import ImageClassifier
 from hgkd.networks.mae import MaskedAutoencoder, make_arch, save_mae
@@ -156,3 +156,44 @@ def test_new_statistics_replace_those_before_on_their_device() -> None:
     for values in ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5)):
         pixels.set_pixels(values, values)
     assert pixels.pixel_values() == {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def masked(student: Any) -> Callable[..., MaskedDistiller]:
+    return lambda **pixels: MaskedDistiller(
+        student=dict(student, **pixels),
+        objectives=dict(pixels=dict(type="PixelReconstruction")),
+        mask=dict(type="RandomMask", mask_ratio=0.5),
+        image_size=64,
+    )
+
+
+VIT_64 = {**ARCH, "image_size": (64, 64)}
+TRAININGS: dict[str, tuple[Callable[..., Any], Callable[[Any, Any], dict[str, Any]]]] = {
+    "CNN student": (
+        masked(dict(type="SparseUNet", encoder="test_resnet", decoder_width=16, min_decoder_width=8)),
+        lambda mean, std: dict(normalize=(mean, std)),
+    ),
+    "ViT student": (masked(dict(type="MaskedViT", arch=VIT_64)), lambda mean, std: dict(mean=mean, std=std)),
+    "MAE": (lambda **pixels: MAEPretraining(ARCH, 64, **pixels), lambda mean, std: dict(mean=mean, std=std)),
+    "classifier": (
+        lambda **pixels: ClassifierTraining(classifier=dict(name="test_resnet", **pixels), num_classes=3, image_size=64),
+        lambda mean, std: dict(normalize=(mean, std)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRAININGS)
+def test_a_training_goes_on_with_the_pixels_of_its_checkpoint(kind: str) -> None:
+    build, options = TRAININGS[kind]
+    own = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    usual, other = build(), build(**options(*own))
+    notes = [usual.meta(), other.meta()]
+    for model, meta, there in ((usual, notes[1], other), (other, notes[0], build())):
+        assert model.load_meta(model.meta()) is None
+        told = model.load_meta(meta)
+        assert told.startswith("pixels normalised by mean (")
+        assert "as in the checkpoint" in told
+        found, wanted = (next(part for part in m.modules() if isinstance(part, PixelNormalisation)) for m in (model, there))
+        assert found.pixel_values() == wanted.pixel_values()
+        assert build().load_meta(model.meta()) == build().load_meta(there.meta())  # which later files say, too
+    assert usual.load_meta(notes[1]) is None

@@ -182,8 +182,9 @@ def jobs_of(plan: Mapping[str, Any], work_dir: Path, only: Sequence[str] = (), s
     if missing:
         raise InvalidValueError("plan-row-unknown", f"the plan has no row {missing[0]!r}; it has {', '.join(names)}")
     seeds_of = {row["name"]: list(row.get("seeds", [0])) for row in plan["rows"]}
+    known = sorted(set().union(*seeds_of.values()))
     for seed in seeds:
-        if seed not in (known := sorted({seed for own in seeds_of.values() for seed in own})):
+        if seed not in known:
             raise InvalidValueError(
                 "plan-seed-unknown", f"no row of the plan has seed {seed}; its seeds are {', '.join(map(str, known))}"
             )

@@ -89,10 +89,7 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
     elif cfg.get("custom_imports"):
         import_modules_from_strings(**cfg.custom_imports)
     checkpoint = read_run_checkpoint(weights)
-    averaged_of = trained_weights(checkpoint)
-    state = (
-        checkpoint["state_dict"] if averaged_of is None else averaged_of
-    )  # a step is one of the weights, not of their average
+    state = trained_weights(checkpoint) or checkpoint["state_dict"]  # a step is one of the weights, not of their average
     dataset = DATASETS.build({"_scope_": "hgkd", **cfg.train_dataloader.dataset})
     model = MODELS.build({"_scope_": "hgkd", **cfg.model}).to(device)
     found = []

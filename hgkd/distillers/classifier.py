@@ -203,16 +203,9 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
         self.classifier.spec = replace(spec, classes=tuple(classes))
 
     def load_meta(self, meta: Mapping[str, Any]) -> str | None:
-        """Normalise as the checkpoint that has been loaded did: its weights expect these pixels, whatever the config says.
-
-        Returns:
-            What has changed, for the log; None: nothing.
-        """
-        spec, own = ClassifierSpec.parse({"hgkd": meta}), self.classifier.spec
-        if spec is None or (spec.mean, spec.std) == (own.mean, own.std):
-            return None
-        self.classifier.set_pixels(spec.mean, spec.std)
-        return f"pixels are normalised as in the checkpoint: mean {spec.mean}, std {spec.std}"
+        """Normalise as the checkpoint did whose meta this is, see :meth:`PixelNormalisation.restore_pixels`."""
+        spec = ClassifierSpec.parse({"hgkd": meta})
+        return None if spec is None else self.classifier.restore_pixels(spec.mean, spec.std)
 
     def meta(self) -> dict[str, Any]:
         """Description of the network for checkpoints, under ``meta['hgkd']``."""

@@ -22,6 +22,7 @@ from hgkd.networks.mae import MaskedAutoencoder, mae_loss, make_arch, pixel_targ
 from hgkd.pixels import (
     PixelNormalisation,
     check_in_chans,
+    pixels_noted_by,
     statistics_of,
     to_unit_range,
 )
@@ -126,6 +127,11 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         predicted = self.network.predict_pixels(self.network.encode(images, ids_keep), ids_keep)
         target = pixel_target(images, self.network.arch.patch_size, self.norm_pix)
         return mae_loss(predicted, target, visible)
+
+    def load_meta(self, meta: Mapping[str, Any]) -> str | None:
+        """Normalise as the checkpoint did whose meta this is, see :meth:`PixelNormalisation.restore_pixels`."""
+        pixels = pixels_noted_by(meta.get("pixels"))
+        return None if pixels is None else self.restore_pixels(*pixels)
 
     def meta(self) -> dict[str, Any]:
         """Description of the network for checkpoints."""

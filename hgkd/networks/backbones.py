@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from hgkd.errors import MissingFileError, WeightsError
 from hgkd.networks.encoder import build_encoder
 from hgkd.networks.vit import head_names
-from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelStatistics, channels_of, note_pixels, pixel_statistics
+from hgkd.pixels import PixelStatistics, channels_of, note_pixels, pixel_statistics
 from hgkd.weights.export_folder import read_spec
 from hgkd.weights.identify import MASKED_AUTOENCODERS, Kind, WeightFile, identify
 from hgkd.weights.importing import import_weights
@@ -41,11 +40,11 @@ def build_backbone(spec: EncoderSpec) -> nn.Module:
 def trained_pixels(file: WeightFile) -> PixelStatistics | None:
     """Mean and std of the pixels that a run's network or an export was trained with; None: of others, whose files say none."""
     spec = file.spec
-    if spec is None or isinstance(spec, ClassifierSpec):
-        return None if spec is None else (spec.mean, spec.std)
-    known = get_pretrained_cfg(spec.name, allow_unregistered=True)
-    usual = (known.mean, known.std) if known is not None else (IMAGENET_MEAN, IMAGENET_STD)
-    return spec.pixels or usual
+    if spec is None:
+        return None
+    if isinstance(spec, ClassifierSpec):
+        return spec.mean, spec.std
+    return spec.trained_pixels()
 
 
 def load_backbone(

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
-from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
@@ -172,8 +171,7 @@ class DownstreamRunner(DistillRunner):
         """A distilled student is written to ``work_dir/student.pth``, as a checkpoint of its own config; as the run's
         checkpoints, it has the moving average of the weights where there is one.
         """
-        averages = (hook.ema_model.module for hook in self.hooks if isinstance(hook, EMAHook))
-        student = getattr(next(averages, plain_model(self)), "student", None)
+        student = getattr(next(self.averages(), plain_model(self)), "student", None)
         if student is not None:
             meta = {"dataset_meta": getattr(self.train_dataloader.dataset, "metainfo", None)}
             content = io.BytesIO()  # torch.save itself tells of a full disk without saying so

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hgkd.errors import InvalidValueError, MissingFileError, WeightsError
 from hgkd.networks.libraries import LIBRARIES, build_library_network, library_of
 from hgkd.openmmlab.backbone import TimmBackbone
-from hgkd.pixels import pixel_statistics
+from hgkd.pixels import near, pixel_statistics
 from hgkd.weights.identify import WeightFile, identify
 from hgkd.weights.importing import ImportReport, import_weights
 from hgkd.weights.loading import check_finite
@@ -266,14 +266,12 @@ class Pixels:
     order: str
 
     def agrees(self, other: Pixels) -> bool:
-        """Whether a network takes the one for the other: a unit of the mean, 3 % of the std."""
+        """Whether a network takes the one for the other, see :func:`hgkd.pixels.near`."""
         if self.order != other.order or self.mean is None or other.mean is None or self.std is None or other.std is None:
             return self == other
         if not len(self.mean) == len(other.mean) == len(self.std) == len(other.std):
             return False
-        means = zip(self.mean, other.mean, strict=True)
-        stds = zip(self.std, other.std, strict=True)
-        return all(abs(a - b) <= 1 for a, b in means) and all(abs(a - b) <= 0.03 * b for a, b in stds)
+        return near((self.mean, self.std), (other.mean, other.std), unit=1.0)
 
     def __str__(self) -> str:
         if self.mean is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hgkd.errors import InvalidValueError
 from hgkd.masking import grid_of
-from hgkd.pixels import PixelNormalisation
+from hgkd.pixels import PixelNormalisation, PixelStatistics, pixels_noted_by
 from hgkd.structures import StudentOutput
 
 DECODED = ("all", "visible")
@@ -104,6 +104,10 @@ class Student(PixelNormalisation):
     def pooled(self, images: Tensor) -> Tensor:
         """Mean of the last features over the whole image: (B, 3, H, W) in [0, 1] -> (B, C)."""
         return self.dense_features(images)[-1].mean(dim=(2, 3))
+
+    def pixels_of(self, description: Mapping[str, Any]) -> PixelStatistics | None:
+        """Mean and std that a student of this :meth:`description` normalises pixels with; None: it does not say."""
+        return pixels_noted_by(description.get("pixels"))
 
     def description(self) -> dict[str, Any]:
         """Description of this student for checkpoints."""

@@ -26,6 +26,7 @@ from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.networks.backbones import trained_pixels
 from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
 from hgkd.pixels import (
+    PixelStatistics,
     check_in_chans,
     check_normalize,
     check_same_pixels,
@@ -40,6 +41,7 @@ from hgkd.sparse.rectangle import uncrop, visible_crop
 from hgkd.structures import StudentOutput
 from hgkd.students.base import Student, check_decode
 from hgkd.weights.identify import identify
+from hgkd.weights.run_file import EncoderSpec
 
 SKIPS = ("all", "last")
 _SAME = 1e-3  # of the largest value: fp32 rounds by 1e-5 through a deep network
@@ -226,6 +228,19 @@ class SparseUNet(Student):
         for part in (self.densify, self.decoder):  # as the maps are that an encoder's levels make
             part.to(memory_format=torch.channels_last)
 
+    def pixels_of(self, description: Mapping[str, Any]) -> PixelStatistics | None:
+        """See :meth:`Student.pixels_of`; None also where neither it nor this student notes any: both take the network's own."""
+        noted = any("pixels" in spec for spec in (description.get("encoder", {}), self.encoder_spec or {}))
+        return EncoderSpec.parse(description, "the checkpoint").trained_pixels() if noted else None
+
+    def restore_pixels(self, mean: Sequence[float], std: Sequence[float]) -> str | None:
+        """See :meth:`PixelNormalisation.restore_pixels`; checkpoints note them, too."""
+        changed = super().restore_pixels(mean, std)
+        if changed is not None:
+            self.encoder_spec = {**(self.encoder_spec or {}), "pixels": [list(mean), list(std)]}
+            note_pixels(self.encoder, pixels=(mean, std))
+        return changed
+
     def forward(
         self,
         images: Tensor,
@@ -304,25 +319,26 @@ class SparseUNet(Student):
         with evaluating(self.encoder):
             packed = cast(Any, self.encoder).pack(image, visible)
             found = cast("list[SparseTensor]", encoder_features(self.encoder, packed, self._levels))
-            if isinstance(packed, MaskedTensor):
-                return
-            wrong, cause = "", None
-            try:
-                reference = MaskedTensor.pack(image, packed.cells)
-                expected = cast("list[SparseTensor]", encoder_features(self.encoder, reference, self._levels))
-            except (ValueError, RuntimeError) as error:
-                wrong, cause = f"the reference (backend 'masked') refuses it: {error}", error
-            else:
-                for level, features, wanted in zip(self._levels, found, expected, strict=True):
-                    right, apart = wanted.to_dense(), features.to_dense() - wanted.to_dense()
-                    if not wrong and apart.abs().max() > _SAME * right.abs().max():
-                        wrong = f"its features of stride {level.stride} are not the reference's (backend 'masked')"
-        if wrong:
+            wrong = None if isinstance(packed, MaskedTensor) else self._unlike_the_reference(image, packed, found)
+        if wrong is not None:
             raise NoSparseRuleError(
                 "layer-depends-on-shape",
                 f"the encoder, masked: {wrong}. A layer that reads sizes off x.shape sees a cell, not the image. Take "
                 "its mean as x.mean((2, 3), keepdim=True), or give it a rule (docs/reference/students.md, 'Your own layers')",
-            ) from cause
+            )
+
+    def _unlike_the_reference(self, image: Tensor, packed: SparseTensor, found: Sequence[SparseTensor]) -> str | None:
+        """What tells ``found``, the levels of ``packed``, from those of the reference; None where they agree."""
+        try:
+            reference = MaskedTensor.pack(image, packed.cells)
+            expected = cast("list[SparseTensor]", encoder_features(self.encoder, reference, self._levels))
+        except (ValueError, RuntimeError) as error:
+            return f"the reference (backend 'masked') refuses it: {error}"
+        for level, features, wanted in zip(self._levels, found, expected, strict=True):
+            right, apart = wanted.to_dense(), features.to_dense() - wanted.to_dense()
+            if apart.abs().max() > _SAME * right.abs().max():
+                return f"its features of stride {level.stride} are not the reference's (backend 'masked')"
+        return None
 
 
 def plain_values(value: Any) -> Any:

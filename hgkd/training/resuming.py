@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _COMPARED: dict[str, frozenset[str]] = {
     ),
     "optim_wrapper": frozenset({"optimizer"}),
 }
+# of these the checkpoint's are in force, and ``DistillRunner.load_checkpoint`` says so
+_PIXELS = re.compile(r"model\.((student|classifier)\.)?(normalize|mean|std)(\.|$)")
 _ABSENT = "(absent)"
 _SCALER_POSITION = frozenset({"scale", "_growth_tracker"})
 
@@ -79,7 +82,7 @@ def config_changes(source: str, meta: Mapping[str, Any], config: str) -> str | N
         )
         for key in dict.fromkeys([*new, *old]):
             values = old.get(key, _ABSENT), new.get(key, _ABSENT)
-            if not _same(*values):
+            if not _same(*values) and not _PIXELS.match(key):
                 changes[key] = values
     said = [f"the config of this start differs from that of {source} and is in force: {_words(changes)}"] if changes else []
     said += [f"whether {', '.join(lost)} differs from that of {source} cannot be read from its config"] if lost else []

@@ -297,6 +297,10 @@ class DistillRunner(Runner):
         pictures = Path(self.work_dir).absolute() / "pictures"
         self.logger.info(f"trained to the end; {made}{f', pictures in {pictures}' if pictures.is_dir() else ''}")
 
+    def averages(self) -> Iterator[Any]:
+        """The moving averages of the model that hooks keep, as EMAHook does; they are models of its class."""
+        return (hook.ema_model.module for hook in self.hooks if hasattr(hook, "ema_model"))
+
     def _after_training(self) -> None:
         """What is left to do after the last step, while the work folder is still held, on the first process; nothing here.
 
@@ -499,10 +503,10 @@ class DistillRunner(Runner):
         if hasattr(model, "load_meta"):
             meta = hgkd_of(checkpoint)
             # also of an average, which EMAHook has copied before, and exchanges with the model with all of its buffers
-            for copied in (hook.ema_model.module for hook in self.hooks if hasattr(hook, "ema_model")):
+            for copied in self.averages():
                 copied.load_meta(meta)
             if changed := model.load_meta(meta):
-                self.logger.info(changed)
+                self.logger.warning(changed)
         self._has_loaded = True
         return checkpoint
 

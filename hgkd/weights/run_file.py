@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from hgkd.errors import WeightsError
-from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, pixels_noted
+from hgkd.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelStatistics, pixels_noted
 from hgkd.weights.files import tensors_of
 
 FORMAT = 1  # of what checkpoints, exports and MAE files say about themselves
@@ -51,7 +52,7 @@ class EncoderSpec:
     name: str
     stem: str = "default"
     kwargs: dict[str, Any] = field(default_factory=dict)
-    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    pixels: PixelStatistics | None = None
 
     @classmethod
     def parse(cls, hgkd: object, source: str) -> EncoderSpec:
@@ -76,6 +77,11 @@ class EncoderSpec:
         mean, std = encoder.get("pixels") or ((), ())
         pixels = (tuple(mean), tuple(std)) if mean else None
         return cls(str(encoder["name"]), str(encoder.get("stem") or "default"), dict(encoder.get("kwargs") or {}), pixels)
+
+    def trained_pixels(self) -> PixelStatistics:
+        """Mean and std of the pixels that the network was trained with."""
+        known = get_pretrained_cfg(self.name, allow_unregistered=True)
+        return self.pixels or ((IMAGENET_MEAN, IMAGENET_STD) if known is None else (known.mean, known.std))
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a checkpoint: ``name``, ``stem``, ``kwargs``, and ``pixels`` where they are not timm's own."""

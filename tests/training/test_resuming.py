@@ -213,6 +213,7 @@ def test_settings_of_model_images_and_update_that_differ_are_named():
     new.train_dataloader.dataset.data_root = "b"
     new.train_dataloader.dataset.steps[0].scale = (32, 32)
     new.optim_wrapper = dict(type="OptimWrapper", optimizer=dict(lr=0.2), accumulative_counts=2)  # lr: told as it is built
+    new.model.student = dict(normalize=[[0.5] * 3, [0.5] * 3])  # the checkpoint's are in force
     remark = config_changes("epoch.pth", {"cfg": old.pretty_text}, new.pretty_text)
     assert remark.partition("in force: ")[2] == (
         "model.decode (absent) -> visible, model.mask.mask_ratio 0.6 -> 0.75, model.decoder_width 32 -> (absent), "
