@@ -90,6 +90,8 @@ def test_the_teacher_runs_partially_and_on_visible_patches():
         ({"taps": ()}, ("taps-not-pairs",)),
         ({"taps": ((8,),)}, ("taps-not-pairs",)),
         ({"taps": ((1, None),)}, ("taps-not-pairs",)),
+        ({"taps": (8, 17)}, ("taps-not-pairs", "(8, 17)")),
+        ({"taps": (("8", 17),)}, ("taps-not-pairs", "'8'")),
         ({"taps": ((1, 9),)}, ("teacher-block-out-of-range", "block", "9", "4")),
         ({"taps": ((7, 1),)}, ("student-level-out-of-range", "7", "4")),
         (

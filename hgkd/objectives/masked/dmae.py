@@ -54,6 +54,13 @@ def l2_of_directions(prediction: Tensor, target: Tensor) -> Tensor:
 DISTANCES = {"l1": l1_of_directions, "l2": l2_of_directions}
 
 
+def _is_pair(tap: object) -> bool:
+    """Whether it is (student layer or None, teacher block)."""
+    if not isinstance(tap, Sequence) or len(tap) != 2:
+        return False
+    return (tap[0] is None or isinstance(tap[0], int)) and isinstance(tap[1], int)
+
+
 @MASKED_OBJECTIVES.register_module()
 class DMAE(MaskedObjective):
     """DMAE's feature alignment.
@@ -72,7 +79,7 @@ class DMAE(MaskedObjective):
         self, taps: Sequence[Sequence[int | None]] = ((None, -1),), projector: str = "linear", distance: str = "l1"
     ) -> None:
         super().__init__()
-        if not taps or any(len(tap) != 2 or tap[1] is None for tap in taps):
+        if not taps or not all(map(_is_pair, taps)):
             raise InvalidValueError(
                 "taps-not-pairs", f"taps must be pairs (student layer or None, teacher block), e.g. ((8, 17),), got {taps!r}"
             )
@@ -81,7 +88,7 @@ class DMAE(MaskedObjective):
                 "distance-unknown", f"distance must be one of {', '.join(map(repr, DISTANCES))}, got {distance!r}"
             )
         build_projector(projector, 1, 1)  # refuses an unknown kind here, before training
-        self._taps: list[tuple[int | None, int]] = [(tap[0], int(tap[1] or 0)) for tap in taps]
+        self._taps: list[tuple[int | None, int]] = [(level, int(block or 0)) for level, block in taps]
         self._projector_kind = projector
         self._distance = DISTANCES[distance]
         self._grid: tuple[int, int] | None = None
