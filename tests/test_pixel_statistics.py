@@ -1,5 +1,6 @@
 """Pixel statistics and channels are checked alike wherever a user gives them."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -159,9 +160,9 @@ def test_new_statistics_replace_those_before_on_their_device() -> None:
 
 
 def masked(student: Any) -> Callable[..., MaskedDistiller]:
-    return lambda **pixels: MaskedDistiller(
+    return lambda objectives=None, **pixels: MaskedDistiller(
         student=dict(student, **pixels),
-        objectives=dict(pixels=dict(type="PixelReconstruction")),
+        objectives=objectives or dict(pixels=dict(type="PixelReconstruction")),
         mask=dict(type="RandomMask", mask_ratio=0.5),
         image_size=64,
     )
@@ -197,3 +198,21 @@ def test_a_training_goes_on_with_the_pixels_of_its_checkpoint(kind: str) -> None
         assert found.pixel_values() == wanted.pixel_values()
         assert build().load_meta(model.meta()) == build().load_meta(there.meta())  # which later files say, too
     assert usual.load_meta(notes[1]) is None
+
+
+@pytest.mark.parametrize("kind", ["CNN student", "ViT student"])
+def test_pixels_are_predicted_with_the_statistics_of_the_checkpoint(kind: str) -> None:
+    """DMAE's pixel loss, whose targets are normalised as the student's images are."""
+    build, options = TRAININGS[kind]
+    objectives = dict(pixels=dict(type="PixelReconstruction", standardise=False))
+    model, there = (build(objectives=objectives, **given) for given in ({}, options([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])))
+    average = copy.deepcopy(model)
+    images = torch.rand(2, 3, 64, 64)
+    visible = there.draw_mask(images)
+    for goes_on in (model, average):
+        goes_on.load_meta(there.meta())
+        found, wanted = (
+            m.objectives["pixels"].loss_terms(m.student(images, visible), None, there.student(images, visible).layout)
+            for m in (goes_on, there)
+        )
+        torch.testing.assert_close(found["reconstruction"].target, wanted["reconstruction"].target)

@@ -25,6 +25,7 @@ class DecodingStudent(Protocol):
         feature_channels, feature_strides: of the encoder's levels, or of a ViT's blocks.
         cell: pixels per mask cell.
         in_chans: channels of its images.
+        mean, std: of its pixels in [0, 1], (1, in_chans, 1, 1).
     """
 
     decoded_channels: int
@@ -33,6 +34,8 @@ class DecodingStudent(Protocol):
     feature_channels: tuple[int, ...]
     feature_strides: tuple[int, ...]
     cell: int
+    mean: Tensor
+    std: Tensor
 
     @property
     def in_chans(self) -> int: ...

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
+from hgkd.objectives.alignment import DecodingStudent
 from hgkd.objectives.loss_terms import LossTerm, MaskedObjective, Setup
 from hgkd.objectives.positions import check_supervise, supervised_cells, supervised_positions, visible_on
 from hgkd.registry import MASKED_OBJECTIVES
@@ -84,8 +85,7 @@ class PixelReconstruction(MaskedObjective):
     Term: ``reconstruction``.
     """
 
-    mean: Tensor  # of the student's pixels, without standardise
-    std: Tensor
+    _student: DecodingStudent
 
     def __init__(self, supervise: str = "masked", standardise: bool = True) -> None:
         super().__init__()
@@ -96,9 +96,8 @@ class PixelReconstruction(MaskedObjective):
 
     def _build(self, setup: Setup) -> None:
         """Build the head."""
-        if not self.standardise:
-            for name in ("mean", "std"):
-                self.register_buffer(name, getattr(setup.student, name).detach().clone(), persistent=False)
+        # no submodule, and asked at every step: a checkpoint may bring other statistics of the pixels
+        object.__setattr__(self, "_student", setup.student)
         if not setup.student.give_pixels():
             self.head = nn.Conv2d(setup.student.decoded_channels, setup.student.in_chans * setup.student.out_stride**2, 1)
         self._channels = setup.student.in_chans
@@ -137,12 +136,12 @@ class PixelReconstruction(MaskedObjective):
             mean, std = cell_statistics(split_cells(images, layout.cell))
             predicted = join_cells(split_cells(predicted, layout.cell) * std + mean, layout.cell)
         else:
-            predicted = predicted * self.std + self.mean
+            predicted = predicted * self._student.std + self._student.mean
         shown = visible_on(layout.visible, (images.shape[-2], images.shape[-1])).unsqueeze(1)
         return torch.where(shown, images, predicted.clamp(0.0, 1.0))
 
     def _normalised_cells(self, images: Tensor, cell: int) -> Tensor:
-        return cell_maps((images - self.mean) / self.std, cell)
+        return cell_maps((images - self._student.mean) / self._student.std, cell)
 
     def extra_repr(self) -> str:
         return f"supervise={self.supervise!r}, standardise={self.standardise}"
