@@ -59,7 +59,8 @@ class ClassifierOutput:
     Attributes:
         logits: of the class head, (B, K).
         distilled: of the second head, (B, K); ``logits`` themselves when there is one head only.
-        feature: the last feature map (B, C, h, w), before pooling; of a ViT its patch tokens.
+        feature: the last feature map (B, C, h, w), before pooling; of a ViT its patch tokens. Of a network that gives tokens
+            on no grid (timm's Hiera, say) what it gives.
     """
 
     logits: Tensor
@@ -261,9 +262,9 @@ class ImageClassifier(PixelNormalisation):
         return head_names(self.network)
 
     def _map(self, features: Tensor, inputs: Tensor) -> Tensor:
-        if not self.is_vit:
-            return features
         network = self.network
+        if not self.is_vit:  # timm's Swin and its kin keep channels last, and say so
+            return features.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "") == "NHWC" else features
         patch = network.patch_embed.patch_size
         grid = (inputs.shape[2] // patch[0], inputs.shape[3] // patch[1])
         return features[:, network.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)

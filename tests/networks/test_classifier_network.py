@@ -38,6 +38,19 @@ def test_one_head_is_timms_own_network(name, kwargs):
     assert tuple(out.feature.shape[1:]) == model.feature_shape(64)
 
 
+def test_maps_that_timm_keeps_channels_last_are_maps_like_others():
+    """Swin's, of which FeatureMapMGD took rows for channels."""
+    model = ImageClassifier("swin_tiny_patch4_window7_224", 3, 64, img_size=64, embed_dim=24, depths=(1, 1, 1, 1)).eval()
+    assert model.feature_shape(64) == (192, 2, 2)
+    inputs = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        out = model(inputs)
+    torch.testing.assert_close(out.feature, model.network.forward_features(inputs).movedim(3, 1))
+    activation, classes = model.class_activation(inputs)
+    assert activation.shape == (2, 2, 2)
+    assert torch.equal(classes, out.logits.argmax(1))
+
+
 @pytest.mark.parametrize(("name", "kwargs"), NETWORKS)
 def test_two_heads_on_one_feature_are_averaged(name, kwargs):
     model = ImageClassifier(name, 3, 64, two_heads=True, **kwargs).eval()

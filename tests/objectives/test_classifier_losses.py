@@ -136,6 +136,13 @@ def test_mgd_in_fine_tuning_is_mgd_on_the_last_maps():
     assert student.grad.abs().sum() > 0
 
 
+def test_mgd_refuses_what_is_no_map_before_the_first_step():
+    with refused(ValueError, "classifier-without-map", "student", "(49, 768)", "LogitKD"):
+        FeatureMapMGD().prepare((49, 768), (5, 2, 2))
+    with refused(ValueError, "classifier-without-map", "teacher", "(49, 768)"):
+        FeatureMapMGD().prepare((5, 2, 2), (49, 768))
+
+
 def test_mgd_brings_the_student_to_the_teachers_grid_and_may_normalise():
     objective = FeatureMapMGD(normalise=True, ratio=0.0, alpha=1.0, reduction="mean")
     objective.prepare((4, 4, 4), (4, 2, 2))

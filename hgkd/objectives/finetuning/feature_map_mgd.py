@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hgkd.errors import InvalidValueError
 from hgkd.objectives.alignment import fit_grid
 from hgkd.objectives.distances import layer_norm0
 from hgkd.objectives.finetuning.base import FinetuningObjective, Shape
@@ -51,7 +52,18 @@ class FeatureMapMGD(FinetuningObjective):
         self.loss: MGDLoss | None = None
 
     def _build(self, student: Shape, teacher: Shape) -> None:
-        """The generator."""
+        """The generator.
+
+        Raises:
+            ValueError: one of the two gives no feature map.
+        """
+        for whose, shape in (("student", student), ("teacher", teacher)):
+            if len(shape) != 3:
+                raise InvalidValueError(
+                    "classifier-without-map",
+                    f"FeatureMapMGD compares last feature maps (C, h, w), and the {whose} gives features of shape {shape}: "
+                    "tokens on no grid; take another network, or an objective on answers such as LogitKD",
+                )
         self._grid = teacher[1:]
         self.loss = self._make_loss(student[0], teacher[0])
 
