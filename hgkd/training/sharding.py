@@ -43,7 +43,8 @@ def shard_model(model: BaseModel) -> str:
     Every process must have built it with the same weights.
 
     Raises:
-        ValueError: torch is too old, or the mask is guided by a teacher, whose attention is read from within its blocks.
+        ValueError: torch is too old, the mask is guided by a teacher, whose attention is read from within its blocks, or a
+            teacher of visible cells gets different numbers of them.
     """
     try:
         from torch.distributed.fsdp import fully_shard
@@ -58,6 +59,16 @@ def shard_model(model: BaseModel) -> str:
             f"fsdp=True divides the blocks of teacher {guide!r}, whose attention guides the mask and is read within them; take "
             "a mask that is not guided, or leave fsdp out",
         )
+    mask: Any = getattr(model, "mask", None)
+    passes: Mapping[str, Any] = getattr(model, "_passes", {}) if getattr(mask, "counts_differ", False) else {}
+    for name, needs in passes.items():
+        if any(need.visible_only for need in needs):  # Teacher._see
+            raise InvalidValueError(
+                "fsdp-uneven-masks",
+                f"fsdp=True divides the blocks of teacher {name!r}, which sees visible cells alone, in one pass for each "
+                f"number of them in a batch; with mask_ratio={list(mask.mask_ratio)} processes would make different numbers of "
+                "passes and wait for each other for ever. Give one mask_ratio, an objective on whole images, or leave fsdp out",
+            )
     device = get_device()
     mesh = init_device_mesh(device, (get_world_size(),))
     model.to(memory_format=torch.contiguous_format)  # FSDP 2 takes no kernels in channels last, as sparsify lays them out

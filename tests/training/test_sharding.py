@@ -9,7 +9,9 @@ from refusals import refused
 from tiny_runs import SPARK, tiny, torchrun, write_images
 
 from hgkd.api.train import load_config
+from hgkd.distillers import MaskedDistiller
 from hgkd.registry import RUNNERS
+from hgkd.training.sharding import shard_model
 
 SCRIPT = Path(__file__).with_name("process_of_fsdp.py")
 pytestmark = pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard has its public name since then")
@@ -55,3 +57,17 @@ def test_a_divided_training_is_the_ordinary_one_and_its_checkpoints_are_whole(ki
 def test_one_process_has_nobody_to_divide_with(images, tmp_path):
     with refused(ValueError, "fsdp-needs-processes", "--launcher pytorch"):
         RUNNERS.build(load_config(SPARK, tmp_path, options=tiny(images, fsdp=True)))
+
+
+def test_a_divided_teacher_must_run_as_often_in_every_process():
+    """One that sees visible cells runs once for each number of them, which each process draws for itself."""
+    vit = dict(type="TimmTeacher", name="vit_tiny_patch16_224", allow_random=True, depth=2, embed_dim=32, num_heads=2)
+    model = MaskedDistiller(
+        student=dict(type="SparseUNet", encoder="test_resnet", decoder_width=16, min_decoder_width=8),
+        teachers=dict(whole=vit, partial=vit),
+        objectives=dict(hgkd=dict(type="HGKD", teacher="whole"), dmae=dict(type="DMAE", teacher="partial")),
+        mask=dict(type="RandomMask", mask_ratio=[0.25, 0.75]),
+        image_size=128,
+    )
+    with refused(ValueError, "fsdp-uneven-masks", "'partial'", "[0.25, 0.75]", "leave fsdp out"):
+        shard_model(model)
