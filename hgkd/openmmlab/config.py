@@ -27,6 +27,8 @@ PACKAGED = "/.mim/configs/"  # where an installed package keeps its configs
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 # names by which config files build their parts themselves, or that hgkd reads as they are
 _VARIABLES = ("backbone", "classes", "ignored_label")
+# epochs that mmdet's hooks count: when the mosaics end, or how many epochs are without them
+_SWITCHES = {"PipelineSwitchHook": "switch_epoch", "YOLOXModeSwitchHook": "num_last_epochs"}
 SHORT_OPTIONS = {
     "data_root": "folder of the data set",
     "classes": "[names] of the data set's classes, in the order of its labels; the heads are made to fit",
@@ -311,13 +313,20 @@ def _stretch(cfg: Config, key: str, option: str, value: int) -> None:
     for part in _dicts(cfg.get("param_scheduler")):
         if bool(part.get("by_epoch", True)) != (key == "max_epochs"):
             continue  # a warm-up in steps stays as long as it is
+        whole = "end" in part and part.get("T_max") == part["end"] - part.get("begin", 0)
         for name in ("begin", "end", "T_max"):
             if name in part:
                 part[name] = round(part[name] * value / old)
         if "end" in part:
             part["end"] = max(part["end"], part.get("begin", 0) + 1)
+        if "T_max" in part:  # a cosine that ends before its time would rise again
+            part["T_max"] = part["end"] - part.get("begin", 0) if whole else max(part["T_max"], 1)
         if "milestones" in part:
             part["milestones"] = [round(step * value / old) for step in part["milestones"]]
+    for hook in _dicts(cfg.get("custom_hooks")):
+        name = _SWITCHES.get(type_name(hook), "")
+        if key == "max_epochs" and name in hook:
+            hook[name] = min(round(hook[name] * value / old), value - 1)
     cfg.train_cfg[key] = value
     cfg.train_cfg["val_interval"] = min(cfg.train_cfg.get("val_interval", 1), value)
     hook = cfg.default_hooks.checkpoint

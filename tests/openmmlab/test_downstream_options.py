@@ -71,6 +71,18 @@ def test_the_length_by_its_path_stretches_the_schedule_as_the_short_option_does(
     assert load(SEGMENTOR, train_cfg__max_iters=100).to_dict() == load(SEGMENTOR, iterations=100).to_dict()
 
 
+@pytest.mark.parametrize(
+    ("epochs", "cosine", "switch", "last"), [(30, (15, 30, 15), 28, 2), (5, (2, 5, 3), 4, 0), (1, (0, 1, 1), 0, 0)]
+)
+def test_the_length_stretches_cosines_and_what_ends_the_mosaics(epochs, cosine, switch, last):
+    cfg = load(ROOT / "downstream/detection/rtmdet_cspnext-tiny_300e_coco.py", epochs=epochs)
+    found = cfg.param_scheduler[1]
+    assert (found.begin, found.end, found.T_max) == cosine  # with a T_max of less the rate would rise at the end
+    assert [hook.switch_epoch for hook in cfg.custom_hooks if hook.type == "PipelineSwitchHook"] == [switch]
+    cfg = load(ROOT / "downstream/detection/yolox_cspdarknet-tiny_300e_coco.py", epochs=epochs)
+    assert [hook.num_last_epochs for hook in cfg.custom_hooks if hook.type == "YOLOXModeSwitchHook"] == [last]
+
+
 def test_a_childs_values_win_and_its_short_options_count(tmp_path):
     path = child(tmp_path, "train_dataloader = dict(batch_size=16)")
     assert load(path).train_dataloader.batch_size == 16
