@@ -275,8 +275,8 @@ def _set_ignored_label(cfg: Config, value: Any) -> None:
         for metric in evaluators_of(cfg, loader):
             if type_name(metric) == "IoUMetric":
                 cast(dict[str, Any], metric)["ignore_index"] = label
-    for dataset in datasets_of(cfg):
-        for step in dataset.get("pipeline") or []:
+    for pipeline in pipelines_of(cfg):
+        for step in pipeline:
             if type_name(step) == "RandomCrop":
                 step["ignore_index"] = label
 
@@ -354,8 +354,8 @@ def _set_workers(cfg: Config, value: int) -> None:
 
 def _set_value_range(cfg: Config, value: Any) -> None:
     limits = as_value_range(value)
-    for dataset in datasets_of(cfg):
-        for step in dataset.get("pipeline") or []:
+    for pipeline in pipelines_of(cfg):
+        for step in pipeline:
             if step["type"] in ("LoadImageFromFile", "hgkd.LoadReadableImage"):
                 step["value_range"] = None if limits is None else list(limits)
 
@@ -402,6 +402,15 @@ def datasets_of(cfg: Mapping[str, Any], loaders: Sequence[str] = LOADERS) -> Ite
             yield dataset
 
 
+def pipelines_of(cfg: Mapping[str, Any], loaders: Sequence[str] = LOADERS) -> Iterator[Sequence[dict[str, Any]]]:
+    """The pipelines of :func:`datasets_of`, and of a training those that a hook puts in their place (RTMDet's second stage)."""
+    for dataset in datasets_of(cfg, loaders):
+        yield dataset.get("pipeline") or []
+    if LOADERS[0] in loaders:
+        for hook in _dicts(cfg.get("custom_hooks")):
+            yield hook.get("switch_pipeline") or []
+
+
 def dataset_class(dataset: Mapping[str, Any], scope: str) -> type:
     """The class of a data set's config, in the registry of mmdet or mmseg."""
     with roots.DATASETS.switch_scope_and_registry(scope) as registry:
@@ -426,8 +435,8 @@ def skip_unreadable_images(cfg: Config, work_dir: str) -> None:
     """
     report = str(Path(work_dir) / UNREADABLE)
     for loader in LOADERS:
-        for dataset in datasets_of(cfg, [loader]):
-            load_with_care(dataset.get("pipeline") or [], {"report": report} if loader == LOADERS[0] else {"required": True})
+        for pipeline in pipelines_of(cfg, [loader]):
+            load_with_care(pipeline, {"report": report} if loader == LOADERS[0] else {"required": True})
     if cfg.get(LOADERS[0]):
         cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "hgkd.UnreadableImagesHook"}]
 

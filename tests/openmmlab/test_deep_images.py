@@ -4,12 +4,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import Compose
 from mmengine.config import Config
 from PIL import Image
 
 from hgkd.errors import code_of
 from hgkd.openmmlab.backbone import TimmBackbone
-from hgkd.openmmlab.config import load_with_care, merge_options
+from hgkd.openmmlab.config import load_with_care, merge_options, skip_unreadable_images
 from hgkd.openmmlab.images import LoadReadableImage
 from hgkd.openmmlab.weights import load_backbone_file
 
@@ -51,6 +52,20 @@ def test_the_short_option_reaches_every_pipeline():
         assert "value_range" not in pipeline[1]
     with pytest.raises(ValueError, match=r"low < high"):
         merge_options(cfg, {"value_range": [4095, 0]})
+
+
+def test_a_pipeline_that_a_hook_switches_to_reads_images_as_the_first(tmp_path):
+    dataset = {"type": "CocoDataset", "pipeline": [{"type": "LoadImageFromFile"}]}
+    hook = {"type": "PipelineSwitchHook", "switch_epoch": 1, "switch_pipeline": [{"type": "LoadImageFromFile"}]}
+    cfg = Config({"default_scope": "mmdet", "model": {}, "train_dataloader": {"dataset": dataset}, "custom_hooks": [hook]})
+    merge_options(cfg, {"value_range": [0, 4095]})
+    skip_unreadable_images(cfg, str(tmp_path))
+    later = Compose(cfg.custom_hooks[0].switch_pipeline)  # as the hook itself builds it
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(later({"img_path": str(tmp_path / "a.png")})["img"][..., 0], SCALED)
+    (tmp_path / "b.png").write_bytes(b"cut off")
+    assert later({"img_path": str(tmp_path / "b.png")}) is None
+    assert (tmp_path / "unreadable_files.txt").read_text().splitlines() == [str(tmp_path / "b.png")]
 
 
 def test_a_backbone_for_other_channels_is_refused(tmp_path):
