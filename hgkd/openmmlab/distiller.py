@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +150,15 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
             for level, (ours, theirs) in enumerate(pairs):
                 losses[f"mgd_{index}_{level}_loss"] = self.generators[f"{index}_{level}"](ours, theirs)
         return losses
+
+    @property
+    def detector(self) -> BaseModel:
+        """The student, by the name at which mmdet's hooks look inside a model (``YOLOXModeSwitchHook``)."""
+        return self.student
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell a student that counts epochs which one it is, for mmdet's ``SetEpochInfoHook``."""
+        cast(Any, self.student).set_epoch(epoch)
 
     def _student_paths(self) -> list[str]:
         paths = [tap.student for tap in self.taps]

@@ -1,5 +1,7 @@
 """Distillation of detectors and segmentors: what is trained, saved and predicted, and the losses' values."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from downstream_runs import measure_tool, need, scope, shapes_ade20k, shapes_coco, tiny_detector, tiny_segmentor, train_tool
@@ -99,6 +101,18 @@ def test_student_predicts_as_if_alone():
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.pred_instances.bboxes, b.pred_instances.bboxes)
         assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
+
+
+def test_mmdets_hooks_reach_the_student():
+    from mmdet.engine.hooks import SetEpochInfoHook, YOLOXModeSwitchHook
+
+    model = detector_distiller()
+    runner = Mock(model=model, epoch=1, max_epochs=2)
+    YOLOXModeSwitchHook(num_last_epochs=1).before_train_epoch(runner)
+    assert model.student.bbox_head.use_l1
+    model.student.set_epoch = Mock()
+    SetEpochInfoHook().before_train_epoch(runner)
+    model.student.set_epoch.assert_called_once_with(1)
 
 
 def test_gradient_reaches_the_student_alone():
