@@ -432,6 +432,7 @@ class DistillRunner(Runner):
                 f"{filename} was written with other groups of parameters ({error}). Resume with the optim_wrapper and the "
                 "frozen parts that it was written with, or start anew in another work folder",
             ) from error
+        self._take_best_checkpoints()
         loop, read = self.train_loop, self._read
         assert read is not None
         check = getattr(loop, "check_position", None)
@@ -456,6 +457,15 @@ class DistillRunner(Runner):
         sampler = self.train_dataloader.sampler
         if not self._randomness_cfg.get("diff_rank_seed", False) and hasattr(sampler, "seed"):
             sampler.seed = self.seed
+
+    def _take_best_checkpoints(self) -> None:
+        """Look for the best checkpoints so far, which go when there are better ones, in this run's own folder.
+
+        A run that goes on in another work folder, or in a copy of its own, knows the paths of the first one's.
+        """
+        for name, path in dict(self.message_hub.runtime_info).items():
+            if name.startswith("best_ckpt") and path:
+                self.message_hub.update_info(name, os.path.join(self.work_dir, os.path.basename(path)))
 
     def load_checkpoint(
         self, filename: str, map_location: object = "cpu", strict: bool = True, revise_keys: object = None

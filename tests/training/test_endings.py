@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from refusals import refused
 from tiny_runs import HGKD as HGKD_RECIPE
@@ -26,7 +27,7 @@ from hgkd.registry import build_runner
 from hgkd.training.checkpoint_hook import CheckpointWriteError, RunCheckpointHook
 from hgkd.training.hooks.alarms import SteadyTimerHook
 from hgkd.training.loop import told_signals
-from hgkd.training.runner import _later_than_any, _stamp
+from hgkd.training.runner import DistillRunner, _later_than_any, _stamp
 from hgkd.training.work_folder import release_folder
 from hgkd.training.wrapping import plain_model
 from hgkd.weights import find_last_checkpoint
@@ -200,10 +201,12 @@ def test_a_file_that_cannot_be_written_leaves_nothing_half_done(tmp_path, monkey
     assert (tmp_path / "student.pth").read_bytes() == b"before"
 
 
-def best(tmp_path, scores, full=()):
-    """The hook's best checkpoint after validations with these scores; the disk is full at some of them."""
+def best(tmp_path, scores, full=(), **info):
+    """The hook's best checkpoint after validations with these scores; the disk is full at some of them.
+
+    ``info``: what the hub of a resumed run knows.
+    """
     hook = RunCheckpointHook(save_best="top1", rule="greater")
-    info = {}
     hub = SimpleNamespace(runtime_info=info, update_info=info.__setitem__, get_info=info.__getitem__)
     run = SimpleNamespace(work_dir=str(tmp_path), message_hub=hub, iter=0, epoch=0, logger=SimpleNamespace(info=print))
 
@@ -224,6 +227,19 @@ def best(tmp_path, scores, full=()):
 
 def test_the_best_checkpoint_goes_only_when_a_better_one_is_there(tmp_path):
     assert best(tmp_path, [1.0, 3.0, 2.0]) == (["best_top1_epoch_2.pth"], 3.0)
+
+
+def test_a_run_that_goes_on_in_another_folder_leaves_the_best_checkpoint_of_the_first(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    (first / "best_top1_epoch_1.pth").touch()
+    runner = DistillRunner.__new__(DistillRunner)
+    runner._work_dir, runner.message_hub = str(second), MessageHub("goes_on_elsewhere")
+    runner.message_hub.update_info_dict({"best_ckpt": str(first / "best_top1_epoch_1.pth"), "best_score": 2.0})
+    runner._take_best_checkpoints()
+    assert best(second, [1.0, 3.0], **runner.message_hub.runtime_info) == (["best_top1_epoch_2.pth"], 3.0)
+    assert (first / "best_top1_epoch_1.pth").is_file()
 
 
 def test_a_full_disk_leaves_the_best_checkpoint(tmp_path):
