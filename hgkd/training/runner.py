@@ -54,6 +54,7 @@ from hgkd.training.work_folder import check_unused, held_until_the_end, lock_fol
 from hgkd.training.wrapping import check_channels, plain_model
 from hgkd.weights.identify import describe_network, hgkd_of
 from hgkd.weights.loading import check_finite, load_strict, match
+from hgkd.weights.run_file import SCORED_STEP
 from hgkd.weights.run_folder import find_last_checkpoint, read_run_checkpoint, seal, tell_system_errors
 from hgkd.writing import replacing
 
@@ -310,6 +311,8 @@ class DistillRunner(Runner):
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         if fn_name == "before_save_checkpoint" and self._whole is not None:
             kwargs["checkpoint"].update(self._whole)
+        if fn_name == "after_val_epoch":
+            self.message_hub.update_info(SCORED_STEP, self.iter)
         if fn_name not in ("before_run", "before_train"):
             return super().call_hook(fn_name, **kwargs)
         with configured():  # hooks build parts of theirs here, as EMAHook its average

@@ -17,6 +17,7 @@ from hgkd.weights.files import tensors_of
 
 FORMAT = 1  # of what checkpoints, exports and MAE files say about themselves
 STUDENT_PREFIX, ENCODER_PREFIX = "student.", "student.encoder."
+SCORED_STEP = "scored_step"  # in the message hub: steps that were done when the scores in it were measured
 _TIMINGS = ("val/time", "val/data_time")  # mmengine's, of no interest after the run
 EXPECTED_RUN = "expected a .pth file that hgkd train wrote while distilling a student"
 
@@ -95,10 +96,17 @@ class EncoderSpec:
 
 
 def run_metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The last validation results before the file was written, as mmengine's message hub keeps them: name -> number."""
-    hub = checkpoint.get("message_hub")
+    """Results of the validation of a checkpoint's weights, as mmengine's message hub keeps them: name -> number.
+
+    Most checkpoints are written before the validation of their epoch, when the hub holds the scores of an earlier one: empty
+    then. Files of before 0.2.0 do not say; of them the last scores are taken.
+    """
+    hub, meta = checkpoint.get("message_hub"), checkpoint.get("meta")
     scalars = hub.get("log_scalars") if isinstance(hub, Mapping) else None
     if not isinstance(scalars, Mapping):
+        return {}
+    scored = (hub.get("runtime_info") or {}).get(SCORED_STEP)
+    if scored is not None and isinstance(meta, Mapping) and scored != meta.get("iter"):
         return {}
     found = {}
     for name, history in scalars.items():

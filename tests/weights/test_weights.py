@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hgkd.errors import WeightsError
+from hgkd.training.runner import DistillRunner
 from hgkd.weights.files import (
     average_entry,
     part_of_several,
@@ -31,6 +32,22 @@ from hgkd.weights.files import (
     trained_weights,
 )
 from hgkd.weights.loading import load_strict
+from hgkd.weights.run_file import run_metrics
+
+
+def test_scores_of_other_weights_are_not_those_of_a_checkpoint() -> None:
+    runner = DistillRunner.__new__(DistillRunner)
+    runner._hooks, runner._train_loop = [], None
+    runner.message_hub = MessageHub("scores_of_other_weights")
+    runner.message_hub.update_scalar("val/knn/top1", 42.5)
+
+    def found(step: int) -> dict[str, Any]:
+        return run_metrics({"meta": {"iter": step}, "message_hub": runner.message_hub.state_dict()})
+
+    assert found(10) == {"knn/top1": 42.5}  # of a version that does not say
+    runner.call_hook("after_val_epoch", metrics={"knn/top1": 42.5})
+    assert found(0) == {"knn/top1": 42.5}
+    assert found(10) == {}  # written before its own validation
 
 
 class _Foreign:
