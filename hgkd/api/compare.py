@@ -20,7 +20,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from hgkd.api.evaluate import check_methods, evaluate
+from hgkd.api.evaluate import check_finetune_options, check_methods, evaluate
 from hgkd.config.options import option_text
 from hgkd.errors import InvalidValueError, MissingFileError, StoppedError, unknown_name_message
 from hgkd.evaluation.comparison import trained, value_of, write_csv
@@ -152,6 +152,10 @@ def _check_evaluate(where: str, arguments: Mapping[str, Any]) -> None:
         check_methods(arguments["methods"])
     except ValueError as error:
         raise InvalidValueError("plan-evaluate-methods", f"{where}: {error}") from error
+    try:
+        check_finetune_options(arguments.get("finetune_options"))
+    except ValueError as error:
+        raise InvalidValueError("plan-evaluate-finetune-options", f"{where}: {error}") from error
 
 
 def _fill(value: object, values: Mapping[str, str]) -> Any:

@@ -27,6 +27,8 @@ from hgkd.weights.files import reading_once
 
 METHODS = ("knn", "linear", "fewshot", "finetune")
 RECIPE = "downstream/classification/resnet18_10e_cifar128"  # for any network
+# ends of config keys that say which images there are: a network would be tuned for others than it is tested on
+_OF_IMAGES = frozenset({"data_root", "list_file", "image_size", "value_range", "in_chans", "num_classes", "limit_per_class"})
 
 
 @reading_once()  # fine-tuning starts from the file that the features were extracted with
@@ -66,6 +68,7 @@ def evaluate(
         ks: neighbours; ``top1`` is that of the first.
         shots, draws: see ``hgkd.evaluation.few_shot``; ``top1`` is that of the first number.
         finetune_options: config options of the recipe, e.g. epochs, lr, batch_size; student where a MAE file is fine-tuned.
+            Which images there are, and their size, the arguments above say.
         data_root: folder below which the paths of lists are; None: each list's own.
         value_range: (low, high), the values of black and white in images of more than 8 bits.
         seed: of random weights, the held-out images, the draws and the bootstrap.
@@ -79,6 +82,7 @@ def evaluate(
         ValueError: a method that does not exist, or ``methods`` is one text; something in the other arguments is wrong.
     """
     check_methods(methods)
+    check_finetune_options(finetune_options)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor = load_extractor(backbone, checkpoint, block, pretrained=pretrained, seed=seed)
@@ -162,6 +166,22 @@ def check_methods(methods: Sequence[str]) -> None:
     for method in methods:
         if method not in METHODS:
             raise InvalidValueError("method-unknown", unknown_name_message("method", method, METHODS))
+
+
+def check_finetune_options(options: Mapping[str, Any] | None) -> None:
+    """Refuse options that would tune a network for other images, or another size, than it is tested on.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for key, value in (options or {}).items():
+        if key.rpartition(".")[2] in _OF_IMAGES:
+            raise InvalidValueError(
+                "finetune-option-of-images",
+                f"finetune_options has {key}={value!r}, but the fine-tuned network is tested on the images of the evaluation: "
+                "leave it out, and set train, image_size, value_range and limit_per_class of the evaluation itself "
+                "(--train, --image-size, ...)",
+            )
 
 
 class FineTuned(FeatureExtractor):

@@ -84,6 +84,7 @@ def test_slips_are_told_before_the_first_run(tmp_path, monkeypatch, capsys):
         ({"test": None}, ("plan-evaluate-incomplete", "test")),
         ({"methods": ["k-NN"]}, ("plan-evaluate-methods", "'a'", "'k-NN'", "'knn'")),
         ({"methods": "knn"}, ("plan-evaluate-methods", "['knn']")),
+        ({"finetune_options": {"image_size": 96}}, ("plan-evaluate-finetune-options", "'a'", "image_size=96")),
     ],
 )
 def test_what_hgkd_evaluate_would_refuse_is_told_before_the_first_run(tmp_path, arguments, refusal):

@@ -234,6 +234,12 @@ def test_fine_tuning_a_mae_file_needs_the_networks_name() -> None:
         evaluate_api.fine_tune(extractor, 3, {})
 
 
+@pytest.mark.parametrize("key", ["image_size", "data_root", "train_dataloader.dataset.value_range"])
+def test_fine_tuning_for_other_images_than_those_of_the_test_is_refused(key: str) -> None:
+    with refused(ValueError, "finetune-option-of-images", f"{key}=64", "--image-size"):
+        evaluate_api.evaluate(["finetune"], "test_resnet", "absent", "absent", finetune_options={"epochs": 1, key: 64})
+
+
 def test_test_images_that_are_training_images_are_told(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--backbone", "test_resnet", "--image-size", "32", "--workers", "0", "--device", "cpu", "--k", "1"]
     assert evaluate.main(["knn", *common, "--train", f"{squares}/test", "--test", f"{squares}/test"]) == 0
