@@ -311,8 +311,8 @@ class DistillRunner(Runner):
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         if fn_name == "before_save_checkpoint" and self._whole is not None:
             kwargs["checkpoint"].update(self._whole)
-        if fn_name == "after_val_epoch":
-            self.message_hub.update_info(SCORED_STEP, self.iter)
+        if fn_name == "after_val_epoch" and isinstance(self._train_loop, BaseLoop):
+            self.message_hub.update_info(SCORED_STEP, self._train_loop.iter)
         if fn_name not in ("before_run", "before_train"):
             return super().call_hook(fn_name, **kwargs)
         with configured():  # hooks build parts of theirs here, as EMAHook its average
