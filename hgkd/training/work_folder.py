@@ -52,7 +52,7 @@ def check_unused(work_dir: str | os.PathLike[str], resume: bool, load_from: str 
     Raises:
         ValueError: names what lies there and the two ways out.
     """
-    own = resume and (load_from is None or Path(load_from).absolute().parent == Path(work_dir).absolute())
+    own = resume and (load_from is None or Path(load_from).parent.resolve() == Path(work_dir).resolve())
     found = [] if own else results_in(work_dir)
     if found:
         names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")

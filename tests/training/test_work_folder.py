@@ -129,6 +129,7 @@ def test_results_of_another_training_are_not_overwritten(tmp_path):
             check_unused(tmp_path, True, "/elsewhere/epoch_1.pth")
         check_unused(tmp_path, True, None)
         check_unused(tmp_path, True, str(tmp_path / "epoch_1.pth"))
+        check_unused(tmp_path, True, str(tmp_path / ".." / tmp_path.name / "epoch_1.pth"))  # as typed from another folder
         (tmp_path / name).unlink()
 
 
