@@ -69,7 +69,7 @@ def run_card(
         },
         "data": _looked_up(_data, cfg, absent),
         "teacher": _looked_up(_teacher, cfg, absent),
-        "metrics": dict(source.metrics) or absent,
+        "metrics": _looked_up(lambda cfg, _: _own_scores(source, cfg), cfg, absent) or absent,
         "run": _looked_up(_scores, {"file": source.path} if from_run else {}, absent),
         "versions": {
             "hgkd": hgkd.__version__,
@@ -215,16 +215,31 @@ def _scores(run: Mapping[str, Path], absent: str) -> dict[str, Any]:
     path = run.get("file")
     if path is None or not re.fullmatch(r"(epoch|iter|best)_.*\.pth", path.name):
         return {"scores": absent}
-    found: dict[str, dict[int, float]] = {}
-    for entry in logged_lines(path.parent):
-        for name, value in entry.items() if "lr" not in entry else ():
-            if name not in ("step", "time", "data_time") and isinstance(value, int | float) and math.isfinite(value):
-                found.setdefault(name, {})[entry["step"]] = value  # of a resumed run the later one counts
     return {
         name: {"last": values[max(values)], "lowest": min(values.values()), "highest": max(values.values())}
         | {"validations": len(values)}
-        for name, values in found.items()
+        for name, values in _logged_scores(path.parent).items()
     } or {"scores": "unknown: no log of the run lies beside the checkpoint"}
+
+
+def _own_scores(source: Origin, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of the checkpoint's weights: one like ``epoch_3.pth`` is written before its validation, but the log has them."""
+    found: dict[str, Any] = {}
+    if source.meta and re.fullmatch(r"(epoch|iter)_\d+\.pth", source.path.name):
+        by_epoch = ((cfg.get("default_hooks") or {}).get("logger") or {}).get("log_metric_by_epoch", True)
+        step = source.meta.get("epoch" if by_epoch else "iter")
+        found = {name: values[step] for name, values in _logged_scores(source.path.parent).items() if step in values}
+    return found or dict(source.metrics)
+
+
+def _logged_scores(work_dir: Path) -> dict[str, dict[int, float]]:
+    """Name -> epoch or step -> score, of all validations in a work folder's logs."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in logged_lines(work_dir):
+        for name, value in entry.items() if "lr" not in entry else ():
+            if name not in ("step", "time", "data_time") and isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(name, {})[entry["step"]] = value  # of a resumed run the later one counts
+    return found
 
 
 def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:

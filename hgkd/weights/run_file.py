@@ -102,8 +102,7 @@ def run_metrics(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     then. Files of before 0.2.0 do not say; of them the last scores are taken.
     """
     hub, meta = checkpoint.get("message_hub"), checkpoint.get("meta")
-    scalars = hub.get("log_scalars") if isinstance(hub, Mapping) else None
-    if not isinstance(scalars, Mapping):
+    if not isinstance(hub, Mapping) or not isinstance(scalars := hub.get("log_scalars"), Mapping):
         return {}
     scored = (hub.get("runtime_info") or {}).get(SCORED_STEP)
     if scored is not None and isinstance(meta, Mapping) and scored != meta.get("iter"):

@@ -152,6 +152,27 @@ def test_no_home_leaves_with_an_export(tmp_path: Path, monkeypatch: pytest.Monke
         assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
+@pytest.mark.parametrize(
+    ("name", "logger", "expected"),
+    [
+        ("epoch_3.pth", {}, 43.0),
+        ("iter_9.pth", {"log_metric_by_epoch": False}, 44.0),
+        ("epoch_3_step_2.pth", {}, 42.5),  # its weights were never validated; those in the file do not say of what they are
+        ("best_knn_top1_epoch_3.pth", {}, 42.5),  # written after its validation, so that the file itself has them
+    ],
+)
+def test_scores_are_those_of_the_checkpoint(name: str, logger: dict, expected: float, tmp_path: Path) -> None:
+    write_student(tmp_path / name)
+    checkpoint = torch.load(tmp_path / name, weights_only=False)
+    checkpoint["meta"] |= dict(epoch=3, iter=9, cfg=f"default_hooks = dict(logger={logger})")
+    torch.save(checkpoint, tmp_path / name)
+    (tmp_path / "20261201/vis_data").mkdir(parents=True)
+    lines = ['{"knn/top1": 41.0, "step": 2}', '{"knn/top1": 43.0, "time": 1.0, "step": 3}', '{"knn/top1": 44.0, "step": 9}']
+    (tmp_path / "20261201/vis_data/scalars.json").write_text("\n".join(['{"lr": 0.1, "loss": 1.0, "step": 3}', *lines]))
+    export(tmp_path / name, tmp_path / "out")
+    assert json.loads((tmp_path / "out/run_card.json").read_text())["metrics"] == {"knn/top1": expected}
+
+
 def test_metrics_that_json_cannot_hold(tmp_path: Path) -> None:
     write_student(tmp_path / "a.pth")
     checkpoint = torch.load(tmp_path / "a.pth", weights_only=False)
