@@ -41,6 +41,7 @@ class TimmBackbone(BaseModule):
         timm_kwargs: passed to ``timm.create_model``, e.g. ``drop_path_rate=0.4`` or ``output_stride=8``.
 
     Attributes:
+        name, timm_kwargs: as above.
         channels: of the outputs.
 
     Raises:
@@ -73,6 +74,7 @@ class TimmBackbone(BaseModule):
                 f"frozen_stages={frozen_stages} of {name!r} must be in 0 .. {len(levels)}; 0 freezes nothing (mmdet's -1)",
             )
         self.name = name
+        self.timm_kwargs = timm_kwargs
         self.norm_eval = norm_eval
         self._levels: list[Level] = [levels[index] for index in sorted(out_indices)]
         self.channels = tuple(level.channels for level in self._levels)
@@ -89,6 +91,17 @@ class TimmBackbone(BaseModule):
         if self.out_norms is not None:
             maps = [norm(level) for norm, level in zip(self.out_norms, maps, strict=True)]
         return tuple(maps)
+
+    @torch.no_grad()
+    def computes_as(self, network: nn.Module) -> bool:
+        """Whether another network of timm makes the same levels of an image; neither is changed."""
+        image = torch.linspace(0.0, 9.0, 3 * 64 * 64).sin().view(1, 3, 64, 64)  # draws no random number
+        levels = []
+        for each in (self.network, network):
+            with evaluating(each):
+                levels.append(encoder_features(each, image, self._levels))
+        pairs = list(zip(*levels, strict=True))
+        return all(ours.shape == theirs.shape and torch.allclose(ours, theirs, 1e-3, 1e-4) for ours, theirs in pairs)
 
     def train(self, mode: bool = True) -> TimmBackbone:
         """Set the mode as torch does, except for norms that are frozen, or all with ``norm_eval``: they stay in eval mode."""

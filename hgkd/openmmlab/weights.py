@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hgkd.errors import InvalidValueError, MissingFileError, WeightsError
+from hgkd.networks.encoder import build_encoder
 from hgkd.networks.libraries import LIBRARIES, build_library_network, library_of
 from hgkd.openmmlab.backbone import TimmBackbone
 from hgkd.pixels import near, pixel_statistics
 from hgkd.weights.identify import WeightFile, identify
 from hgkd.weights.importing import ImportReport, import_weights
-from hgkd.weights.loading import check_finite
+from hgkd.weights.loading import check_finite, load_strict
 
 _EXPORTED = ("backbone.pth", "model.safetensors")  # as hgkd export --to mmdet, mmseg, timm, torchvision name them
 _CLASSIFIER = ("fc.", "head.norm.")
@@ -61,8 +62,9 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
     _refuse_other_channels(network, weights, path)
     check_finite(Path(path), {key: value for key, value in weights.items() if not key.startswith(_CLASSIFIER)})
     _check_norms(network, file.path, str(path))
+    before = {name: entry.clone() for name, entry in network.state_dict().items()}
     try:
-        return import_weights(network, file, prefix="", allow=_CLASSIFIER)
+        report = import_weights(network, file, prefix="", allow=_CLASSIFIER)
     except WeightsError as error:
         needs = describe(network.state_dict()) or type(network).__name__
         holds = _exported_name(file.path) or describe(weights) or "another network"
@@ -81,6 +83,39 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
         raise WeightsError(
             "backbone-of-another-network", f"backbone={path} holds {holds}, and this config's backbone is {needs}. {reason}"
         ) from error
+    if isinstance(backbone, TimmBackbone):
+        try:
+            _check_features(backbone, file.path, str(path))
+        except WeightsError:
+            network.load_state_dict(before)
+            raise
+    return report
+
+
+def _check_features(backbone: TimmBackbone, file: Path, path: str) -> None:
+    """Compare what the backbone makes of an image with what the network of an export does, by the same weights.
+
+    Raises:
+        WeightsError: other features; equal names and shapes are no equal networks (timm's ``tf_efficientnet_b0`` and
+            ``efficientnet_b0`` differ in padding and eps).
+    """
+    encoder = _card(file)
+    if not encoder or library_of(str(encoder["name"])) in LIBRARIES:
+        return
+    name, kwargs = str(encoder["name"]), dict(encoder.get("kwargs") or {})
+    dilated = {key: value for key, value in backbone.timm_kwargs.items() if key == "output_stride"}
+    trained = build_encoder(name, stem=str(encoder.get("stem") or "default"), **{**kwargs, **dilated})
+    load_strict(trained, backbone.network.state_dict(), source=path)
+    if backbone.computes_as(trained):
+        return
+    told = "".join(f", {key}={value!r}" for key, value in kwargs.items())
+    given = "".join(f", {key}={value!r}" for key, value in backbone.timm_kwargs.items())
+    raise WeightsError(
+        "backbone-computes-otherwise",
+        f"backbone={path} was exported from {name}{told}, and this config's backbone is {backbone.name}{given}: all weights "
+        f"fit, but its features are others, by other paddings, norms or activations. Set model.backbone.name={name} and the "
+        "same arguments (distillation: model.student.backbone)",
+    )
 
 
 def _check_norms(network: nn.Module, file: Path, path: str) -> None:

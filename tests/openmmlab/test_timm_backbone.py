@@ -103,6 +103,15 @@ def test_an_export_for_timm_loads_whole(tmp_path):
     assert all(torch.equal(v, backbone.state_dict()[k]) for k, v in encoder.state_dict().items())
 
 
+def test_a_network_that_computes_otherwise_is_refused(tmp_path):
+    write_student(tmp_path / "a.pth", kwargs=dict(act_layer="gelu"))
+    export(tmp_path / "a.pth", tmp_path / "out", "timm")
+    told = "exported from test_resnet, act_layer='gelu', and this config's backbone is test_resnet: all weights fit"
+    refuse(TimmBackbone("test_resnet"), tmp_path / "out", told)
+    for options in ({}, {"output_stride": 16}, {"drop_path_rate": 0.1, "frozen_stages": 1}):
+        load_backbone_file(TimmBackbone("test_resnet", act_layer="gelu", **options), tmp_path / "out")
+
+
 def test_a_classifier_is_left_aside_and_said(tmp_path):
     net = timm.create_model("test_resnet", num_classes=5)
     torch.save(net.state_dict(), tmp_path / "net.pth")
