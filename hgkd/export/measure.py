@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 
 from hgkd.errors import InvalidValueError
@@ -53,10 +55,15 @@ def measured(
     Args:
         folder: where the files of the rows are.
         taken: what they take.
-        side: of the image in pixels.
+        side: of the image in pixels. What sizes a graph takes is known when it is written: where this is none, the log says so
+            and the rows stay as they are, so that the export is not lost.
     """
     assert target.runner is not None
-    taken.check_size(side, side)
+    try:
+        taken.check_size(side, side)
+    except ValueError as error:
+        print_log(f"not timed: {error}. The export is complete without times", "current", logging.WARNING)
+        return list(table)
     images = taken.prepare(torch.rand(1, taken.channels, side, side))
     runs = [[target.runner(folder / row["file"], threads=threads) for threads in (1, 2)] for row in table]
     times: list[list[list[float]]] = [[[], []] for _ in runs]

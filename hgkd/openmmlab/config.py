@@ -504,16 +504,17 @@ def drop_downloads(model: MutableMapping[str, Any], path: str = "model") -> list
     if not isinstance(model, dict):
         return dropped
     for key, value in model.items():
-        file = (
-            value.get("checkpoint")
-            if key == "init_cfg" and isinstance(value, Mapping)
-            else value
-            if key == "pretrained"
-            else None
-        )
-        if isinstance(file, str) and "://" in file:
-            model[key] = None
-            dropped.append(f"{path}.{key}: {file} is not downloaded; backbone=FILE loads local weights")
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        fetched = [file for part in parts if "://" in (file := _weight_file_of(key, part))]
+        if fetched:
+            model[key] = [part for part in parts if _weight_file_of(key, part) not in fetched] or None
+            dropped += [f"{path}.{key}: {file} is not downloaded; backbone=FILE loads local weights" for file in fetched]
         else:
             dropped += drop_downloads(value, f"{path}.{key}")
     return dropped
+
+
+def _weight_file_of(key: str, part: object) -> str:
+    """The weights that ``pretrained``, or one part of an ``init_cfg``, names; empty where there are none."""
+    file = part.get("checkpoint") if key == "init_cfg" and isinstance(part, Mapping) else part if key == "pretrained" else None
+    return file if isinstance(file, str) else ""

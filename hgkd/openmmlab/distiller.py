@@ -355,10 +355,14 @@ def _halved(value: Any) -> Any:
     return [_halved(item) for item in value] if isinstance(value, (list, tuple)) else value / 2
 
 
+def _floats(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else [float(value) for value in values]
+
+
 def _check_preprocessing(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
     ours, theirs = (dict(cfg.get("data_preprocessor") or {}) for cfg in (student, teacher))
-    for key in ("mean", "std", "bgr_to_rgb", "rgb_to_bgr"):
-        if str(ours.get(key)).strip("()[]") != str(theirs.get(key)).strip("()[]"):  # a tuple is as good as a list
+    for key, same_as in (("mean", _floats), ("std", _floats), ("bgr_to_rgb", bool), ("rgb_to_bgr", bool)):
+        if same_as(ours.get(key)) != same_as(theirs.get(key)):
             raise InvalidValueError(
                 "preprocessing-differs",
                 f"data_preprocessor.{key} is {ours.get(key)} for the student and {theirs.get(key)} for the teacher, but both "

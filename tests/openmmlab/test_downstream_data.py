@@ -432,6 +432,12 @@ def test_nothing_is_downloaded():
     drop_downloads(local)
     assert local["pretrained"] is None
     assert local["backbone"]["init_cfg"]["checkpoint"] == "a.pth"
+    norms = {"type": "Constant", "layer": "BatchNorm2d", "val": 1}
+    several = {"neck": {"init_cfg": [norms, {"type": "Pretrained", "checkpoint": "https://a.org/b.pth"}]}}
+    assert drop_downloads(several) == [
+        "model.neck.init_cfg: https://a.org/b.pth is not downloaded; backbone=FILE loads local weights"
+    ]
+    assert several["neck"]["init_cfg"] == [norms]
 
 
 def test_model_config_refusals(tmp_path):

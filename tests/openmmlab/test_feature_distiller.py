@@ -221,6 +221,11 @@ def test_other_preprocessing_is_refused():
     teacher.data_preprocessor.update(bgr_to_rgb=False)
     with scope("mmdet"), refused(ValueError, "preprocessing-differs", "data_preprocessor.bgr_to_rgb", "True", "False"):
         detector_distiller(teacher=teacher)
+    teacher = retinanet()
+    teacher.data_preprocessor.update(mean=tuple(teacher.data_preprocessor.mean), rgb_to_bgr=False)  # as where it is left out
+    teacher.data_preprocessor.std = [int(value) if value == int(value) else value for value in teacher.data_preprocessor.std]
+    with scope("mmdet"):
+        detector_distiller(teacher=teacher)
 
 
 def test_hooks_are_removed_even_after_an_error():
