@@ -13,7 +13,7 @@ from typing import Any
 
 from mmengine.config import DictAction
 
-_PATHS = ("_root", "_file", "_checkpoint", "_dir", "_from", "backbone", "checkpoint")
+_PATHS = ("_root", "_file", "_checkpoint", "_dir", "_from", "backbone", "checkpoint", "teacher_features")
 """How the last part of a key ends whose value is a path."""
 
 

@@ -22,6 +22,7 @@ def parse(*pairs):
         ("data_root=/my pics/train", "/my pics/train"),
         ("train_dataloader.dataset.ann_file=a,b.json", "a,b.json"),
         ("data_root=2024", "2024"),
+        ("teacher_features=2024", "2024"),
         ("backbone=None", None),
         ("epochs=3", 3),
         ("lr=1e-3", 1e-3),
