@@ -263,7 +263,7 @@ def test_a_graph_that_is_right_at_its_own_size_alone_is_refused(tmp_path: Path, 
 # --- measured --------------------------------------------------------------------------------------------------------------
 
 
-def test_latency_and_memory_of_every_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_latency_and_memory_of_every_file(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     needs("onnxruntime")
     onnx.save(tiny_onnx(), tmp_path / "model.onnx")
@@ -273,9 +273,14 @@ def test_latency_and_memory_of_every_file(tmp_path: Path, capfd: pytest.CaptureF
     assert row["ms, 2 threads"] > 0
     if Path("/proc/self/clear_refs").exists():
         assert 3.1 < row["peak MB"] < 200  # its result alone is 3.1
+
+
+def test_a_size_that_the_graph_does_not_take_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hgkd.export.measure.print_log", lambda text, *_: said.append(text))
     rows = [{"file": "model.onnx", "bytes": 100}]
-    assert measured(TARGETS["onnx"], tmp_path, rows, ImageInput(multiple=32), 100) == rows  # which is no reason to lose it
-    assert "not timed: the graph takes images of any size in multiples of 32, not of 100 x 100" in capfd.readouterr().out
+    assert measured(TARGETS["onnx"], Path(), rows, ImageInput(multiple=32), 100) == rows
+    assert "not timed: the graph takes images of any size in multiples of 32, not of 100 x 100" in said[0]
 
 
 def test_what_cannot_be_timed(tmp_path: Path) -> None:
