@@ -203,7 +203,7 @@ class ClassifierTraining(TeacherOwner[ClassifierTeacher | None], BaseModel):
         self.classifier.spec = replace(spec, classes=tuple(classes))
 
     def load_meta(self, meta: Mapping[str, Any]) -> str | None:
-        """Normalise as the checkpoint did whose meta this is, see :meth:`PixelNormalisation.restore_pixels`."""
+        """Normalise as the checkpoint did whose meta this is, see :meth:`hgkd.pixels.PixelNormalisation.restore_pixels`."""
         spec = ClassifierSpec.parse({"hgkd": meta})
         return None if spec is None else self.classifier.restore_pixels(spec.mean, spec.std)
 

@@ -129,7 +129,7 @@ class MAEPretraining(PixelNormalisation, BaseModel):
         return mae_loss(predicted, target, visible)
 
     def load_meta(self, meta: Mapping[str, Any]) -> str | None:
-        """Normalise as the checkpoint did whose meta this is, see :meth:`PixelNormalisation.restore_pixels`."""
+        """Normalise as the checkpoint did whose meta this is, see :meth:`hgkd.pixels.PixelNormalisation.restore_pixels`."""
         pixels = pixels_noted_by(meta.get("pixels"))
         return None if pixels is None else self.restore_pixels(*pixels)
 

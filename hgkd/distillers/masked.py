@@ -649,7 +649,7 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         return blocks
 
     def load_meta(self, meta: Mapping[str, Any]) -> str | None:
-        """Normalise as the checkpoint did whose meta this is, see :meth:`PixelNormalisation.restore_pixels`."""
+        """Normalise as the checkpoint did whose meta this is, see :meth:`hgkd.pixels.PixelNormalisation.restore_pixels`."""
         pixels = self.student.pixels_of(meta)
         return None if pixels is None else self.student.restore_pixels(*pixels)
 

@@ -234,7 +234,7 @@ class SparseUNet(Student):
         return EncoderSpec.parse(description, "the checkpoint").trained_pixels() if noted else None
 
     def restore_pixels(self, mean: Sequence[float], std: Sequence[float]) -> str | None:
-        """See :meth:`PixelNormalisation.restore_pixels`; checkpoints note them, too."""
+        """See :meth:`hgkd.pixels.PixelNormalisation.restore_pixels`; checkpoints note them, too."""
         changed = super().restore_pixels(mean, std)
         if changed is not None:
             self.encoder_spec = {**(self.encoder_spec or {}), "pixels": [list(mean), list(std)]}
