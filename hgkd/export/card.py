@@ -53,6 +53,7 @@ def run_card(
     meta, cfg = source.meta, literal_config(source.meta.get("cfg"))
     from_run = bool(meta)
     absent = "unknown: the checkpoint does not say" if from_run else "unknown: the file was read as one of another project"
+    scores = _looked_up(lambda cfg, absent: _scores(source, cfg, absent), cfg, absent)
     card = {
         "source": {
             "checkpoint": str(source.path.absolute()),
@@ -69,8 +70,8 @@ def run_card(
         },
         "data": _looked_up(_data, cfg, absent),
         "teacher": _looked_up(_teacher, cfg, absent),
-        "metrics": _looked_up(lambda cfg, _: _own_scores(source, cfg), cfg, absent) or absent,
-        "run": _looked_up(_scores, {"file": source.path} if from_run else {}, absent),
+        "metrics": scores.get("own") or dict(source.metrics) or absent,
+        "run": scores.get("all", scores),
         "versions": {
             "hgkd": hgkd.__version__,
             "torch": torch.__version__,
@@ -210,36 +211,31 @@ def _files_below(folder: Path) -> tuple[list[tuple[str, int]], str]:
     return [(name, path.stat().st_size if path.exists() else -1) for name, path in paths], "images_in_the_folder"
 
 
-def _scores(run: Mapping[str, Path], absent: str) -> dict[str, Any]:
-    """Scores of all validations of the run whose work folder the checkpoint lies in, by its log."""
-    path = run.get("file")
-    if path is None or not re.fullmatch(r"(epoch|iter|best)_.*\.pth", path.name):
-        return {"scores": absent}
+def _scores(source: Origin, cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:
+    """'own' scores of the checkpoint's weights, and those of 'all' validations of the run whose work folder it lies in, by its
+    log.
+
+    One like ``epoch_3.pth`` is written before its validation, so that the file itself has the scores of an earlier one.
+    """
+    name = source.path.name
+    if not source.meta or not re.fullmatch(r"(epoch|iter|best)_.*\.pth", name):
+        return {"own": {}, "all": {"scores": absent}}
+    logged: dict[str, dict[int, float]] = {}  # name -> epoch or step -> score
+    for entry in logged_lines(source.path.parent):
+        for key, value in entry.items() if "lr" not in entry else ():
+            if key not in ("step", "time", "data_time") and isinstance(value, int | float) and math.isfinite(value):
+                logged.setdefault(key, {})[entry["step"]] = value  # of a resumed run the later one counts
+    by_epoch = ((cfg.get("default_hooks") or {}).get("logger") or {}).get("log_metric_by_epoch", True)
+    step = source.meta.get("epoch" if by_epoch else "iter") if re.fullmatch(r"(epoch|iter)_\d+\.pth", name) else None
     return {
-        name: {"last": values[max(values)], "lowest": min(values.values()), "highest": max(values.values())}
-        | {"validations": len(values)}
-        for name, values in _logged_scores(path.parent).items()
-    } or {"scores": "unknown: no log of the run lies beside the checkpoint"}
-
-
-def _own_scores(source: Origin, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of the checkpoint's weights: one like ``epoch_3.pth`` is written before its validation, but the log has them."""
-    found: dict[str, Any] = {}
-    if source.meta and re.fullmatch(r"(epoch|iter)_\d+\.pth", source.path.name):
-        by_epoch = ((cfg.get("default_hooks") or {}).get("logger") or {}).get("log_metric_by_epoch", True)
-        step = source.meta.get("epoch" if by_epoch else "iter")
-        found = {name: values[step] for name, values in _logged_scores(source.path.parent).items() if step in values}
-    return found or dict(source.metrics)
-
-
-def _logged_scores(work_dir: Path) -> dict[str, dict[int, float]]:
-    """Name -> epoch or step -> score, of all validations in a work folder's logs."""
-    found: dict[str, dict[int, float]] = {}
-    for entry in logged_lines(work_dir):
-        for name, value in entry.items() if "lr" not in entry else ():
-            if name not in ("step", "time", "data_time") and isinstance(value, int | float) and math.isfinite(value):
-                found.setdefault(name, {})[entry["step"]] = value  # of a resumed run the later one counts
-    return found
+        "own": {key: values[step] for key, values in logged.items() if step in values},
+        "all": {
+            key: {"last": values[max(values)], "lowest": min(values.values()), "highest": max(values.values())}
+            | {"validations": len(values)}
+            for key, values in logged.items()
+        }
+        or {"scores": "unknown: no log of the run lies beside the checkpoint"},
+    }
 
 
 def _teacher(cfg: Mapping[str, Any], absent: str) -> dict[str, Any]:

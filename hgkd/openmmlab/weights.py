@@ -62,7 +62,8 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
     _refuse_other_channels(network, weights, path)
     check_finite(Path(path), {key: value for key, value in weights.items() if not key.startswith(_CLASSIFIER)})
     _check_norms(network, file.path, str(path))
-    before = {name: entry.clone() for name, entry in network.state_dict().items()}
+    exported = _exported_network(backbone, file.path) if isinstance(backbone, TimmBackbone) else None
+    before = {} if exported is None else {name: entry.clone() for name, entry in network.state_dict().items()}
     try:
         report = import_weights(network, file, prefix="", allow=_CLASSIFIER)
     except WeightsError as error:
@@ -83,39 +84,38 @@ def load_backbone_file(backbone: nn.Module, path: str | os.PathLike[str]) -> Imp
         raise WeightsError(
             "backbone-of-another-network", f"backbone={path} holds {holds}, and this config's backbone is {needs}. {reason}"
         ) from error
-    if isinstance(backbone, TimmBackbone):
-        try:
-            _check_features(backbone, file.path, str(path))
-        except WeightsError:
+    if isinstance(backbone, TimmBackbone) and exported is not None:
+        load_strict(exported, network.state_dict(), source=str(path))
+        if not backbone.computes_as(exported):
             network.load_state_dict(before)
-            raise
+            name = _card(file.path)["name"]
+            raise WeightsError(
+                "backbone-computes-otherwise",
+                f"backbone={path} was exported from {_with_arguments(name, _card(file.path).get('kwargs'))}, and this config's "
+                f"backbone is {_with_arguments(backbone.name, backbone.timm_kwargs)}: all weights fit, but its features are "
+                f"others, by other paddings, norms or activations. Set model.backbone.name={name} and the same arguments "
+                "(distillation: model.student.backbone)",
+            )
     return report
 
 
-def _check_features(backbone: TimmBackbone, file: Path, path: str) -> None:
-    """Compare what the backbone makes of an image with what the network of an export does, by the same weights.
+def _exported_network(backbone: TimmBackbone, file: Path) -> nn.Module | None:
+    """The network of timm that an export is from, with random weights; None for other files, and where the backbone is it.
 
-    Raises:
-        WeightsError: other features; equal names and shapes are no equal networks (timm's ``tf_efficientnet_b0`` and
-            ``efficientnet_b0`` differ in padding and eps).
+    Equal names and shapes of weights are no equal networks: timm's ``tf_efficientnet_b0`` and ``efficientnet_b0`` differ in
+    padding and eps.
     """
     encoder = _card(file)
-    if not encoder or library_of(str(encoder["name"])) in LIBRARIES:
-        return
-    name, kwargs = str(encoder["name"]), dict(encoder.get("kwargs") or {})
-    dilated = {key: value for key, value in backbone.timm_kwargs.items() if key == "output_stride"}
-    trained = build_encoder(name, stem=str(encoder.get("stem") or "default"), **{**kwargs, **dilated})
-    load_strict(trained, backbone.network.state_dict(), source=path)
-    if backbone.computes_as(trained):
-        return
-    told = "".join(f", {key}={value!r}" for key, value in kwargs.items())
-    given = "".join(f", {key}={value!r}" for key, value in backbone.timm_kwargs.items())
-    raise WeightsError(
-        "backbone-computes-otherwise",
-        f"backbone={path} was exported from {name}{told}, and this config's backbone is {backbone.name}{given}: all weights "
-        f"fit, but its features are others, by other paddings, norms or activations. Set model.backbone.name={name} and the "
-        "same arguments (distillation: model.student.backbone)",
-    )
+    dilated = {key: value for key, value in backbone.timm_kwargs.items() if key == "output_stride"}  # the same weights
+    kwargs = {**(encoder.get("kwargs") or {}), **dilated}
+    name, stem = str(encoder.get("name")), str(encoder.get("stem") or "default")
+    foreign = not encoder or library_of(name) in LIBRARIES  # of the latter _check_norms
+    same = (name, stem, kwargs) == (backbone.name, "default", backbone.timm_kwargs)
+    return None if foreign or same else build_encoder(name, stem=stem, **kwargs)
+
+
+def _with_arguments(name: object, kwargs: Mapping[str, Any] | None) -> str:
+    return ", ".join([str(name), *(f"{key}={value!r}" for key, value in (kwargs or {}).items())])
 
 
 def _check_norms(network: nn.Module, file: Path, path: str) -> None:
