@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.config import Config
@@ -197,6 +197,7 @@ class DistillRunner(Runner):
         for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
                 handler.handleError = _raise_current  # type: ignore[method-assign]  # Python would go on after a traceback
+                cast(Any, handler.stream).reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
         for remark in (self._lock_remark, self._device_remark):
             if remark:
                 logger.warning(remark)

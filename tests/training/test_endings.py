@@ -201,6 +201,11 @@ def test_a_file_that_cannot_be_written_leaves_nothing_half_done(tmp_path, monkey
     assert (tmp_path / "student.pth").read_bytes() == b"before"
 
 
+def test_the_log_names_files_whose_names_are_no_utf8(images, tmp_path):
+    build(images, tmp_path).logger.info(f"{os.fsdecode(bytes([233]))}.png cannot be read")
+    assert "\\udce9.png cannot be read" in log_of(tmp_path)
+
+
 def best(tmp_path, scores, full=(), **info):
     """The hook's best checkpoint after validations with these scores; the disk is full at some of them.
 
