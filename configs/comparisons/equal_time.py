@@ -20,19 +20,25 @@ _COST = {  # ms an image, the teacher's features stored: docs/background/results
     "H-GKD 0.6": 28.5,
     "H-GKD 0.6, 96 px": 17.8,
     "H-GKD 0.6 in one rectangle, 96 px": 16.0,
+    "H-GKD 0.75 in one rectangle, decoded alone, 96 px": 8.64,
+    "H-GKD 0.6 in one rectangle, decoded alone": 19.6,
 }
 _hgkd = "configs/hgkd/hgkd_vit-s14_resnet18_10e_cifar128.py"
 _taught = dict(teacher_checkpoint="{teacher}", teacher_features="{features}")
 _visible = {"model.objectives.hgkd.supervise": "visible", "model.objectives.pooled.supervise": "visible"}
+_rectangle = {"model.mask.type": "RectangleMask", **_visible, **_taught}
+_alone = {**_rectangle, "model.decode": "visible"}
 _kinds = {
     "pixels": dict(config="configs/spark/spark_resnet18_10e_cifar128.py"),
     "dense": dict(config=_hgkd, options=dict(mask_ratio=0.0, **_taught)),
     "dense, 96 px": dict(config=_hgkd, options=dict(mask_ratio=0.0, image_size=96, **_taught)),
     "H-GKD 0.6": dict(config=_hgkd, options=_taught),
-    "H-GKD 0.6 in one rectangle, 96 px": dict(
-        config=_hgkd, options={"image_size": 96, "model.mask.type": "RectangleMask", **_visible, **_taught}
-    ),
+    "H-GKD 0.6 in one rectangle, 96 px": dict(config=_hgkd, options={"image_size": 96, **_rectangle}),
     "H-GKD 0.6, 96 px": dict(config=_hgkd, options=dict(image_size=96, **_visible, **_taught)),
+    "H-GKD 0.75 in one rectangle, decoded alone, 96 px": dict(
+        config=_hgkd, options={"mask_ratio": 0.75, "image_size": 96, **_alone}
+    ),
+    "H-GKD 0.6 in one rectangle, decoded alone": dict(config=_hgkd, options=_alone),
 }
 
 
