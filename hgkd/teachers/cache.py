@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
@@ -68,8 +69,9 @@ def _plain(value: object) -> str | None:
 
 
 def store_bytes(pictures: int, blocks: int, width: int, grid: tuple[int, int]) -> int:
-    """Disk space of a :class:`FeatureCache` in bytes: two rows an image (plain and mirrored) and block, fp16."""
-    return 2 * pictures * blocks * (width * grid[0] * grid[1] * 2 + 1)
+    """Disk space of a :class:`FeatureCache` in bytes: two rows an image (plain and mirrored) and block, fp16
+    and a checksum."""
+    return 2 * pictures * blocks * (width * grid[0] * grid[1] * 2 + 4)
 
 
 def gigabytes(size: float) -> str:
@@ -102,17 +104,26 @@ class FeatureStore:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = _path(folder, identity, rows, shape)
+        sums = self.path.with_suffix(".sums.npy")
         # of runs that start together one makes the files; filled they may be by all, which store the same values
         with locked(self.path.with_suffix(".lock")):
             if not self.path.exists():  # deleted, say: nothing of it is filled
-                self.path.with_suffix(".filled.npy").unlink(missing_ok=True)
+                sums.unlink(missing_ok=True)
             self._values = _open(self.path, (rows, *shape), np.float16)
-            self._filled = _open(self.path.with_suffix(".filled.npy"), (rows,), np.uint8)
+            self._sums = _open(sums, (rows,), np.uint32)
             self.path.with_suffix(".json").write_text(_text(identity, rows, shape), encoding="utf-8")
+        self._sound = np.zeros(rows, dtype=bool)  # rows whose values were compared with their checksum
 
     def missing(self, rows: Tensor) -> Tensor:
-        """Which of the rows (N,) are not stored yet, bool (N,)."""
-        return torch.from_numpy(self._filled[rows.numpy()] == 0)
+        """Which of the rows (N,) are not stored yet, bool (N,).
+
+        A row is stored when its checksum says so, which is asked once a row and process: a power failure may keep any part of
+        what was written last.
+        """
+        new = rows.numpy()[~self._sound[rows.numpy()]]
+        for row in new[self._sums[new] != 0]:
+            self._sound[row] = self._sums[row] == _checksum(self._values[row])
+        return torch.from_numpy(~self._sound[rows.numpy()])
 
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Store values (N, D, gh, gw).
@@ -138,11 +149,17 @@ class FeatureStore:
                 f"{WITHOUT_STORE}",
             )
         self._values[rows.numpy()] = half.numpy()
-        self._filled[rows.numpy()] = 1  # after the values: a run that dies between the two computes them again
+        self._sums[rows.numpy()] = [_checksum(row) for row in half.numpy()]
+        self._sound[rows.numpy()] = True
 
     def read(self, rows: Tensor) -> Tensor:
         """Values of the rows, fp32 (N, D, gh, gw)."""
         return torch.from_numpy(self._values[rows.numpy()]).float()
+
+
+def _checksum(values: np.ndarray) -> int:
+    """CRC-32 of a row; never 0, which says that a row is not stored."""
+    return zlib.crc32(np.ascontiguousarray(values)) or 1
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:

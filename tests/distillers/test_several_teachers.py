@@ -114,9 +114,9 @@ def test_stored_features_are_those_of_each_teacher(mae, tmp_path):
     plain = model.teach(images(), visible)
     planned = model.stored_bytes(4)
     model.store_features(tmp_path, 4, {"files": "x"})
-    stores = [file for file in tmp_path.glob("tokens-*.npy") if ".filled" not in file.name]
+    stores = [file for file in tmp_path.glob("tokens-*.npy") if ".sums" not in file.name]
     assert len(stores) == 2
-    assert planned == 2 * 4 * (32 + 48) * 16 * 2 + 2 * 2 * 4
+    assert planned == 2 * 4 * (32 + 48) * 16 * 2 + 2 * 2 * 4 * 4
     flipped = torch.zeros(4, dtype=torch.bool)
     model.teach(images(), visible, index, flipped)
     for teacher in model.teachers.values():  # what is stored is not computed again

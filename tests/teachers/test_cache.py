@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from refusals import refused
@@ -46,6 +47,22 @@ def test_each_picture_is_computed_once(tmp_path) -> None:
     found = cache.tokens(torch.tensor([4, 0]), torch.tensor([False, False]), [3], teacher)
     assert teacher.shown == 1, "only the picture that was never met"
     assert torch.equal(found.tokens[3], features(torch.tensor([8, 0])))
+
+
+@pytest.mark.parametrize("lost", [slice(None), slice(5, 9)])
+def test_a_row_that_a_power_failure_took_in_part_is_computed_again(tmp_path, lost) -> None:
+    index, flipped = torch.tensor([4, 1]), torch.tensor([False, True])
+    rows = 2 * index + flipped
+    cache = FeatureCache(tmp_path, {"teacher": "a"}, 5, [3], 4, (2, 2))
+    cache.tokens(index, flipped, [3], Counting(rows))
+    values = np.load(cache.stores[3].path, mmap_mode="r+")
+    values[3].reshape(-1)[lost] = 0  # pages that never reached the disk are zeros; the checksum did
+    del values
+    teacher = Counting(rows)
+    found = FeatureCache(tmp_path, {"teacher": "a"}, 5, [3], 4, (2, 2)).tokens(index, flipped, [3], teacher)
+    assert teacher.shown == 1
+    assert torch.equal(found.tokens[3], features(rows))
+    assert not FeatureStore(tmp_path, {"teacher": "a", "block": 3}, 10, (4, 2, 2)).missing(rows).any()
 
 
 def test_another_identity_is_another_store(tmp_path) -> None:
@@ -120,10 +137,10 @@ def test_the_size_is_what_the_files_take_and_is_said_before(tmp_path, monkeypatc
     monkeypatch.setattr("hgkd.teachers.cache.print_log", lambda text, *_: logged.append(text))
     FeatureCache(tmp_path, {"teacher": "a"}, 5, [3, 7], 4, (2, 2))
     planned = store_bytes(5, 2, 4, (2, 2))
-    assert planned == 2 * 2 * 5 * (4 * 2 * 2 * 2 + 1)
+    assert planned == 2 * 2 * 5 * (4 * 2 * 2 * 2 + 4)
     headers = 128 * 4  # of numpy's files
     assert sum(file.stat().st_size for file in tmp_path.glob("*.npy")) == planned + headers
-    assert "features of 5 images take 660 bytes" in logged[0]
+    assert "features of 5 images take 720 bytes" in logged[0]
 
 
 def test_a_store_that_does_not_fit_the_disk_is_refused_before_anything_is_written(tmp_path) -> None:

@@ -75,8 +75,8 @@ def test_a_teacher_that_overflows_ends_a_run_before_its_first_step(
     assert "dtype=bfloat16" in error
     assert "teacher_features" not in error
     assert not list(tmp_path.glob("run/*.pth"))
-    for filled in (tmp_path / "features").glob("*.filled.npy"):
-        assert not any(filled.read_bytes()[128:]), "nothing of it is stored"
+    for sums in (tmp_path / "features").glob("*.sums.npy"):
+        assert not any(sums.read_bytes()[128:]), "nothing of it is stored"
 
 
 @pytest.mark.parametrize(("kind", "step"), [("train", "RandomResizedCrop"), ("augment", "_TimmAugmentation")])

@@ -106,7 +106,7 @@ def test_a_run_says_once_what_is_in_force(images, tmp_path):
     assert found["images"] == "16 used"
     student = "student 64 x 64 px, mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
     assert found["pixels"] == f"{student}; teacher 64 x 64 px, mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
-    (store,) = (file for file in (tmp_path / "store").glob("tokens-*.npy") if not file.stem.endswith("filled"))
+    (store,) = (file for file in (tmp_path / "store").glob("tokens-*.npy") if not file.stem.endswith("sums"))
     assert store.stat().st_size - 128 == store_bytes(16, 1, 32, (4, 4))  # 128: numpy's header
     each = int(found["checkpoints"].split()[0])
     assert abs(each - (tmp_path / "run/epoch_2.pth").stat().st_size / 2**20) < 1

@@ -30,7 +30,7 @@ def test_a_run_of_two_teachers_is_told_shown_and_resumed(tmp_path, capsys):
     assert train.main(arguments) == 0
     log = next(work.rglob("*.log")).read_text()
     assert all(f"{term}_share: " in log for term in ("dino_distill", "pooled_pooled", "mae_distill"))
-    assert len([file for file in (tmp_path / "features").glob("tokens-*.npy") if ".filled" not in file.name]) == 2
+    assert len([file for file in (tmp_path / "features").glob("tokens-*.npy") if ".sums" not in file.name]) == 2
     assert list(work.glob("pictures/*.png"))
 
     longer = ["epochs=2" if argument == "epochs=1" else argument for argument in arguments]
