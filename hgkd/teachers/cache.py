@@ -159,7 +159,7 @@ class FeatureStore:
 
 def _checksum(values: np.ndarray) -> int:
     """CRC-32 of a row; never 0, which says that a row is not stored."""
-    return zlib.crc32(np.ascontiguousarray(values)) or 1
+    return zlib.crc32(values.tobytes()) or 1
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
