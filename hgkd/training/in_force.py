@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -193,21 +193,12 @@ def images_text(loader: DataLoader[Any], processes: int, dataset: Mapping[str, A
 def features_text(model: BaseModel, hooks: Iterable[Any], images: int) -> str | None:
     """Disk space of the store of the teacher's features."""
     folder = next((hook.folder for hook in hooks if type(hook).__name__ == "TeacherCacheHook"), None)
-    passes: Mapping[str, Any] = getattr(model, "_passes", {})
-    if folder is None or not passes:
+    stored_bytes: Callable[[int], int] | None = getattr(model, "stored_bytes", None)
+    if folder is None or stored_bytes is None:
         return None
-    size = 0
-    for name, asked in passes.items():
-        blocks = {block for needs in asked if not needs.visible_only for block in needs.blocks}
-        teacher = model.teachers[name]
-        size += store_bytes(images, len(blocks), teacher.info.width, teacher.grid)
-    whose = "teacher" if len(passes) == 1 else "teachers"
+    size = stored_bytes(images)
+    whose = "teacher" if len(teachers_of(model)) == 1 else "teachers"
     return f"of the {whose} take {size / _MB:.0f} MB in {folder} ({size / images / 1024:.0f} KB an image)"
-
-
-def store_bytes(images: int, blocks: int, width: int, grid: tuple[int, int]) -> int:
-    """Bytes of the stored tokens: fp16, every image and its mirror image."""
-    return images * 2 * blocks * width * grid[0] * grid[1] * 2
 
 
 def checkpoints_text(runner: Runner, loop: BaseLoop, work_dir: Path, each: int | None) -> str | None:
