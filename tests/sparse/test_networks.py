@@ -166,6 +166,20 @@ def test_timm_checkpointing_switch() -> None:
             assert difference(found[key], expected[key]) < 1e-12, key
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("backend", ["gather", "masked"])
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_a_layout_used_in_inference_mode_trains_later(made_inside: bool, backend: str, renormalize: bool) -> None:
+    net = sparsify(build("test_resnet"), 32, backend, renormalize)
+    with torch.inference_mode(made_inside):
+        layout = CellLayout(uneven_mask(), 32, renormalize)
+    with torch.inference_mode():
+        net.eval()(images(), visible=layout)
+    out = net.train()(images().requires_grad_(), visible=layout).to_dense()
+    out.square().sum().backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in net.parameters())
+
+
 @pytest.mark.parametrize("backend", ["gather", "masked"])
 def test_full_backward_hooks(backend: str) -> None:
     net, seen = sparsify(build("test_resnet"), 32, backend), []
