@@ -186,8 +186,9 @@ def test_full_backward_hooks(backend: str) -> None:
     layers = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
 
     def gradients() -> list[Tensor]:
-        out = net(images().requires_grad_(), visible=uneven_mask()).to_dense()
-        return list(torch.autograd.grad(out.square().sum(), net.parameters()))
+        x = images().requires_grad_()
+        out = net(x, visible=uneven_mask()).to_dense()
+        return list(torch.autograd.grad(out.square().sum(), [x, *net.parameters()]))
 
     expected = gradients()
     for layer in layers:
