@@ -70,10 +70,11 @@ class CellLayout:
         self.batch, h, w = visible.shape
         self.grid = (h, w)
         self.image_size = (h * cell, w * cell)
-        if rectangle is not None:
-            self._positions = self._expected_rectangles(rectangle)
-        else:
-            self._positions = self._counted() if num_cells is None else self._expected(num_cells)
+        with torch.inference_mode(False):  # a layout may serve an evaluation first and a training later
+            if rectangle is not None:
+                self._positions = self._expected_rectangles(rectangle)
+            else:
+                self._positions = self._counted() if num_cells is None else self._expected(num_cells)
         self.num_cells = len(self._positions)
         self._cache: dict[tuple[object, ...], Any] = {}
 
@@ -193,7 +194,8 @@ class CellLayout:
     def keep(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         """Result of ``make()`` when ``key`` was first asked for: everything that follows from the mask is made once."""
         if key not in self._cache:
-            self._cache[key] = make()
+            with torch.inference_mode(False):  # as above: autograd saves no tensor that was made in inference mode
+                self._cache[key] = make()
         return self._cache[key]
 
     def mask(self, stride: int) -> Tensor:

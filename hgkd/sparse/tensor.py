@@ -230,9 +230,10 @@ _ELEMENTWISE_NAMES = (
     "reciprocal clamp clamp_ clamp_min clamp_min_ clamp_max maximum minimum addcmul addcmul_ addcdiv lerp where erf sign "
     "nan_to_num __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ "
     "__itruediv__ __neg__ __pow__ __abs__ multiply negative subtract divide "
-    # the same values in another form
+    # the same values in another form; view_as is what autograd functions that return an input are given, as those of a
+    # module's full backward hooks do
     "to float half bfloat16 double type_as clone detach detach_ contiguous cpu cuda zeros_like ones_like rand_like "
-    "type alias"
+    "type alias view_as"
 ).split()
 
 

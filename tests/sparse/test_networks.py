@@ -166,6 +166,38 @@ def test_timm_checkpointing_switch() -> None:
             assert difference(found[key], expected[key]) < 1e-12, key
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("backend", ["gather", "masked"])
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_a_layout_used_in_inference_mode_trains_later(made_inside: bool, backend: str, renormalize: bool) -> None:
+    net = sparsify(build("test_resnet"), 32, backend, renormalize)
+    with torch.inference_mode(made_inside):
+        layout = CellLayout(uneven_mask(), 32, renormalize)
+    with torch.inference_mode():
+        net.eval()(images(), visible=layout)
+    out = net.train()(images().requires_grad_(), visible=layout).to_dense()
+    out.square().sum().backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("backend", ["gather", "masked"])
+def test_full_backward_hooks(backend: str) -> None:
+    net, seen = sparsify(build("test_resnet"), 32, backend), []
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+
+    def gradients() -> list[Tensor]:
+        x = images().requires_grad_()
+        out = net(x, visible=uneven_mask()).to_dense()
+        return list(torch.autograd.grad(out.square().sum(), [x, *net.parameters()]))
+
+    expected = gradients()
+    for layer in layers:
+        layer.register_full_backward_hook(lambda layer, inputs, outputs: seen.append((layer, outputs[0].shape[1])))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+    assert seen == [(layer, layer.out_channels) for layer, _ in seen]
+    assert {id(layer) for layer, _ in seen} == {id(layer) for layer in layers}
+
+
 def test_lent_network_is_left_alone() -> None:
     model = build("test_resnet")
     kinds = [type(m) for m in model.modules()]

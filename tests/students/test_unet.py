@@ -360,9 +360,17 @@ class CountedByShape(nn.Module):
         return x * (apart / (4 * (variance + 1e-4)) + 0.5).sigmoid()
 
 
+class Directions(nn.Module):
+    """Unit vectors: 0 / 0 where the reference holds zeros, which is at hidden places, and no cell that is stored."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm(p=2, dim=1, keepdim=True)
+
+
 @pytest.mark.parametrize(
     ("layer", "stage", "refusal"),
     [
+        (Directions, "conv1", ("layer-depends-on-shape", "masked")),
         (PooledByShape, "layer2", ("resolutions-differ", "layer2.1: PooledByShape", "8", "32")),
         (PooledByShape, "layer4", ("layer-depends-on-shape", "masked")),  # its cells are one position
         (CountedByShape, "layer2", ("layer-depends-on-shape", "8", "masked")),
