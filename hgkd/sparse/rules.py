@@ -311,7 +311,7 @@ def _amax(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options)
 @function_rule("norm", on=BOTH)
 def _norm(func: Function, owner: SparseTensor, args: Arguments, kwargs: Options) -> object:
     power = args[1] if len(args) > 1 else kwargs.get("p", 2)
-    if power != 2:
+    if power not in (2, "fro"):  # over any dimensions the Frobenius norm is this one
         raise _refuse("norm-power", func, f"the norm with p={power}; only p=2 is supported")
     rest = {"dim": args[2] if len(args) > 2 else kwargs.get("dim")}
     rest["keepdim"] = args[3] if len(args) > 3 else kwargs.get("keepdim", False)

@@ -301,6 +301,7 @@ def test_norms_and_image_statistics(batch, h, w, share, seed, factor, training):
     compare(lambda x: x + F.adaptive_avg_pool2d(x, 1), layout, x, [], 1e-9)
     compare(lambda x: x - x.amax((2, 3), keepdim=True), layout, x, [], 1e-9)
     compare(lambda x: x / (1 + x.norm(p=2, dim=(2, 3), keepdim=True)), layout, x, [], 1e-7)
+    compare(lambda x: x / (1 + x.norm(dim=1, keepdim=True) + x.norm(dim=(2, 3), keepdim=True)), layout, x, [], 1e-7)
 
 
 @settings(max_examples=25, deadline=None)
