@@ -117,9 +117,11 @@ class SparseModule:
         kind = MaskedTensor if cells.all_visible else BACKENDS[self.sparse_backend]
         if kind is PackedTensor and cells.rectangle is not None:
             kind = RectangleTensor
-        elif kind is PackedTensor and kernels_mode() == "measure":
-            choice = choice_for(self, images, cells)  # type: ignore[arg-type]
-            cells.chosen, kind = choice.layers, BACKENDS[choice.backend]
+        if BACKENDS[self.sparse_backend] is PackedTensor and kernels_mode() == "measure":
+            gathers = kind is PackedTensor
+            choice = choice_for(self, images, cells, gathers)  # type: ignore[arg-type]
+            if gathers:
+                cells.chosen, kind = choice.layers, BACKENDS[choice.backend]
         return kind.pack(images, cells)
 
     def forward(self, images: Tensor, *args: object, visible: Tensor | CellLayout | None = None, **kwargs: object) -> object:
