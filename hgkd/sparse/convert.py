@@ -377,9 +377,9 @@ def global_context(layer: timm.layers.GlobalContext, x: SparseTensor) -> SparseT
 @layer_rule(nn.SyncBatchNorm)
 def sync_batch_norm(layer: nn.SyncBatchNorm, x: SparseTensor) -> SparseTensor:
     """Statistics over the visible positions of all processes; torch weighs each by its number of rows."""
-    if isinstance(x, PackedTensor):
-        return x.like(nn.SyncBatchNorm.forward(layer, x.plain))
     cells = x.cells
+    if isinstance(x, PackedTensor) or cells.all_visible:
+        return x.like(nn.SyncBatchNorm.forward(layer, x.plain))
     return x.like(cells.scatter_cells(nn.SyncBatchNorm.forward(layer, cells.gather_cells(x.plain, cells.side(x.stride)))))
 
 
