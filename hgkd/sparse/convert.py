@@ -117,9 +117,11 @@ class SparseModule:
         kind = MaskedTensor if cells.all_visible else BACKENDS[self.sparse_backend]
         if kind is PackedTensor and cells.rectangle is not None:
             kind = RectangleTensor
-        elif kind is PackedTensor and kernels_mode() == "measure":
-            choice = choice_for(self, images, cells)  # type: ignore[arg-type]
-            cells.chosen, kind = choice.layers, BACKENDS[choice.backend]
+        if BACKENDS[self.sparse_backend] is PackedTensor and kernels_mode() == "measure":
+            gathers = kind is PackedTensor
+            choice = choice_for(self, images, cells, gathers)  # type: ignore[arg-type]
+            if gathers:
+                cells.chosen, kind = choice.layers, BACKENDS[choice.backend]
         return kind.pack(images, cells)
 
     def forward(self, images: Tensor, *args: object, visible: Tensor | CellLayout | None = None, **kwargs: object) -> object:
@@ -375,9 +377,9 @@ def global_context(layer: timm.layers.GlobalContext, x: SparseTensor) -> SparseT
 @layer_rule(nn.SyncBatchNorm)
 def sync_batch_norm(layer: nn.SyncBatchNorm, x: SparseTensor) -> SparseTensor:
     """Statistics over the visible positions of all processes; torch weighs each by its number of rows."""
-    if isinstance(x, PackedTensor):
-        return x.like(nn.SyncBatchNorm.forward(layer, x.plain))
     cells = x.cells
+    if isinstance(x, PackedTensor) or cells.all_visible:
+        return x.like(nn.SyncBatchNorm.forward(layer, x.plain))
     return x.like(cells.scatter_cells(nn.SyncBatchNorm.forward(layer, cells.gather_cells(x.plain, cells.side(x.stride)))))
 
 

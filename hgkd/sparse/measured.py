@@ -2,8 +2,8 @@
 
 Every candidate computes the same to rounding. The candidates of a layer run forward and backward on random values of the real
 layout; then the step of the whole network runs sparse (with the layers' kernels), masked-dense and ordinary dense. Of the
-training nothing changes: gradients, running statistics and random numbers are what they were. In a distributed run the first
-process measures for all, since other kernels round otherwise.
+training nothing changes: gradients, running statistics and random numbers are what they were. In a distributed run one process
+measures for all, since other kernels round otherwise.
 """
 
 from __future__ import annotations
@@ -34,16 +34,23 @@ now: Callable[[], float] = time.perf_counter
 spent_by_processor: Callable[[], float] = time.process_time
 
 
-def choice_for(network: nn.Module, images: Tensor, cells: CellLayout) -> Choice:
+def choice_for(network: nn.Module, images: Tensor, cells: CellLayout, gathers: bool = True) -> Choice:
     """How a network is to be computed: as measured before in this process, as kept on disk, or as measured now.
 
     Only a training step measures; everything else takes what one has found, or the rules.
+
+    Args:
+        network: with the backend 'gather'.
+        gathers: this batch is computed by gathering. False: its mask needs none, so that there is nothing to measure; but other
+            processes' masks may need it, and wait for this one.
     """
     known: dict[str, Choice] = network.__dict__.setdefault("sparse_choices", {})
-    key = _key_of(network, images, cells)
     spread = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     if spread and known:  # decided once, where all processes are: their first step
-        key = next(iter(known))
+        return next(iter(known.values()))
+    if not spread and not gathers:
+        return Choice()
+    key = _key_of(network, images, cells)
     if key not in known:
         if not _trains(network) or is_capturing(images.device):
             return Choice()
@@ -51,7 +58,7 @@ def choice_for(network: nn.Module, images: Tensor, cells: CellLayout) -> Choice:
             known[key] = Choice(why="by rule: one process cannot measure norms that need all")
             return known[key]
         known[key] = Choice()  # for the steps that are measured
-        known[key] = _same_for_all(network, images, cells, key) if spread else _found(network, images, cells, key)
+        known[key] = _same_for_all(network, images, cells, key, gathers) if spread else _found(network, images, cells, key)
     return known[key]
 
 
@@ -73,14 +80,24 @@ def _key_of(network: nn.Module, images: Tensor, cells: CellLayout) -> str:
     return f"{kind} of {weights} weights, {shapes}"
 
 
-def _same_for_all(network: nn.Module, images: Tensor, cells: CellLayout, key: str) -> Choice:
+def _same_for_all(network: nn.Module, images: Tensor, cells: CellLayout, key: str, gathers: bool) -> Choice:
+    """What the first process finds whose mask needs gathering; all processes come here, whatever their masks."""
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    first = torch.tensor(rank if gathers else processes, device=images.device)
+    torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+    source = int(first)
+    if source == processes:
+        return Choice(why="by rule: no mask of the first step needed gathering")
     found: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        found = [_found(network, images, cells, key)]
+    if rank == source:
+        found = [(key, _found(network, images, cells, key))]
     device = images.device if torch.distributed.get_backend() == "nccl" else None
-    torch.distributed.broadcast_object_list(found, src=0, device=device)
-    made: Choice = found[0]
-    return made
+    torch.distributed.broadcast_object_list(found, src=source, device=device)
+    of, made = found[0]
+    if source and not rank:  # it is the first process that logs
+        choice.tell(f"kernels of {choice.describe(of, made)}; measured by process {source}")
+    chosen: Choice = made
+    return chosen
 
 
 def _found(network: nn.Module, images: Tensor, cells: CellLayout, key: str) -> Choice:

@@ -24,7 +24,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.device import utils as device_utils
-from mmengine.dist import broadcast, is_distributed, is_main_process
+from mmengine.dist import broadcast, broadcast_object_list, is_distributed, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
@@ -402,7 +402,7 @@ class DistillRunner(Runner):
 
     def load_or_resume(self) -> None:
         if not self._has_loaded and self._resume and self._load_from is None:
-            last = find_last_checkpoint(self.work_dir)
+            last = self._find_last_checkpoint()
             if last is None:
                 self.logger.warning(
                     f"nothing to resume in {self.work_dir}: there is no checkpoint; starting from the beginning"
@@ -411,6 +411,13 @@ class DistillRunner(Runner):
             self.logger.info(f"resuming from the last checkpoint {last}")
             self._load_from = last
         super().load_or_resume()
+
+    def _find_last_checkpoint(self) -> str | None:
+        """What the first process finds, for all: on another machine the folder may hold nothing, or something else."""
+        found: list[Any] = [find_last_checkpoint(self.work_dir) if is_main_process() else None]
+        broadcast_object_list(found)
+        last: str | None = found[0]
+        return last
 
     def resume(
         self,

@@ -18,16 +18,18 @@ from torch.distributed.nn.functional import all_reduce
 
 from hgkd.errors import InvalidValueError
 from hgkd.sparse import SparseTensor
+from hgkd.sparse.convert import sync_batch_norm
 from hgkd.sparse.masked import MaskedTensor
 from hgkd.sparse.tensor import wide
 
 
 def batch_norm_of_all(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Normalise (B, C, H, W), dense or sparse, by the statistics of all processes, and update the running ones."""
+    if _torch_serves(x.device):
+        torchs = cast(nn.SyncBatchNorm, layer)
+        served: Tensor = sync_batch_norm(torchs, x) if isinstance(x, SparseTensor) else nn.SyncBatchNorm.forward(torchs, x)
+        return served
     data = x.plain if isinstance(x, SparseTensor) else x
-    if _torch_serves(x):
-        normed: Tensor = nn.SyncBatchNorm.forward(cast(nn.SyncBatchNorm, layer), data)
-        return x.like(normed) if isinstance(x, SparseTensor) else normed
     values = data.to(wide(data.dtype))
     places = x.visible_mask.to(values.dtype) if isinstance(x, MaskedTensor) else torch.ones_like(values[:, :1])
     count = _sum_over_processes(places.sum())
@@ -37,16 +39,19 @@ def batch_norm_of_all(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
     if layer.track_running_stats:
         with torch.no_grad():
             _update_running(layer, mean, variance * count / (count - 1).clamp_min(1))
-    normed = deviation * torch.rsqrt(variance + layer.eps).view(1, -1, 1, 1)
+    normed: Tensor = deviation * torch.rsqrt(variance + layer.eps).view(1, -1, 1, 1)
     if layer.affine:
         normed = normed * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1) * places
     normed = normed.to(data.dtype)
     return x.like(normed) if isinstance(x, SparseTensor) else normed
 
 
-def _torch_serves(x: Tensor) -> bool:
-    """Whether every value of a map counts, on a device that torch's SyncBatchNorm takes: two all-reduces in place of six."""
-    return x.device.type == "cuda" and (not isinstance(x, MaskedTensor) or x.cells.all_visible)
+def _torch_serves(device: torch.device) -> bool:
+    """Whether torch's SyncBatchNorm takes a device: two all-reduces in place of six.
+
+    The device alone decides: processes whose masks differ would wait for ever for each other's all-reduces, were they others.
+    """
+    return device.type == "cuda"
 
 
 def _sum_over_processes(value: Tensor) -> Tensor:

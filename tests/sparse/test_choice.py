@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hgkd.diagnosis import environment
 from hgkd.sparse import CellLayout, MaskedTensor, PackedTensor, choice, convert, kernels, measured, sparsify
 from hgkd.sparse.choice import Choice, fastest_backend, fastest_kernel, kernels_mode, use_kernels
+from hgkd.sparse.rectangle import RectangleTensor
 from hgkd.sparse.tensor import SparseTensor
 from hgkd.training.sync_norm import SyncedBatchNorm2d
 
@@ -229,14 +230,22 @@ def test_a_backend_without_memory_is_left_out(monkeypatch) -> None:
     assert clock.runs > 2
 
 
-def one_of_two_processes(monkeypatch, rank: int) -> list[object]:
-    """Let this process seem to be one of two; returns what it tells the other."""
+def one_of_two_processes(monkeypatch, rank: int, other_gathers: bool = True) -> list[object]:
+    """Let this process seem to be one of two; returns what it tells the other.
+
+    Args:
+        other_gathers: the other's mask needs gathering.
+    """
     told: list[object] = []
+
+    def all_reduce(first, operation):
+        assert operation == "min"
+        first.clamp_(max=(1 - rank) if other_gathers else 2)
 
     def broadcast(objects, src, device=None):
         told.append(objects[0])
-        if rank:
-            objects[0] = Choice("masked", "as process 0 says")
+        if rank != src:
+            objects[0] = ("the other's", Choice("masked", f"as process {src} says"))
 
     distributed = types.SimpleNamespace(
         is_available=lambda: True,
@@ -244,6 +253,8 @@ def one_of_two_processes(monkeypatch, rank: int) -> list[object]:
         get_world_size=lambda: 2,
         get_rank=lambda: rank,
         get_backend=lambda: "gloo",
+        ReduceOp=types.SimpleNamespace(MIN="min"),
+        all_reduce=all_reduce,
         broadcast_object_list=broadcast,
     )
     monkeypatch.setattr(measured.torch, "distributed", distributed)
@@ -269,6 +280,38 @@ def test_the_first_process_decides_for_all(rank, monkeypatch) -> None:
     assert len(told) == 1
     assert (told[0] is None) == bool(rank)
     assert bool(clock.runs) == (not rank)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_process_whose_mask_needs_no_gathering_takes_part_in_the_choice(whole, monkeypatch) -> None:
+    """The other one needs it, and would wait for ever."""
+    clock, told = Clock(monkeypatch), one_of_two_processes(monkeypatch, 0)
+    network, said = net(), []
+    visible = torch.tensor([[[True, whole], [True, whole]]])
+    with use_kernels("measure", said.append):
+        assert type(pack(network, visible)) is (MaskedTensor if whole else RectangleTensor)
+    assert told == [None]
+    assert clock.runs == 0
+    assert "measured by process 1" in said[0], "it is the first process that logs"
+    assert type(pack(network)) is MaskedTensor, "as process 1 says"
+
+
+def test_where_no_process_gathers_the_rules_decide_without_a_word(monkeypatch) -> None:
+    clock, told = Clock(monkeypatch), one_of_two_processes(monkeypatch, 0, other_gathers=False)
+    network = net()
+    assert type(pack(network, torch.ones(1, 2, 2, dtype=torch.bool))) is MaskedTensor
+    assert type(pack(network)) is PackedTensor
+    assert clock.runs == len(told) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_only_process_that_gathers_decides_for_all(rank, monkeypatch) -> None:
+    clock = Clock(monkeypatch, {"gather": 9, "masked": 2, "dense": 3})
+    told = one_of_two_processes(monkeypatch, rank, other_gathers=False)
+    assert type(pack(net())) is MaskedTensor
+    ((_, choice),) = told
+    assert choice.backend == "masked"
+    assert clock.runs
 
 
 # --- the option -----------------------------------------------------------------------------------------------------------

@@ -300,28 +300,27 @@ def test_an_image_without_a_visible_cell_is_refused_from_counts_that_came_with_t
 # --- batch normalisation over processes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_synchronised_norms_on_cuda_are_torchs(kind, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["dense", "packed", "masked", "masked, nothing hidden"])
+def test_synchronised_norms_on_cuda_are_torchs_whatever_the_mask(kind, monkeypatch) -> None:
+    """Processes whose masks differ would wait for each other's all-reduces for ever, were they others."""
     called = []
     monkeypatch.setattr(sync_norm, "get_world_size", lambda: 2)
-    monkeypatch.setattr(sync_norm, "_torch_serves", lambda x: True)
+    monkeypatch.setattr(sync_norm, "_torch_serves", lambda device: True)
+    monkeypatch.setattr(sync_norm, "all_reduce", lambda value: called.append("all_reduce") or value)
     forward = nn.SyncBatchNorm.forward
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda layer, x: called.append(type(x)) or forward(layer, x))
-    layer, alone = SyncedBatchNorm2d(3), nn.BatchNorm2d(3)
-    x = torch.randn(2, 3, 8, 8)
-    x = x if kind == "dense" else PackedTensor.pack(x, CellLayout(UNEVEN, 4))
+    images, visible = torch.randn(2, 3, 8, 8), torch.ones_like(UNEVEN) if kind.endswith("hidden") else UNEVEN
+    pack = {"dense": lambda x, cells: x, "packed": PackedTensor.pack}.get(kind, MaskedTensor.pack)
+    x = pack(images, CellLayout(visible, 4))
     # torch's own falls back to the ordinary norm where no process group is there
-    torch.testing.assert_close(getattr(layer(x), "plain", layer(x)), getattr(alone(x), "plain", alone(x)))
-    assert set(called) == {torch.Tensor}
+    found, expected = (norm(x) if kind == "dense" else norm(x).to_dense() for norm in (SyncedBatchNorm2d(3), nn.BatchNorm2d(3)))
+    torch.testing.assert_close(found, expected)
+    assert called == [torch.Tensor]
 
 
-def test_which_synchronised_norms_torch_takes() -> None:
-    some, all_of_it = CellLayout(UNEVEN, 4), CellLayout(torch.ones_like(UNEVEN), 4)
-    assert not sync_norm._torch_serves(torch.zeros(2, 3, 8, 8))
-    with FakeTensorMode():
-        assert sync_norm._torch_serves(torch.empty(2, 3, 8, 8, device=GPU))
-    for cells in (some, all_of_it):
-        assert not sync_norm._torch_serves(MaskedTensor.pack(torch.zeros(2, 3, 8, 8), cells))
+def test_which_devices_torchs_synchronised_norm_takes() -> None:
+    assert not sync_norm._torch_serves(torch.device("cpu"))
+    assert sync_norm._torch_serves(GPU)
 
 
 def test_parity_runs_where_it_is_told() -> None:

@@ -19,6 +19,7 @@ from hgkd.training import (
     UnreadableFilesHook,
     VisualizationHook,
 )
+from hgkd.training.hooks import alarms
 from hgkd.training.hooks.progress import peak_memory_mb
 
 
@@ -88,6 +89,45 @@ def test_the_dump_holds_the_accumulated_steps_too(tmp_path):
         step(run, hook, 1.0, "skipped", images=(3, 4))
     dump = json.loads((tmp_path / "nonfinite_step_7_rank_0.json").read_text())
     assert [entry["images"] for entry in dump["steps"]] == [[1, 2], [3, 4]]
+
+
+class Taught(torch.nn.Module):
+    """A model that asks its teacher in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["teacher"], self.passes = torch.nn.Identity(), 0
+
+    def data_preprocessor(self, data, training):
+        return data
+
+    def forward(self, inputs, mode):
+        self.passes += 1
+        self.teacher(inputs)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_not_finite_in_one_process_is_told_by_all_and_none_is_waited_for(rank, monkeypatch):
+    """A pass of the model may need all processes: norms and divided teachers exchange values."""
+    answers = []
+
+    def gathered(own):
+        return [answers.pop(0), own] if rank else [own, answers.pop(0)]
+
+    monkeypatch.setattr(alarms, "all_gather_object", gathered)
+    monkeypatch.setattr(alarms, "get_world_size", lambda: 2)
+    run = runner(model=Taught())
+    good, bad = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), float("nan"))
+    for own, other, named in ((good, False, 1 - rank), (bad, True, rank)):
+        answers[:] = [other]
+        said = alarms.not_finite_before_the_student(run, {"inputs": own})
+        assert f"the images hold values that are not finite (those of process {named})" in said
+    assert run.model.passes == 0
+    answers[:] = [True, ["teacher"]]
+    assert "what the teacher says" in alarms.not_finite_before_the_student(run, {"inputs": good})
+    answers[:] = [True, []]
+    assert alarms.not_finite_before_the_student(run, {"inputs": good}) is None
+    assert run.model.passes == 2
 
 
 def test_negative_patience_is_refused():

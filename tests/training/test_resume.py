@@ -1,5 +1,6 @@
 """A run that is killed, stopped or damaged anywhere ends with the weights of the unbroken one, bit for bit."""
 
+import logging
 import multiprocessing
 import os
 import re
@@ -20,7 +21,8 @@ from hgkd.api import train as train_tool
 from hgkd.data import images as reading
 from hgkd.errors import StoppedError, WeightsError
 from hgkd.registry import build_runner
-from hgkd.training import CheckpointWriteError
+from hgkd.training import CheckpointWriteError, DistillRunner
+from hgkd.training import runner as running
 from hgkd.weights import find_last_checkpoint
 from hgkd.weights.files import read_checkpoint
 
@@ -362,3 +364,17 @@ def test_a_whole_job_that_is_killed_and_then_preempted(images, tmp_path):
     assert second.wait() == 0, "".join(lines)[-3000:]
     assert "stopped by a signal (SIGTERM)" in "".join(lines)
     assert int(read_checkpoint(find_last_checkpoint(tmp_path))["meta"]["iter"]) >= 13
+
+
+@pytest.mark.parametrize("found", ["elsewhere/epoch_1.pth", None])
+def test_all_processes_go_on_from_what_the_first_one_finds(found, tmp_path, monkeypatch):
+    """In a folder that is another machine's own lies nothing; a process that began anew would train other weights unseen."""
+    run, resumed_from = DistillRunner.__new__(DistillRunner), []
+    own = None if found else "epoch_9.pth"
+    run.__dict__.update(_has_loaded=False, _resume=True, _load_from=None, _work_dir=str(tmp_path), logger=logging.getLogger())
+    monkeypatch.setattr(running, "find_last_checkpoint", lambda folder: own)
+    monkeypatch.setattr(running, "is_main_process", lambda: False)
+    monkeypatch.setattr(running, "broadcast_object_list", lambda objects: objects.__setitem__(0, found))
+    monkeypatch.setattr(DistillRunner, "resume", lambda self, file: resumed_from.append(file))
+    run.load_or_resume()
+    assert resumed_from == ([found] if found else [])

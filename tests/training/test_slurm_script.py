@@ -14,6 +14,8 @@ from hgkd.training.runner import take_slurm_names
 PAGE = ROOT / "docs/howto/several_gpus.md"
 # two tasks on one machine; with a file `stop`, both get SIGTERM once the first step is logged
 SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=1 ] || { echo "srun would let the others wait for a process that fails" >&2; exit 1; }
+shift
 tasks=()
 for task in 0 1; do
     SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 SLURM_NODELIST=localhost "$@" > task_$task.txt 2>&1 &

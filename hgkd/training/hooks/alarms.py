@@ -10,11 +10,12 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook, IterTimerHook
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -116,7 +117,8 @@ def not_finite_before_the_student(runner: Runner, data_batch: object) -> str | N
     """Find values of a step that are not finite for reasons outside the student (images, teacher), and the remedy.
 
     The batch's loss is computed once more, without gradients, on the weights of before the step, and what the model's teacher
-    says is looked at. Running statistics and random numbers stay what they were.
+    says is looked at. Running statistics and random numbers stay what they were. All processes call this together, and get the
+    same answer: the first one's log tells of the others' images, too.
 
     Returns:
         A sentence without its full stop; None: images and teacher are finite, or there is no teacher.
@@ -135,15 +137,19 @@ def not_finite_before_the_student(runner: Runner, data_batch: object) -> str | N
         with torch.no_grad(), unchanged(model):
             data = model.data_preprocessor(copy.deepcopy(data_batch), True)
             inputs = data.get("inputs") if isinstance(data, Mapping) else None
-            if not _all_finite(inputs):
+            finite: list[bool] = all_gather_object(_all_finite(inputs))
+            if not all(finite):  # in no process the model then runs, whose norms and divided teachers may need all of them
+                where = f" (those of process {finite.index(False)})" if get_world_size() > 1 else ""
                 return (
-                    "the images hold values that are not finite: look at the files, and at the pixel statistics of the config"
+                    f"the images hold values that are not finite{where}: look at the files, and at the pixel statistics of the "
+                    "config"
                 )
             model(**data, mode="loss")
     finally:
         for handle in handles:
             handle.remove()
-    broken = next((name for name, heard in said.items() if not all(heard)), None)
+    found: list[list[str]] = all_gather_object([name for name, heard in said.items() if not all(heard)])
+    broken = next(chain.from_iterable(found), None)
     if broken is None:
         return None
     who, place = ("the teacher", "model.teacher") if len(said) == 1 else (f"teacher {broken!r}", f"model.teachers.{broken}")
