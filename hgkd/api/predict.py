@@ -115,11 +115,21 @@ def predict(
         FileNotFoundError, WeightsError, MissingLibraryError: of the folder.
         FileNotFoundError, DataError, MissingPackageError: of the source or the gallery.
         FileExistsError: ``out`` holds predictions already.
-        ValueError: options that do not fit the task or each other.
+        ValueError: options that do not fit the task or each other, or an export whose pictures go through steps that are not
+            repeated here.
     """
     check_counts(top=top, neighbours=neighbours, **({} if limit is None else {"limit": limit}))
     exported = open_export(folder, runtime=runtime, threads=threads, precision=precision)
     expected = exported.signature.input
+    if expected.resize == "other":
+        steps = exported.signature.options.get("test_pipeline") or ()
+        raise InvalidValueError(
+            "export-pictures-prepared-otherwise",
+            f"{exported.path} takes pictures as the steps of its run's test pipeline leave them "
+            f"({', '.join(str(step.get('type')) for step in steps)}), of which hgkd predict does not know how to repeat all: "
+            "results would be those of pictures of another size. 'hgkd test CONFIG FOLDER' runs them; or train with a "
+            "test_dataloader that has one Resize with a scale, and at most one Pad, and export again",
+        )
     in_chans = None if expected.channels == 3 else expected.channels
     value_range = value_range or expected.value_range or None
     stream = frames(source, value_range=value_range, in_chans=in_chans)

@@ -247,7 +247,7 @@ def _write_weights(job: ModelJob, library: str) -> WrittenModel:
     torch.save({"meta": named, "state_dict": state}, work / MODEL_FILE)
     save_file(state, work / WEIGHTS_FILE, metadata={"format": "pt"})
     if source.config:
-        page = f"default_scope = {library!r}\nmodel = {pformat(source.config, sort_dicts=False)}\n"
+        page = f"default_scope = {library!r}\n{_imports(source)}model = {pformat(source.config, sort_dicts=False)}\n"
         (work / MODEL_CONFIG).write_text(page, encoding="utf-8")
     _same_files(state, work)
     proven_with = f"torch {torch.__version__} and safetensors, bit for bit; " + _prove_in(library, source.config, work)
@@ -257,6 +257,26 @@ def _write_weights(job: ModelJob, library: str) -> WrittenModel:
     )
     parameters = sum(value.numel() for key, value in state.items() if value.is_floating_point() and ".running_" not in key)
     return WrittenModel(load_with, proven_with, len(state), parameters)
+
+
+def _imports(source: ModelSource) -> str:
+    """The line by which reading the config imports what registers the model's parts: the run's modules, hgkd's where needed."""
+    imported = literal_config(source.meta.get("cfg")).get("custom_imports") or {}
+    imported = imported if isinstance(imported, Mapping) else {}
+    given = imported.get("imports") or []
+    named = [given] if isinstance(given, str) else [str(name) for name in given]
+    modules = [name for name in named if name.partition(".")[0] != "hgkd"]
+    if _has_own_parts(source.config):  # others are built without hgkd
+        modules.append("hgkd.openmmlab")
+    allowed = bool(imported.get("allow_failed_imports", False))
+    return f"custom_imports = dict(imports={modules!r}, allow_failed_imports={allowed})\n" if modules else ""
+
+
+def _has_own_parts(part: object) -> bool:
+    """Whether a config names a class of hgkd's, such as ``hgkd.TimmBackbone``."""
+    if isinstance(part, Mapping):
+        return str(part.get("type")).startswith("hgkd.") or any(map(_has_own_parts, part.values()))
+    return isinstance(part, (list, tuple)) and any(map(_has_own_parts, part))
 
 
 def _same_files(state: Mapping[str, Tensor], folder: Path) -> None:

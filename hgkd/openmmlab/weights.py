@@ -293,7 +293,7 @@ class Pixels:
 
     Attributes:
         mean, std: of pixels in 0 .. 255, in the order of the channels; None: not normalised.
-        order: 'RGB' or 'BGR'.
+        order: 'RGB' or 'BGR'; of other than three channels it says nothing.
     """
 
     mean: tuple[float, ...] | None
@@ -302,16 +302,24 @@ class Pixels:
 
     def agrees(self, other: Pixels) -> bool:
         """Whether a network takes the one for the other, see :func:`hgkd.pixels.near`."""
-        if self.order != other.order or self.mean is None or other.mean is None or self.std is None or other.std is None:
+        if self.mean is None or other.mean is None or self.std is None or other.std is None:
             return self == other
+        if self.has_order and self.order != other.order:
+            return False
         if not len(self.mean) == len(other.mean) == len(self.std) == len(other.std):
             return False
         return near((self.mean, self.std), (other.mean, other.std), unit=1.0)
 
+    @property
+    def has_order(self) -> bool:
+        """Whether the channels are those of colours; of grey images and those of 4 channels, none can be turned."""
+        return self.mean is None or len(self.mean) == 3
+
     def __str__(self) -> str:
         if self.mean is None:
             return f"{self.order}, pixels from 0 to 255 as they are"
-        return f"{self.order}, mean {_listed(self.mean)}, std {_listed(self.std or ())}"
+        order = f"{self.order}, " if self.has_order else ""
+        return f"{order}mean {_listed(self.mean)}, std {_listed(self.std or ())}"
 
 
 def prepared_pixels(preprocessor: Mapping[str, Any], pipeline: Sequence[Mapping[str, Any]] = ()) -> Pixels | None:
@@ -360,7 +368,7 @@ def check_pixels(
         differs.append(f"images prepared as {wanted}; this config prepares them as {given}")
         place = f"{where}.data_preprocessor"
         set_to += [f"{place}.mean={_listed(wanted.mean or ())}", f"{place}.std={_listed(wanted.std or ())}"]
-        set_to += [f"{place}.bgr_to_rgb=True"] if given.order == "BGR" else []
+        set_to += [f"{place}.bgr_to_rgb=True"] if wanted.has_order and given.order == "BGR" else []
     if getattr(backbone, "style", None) == "caffe" and "layer1.0.conv3.weight" in backbone.state_dict():
         differs.append("blocks whose second convolution has the stride; with style='caffe' the first has it")
         set_to.append(f"{where}.backbone.style=pytorch")

@@ -17,7 +17,7 @@ from hgkd.errors import InvalidValueError, WeightsError
 
 FORMAT = 1
 LAYOUTS = ("NCHW", "NHWC", "CHW")
-RESIZES = ("crop", "fit", "keep", "pad", "square", "stretch")
+RESIZES = ("crop", "fit", "keep", "other", "pad", "square", "stretch")
 TASKS = ("features", "classification", "detection", "segmentation")
 _DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "uint16": torch.uint16}
 
@@ -41,8 +41,9 @@ class ImageInput:
         multiple: sides are multiples of it.
         resize: how an image becomes the input: 'crop' (shorter side to ``size``, centre cropped, as
             :func:`hgkd.data.images.read_crops`), 'stretch' (to ``size``), 'fit' (resized as a whole into ``size``, which may be
-            turned, and not filled), 'square' (the same, then filled to a square), 'pad' (filled to ``size``) or 'keep' (its own
-            size). Filling is at the right and below; sides that the graph does not take are filled up to the next that it does.
+            turned, and not filled), 'square' (the same, then filled to a square), 'pad' (filled to ``size``), 'keep' (its own
+            size) or 'other' (by the steps that ``options['test_pipeline']`` of the signature has). Filling is at the right and
+            below; sides that the graph does not take are filled up to the next that it does.
         pad: value in [0, 1] of what is filled in.
     """
 

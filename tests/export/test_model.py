@@ -74,6 +74,18 @@ def test_the_weights_alone_under_the_models_own_names(tmp_path: Path, monkeypatc
     assert report.parameters == sum(p.numel() for p in again.parameters())
 
 
+@pytest.mark.parametrize(
+    ("backbone", "modules"), [("ResNet", ["colorsys"]), ("hgkd.TimmBackbone", ["colorsys", "hgkd.openmmlab"])]
+)
+def test_the_config_imports_what_its_parts_need(tmp_path: Path, monkeypatch, backbone: str, modules: list[str]) -> None:
+    library(monkeypatch, Detector)
+    imports = "custom_imports = dict(imports=['hgkd.openmmlab', 'colorsys'], allow_failed_imports=False)\n"
+    model = f"model = dict(type='FasterRCNN', backbone=[dict(type={backbone!r}, name='resnet18')])\n"
+    write(tmp_path / "a.pth", Detector().state_dict(), imports + model)
+    export(tmp_path / "a.pth", tmp_path / "out", "mmdet", part="model")
+    assert Config.fromfile(tmp_path / "out/model_config.py").custom_imports.imports == modules
+
+
 def test_of_a_distillation_the_student_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = library(monkeypatch, Detector)
     source = Detector().state_dict()

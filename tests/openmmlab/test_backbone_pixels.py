@@ -109,3 +109,20 @@ def test_the_style_of_an_export_is_timms(exported, told):
     assert not told
     check_pixels(ResNet(50), exported / "timm", CAFFE, refuse=False)  # of a training that goes on
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_channels_that_are_no_colours_have_no_order(tmp_path, channels):
+    from hgkd.openmmlab.backbone import TimmBackbone
+
+    mean, std = [0.4] * channels, [0.2] * channels
+    write_student(tmp_path / "a.pth", "test_resnet", kwargs={"in_chans": channels}, pixels=(mean, std))
+    export(tmp_path / "a.pth", tmp_path / "out", "timm")
+    backbone = TimmBackbone("test_resnet", in_chans=channels)
+    # a loader of one's own, or mmcv's of grey images, whose order nobody turns
+    given = prepared_pixels({"mean": [102.0] * channels, "std": [51.0] * channels}, [dict(type="LoadImageFromFile")])
+    check_pixels(backbone, tmp_path / "out", given)
+    with refused(ValueError, "pixels-differ", f"model.data_preprocessor.std=[{','.join(['51'] * channels)}]") as caught:
+        check_pixels(backbone, tmp_path / "out", Pixels((0.0,) * channels, (1.0,) * channels, "BGR"))
+    assert "bgr_to_rgb" not in str(caught.value)
+    assert "RGB" not in str(caught.value)

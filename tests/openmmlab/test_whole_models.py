@@ -226,6 +226,33 @@ def test_the_record_says_what_comes_before_and_what_is_inside(exports) -> None:
     assert options["inside"]["padding_divisor"] == 32
 
 
+RESIZE, PADS = dict(type="Resize", scale=(160, 120), keep_ratio=True), dict(type="Pad", size_divisor=32)
+
+
+@pytest.mark.parametrize(
+    ("steps", "resize", "size"),
+    [
+        ([], "keep", None),
+        ([RESIZE], "fit", (120, 160)),
+        ([dict(RESIZE, scale=160), PADS], "fit", (160, 160)),
+        ([dict(RESIZE, scale=(120, 160)), dict(type="Pad", size=(160, 120))], "pad", (120, 160)),
+        ([dict(type="Resize", scale=160)], "stretch", (160, 160)),
+        ([dict(type="Resize", scale_factor=0.5)], "other", None),
+        ([dict(type="mmdet.FixScaleResize", scale=(160, 120), keep_ratio=True)], "other", None),
+        ([RESIZE, dict(type="ResizeToMultiple", size_divisor=32)], "other", (120, 160)),
+        ([dict(type="ResizeShortestEdge", scale=120, max_size=160)], "other", None),
+        ([RESIZE, dict(type="Pad", size=(320, 320))], "other", (320, 320)),
+        ([dict(type="Pad", size=(320, 320))], "other", (320, 320)),
+        ([PADS, RESIZE], "other", (120, 160)),
+        ([RESIZE, dict(PADS, padding_mode="reflect")], "other", (120, 160)),
+    ],
+)
+def test_steps_that_prediction_would_not_repeat_are_not_recorded_as_if_it_did(steps: list, resize: str, size) -> None:
+    pipeline = TestPipeline([{"type": "LoadImageFromFile"}, *steps, {"type": "PackDetInputs"}], "mmdet")
+    assert (pipeline.resize(fixed=False), pipeline.size) == (resize, size)
+    assert (resize == "other") == bool(pipeline.unrepeated)
+
+
 def test_in_the_place_of_the_model_a_graph_gives_boxes_of_the_original_picture(exports, pictures: Path) -> None:
     from mmengine.dataset import Compose
 
@@ -303,6 +330,29 @@ REFUSED = [
     ("detection/retinanet_r18_12e_bccd.py", {"model.test_cfg.nms.type": "soft_nms"}, "RetinaHead"),
     ("segmentation/upernet_r18_1k_camvid.py", {"model.test_cfg.mode": "slide"}, "EncoderDecoder"),
 ]
+# heads that fit in by their methods: one multiplies its scores by an IoU, the other fails in mmdet's own inference
+HEADS = {
+    "DDODHead": dict(
+        in_channels=16,
+        feat_channels=32,
+        stacked_convs=1,
+        use_dcn=False,
+        anchor_generator=dict(
+            type="AnchorGenerator", ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[16, 32, 64]
+        ),
+    ),
+    "SSDHead": dict(
+        in_channels=(16, 16, 16),
+        anchor_generator=dict(
+            type="SSDAnchorGenerator",
+            scale_major=False,
+            min_sizes=[16, 32, 64],
+            max_sizes=[32, 64, 128],
+            ratios=[[2], [2, 3], [2]],
+            strides=[16, 32, 64],
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize(("path", "options", "name"), REFUSED)
@@ -315,6 +365,19 @@ def test_a_part_without_graph_is_refused_by_name(path: str, options: dict, name:
         check = parts.detector_parts if cfg.default_scope == "mmdet" else parts.segmentor_parts
         with refused(ValueError, "model-part-without-graph", name):
             check(model, cfg.test_dataloader.dataset.pipeline)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_whose_maps_are_no_scores_and_boxes_is_refused_by_name(kind: str) -> None:
+    from mmengine.registry import MODELS
+
+    cfg = retinanet()
+    cfg.model.update(type="SingleStageDetector", train_cfg=None)
+    cfg.model.bbox_head = dict(type=kind, num_classes=3, **HEADS[kind])
+    with scope("mmdet"):
+        model = MODELS.build(cfg.model).eval()
+        with refused(ValueError, "model-part-without-graph", kind):
+            parts.detector_parts(model, cfg.test_dataloader.dataset.pipeline)
 
 
 def test_what_is_missing_for_a_graph_is_said_before(tmp_path: Path, pictures: Path) -> None:

@@ -228,6 +228,8 @@ def test_wrong_requests(tmp_path: Path) -> None:
     images = spots(tmp_path / "images")
     with refused(ValueError, "gallery-without-features", "label_map"):
         predict(graph, images, gallery=images)
+    with refused(ValueError, "export-pictures-prepared-otherwise", "other"):
+        predict(written(tmp_path / "other", Bright(), ["label_map"], "segmentation", resize="other"), images)
     with refused(ValueError, "count-not-positive", "top", "0"):
         predict(graph, images, top=0)
     with refused(FileNotFoundError, "image-missing", "none"):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from hgkd.errors import InvalidValueError
@@ -113,10 +114,12 @@ def detector_parts(model: Any, pipeline: Any) -> DetectorParts:
         _same(head, dense_heads.YOLOXHead, "predict_by_feat", "_bbox_post_process", "_bbox_decode", "forward")
         return DetectorParts(model, "yolox", pixels, *padding, _rule(head, head.test_cfg, inclusive=True, cut=False))
     _same(head, BaseDenseHead, "predict", "predict_by_feat", "_predict_by_feat_single", "_bbox_post_process")
+    if not hasattr(head, "loss_cls"):  # SSD's
+        _refuse(head, "has no loss_cls, without which mmdet's own inference fails, and a graph is compared with that")
     if getattr(head.loss_cls, "custom_cls_channels", False):
         _refuse(head, "has an activation of its own")
-    if getattr(head, "loss_centerness", None) is not None and not _two_maps(head):
-        _refuse(head, "multiplies its scores by a centre-ness, which no graph here has")
+    if _maps_of_a_level(model) != 2:
+        _refuse(head, "multiplies its scores by a third map (a centre-ness or an IoU), which no graph here has")
     return DetectorParts(model, "dense", pixels, *padding, _rule(head, head.test_cfg))
 
 
@@ -176,11 +179,10 @@ def _rule(head: nn.Module, cfg: Any, score: float | None = None, inclusive: bool
     )
 
 
-def _two_maps(head: nn.Module) -> bool:
-    """RTMDet's heads inherit a centre-ness from ATSS and do not use it."""
-    from mmdet.models.dense_heads import RTMDetHead
-
-    return isinstance(head, RTMDetHead)
+@torch.no_grad()
+def _maps_of_a_level(model: Any) -> int:
+    """How many maps a one-stage head gives of each level; asked of the head, as RTMDet's inherits a centre-ness without use."""
+    return len(model.bbox_head(model.extract_feat(torch.zeros(1, 3, 256, 256))))
 
 
 def _same(part: Any, base: type, *methods: str) -> None:

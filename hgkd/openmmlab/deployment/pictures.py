@@ -25,6 +25,16 @@ def kind_of(step: Mapping[str, Any]) -> str:
     return str(step.get("type")).rpartition(".")[2]
 
 
+def _sides(value: Any) -> tuple[int, int] | None:
+    """(H, W) of a step's size, which is one number or OpenMMLab's (W, H); None: it has none."""
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    width, height = value
+    return int(height), int(width)
+
+
 @dataclass(frozen=True)
 class TestPipeline:
     """A run's test pipeline without annotations.
@@ -73,13 +83,34 @@ class TestPipeline:
         """(H, W) that pictures are brought to, or into; None: they stay as they are."""
         for kind, key in (("Pad", "size"), ("Resize", "scale")):
             for step in self.steps:
-                if kind_of(step) == kind and isinstance(step.get(key), (list, tuple)):
-                    width, height = step[key]  # OpenMMLab's order
-                    return int(height), int(width)
+                if kind_of(step) == kind and (sides := _sides(step.get(key))) is not None:
+                    return sides
         return None
+
+    @property
+    def unrepeated(self) -> list[str]:
+        """Steps, in words, that :func:`hgkd.export.placing.place` does not repeat by what :meth:`resize` says."""
+        steps = [step for step in self.steps[1:] if not kind_of(step).startswith("Pack")]
+        found = [kind_of(step) for step in steps if kind_of(step) not in ("Resize", "Pad")]
+        resizes, pads = ([step for step in steps if kind_of(step) == kind] for kind in ("Resize", "Pad"))
+        # by a factor there is no size; a second step, or one after the filling, starts from what the first has made
+        found += ["Resize by scale_factor" for step in resizes if _sides(step.get("scale")) is None]
+        found += ["more than one Resize"] * (len(resizes) > 1) + ["more than one Pad"] * (len(pads) > 1)
+        found += ["Pad before Resize"] * (resizes != steps[: len(resizes)] and not found)
+        found += [
+            f"Pad by padding_mode={mode}" for step in pads if (mode := step.get("padding_mode", "constant")) != "constant"
+        ]
+        if pads and (sides := _sides(pads[0].get("size"))) is not None:
+            scale = _sides(resizes[0].get("scale")) if resizes else None
+            turned = bool(resizes) and resizes[0].get("keep_ratio", False)  # then it fits into the scale lying and standing
+            if scale is None or not (sides == scale or (turned and sides == scale[::-1])):
+                found.append("Pad to another size than that of Resize")
+        return found
 
     def resize(self, fixed: bool) -> str:
         """One of :data:`hgkd.weights.signature.RESIZES`; ``fixed``: for a graph of one size."""
+        if self.unrepeated:
+            return "other"
         resizes = [step for step in self.steps if kind_of(step) == "Resize"]
         if not all(step.get("keep_ratio", False) for step in resizes):
             return "stretch"

@@ -410,6 +410,8 @@ def _notes(whole: Whole, image: ImageInput) -> list[str]:
     notes = [f"input: {image.about}", f"inside: {whole.parts.pixels}"]
     if before:
         notes.append(f"before it, as the run's test pipeline does: {'; '.join(before)}; results are in pixels of the input")
+    if whole.pipeline.unrepeated:
+        notes.append(f"hgkd predict does not take this folder: its pictures need {', '.join(whole.pipeline.unrepeated)}")
     if isinstance(whole.parts, DetectorParts):
         rule = whole.parts.rule
         most = f"the best {rule.most}" if rule.most > 0 else "all"
