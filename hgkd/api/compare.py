@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -16,7 +15,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mmengine.config import Config
 
@@ -32,8 +32,11 @@ from hgkd.weights.run_folder import logged_lines
 
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block", "after", "evaluate", "scores"}
 PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
+STARTED = "started_with.json"  # in the folder of a run: config and options of its training
 _EVALUATE_NEEDS = ("methods", "train", "test")
-_EVALUATE_KEYS = {*inspect.signature(evaluate).parameters, "k", "config", "csv"}  # these three are the command's alone
+# what the values of a plan's evaluate become; the last three are the command's alone
+_EVALUATE_TYPES = {**get_type_hints(evaluate), "k": Sequence[int], "config": str, "csv": str}
+_EVALUATE_KEYS = _EVALUATE_TYPES.keys() - {"return"}
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,12 @@ def _check_evaluate(where: str, arguments: Mapping[str, Any]) -> None:
         if key.replace("-", "_") not in _EVALUATE_KEYS:
             told = unknown_name_message("argument of evaluate", key, sorted(_EVALUATE_KEYS))
             raise InvalidValueError("plan-evaluate-key-unknown", f"{where}: {told}")
+    for key, value in _fill(arguments, {"seed": "0", "here": "."}).items():
+        wanted = _EVALUATE_TYPES[key.replace("-", "_")]
+        if value is not None and not _fits(value, wanted):
+            raise InvalidValueError(
+                "plan-evaluate-value", f"{where}: evaluate has {key}={value!r}, expected {_words_of(wanted)}; correct the plan"
+            )
     for key in _EVALUATE_NEEDS:
         if not arguments.get(key):
             raise InvalidValueError(
@@ -156,6 +165,36 @@ def _check_evaluate(where: str, arguments: Mapping[str, Any]) -> None:
         check_finetune_options(arguments.get("finetune_options"))
     except ValueError as error:
         raise InvalidValueError("plan-evaluate-finetune-options", f"{where}: {error}") from error
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    """Whether the command reads a value of a plan as what :func:`evaluate` takes; it gets all of them as texts."""
+    if isinstance(wanted, UnionType):
+        return any(_fits(value, part) for part in get_args(wanted))
+    if get_origin(wanted) is Sequence:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return len(items) > 0 and all(_fits(item, get_args(wanted)[0]) for item in items)
+    if get_origin(wanted) is Mapping:
+        return isinstance(value, Mapping)
+    if wanted is NoneType:
+        return value is None
+    if wanted is bool or isinstance(value, bool):
+        return wanted is bool and isinstance(value, bool)
+    if wanted is str or isinstance(value, (list, tuple, Mapping)):
+        return not isinstance(value, (list, tuple, Mapping))
+    try:
+        wanted(str(value))
+    except ValueError:
+        return False
+    return True
+
+
+def _words_of(wanted: Any) -> str:
+    if isinstance(wanted, UnionType):
+        return " or ".join(_words_of(part) for part in get_args(wanted))
+    if get_origin(wanted) is Sequence:
+        return f"a list of {get_args(wanted)[0].__name__}"
+    return "None" if wanted is NoneType else "a dict" if get_origin(wanted) is Mapping else str(wanted.__name__)
 
 
 def _fill(value: object, values: Mapping[str, str]) -> Any:
@@ -259,6 +298,7 @@ def run(job: Job, threads: int) -> dict[str, Any]:
     result = {"row": job.row, "seed": job.seed, "setting": setting, "threads": threads}
     arguments = dict(job.evaluate)
     if job.config is not None:
+        _check_started(job, setting)
         result["command"] = shlex.join(["hgkd", *job.train_command])
         resume = ["--resume"] if results_in(job.folder) else []
         if resume:
@@ -281,6 +321,28 @@ def run(job: Job, threads: int) -> dict[str, Any]:
     result["scores"] = {method: {key: found[method][key] for key in ("top1", "ci95")} for method in found}
     result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _check_started(job: Job, setting: Mapping[str, Any]) -> None:
+    """Note what a training starts with; refuse to go on with one that was started with something else.
+
+    Raises:
+        StoppedError: names what differs.
+    """
+    started = job.folder / STARTED
+    now = {"config": setting["config"], "options": setting["options"]}
+    if started.is_file() and results_in(job.folder):
+        before = json.loads(started.read_text(encoding="utf-8"))
+        pairs = {key: (before["options"].get(key), now["options"].get(key)) for key in {*before["options"], *now["options"]}}
+        pairs["config"] = before["config"], now["config"]
+        differ = [f"{key} {old} -> {new}" for key, (old, new) in sorted(pairs.items()) if old != new]
+        if differ:
+            raise StoppedError(
+                "run-setting-changed",
+                f"{job.folder} holds a training that was begun with another setting ({', '.join(differ)}); with that one the "
+                "same command goes on, else give another --work-dir or delete this folder",
+            )
+    started.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
 def _evaluate_command(arguments: Mapping[str, Any], out: Path) -> list[str]:

@@ -82,6 +82,7 @@ class Levels:
         file = level_of(cfg) or Level(cfg.filename or "the config", copy.deepcopy(cfg.to_dict()))
         self._program = Level("the program", {}, (file,))
         self._typed = Level("the command line", nested(typed or {}), (self._program,))
+        check_list_paths(cfg, typed or {})
         try:
             cfg.merge_from_dict(copy.deepcopy(dict(typed or {})))
         except KeyError as error:  # an index beyond the end of a list
@@ -92,6 +93,34 @@ class Levels:
         found = self._typed.setter(path)
         said = None if found is None else found.value(path)
         return self._program if found is None or said is None or not same(said[0], value) else found
+
+
+def check_list_paths(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Refuse dotted paths into lists that mmengine's merging cannot follow: it changes an entry that is a dict, and no other.
+
+    Raises:
+        ValueError: names the path, and the list that is to be written whole.
+    """
+    for path, value in options.items():
+        node: Any = cfg._cfg_dict
+        steps = path.split(".")
+        for depth, step in enumerate(steps):
+            if isinstance(node, Mapping):
+                node = node.get(step)
+                continue
+            if not isinstance(node, (list, tuple)) or (step.isdigit() and int(step) >= len(node)):
+                break  # mmengine says how many there are
+            entry = node[int(step)] if step.isdigit() else None
+            kept = isinstance(entry, Mapping) and (depth + 1 < len(steps) or isinstance(value, Mapping))
+            if isinstance(node, tuple) or not kept:
+                place = ".".join(steps[:depth])
+                raise InvalidValueError(
+                    "list-entry-not-replaced",
+                    f"{path}={value!r}: {place} is a list, of which a path changes parts of an entry that is a dict, by its "
+                    f"number ({place}.0.KEY=...), and takes away or replaces none; give the whole list, or write it into a "
+                    "config",
+                )
+            node = entry
 
 
 def nested(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,11 +133,12 @@ def apply_short_options(cfg: Config, typed: Mapping[str, Any] | None = None) -> 
         Sentences about what was changed unasked, for the user.
 
     Raises:
-        ValueError: an option that has no place in this config, that is no number where one is expected, or that one level
-            sets to something else than its place; only one of the validation folders, or a warm-up that is negative or not
-            shorter than the training.
+        ValueError: an entry of a list of parts that is no part, an option that has no place in this config, that is no number
+            where one is expected, or that one level sets to something else than its place; only one of the validation folders,
+            or a warm-up that is negative or not shorter than the training.
     """
     levels = Levels(cfg, typed)
+    check_parts(cfg)
     given = {name: _settle(cfg, levels, name, option) for name, option in SHORT_OPTIONS.items() if name in cfg}
     _drop_feature_store(cfg)
     _drop_validation(cfg)
@@ -278,8 +279,27 @@ def _drop_feature_store(cfg: Config) -> None:
     if "teacher_features" not in cfg or cfg.teacher_features is not None or not cfg.get("custom_hooks"):
         return
     cfg.custom_hooks = [
-        hook for hook in cfg.custom_hooks if hook.get("type") != "TeacherCacheHook" or hook.get("folder") is not None
+        hook
+        for hook in cfg.custom_hooks
+        if not isinstance(hook, Mapping) or hook.get("type") != "TeacherCacheHook" or hook.get("folder") is not None
     ]
+
+
+def check_parts(cfg: Config) -> None:
+    """Refuse entries of lists of parts that are no parts; None takes away a part by its name, and none of a list.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for key in ("custom_hooks", "param_scheduler"):
+        entries = cfg.get(key)
+        for place, entry in enumerate(entries if isinstance(entries, (list, tuple)) else ()):
+            if entry is None or isinstance(entry, (str, int, float, list, tuple)):
+                raise InvalidValueError(
+                    "list-entry-no-part",
+                    f"{key}.{place}={entry!r} is no part: an entry is dict(type=..., ...). To leave one out, write a config "
+                    f"whose {key} is a list of the others",
+                )
 
 
 def _drop_validation(cfg: Config) -> None:

@@ -63,9 +63,15 @@ def frames(
         FileNotFoundError: it does not exist.
         DataError: no image in it, or a stream that cannot be opened or is no MJPEG.
         MissingPackageError: a video or camera, and OpenCV is not installed.
-        ValueError: ``in_chans`` with a stream.
+        ValueError: ``in_chans`` with a stream; an empty text, which the system would take for the current folder.
     """
     text = os.fspath(source)
+    if not text:
+        raise InvalidValueError(
+            "input-empty",
+            "the input is an empty text (an unset variable?); give an image, a folder, a .txt list, a video, a camera's number "
+            "or -; '.' is the current folder",
+        )
     stream = _stream(text)
     if stream is None:
         return _of_files(_files(Path(text).expanduser(), in_chans), value_range, in_chans)

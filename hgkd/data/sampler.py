@@ -163,9 +163,19 @@ class EpochSampler(Sampler[int]):
     def rest(self) -> tuple[Numbers, Numbers]:
         """Numbers and seeds of the images of this process that are not passed over, (N,) each."""
         first, self.skip = self.skip, 0
-        places, copies = np.divmod(self.rank + np.arange(first, len(self)) * self.world_size, self.repeats)
+        places, copies = self._places(first, len(self))
         bases = np.array([epoch_seed(self.seed, self.epoch, copy) for copy in range(self.repeats)], dtype=np.int64)
         return self._order()[places % len(self.dataset)], bases[copies]
+
+    def copies(self, start: int, stop: int) -> list[int]:
+        """Which time in its epoch each image of this process is shown, from the ``start``-th to before the ``stop``-th."""
+        copies: list[int] = self._places(start, stop)[1].tolist()
+        return copies
+
+    def _places(self, start: int, stop: int) -> tuple[Numbers, Numbers]:
+        """Places in the order of this process's images, and the number of each image's copy."""
+        found: tuple[Numbers, Numbers] = np.divmod(self.rank + np.arange(start, stop) * self.world_size, self.repeats)
+        return found
 
     def _order(self) -> Numbers:
         """All images in the order of the epoch."""

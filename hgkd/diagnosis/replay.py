@@ -1,7 +1,7 @@
 """Doing training steps again that went wrong, from what :class:`hgkd.training.hooks.alarms.FiniteLossHook` left behind.
 
-A step is a function of weights, images, (seed, epoch, image) and (seed, process, step), all of which the dump holds. Its config
-is held to plain data and its weights are read safely, so a dump from elsewhere runs no code of its own.
+A step is a function of weights, images, (seed, epoch, image, copy) and (seed, process, step), all of which the dump holds. Its
+config is held to plain data and its weights are read safely, so a dump from elsewhere runs no code of its own.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def replay(dump: str | Path, device: str | torch.device = "cpu", trusted: bool =
         mask = getattr(model, "mask", None)
         if mask is not None:
             mask.progress = entry["step"] / last_step
-        base = epoch_seed(seed, entry["epoch"])
-        batch = default_collate([dataset[SeededIndex(index, base)] for index in entry["images"]])
+        copies = entry.get("copies") or [0] * len(entry["images"])
+        shown = zip(entry["images"], copies, strict=True)
+        batch = default_collate([dataset[SeededIndex(i, epoch_seed(seed, entry["epoch"], copy))] for i, copy in shown])
         seed_step(seed, rank, entry["step"])
         found.append(_replay_step(model, batch, entry))
     return found

@@ -31,7 +31,7 @@ from hgkd.structures import FeatureSample
 
 _CHUNK_ELEMENTS = 2**25  # similarities held at once: 128 MiB in fp32
 _BANK, _QUERY = "bank", "query"
-_Row = tuple[Tensor, int, str]  # features (C,), label, split
+_Row = tuple[Tensor, int, str, int]  # features (C,), label, split, place in the split
 
 
 def knn_scores(
@@ -188,11 +188,16 @@ def _nearest(bank: Tensor, queries: Tensor, k: int, standardise: bool) -> Iterat
 
 
 def _stack(samples: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-    return torch.stack([features for features, _, _ in samples]), torch.tensor([label for _, label, _ in samples])
+    return torch.stack([features for features, *_ in samples]), torch.tensor([label for _, label, *_ in samples])
+
+
+def _each_once(rows: Sequence[_Row]) -> list[_Row]:
+    """An image that took the place of an unreadable one comes twice, and counts once, as in :func:`hgkd.evaluation.extract`."""
+    return list({(split, index): (features, label, split, index) for features, label, split, index in rows}.values())
 
 
 class _FeatureMetric(BaseMetric):
-    """Collects the features of :class:`FeatureSample`\\ s as (features, label, split), one row an image."""
+    """Collects the features of :class:`FeatureSample`\\ s as (features, label, split, place in the split)."""
 
     def process(self, data_batch: object, data_samples: Sequence[Any]) -> None:
         for sample in data_samples:
@@ -202,7 +207,7 @@ class _FeatureMetric(BaseMetric):
                     f"{type(self).__name__} needs FeatureSamples from the model, got {type(sample).__name__}; "
                     "MaskedDistiller gives them in mode='predict'",
                 )
-            self.results.append((sample.features.detach().float().cpu(), int(sample.label), sample.split))
+            self.results.append((sample.features.detach().float().cpu(), int(sample.label), sample.split, int(sample.index)))
 
 
 @METRICS.register_module()
@@ -235,6 +240,7 @@ class KNNMetric(_FeatureMetric):
         self._warned = False
 
     def compute_metrics(self, results: list[_Row]) -> dict[str, float]:
+        results = _each_once(results)
         parts = {name: [row for row in results if row[2] == name] for name in (_BANK, _QUERY)}
         if not all(parts.values()):
             splits = sorted({row[2] for row in results})
@@ -281,7 +287,7 @@ class FeatureHealthMetric(_FeatureMetric):
     def compute_metrics(self, results: list[_Row]) -> dict[str, float]:
         if not results:
             raise InvalidValueError("validation-data-empty", "FeatureHealthMetric got no samples; the validation data is empty")
-        features, _ = _stack(results)
+        features, _ = _stack(_each_once(results))
         _check_finite("image", features)  # before they are centred, after which one NaN is in all of them
         centred = features.double() - features.double().mean(dim=0)
         # what rounding leaves of identical features is no direction

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hgkd.errors import InvalidValueError
+from hgkd.errors import InvalidTypeError, InvalidValueError
 from hgkd.structures import StudentOutput, TeacherInfo, TeacherOutput
 
 if TYPE_CHECKING:
@@ -179,8 +179,15 @@ def resolve_block(block: int, depth: int, what: str = "block") -> int:
     """The index in [0, depth) of a block; negative ones count from the end (-1 = last).
 
     Raises:
+        TypeError: no whole number.
         ValueError: out of range; the message names the depth.
     """
+    if isinstance(block, bool) or not isinstance(block, int):
+        raise InvalidTypeError(
+            "teacher-block-not-whole",
+            f"{what}={block!r} is no block of the teacher, which has {what}s 0 .. {depth - 1}; give a whole number, -1 for the "
+            "last",
+        )
     if not -depth <= block < depth:
         raise InvalidValueError(
             "teacher-block-out-of-range",

@@ -15,7 +15,8 @@ from typing import Any, cast
 from mmengine import registry as roots
 from mmengine.config import Config, ConfigDict
 
-from hgkd.config.levels import level_of, same
+from hgkd.config.levels import check_list_paths, level_of, same
+from hgkd.config.short_options import check_parts
 from hgkd.data.pixels import as_value_range
 from hgkd.errors import InvalidValueError, MissingFileError, unknown_name_message
 from hgkd.openmmlab.heads import class_heads, pixel_heads
@@ -85,6 +86,7 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
             )
         _check_read(cfg, key, value)
         _check_path(cfg, key, options)
+    check_list_paths(cfg, paths)
     leading = {place: key for key, (place, *_) in PLACES.items() if key in ("epochs", "iterations") and place in paths}
     short = {key: paths[place] for place, key in leading.items()} | short
     cfg.merge_from_dict({key: value for key, value in paths.items() if key not in leading})
@@ -92,6 +94,7 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
         _apply(cfg, key, value)
     deleted = tuple(key.removesuffix("_delete_") for key in paths if key.endswith("._delete_"))
     cfg.merge_from_dict({key: value for key, value in paths.items() if not deleted or not key.startswith(deleted)})
+    check_parts(cfg)
 
 
 def _apply(cfg: Config, key: str, value: object) -> None:

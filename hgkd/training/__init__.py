@@ -1,6 +1,6 @@
 """Running a training: runner, loop, hooks, optimiser wrappers."""
 
-from hgkd.training.averaging import ExponentialMovingAverage
+from hgkd.training.averaging import EMAHook, ExponentialMovingAverage
 from hgkd.training.checkpoint_hook import CheckpointWriteError, RunCheckpointHook
 from hgkd.training.hooks.alarms import CollapseAlarmHook, FiniteLossHook, LossAlarmHook
 from hgkd.training.hooks.class_report import ClassReportHook
@@ -19,6 +19,7 @@ __all__ = [
     "CollapseAlarmHook",
     "DecayGroupsConstructor",
     "DistillRunner",
+    "EMAHook",
     "ExactEpochLoop",
     "ExponentialMovingAverage",
     "FiniteLossHook",

@@ -1,15 +1,34 @@
-"""The moving average of the weights that mmengine's ``EMAHook`` keeps, in a few launches in place of one a tensor."""
+"""The moving average of the weights that ``EMAHook`` keeps: of updates, in a few launches in place of one a tensor."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from mmengine.hooks import EMAHook as PlainHook
 from mmengine.model import ExponentialMovingAverage as PlainAverage
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from hgkd.registry import MODELS
+from hgkd.registry import HOOKS, MODELS
+
+
+@HOOKS.register_module()
+class EMAHook(PlainHook):
+    """mmengine's hook, under its name, that averages after every update; arguments as of mmengine's.
+
+    A step whose gradients are only accumulated, or that is left out, changes no weight. mmengine's hook averages after it, too,
+    so with ``accumulative_counts=4`` the average would follow the weights four times as fast as ``momentum`` says.
+    """
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        guard = getattr(runner.train_loop, "guard", None)  # of trainings by steps there is none
+        if guard is None or guard.updated:
+            super().after_train_iter(runner, batch_idx, data_batch, outputs)
 
 
 @MODELS.register_module()

@@ -6,6 +6,7 @@ from refusals import refused
 
 import hgkd.config.checking as config_module
 from hgkd.config import SHORT_OPTIONS, apply_short_options, check_config, use_mixed_precision
+from hgkd.openmmlab.config import merge_options
 
 
 def recipe(**changes):
@@ -93,6 +94,29 @@ def test_no_labelled_folders_means_no_validation():
 def test_one_labelled_folder_is_refused():
     with refused(ValueError, "validation-half-set", "val_test_root", "val_train_root"):
         apply_short_options(recipe(val_train_root=None))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("param_scheduler.0", None), ("param_scheduler.0", 3), ("param_scheduler.LinearLR.end", 3), ("seeds.1", 3)],
+)
+@pytest.mark.parametrize("put", [apply_short_options, merge_options])
+def test_an_entry_of_a_list_is_not_replaced_by_its_number(put, path, value):
+    schedule = [{"type": "LinearLR", "end": 1}, {"type": "CosineAnnealingLR", "begin": 1}]
+    cfg = Config({"param_scheduler": schedule, "custom_hooks": [{"seeds": [1, 2]}]})
+    path = path.replace("seeds", "custom_hooks.0.seeds")
+    code = "list-index-out-of-range" if put is merge_options and "LinearLR" in path else "list-entry-not-replaced"
+    with refused(ValueError, code, path):
+        put(cfg, {path: value})
+    put(cfg, {"param_scheduler.0.end": 2, "param_scheduler.1": {"begin": 2}})
+    assert [cfg.param_scheduler[0].end, cfg.param_scheduler[1].begin] == [2, 2]
+
+
+@pytest.mark.parametrize("key", ["custom_hooks", "param_scheduler"])
+def test_what_is_no_part_is_refused_in_a_list_of_parts(key):
+    for put in (apply_short_options, lambda cfg: merge_options(cfg, {})):
+        with refused(ValueError, "list-entry-no-part", f"{key}.1=None"):
+            put(Config({key: [{"type": "EMAHook"}, None]}))
 
 
 def test_option_without_a_place_is_refused():

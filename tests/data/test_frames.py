@@ -70,6 +70,14 @@ def test_images_of_other_channels(tmp_path: Path) -> None:
         frames("-", in_chans=2)
 
 
+def test_an_empty_text_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    with refused(ValueError, "input-empty", "'.'"):
+        frames("")
+    assert len(list(frames("."))) == 1
+
+
 def test_a_video(tmp_path: Path) -> None:
     cv2 = pytest.importorskip("cv2")
     file = tmp_path / "street.avi"

@@ -176,6 +176,7 @@ def test_the_order_of_earlier_versions_is_kept(repeats):
         image, copy = divmod(1 + place * 2, repeats)
         expected.append((order[image % 50], epoch_seed(5, 3, copy)))
     assert [(int(i), i.epoch_seed) for i in part] == expected
+    assert part.copies(5, 9) == [(1 + place * 2) % repeats for place in range(5, 9)]
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

@@ -154,6 +154,20 @@ def test_metrics_through_the_evaluator() -> None:
     assert not found
 
 
+def test_an_image_in_the_place_of_an_unreadable_one_counts_once() -> None:
+    """A data set gives the next readable image with that image's own index, which then comes twice."""
+    bank, queries = torch.randn(12, 4), torch.randn(6, 4)
+    labels, truth = torch.arange(12) % 3, torch.arange(6) % 3
+    found = []
+    for twice in (False, True):
+        evaluator = Evaluator([dict(type="hgkd.KNNMetric", k=3), dict(type="hgkd.FeatureHealthMetric")])
+        rows = samples(bank, labels, "bank") + samples(queries, truth, "query")
+        rows += [rows[4], rows[13], rows[13]] if twice else []
+        evaluator.process(rows)
+        found.append(evaluator.evaluate(len(rows)))
+    assert found[0] == found[1]
+
+
 def test_metric_uses_the_whole_of_a_small_bank() -> None:
     metric = KNNMetric(k=20)
     metric.process(None, samples(torch.eye(3), torch.arange(3), "bank"))

@@ -260,6 +260,11 @@ class TestRefusals:
         with refused(ValueError, "teacher-block-out-of-range", "12"):
             prepared(block=block)
 
+    @pytest.mark.parametrize("block", [None, 1.0, True, "1", (1, None)])
+    def test_what_is_no_block(self, block: object) -> None:
+        with refused(TypeError, "teacher-block-not-whole", "11"):
+            prepared(block=block)
+
     def test_decoder_block_out_of_range_names_the_depth(self) -> None:
         with refused(ValueError, "teacher-block-out-of-range", "decoder_block", "8"):
             prepared(target="inferred", decoder_block=8)

@@ -1,6 +1,7 @@
 """tools/compare.py: plans, the order of runs, the table, and one small comparison from training to table."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_slips_are_told_before_the_first_run(tmp_path, monkeypatch, capsys):
         ({"methods": ["k-NN"]}, ("plan-evaluate-methods", "'a'", "'k-NN'", "'knn'")),
         ({"methods": "knn"}, ("plan-evaluate-methods", "['knn']")),
         ({"finetune_options": {"image_size": 96}}, ("plan-evaluate-finetune-options", "'a'", "image_size=96")),
+        ({"finetune_options": "epochs=2"}, ("plan-evaluate-value", "'a'", "finetune_options='epochs=2'", "a dict or None")),
+        ({"image_size": "big"}, ("plan-evaluate-value", "'a'", "image_size='big'", "int")),
+        ({"image_size": [64, 96]}, ("plan-evaluate-value", "image_size=[64, 96]", "int")),
+        ({"workers": 1.5}, ("plan-evaluate-value", "workers=1.5", "int")),
+        ({"batch_size": True}, ("plan-evaluate-value", "batch_size=True", "int")),
+        ({"k": [5, "ten"]}, ("plan-evaluate-value", "k=[5, 'ten']", "a list of int")),
+        ({"pretrained": "yes"}, ("plan-evaluate-value", "pretrained='yes'", "bool")),
+        ({"test": ["y", "z"]}, ("plan-evaluate-value", "test=['y', 'z']", "str")),
     ],
 )
 def test_what_hgkd_evaluate_would_refuse_is_told_before_the_first_run(tmp_path, arguments, refusal):
@@ -92,6 +101,13 @@ def test_what_hgkd_evaluate_would_refuse_is_told_before_the_first_run(tmp_path, 
     row = {"name": "a", "config": SPARK, "evaluate": {key: value for key, value in evaluate.items() if value}}
     with refused(ValueError, *refusal):
         api.read_plan(plan_file(tmp_path, [row]), {"data": "/x"})
+
+
+def test_values_of_evaluate_that_come_from_the_command_line_are_texts(tmp_path):
+    texts = {"image_size": "{size}", "k": "5", "temperature": "0.1", "limit_per_class": "1{seed}", "value_range": ["0", "4095"]}
+    row = {"name": "a", "config": SPARK, "evaluate": {"methods": ["knn"], "train": "{here}/x", "test": "y", **texts}}
+    (job,) = api.jobs_of(api.read_plan(plan_file(tmp_path, [row]), {"data": "/x", "size": "64"}), tmp_path)
+    assert (job.evaluate["image_size"], job.evaluate["limit_per_class"]) == ("64", "10")
 
 
 def test_arguments_of_evaluate_arrive_as_they_were_meant(tmp_path):
@@ -433,6 +449,30 @@ def test_every_run_of_a_shipped_plan_has_a_config_that_takes_its_options(plan, t
             cfg = train_tool.load_config(ROOT / job.config, options=job.options)
             assert "epochs" not in job.options or cfg.train_cfg.max_epochs == job.options["epochs"]
             assert not [value for value in job.options.values() if re.search(r"\{\w+\}", str(value))]
+
+
+def test_half_a_training_is_not_gone_on_with_by_other_options(tmp_path, monkeypatch):
+    """A row of the table would be of two settings, and its result would name the second one alone."""
+    job = api.Job("a", 0, tmp_path / "a_seed0", "x.py", {"lr": 1e-3, "epochs": 2}, {}, {"top-1": "knn/top1"})
+    commands = []
+
+    def stopped(command, log, threads):
+        commands.append(command)
+        (job.folder / "epoch_1.pth").touch()
+        raise StoppedError("run-stopped", "stopped")
+
+    monkeypatch.setattr(api, "_process", stopped)
+    with refused(StoppedError, "run-stopped"):
+        api.run(job, 1)
+    other = dataclasses.replace(job, options={"lr": 1e-2, "epochs": 2})
+    with refused(StoppedError, "run-setting-changed", "a_seed0", "lr 0.001 -> 0.01"):
+        api.run(other, 1)
+    with refused(StoppedError, "run-stopped"):
+        api.run(job, 1)
+    assert [("--resume" in command) for command in commands] == [False, True]
+    (job.folder / "epoch_1.pth").unlink()  # nothing was trained that could be gone on with
+    with refused(StoppedError, "run-stopped"):
+        api.run(other, 1)
 
 
 def test_a_training_that_a_signal_stopped_is_no_row(tmp_path):

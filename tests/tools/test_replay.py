@@ -3,21 +3,22 @@
 import json
 
 import pytest
+from mmengine.hooks import Hook
 from tiny_runs import SPARK, tiny, write_images
 
 from hgkd.api import train as train_tool
 from hgkd.cli import replay as replay_tool
 from hgkd.diagnosis.replay import replay
 from hgkd.errors import DivergedError
-from hgkd.registry import build_runner
+from hgkd.registry import HOOKS, build_runner
 from hgkd.weights import find_last_checkpoint
 from hgkd.weights.files import read_checkpoint
 
 
-def diverge(folder, lr, hooks=()):
+def diverge(folder, lr, hooks=(), **options):
     """Work folder of a run whose first updates are so large that later losses are not finite."""
     images, work_dir = write_images(folder / "images"), folder / "run"
-    options = tiny(images, epochs=3, warmup_epochs=0, lr=lr, val_train_root=None, val_test_root=None)
+    options = tiny(images, epochs=3, warmup_epochs=0, lr=lr, val_train_root=None, val_test_root=None, **options)
     cfg = train_tool.load_config(SPARK, work_dir, options=options)
     cfg.custom_hooks = [*cfg.custom_hooks, *hooks]
     next(hook for hook in cfg.custom_hooks if hook["type"] == "FiniteLossHook")["patience"] = 2
@@ -51,6 +52,21 @@ def test_a_step_is_one_of_the_weights_and_not_of_their_moving_average(tmp_path):
     assert len(steps) == 3
     assert not any(step.finite for step in steps)
     assert all(step.same for step in steps)
+
+
+@HOOKS.register_module()
+class SpoiltGradients(Hook):
+    """Losses stay finite, and tell which pixels they are of."""
+
+    def before_train(self, runner):
+        next(runner.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+
+
+def test_images_that_are_shown_several_times_get_the_crops_of_their_turn(tmp_path):
+    work_dir = diverge(tmp_path, 1e-3, [dict(type="SpoiltGradients")], **{"train_dataloader.sampler.repeats": 2})
+    steps = replay(work_dir / "nonfinite_step_1_rank_0.json")
+    assert len(steps) == 3
+    assert all(step.finite and step.same for step in steps)
 
 
 def test_a_step_from_sound_weights_is_finite(diverged, tmp_path, capsys):

@@ -1,15 +1,18 @@
 """The average of the weights: mmengine's numbers, in calls that do not grow with the number of tensors."""
 
+from types import SimpleNamespace
+
+import mmengine.hooks
 import mmengine.model
 import pytest
 import torch
 import torchvision
-from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
 from operation_counts import CountingOperations
 from torch import nn
 
-from hgkd.training.averaging import ExponentialMovingAverage
+from hgkd.registry import HOOKS
+from hgkd.training.averaging import EMAHook, ExponentialMovingAverage
 
 
 def net() -> nn.Module:
@@ -69,3 +72,26 @@ def test_the_hook_takes_it_in_hgkds_scope() -> None:
     with DefaultScope.overwrite_default_scope("hgkd"):
         built = MODELS.build(hook.ema_cfg, default_args=dict(model=net()))
     assert type(built) is ExponentialMovingAverage
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_steps_that_update_nothing_are_not_averaged(accumulated: int) -> None:
+    """Otherwise the average would follow the weights faster, the more steps an update has."""
+    with DefaultScope.overwrite_default_scope("hgkd"):
+        hook = HOOKS.build(dict(type="EMAHook", momentum=0.1, update_buffers=True))
+        assert isinstance(hook, mmengine.hooks.EMAHook)
+        model, reference = net(), net()
+        guard = SimpleNamespace(updated=True)
+        runner = SimpleNamespace(model=model, train_loop=SimpleNamespace(guard=guard), iter=0, epoch=0)
+        hook.before_run(runner)
+    expected = ExponentialMovingAverage(reference, momentum=0.1, update_buffers=True)
+    for update in range(3):
+        for part in range(accumulated):
+            guard.updated = part == accumulated - 1
+            if guard.updated:
+                moved(model, update)
+                moved(reference, update)
+                expected.update_parameters(reference)
+            hook.after_train_iter(runner, 0)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(hook.ema_model.state_dict()[name], value), name

@@ -160,8 +160,9 @@ class HGKD(MaskedObjective):
         self.visible_weight = visible_weight
         self.projectors = nn.ModuleDict()
         self._projector_kind = projector
-        self._blocks = [block] if isinstance(block, int) else list(block)
-        self._strides = [stride] * len(self._blocks) if stride is None or isinstance(stride, int) else list(stride)
+        # anything else than a list of them is looked at where the teacher's blocks and the decoder's strides are known
+        self._blocks = list(block) if isinstance(block, Sequence) else [block]
+        self._strides = list(stride) if isinstance(stride, Sequence) else [stride] * len(self._blocks)
         if not self._blocks or len(self._blocks) != len(self._strides):
             raise InvalidValueError(
                 "blocks-and-strides-differ",

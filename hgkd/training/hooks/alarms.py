@@ -21,6 +21,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hgkd.data.sampler import EpochSampler
 from hgkd.errors import DivergedError, InvalidValueError
 from hgkd.networks.guest import teachers_of
 from hgkd.networks.untouched import unchanged
@@ -60,7 +61,12 @@ class FiniteLossHook(Hook):
             return
         values = {name: float(value) for name, value in (outputs or {}).items()}
         images = self._images(data_batch)
-        self._steps.append({"epoch": runner.epoch, "step": runner.iter, "images": images, "losses": values})
+        step: dict[str, Any] = {"epoch": runner.epoch, "step": runner.iter, "images": images, "losses": values}
+        loader: Any = getattr(runner.train_loop, "dataloader", None)
+        if isinstance(getattr(loader, "sampler", None), EpochSampler):  # an image's crops follow from the copy that it is
+            first = batch_idx * loader.batch_size
+            step["copies"] = loader.sampler.copies(first, first + len(images))
+        self._steps.append(step)
         if not guard.skipped:
             return
         self._skipped += 1
