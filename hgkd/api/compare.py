@@ -364,10 +364,19 @@ def _evaluate_command(arguments: Mapping[str, Any], out: Path) -> list[str]:
     return command
 
 
+def threads_of(jobs: int) -> int:
+    """Threads of each of several runs at a time: its share of the cores, or fewer where OMP_NUM_THREADS says so.
+
+    Threads that wait for a core that others hold spin, and slow everything many times.
+    """
+    share = max(1, (os.cpu_count() or 1) // jobs)
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(said)) if said.isdecimal() and int(said) else share
+
+
 def _process(command: Sequence[str], log: Path, threads: int) -> tuple[float, float]:
     """Run one of our commands; wall and CPU seconds."""
-    # fewer where the caller says so: threads that wait for a core that others hold spin, and slow everything many times
-    environment = {**os.environ, "OMP_NUM_THREADS": str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     start = time.perf_counter()
     before = log.stat().st_size if log.exists() else 0
     with log.open("a", encoding="utf-8") as handle:
@@ -542,7 +551,7 @@ def compare(
     content = read_plan(plan, values or {})
     content["options"] = {**content.get("options", {}), **(options or {})}
     todo = jobs_of(content, work_dir, only, seeds)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads_of(jobs)
     results: list[dict[str, Any]] = []
     work_dir.mkdir(parents=True, exist_ok=True)
     failed: list[StoppedError] = []

@@ -278,21 +278,24 @@ def test_plans_of_detectors_and_segmentors(tmp_path):
     assert {"--cfg-options", "data_root=/x", "backbone=/x", "seed=1"} <= set(job.train_command)
 
 
-def test_a_run_gets_no_more_threads_than_its_caller_allows(tmp_path, monkeypatch):
+def test_a_run_gets_no_more_threads_than_its_caller_allows_and_the_result_says_how_many(tmp_path, monkeypatch):
     seen = {}
 
     def start(command, env, **_):
         seen.update(env)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api.subprocess, "Popen", start)
-    for allowed, given in ((None, "4"), ("1", "1"), ("9", "4")):
+    monkeypatch.setattr(api.os, "cpu_count", lambda: 8)
+    for allowed, given in ((None, 4), ("1", 1), ("9", 4), ("4,2", 4), ("", 4)):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if allowed:
+        if allowed is not None:
             monkeypatch.setenv("OMP_NUM_THREADS", allowed)
-        with pytest.raises(KeyboardInterrupt):
-            api._process(["tools/train.py"], tmp_path / "log", threads=4)
-        assert seen["OMP_NUM_THREADS"] == given
+        assert api.threads_of(jobs=2) == given
+    assert api.threads_of(jobs=9) == 1
+    monkeypatch.setattr(api.subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt):
+        api._process(["tools/train.py"], tmp_path / "log", threads=3)
+    assert seen["OMP_NUM_THREADS"] == "3"
 
 
 def test_a_score_may_have_a_factor(tmp_path):
