@@ -22,7 +22,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hgkd.differences import largest_difference
 from hgkd.errors import InvalidValueError, NoSparseRuleError
 from hgkd.networks.backbones import trained_pixels
 from hgkd.networks.encoder import build_encoder, encoder_features, encoder_levels, evaluating, freeze_unused
@@ -336,7 +335,9 @@ class SparseUNet(Student):
         except (ValueError, RuntimeError) as error:
             return f"the reference (backend 'masked') refuses it: {error}"
         for level, features, wanted in zip(self._levels, found, expected, strict=True):
-            if largest_difference(features.to_dense(), wanted.to_dense()) > _SAME:  # NaN, as of 0 / 0 where hidden, is no match
+            right, apart = wanted.to_dense(), features.to_dense() - wanted.to_dense()
+            same = apart.abs().max() <= _SAME * right.abs().max()  # never of NaN, as of 0 / 0 where hidden
+            if not same:
                 return f"its features of stride {level.stride} are not the reference's (backend 'masked')"
         return None
 
