@@ -69,8 +69,7 @@ def _plain(value: object) -> str | None:
 
 
 def store_bytes(pictures: int, blocks: int, width: int, grid: tuple[int, int]) -> int:
-    """Disk space of a :class:`FeatureCache` in bytes: two rows an image (plain and mirrored) and block, fp16
-    and a checksum."""
+    """Disk space of a :class:`FeatureCache` in bytes: two rows (plain, mirrored) an image and block, fp16, with checksums."""
     return 2 * pictures * blocks * (width * grid[0] * grid[1] * 2 + 4)
 
 
