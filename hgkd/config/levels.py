@@ -19,7 +19,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from hgkd.errors import InvalidValueError
+from hgkd.errors import InvalidValueError, MissingPackageError
 
 MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _LOCK = threading.RLock()
@@ -144,9 +144,24 @@ def same(left: object, right: object) -> bool:
 
 
 def read_levels(path: str) -> Config:
-    """Read a config as ``Config.fromfile`` does, noting which file of the chain sets what; see :class:`Levels`."""
+    """Read a config as ``Config.fromfile`` does, noting which file of the chain sets what; see :class:`Levels`.
+
+    Raises:
+        MissingPackageError: a file of the chain is of a package that is not installed.
+        ValueError, FileNotFoundError: of mmengine, or of :func:`import_custom_modules`.
+    """
     with _LOCK, _noted() as root:
-        cfg = Config.fromfile(path, import_custom_modules=False)
+        try:
+            cfg = Config.fromfile(path, import_custom_modules=False)
+        except ModuleNotFoundError as error:
+            if error.name is not None:  # of an import in the file; mmengine names no module when the package of a base is absent
+                raise
+            package = str(error).partition(" ")[0]
+            wanted = "'hgkd[downstream]'" if package in ("mmdet", "mmsegmentation") else package
+            raise MissingPackageError(
+                "config-package-missing",
+                f"config {path} is based on a file of {package}, which is not installed; pip install {wanted}",
+            ) from error
     _drop_own_scope(cfg._cfg_dict)
     import_custom_modules(cfg, root.folders())
     if root.files:
