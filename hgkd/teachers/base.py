@@ -16,12 +16,17 @@ from hgkd.masking import expand, ids_keep_of
 from hgkd.networks.vit import check_attention_is_read, patch_attention
 from hgkd.pixels import PixelNormalisation, check_pixels, pixels_text
 from hgkd.structures import Capabilities, TeacherInfo, TeacherNeeds, TeacherOutput
-from hgkd.teachers.cache import function_digest, weights_digest
+from hgkd.teachers.cache import function_digest, plain_settings, weights_digest
 from hgkd.teachers.health import can_be_judged, check_outputs, weight_health
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# attributes that change no token, or that are told of by another part of a teacher's identity
+_OF_EVERY_TEACHER = frozenset(vars(nn.Module())) | {
+    *("_dtype_follows", "_proved", "grid", "input_size", "ratio"),
+    *("allow_random", "has_class_token", "kind", "source"),
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -209,12 +214,14 @@ class Teacher(PixelNormalisation):
 
     def identity(self) -> dict[str, Any]:
         """What its tokens depend on beside images and input size, as plain values: a store of them is found by it."""
+        own = plain_settings({key: value for key, value in vars(self).items() if key not in _OF_EVERY_TEACHER})
         return {
             "type": type(self).__qualname__,
             "weights": weights_digest(self),
             "function": function_digest(self.network),
             **asdict(self.info),
             **self.pixel_values(),
+            **({"settings": own} if own else {}),  # of a class from elsewhere; without any, stores of before keep their names
         }
 
     def prepare(self, mask_grid: tuple[int, int], cell: int) -> tuple[int, int]:

@@ -52,10 +52,15 @@ def function_digest(module: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, part in module.named_modules():
-        found = {key: _plain(value) for key, value in vars(part).items() if not key.startswith("_") and key not in _INCIDENTAL}
-        settings = sorted((key, value) for key, value in found.items() if value is not None)
-        digest.update(f"{name}\0{type(part).__qualname__}\0{settings}\0".encode())
+        public = {key: value for key, value in vars(part).items() if not key.startswith("_") and key not in _INCIDENTAL}
+        digest.update(f"{name}\0{type(part).__qualname__}\0{sorted(plain_settings(public).items())}\0".encode())
     return digest.hexdigest()
+
+
+def plain_settings(attributes: Mapping[str, object]) -> dict[str, str]:
+    """Those of some attributes that are plain values, as text; others are left out."""
+    found = {key: _plain(value) for key, value in attributes.items()}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _plain(value: object) -> str | None:

@@ -14,7 +14,9 @@ from refusals import refused
 from torch import Tensor, nn
 
 from hgkd.errors import StoppedError
-from hgkd.structures import TeacherOutput
+from hgkd.registry import MODELS
+from hgkd.structures import TeacherInfo, TeacherOutput
+from hgkd.teachers import Teacher
 from hgkd.teachers.cache import FeatureCache, FeatureStore, function_digest, store_bytes, weights_digest
 
 
@@ -120,6 +122,33 @@ def test_digests_see_heads_epsilons_and_activations_without_a_module() -> None:
     changes = ({}, {"nhead": 4}, {"layer_norm_eps": 1e-6}, {"activation": nn.functional.gelu}, {"norm_first": True})
     assert len({function_digest(layer(**change)) for change in changes}) == len(changes)
     assert function_digest(layer()) == function_digest(layer().eval())
+
+
+class Scaled(Teacher):
+    """Its tokens depend on settings that are in no layer."""
+
+    def __init__(self, scale: float = 1.0, power: float = 1.0) -> None:
+        super().__init__("float32", (0.5,), (0.25,))
+        self.scale, self._power = scale, power
+        self.info = TeacherInfo("scaled", width=4, depth=1, patch_size=16)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.network = nn.Conv2d(1, 4, 16, stride=16)
+        self.freeze()
+
+
+def test_settings_of_an_own_teacher_are_part_of_its_identity() -> None:
+    named = [str(Scaled(**settings).identity()) for settings in ({}, {}, {"scale": 2.0}, {"power": 2.0})]
+    assert named[0] == named[1]
+    assert len(set(named)) == 3
+    used = Scaled()
+    used.prepare((2, 2), 32)
+    used.source, used.allow_random, used._proved = "elsewhere", True, True
+    assert str(used.identity()) == named[0]  # neither where a run has it from nor the size of the images, which has its own place
+
+
+def test_shipped_teachers_have_no_settings_beside_their_network() -> None:
+    assert "settings" not in MODELS.build({"type": "TimmTeacher", "name": "vit_tiny_patch16_224", "allow_random": True}).identity()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
