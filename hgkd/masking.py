@@ -183,6 +183,14 @@ class CountedMask:
         """Whether images of one batch may show different numbers of cells."""
         return isinstance(self.mask_ratio, tuple) and self.mask_ratio[0] != self.mask_ratio[1]
 
+    def hides_nothing(self, grid: tuple[int, int]) -> bool:
+        """Whether all cells are visible throughout the training."""
+        return min(self.count_at(grid, ratio) for ratio in self._extremes()) == grid[0] * grid[1]
+
+    def why_masks_are_equal(self, grid: tuple[int, int]) -> str | None:
+        """Why all masks that are drawn for one image are the same throughout the training; None: they differ."""
+        return "nothing is hidden" if self.hides_nothing(grid) else None
+
     def shows_whole_images(self, grid: tuple[int, int]) -> bool:
         """Whether there are steps in which no image of the batch hides anything, or of a pair of ratios may be by chance."""
         ratios = self._extremes()[:1] if isinstance(self.mask_ratio, tuple) else self._extremes()
@@ -489,13 +497,19 @@ class AttentionMask(CountedMask):
         super().__init__(mask_ratio, rounding, final_mask_ratio, unmasked_share)
         if hide not in ("high", "low"):
             raise InvalidValueError("hide-unknown", f"hide must be 'high' or 'low' (attention), got {hide!r}")
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:  # NaN is neither
             raise InvalidValueError(
                 "temperature-negative",
-                f"temperature must not be negative, got {temperature}; 0 hides exactly the extreme cells",
+                f"temperature must be 0 or more and finite, got {temperature}; 0 hides exactly the extreme cells",
             )
         self.hide = hide
         self.temperature = temperature
+
+    def why_masks_are_equal(self, grid: tuple[int, int]) -> str | None:
+        """See :meth:`CountedMask.why_masks_are_equal`."""
+        if self.temperature == 0 and not self.counts_differ:
+            return "temperature=0 always hides the extreme cells"
+        return super().why_masks_are_equal(grid)
 
     def draw(self, batch: int, grid: tuple[int, int], at: Randomness, scores: Tensor | None) -> Tensor:
         if scores is None or tuple(scores.shape) != (batch, *grid):

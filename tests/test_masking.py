@@ -230,6 +230,25 @@ def test_highest() -> None:
     assert highest(torch.tensor([[[3.0, 1.0], [2.0, 4.0]]]), 2).tolist() == [[[True, False], [False, True]]]
 
 
+@pytest.mark.parametrize(
+    ("mask", "equal"),
+    [
+        (AttentionMask(0.5, temperature=0.0), True),
+        (AttentionMask(0.5, temperature=0.1), False),
+        (AttentionMask([0.25, 0.75], temperature=0.0), False),
+        (RandomMask(0.0), True),
+        (RandomMask(0.5), False),
+        (RandomMask(0.5, final_mask_ratio=0.0), False),
+        (RandomMask([0.0, 0.0]), True),
+    ],
+)
+def test_masks_of_one_image_that_are_always_equal_are_told(mask, equal):
+    assert (mask.why_masks_are_equal((4, 4)) is not None) == equal
+    scores = torch.rand(2, 4, 4)
+    drawn = {str(mask(2, (4, 4), device="cpu", scores=scores).tolist()) for _ in range(20)}
+    assert (len(drawn) == 1) == equal
+
+
 @pytest.mark.parametrize("kind", [BlockMask, AttentionMask])
 def test_the_ratio_of_every_kind_follows_the_training(kind: type[CountedMask]) -> None:
     mask = kind(0.75, final_mask_ratio=0.25)
@@ -246,6 +265,8 @@ def test_the_ratio_of_every_kind_follows_the_training(kind: type[CountedMask]) -
         (BlockMask, {"min_aspect": 1.5}, ("min-aspect-out-of-range", "min_aspect", "0", "1", "1.5")),
         (AttentionMask, {"hide": "most"}, ("hide-unknown", "high", "low")),
         (AttentionMask, {"temperature": -1.0}, ("temperature-negative",)),
+        (AttentionMask, {"temperature": math.nan}, ("temperature-negative", "nan")),
+        (AttentionMask, {"temperature": math.inf}, ("temperature-negative", "inf")),
         (BlockMask, {"mask_ratio": 1.0}, ("mask-ratio-out-of-range", "mask_ratio", "0", "1")),
     ],
 )

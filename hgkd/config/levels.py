@@ -154,7 +154,9 @@ def read_levels(path: str) -> Config:
         try:
             cfg = Config.fromfile(path, import_custom_modules=False)
         except ModuleNotFoundError as error:
-            if error.name is not None:  # of an import in the file; mmengine names no module when the package of a base is absent
+            if (
+                error.name is not None
+            ):  # of an import in the file; mmengine names no module when the package of a base is absent
                 raise
             package = str(error).partition(" ")[0]
             wanted = "'hgkd[downstream]'" if package in ("mmdet", "mmsegmentation") else package

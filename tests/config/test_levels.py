@@ -275,7 +275,9 @@ def test_other_readers_of_configs_are_left_alone(tmp_path):
     assert (Config._file2dict, Config._merge_a_into_b) == (before[0].__func__, before[1].__func__)
 
 
-@pytest.mark.parametrize(("package", "wanted"), [("mmdet", "'hgkd[downstream]'"), ("mmseg", "'hgkd[downstream]'"), ("mmpose", "mmpose")])
+@pytest.mark.parametrize(
+    ("package", "wanted"), [("mmdet", "'hgkd[downstream]'"), ("mmseg", "'hgkd[downstream]'"), ("mmpose", "mmpose")]
+)
 def test_a_base_of_a_package_that_is_not_installed_is_refused_with_what_installs_it(tmp_path, monkeypatch, package, wanted):
     monkeypatch.setattr("mmengine.config.config.is_installed", lambda name: False)
     path = child(tmp_path, "", base=f"{package}::_base_/default_runtime.py")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refusals import refused
 from test_masked import PIXELS, batch, make
 
 from hgkd.distillers import MaskedDistiller
@@ -88,9 +89,9 @@ def test_the_teacher_sees_whole_images_once():
 def test_views_of_one_image_are_no_batch_to_compare_it_with(objective, views):
     """What differs from the batch's mean is exactly nothing, towards which the student would be trained."""
     model = with_views(dict(compared=objective), **views)
-    with pytest.raises(ValueError, match="compares the images of a batch") as refused:
+    with pytest.raises(ValueError, match="compares the images of a batch") as caught:
         model(batch()[:1], mode="loss")
-    assert code_of(refused.value) == "batch-of-one"
+    assert code_of(caught.value) == "batch-of-one"
     assert all(torch.isfinite(value) for value in model(batch()[:2], mode="loss").values())
 
 
@@ -130,11 +131,41 @@ def test_a_ratio_for_each_image_trains_and_is_said():
     assert "1 of 4 visible (mask_ratio 0.75); 2 masks an image; and the whole image" in views._seen()
 
 
+SHARP = dict(type="AttentionMask", mask_ratio=0.5, temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(mask_ratio=0.0, masks_per_image=2), ("masks_per_image=2", "nothing is hidden")),
+        (dict(mask_ratio=0.1, masks_per_image=2), ("masks_per_image=2", "nothing is hidden")),  # 3.6 of 4 cells are 4
+        (dict(mask=SHARP, masks_per_image=3), ("masks_per_image=3", "temperature=0")),
+        (dict(mask_ratio=0.0, whole_view=True), ("whole_view=True", "nothing is hidden")),
+    ],
+)
+def test_views_that_would_be_alike_are_refused(options, told):
+    with refused(ValueError, "views-equal", *told):
+        with_views(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(whole_view=True),
+        dict(mask_ratio=[0.0, 0.75], masks_per_image=2),
+        dict(mask=dict(type="RandomMask", mask_ratio=0.75, final_mask_ratio=0.0), masks_per_image=2),
+    ],
+)
+def test_views_that_differ_are_not_refused(options):
+    losses = with_views(**options)(batch(), mode="loss")
+    assert torch.isfinite(losses["hgkd_distill_loss"])
+
+
 @pytest.mark.parametrize("given", [0, -1, 1.5, True, "two"])
 def test_a_number_of_masks_that_is_none_is_refused(given):
-    with pytest.raises(ValueError, match=r"masks_per_image is the number of masks of an image, 1 or more") as refused:
+    with pytest.raises(ValueError, match=r"masks_per_image is the number of masks of an image, 1 or more") as caught:
         with_views(masks_per_image=given)
-    assert code_of(refused.value) == "masks-per-image"
+    assert code_of(caught.value) == "masks-per-image"
 
 
 @pytest.mark.parametrize(
@@ -149,9 +180,9 @@ def test_a_number_of_masks_that_is_none_is_refused(given):
     ],
 )
 def test_objectives_of_hidden_cells_refuse_steps_that_hide_nothing(mask):
-    with pytest.raises(ValueError, match=r"objective 'pixels' .* set model\.objectives\.pixels\.supervise='all'") as refused:
+    with pytest.raises(ValueError, match=r"objective 'pixels' .* set model\.objectives\.pixels\.supervise='all'") as caught:
         with_views(PIXELS, teacher=False, mask=mask)
-    assert code_of(refused.value) == "nothing-supervised"
+    assert code_of(caught.value) == "nothing-supervised"
     with_views(dict(pixels=dict(type="PixelReconstruction", supervise="all")), teacher=False, mask=mask)  # the remedy
 
 
@@ -174,11 +205,11 @@ def test_objectives_of_hidden_cells_take_masks_that_always_hide_some(mask):
 def test_a_vit_student_refuses_different_numbers_of_cells(options):
     arch = {"embed_dim": 16, "depth": 1, "num_heads": 2}
     arch |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
-    with pytest.raises(ValueError, match=r"but a MaskedViT takes as many of each") as refused:
+    with pytest.raises(ValueError, match=r"but a MaskedViT takes as many of each") as caught:
         MaskedDistiller(
             student=dict(type="MaskedViT", arch=arch, cell=32),
             objectives=PIXELS,
             image_size=64,
             **{"mask": dict(type="RandomMask", mask_ratio=0.75), **options},
         )
-    assert code_of(refused.value) == "equal-counts-needed"
+    assert code_of(caught.value) == "equal-counts-needed"

@@ -144,11 +144,15 @@ def test_settings_of_an_own_teacher_are_part_of_its_identity() -> None:
     used = Scaled()
     used.prepare((2, 2), 32)
     used.source, used.allow_random, used._proved = "elsewhere", True, True
-    assert str(used.identity()) == named[0]  # neither where a run has it from nor the size of the images, which has its own place
+    assert (
+        str(used.identity()) == named[0]
+    )  # neither where a run has it from nor the size of the images, which has its own place
 
 
 def test_shipped_teachers_have_no_settings_beside_their_network() -> None:
-    assert "settings" not in MODELS.build({"type": "TimmTeacher", "name": "vit_tiny_patch16_224", "allow_random": True}).identity()
+    assert (
+        "settings" not in MODELS.build({"type": "TimmTeacher", "name": "vit_tiny_patch16_224", "allow_random": True}).identity()
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
