@@ -154,9 +154,7 @@ def read_levels(path: str) -> Config:
         try:
             cfg = Config.fromfile(path, import_custom_modules=False)
         except ModuleNotFoundError as error:
-            if (
-                error.name is not None
-            ):  # of an import in the file; mmengine names no module when the package of a base is absent
+            if error.name is not None:  # an import in the file; where the package of a base is absent mmengine names none
                 raise
             package = str(error).partition(" ")[0]
             wanted = "'hgkd[downstream]'" if package in ("mmdet", "mmsegmentation") else package

@@ -144,9 +144,7 @@ def test_settings_of_an_own_teacher_are_part_of_its_identity() -> None:
     used = Scaled()
     used.prepare((2, 2), 32)
     used.source, used.allow_random, used._proved = "elsewhere", True, True
-    assert (
-        str(used.identity()) == named[0]
-    )  # neither where a run has it from nor the size of the images, which has its own place
+    assert str(used.identity()) == named[0]  # neither its file nor the size of the images
 
 
 def test_shipped_teachers_have_no_settings_beside_their_network() -> None:
