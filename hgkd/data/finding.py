@@ -16,11 +16,11 @@ from hgkd.data.folders import (
     ARRAY_EXTENSION,
     EXTENSION_LIST,
     IMAGE_EXTENSIONS,
-    RUN_FILES,
     SHARD_EXTENSION,
     SPLITS,
     Content,
     folder_identity,
+    holds_a_run,
     is_run_folder,
     is_system,
     kind_name,
@@ -111,7 +111,7 @@ def _holds_images(data_root: Path, extensions: tuple[str, ...]) -> bool:
     """Whether a folder of this machine has an image, as far as it shows without links: found without looking at all files."""
     root = os.path.expanduser(root_text(data_root))
     for here, folders, names in os.walk(root):
-        if here != root and not RUN_FILES.isdisjoint(names):
+        if here != root and holds_a_run(here, folders, names):
             folders.clear()
             continue
         folders[:] = [name for name in folders if not is_system(name)]

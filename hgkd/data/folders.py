@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from PIL import features
@@ -51,6 +52,8 @@ _SYSTEM_NAMES = frozenset(
 )
 RUN_FILES = frozenset({"run.lock", "checkpoints.txt", "last_checkpoint"})
 """Files of which a training's work folder holds one as long as it runs, and from its first checkpoint on."""
+_LOG_FOLDER = re.compile(r"\d{8}_\d{6}(_\d+)?")  # mmengine's for one start, in a work folder
+_LOG_PART = "vis_data"  # in it: records and pictures
 DOTTED = "images with a further dot in their names, as in key.seg.png (to read them, rename them)"
 """A kind of what shards leave out: to the webdataset library all after the first dot is the kind."""
 
@@ -66,8 +69,19 @@ def is_system(name: str) -> bool:
 
 
 def is_run_folder(folder: str) -> bool:
-    """Whether a folder is the work folder of a training."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in RUN_FILES)
+    """Whether a folder is the work folder of a training, or what one start has written there."""
+    # without a list of the folder: a class may have a million images
+    there = [name for name in (*RUN_FILES, _LOG_PART) if os.path.exists(os.path.join(folder, name))]
+    return holds_a_run(folder, there, there)
+
+
+def holds_a_run(folder: str, subfolders: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a folder with these subfolders and files is the work folder of a training, or what one start has written there.
+
+    A training that failed before its first checkpoint leaves nothing else.
+    """
+    logs = _LOG_PART in subfolders and _LOG_FOLDER.fullmatch(os.path.basename(folder)) is not None
+    return logs or not RUN_FILES.isdisjoint(names)
 
 
 def is_image_name(name: str) -> bool:
@@ -143,7 +157,7 @@ def search(folder: str, passed_over: Iterable[Identity | None] = (), extensions:
             subfolders.clear()
             continue
         seen.add(identity)
-        if here != folder and not RUN_FILES.isdisjoint(names):
+        if here != folder and holds_a_run(here, subfolders, names):
             found.runs += 1
             subfolders.clear()
             continue

@@ -104,6 +104,20 @@ def test_work_folders_of_trainings_are_no_classes(tmp_path, log):
     assert "3 work folders of trainings" in log.told("left out")[-1].getMessage()
 
 
+def test_what_a_training_left_that_failed_before_its_first_checkpoint_is_no_image(tmp_path, log):
+    save(tmp_path / "a/1.png")
+    save(tmp_path / "b/1.png")
+    for start in ("run/20261201_095004", "a/run/20261201_095004_378", "20261202_000000"):
+        save(tmp_path / start / "vis_data/vis_image/step_1.png")
+    assert find_images(str(tmp_path)) == ["a/1.png", "b/1.png"]
+    dataset = LabelledImages(tmp_path, 8)
+    assert log.told("left out")[-1].getMessage().endswith("left out: 3 work folders of trainings")
+    assert dataset.classes == ["a", "b"]
+    assert len(dataset) == 2
+    save(tmp_path / "20250803_101500/1.png")  # a camera's folder
+    assert len(find_images(str(tmp_path))) == 3
+
+
 def test_the_files_of_a_work_folder_are_called_as_its_writers_call_them():
     assert {LOCK_NAME, LIST_NAME} < RUN_FILES
 
