@@ -29,7 +29,7 @@ from hgkd.data.frames import Frame, frames
 from hgkd.errors import DataError, ExistingFileError, InvalidValueError, check_counts
 from hgkd.evaluation.knn import knn_scores, nearest_neighbours
 from hgkd.export.opened import OpenedExport, open_export
-from hgkd.export.placing import OUTSIDE, Placed, place
+from hgkd.export.placing import Placed, outside_label, place
 from hgkd.pictures.columns import as_rgb
 from hgkd.pictures.predictions import draw_boxes, draw_label_map, draw_lines
 from hgkd.writing import written_beside, written_whole
@@ -244,14 +244,15 @@ def _read_boxes(outputs: Mapping[str, Tensor], placed: Placed, classes: Sequence
 
 
 def _read_label_map(outputs: Mapping[str, Tensor], placed: Placed, classes: Sequence[str]) -> _Found:
-    labels = placed.label_map(outputs["label_map"].reshape(outputs["label_map"].shape[-2:]))
-    seen = labels[labels != OUTSIDE]
+    outside = outside_label(len(classes))
+    labels = placed.label_map(outputs["label_map"].reshape(outputs["label_map"].shape[-2:]), outside)
+    seen = labels[labels != outside]
     found, counts = seen.unique(return_counts=True)
     shares = sorted(zip(counts.tolist(), found.tolist(), strict=True), reverse=True)
     names = {index: _name(classes, index) for _, index in shares}
     line = {"classes": {names[index]: count / max(1, seen.numel()) for count, index in shares}}
-    array: NDArray[Any] = labels.numpy().astype(np.uint8 if int(labels.max()) <= OUTSIDE else np.uint16)
-    return _Found(line, lambda picture: draw_label_map(picture, array, names, OUTSIDE), label_map=array)
+    array: NDArray[Any] = labels.numpy().astype(np.uint8 if max(int(labels.max()), outside) <= 255 else np.uint16)
+    return _Found(line, lambda picture: draw_label_map(picture, array, names, outside), label_map=array)
 
 
 def _read_features(outputs: Mapping[str, Tensor], placed: Placed) -> _Found:

@@ -13,8 +13,10 @@ from hgkd.data.transforms import CentreCropToSize, PILToTensor
 from hgkd.pixels import to_unit_range
 from hgkd.weights.signature import Signature
 
-OUTSIDE = 255
-"""In a label map: a place that the graph has not seen, as it lies beyond the crop."""
+
+def outside_label(classes: int) -> int:
+    """Label, in a map of so many classes (0: unknown), of places beyond a crop, which the graph has not seen."""
+    return 255 if classes <= 255 else 65535
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Placed:
         height, width = self.size
         return ((boxes.float() + offset) / scale).clamp(min=0).minimum(torch.tensor([width, height] * 2))
 
-    def label_map(self, labels: Tensor) -> Tensor:
-        """A map (h, w) of the input -> (H, W) of the picture, uint8 or int64, nearest; ``OUTSIDE`` where it ends."""
+    def label_map(self, labels: Tensor, outside: int = 255) -> Tensor:
+        """A map (h, w) of the input -> (H, W) of the picture, int64, nearest; ``outside`` where it ends."""
         places, inside = [], []
         for side, scale, offset, within, pixels in zip(
             self.size, self.scale, self.offset, labels.shape, self.images.shape[-2:], strict=True
@@ -48,7 +50,7 @@ class Placed:
             inside.append((at >= 0) & (at < within))
             places.append(at.long().clamp(0, within - 1))
         found = labels.long()[places[0]][:, places[1]]
-        return torch.where(inside[0][:, None] & inside[1], found, OUTSIDE)
+        return torch.where(inside[0][:, None] & inside[1], found, outside)
 
 
 def place(pixels: Image.Image | Tensor, signature: Signature) -> Placed:

@@ -54,7 +54,8 @@ def draw_label_map(
         outside: label of places that are left as they are.
     """
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    colours = np.array([class_colour(index) for index in range(int(labels.max()) + 1)], dtype=np.float32)[labels]
+    found, places = np.unique(labels, return_inverse=True)
+    colours = np.array([class_colour(int(index)) for index in found], dtype=np.float32)[places.reshape(labels.shape)]
     share = np.where(labels == outside, 0.0, _OPACITY)[..., None]
     made = Image.fromarray((pixels * (1 - share) + colours * share).round().astype(np.uint8))
     draw, font = ImageDraw.Draw(made), _font(made)

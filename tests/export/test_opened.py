@@ -19,7 +19,7 @@ from hgkd.data.images import read_crops
 from hgkd.errors import WeightsError
 from hgkd.export import export
 from hgkd.export.opened import open_export
-from hgkd.export.placing import OUTSIDE, place
+from hgkd.export.placing import place
 from hgkd.weights.signature import ImageInput, Signature
 
 SMALL = {"layers": (1, 1, 1, 1)}
@@ -131,7 +131,7 @@ def test_a_box_comes_back_to_its_place(resize: str, width: int, height: int) -> 
     back = placed.label_map((placed.images[0, 0] > 0.5).long())
     assert back.shape == (height, width)
     truth = torch.from_numpy(np.array(image.convert("L"))) > 127
-    seen = back != OUTSIDE
+    seen = back != 255
     assert seen.all() == (resize != "crop" or width * 64 == height * 96)
     assert ((back == 1) == truth)[seen].float().mean() > 0.9
     if resize == "pad":

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,16 @@ class Bright(nn.Module):
         return (images.mean(1) > 0.5).long()
 
 
-def written(folder: Path, module: nn.Module, outputs: list[str], task: str, **image: Any) -> Path:
+class Brightest(nn.Module):
+    """A label map of many classes: 255 where it is white."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.mean(1) > 0.5).long() * 255
+
+
+def written(
+    folder: Path, module: nn.Module, outputs: list[str], task: str, classes: Sequence[str] = ("ground", "spot"), **image: Any
+) -> Path:
     """A folder as the exporter leaves it, with a graph of ours."""
     folder.mkdir()
     file = folder / "model.ts"
@@ -58,7 +68,7 @@ def written(folder: Path, module: nn.Module, outputs: list[str], task: str, **im
         input=ImageInput(size=(SIDE, SIDE), **image),
         outputs=tuple(Output(f"out{number}", holds) for number, holds in enumerate(outputs)),
         task=task,
-        classes=("ground", "spot"),
+        classes=tuple(classes),
     )
     noted = {file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size}}
     card = {"export": {"target": "torchscript", "part": "model"}, "files": noted, "signature": signature.to_dict()}
@@ -120,6 +130,19 @@ def test_label_maps_have_the_size_of_the_picture(tmp_path: Path, resize: str) ->
     assert first["classes"] == pytest.approx({"ground": 1 - share, "spot": share}, abs=0.03)
     picture = np.asarray(Image.open(tmp_path / "out" / first["picture"])).astype(int)
     assert np.abs(picture[32, 64] - (0.45 * 255 + 0.55 * np.array(class_colour(1)))).max() < 12
+
+
+def test_of_more_than_255_classes_what_is_beyond_a_crop_is_none_of_them(tmp_path: Path) -> None:
+    classes = [f"class {number}" for number in range(300)]
+    graph = written(tmp_path / "graph", Brightest(), ["label_map"], "segmentation", classes, resize="crop")
+    predict(graph, spots(tmp_path / "images"), tmp_path / "out")
+    first, _ = lines(tmp_path / "out")
+    found = np.asarray(Image.open(tmp_path / "out" / first["label_map"])).astype(int)
+    assert sorted(np.unique(found).tolist()) == [0, 255, 65535]
+    truth = np.asarray(Image.open(tmp_path / "images/a.png"))[:, 32:96, 0] > 127
+    assert ((found[:, 32:96] == 255) == truth).mean() > 0.97
+    assert (found[:, :32] == 65535).all()
+    assert first["classes"] == pytest.approx({"class 0": 1 - truth.mean(), "class 255": truth.mean()}, abs=0.03)
 
 
 def test_a_classifier_of_the_exporter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
