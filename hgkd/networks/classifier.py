@@ -386,7 +386,8 @@ def load_classifier(path: str | os.PathLike[str], image_size: int | Sequence[int
     state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
     if model.is_vit:
         inside = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
-        state["network.pos_embed"] = model.fit_positions(inside, str(path), model._grid(spec.image_size))["pos_embed"]
+        fitted = model.fit_positions(inside, str(path), model._grid(spec.image_size))  # some have rotary positions alone
+        state |= {f"network.{name}": value for name, value in fitted.items()}
     load_strict(model, state, source=str(path))
     model.spec = replace(spec, image_size=model.spec.image_size)
     return model.eval()

@@ -225,6 +225,24 @@ def write_classifier(model, file):
     return file
 
 
+ROTARY = dict(depth=1, embed_dim=48, num_heads=3)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_224", "vit_relpos_small_patch16_224"])
+def test_a_fine_tuned_vit_without_a_position_embedding_is_read(name, tmp_path):
+    """DINOv3's positions are angles, and others' are biases of attention."""
+    model = ImageClassifier(name, 3, 64, **ROTARY).eval()
+    assert getattr(model.network, "pos_embed", None) is None
+    file = write_classifier(model, tmp_path / "rotary.pth")
+    inputs = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(load_classifier(file).predict(inputs), model.predict(inputs))
+        larger = load_classifier(file, 96)
+        assert larger.predict(torch.rand(2, 3, 96, 96)).shape == (2, 3)
+    started = ImageClassifier(name, 5, 64, backbone=file, **ROTARY)
+    assert all(torch.equal(value, model.network.state_dict()[key]) for key, value in backbone_of(started).items())
+
+
 @pytest.mark.parametrize("size", [(96, 128), (64, 128)])  # 48 and 32 patches: one more than 48 is a square
 def test_positions_of_oblong_images_stay_where_they_are(size, tmp_path):
     model = ImageClassifier("vit_tiny_patch16_224", 3, size, **TINY)
