@@ -121,3 +121,18 @@ def test_refusals(tmp_path: Path) -> None:
     write(tmp_path / "vit.pth", "vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2)
     with refused(WeightsError, "vit-not-exported"):
         export(tmp_path / "vit.pth", tmp_path / "out", part="classifier")
+    with refused(WeightsError, "vit-where-cnn-needed", "vit_tiny_patch16_224", "expected a CNN"):
+        export(tmp_path / "vit.pth", tmp_path / "out")
+
+
+def test_the_backbone_of_a_classifier_of_another_pooling_leaves_without_it(tmp_path: Path) -> None:
+    model = write(tmp_path / "a.pth", global_pool="max").eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.network.forward_features(images)
+        for part in ("backbone", "classifier"):
+            export(tmp_path / "a.pth", tmp_path / part, part=part)
+            torch.testing.assert_close(load_backbone(tmp_path / part).forward_features(images), expected)
+        whole = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True).eval()
+        inputs = model.normalise(images)
+        torch.testing.assert_close(whole(inputs), model.predict(inputs), rtol=1e-5, atol=1e-5)
