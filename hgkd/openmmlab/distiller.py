@@ -51,7 +51,8 @@ class Tap:
     Attributes:
         student, teacher: paths of the modules, e.g. 'neck' or 'backbone'; the teacher's is the student's by default.
         levels: which of the maps that the module gives; None: all of them. Negative counts from the end.
-        loss: arguments of :class:`hgkd.objectives.generation.MGDLoss` but for the channels, which are found by a dry run.
+        loss: arguments of :class:`hgkd.objectives.generation.MGDLoss` but for the channels, which are found by a dry run; the
+            reduction 'mean' is over the values of all maps of the tap.
     """
 
     student: str
@@ -146,9 +147,10 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
             _, logits = seen[_classifier_path(self.student)]
             losses["logits_loss"] = self.logits * position_distribution_loss(logits, teacher_logits)
         for index, tap in enumerate(self.taps):
-            pairs = zip(_chosen(seen[tap.student], tap), _chosen(seen_by_teacher[tap.teacher or tap.student], tap), strict=True)
-            for level, (ours, theirs) in enumerate(pairs):
-                losses[f"mgd_{index}_{level}_loss"] = self.generators[f"{index}_{level}"](ours, theirs)
+            targets = _chosen(seen_by_teacher[tap.teacher or tap.student], tap)
+            for level, (ours, theirs) in enumerate(zip(_chosen(seen[tap.student], tap), targets, strict=True)):
+                loss = cast(MGDLoss, self.generators[f"{index}_{level}"])
+                losses[f"mgd_{index}_{level}_loss"] = _share(loss, theirs, targets) * loss(ours, theirs)
         return losses
 
     @property
@@ -210,6 +212,15 @@ class FeatureDistiller(TeacherOwner[Any], BaseModel):
         nn.init.normal_(head.weight, std=0.01)  # as mmseg's own classifiers
         nn.init.zeros_(head.bias)  # type: ignore[arg-type]
         return head
+
+
+def _share(loss: MGDLoss, target: Tensor, targets: Sequence[Tensor]) -> float:
+    """Weight of one map of a tap: a mean is over the values of all its maps, of which each has its share, as in the sum.
+
+    With means of their own, a map of one position would count as much as one of thousands. The coarsest maps of a detector
+    that has seen no object of that size may be of any scale, and would rule the training.
+    """
+    return target.numel() / sum(other.numel() for other in targets) if loss.reduction == "mean" else 1.0
 
 
 def position_distribution_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:

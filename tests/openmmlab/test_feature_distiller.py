@@ -141,6 +141,23 @@ def test_mgd_terms_are_the_published_sum():
     assert losses["mgd_0_0_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_mean_is_over_the_values_of_all_maps_of_a_tap():
+    """A map of one position must not count as much as one of hundreds."""
+    loss = dict(mask="position", ratio=0.0, alpha=1.0, reduction="mean")
+    with scope("mmdet"), torch.no_grad():
+        model = detector_distiller(taps=[dict(student="neck", loss=loss)]).eval()
+        images, samples = detection_batch()
+        losses = model(images, samples, mode="loss")
+        pairs = zip(model.student.extract_feat(images), model.teacher.extract_feat(images), strict=True)
+        squares = [
+            (model.generators[f"0_{level}"].generation(ours) - theirs).square() for level, (ours, theirs) in enumerate(pairs)
+        ]
+    values = sum(square.numel() for square in squares)
+    for level, square in enumerate(squares):
+        assert losses[f"mgd_0_{level}_loss"].item() == pytest.approx(square.sum().item() / values, rel=1e-5)
+    assert squares[0].numel() / values > 0.7
+
+
 def test_channels_are_found_by_a_dry_run():
     student = retinanet()
     student.neck.out_channels = 8
