@@ -159,7 +159,7 @@ def read_levels(path: str) -> Config:
             package = str(error).partition(" ")[0]
             wanted = "'hgkd[downstream]'" if package in ("mmdet", "mmsegmentation") else package
             raise MissingPackageError(
-                "config-package-missing",
+                "base-package-missing",
                 f"config {path} is based on a file of {package}, which is not installed; pip install {wanted}",
             ) from error
     _drop_own_scope(cfg._cfg_dict)

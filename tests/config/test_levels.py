@@ -281,7 +281,7 @@ def test_other_readers_of_configs_are_left_alone(tmp_path):
 def test_a_base_of_a_package_that_is_not_installed_is_refused_with_what_installs_it(tmp_path, monkeypatch, package, wanted):
     monkeypatch.setattr("mmengine.config.config.is_installed", lambda name: False)
     path = child(tmp_path, "", base=f"{package}::_base_/default_runtime.py")
-    with refused(ModuleNotFoundError, "config-package-missing", str(path), f"pip install {wanted}"):
+    with refused(ModuleNotFoundError, "base-package-missing", str(path), f"pip install {wanted}"):
         read_config(path)
 
 
