@@ -71,8 +71,9 @@ def is_system(name: str) -> bool:
 def is_run_folder(folder: str) -> bool:
     """Whether a folder is the work folder of a training, or what one start has written there."""
     # without a list of the folder: a class may have a million images
-    there = [name for name in (*RUN_FILES, _LOG_PART) if os.path.exists(os.path.join(folder, name))]
-    return holds_a_run(folder, there, there)
+    names = [name for name in RUN_FILES if os.path.isfile(os.path.join(folder, name))]
+    subfolders = [_LOG_PART] if os.path.isdir(os.path.join(folder, _LOG_PART)) else []
+    return holds_a_run(folder, subfolders, names)
 
 
 def holds_a_run(folder: str, subfolders: Sequence[str], names: Sequence[str]) -> bool:

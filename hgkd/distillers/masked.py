@@ -267,16 +267,18 @@ class MaskedDistiller(TeacherOwner[Teacher | None], BaseModel):
         """Raise ValueError when an image would be shown several times alike, which costs more and teaches nothing."""
         if not isinstance(self.mask, CountedMask):
             return
-        why = self.mask.why_masks_are_equal(self.mask_grid) if self.masks_per_image > 1 else None
-        asked, instead = f"masks_per_image={self.masks_per_image}", "masks_per_image=1"
+        why = self.mask.why_masks_are_equal(self.mask_grid)
         if self.whole_view and self.mask.hides_nothing(self.mask_grid):
             asked, instead, why = "whole_view=True", "whole_view=False", "nothing is hidden"
-        if why is not None:
-            raise InvalidValueError(
-                "views-equal",
-                f"{asked} would show each image several times alike, because {why}; use {instead}, or a mask that hides other "
-                "cells each time",
-            )
+        elif self.masks_per_image > 1 and why is not None:
+            asked, instead = f"masks_per_image={self.masks_per_image}", "masks_per_image=1"
+        else:
+            return
+        raise InvalidValueError(
+            "views-equal",
+            f"{asked} would show each image several times alike, because {why}; use {instead}, or a mask that hides other "
+            "cells each time",
+        )
 
     def _check_hidden(self) -> None:
         """Raise ValueError when an objective learns from hidden cells alone, and nothing may be hidden in some steps."""

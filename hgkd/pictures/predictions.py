@@ -54,8 +54,10 @@ def draw_label_map(
         outside: label of places that are left as they are.
     """
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    found, places = np.unique(labels, return_inverse=True)
-    colours = np.array([class_colour(int(index)) for index in found], dtype=np.float32)[places.reshape(labels.shape)]
+    table = np.zeros((int(labels.max()) + 1, 3), dtype=np.float32)
+    for index in np.bincount(labels.ravel()).nonzero()[0].tolist():  # of the classes in the picture, not of 65535
+        table[index] = class_colour(index)
+    colours = table[labels]
     share = np.where(labels == outside, 0.0, _OPACITY)[..., None]
     made = Image.fromarray((pixels * (1 - share) + colours * share).round().astype(np.uint8))
     draw, font = ImageDraw.Draw(made), _font(made)
