@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from hgkd.errors import MissingFileError, WeightsError
-from hgkd.networks.encoder import OWN_ARGUMENTS, build_encoder
+from hgkd.networks.encoder import build_encoder
 from hgkd.networks.vit import head_names, is_vit
 from hgkd.pixels import PixelStatistics, channels_of, note_pixels, pixel_statistics
 from hgkd.weights.export_folder import read_spec
@@ -30,9 +30,8 @@ from hgkd.weights.run_file import (
 
 
 def build_backbone(spec: EncoderSpec) -> nn.Module:
-    """The dense encoder that a spec describes, with random weights, in eval mode; of a classifier without its pooling."""
-    kwargs = {key: value for key, value in spec.kwargs.items() if key not in OWN_ARGUMENTS}
-    network = build_encoder(spec.name, stem=spec.stem, **kwargs).eval()
+    """The dense encoder that a spec describes, with random weights, in eval mode."""
+    network = build_encoder(spec.name, stem=spec.stem, **spec.kwargs).eval()
     if spec.pixels is not None:
         note_pixels(network, pixels=spec.pixels)
     return network
@@ -212,13 +211,13 @@ def read_student(path: str | os.PathLike[str], *, otherwise: str = _OTHERWISE) -
                 f"--backbone {path}, hgkd.networks.load_classifier, and further fine-tuning with student={classifier.name} "
                 f"backbone={path}",
             )
-        kwargs = {key: value for key, value in classifier.kwargs.items() if key not in OWN_ARGUMENTS}  # of its head's pooling
-        encoder = build_backbone(EncoderSpec(classifier.name, classifier.stem, kwargs))
+        spec = EncoderSpec(classifier.name, classifier.stem, dict(classifier.kwargs)).without_head()
+        encoder = build_backbone(spec)
         entries = network_state(checkpoint, str(path))
         inside = {key: value for key, value in entries.items() if not key.startswith(head_names(encoder))}
         pixels = (classifier.mean, classifier.std)
         noted = pixel_statistics(encoder) if channels_of(encoder) == len(pixels[0]) == 3 else None
-        spec = EncoderSpec(classifier.name, classifier.stem, kwargs, None if pixels == noted else pixels)
+        spec = replace(spec, pixels=None if pixels == noted else pixels)
         return StudentCheckpoint(path, spec, inside, {}, dict(meta), run_metrics(checkpoint))
     spec = EncoderSpec.parse(meta["hgkd"], str(path))
     state = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}

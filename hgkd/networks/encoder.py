@@ -26,7 +26,7 @@ from hgkd.pixels import channels_of, check_in_chans, note_pixels
 from hgkd.weights.importing import import_weights
 
 STEMS = ("default", "cifar")
-OWN_ARGUMENTS = ("num_classes", "global_pool", "features_only", "pretrained", "checkpoint_path")
+_OWN_ARGUMENTS = ("num_classes", "global_pool", "features_only", "pretrained", "checkpoint_path")
 _DRY_SIZE = 128
 
 
@@ -74,7 +74,7 @@ def build_encoder(
         raise InvalidValueError("timm-name-unknown", f"{error} {HOW_TO_NAME}") from error
     if stem not in STEMS:
         raise InvalidValueError("stem-unknown", f"stem must be one of {', '.join(map(repr, STEMS))}, got {stem!r}")
-    taken = [key for key in OWN_ARGUMENTS if key in timm_kwargs]
+    taken = [key for key in _OWN_ARGUMENTS if key in timm_kwargs]
     if taken:
         raise InvalidValueError(
             "timm-option-reserved", f"{', '.join(taken)} cannot be passed on to timm for an encoder: hgkd sets it itself"

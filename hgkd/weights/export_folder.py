@@ -28,7 +28,7 @@ def read_spec(path: str | os.PathLike[str]) -> EncoderSpec:
     """The description of the encoder in an exported folder; raises as :func:`hgkd.networks.load_backbone` does."""
     path = Path(path).expanduser()
     _refuse_other_target(path)
-    return EncoderSpec.parse(read_config(path).get("hgkd"), str(path / CONFIG_FILE))
+    return EncoderSpec.parse(read_config(path).get("hgkd"), str(path / CONFIG_FILE)).without_head()
 
 
 def _refuse_other_target(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from timm.models import get_pretrained_cfg
@@ -83,6 +83,10 @@ class EncoderSpec:
         """Mean and std of the pixels that the network was trained with."""
         known = get_pretrained_cfg(self.name, allow_unregistered=True)
         return self.pixels or ((IMAGENET_MEAN, IMAGENET_STD) if known is None else (known.mean, known.std))
+
+    def without_head(self) -> EncoderSpec:
+        """The encoder of a classifier that this describes: how its head pools is none of the encoder's arguments."""
+        return replace(self, kwargs={key: value for key, value in self.kwargs.items() if key != "global_pool"})
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a checkpoint: ``name``, ``stem``, ``kwargs``, and ``pixels`` where they are not timm's own."""
