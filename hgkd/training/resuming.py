@@ -50,8 +50,8 @@ def images_of(runner: Runner) -> dict[str, int]:
 
 
 def images_that_differ(meta: Mapping[str, Any], runner: Runner) -> str:
-    """How the images of a run differ from those of the checkpoint with this ``meta``, in words; empty: not as far as is "
-    "known."""
+    """How the images of a run differ from those of the checkpoint with this ``meta``, in words; empty: not as
+    far as is known."""
     now, before = images_of(runner), meta.get("images")
     if not isinstance(before, Mapping):  # written before 2026-11-28
         return ""
@@ -231,8 +231,8 @@ def _scaler_settings(wrapper: OptimWrapper) -> dict[str, Any]:
 
 
 def _group_changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
-    """Setting -> (loaded, config's), of the first group where it differs; of what a schedule moves, the value it starts "
-    "from."""
+    """Setting -> (loaded, config's), of the first group where it differs; of what a schedule moves, the value
+    it starts from."""
     changes: dict[str, tuple[Any, Any]] = {}
     for old, new in zip(before, now, strict=True):
         for key in new:

@@ -34,6 +34,15 @@ def parse(*pairs):
         ("name='007'", "007"),
         ("note=two words", "two words"),
         ("a=b=c", "b=c"),
+        ("names=[red cell, ~/white cell]", ["red cell", "~/white cell"]),
+        ("names=[a/b, (c, d-e)]", ["a/b", ("c", "d-e")]),
+        ("names=one,", ["one"]),
+        ("names=(a-1),(b-2)", [("a-1",), ("b-2",)]),
+        ("note=f(a,b)", "f(a,b)"),
+        ("names=[f(a,b), c]", ["f(a,b)", "c"]),
+        ("hook=dict(type='EMAHook', momentum=1e-3)", {"type": "EMAHook", "momentum": 1e-3}),
+        ("hook={type: EMAHook, update_buffers: true}", {"type": "EMAHook", "update_buffers": True}),
+        ("hooks=[dict(type=EMAHook, at=[1, (2,)]), dict()]", [{"type": "EMAHook", "at": [1, (2,)]}, {}]),
     ],
 )
 def test_values_by_hand(pair, value):
@@ -47,6 +56,9 @@ def test_values_by_hand(pair, value):
     [
         (["epochs"], "takes KEY=VALUE, got 'epochs'"),
         (["a=[1,(2]"], r"the brackets of 'a=[1,(2]' do not close"),
+        (["a=1),(2"], r"the brackets of 'a=1),(2' do not close"),
+        (["a=[{type: res-net}]"], "the dict of 'a=[{type: res-net}]' is not written as Python reads it"),
+        (["a=dict(b, c=1)"], "the dict of 'a=dict(b, c=1)' is not written as Python reads it"),
         (["a=1", "b=2", "a=3"], "sets a twice, to 1 and to 3; take one of them out"),
         (["a.b=1", "a={'c': 2}"], "a comes after a.b, which is a part of it and would be lost"),
     ],
@@ -66,7 +78,9 @@ def test_what_contradicts_nothing_is_taken():
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 
 
-@example("epochs", ",)")  # mmengine refuses brackets that do not close
+@example("epochs", ",)")  # brackets that do not close are refused
+@example("epochs", "dict(a,b)")
+@example("epochs", "f(a,b)")
 @given(st.sampled_from(["data_root", "epochs", "model.mean"]), LEAVES | st.lists(LEAVES | st.lists(LEAVES)))
 def test_what_is_written_is_read(key, value):
     if key == "data_root" and not isinstance(value, (str, type(None), list)):

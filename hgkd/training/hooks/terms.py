@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from hgkd.errors import InvalidValueError
+from hgkd.networks.untouched import unchanged
 from hgkd.registry import HOOKS
 from hgkd.training.wrapping import plain_model
 
@@ -36,20 +34,6 @@ def gradient_shares(losses: dict[str, Tensor], parameters: list[nn.Parameter]) -
         norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
     total = sum(norms.values())
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Within it the model may run in training mode: its buffers and all random states are as before afterwards."""
-    buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in model.named_buffers():
-                    value.copy_(buffers[name])
 
 
 @HOOKS.register_module()
@@ -93,7 +77,7 @@ class TermShareHook(Hook):
         if runner.iter % self.interval:
             return
         model = plain_model(runner)
-        with untouched(model), runner.optim_wrapper.optim_context(model):
+        with unchanged(model), runner.optim_wrapper.optim_context(model):
             data = model.data_preprocessor(data_batch, True)
             losses, vs_mean = model.term_report(data["inputs"], data.get("index"))
             parameters = [p for p in model.student.parameters() if p.requires_grad]
