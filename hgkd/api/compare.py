@@ -33,6 +33,7 @@ from hgkd.weights.run_folder import logged_lines
 ROW_KEYS = {"name", "config", "options", "seeds", "backbone", "checkpoint", "block", "after", "evaluate", "scores"}
 PLAN_KEYS = {"rows", "options", "evaluate", "scores"}
 STARTED = "started_with.json"  # in the folder of a run: config and options of its training
+_RESULT = "result.json"  # in the folder of a run that is complete
 _EVALUATE_NEEDS = ("methods", "train", "test")
 # what the values of a plan's evaluate become; the last three are the command's alone
 _EVALUATE_TYPES = {**get_type_hints(evaluate), "k": Sequence[int], "config": str, "csv": str}
@@ -279,23 +280,12 @@ def run(job: Job, threads: int) -> dict[str, Any]:
     Raises:
         StoppedError: a process failed; the message names its log.
     """
-    result_file = job.folder / "result.json"
-    kept = {
-        "options": job.options,
-        "evaluate": job.evaluate,
-        "config": job.config,
-        **({"scores": job.scores} if job.scores else {}),
-    }
-    setting = json.loads(json.dumps(kept))
-    if result_file.is_file():
-        result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
-        if result["setting"] == setting:
-            return result
-        raise StoppedError(
-            "run-setting-changed", f"{job.folder} holds a run with another setting; give another --work-dir or delete it"
-        )
+    complete = result_of(job)
+    if complete is not None:
+        return complete
+    setting, result_file = _setting_of(job), job.folder / _RESULT
     job.folder.mkdir(parents=True, exist_ok=True)
-    result = {"row": job.row, "seed": job.seed, "setting": setting, "threads": threads}
+    result: dict[str, Any] = {"row": job.row, "seed": job.seed, "setting": setting, "threads": threads}
     arguments = dict(job.evaluate)
     if job.config is not None:
         _check_started(job, setting)
@@ -321,6 +311,30 @@ def run(job: Job, threads: int) -> dict[str, Any]:
     result["scores"] = {method: {key: found[method][key] for key in ("top1", "ci95")} for method in found}
     result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def result_of(job: Job) -> dict[str, Any] | None:
+    """The result of a run that is complete; None: it is not.
+
+    Raises:
+        StoppedError: the folder holds that of another setting.
+    """
+    file = job.folder / _RESULT
+    if not file.is_file():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if result["setting"] != _setting_of(job):
+        raise StoppedError(
+            "run-setting-changed", f"{job.folder} holds a run with another setting; give another --work-dir or delete it"
+        )
+    return result
+
+
+def _setting_of(job: Job) -> dict[str, Any]:
+    """What makes a run what it is, as JSON holds it."""
+    kept = {"options": job.options, "evaluate": job.evaluate, "config": job.config}
+    setting: dict[str, Any] = json.loads(json.dumps({**kept, "scores": job.scores} if job.scores else kept))
+    return setting
 
 
 def _check_started(job: Job, setting: Mapping[str, Any]) -> None:
@@ -531,6 +545,19 @@ def _in_turn(
                 yield job, outcome
 
 
+def _of_earlier_starts(every: Sequence[Job], now: Sequence[Job]) -> Iterator[dict[str, Any]]:
+    """Results of a plan's runs that were complete before, and are not among those of now."""
+    folders = {job.folder for job in now}
+    for job in (job for job in every if job.folder not in folders):
+        try:
+            result = result_of(job)
+        except StoppedError as error:  # of a trial with other options
+            print(f"{job.row} seed {job.seed}: not in the table, {error}", flush=True)
+            continue
+        if result is not None:
+            yield result
+
+
 def compare(
     plan: str | Path,
     work_dir: str | Path,
@@ -540,7 +567,7 @@ def compare(
     options: Mapping[str, Any] | None = None,
     seeds: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
-    """Everything that the module's header says; returns the results of the runs.
+    """Everything that the module's header says; returns the results of the plan's runs that are complete.
 
     Raises:
         StoppedError: runs failed; the others were finished and their results written.
@@ -550,7 +577,7 @@ def compare(
     work_dir = Path(work_dir).expanduser()
     content = read_plan(plan, values or {})
     content["options"] = {**content.get("options", {}), **(options or {})}
-    todo = jobs_of(content, work_dir, only, seeds)
+    every, todo = jobs_of(content, work_dir), jobs_of(content, work_dir, only, seeds)
     threads = threads_of(jobs)
     results: list[dict[str, Any]] = []
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -570,10 +597,11 @@ def compare(
         scores = "  ".join(f"{method} {value_of(score):.1f}" for method, score in result["scores"].items())
         print(f"{job.row} seed {job.seed}: {scores}", flush=True)
         results.append(result)
-    order = {job.folder: place for place, job in enumerate(todo)}
-    results.sort(key=lambda result: order[_folder(work_dir, result["row"], result["seed"])])
     if failed and not results:
         raise failed[0]
+    results += _of_earlier_starts(every, todo)
+    order = {job.folder: place for place, job in enumerate(every)}
+    results.sort(key=lambda result: order[_folder(work_dir, result["row"], result["seed"])])
     (work_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (work_dir / "table.md").write_text(table_of(results), encoding="utf-8")
     write_csv(results, work_dir / "table.csv")

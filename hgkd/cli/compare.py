@@ -19,7 +19,7 @@ A plan is a Python, YAML or JSON file with
 ``--cfg-options`` replaces shared options, e.g. ``limit=300 epochs=1`` for a trial; a row's own stay.
 Every run is a process of its own (``hgkd train``), with ``--jobs`` of them at a time and the cores shared between them.
 A run that is complete is not repeated, a broken one is resumed, so the same command continues a comparison. Where one fails,
-the others are finished. Results:
+the others are finished. Results, of all runs of the plan that are complete, those of earlier calls included:
 ``DIR/results.json`` and ``DIR/table.csv`` (every run), ``DIR/table.md`` (mean and std over the seeds, commands below) and
 ``DIR/picture.png`` (final results, learning curves).
 """

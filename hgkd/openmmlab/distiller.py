@@ -277,10 +277,10 @@ def captured(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[
         ValueError: no such module.
     """
     seen: dict[str, list[Tensor]] = {path: [] for path in paths}
+    known = dict(model.named_modules())
     handles = []
     try:
         for path in seen:
-            known = dict(model.named_modules())
             if path not in known:
                 near = ", ".join(map(repr, nearest_names(path, known))) or ", ".join(name for name, _ in model.named_children())
                 raise InvalidValueError("tap-module-missing", f"{type(model).__name__} has no module {path!r}; near: {near}")

@@ -2,9 +2,8 @@
 
 OpenCV decodes the intact part of a truncated file in silence; Pillow refuses it. So images are read with Pillow. For a training
 image that it refuses mmengine's data set takes another; a test without one of its images would be another measure. Grey images
-of more than 8 bits, which Pillow would cut at 255, are scaled as in hgkd's own data sets. What mmdet and mmseg train on is
-8-bit
-BGR: a backbone for other channels is refused, and ``value_range`` says which values of deeper images are black and white.
+of more than 8 bits, which Pillow would cut at 255, are scaled as in hgkd's own data sets. mmdet and mmseg train on 8-bit BGR: a
+backbone for other channels is refused, and ``value_range`` says which values of deeper images are black and white.
 """
 
 from __future__ import annotations

@@ -366,7 +366,13 @@ def test_from_training_to_the_table(tmp_path, monkeypatch, capsys):
     before = checkpoint.stat().st_mtime_ns
     assert tool.main(command) == 0
     assert checkpoint.stat().st_mtime_ns == before
+    # of some rows alone: the table has the others, too, as far as they are complete and of the same setting
+    assert tool.main([*command, "--only", "random"]) == 0
+    assert Path("out/table.md").read_text() == table
     file.write_text(file.read_text().replace("'epochs': 1", "'epochs': 2"))
+    assert tool.main([*command, "--only", "random"]) == 0
+    assert "pixels seed 0: not in the table, out/pixels_seed0 holds a run with another setting" in capsys.readouterr().out
+    assert [r["row"] for r in json.loads(Path("out/results.json").read_text())] == ["random"]
     assert tool.main(command) == 2
     assert "holds a run with another setting" in capsys.readouterr().err
 
