@@ -123,6 +123,17 @@ def _module_of(error: BaseException) -> str:
     return "" if place is None else str(place.tb_frame.f_globals.get("__name__", ""))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a message; its type, where it says nothing.
+
+    >>> first_line(RuntimeError("out of memory\\nstack:"))
+    'out of memory'
+    >>> first_line(AssertionError())
+    'AssertionError'
+    """
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The ``count`` names of ``known`` that look most like ``name``, best first (may be empty)."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

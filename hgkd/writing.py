@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from hgkd.errors import InvalidValueError, StoppedError
+from hgkd.errors import InvalidValueError, StoppedError, first_line
 
 try:
     import fcntl
@@ -166,8 +166,7 @@ def _reason(error: Exception) -> str | None:
         return error.strerror or str(error)
     if isinstance(error, (ValueError, TypeError, StoppedError)):
         return None
-    first = (str(error).splitlines() or [""])[0]
-    return first if _FOREIGN.search(str(error)) else None
+    return first_line(error) if _FOREIGN.search(str(error)) else None
 
 
 def _free(path: Path) -> str:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hgkd.api.benchmark import in_own_process, measure_times, sparse_speedup
 from hgkd.api.student_table import StudentRow, check_table_name, read_table, this_machine, with_known_speedups, write_table
 from hgkd.differences import largest_difference
-from hgkd.errors import InvalidValueError, Refusal, check_counts, unknown_name_message
+from hgkd.errors import InvalidValueError, Refusal, check_counts, first_line, unknown_name_message
 from hgkd.export import TARGETS, EncoderSpec, ExportError, Job, MissingLibraryError, Source
 from hgkd.export.exporter import TOLERANCE
 from hgkd.export.job import need, use_at
@@ -246,7 +246,7 @@ def _with_speedup(row: StudentRow) -> StudentRow:
 
 def _reason(error: Exception) -> str:
     code = error.code if isinstance(error, Refusal) else None
-    first = (str(error).strip().splitlines() or [""])[0][:300]
+    first = first_line(error)[:300]
     return f"{first} [{code}]" if code else f"{type(error).__name__}: {first}"
 
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hgkd.errors import USER_ERRORS, code_of
+from hgkd.errors import USER_ERRORS, code_of, first_line
 
 Main = Callable[[Sequence[str]], int]
 
@@ -43,8 +43,8 @@ def device_name(text: str) -> str:
         try:
             torch.empty(0, device=text)
         except (RuntimeError, AssertionError) as error:
-            why = str(error).splitlines()[0]
-            raise ArgumentTypeError(f"{text!r} is no device of this machine ({why}); take cpu, or leave it out") from None
+            why = f"{text!r} is no device of this machine ({first_line(error)}); take cpu, or leave it out"
+            raise ArgumentTypeError(why) from None
     return text
 
 

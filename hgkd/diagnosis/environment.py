@@ -22,7 +22,7 @@ import torch
 
 from hgkd.config.short_options import amp_dtype
 from hgkd.data import UnlabelledImages
-from hgkd.errors import Refusal
+from hgkd.errors import Refusal, first_line
 from hgkd.sparse import choice, self_check, sparsify
 from hgkd.sparse.choice import kernels_mode
 
@@ -97,9 +97,8 @@ def check_torchvision(load: Callable[[str], object] = importlib.import_module) -
         load("torchvision")
         torch.ops.torchvision.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
     except (ImportError, RuntimeError, AttributeError) as error:
-        first = str(error).splitlines()[0]
         fix = "install torch and torchvision together, both the registry's ordinary builds; a CPU-only torch has no partner"
-        return Check("torch and torchvision", "failure", first, fix)
+        return Check("torch and torchvision", "failure", first_line(error), fix)
     return Check("torch and torchvision", "ok", "compiled operators work")
 
 

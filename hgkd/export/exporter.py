@@ -17,7 +17,7 @@ from hgkd.data.images import find_images, read_crops
 from hgkd.data.pixels import as_value_range
 from hgkd.data.transforms import as_size
 from hgkd.differences import largest_difference
-from hgkd.errors import DataError, InvalidValueError, WeightsError, check_counts, unknown_name_message
+from hgkd.errors import DataError, InvalidValueError, WeightsError, check_counts, first_line, unknown_name_message
 from hgkd.export.card import LICENCE_FIELDS, model_card, run_card, write_cards
 from hgkd.export.classifier import read_classifier
 from hgkd.export.folder import PAGE, check_free, new_folder
@@ -292,7 +292,7 @@ def _prove_any_size(job: Job, written: Written) -> float:
         difference, said = largest_difference(written.reloaded(images), expected), ""
     except Exception as error:
         # every runtime has its own
-        difference, said = math.inf, f" ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        difference, said = math.inf, f" ({type(error).__name__}: {first_line(error)})"
     if not difference <= (TOLERANCE if written.tolerance is None else written.tolerance):
         raise ExportError(
             "graph-wrong-at-a-size",

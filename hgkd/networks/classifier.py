@@ -24,7 +24,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from hgkd.data.transforms import as_size
-from hgkd.errors import InvalidValueError, WeightsError
+from hgkd.errors import InvalidValueError, WeightsError, first_line
 from hgkd.networks.backbones import read_source
 from hgkd.networks.encoder import STEMS, evaluating, use_cifar_stem
 from hgkd.networks.libraries import home_of, library_of
@@ -247,10 +247,9 @@ class ImageClassifier(PixelNormalisation):
             with evaluating(self), torch.no_grad():
                 feature = self(torch.zeros(1, self.in_chans, height, width, device=self.mean.device)).feature
         except (AssertionError, RuntimeError) as error:
-            why = (str(error).splitlines() or [""])[0]
             raise InvalidValueError(
                 "image-size-refused",
-                f"{self.spec.name} takes no images of {height} x {width} px ({why}); set another image_size",
+                f"{self.spec.name} takes no images of {height} x {width} px ({first_line(error)}); set another image_size",
             ) from error
         return cast("tuple[int, int, int]", tuple(feature.shape[1:]))
 

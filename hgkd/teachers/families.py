@@ -25,7 +25,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hgkd.errors import InvalidValueError, nearest_names
+from hgkd.errors import InvalidValueError, first_line, nearest_names
 from hgkd.networks.encoder import evaluating
 from hgkd.networks.positions import positions_for
 from hgkd.networks.vit import check_attention_is_read, patch_attention
@@ -342,7 +342,7 @@ class Levels(Family):
             with evaluating(self.network), torch.no_grad():
                 found = self._run(zeros, indices)
         except (AssertionError, AttributeError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise self._refusal(size, (str(error).splitlines() or [type(error).__name__])[0]) from error
+            raise self._refusal(size, first_line(error)) from error
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else () for value in found]
         for shape in shapes if indices is None else ():
             side = size[0] // shape[2] if len(shape) == 4 and shape[2] else 0
@@ -366,7 +366,7 @@ class Levels(Family):
             if size != self._native_size:
                 network.set_input_size(img_size=size)
         except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-            raise self._refusal(size, (str(error).splitlines() or [type(error).__name__])[0]) from error
+            raise self._refusal(size, first_line(error)) from error
         network.to(like.device, like.dtype).requires_grad_(False)
 
     def _refusal(self, size: tuple[int, int], why: str) -> ValueError:

@@ -25,7 +25,7 @@ from mmengine.logging import HistoryBuffer, print_log
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hgkd.errors import MissingFileError, WeightsError
+from hgkd.errors import MissingFileError, WeightsError, first_line
 
 _READ: ContextVar[dict[tuple[Path, int, int], Any] | None] = ContextVar("read", default=None)  # see reading_once
 _WRAPPERS = ("state_dict", "model", "module", "network", "teacher")
@@ -195,9 +195,8 @@ def _content(path: Path) -> Any:
             raise WeightsError(
                 "weight-file-is-torchscript", f"{path} is a TorchScript program; save the state_dict of its module instead"
             ) from None
-        first = (str(error).splitlines() or [""])[0]
         raise WeightsError(
-            "weight-file-damaged", f"{path} is damaged or no weight file ({type(error).__name__}: {first})"
+            "weight-file-damaged", f"{path} is damaged or no weight file ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 

@@ -23,7 +23,7 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 from torch.export import Dim
 
-from hgkd.errors import InvalidValueError
+from hgkd.errors import InvalidValueError, first_line
 from hgkd.export.job import ExportError, count_parameters, need, optional
 from hgkd.export.model import ModelJob, WrittenModel
 from hgkd.export.onnx_versions import least_runtime, set_ir
@@ -256,11 +256,10 @@ def _write(whole: Whole, file: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # whatever torch meets in layers of other libraries
-        text = str(error).strip().splitlines()
         raise ExportError(
             "model-not-followed",
             f"torch {torch.__version__} cannot write {type(whole.model).__name__} as ONNX ({type(error).__name__}: "
-            f"{text[0] if text else 'no message'}); a fixed_size may help, and its weights leave with --to mmdet or mmseg",
+            f"{first_line(error)}); a fixed_size may help, and its weights leave with --to mmdet or mmseg",
         ) from error
 
 
