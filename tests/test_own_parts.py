@@ -218,6 +218,17 @@ def test_a_module_that_is_nowhere_is_told_with_the_folders_that_were_searched(ho
         load_config(path)
 
 
+def test_a_module_that_is_typed_is_imported_and_named_as_in_a_config(tmp_path, monkeypatch):
+    (tmp_path / "typed_parts_of_a_user.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    shown = {"data_root": ".", "val_train_root": None, "val_test_root": None}
+    load_config(SPARK, options={**shown, "custom_imports": {"imports": ["typed_parts_of_a_user"]}})
+    assert sys.modules.pop("typed_parts_of_a_user").__file__ == str(tmp_path / "typed_parts_of_a_user.py")
+    with refused(ValueError, "custom-imports-without-names", "custom_imports='my_parts'", "dict(imports=['my_parts'])"):
+        load_config(SPARK, options={**shown, "custom_imports": "my_parts"})
+
+
 def test_a_module_whose_name_is_taken_is_told(tmp_path):
     (tmp_path / "json.py").write_text("")
     path = tmp_path / "config.py"

@@ -21,6 +21,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from mmengine.config import Config
 
 from hgkd.api.evaluate import check_finetune_options, check_methods, evaluate
+from hgkd.config.kinds import words_of
 from hgkd.config.options import option_text
 from hgkd.errors import InvalidValueError, MissingFileError, StoppedError, unknown_name_message
 from hgkd.evaluation.comparison import trained, value_of, write_csv
@@ -151,7 +152,7 @@ def _check_evaluate(where: str, arguments: Mapping[str, Any]) -> None:
         wanted = _EVALUATE_TYPES[key.replace("-", "_")]
         if value is not None and not _fits(value, wanted):
             raise InvalidValueError(
-                "plan-evaluate-value", f"{where}: evaluate has {key}={value!r}, expected {_words_of(wanted)}; correct the plan"
+                "plan-evaluate-value", f"{where}: evaluate has {key}={value!r}, expected {words_of(wanted)}; correct the plan"
             )
     for key in _EVALUATE_NEEDS:
         if not arguments.get(key):
@@ -188,14 +189,6 @@ def _fits(value: object, wanted: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _words_of(wanted: Any) -> str:
-    if isinstance(wanted, UnionType):
-        return " or ".join(_words_of(part) for part in get_args(wanted))
-    if get_origin(wanted) is Sequence:
-        return f"a list of {get_args(wanted)[0].__name__}"
-    return "None" if wanted is NoneType else "a dict" if get_origin(wanted) is Mapping else str(wanted.__name__)
 
 
 def _fill(value: object, values: Mapping[str, str]) -> Any:

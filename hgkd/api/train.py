@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from hgkd.config.checking import check_config
+from hgkd.config.levels import import_custom_modules
 from hgkd.config.reading import read_config
 from hgkd.config.short_options import apply_short_options, use_mixed_precision
 from hgkd.errors import MissingFileError
@@ -40,6 +41,8 @@ def load_config(
     else:
         for remark in apply_short_options(cfg, options):
             print(f"note: {remark}", file=sys.stderr)
+    if any(key.partition(".")[0] == "custom_imports" for key in options):  # a file's own are imported when it is read
+        import_custom_modules(cfg, [Path.cwd()])
     if amp:
         use_mixed_precision(cfg)
     cfg.launcher = launcher

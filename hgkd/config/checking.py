@@ -1,19 +1,23 @@
-"""Checking configs: every key is read by somebody.
+"""Checking configs: every key is read by somebody, and every value is of the kind that its reader takes.
 
-mmengine silently ignores top-level keys that it does not know. Here a key is read or refused, before anything is built.
+mmengine silently ignores top-level keys that it does not know, and trips on values of another kind far from where they stand.
+Here a key is read or refused, before anything is built, and a value is compared with the annotation of the argument that it
+becomes.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from mmengine import registry as roots
 from mmengine.config import Config
 from mmengine.registry import Registry
 from mmengine.runner import Runner
 
+from hgkd.config.kinds import kinds_of, misfit, words_of
 from hgkd.config.short_options import SHORT_OPTIONS
 from hgkd.errors import InvalidValueError, unknown_name_message
 from hgkd.registry import (
@@ -117,16 +121,55 @@ PLAIN_SECTIONS: dict[str, frozenset[str]] = {
     ),
     "auto_scale_lr": frozenset({"enable", "base_batch_size"}),
 }
+_MAYBE_DICT = dict[str, Any] | None
+# kinds of mmengine's settings, and of ours at the top, whose readers have no annotation; path -> kind, least value
+_KINDS: Mapping[str, tuple[Any, float | None]] = MappingProxyType(
+    {
+        **{key: (kind, None) for key, kind in kinds_of(Runner).items() if key in _RUNNER_KEYS},
+        **{
+            f"{name}_dataloader.{key}": kind
+            for name in ("train", "val", "test")
+            for key, kind in {
+                "dataset": (dict[str, Any], None),
+                "sampler": (_MAYBE_DICT, None),
+                "batch_size": (int | None, 1),
+                "num_workers": (int, 0),
+            }.items()
+        },
+        "train_cfg.max_epochs": (int, 1),
+        "train_cfg.val_interval": (int, 1),
+        "train_cfg.val_begin": (int, 0),
+        "default_hooks": (dict[str, _MAYBE_DICT] | None, None),
+        "runner_type": (str, None),
+        "experiment_name": (str | int | None, None),
+        "optim_wrapper.optimizer": (dict[str, Any], None),
+        "optim_wrapper.clip_grad": (_MAYBE_DICT, None),
+        "default_hooks.checkpoint.interval": (int, -1),
+        "randomness.seed": (int | None, 0),
+        "auto_scale_lr.base_batch_size": (int, 1),
+        "env_cfg.mp_cfg": (dict[str, Any], None),
+        "env_cfg.dist_cfg": (dict[str, Any], None),
+        "activation_checkpointing": (list[str] | None, None),
+        "custom_imports": (_MAYBE_DICT, None),
+        "find_unused_parameters": (bool, None),
+        "log_level": (Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "NOTSET"] | int, None),
+        "kernels": (Literal["measure", "rule", "torch", "fused"], None),
+        "sync_bn": (bool | str | None, None),
+        "work_dir": (str, None),
+    }
+)
+_TRAINING = ("train_dataloader", "train_cfg", "optim_wrapper")
 
 
 def check_config(cfg: Config | Mapping[str, Any]) -> None:
-    """Refuse keys that nobody reads, types that nobody registered, and required options that are absent.
+    """Refuse keys that nobody reads, types that nobody registered, required options that are absent, and values of another
+    kind.
 
     Top-level keys are those of mmengine's runner and our short options. Below, every dict with a ``type`` that names a class
     of hgkd is compared with that class's arguments, recursively; other classes check theirs when they are built.
 
     Raises:
-        ValueError: names the path of the key, its value and the nearest known names.
+        ValueError: names the path of the key, its value and what is expected there.
     """
     plain = cfg.to_dict() if isinstance(cfg, Config) else dict(cfg)
     for key, value in plain.items():
@@ -137,6 +180,9 @@ def check_config(cfg: Config | Mapping[str, Any]) -> None:
     runner = plain.get("runner_type")
     if isinstance(runner, str):
         _find(RUNNERS, runner, "runner_type")
+    for path, (kind, least) in _KINDS.items():
+        _check_kind(plain, path, kind, least)
+    _check_training(plain)
     for path, known in PLAIN_SECTIONS.items():
         _check_plain(plain, path, known)
     for key, value in plain.items():
@@ -153,6 +199,11 @@ def _check(value: object, path: str, registry: Registry | None) -> None:
     # without a registry nobody builds from this dict, whatever its keys are called
     if "type" in value and registry is not None:
         kind = value["type"]
+        if kind is None or isinstance(kind, (int, float, list, tuple, Mapping)):
+            known = next((name for node in _chain(registry) for name in node.module_dict), "NAME")
+            raise InvalidValueError(
+                "type-not-a-name", f"{path}.type={_short(kind)}: expected the name of what is built, e.g. {known!r}"
+            )
         cls = _find(registry, kind, f"{path}.type") if isinstance(kind, str) else kind
         if getattr(cls, "__module__", "").startswith("hgkd."):
             _check_arguments(cls, value, path, registry)
@@ -176,12 +227,16 @@ def _check_arguments(cls: Callable[..., object], value: Mapping[str, Any], path:
     if registry is roots.OPTIM_WRAPPERS:
         extra |= {"constructor", "paramwise_cfg"}
     if path.startswith("model.objectives."):
+        _refuse_misfit(f"{path}.weight", value.get("weight", 1.0), float)
         extra |= {"weight", "teacher"} if registry is MASKED_OBJECTIVES else {"weight"}
     if accepted is not None:
         for key, item in value.items():
             if key not in accepted and key not in extra:
                 message = unknown_name_message(f"option of {cls.__name__}", key, sorted(accepted))
                 raise InvalidValueError("argument-refused", f"{path}.{key}={_short(item)}: {message}")
+    for key, kind in _annotations(cls, registry).items():
+        if key in value:
+            _refuse_misfit(f"{path}.{key}", value[key], kind)
     given = {*value, "dataset"} if registry is roots.DATA_SAMPLERS else value  # a sampler gets its data set from the runner
     for name in _required(cls):
         if name not in given:
@@ -189,6 +244,50 @@ def _check_arguments(cls: Callable[..., object], value: Mapping[str, Any], path:
             short = [option for option, entry in SHORT_OPTIONS.items() if place in (*entry.places, *entry.existing)]
             how = f"--cfg-options {short[0]}=..." if short else f"{place} in the config"
             raise InvalidValueError("argument-missing", f"{place} is missing: {cls.__name__} needs it; set {how}")
+
+
+def _refuse_misfit(path: str, value: object, kind: Any) -> None:
+    wrong = misfit(path, value, kind)
+    if wrong is not None:
+        place, found, wanted = wrong
+        raise InvalidValueError("value-of-another-kind", f"{place}={_short(found)}: expected {words_of(wanted)}")
+
+
+_NOTHING = object()
+
+
+def _found(plain: Mapping[str, Any], path: str) -> object:
+    """What stands at a path; ``_NOTHING`` where there is no such place."""
+    found: object = plain
+    for step in path.split("."):
+        found = found.get(step, _NOTHING) if isinstance(found, Mapping) else _NOTHING
+    return found
+
+
+def _check_kind(plain: Mapping[str, Any], path: str, kind: Any, least: float | None) -> None:
+    value = _found(plain, path)
+    if value is _NOTHING:
+        return
+    _refuse_misfit(path, value, kind)
+    if least is not None and isinstance(value, (int, float)) and value < least:
+        raise InvalidValueError("value-too-small", f"{path}={value}: expected {words_of(kind)}, {least:g} or more")
+
+
+def _check_training(plain: Mapping[str, Any]) -> None:
+    """Refuse a training without one of its parts, or without an end."""
+    given = {key: plain.get(key) for key in _TRAINING}
+    absent = [key for key, value in given.items() if value is None]
+    if absent and len(absent) < len(_TRAINING):
+        raise InvalidValueError(
+            "training-part-missing",
+            f"{absent[0]} is absent or None, and a training needs {', '.join(_TRAINING)}; leave it as the recipe has it (where "
+            "nothing is trained, all three are None)",
+        )
+    loop = given["train_cfg"]
+    if isinstance(loop, Mapping) and loop.get("by_epoch") and loop.get("max_epochs") is None:
+        raise InvalidValueError(
+            "argument-missing", "train_cfg.max_epochs is missing: a training needs a length; set epochs=..."
+        )
 
 
 def _check_plain(plain: Mapping[str, Any], path: str, known: frozenset[str]) -> None:
@@ -233,6 +332,15 @@ def _parameters(cls: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     if inspect.isclass(cls):
         parameters.pop(next(iter(parameters)), None)  # self
     return parameters
+
+
+def _annotations(cls: Callable[..., object], registry: Registry) -> dict[str, Any]:
+    """Kinds of the arguments that :func:`_accepted` names."""
+    bases = [base for base in cls.__mro__ if "__init__" in vars(base)] if inspect.isclass(cls) else [cls]
+    kinds: dict[str, Any] = {}
+    for base in reversed(bases if registry is METRICS else bases[:1]):
+        kinds |= kinds_of(base)
+    return kinds
 
 
 def _accepted(cls: Callable[..., object], registry: Registry) -> set[str] | None:

@@ -121,6 +121,13 @@ def check_list_paths(cfg: Config, options: Mapping[str, Any]) -> None:
                     "config",
                 )
             node = entry
+        else:
+            if isinstance(node, (list, tuple)) and isinstance(value, Mapping):  # mmengine would look for its keys in the list
+                raise InvalidValueError(
+                    "list-replaced-by-dict",
+                    f"{path}={value!r}: {path} is a list of {len(node)}, and a dict cannot take its place; give a list, "
+                    f"[dict(...)], or change an entry, {path}.0.KEY=...",
+                )
 
 
 def nested(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,6 +204,10 @@ def import_custom_modules(cfg: Config, folders: Sequence[Path]) -> None:
     wanted = cfg.get("custom_imports")
     if not wanted:
         return
+    if not isinstance(wanted, Mapping) or not wanted.get("imports"):
+        raise InvalidValueError(
+            "custom-imports-without-names", f"custom_imports={wanted!r}: expected the modules, dict(imports=['my_parts'])"
+        )
     names = wanted["imports"] if isinstance(wanted["imports"], (list, tuple)) else [wanted["imports"]]
     for name in names:
         top = name.partition(".")[0]

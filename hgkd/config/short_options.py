@@ -141,6 +141,7 @@ def apply_short_options(cfg: Config, typed: Mapping[str, Any] | None = None) -> 
     check_parts(cfg)
     given = {name: _settle(cfg, levels, name, option) for name, option in SHORT_OPTIONS.items() if name in cfg}
     _drop_feature_store(cfg)
+    _drop_objectives(cfg)
     _drop_validation(cfg)
     return _settle_warmup(cfg, given.get("epochs"), given.get("warmup_epochs"))
 
@@ -285,14 +286,29 @@ def _drop_feature_store(cfg: Config) -> None:
     ]
 
 
+def _drop_objectives(cfg: Config) -> None:
+    """Take out the objectives that are set to None, as mmengine does with default hooks."""
+    model = cfg.get("model")
+    objectives = model.get("objectives") if isinstance(model, Mapping) else None
+    if isinstance(objectives, Mapping) and None in objectives.values():
+        model["objectives"] = {name: objective for name, objective in objectives.items() if objective is not None}
+
+
 def check_parts(cfg: Config) -> None:
-    """Refuse entries of lists of parts that are no parts; None takes away a part by its name, and none of a list.
+    """Refuse what stands for a list of parts and is none, and entries that are no parts; None takes away a part by its name,
+    and none of a list.
 
     Raises:
         ValueError: names the first of them.
     """
     for key in ("custom_hooks", "param_scheduler"):
         entries = cfg.get(key)
+        if isinstance(entries, (str, int, float)):
+            kind = repr(entries) if isinstance(entries, str) else "..."
+            raise InvalidValueError(
+                "parts-not-a-list",
+                f'{key}={entries!r} is no list of parts; write "{key}=[dict(type={kind})]", or [] for none',
+            )
         for place, entry in enumerate(entries if isinstance(entries, (list, tuple)) else ()):
             if entry is None or isinstance(entry, (str, int, float, list, tuple)):
                 raise InvalidValueError(

@@ -125,6 +125,9 @@ def check_optim_config(cfg: Mapping[str, Any]) -> None:
             raise InvalidValueError(
                 "optimizer-value-not-finite", f"optim_wrapper.optimizer.{name}={value}: expected a finite number"
             )
+    rate = dict(cfg.get("optimizer") or {}).get("lr", 0.0)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate < 0:
+        raise InvalidValueError("lr-not-a-rate", f"optim_wrapper.optimizer.lr={rate!r}: expected a number, 0 or more")
     for name, value in dict(cfg.get("clip_grad") or {}).items():
         if name in ("max_norm", "clip_value") and not float(value) > 0:
             raise InvalidValueError(

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 from hgkd.config.schedule import without_empty_warmup
 from hgkd.data.sampler import in_arrays
-from hgkd.errors import InvalidValueError, WeightsError, configured
+from hgkd.errors import InvalidValueError, Refusal, WeightsError, configured, first_line
 from hgkd.networks.guest import teachers_of
 from hgkd.registry import RUNNERS
 from hgkd.sparse.choice import use_kernels
@@ -322,7 +322,14 @@ class DistillRunner(Runner):
     def register_hook(self, hook: Hook | Mapping[str, Any], priority: object = None) -> None:
         if isinstance(hook, Mapping) and hook.get("type") == "IterTimerHook":
             hook = {**hook, "type": "hgkd.SteadyTimerHook"}
-        super().register_hook(hook, priority)
+        try:
+            super().register_hook(hook, priority)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, Refusal) or not isinstance(hook, Mapping):
+                raise
+            raise InvalidValueError(
+                "hook-not-built", f"the hook {dict(hook)} of the config cannot be built: {first_line(error)}"
+            ) from error
 
     def build_visualizer(self, visualizer: Visualizer | Mapping[str, Any] | None = None) -> Visualizer:
         built = super().build_visualizer(visualizer)

@@ -171,6 +171,66 @@ def test_unknown_keys_and_types_are_named_with_their_path(changes, refusal):
         check_config(cfg)
 
 
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"model": None}, ("value-of-another-kind", "model=None", "a dict")),
+        ({"model.student": "resnet18"}, ("value-of-another-kind", "model.student='resnet18'", "a dict")),
+        ({"model.student.encoder": 5}, ("value-of-another-kind", "model.student.encoder=5", "a text")),
+        ({"model.objectives.pixels": 5}, ("value-of-another-kind", "model.objectives.pixels=5", "a dict")),
+        ({"model.objectives.pixels.weight": "2e-5"}, ("value-of-another-kind", "pixels.weight='2e-5'", "a number")),
+        ({"model.mask.mask_ratio": ["a", 0.5]}, ("value-of-another-kind", "model.mask.mask_ratio.0='a'", "a number")),
+        ({"model.mask.type": 5}, ("type-not-a-name", "model.mask.type=5")),
+        ({"train_dataloader.dataset.data_root": ["a", "b"]}, ("value-of-another-kind", "data_root=['a', 'b']", "a text")),
+        ({"train_dataloader.dataset.transform": "train"}, ("value-of-another-kind", "transform='train'", "a dict or None")),
+        ({"train_dataloader.sampler": "EpochSampler"}, ("value-of-another-kind", "train_dataloader.sampler='EpochSampler'")),
+        ({"train_dataloader.batch_size": 0}, ("value-too-small", "train_dataloader.batch_size=0", "1 or more")),
+        ({"train_dataloader.num_workers": -1}, ("value-too-small", "train_dataloader.num_workers=-1", "0 or more")),
+        ({"randomness.seed": -1}, ("value-too-small", "randomness.seed=-1", "0 or more")),
+        ({"randomness": 5}, ("value-of-another-kind", "randomness=5", "a dict")),
+        ({"default_hooks.logger": 5}, ("value-of-another-kind", "default_hooks.logger=5", "a dict or None")),
+        ({"custom_hooks.0.interval": "often"}, ("value-of-another-kind", "custom_hooks.0.interval='often'", "a whole number")),
+        ({"optim_wrapper.clip_grad": 5}, ("value-of-another-kind", "optim_wrapper.clip_grad=5", "a dict or None")),
+        ({"optim_wrapper": None}, ("training-part-missing", "optim_wrapper is absent or None")),
+        ({"train_cfg.max_epochs": None}, ("value-of-another-kind", "train_cfg.max_epochs=None", "a whole number")),
+        ({"activation_checkpointing": "student"}, ("value-of-another-kind", "activation_checkpointing='student'", "a list")),
+        ({"kernels": "fast"}, ("value-of-another-kind", "kernels='fast'", "'measure' or 'rule' or 'torch' or 'fused'")),
+    ],
+)
+def test_values_of_another_kind_are_named_with_their_path(changes, refusal):
+    cfg = recipe()
+    apply_short_options(cfg)
+    cfg.merge_from_dict(changes)
+    with refused(ValueError, *refusal):
+        check_config(cfg)
+
+
+def test_a_training_without_a_length_is_refused():
+    cfg = recipe(epochs=None)
+    apply_short_options(cfg)
+    with refused(ValueError, "argument-missing", "train_cfg.max_epochs", "epochs=..."):
+        check_config(cfg)
+
+
+def test_none_takes_an_objective_away():
+    cfg = recipe()
+    apply_short_options(cfg, {"model.objectives.hgkd": {"type": "HGKD"}, "model.objectives.pixels": None})
+    assert list(cfg.model.objectives) == ["hgkd"]
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"custom_hooks": {"type": "EMAHook"}}, ("list-replaced-by-dict", "custom_hooks is a list of 1", "[dict(...)]")),
+        ({"custom_hooks": "EMAHook"}, ("parts-not-a-list", "custom_hooks='EMAHook'", "[dict(type='EMAHook')]")),
+        ({"param_scheduler": 5}, ("parts-not-a-list", "param_scheduler=5")),
+    ],
+)
+def test_what_stands_for_a_list_of_parts_and_is_none_is_refused(options, refusal):
+    with refused(ValueError, *refusal):
+        apply_short_options(recipe(), options)
+
+
 def test_missing_folder_names_the_short_option():
     cfg = recipe(data_root=None)
     apply_short_options(cfg)
