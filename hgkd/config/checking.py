@@ -136,8 +136,8 @@ _KINDS: Mapping[str, tuple[Any, float | None]] = MappingProxyType(
                 "num_workers": (int, 0),
             }.items()
         },
-        "train_cfg.max_epochs": (int, 1),
-        "train_cfg.val_interval": (int, 1),
+        "train_cfg.max_epochs": (int, None),
+        "train_cfg.val_interval": (int, None),
         "train_cfg.val_begin": (int, 0),
         "default_hooks": (dict[str, _MAYBE_DICT] | None, None),
         "runner_type": (str, None),

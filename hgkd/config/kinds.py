@@ -50,7 +50,8 @@ def fits(value: object, wanted: Any) -> bool:
     if kind in (int, float):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and (kind is float or float(value).is_integer())  # type: ignore[arg-type]  # of a number
-    return isinstance(value, kind)
+    described = isinstance(value, Mapping) and "type" in value and kind is not str  # of what is built before it is handed on
+    return isinstance(value, kind) or described
 
 
 def misfit(path: str, value: object, wanted: Any) -> tuple[str, object, Any] | None:

@@ -45,6 +45,9 @@ PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) |
         ("measure", Literal["measure", "rule"], True),
         ("fast", Literal["measure", "rule"], False),
         ("resnet18", nn.Module | dict, False),
+        ({"type": "Identity"}, nn.Module, True),  # is built before it is handed on
+        ({"type": "Identity"}, str, False),
+        ({"name": "Identity"}, nn.Module, False),
         (nn.Identity(), str, True),  # an object: its reader judges
         ("x", Any, True),
         ("x", object, True),
