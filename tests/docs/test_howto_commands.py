@@ -74,7 +74,9 @@ def has_place(key: str, value: str | None) -> bool:
     for recipe in RUNS:
         try:
             load_config(recipe, options={key: 1 if value is None else option_value(key, value)})
-        except Refusal:
+        except Refusal as error:
+            if value is None and error.code in ("value-of-another-kind", "type-not-a-name"):  # of the 1 that is tried
+                return True
             continue
         return True
     return False
