@@ -541,7 +541,9 @@ def _in_turn(
 def _of_earlier_starts(every: Sequence[Job], now: Sequence[Job]) -> Iterator[dict[str, Any]]:
     """Results of a plan's runs that were complete before, and are not among those of now."""
     folders = {job.folder for job in now}
-    for job in (job for job in every if job.folder not in folders):
+    for job in every:
+        if job.folder in folders:
+            continue
         try:
             result = result_of(job)
         except StoppedError as error:  # of a trial with other options

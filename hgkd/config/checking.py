@@ -122,7 +122,7 @@ PLAIN_SECTIONS: dict[str, frozenset[str]] = {
     "auto_scale_lr": frozenset({"enable", "base_batch_size"}),
 }
 _MAYBE_DICT = dict[str, Any] | None
-# kinds of mmengine's settings, and of ours at the top, whose readers have no annotation; path -> kind, least value
+# kinds of the runner's arguments by their annotations, and of settings whose readers have none; path -> kind, least value
 _KINDS: Mapping[str, tuple[Any, float | None]] = MappingProxyType(
     {
         **{key: (kind, None) for key, kind in kinds_of(Runner).items() if key in _RUNNER_KEYS},
@@ -181,7 +181,7 @@ def check_config(cfg: Config | Mapping[str, Any]) -> None:
     if isinstance(runner, str):
         _find(RUNNERS, runner, "runner_type")
     for path, (kind, least) in _KINDS.items():
-        _check_kind(plain, path, kind, least)
+        _check_setting(plain, path, kind, least)
     _check_training(plain)
     for path, known in PLAIN_SECTIONS.items():
         _check_plain(plain, path, known)
@@ -200,9 +200,8 @@ def _check(value: object, path: str, registry: Registry | None) -> None:
     if "type" in value and registry is not None:
         kind = value["type"]
         if kind is None or isinstance(kind, (int, float, list, tuple, Mapping)):
-            known = next((name for node in _chain(registry) for name in node.module_dict), "NAME")
             raise InvalidValueError(
-                "type-not-a-name", f"{path}.type={_short(kind)}: expected the name of what is built, e.g. {known!r}"
+                "type-not-a-name", f"{path}.type={_short(kind)}: expected the name of what is built, a text"
             )
         cls = _find(registry, kind, f"{path}.type") if isinstance(kind, str) else kind
         if getattr(cls, "__module__", "").startswith("hgkd."):
@@ -264,7 +263,7 @@ def _found(plain: Mapping[str, Any], path: str) -> object:
     return found
 
 
-def _check_kind(plain: Mapping[str, Any], path: str, kind: Any, least: float | None) -> None:
+def _check_setting(plain: Mapping[str, Any], path: str, kind: Any, least: float | None) -> None:
     value = _found(plain, path)
     if value is _NOTHING:
         return
@@ -291,9 +290,7 @@ def _check_training(plain: Mapping[str, Any]) -> None:
 
 
 def _check_plain(plain: Mapping[str, Any], path: str, known: frozenset[str]) -> None:
-    section: Any = plain
-    for step in path.split("."):
-        section = section.get(step) if isinstance(section, Mapping) else None
+    section = _found(plain, path)
     for key, value in section.items() if isinstance(section, Mapping) else ():
         if key not in known:
             raise InvalidValueError(
@@ -336,11 +333,16 @@ def _parameters(cls: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
 
 def _annotations(cls: Callable[..., object], registry: Registry) -> dict[str, Any]:
     """Kinds of the arguments that :func:`_accepted` names."""
-    bases = [base for base in cls.__mro__ if "__init__" in vars(base)] if inspect.isclass(cls) else [cls]
     kinds: dict[str, Any] = {}
-    for base in reversed(bases if registry is METRICS else bases[:1]):
+    for base in reversed(_constructors(cls, registry)):
         kinds |= kinds_of(base)
     return kinds
+
+
+def _constructors(cls: Callable[..., object], registry: Registry) -> list[Any]:
+    """Whose arguments a class takes: its own, or those that it inherits; of a metric, which hands the rest on, all bases'."""
+    bases = [base for base in cls.__mro__ if "__init__" in vars(base)] if inspect.isclass(cls) else [cls]
+    return bases if registry is METRICS else bases[:1]
 
 
 def _accepted(cls: Callable[..., object], registry: Registry) -> set[str] | None:
@@ -349,8 +351,7 @@ def _accepted(cls: Callable[..., object], registry: Registry) -> set[str] | None
     A metric hands them to its base class, which is known.
     """
     names: set[str] = set()
-    bases = [base for base in cls.__mro__ if "__init__" in vars(base)] if inspect.isclass(cls) else [cls]
-    for base in bases if registry is METRICS else bases[:1]:
+    for base in _constructors(cls, registry):
         parameters = _parameters(base)
         names |= {n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -161,19 +161,6 @@ def test_warmup():
             ("type-not-found", "train_dataloader.sampler.type='Sampler'", "DefaultSampler"),
         ),
         ({"runner_type": "DistilRunner"}, ("type-not-found", "runner_type='DistilRunner'", "DistillRunner")),
-    ],
-)
-def test_unknown_keys_and_types_are_named_with_their_path(changes, refusal):
-    cfg = recipe()
-    apply_short_options(cfg)
-    cfg.merge_from_dict(changes)
-    with refused(ValueError, *refusal):
-        check_config(cfg)
-
-
-@pytest.mark.parametrize(
-    ("changes", "refusal"),
-    [
         ({"model": None}, ("value-of-another-kind", "model=None", "a dict")),
         ({"model.student": "resnet18"}, ("value-of-another-kind", "model.student='resnet18'", "a dict")),
         ({"model.student.encoder": 5}, ("value-of-another-kind", "model.student.encoder=5", "a text")),
@@ -197,7 +184,7 @@ def test_unknown_keys_and_types_are_named_with_their_path(changes, refusal):
         ({"kernels": "fast"}, ("value-of-another-kind", "kernels='fast'", "'measure' or 'rule' or 'torch' or 'fused'")),
     ],
 )
-def test_values_of_another_kind_are_named_with_their_path(changes, refusal):
+def test_unknown_keys_types_and_values_of_another_kind_are_named_with_their_path(changes, refusal):
     cfg = recipe()
     apply_short_options(cfg)
     cfg.merge_from_dict(changes)

@@ -75,7 +75,8 @@ def has_place(key: str, value: str | None) -> bool:
         try:
             load_config(recipe, options={key: 1 if value is None else option_value(key, value)})
         except Refusal as error:
-            if value is None and error.code in ("value-of-another-kind", "type-not-a-name"):  # of the 1 that is tried
+            kinds = ("value-of-another-kind", "type-not-a-name")  # of the 1 that is tried, at the key's own place
+            if value is None and error.code in kinds and str(error).startswith(f"{key}=1"):
                 return True
             continue
         return True
